@@ -1,0 +1,64 @@
+# `make demo` and `make test` set up everything they need in .venv, and re-use it while it is current.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# What this machine can use: the TensorRT-RTX builder on Linux x86-64, the rest of TensorRT beside an NVIDIA driver.
+EXTRAS := dev,train,openvino
+ifeq ($(shell uname -sm),Linux x86_64)
+EXTRAS := $(EXTRAS),tensorrt-rtx
+endif
+ifneq ($(shell command -v nvidia-smi),)
+EXTRAS := $(EXTRAS),tensorrt,gpu
+endif
+
+.PHONY: help install demo test test-slow test-browser test-gpu lint format bench clean
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Set up the virtual environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "sdkd needs Python 3.11 or newer, found: $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing sdkd[$(EXTRAS)] into $(VENV) (about 2.5 GB with all it needs; once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: install ## The whole way on this machine: students, distillation, engines, comparison -> artifacts/demo
+	@$(BIN)/sdkd demo $(ARGS)
+
+test: install ## The fast tests (CPU)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: install ## Full-size models: minutes and gigabytes
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-browser: install ## The HTML report in headless Chromium
+	@$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-gpu: install ## Tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: install ## ruff, mypy --strict, import floors
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: install ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: install ## Measure on this machine -> benchmarks/
+	@$(BIN)/python tools/bench.py $(ARGS)
+
+clean: ## Remove the virtual environment, caches and artifacts
+	@rm -rf $(VENV) artifacts build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
