@@ -1,0 +1,161 @@
+"""The `sdkd` command: finds each package's commands, loads one on use, and turns errors into one clear message."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib.metadata
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from sdkd import __version__
+from sdkd.errors import SdkdError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+GROUP = "sdkd.commands"
+# One line per command, so that `sdkd --help` needs to import none of them.
+SUMMARIES = {
+    "demo": "The whole way on this machine, with the embedded teacher.",
+    "student": "Build a student from a teacher, without training.",
+    "distill": "Train a student from its teacher.",
+    "export": "Export a pipeline to ONNX, checked against PyTorch.",
+    "build-engine": "Build engines for a target.",
+    "inspect": "Say what is in a bundle, what is stale and why.",
+    "generate": "Make images from a prompt, with any target.",
+    "compare": "Compare models and targets: speed, size and likeness.",
+    "doctor": "Say what this machine can build and run, and what to install.",
+}
+# Libraries that talk over our own progress and tables; a user's own setting wins.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+_debug = False
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+    order = [*SUMMARIES, *sorted(set(found) - set(SUMMARIES))]
+    return {name: found[name] for name in order if name in found}
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The command's function, leaving with one message: status 1 when refused or failed, 130 when interrupted."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            leave("interrupted: nothing half-written was kept", 130)
+        except Exception as error:
+            message = explain(error)
+            if _debug or message is None:
+                raise
+            leave(message, 1)
+
+    return call
+
+
+def explain(error: Exception) -> str | None:
+    """The one message a user sees, or None when the error is a bug of ours."""
+    if isinstance(error, SdkdError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename!r}" if error.filename else ""
+        return f"the disk is full{where}: free some space and run the command again; nothing half-written was kept"
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename!r}: choose another folder or change its rights"
+    return None
+
+
+def leave(message: str, status: int) -> NoReturn:
+    """Print to standard error and exit."""
+    sys.stderr.write(f"sdkd: {message}\n")
+    sys.exit(status)
+
+
+def load_command(name: str) -> Any:
+    """The command of an entry point, imported now; None when there is none of that name."""
+    entry = _entry_points().get(name)
+    return None if entry is None else _command(name, guarded(entry.load()))
+
+
+def _command(name: str, function: Callable[..., Any]) -> Any:
+    one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    one.command(name, help=inspect.getdoc(function) or SUMMARIES.get(name))(function)
+    return typer.main.get_command(one)
+
+
+def _summary(name: str) -> Any:
+    """A stand-in that carries only the help line: `sdkd --help` imports no command."""
+
+    def stand_in() -> None: ...
+
+    stand_in.__doc__ = SUMMARIES.get(name, "")
+    return _command(name, stand_in)
+
+
+class Commands(TyperGroup):
+    """A group whose commands come from the entry points and are imported when one is used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of the way through the toolkit."""
+        return list(_entry_points())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import one command; for the help page its summary is enough."""
+        return load_command(cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help page, with summaries in place of commands."""
+        self.get_command = lambda ctx, cmd_name: _summary(cmd_name)  # type: ignore[method-assign]
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"sdkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Make Stable Diffusion 1.x/2.x small and fast: students, ONNX, engines, comparison."""
+    global _debug
+    _debug = debug
+
+
+def main() -> None:
+    """Console script: status 0 only when the work is done, 2 for bad usage, 1 with one clear message otherwise."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    app(prog_name="sdkd")
+
+
+if __name__ == "__main__":
+    main()

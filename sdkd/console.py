@@ -1,0 +1,124 @@
+"""What commands print: tables, JSON and progress with time left. Only `cli` modules use it directly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done and the fraction done (0 to 1, or None when unknown)."""
+
+
+def quiet(message: str, fraction: float | None = None) -> None:
+    """The Progress that shows nothing."""
+
+
+def within(progress: Progress, start: float, end: float, prefix: str = "") -> Progress:
+    """A Progress for one part of a longer job: its 0..1 becomes start..end of `progress`."""
+
+    def part(message: str, fraction: float | None) -> None:
+        progress(prefix + message, start if fraction is None else start + (end - start) * fraction)
+
+    return part
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console on standard output or standard error."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+def show(*renderables: Any, sep: str = "\n") -> None:
+    """Print to standard output."""
+    console().print(*renderables, sep=sep)
+
+
+def show_json(data: Any) -> None:
+    """Print JSON alone to standard output, for other programs."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A rich table; a column whose name ends in a unit or whose cells are numbers is right-aligned."""
+    from rich.table import Table
+
+    result = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(str(row[index])) for row in rows)
+        result.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=index == 0)
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def _is_number(text: str) -> bool:
+    return text in {"", "-", "inf"} or text.lstrip("+-").replace(",", "").replace(".", "", 1).rstrip(" x%").isdigit()
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Progress]:
+    """A live bar with time left on a terminal, plain lines elsewhere; on standard error."""
+    target = console(stderr=True)
+    with (_bar if target.is_terminal else _lines)(title, target) as report:
+        yield report
+
+
+@contextlib.contextmanager
+def _bar(title: str, target: Console) -> Iterator[Progress]:
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("[bold]{task.fields[title]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bar(*columns, console=target) as bar:
+        task = bar.add_task("", total=1.0, title=title)
+
+        def report(message: str, fraction: float | None) -> None:
+            bar.update(task, description=message, completed=fraction)
+
+        yield report
+        bar.update(task, completed=1.0)
+
+
+@contextlib.contextmanager
+def _lines(title: str, target: Console) -> Iterator[Progress]:
+    import time
+
+    start, last = time.monotonic(), ["", -1.0]
+
+    def report(message: str, fraction: float | None) -> None:
+        # A counter that moves on is the same message: say it again only when a twentieth of the work was done.
+        kind = re.sub(r"[\d.,]+", "#", message)
+        part = last[1] if fraction is None else int(fraction * 20)
+        if [kind, part] == last:
+            return
+        last[:] = [kind, part]
+        target.print(f"{title}: {message}{_time_left(start, fraction)}", highlight=False)
+
+    yield report
+
+
+def _time_left(start: float, fraction: float | None) -> str:
+    import time
+
+    if not fraction or fraction >= 1:
+        return ""
+    spent = time.monotonic() - start
+    left = spent * (1 - fraction) / fraction
+    return f" ({fraction:.0%}, {left:.0f} s left)" if spent > 2 else f" ({fraction:.0%})"

@@ -1,0 +1,248 @@
+"""What a user may call a model, and the eager pipeline behind it.
+
+MODEL is a diffusers folder, a hub id, a single-file .safetensors, a bundle, `demo` (the embedded teacher) or
+`random:sd15`, `random:sd15-tiny`, ... (full-size shapes with random weights).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sdkd.bundle import MANIFEST, Bundle
+from sdkd.contract import CONFIG_FOLDERS
+from sdkd.errors import ModelError
+from sdkd.files import sha256
+from sdkd.pipelines import (
+    check_checkpoint,
+    check_pipeline_folder,
+    component_digest,
+    digest,
+    load_folder,
+    provenance,
+    quiet_libraries,
+    save_pipeline,
+    write_pipeline,
+)
+from sdkd.random_models import PREFIX, parse, random_pipeline
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+__all__ = [
+    "ModelSource",
+    "check_pipeline_folder",
+    "load_eager",
+    "provenance",
+    "resolve",
+    "save_pipeline",
+    "source_digests",
+    "write_pipeline",
+]
+
+Kind = Literal["folder", "hub", "single-file", "bundle", "demo", "random"]
+DEMO = "demo"
+DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's name as given, what kind of name it is, where its files are (None: hub, random), and its weights."""
+
+    name: str
+    kind: Kind
+    path: Path | None = None
+    random_weights: bool = False
+
+
+def resolve(model: str | Path) -> ModelSource:
+    """Say what a model name means, without loading it; ModelError when it means nothing that sdkd can use."""
+    name = str(model)
+    if name == DEMO:
+        return _demo()
+    if name.startswith(PREFIX):
+        parse(name)
+        return ModelSource(name, "random", None, True)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file():
+        return _file(name, path)
+    if _HUB_ID.fullmatch(name):
+        return ModelSource(name, "hub")
+    raise ModelError(
+        f"model {name!r} does not exist: give a diffusers folder, a hub id such as segmind/tiny-sd, "
+        f"a .safetensors file, a bundle, {DEMO!r}, or {PREFIX}sd15-tiny"
+    )
+
+
+def _demo() -> ModelSource:
+    if not (DEMO_WEIGHTS / "model_index.json").is_file():
+        raise ModelError(
+            "the demo's teacher is not in this installation (sdkd/demo/weights is missing): install sdkd again, "
+            "or in a checkout train it with: python tools/train_demo_teacher.py"
+        )
+    return ModelSource(DEMO, "demo", DEMO_WEIGHTS)
+
+
+def _folder(name: str, path: Path) -> ModelSource:
+    if (path / MANIFEST).is_file():
+        return ModelSource(name, "bundle", path, bool(Bundle.open(path).manifest.source.get("random_weights")))
+    check_pipeline_folder(path)
+    return ModelSource(name, "folder", path, bool(provenance(path).get("random_weights")))
+
+
+def _file(name: str, path: Path) -> ModelSource:
+    if path.suffix != ".safetensors":
+        raise ModelError(
+            f"model {name!r} is a {path.suffix or 'nameless'} file: of single files only .safetensors is read "
+            "(others can run code on loading); convert it, or give a diffusers folder"
+        )
+    return ModelSource(name, "single-file", path)
+
+
+def load_eager(model: str | Path, torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The model as an eager diffusers pipeline on the CPU: eval mode, frozen, without safety checker.
+
+    `torch_dtype` None means float32. Raises ModelError when there is no such model, it is not SD 1.x/2.x, or its files
+    are damaged or cannot be fetched.
+    """
+    import torch
+
+    source = resolve(model)
+    with _as_model_error(source), quiet_libraries():
+        pipe = _LOADERS[source.kind](source, torch_dtype or torch.float32)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextlib.contextmanager
+def _as_model_error(source: ModelSource) -> Iterator[None]:
+    """Turn the libraries' errors on a damaged or unreachable model into one that names it and says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {source.name!r} could not be loaded ({reason}): {_ADVICE[source.kind]}") from error
+
+
+_ADVICE: dict[Kind, str] = {
+    "folder": "its files are damaged or incomplete; save or download it again",
+    "demo": "install sdkd again",
+    "bundle": "give the original model instead",
+    "random": "give another name",
+    "hub": (
+        "there is no such folder here, and the hub did not give it; check the spelling and the network, or download it "
+        "elsewhere with `hf download` and give the folder"
+    ),
+    "single-file": (
+        "a single file carries no configuration, and the one it needs is not in the local hub cache; convert it once "
+        "where there is a network, with StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER), "
+        "and give the folder"
+    ),
+}
+
+
+def _load_folder(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+    assert source.path is not None
+    return load_folder(source.path, dtype)
+
+
+def _load_hub(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+    return load_folder(_downloaded(source), dtype)
+
+
+def _downloaded(source: ModelSource) -> Path:
+    """Folder of a hub model in the local cache, fetched when it is not there."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(DiffusionPipeline.download(source.name))
+    check_pipeline_folder(folder)
+    return folder
+
+
+def _load_single(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+    from diffusers import StableDiffusionPipeline
+
+    assert source.path is not None
+    check_checkpoint(source.path)
+    return StableDiffusionPipeline.from_single_file(
+        str(source.path), torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
+    )
+
+
+def _load_bundle(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+    assert source.path is not None
+    original = str(Bundle.open(source.path).manifest.source.get("model", ""))
+    try:
+        found = resolve(original)
+    except ModelError as error:
+        raise ModelError(
+            f"bundle {source.name!r} holds ONNX graphs and engines, not PyTorch weights, and the model it was "
+            f"made from ({original!r}) is gone: give that model's new place, or use the bundle as it is, "
+            f"with: sdkd generate {source.name} PROMPT"
+        ) from error
+    return _LOADERS[found.kind](found, dtype)
+
+
+def _load_random(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+    return random_pipeline(parse(source.name), _demo_tokenizer(), dtype)
+
+
+def _demo_tokenizer() -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    _demo()
+    return CLIPTokenizer.from_pretrained(DEMO_WEIGHTS / "tokenizer", local_files_only=True)
+
+
+_LOADERS = {
+    "folder": _load_folder,
+    "demo": _load_folder,
+    "hub": _load_hub,
+    "single-file": _load_single,
+    "bundle": _load_bundle,
+    "random": _load_random,
+}
+
+
+def source_digests(model: str | Path) -> dict[str, str]:
+    """One SHA-256 per component (text_encoder, unet, vae_decoder, vae_encoder) of its config and weights at the source.
+
+    Equal digests mean equal weights; nothing is loaded. A bundle answers what it was exported from.
+    """
+    source = resolve(model)
+    if source.kind == "bundle":
+        assert source.path is not None
+        records = Bundle.open(source.path).manifest.components
+        return {name: record.source_sha256 for name, record in records.items()}
+    if source.kind == "random":
+        return {name: digest(f"{source.name} {name}") for name in CONFIG_FOLDERS}
+    if source.kind == "single-file":
+        assert source.path is not None
+        whole = sha256(source.path)
+        return {name: digest(f"{whole} {name}") for name in CONFIG_FOLDERS}
+    if source.kind == "hub":
+        with _as_model_error(source), quiet_libraries():
+            folder = _downloaded(source)
+    else:
+        assert source.path is not None
+        folder = source.path
+    digests = {part: component_digest(folder / part) for part in set(CONFIG_FOLDERS.values())}
+    return {name: digests[part] for name, part in CONFIG_FOLDERS.items()}

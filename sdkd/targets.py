@@ -1,0 +1,163 @@
+"""What can be built and run here: one row per target, found by looking, never guessed from version numbers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+from types import ModuleType
+
+from sdkd.errors import InputError, MissingExtraError
+
+EAGER_TARGETS = ("eager", "compile")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of engine: its Python module, the extra that installs it, and what it needs."""
+
+    name: str
+    module: str
+    distribution: str
+    extra: str
+    purpose: str
+    builds_on_gpu: bool
+    runs_on_gpu: bool
+    suffix: str  # of an engine file
+    precision: str  # what people want by default
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("onnxruntime", "onnxruntime", "onnxruntime", "", "runs anywhere", False, False, ".onnx", "fp32"),
+        Target("openvino", "openvino", "openvino", "openvino", "fastest on a CPU", False, False, ".blob", "fp32"),
+        Target("tensorrt", "tensorrt", "tensorrt", "tensorrt", "fastest on NVIDIA GPUs", True, True, ".engine", "fp16"),
+        Target(
+            "tensorrt-rtx",
+            "tensorrt_rtx",
+            "tensorrt_rtx",
+            "tensorrt-rtx",
+            "built anywhere, runs on RTX GPUs",
+            False,
+            True,
+            ".engine",
+            "fp16",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a target can be built and run on this machine, and what to do if not."""
+
+    target: str
+    version: str | None
+    can_build: bool
+    can_run: bool
+    reason: str
+    fix: str
+
+
+def check_target(name: str) -> Target:
+    """The target of a name or slot (`openvino-bf16` -> openvino); InputError lists the choices."""
+    for suffix in ("", "-fp32", "-fp16", "-bf16"):
+        base = name.removesuffix(suffix) if suffix else name
+        if base in TARGETS:
+            return TARGETS[base]
+    raise InputError(f"target {name!r} is unknown: choose one of {', '.join(TARGETS)}")
+
+
+def slot_precision(slot: str) -> str | None:
+    """The precision that a slot names (`openvino-bf16` -> bf16), None for a plain target; InputError if unknown."""
+    return slot.removeprefix(check_target(slot).name).removeprefix("-") or None
+
+
+def slot_name(target: str, engine_precision: str, onnx_precision: str) -> str:
+    """Where an engine is kept in a bundle: the target, with its precision when that is not the ONNX's."""
+    return target if engine_precision == onnx_precision else f"{target}-{engine_precision}"
+
+
+def require(target: str) -> ModuleType:
+    """Import a target's module; MissingExtraError names the pip command."""
+    found = check_target(target)
+    try:
+        return importlib.import_module(found.module)
+    except ImportError as error:
+        raise MissingExtraError(found.module, found.extra or found.name, f"target {found.name!r}") from error
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, None when it is not there."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpu() -> dict[str, str] | None:
+    """Name and compute capability of the first CUDA device that torch sees, None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+
+
+def cpu_name() -> str:
+    """Model name of the CPU, as the system states it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:  # noqa: PTH123
+            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
+        return names[0] if names else platform.processor() or platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def environment(target: str) -> dict[str, str]:
+    """What must be equal where an engine is built and where it runs; MissingExtraError without the module.
+
+    An ahead-of-time engine (tensorrt-rtx) is not tied to a GPU model: its list of compute capabilities is checked.
+    """
+    found = check_target(target)
+    module = require(target)
+    result = {found.module: str(module.__version__), "platform": f"{platform.system().lower()}-{platform.machine()}"}
+    if found.name == "openvino":
+        result["cpu"] = cpu_name()
+    if found.runs_on_gpu and (device := gpu()):
+        result |= device if found.builds_on_gpu else {"compute_capability": device["compute_capability"]}
+    return result
+
+
+def built_environment(target: str) -> dict[str, str]:
+    """The part of `environment` that an engine built now must record."""
+    now = environment(target)
+    if not check_target(target).builds_on_gpu:
+        now.pop("compute_capability", None)  # built for a list of GPU generations instead
+    return now
+
+
+def availability(target: str) -> Availability:
+    """Look whether a target builds and runs here; never raises for a known target."""
+    found = check_target(target)
+    version = _version(found)
+    if version is None:
+        fix = f"pip install 'sdkd[{found.extra}]'" if found.extra else "pip install sdkd"
+        return Availability(found.name, None, False, False, f"{found.module} is not installed", fix)
+    if not found.runs_on_gpu or gpu():
+        return Availability(found.name, version, True, True, "ready", "")
+    fix = "run it on a machine with an NVIDIA GPU and driver"
+    return Availability(found.name, version, not found.builds_on_gpu, False, "no CUDA device here", fix)
+
+
+def _version(target: Target) -> str | None:
+    if importlib.util.find_spec(target.module) is None:
+        return None
+    try:
+        return str(getattr(importlib.import_module(target.module), "__version__", "unknown"))
+    except ImportError:
+        return None
