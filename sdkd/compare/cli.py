@@ -1,0 +1,116 @@
+"""`sdkd compare`: models and targets side by side, as a table, JSON and one HTML page."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdkd.console import progress, show, show_json, within
+
+DEMO = "demo"
+
+
+def compare(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Models or bundles; a bundle brings its engines. Default: demo."),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="E.g. eager,eager-bf16,onnxruntime,openvino-bf16. Default: eager and all that run here."),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Precision of engines that are built: fp32, fp16, bf16.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file with one prompt per line, or 'a;b'.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 25,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale. Default: 7.5, or 4 for the demo's small models.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Image side in pixels. Default: the model's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; image n starts from seed + n.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, help="UNet calls timed per subject, at least.")] = 30,
+    baseline: Annotated[str | None, typer.Option(help="A subject's label to give one more ratio to.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("artifacts/compare"),
+    bundles: Annotated[Path, typer.Option(help="Folder for engines that are built.")] = Path("artifacts/bundles"),
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+) -> None:
+    """Compare models and targets: speed, size and likeness.
+
+    Writes report.html (one page, images side by side), report.json (raw samples) and report.md. Engines that are
+    missing are built. Status 1 when an engine breaks its rule, after the report is written.
+    """
+    from rich.markup import escape
+
+    from sdkd.compare.comparison import compare as measure
+    from sdkd.compare.planning import Wish, default_guidance, make_plan, parse_prompts
+    from sdkd.compare.report import check_report_free, write_report
+    from sdkd.files import lock
+
+    names = models or [DEMO]
+    check_report_free(output, overwrite)
+    kept = parse_prompts(prompts, names)
+    guidance = default_guidance(names) if guidance_scale is None else guidance_scale
+    wish = Wish(_targets(targets), precision, size, bundles)
+    command = make_again(names, targets, precision, kept, steps, guidance, size, seed, runs, baseline)
+    with lock(output), progress("compare") as bar:
+        plan = make_plan(names, wish, within(bar, 0.0, 0.3))
+        report = measure(
+            plan.subjects,
+            prompts=kept,
+            steps=steps,
+            guidance_scale=guidance,
+            size=size,
+            seed=seed,
+            runs=runs,
+            baseline=baseline,
+            command=command,
+            notes=plan.notes,
+            progress=within(bar, 0.3, 1.0),
+        )
+        page = write_report(report, output, overwrite)
+    if json:
+        show_json(report.to_json())
+    else:
+        from sdkd.compare.tables import terminal_table
+        from sdkd.compare.words import noise_note, sentence
+
+        notes = [note for note in (noise_note(report), *report.notes) if note]
+        show(f"[bold]{escape(sentence(report))}[/]", terminal_table(report), *map(escape, notes), f"Look at {page}")
+    report.check(page)
+
+
+def _targets(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def make_again(
+    models: list[str],
+    targets: str | None,
+    precision: str | None,
+    prompts: tuple[str, ...],
+    steps: int,
+    guidance_scale: float,
+    size: int | None,
+    seed: int,
+    runs: int,
+    baseline: str | None,
+) -> str:
+    """The command that makes the comparison again, with every setting spelled out."""
+    options = {
+        "--targets": targets,
+        "--precision": precision,
+        "--prompts": ";".join(prompts),
+        "--steps": steps,
+        "--guidance-scale": f"{guidance_scale:g}",
+        "--size": size,
+        "--seed": seed,
+        "--runs": runs,
+        "--baseline": baseline,
+    }
+    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
+    return shlex.join(["sdkd", "compare", *models, *given])

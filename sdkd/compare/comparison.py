@@ -1,0 +1,191 @@
+"""`compare`: open the subjects, make the same images with each, time them in interleaved rounds, judge the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sdkd.compare.cases import Case, Pool, Request, common_size, first_images, fit_together, time_images, time_steps
+from sdkd.compare.environment import environment
+from sdkd.compare.measure import Sample, Timer
+from sdkd.compare.references import Truths, find_truths
+from sdkd.compare.report import Report, Result, Setup
+from sdkd.compare.stats import CONFIDENCE, Ratio, Spread, speedup
+from sdkd.compare.subjects import TEACHER, Subject, check_subjects, has_random_weights, size_on_disk
+from sdkd.compare.verdicts import judge_engine
+from sdkd.console import Progress, quiet, within
+from sdkd.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Judge = Callable[[Sequence["Image"], Sequence[str]], Mapping[str, float]]
+"""Reads images and gives, for each name (`shape`, `colour`), the fraction of prompts that came out right."""
+
+RUNS = 30
+MIN_SECONDS = 1.0
+IMAGE_RUNS = 3
+SHARES = {"images": (0.0, 0.6), "steps": (0.6, 0.9), "references": (0.9, 1.0)}  # of the time, about
+
+
+def compare(
+    subjects: Sequence[Subject],
+    *,
+    prompts: Sequence[str],
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    size: int | None = None,
+    seed: int = 0,
+    runs: int = RUNS,
+    min_seconds: float = MIN_SECONDS,
+    image_runs: int = IMAGE_RUNS,
+    baseline: str | None = None,
+    judge: Judge | None = None,
+    device: str | None = None,
+    command: str | None = None,
+    notes: Sequence[str] = (),
+    progress: Progress = quiet,
+) -> Report:
+    """Measure subjects side by side: speed, size, and how far each one's images are from eager PyTorch's.
+
+    `size`: image side in pixels (default: the first model's own). `runs`: UNet calls timed per subject, at least;
+    `image_runs`: whole images timed. `baseline`: label of one more subject to give ratios to. `judge` reads the
+    images (caption accuracy). Image n starts from `seed + n`. Raises InputError, and whatever opening a subject raises.
+    """
+    check_subjects(subjects)
+    kept = _check_request(prompts, steps, runs, image_runs)
+    _check_baseline(baseline, subjects)
+    where, together = device or _default_device(), fit_together(subjects)
+    pool, cases = Pool(where, together), [Case(subject) for subject in subjects]
+    surroundings = environment(where)  # before the measurement loads the machine
+    try:
+        side, scheduler = common_size(subjects, pool, size)
+        request = Request(kept, steps, guidance_scale, seed, side)
+        _make_images(cases, pool, request, image_runs, within(progress, *SHARES["images"]))
+        time_steps(cases, pool, request, runs, min_seconds, within(progress, *SHARES["steps"]))
+    finally:
+        pool.close()
+    truths = find_truths(cases, request, where, within(progress, *SHARES["references"]))
+    setup = Setup(
+        prompts=kept,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        size_px=side,
+        seed=seed,
+        unet_batch=request.unet_batch,
+        runs=runs,
+        min_seconds=min_seconds,
+        scheduler=scheduler,
+        timing=Timer(where).method,
+        open_together=together,
+        confidence=CONFIDENCE,
+    )
+    baselines = {case.subject.label: find_baselines(case.subject, subjects, baseline) for case in cases}
+    by_label = {case.subject.label: case for case in cases}
+    return Report(
+        setup=setup,
+        results=tuple(_result(case, by_label, truths, baselines[case.subject.label], judge, kept) for case in cases),
+        environment=surroundings,
+        images={case.subject.label: tuple(case.images) for case in cases},
+        baselines=baselines,
+        command=command,
+        notes=(*random_notes(subjects), *notes, *truths.notes),
+    )
+
+
+def _make_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:
+    """All images of all subjects, then timed ones; one subject after the other where they do not fit together."""
+    groups = [cases] if pool.together else [[case] for case in cases]
+    for place, group in enumerate(groups):
+        part = within(progress, place / len(groups), (place + 1) / len(groups))
+        first_images(group, pool, request, within(part, 0.0, 0.65))
+        time_images(group, pool, request, runs, within(part, 0.65, 1.0))
+
+
+def random_notes(subjects: Sequence[Subject]) -> list[str]:
+    """A warning for every model of random weights: its speed and size count, its images mean nothing."""
+    names = dict.fromkeys(subject.model_label for subject in subjects if has_random_weights(subject))
+    return [f"{name} has random weights: its speed and size count, its images mean nothing" for name in names]
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_request(prompts: Sequence[str], steps: int, runs: int, image_runs: int) -> tuple[str, ...]:
+    kept = tuple(prompts)
+    if not kept or not all(prompt.strip() for prompt in kept):
+        raise InputError("a comparison needs prompts, none of them empty: give --prompts 'a red star; a blue ring'")
+    for name, value in (("steps", steps), ("runs", runs), ("image_runs", image_runs)):
+        if value < 1:
+            raise InputError(f"{name} {value} is too few: give at least 1")
+    return kept
+
+
+def _check_baseline(baseline: str | None, subjects: Sequence[Subject]) -> None:
+    labels = [subject.label for subject in subjects]
+    if baseline is not None and baseline not in labels:
+        raise InputError(f"baseline {baseline!r} is not among the subjects: choose one of {', '.join(labels)}")
+
+
+def find_baselines(subject: Subject, subjects: Sequence[Subject], baseline: str | None) -> dict[str, str]:
+    """What a subject's speed is divided by: `eager` of its model, the `teacher`'s eager, the asked `baseline`.
+
+    Eager in float32 before eager in half; a subject is never its own baseline.
+    """
+    eager = sorted((other for other in subjects if other.is_eager), key=lambda other: not other.is_truth)
+    own = next((other.label for other in eager if other.model_key == subject.model_key), None)
+    teacher = next((other.label for other in eager if other.role == TEACHER), None)
+    found = {"eager": own, "teacher": teacher, "baseline": baseline}
+    return {name: label for name, label in found.items() if label not in (None, subject.label)}
+
+
+def _seconds(samples: Sequence[Sequence[Sample]]) -> list[list[float]]:
+    return [[sample.seconds for sample in part] for part in samples]
+
+
+def _cpu_seconds(samples: Sequence[Sequence[Sample]]) -> list[list[float]]:
+    return [[sample.cpu_s for sample in part] for part in samples]
+
+
+def _ratios(over: Mapping[str, Sequence[Sequence[Sample]]], own: Sequence[Sequence[Sample]]) -> dict[str, Ratio]:
+    """The speed-up over each baseline that was measured in enough rounds."""
+    found = {name: speedup(_seconds(samples), _seconds(own)) for name, samples in over.items()}
+    return {name: ratio for name, ratio in found.items() if ratio is not None}
+
+
+def _result(
+    case: Case,
+    cases: Mapping[str, Case],
+    truths: Truths,
+    baselines: Mapping[str, str],
+    judge: Judge | None,
+    prompts: Sequence[str],
+) -> Result:
+    subject = case.subject
+    truth, half, teacher = truths.own(subject), truths.half(subject), truths.teacher(subject)
+    against = None if truth is None else truth.distance(case.images)
+    half_against = None if truth is None or half is None else truth.distance(half.images)
+    over = {name: cases[label] for name, label in baselines.items()}
+    return Result(
+        subject=subject,
+        unet_step_ms=Spread.of(_seconds(case.step_samples), 1000),
+        unet_step_cpu_ms=Spread.of(_cpu_seconds(case.step_samples), 1000),
+        image_s=Spread.of(_seconds(case.image_samples)),
+        load_s=case.load_s,
+        first_call_s=case.first_call_s,
+        unet_parameters=case.unet_parameters,
+        parameters=case.parameters,
+        bytes_on_disk=size_on_disk(subject),
+        rss_growth_bytes=case.rss_growth_bytes,
+        repeatable=case.repeatable,
+        attention=case.attention,
+        against_eager=against,
+        against_teacher=None if teacher is None else teacher.distance(case.images),
+        verdict=judge_engine(subject, against, half_against),
+        step_speedup=_ratios({name: other.step_samples for name, other in over.items()}, case.step_samples),
+        image_speedup=_ratios({name: other.image_samples for name, other in over.items()}, case.image_samples),
+        judged=None if judge is None else dict(judge(case.images, prompts)),
+    )

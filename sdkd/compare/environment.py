@@ -1,0 +1,118 @@
+"""Where a measurement was made: hardware, load, versions, and the attention kernel that eager PyTorch really used."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sdkd.targets import TARGETS, cpu_name, gpu, installed_version
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "numpy")
+# What decides whether half precision is fast on a CPU.
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "bf16")
+KERNELS = {
+    "_scaled_dot_product_flash_attention_for_cpu": "SDPA, flash attention (CPU)",
+    "_scaled_dot_product_flash_attention": "SDPA, flash attention",
+    "_scaled_dot_product_cudnn_attention": "SDPA, cuDNN attention",
+    "_scaled_dot_product_efficient_attention": "SDPA, memory-efficient attention",
+    "_scaled_dot_product_fused_attention_overrideable": "SDPA, fused attention (overridden)",
+    "_scaled_dot_product_attention_math": "SDPA, math",
+    "_safe_softmax": "SDPA, math",
+    "_flash_attention_forward": "flash attention",
+    "_efficient_attention_forward": "memory-efficient attention",
+    "_softmax": "plain matrix products and softmax",
+}
+
+
+def environment(device: str) -> dict[str, Any]:
+    """A JSON-ready account of this machine; no host name, no paths."""
+    import psutil
+    import torch
+
+    frequency = psutil.cpu_freq()
+    return {
+        "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "cpu": cpu_name(),
+        "cpu_features": _cpu_features(),
+        "cpu_mhz": round(frequency.current) if frequency else None,
+        "cores_physical": psutil.cpu_count(logical=False),
+        "cores_usable": _usable_cores(),
+        "threads_torch": torch.get_num_threads(),
+        "threads_environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
+        "load_average": _load(),
+        "memory_total_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpu": gpu(),
+        "gpu_driver": _driver(),
+        "cuda": torch.version.cuda,
+        "os": _system(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load() -> list[float] | None:
+    """Load average over 1, 5 and 15 minutes."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def _cpu_features() -> list[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    line = next((row for row in text.splitlines() if row.startswith(("flags", "Features"))), "")
+    present = set(line.split())
+    return [name for name in CPU_FEATURES if name in present]
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, as its kernel module states it."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].split()
+    except (OSError, IndexError):
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+def _system() -> str:
+    try:
+        name = platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
+    except OSError:
+        name = platform.system()
+    return f"{name}, kernel {platform.release()}, {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of sdkd, the libraries and every installed target."""
+    from sdkd import __version__
+
+    names = (*LIBRARIES, *(target.distribution for target in TARGETS.values()))
+    found = {name: version for name in names if (version := installed_version(name))}
+    return {"sdkd": __version__, **found}
+
+
+def attention_kernel(work: Callable[[], object]) -> str:
+    """Which attention kernels PyTorch dispatches to while `work` runs, by watching, not by asking what is allowed."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(str(func).split(".")[1] if str(func).count(".") else str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        work()
+    found = [text for name, text in KERNELS.items() if name in seen]
+    fused = [text for text in found if text.startswith("SDPA")] or found
+    return " and ".join(dict.fromkeys(fused)) or "unknown"

@@ -1,0 +1,224 @@
+"""From what a user names (models, targets, prompts) to subjects: which engines are used, built or left out, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdkd.bundle import Bundle
+from sdkd.compare.subjects import EAGER, STUDENT, TEACHER, Subject
+from sdkd.console import Progress, quiet, within
+from sdkd.contract import Range, ShapeRanges, check_precision, vae_scale
+from sdkd.errors import EngineError, InputError, ModelError, SdkdError
+from sdkd.files import read_json
+from sdkd.models import ModelSource, provenance, resolve
+from sdkd.targets import TARGETS, availability, check_target, slot_precision
+
+TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models
+SMALL_PX = 64  # models of at most this size are trained on drawn shapes, like the demo's
+SHAPES = (
+    "a large red star on a white background",
+    "a large yellow heart on a blue background",
+    "a medium green circle on a black background",
+    "a large blue cross on a yellow background",
+)
+PHOTOGRAPHS = (
+    "a photograph of an astronaut riding a horse",
+    "a watercolour of a lighthouse at dusk",
+    "a bowl of oranges on a wooden table, soft morning light",
+)
+
+
+GUIDANCE, SMALL_GUIDANCE = 7.5, 4.0  # diffusers' default; what suits drawn shapes
+
+
+@dataclass
+class Plan:
+    """Subjects to compare, and in words what was left out and why."""
+
+    subjects: list[Subject] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What applies to every model: targets (None: what runs here), precision of new engines, image size, bundles."""
+
+    targets: tuple[str, ...] | None
+    precision: str | None
+    size: int | None
+    bundles: Path
+
+
+def parse_prompts(text: str | None, models: Sequence[str]) -> tuple[str, ...]:
+    """Prompts from a file (one per line) or `a;b`; by default such as the models know. InputError when empty."""
+    if text is None:
+        return SHAPES if all(_is_small(model) for model in models) else PHOTOGRAPHS
+    path = Path(text)
+    if path.suffix == ".txt" and not path.is_file():
+        raise InputError(f"prompts file {text!r} does not exist: give a file with one prompt per line, or 'a;b'")
+    parts = path.read_text(encoding="utf-8").splitlines() if _is_file(path) else text.split(";")
+    if prompts := tuple(part.strip() for part in parts if part.strip()):
+        return prompts
+    raise InputError(f"prompts {text!r} hold no prompt: give a file with one prompt per line, or 'a;b'")
+
+
+def default_guidance(models: Sequence[str]) -> float:
+    """The guidance scale that suits the models, where none is asked for."""
+    return SMALL_GUIDANCE if all(_is_small(model) for model in models) else GUIDANCE
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a prompt longer than a file name may be
+        return False
+
+
+def _is_small(model: str) -> bool:
+    """Whether a model makes images of at most SMALL_PX, from its configs alone."""
+    path = resolve(model).path
+    vae = next((name for name in ("vae", "vae_decoder") if path and (path / name / "config.json").is_file()), None)
+    if path is None or vae is None or not (path / "unet" / "config.json").is_file():
+        return False
+    sample = read_json(path / "unet" / "config.json").get("sample_size")
+    return isinstance(sample, int) and sample * vae_scale(read_json(path / vae / "config.json")) <= SMALL_PX
+
+
+def make_plan(models: Sequence[str], wish: Wish, progress: Progress = quiet) -> Plan:
+    """Subjects for every model on every target, missing engines built into `wish.bundles`.
+
+    Raises InputError for an unknown target, and what exporting and building raise; a target that was not asked for by
+    name and does not run here is left out with a note.
+    """
+    names, plan = short_names(models), Plan()
+    check_targets(wish.targets)
+    roles = find_roles(models)
+    for place, (model, name) in enumerate(zip(models, names, strict=True)):
+        part = within(progress, place / len(models), (place + 1) / len(models), f"{name}: ")
+        source = resolve(model)
+        (_plan_bundle if source.kind == "bundle" else _plan_model)(plan, source, name, roles[model], wish, part)
+    if not plan.subjects:
+        raise InputError(f"nothing of {', '.join(models)} can be compared here: {'; '.join(plan.notes)}")
+    return plan
+
+
+def check_targets(targets: tuple[str, ...] | None) -> None:
+    """InputError for an unknown target, EngineError for one that cannot run here; names eager precisions too."""
+    for target in targets or ():
+        if target.split("-")[0] == EAGER:
+            _eager_precision(target)
+        elif not (here := availability(check_target(target).name)).can_run:
+            raise EngineError(f"target {target!r} does not run here: {here.reason}. {here.fix}")
+
+
+def _eager_precision(target: str) -> str:
+    """`eager` -> fp32, `eager-bf16` -> bf16."""
+    return check_precision(target.removeprefix(EAGER).removeprefix("-") or "fp32")
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """The last part of each model's name; all of it where that is not unique. InputError for a model given twice."""
+    if twice := sorted({model for model in models if models.count(model) > 1}):
+        raise InputError(f"model {twice[0]!r} is given twice: give each model once")
+    short = [Path(model).name.removesuffix(".safetensors").replace(":", "-") or model for model in models]
+    return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
+
+
+def find_roles(models: Sequence[str]) -> dict[str, str]:
+    """`student` for models that sdkd made as students; beside one, the first other model is their `teacher`."""
+    known = {model: _provenance(model) for model in models}
+    students = {model for model, about in known.items() if "student" in about}
+    others = [model for model in models if model not in students]
+    roles = {model: STUDENT if model in students else "model" for model in models}
+    if students and others:
+        roles[others[0]] = TEACHER
+    return roles
+
+
+def _provenance(model: str) -> dict[str, Any]:
+    source = resolve(model)
+    if source.kind == "bundle":
+        source = _origin(source) or source
+    return provenance(source.path) if source.path is not None and source.path.is_dir() else {}
+
+
+def _origin(source: ModelSource) -> ModelSource | None:
+    """The model that a bundle was exported from, None when it is gone."""
+    assert source.path is not None
+    try:
+        found = resolve(str(Bundle.open(source.path).manifest.source.get("model", "")))
+    except ModelError:
+        return None
+    return None if found.kind == "bundle" else found
+
+
+def _eager_subjects(model: str, name: str, role: str, targets: tuple[str, ...] | None) -> list[Subject]:
+    wanted = [EAGER] if targets is None else [target for target in targets if target.split("-")[0] == EAGER]
+    return [Subject(f"{name} {target}", model, EAGER, _eager_precision(target), None, role) for target in wanted]
+
+
+def _plan_model(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, progress: Progress) -> None:
+    """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
+    from sdkd.workflow import prepare
+
+    plan.subjects += _eager_subjects(source.name, name, role, wish.targets)
+    targets = _engine_targets(wish.targets)
+    for place, target in enumerate(targets):
+        part = within(progress, place / len(targets), (place + 1) / len(targets), f"{target}: ")
+        precision = slot_precision(target) or wish.precision
+        made = prepare(
+            source.name, target, wish.bundles / name, precision=precision, ranges=_ranges(wish.size), progress=part
+        )
+        plan.subjects.append(_engine_subject(source.name, name, role, made.bundle, made.slot))
+
+
+def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
+    if targets is None:
+        return [name for name in TARGETS if (here := availability(name)).can_run and here.can_build]
+    return [target for target in targets if target.split("-")[0] != EAGER]
+
+
+def _ranges(size: int | None) -> ShapeRanges | None:
+    """Engines for one image of this size, or the bundle's default shapes."""
+    fixed = None if size is None else Range.fixed(size)
+    return None if fixed is None else ShapeRanges(Range.fixed(1), fixed, fixed, Range.fixed(TOKENS))
+
+
+def _engine_subject(model: str, name: str, role: str, bundle: Path, slot: str) -> Subject:
+    precision = Bundle.open(bundle).engine(slot, "unet").precision
+    return Subject(f"{name} {slot}", model, slot, precision, bundle, role)
+
+
+def _plan_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, progress: Progress) -> None:
+    """A bundle: its engines as they are, and the model it was made from as eager where that can be had."""
+    assert source.path is not None
+    bundle, origin = Bundle.open(source.path), _origin(source)
+    model = source.name if origin is None else origin.name
+    eager = _eager_subjects(model, name, role, wish.targets)
+    if eager and (why := _why_not_eager(model)):
+        plan.notes.append(f"{name}: no eager baseline ({why})")
+        eager = []
+    plan.subjects += eager
+    asked = None if wish.targets is None else _engine_targets(wish.targets)
+    for slot in bundle.slots() if asked is None else asked:
+        here = availability(check_target(slot).name)
+        if here.can_run:
+            plan.subjects.append(_engine_subject(model, name, role, bundle.path, slot))
+        else:
+            plan.notes.append(f"{name}: {slot} was left out ({here.reason}; {here.fix})")
+    progress("found", 1.0)
+
+
+def _why_not_eager(model: str) -> str | None:
+    """Why a bundle's source cannot run eagerly, None when it can; a hub model is tried, it may not be in the cache."""
+    from sdkd.models import load_eager
+
+    try:
+        if resolve(model).kind in ("bundle", "hub"):
+            load_eager(model)
+    except SdkdError as error:
+        return str(error)
+    return None

@@ -1,0 +1,263 @@
+"""What a comparison found, as dataclasses, and how it is written: report.json, report.md, report.html, images."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.compare.quality import Likeness
+from sdkd.compare.stats import Ratio, Spread
+from sdkd.compare.subjects import Subject
+from sdkd.compare.verdicts import Verdict
+from sdkd.errors import InputError, OutputExistsError, ParityError
+from sdkd.files import new_folder, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.console import ConsoleRenderable
+
+SCHEMA = 1
+NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
+PARTS = ("images", "report.md", "report.html", "report.json")  # the JSON last: it is there only when all is
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What was asked: equal for all subjects."""
+
+    prompts: tuple[str, ...]
+    steps: int
+    guidance_scale: float
+    size_px: int
+    seed: int
+    unet_batch: int  # 2 with guidance: conditional and unconditional in one call
+    runs: int
+    min_seconds: float
+    scheduler: str
+    timing: str
+    open_together: bool  # all pipelines in memory at once; otherwise one at a time, opened again for every round
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found for one subject."""
+
+    subject: Subject
+    unet_step_ms: Spread
+    unet_step_cpu_ms: Spread
+    image_s: Spread
+    load_s: float
+    first_call_s: float
+    unet_parameters: int
+    parameters: int
+    bytes_on_disk: int | None
+    rss_growth_bytes: int  # of this process, from before loading to after the first image
+    repeatable: bool  # the same seed gave the same image again
+    attention: str | None = None  # eager only
+    against_eager: Likeness | None = None
+    against_teacher: Likeness | None = None
+    verdict: Verdict | None = None
+    step_speedup: Mapping[str, Ratio] = field(default_factory=dict)  # over `eager`, `teacher`, `baseline`
+    image_speedup: Mapping[str, Ratio] = field(default_factory=dict)
+    judged: Mapping[str, float] | None = None
+
+    @property
+    def images_per_s(self) -> float:
+        """End to end: text encoder, all steps, scheduler and VAE."""
+        return 1 / self.image_s.median
+
+    @property
+    def judged_mean(self) -> float | None:
+        """Mean of the judge's fractions."""
+        return sum(self.judged.values()) / len(self.judged) if self.judged else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole comparison; `images` holds one image per prompt for each subject's label."""
+
+    setup: Setup
+    results: tuple[Result, ...]
+    environment: Mapping[str, Any]
+    images: Mapping[str, Sequence[Image]]
+    baselines: Mapping[str, Mapping[str, str]]  # label -> {"eager": label of its baseline, "teacher": ..., ...}
+    command: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def broken(self) -> tuple[Result, ...]:
+        """Results whose rule does not hold."""
+        return tuple(result for result in self.results if result.verdict and result.verdict.ok is False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.broken
+
+    def check(self, page: Path | None = None) -> None:
+        """ParityError, in one message, when a rule is broken; `page` is where to look."""
+        if not self.broken:
+            return
+        subject, verdict = self.broken[0].subject, self.broken[0].verdict
+        assert verdict is not None
+        raise ParityError(
+            f"{len(self.broken)} of {len(self.results)} subjects broke a rule. {subject.label!r}: {verdict.found}, but "
+            f"the rule is: {verdict.rule}{f'; see {page}' if page else ''}. {self._repair(subject)}"
+        )
+
+    def _repair(self, subject: Subject) -> str:
+        again = f"sdkd build-engine {subject.model} --target {subject.target} --output {subject.bundle} --overwrite"
+        if subject.precision == "fp32":
+            return f"Export and build the engine again, with: {again}"
+        few = len(self.setup.prompts)
+        return (
+            f"Compare more than {few} prompts to be sure, then use the fp32 engine, or export and build again: {again}"
+        )
+
+    @property
+    def noisy(self) -> tuple[str, ...]:
+        """Labels whose step latency spread so widely that the machine was not quiet."""
+        return tuple(row.subject.label for row in self.results if row.unet_step_ms.relative_width > NOISY_WIDTH)
+
+    def result(self, label: str) -> Result:
+        """The result of a subject; InputError lists the labels."""
+        found = {row.subject.label: row for row in self.results}
+        if label not in found:
+            raise InputError(f"the report has no subject {label!r}: it has {', '.join(found)}")
+        return found[label]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary (finite numbers only), units in field names, raw samples kept; see docs."""
+        return {
+            "schema": SCHEMA,
+            "command": self.command,
+            "ok": self.ok,
+            "noisy": list(self.noisy),
+            "notes": list(self.notes),
+            "setup": vars(self.setup) | {"prompts": list(self.setup.prompts)},
+            "environment": dict(self.environment),
+            "results": [_result_json(row, self) for row in self.results],
+        }
+
+
+def image_name(subject: Subject, number: int) -> str:
+    """Path of an image, relative to the report."""
+    return f"images/{subject.slug}-{number}.png"
+
+
+def _result_json(row: Result, report: Report) -> dict[str, Any]:
+    subject, baselines = row.subject, report.baselines.get(row.subject.label, {})
+    return {
+        "label": subject.label,
+        "model": subject.model_key,
+        "target": subject.target,
+        "precision": subject.precision,
+        "role": subject.role,
+        "bundle": None if subject.bundle is None else str(subject.bundle),
+        "unet_step_ms": _spread_json(row.unet_step_ms),
+        "unet_step_cpu_ms": _spread_json(row.unet_step_cpu_ms),
+        "image_s": _spread_json(row.image_s),
+        "images_per_s": row.images_per_s,
+        "load_s": row.load_s,
+        "first_call_s": row.first_call_s,
+        "unet_parameters": row.unet_parameters,
+        "parameters": row.parameters,
+        "bytes_on_disk": row.bytes_on_disk,
+        "rss_growth_bytes": row.rss_growth_bytes,
+        "repeatable": row.repeatable,
+        "attention": row.attention,
+        "step_speedup": {name: _ratio_json(ratio, baselines[name]) for name, ratio in row.step_speedup.items()},
+        "image_speedup": {name: _ratio_json(ratio, baselines[name]) for name, ratio in row.image_speedup.items()},
+        "against_eager": _likeness_json(row.against_eager),
+        "against_teacher": _likeness_json(row.against_teacher),
+        "verdict": None if row.verdict is None else vars(row.verdict),
+        "judged": None if row.judged is None else dict(row.judged),
+        "images": [image_name(subject, number) for number in range(len(report.images[subject.label]))],
+    }
+
+
+def _spread_json(spread: Spread) -> dict[str, Any]:
+    samples = [list(part) for part in spread.samples]
+    return {"median": spread.median, "p10": spread.p10, "p90": spread.p90, "count": spread.count, "samples": samples}
+
+
+def _ratio_json(ratio: Ratio, baseline: str) -> dict[str, Any]:
+    return {**vars(ratio), "tie": ratio.tie, "over": baseline}
+
+
+def _likeness_json(found: Likeness | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "reference": found.reference,
+        "identical": found.identical,
+        "psnr_mean_db": None if found.identical else found.psnr_mean_db,
+        "psnr_min_db": None if found.identical else found.psnr_min_db,
+        "max_abs_levels": found.max_abs,
+        "per_image": [vars(image) for image in found.per_image],
+    }
+
+
+def check_report_free(folder: Path, overwrite: bool) -> None:
+    """OutputExistsError when `folder` already holds a report and `overwrite` is false; other files do not matter."""
+    if not overwrite and (there := [name for name in PARTS if (folder / name).exists()]):
+        raise OutputExistsError(
+            f"output {str(folder)!r} already holds {there[0]}: choose another folder or pass --overwrite"
+        )
+
+
+def write_report(report: Report, folder: str | Path, overwrite: bool = False) -> Path:
+    """Write report.json, report.md, report.html and images/ into `folder`; gives the path of the HTML page.
+
+    Everything is made in a temporary folder first; files of others in `folder` stay. Raises OutputExistsError.
+    """
+    folder = Path(folder)
+    check_report_free(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial") as name:
+        with new_folder(Path(name) / "report") as staged:
+            _write_parts(report, staged)
+        folder.mkdir(exist_ok=True)
+        for part in PARTS:
+            _move(Path(name) / "report" / part, folder / part, Path(name))
+    return folder / "report.html"
+
+
+def _write_parts(report: Report, folder: Path) -> None:
+    from sdkd.compare.page import html_page
+    from sdkd.compare.tables import markdown
+
+    (folder / "images").mkdir()
+    for row in report.results:
+        for number, image in enumerate(report.images[row.subject.label]):
+            image.save(folder / image_name(row.subject, number))
+    write_bytes(folder / "report.md", markdown(report).encode())
+    write_bytes(folder / "report.html", html_page(report).encode())
+    write_json(folder / "report.json", report.to_json())
+
+
+def _move(source: Path, target: Path, spare: Path) -> None:
+    """Put `source` in the place of `target`; a folder that was there goes to `spare` first, and back on failure."""
+    if not target.is_dir():
+        source.replace(target)
+        return
+    old = spare / f"old-{target.name}"
+    target.rename(old)
+    try:
+        source.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def terminal_table(report: Report) -> ConsoleRenderable:
+    """The report for a terminal of 80 columns, for sdkd.console.show."""
+    from sdkd.compare.tables import terminal_table as make
+
+    return make(report)

@@ -1,0 +1,164 @@
+"""What is compared: a model on a target in a precision, how it is opened, and what it weighs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.bundle import Bundle
+from sdkd.contract import COMPONENTS, DTYPES, check_precision
+from sdkd.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+EAGER = "eager"
+TEACHER, STUDENT = "teacher", "student"
+WEIGHT_FOLDERS = ("unet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of a comparison: a model (name or path) on a target, `eager` or an engine slot such as `openvino-bf16`.
+
+    `bundle` holds the engines; `role` says what the model is to the others (`teacher`, `student`, `model`).
+    """
+
+    label: str
+    model: str | Path
+    target: str = EAGER
+    precision: str = "fp32"
+    bundle: Path | None = None
+    role: str = "model"
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if self.target != EAGER and self.bundle is None:
+            raise InputError(f"subject {self.label!r} runs on {self.target!r}, which needs a bundle: give one")
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether it runs in PyTorch, as loaded."""
+        return self.target == EAGER
+
+    @property
+    def is_truth(self) -> bool:
+        """Whether its images are the truth for its model: eager in float32."""
+        return self.is_eager and self.precision == "fp32"
+
+    @property
+    def model_key(self) -> str:
+        """What is equal for subjects of the same model."""
+        return str(self.model)
+
+    @property
+    def model_label(self) -> str:
+        """A short name of the model for people: the label without its target, or the last part of the model's name."""
+        for suffix in (self.runs_as, self.target):
+            if self.label.endswith(suffix) and (name := self.label.removesuffix(suffix).strip(" ,·-")):
+                return name
+        return re.split(r"[\\/]", self.model_key.rstrip("\\/"))[-1] or self.model_key
+
+    @property
+    def runs_as(self) -> str:
+        """Target and precision in one word: `eager`, `eager-bf16`, `openvino-bf16`."""
+        shown = self.precision == "fp32" or self.target.endswith(f"-{self.precision}")
+        return self.target if shown else f"{self.target}-{self.precision}"
+
+    @property
+    def slug(self) -> str:
+        """The label as a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-") or "subject"
+
+
+def check_subjects(subjects: Sequence[Subject]) -> None:
+    """InputError when there is nothing to compare, or two subjects would share a label or a file name."""
+    if not subjects:
+        raise InputError("nothing to compare: give at least one subject")
+    for what in ("label", "slug"):
+        names = [getattr(subject, what) for subject in subjects]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"subject {what} {twice[0]!r} is used twice: give every subject its own")
+
+
+def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeline:
+    """A pipeline that makes the subject's images: eager in its precision on `device`, or on its bundle's engines."""
+    if subject.is_eager:
+        import torch
+
+        from sdkd.models import load_eager
+
+        pipe = load_eager(subject.model, torch_dtype=getattr(torch, DTYPES[check_precision(subject.precision)]))
+        pipe = pipe if device == "cpu" else pipe.to(device)
+    else:
+        from engines.pipeline import load_pipeline
+
+        assert subject.bundle is not None
+        pipe = load_pipeline(subject.bundle, subject.target)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def close_subject(subject: Subject, pipe: Any) -> None:
+    """Release the engines behind a pipeline; an eager pipeline goes with its last reference."""
+    if not subject.is_eager:
+        for part in WEIGHT_FOLDERS:
+            getattr(pipe, part).close()
+
+
+def count_parameters(subject: Subject, pipe: Any) -> tuple[int, int]:
+    """Parameters of the UNet and of the whole pipeline (text encoder, UNet, VAE)."""
+    if subject.bundle is not None:
+        records = Bundle.open(subject.bundle).manifest.components
+        return records["unet"].parameters, sum(record.parameters for record in records.values())
+    counts = {name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters()) for name in WEIGHT_FOLDERS}
+    return counts["unet"], sum(counts.values())
+
+
+def size_on_disk(subject: Subject) -> int | None:
+    """Bytes of the weights (eager) or of the engine files; None where there is no file (random weights)."""
+    if subject.bundle is not None:
+        bundle = Bundle.open(subject.bundle)
+        records = [bundle.engine(subject.target, name) for name in COMPONENTS if name in bundle.manifest.components]
+        return sum(record.total_bytes for record in records)
+    from sdkd.models import resolve
+
+    path = resolve(subject.model).path
+    return None if path is None else weight_bytes(Path(path))
+
+
+def has_random_weights(subject: Subject) -> bool:
+    """Whether the model was never trained; a bundle knows even when its model is gone."""
+    if subject.bundle is not None:
+        return bool(Bundle.open(subject.bundle).manifest.source.get("random_weights"))
+    from sdkd.models import resolve
+
+    return resolve(subject.model).random_weights
+
+
+def weight_bytes(path: Path) -> int | None:
+    """Bytes of the weight files of a pipeline folder or of a single file; None when there are none.
+
+    Where a component comes in several formats or variants, the first of: plain safetensors, any safetensors, bin.
+    """
+    if path.is_file():
+        return path.stat().st_size
+    return sum(_component_bytes(path / name) for name in WEIGHT_FOLDERS) or None
+
+
+def _component_bytes(folder: Path) -> int:
+    for pattern in ("*model.safetensors", "*model-*-of-*.safetensors", "*.safetensors", "*.bin"):
+        if files := list(folder.glob(pattern)):
+            return sum(file.stat().st_size for file in files)
+    return 0
+
+
+def native_size(pipe: Any) -> int:
+    """Image side in pixels that a model was made for: the UNet's `sample_size` times the VAE's scale."""
+    sample = pipe.unet.config.sample_size
+    if not isinstance(sample, int):
+        raise ModelError(f"the UNet's sample_size {sample!r} is not one integer: give the image size with --size")
+    return sample * int(pipe.vae_scale_factor)

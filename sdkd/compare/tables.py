@@ -1,0 +1,233 @@
+"""The columns of a comparison, declared once; the terminal table, the Markdown table and the page all use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sdkd.compare.report import Report, Result
+from sdkd.compare.stats import Ratio
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleRenderable
+    from rich.table import Table
+
+MB = 1e6
+MILLION = 1e6
+Tone = Literal["", "good", "bad", "muted"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: what it says, a smaller remark, the value it sorts by, and whether it is good news."""
+
+    text: str
+    note: str = ""
+    sort: float | str | None = None
+    tone: Tone = ""
+
+
+EMPTY = Cell("–", tone="muted")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: title, unit, what it means, and how a result becomes a cell (EMPTY where it has no value)."""
+
+    key: str
+    title: str
+    unit: str
+    help: str
+    cell: Callable[[Result], Cell]
+    better: Literal["", "low", "high"] = ""
+    page_only: bool = False
+
+
+def number(value: float) -> str:
+    """About three significant digits, without an exponent: 1,234; 123; 12.3; 1.23; 0.123; 0.012."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.2g}"
+
+
+def _spread(row: Result) -> Cell:
+    step = row.unet_step_ms
+    return Cell(number(step.median), f"{number(step.p10)}–{number(step.p90)}", step.median)
+
+
+def _ratio(ratio: Ratio | None) -> Cell:
+    if ratio is None:
+        return EMPTY
+    interval = f"{ratio.low:.2f}–{ratio.high:.2f}"
+    if ratio.tie:
+        return Cell("tie", interval, ratio.value, "muted")
+    return Cell(f"{ratio.value:.2f}×", interval, ratio.value, "good" if ratio.value > 1 else "bad")
+
+
+def _against_eager(row: Result) -> Cell:
+    found = row.against_eager
+    if found is None:
+        return EMPTY
+    if found.identical:
+        return Cell("identical", "", found.psnr_mean_db)
+    return Cell(f"{found.psnr_mean_db:.1f}", f"worst {found.psnr_min_db:.1f}", found.psnr_mean_db)
+
+
+def _verdict(row: Result) -> Cell:
+    if row.verdict is None:
+        return EMPTY
+    half = "" if row.subject.precision == "fp32" else f" eager {row.subject.precision}"
+    text, tone, sort = _VERDICTS[row.verdict.ok, bool(half)]
+    return Cell(text + half, "" if row.verdict.ok else row.verdict.found, sort, tone)
+
+
+# By verdict, and by whether the engine is measured against eager in its own half precision.
+_VERDICTS: dict[tuple[bool | None, bool], tuple[str, Tone, float]] = {
+    (True, False): ("✓ same images", "good", 2),
+    (True, True): ("✓ as close as", "good", 2),
+    (False, False): ("✗ differs", "bad", 0),
+    (False, True): ("✗ further than", "bad", 0),
+    (None, False): ("not judged", "muted", 1),
+    (None, True): ("not judged, no", "muted", 1),
+}
+
+
+def _teacher(row: Result) -> Cell:
+    found = row.against_teacher
+    return EMPTY if found is None else Cell(f"{found.psnr_mean_db:.1f}", "", found.psnr_mean_db)
+
+
+def _judged(row: Result) -> Cell:
+    if not row.judged:
+        return EMPTY
+    mean = sum(row.judged.values()) / len(row.judged)
+    name = min(row.judged, key=lambda key: (row.judged or {})[key])
+    return Cell(f"{mean:.0%}", f"{name} {row.judged[name]:.0%}" if row.judged[name] < mean else "", mean)
+
+
+def _plain(value: float | None) -> Cell:
+    return EMPTY if value is None else Cell(number(value), "", value)
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("step", "UNet step", "ms", "Median of one UNet call; p10–p90 below it.", _spread, "low"),
+    Column("eager", "vs own eager", "", "Speed of a UNet step over eager PyTorch of the same model, and its "
+           "interval. A tie: the interval holds 1.", lambda row: _ratio(row.step_speedup.get("eager")), "high"),
+    Column("teacher", "vs teacher", "", "Speed of a UNet step over the teacher in eager PyTorch.",
+           lambda row: _ratio(row.step_speedup.get("teacher")), "high"),
+    Column("baseline", "vs baseline", "", "Speed of a UNet step over the chosen baseline.",
+           lambda row: _ratio(row.step_speedup.get("baseline")), "high"),
+    Column("images", "Images", "per s", "End to end: text encoder, all steps, scheduler and VAE.",
+           lambda row: _plain(row.images_per_s), "high"),
+    Column("unet", "UNet", "M params", "Parameters of the UNet.",
+           lambda row: _plain(row.unet_parameters / MILLION), "low"),
+    Column("disk", "On disk", "MB", "Weight files (eager) or engine files.",
+           lambda row: _plain(None if row.bytes_on_disk is None else row.bytes_on_disk / MB), "low"),
+    Column("psnr", "To own eager", "dB PSNR", "Images against eager fp32 of the same model, prompt and noise: mean "
+           "over prompts, and the worst.", _against_eager, "high"),
+    Column("verdict", "Verdict", "", "Whether the engine keeps the rule below.", _verdict),
+    Column("agreement", "To teacher", "dB PSNR", "A student's images against the teacher's of the same prompt and "
+           "noise. A student is another model: this is likeness, not an error.", _teacher, "high"),
+    Column("judged", "Captions", "right", "Attributes that a reader finds in the image as the caption says.",
+           _judged, "high"),
+    Column("whole", "Pipeline", "M params", "Parameters of text encoder, UNet and VAE.",
+           lambda row: _plain(row.parameters / MILLION), "low", page_only=True),
+    Column("load", "Load", "s", "Opening the pipeline, libraries already imported.",
+           lambda row: _plain(row.load_s), "low", page_only=True),
+    Column("first", "First image", "s", "The first whole image after loading, compilation included.",
+           lambda row: _plain(row.first_call_s), "low", page_only=True),
+    Column("memory", "Memory", "+MB", "Growth of the process from before loading to after the first image.",
+           lambda row: _plain(row.rss_growth_bytes / MB), "low", page_only=True),
+)  # fmt: skip
+
+
+def shown_columns(report: Report, page: bool = False) -> list[Column]:
+    """The columns in which any subject has a value."""
+    kept = [column for column in COLUMNS if page or not column.page_only]
+    return [column for column in kept if any(column.cell(row) != EMPTY for row in report.results)]
+
+
+def best_rows(column: Column, rows: Sequence[Result]) -> set[str]:
+    """Labels of the rows that hold a column's best value; none where all are equal or there is nothing to win."""
+    values = {row.subject.label: cell.sort for row in rows if isinstance((cell := column.cell(row)).sort, float | int)}
+    if not column.better or len(set(values.values())) < 2:
+        return set()
+    best = (min if column.better == "low" else max)(values.values(), key=float)
+    return {label for label, value in values.items() if value == best}
+
+
+def _title(column: Column) -> str:
+    return f"{column.title}, {column.unit}" if column.unit else column.title
+
+
+def _inline(cell: Cell) -> str:
+    return f"{cell.text} ({cell.note})" if cell.note else cell.text
+
+
+def markdown(report: Report) -> str:
+    """The table for a README, with what was asked and where it was measured."""
+    from sdkd.compare.words import machine_line, noise_note, sentence
+
+    columns = shown_columns(report)
+    head = ["Subject", *(_title(column) for column in columns)]
+    lines = [f"# {sentence(report)}", "", f"Measured on {machine_line(report)}.", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'|'.join(['---', *['---:'] * len(columns)])}|"]
+    for row in report.results:
+        cells = [row.subject.label, *(_inline(column.cell(row)) for column in columns)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", *(f"- {column.title}: {column.help}" for column in columns)]
+    lines += [f"- Note: {note}." for note in (noise_note(report), *report.notes) if note]
+    if report.command:
+        lines += ["", "Made again by:", "", f"    {report.command}"]
+    return "\n".join(lines) + "\n"
+
+
+# What fits a terminal of 80 columns: a heading of two lines, and whether the remark is shown.
+_SPEED = {
+    "step": ("step", "ms", True),
+    "eager": ("over", "eager", False),
+    "teacher": ("over", "teacher", False),
+    "baseline": ("over", "baseline", False),
+    "images": ("images", "per s", False),
+    "unet": ("UNet", "M", False),
+    "disk": ("disk", "MB", False),
+}
+_IMAGES = {
+    "psnr": ("to own eager", "dB PSNR", True),
+    "verdict": ("", "verdict", False),
+    "agreement": ("to teacher", "dB PSNR", False),
+    "judged": ("captions", "right", False),
+}
+_STYLES = {"good": "green", "bad": "bold red", "muted": "dim", "": ""}
+
+
+def terminal_table(report: Report) -> ConsoleRenderable:
+    """Two tables for a terminal of 80 columns: speed and size, then the images; the page has the rest."""
+    from rich.console import Group
+
+    return Group(*(table for heads in (_SPEED, _IMAGES) if (table := _part_table(report, heads)) is not None))
+
+
+def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> Table | None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = [column for column in shown_columns(report) if column.key in heads]
+    if not columns:
+        return None
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("\nsubject", overflow="fold")
+    for column in columns:
+        table.add_column("\n".join(heads[column.key][:2]), justify="right", no_wrap=True)
+    for row in report.results:
+        texts = []
+        for column in columns:
+            cell = column.cell(row)
+            remark = f" ({cell.note})" if cell.note and heads[column.key][2] else ""
+            texts.append(Text.assemble((cell.text, _STYLES[cell.tone]), (remark, "dim")))
+        table.add_row(row.subject.label, *texts)
+    return table
