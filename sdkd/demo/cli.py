@@ -1,0 +1,66 @@
+"""The command `sdkd demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdkd.console import progress, show
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for models, bundles, images and the report.")] = Path(
+        "artifacts/demo"
+    ),
+    steps: Annotated[int | None, typer.Option(help="Distillation steps per student (default: the demo's own).")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Re-use nothing of an earlier run.")] = False,
+) -> None:
+    """The whole way on this machine, with the embedded teacher.
+
+    Builds and distils the small and tiny students, exports all three models, builds every engine this machine can,
+    generates the same prompts with each and compares them. Run again, it re-uses what is fresh.
+    """
+    from sdkd.demo.run import DemoResult, DemoSettings, run_demo
+    from sdkd.files import lock
+
+    settings = DemoSettings() if steps is None else DemoSettings(distill_steps=steps)
+    with lock(output):
+        if fresh:
+            _forget(output)
+        with progress("demo") as report:
+            result: DemoResult = run_demo(output, settings, report)
+    _tell(result)
+
+
+def _forget(output: Path) -> None:
+    import shutil
+
+    for name in ("models", "bundles"):
+        shutil.rmtree(output / name, ignore_errors=True)
+
+
+def _tell(result: object) -> None:
+    from rich.markup import escape
+
+    from sdkd.compare.tables import terminal_table
+    from sdkd.demo.run import DemoResult
+
+    assert isinstance(result, DemoResult)
+    assert result.report is not None
+    show(terminal_table(result.report))
+    if result.reused:
+        show(f"Re-used from an earlier run: {', '.join(result.reused)}.")
+    for target, why in result.skipped.items():
+        show(escape(f"{target}: {why}"))
+    folder = result.folder
+    show(
+        f"\nLook at [bold]{folder}/report.html[/] (images side by side), {folder}/demo.png and {folder}/report.json.",
+        "\nNext, with a real checkpoint:",
+        "  sdkd doctor",
+        "  sdkd student runwayml/stable-diffusion-v1-5 artifacts/my-tiny --student tiny",
+        "  sdkd build-engine segmind/tiny-sd --target tensorrt --size 512 --batch 1..4 --output artifacts/tiny-sd",
+        "  sdkd compare artifacts/tiny-sd",
+        sep="\n",
+    )

@@ -1,0 +1,263 @@
+"""`sdkd demo`: teacher -> students -> ONNX -> engines -> images -> comparison, with the embedded teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.console import Progress, quiet, within
+from sdkd.contract import Range, ShapeRanges
+from sdkd.errors import InputError
+from sdkd.files import new_folder, read_json, write_json
+from sdkd.targets import availability
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from sdkd.compare.report import Report
+    from sdkd.compare.subjects import Subject
+    from sdkd.distill.latents import LatentCache
+
+STUDENTS = ("small", "tiny")
+MODELS = ("teacher", *STUDENTS)
+RECORD = "demo.json"  # beside a result: what it was made from, so that a second run can re-use it
+PROMPTS = (
+    "a large red star on a white background",
+    "a large yellow heart on a blue background",
+    "a medium green circle on a black background",
+    "a large blue cross on a yellow background",
+    "a medium magenta ring on a green background",
+    "a large cyan triangle on a red background",
+)
+# (target, precision of the engine) in the order of the report; each is built where it can be and run where it can be.
+ENGINES = (
+    ("onnxruntime", "fp32"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("tensorrt-rtx", "fp16"),
+    ("tensorrt", "fp16"),
+)
+# Shares of the whole time, for the time left.
+SHARES = {"students": (0.0, 0.45), "engines": (0.45, 0.7), "comparison": (0.7, 1.0)}
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a demo run does; every field is part of what makes a re-used result fresh."""
+
+    distill_steps: int = 240
+    batch_size: int = 32
+    learning_rate: float = 1e-3  # far from the 1e-5..1e-4 of full-size students: so few steps must do
+    images: int = 1536
+    sampling_steps: int = 25
+    guidance_scale: float = 4.0
+    seed: int = 0
+    runs: int = 15
+    prompts: tuple[str, ...] = PROMPTS
+
+
+@dataclass
+class DemoResult:
+    """Where everything is, what was re-used and what could not be done here."""
+
+    folder: Path
+    report: Report | None = None
+    reused: list[str] = field(default_factory=list)
+    built: list[tuple[str, str]] = field(default_factory=list)  # (model, slot), built and maybe not runnable here
+    skipped: dict[str, str] = field(default_factory=dict)  # target -> why
+
+
+def digest(*parts: object) -> str:
+    """A short name for what a result was made from."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progress = quiet) -> DemoResult:
+    """The whole way into `folder`; re-uses what is fresh. Raises what any step raises, losing nothing finished."""
+    settings = settings or DemoSettings()
+    folder.mkdir(parents=True, exist_ok=True)
+    result = DemoResult(folder)
+    make_students(folder, settings, result, within(progress, *SHARES["students"]))
+    subjects = make_engines(folder, result, within(progress, *SHARES["engines"]))
+    compare_all(subjects, folder, settings, result, within(progress, *SHARES["comparison"]))
+    return result
+
+
+def model_path(folder: Path, name: str) -> Path | str:
+    """What to load for a model of the demo: the embedded teacher or a distilled student's folder."""
+    return "demo" if name == "teacher" else folder / "models" / name
+
+
+def _is_fresh(record: Path, key: str) -> bool:
+    try:
+        return bool(read_json(record).get("key") == key)
+    except (InputError, AttributeError):
+        return False
+
+
+def make_students(folder: Path, settings: DemoSettings, result: DemoResult, progress: Progress) -> None:
+    """Build each student from the teacher's weights and distil it for a short time, unless it is there already."""
+    from sdkd.demo import teacher_path
+
+    weights = (teacher_path() / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    key = digest(hashlib.sha256(weights).hexdigest(), asdict(settings))
+    stale = [name for name in STUDENTS if not _is_fresh(folder / "models" / name / RECORD, key)]
+    result.reused += [f"student {name}" for name in STUDENTS if name not in stale]
+    if not stale:
+        progress("students are fresh, re-used", 1.0)
+        return
+    pipe, latents = _lessons(settings, within(progress, 0.0, 0.2))
+    for index, name in enumerate(stale):
+        part = within(progress, 0.2 + 0.8 * index / len(stale), 0.2 + 0.8 * (index + 1) / len(stale), f"{name}: ")
+        _make_student(name, pipe, latents, folder / "models" / name, key, settings, part)
+
+
+def _lessons(settings: DemoSettings, progress: Progress) -> tuple[StableDiffusionPipeline, LatentCache]:
+    """The teacher, and the latents of the procedural images that both students learn from."""
+    from sdkd.demo.dataset import DemoImages
+    from sdkd.distill.latents import encode_images, training_size
+    from sdkd.models import load_eager
+
+    progress("loading the teacher", 0.0)
+    pipe = load_eager("demo")
+    images = DemoImages(count=settings.images, seed=settings.seed)
+    return pipe, encode_images(pipe, images, size=training_size(pipe, None), progress=progress)
+
+
+def _make_student(
+    name: str,
+    teacher: StableDiffusionPipeline,
+    latents: LatentCache,
+    path: Path,
+    key: str,
+    settings: DemoSettings,
+    progress: Progress,
+) -> None:
+    from sdkd.distill import DistillConfig, distill
+    from sdkd.pipelines import write_pipeline
+    from sdkd.students import build_student
+
+    config = DistillConfig(
+        student=name,
+        steps=settings.distill_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed,
+    )
+    student = build_student(teacher.unet, name)
+    with new_folder(path, overwrite=True) as partial:
+        distill(teacher, student, latents, config, progress=progress, log_path=partial / "training.jsonl")
+        about = {"teacher": "demo", "student": config.spec.name, "data": "demo", "settings": config.to_json()}
+        write_pipeline(teacher, partial, unet=student, about=about)
+        _keep_teacher_files(partial)
+        write_json(partial / RECORD, {"key": key, "settings": asdict(settings)})
+
+
+def _keep_teacher_files(folder: Path) -> None:
+    """The student's text encoder and VAE are the teacher's: the very files, so that their exports are shared."""
+    from sdkd.demo import teacher_path
+
+    for part in ("text_encoder", "vae"):
+        shutil.rmtree(folder / part)
+        shutil.copytree(teacher_path() / part, folder / part)
+
+
+def wanted_engines(result: DemoResult) -> list[tuple[str, str]]:
+    """The engines that this machine can build; why not goes into `result.skipped`."""
+    wanted = []
+    for target, precision in ENGINES:
+        found = availability(target)
+        if found.can_build:
+            wanted.append((target, precision))
+        else:
+            result.skipped[target] = f"{found.reason}; {found.fix}"
+    return wanted
+
+
+def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[Subject]:
+    """Export every model, build every engine that this machine can, and name what can be compared here."""
+    from sdkd.compare.subjects import Subject
+    from sdkd.workflow import prepare
+
+    engines = wanted_engines(result)
+    subjects, done, total = [], 0, len(engines) * len(MODELS)
+    for name in MODELS:
+        model = str(model_path(folder, name))
+        role = "teacher" if name == "teacher" else "student"
+        subjects.append(Subject(f"{name} eager", model, "eager", "fp32", None, role))
+        for target, precision in engines:
+            part = within(progress, done / total, (done + 1) / total, f"{name}, {target} {precision}: ")
+            made = prepare(
+                model,
+                target,
+                folder / "bundles" / name,
+                precision=precision,
+                ranges=demo_ranges(),
+                reuse=folder / "bundles" / "teacher",
+                progress=part,
+            )
+            done += 1
+            result.built.append((name, made.slot))
+            if not (made.exported or made.built):
+                result.reused.append(f"{made.slot} engine of {name}")
+            if availability(target).can_run:
+                subjects.append(Subject(f"{name} {made.slot}", model, made.slot, precision, made.bundle, role))
+            else:
+                result.skipped.setdefault(target, "built, but not run: " + availability(target).reason)
+    return subjects
+
+
+def demo_ranges() -> ShapeRanges:
+    """Shapes of the demo's engines: its native 64 pixels, up to four images a call."""
+    return ShapeRanges(Range(1, 1, 4), Range.fixed(64), Range.fixed(64), Range.fixed(77))
+
+
+def judge(images: Sequence[Any], prompts: Sequence[str]) -> dict[str, float]:
+    """Fraction of images whose shape, colour and background are what the caption says."""
+    from sdkd.demo.reader import read_image
+    from sdkd.demo.scenes import parse_caption
+
+    right = {"shape": 0, "colour": 0, "background": 0}
+    for image, prompt in zip(images, prompts, strict=True):
+        found, scene = read_image(image), parse_caption(prompt)
+        for name in right:
+            right[name] += getattr(found, name) == getattr(scene, name)
+    return {name: count / len(prompts) for name, count in right.items()}
+
+
+def compare_all(
+    subjects: list[Subject], folder: Path, settings: DemoSettings, result: DemoResult, progress: Progress
+) -> None:
+    """Generate the same prompts with each subject, measure, and write the report into `folder`."""
+    from sdkd.compare import compare, write_report
+
+    result.report = compare(
+        subjects,
+        prompts=list(settings.prompts),
+        steps=settings.sampling_steps,
+        guidance_scale=settings.guidance_scale,
+        seed=settings.seed,
+        runs=settings.runs,
+        judge=judge,
+        progress=progress,
+    )
+    write_report(result.report, folder, overwrite=True)
+    draw(result.report, folder / "demo.png")
+
+
+def draw(report: Report, path: Path) -> None:
+    """One picture: every model eagerly, and on the first of its engines."""
+    from sdkd.demo.picture import write_sheet
+
+    rows, seen = {}, set()
+    for row in report.results:
+        kind = (row.subject.model_key, row.subject.is_eager)
+        if kind not in seen:
+            seen.add(kind)
+            rows[row.subject.label] = report.images[row.subject.label]
+    write_sheet(path, rows, report.setup.prompts)

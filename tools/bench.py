@@ -1,0 +1,168 @@
+"""Measure on this machine and keep the results: benchmarks/<machine>/<piece>.json and .md, and the table in README.md.
+
+    python tools/bench.py                       # all pieces; about 20 minutes on two CPU cores
+    python tools/bench.py --pieces demo         # the embedded models: teacher and students, eager and engines
+    python tools/bench.py --pieces sd15-tiny    # full-size SD 1.5 shapes with random weights: builds and latency
+
+Raw samples stay in the JSON. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdkd.bundle import Bundle
+from sdkd.compare import Subject, compare
+from sdkd.compare.report import Report
+from sdkd.compare.tables import markdown
+from sdkd.console import progress
+from sdkd.demo.run import ENGINES
+from sdkd.files import read_json, write_bytes, write_json
+from sdkd.targets import availability, cpu_name, gpu
+from sdkd.workflow import prepare
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+FULL_SIZE = "random:sd15-tiny"
+
+
+def machine() -> str:
+    """A folder name for this machine: its GPU, else its CPU and core count."""
+    import os
+
+    device = gpu()
+    name = device["gpu"] if device else f"{cpu_name()} {os.cpu_count()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit that was measured."""
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return asked.stdout.strip()
+
+
+def measure_demo(work: Path) -> dict[str, Any]:
+    """The demo's comparison, with its distillation and builds from nothing."""
+    from sdkd.demo.run import run_demo
+
+    with progress("demo") as report:
+        result = run_demo(work / "demo", progress=report)
+    assert result.report is not None
+    return _result(result.report, _builds(work.glob("demo/bundles/*/*")))
+
+
+def measure_full_size(work: Path) -> dict[str, Any]:
+    """SD 1.5-shaped tiny student with random weights: build times of every target, UNet step of those that run here."""
+    subjects = [Subject("eager fp32", FULL_SIZE), Subject("eager bf16", FULL_SIZE, precision="bf16")]
+    with progress("sd15-tiny") as report:
+        for target, precision in ENGINES:
+            if not availability(target).can_build:
+                continue
+            made = prepare(FULL_SIZE, target, work / "sd15-tiny", precision=precision, progress=report)
+            if availability(target).can_run:
+                subjects.append(Subject(f"{target} {precision}", FULL_SIZE, made.slot, precision, made.bundle))
+        found = compare(
+            subjects, prompts=["a lighthouse in a storm"], steps=2, runs=6, image_runs=1, min_seconds=1, progress=report
+        )
+    return _result(found, _builds(work.glob("sd15-tiny/*")))
+
+
+def _result(report: Report, builds: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"comparison": report.to_json(), "builds": builds, "markdown": markdown(report)}
+
+
+def _builds(folders: Any) -> list[dict[str, Any]]:
+    rows = []
+    for folder in sorted(folders):
+        bundle = Bundle.open(folder)
+        for part in bundle.manifest.components.values():
+            rows.append(_row(bundle, part.name, f"onnx-{part.precision}", part.seconds, part.total_bytes))
+        for engine in bundle.manifest.engines.values():
+            rows.append(_row(bundle, engine.component, engine.slot, engine.seconds, engine.total_bytes))
+    return rows
+
+
+def _row(bundle: Bundle, component: str, made: str, seconds: float, size: int) -> dict[str, Any]:
+    model = str(bundle.manifest.source.get("model", ""))
+    model = model if ":" in model or model == "demo" else Path(model).name
+    return {"model": model, "component": component, "made": made, "seconds": round(seconds, 2), "bytes": size}
+
+
+def builds_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what was exported and built, how long it took, how large it is."""
+    lines = ["| model | component | made | seconds | MB |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['model']} | {row['component']} | {row['made']} | {row['seconds']:.1f} | {row['bytes'] / 1e6:.1f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+PIECES: dict[str, Callable[[Path], dict[str, Any]]] = {"demo": measure_demo, "sd15-tiny": measure_full_size}
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Write the JSON and the Markdown of one piece."""
+    folder = ROOT / "benchmarks" / machine()
+    command = f"python tools/bench.py --pieces {name}"
+    head = {"date": datetime.date.today().isoformat(), "commit": commit(), "command": command}
+    write_json(folder / f"{name}.json", head | found)
+    title = f"# {name} on {machine()}\n\n{head['date']}, commit {head['commit']}, `{command}`\n\n"
+    text = (
+        title
+        + found["markdown"].removeprefix("# ")
+        + "\n\n## Exports and builds\n\n"
+        + builds_table(found["builds"])
+        + "\n"
+    )
+    write_bytes(folder / f"{name}.md", text.encode())
+
+
+def brief(text: str) -> str:
+    """The sentence, the machine and the table of a comparison's Markdown, without its explanations."""
+    lines = text.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    return "\n".join([f"{lines[0].removeprefix('# ')}. {lines[2]}", "", *table])
+
+
+def update_readme() -> None:
+    """Fill README's block with the tables of every kept piece."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks").glob("*/*.json")):
+        data = read_json(path)
+        if "comparison" in data:
+            place = path.relative_to(ROOT).as_posix()
+            parts.append(
+                f"From [`{place}`]({place}) ({data['date']}), made by `{data['command']}`:\n\n{brief(data['markdown'])}"
+            )
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    write_bytes(README, (text[:start] + "\n" + "\n\n".join(parts) + "\n" + text[end:]).encode())
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pieces", default=",".join(PIECES), help=f"of {', '.join(PIECES)}")
+    parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "bench", help="models and engines; re-used")
+    args = parser.parse_args()
+    for name in args.pieces.split(","):
+        if name not in PIECES:
+            parser.error(f"piece {name!r} is unknown: choose from {', '.join(PIECES)}")
+        keep(name, PIECES[name](args.work))
+    update_readme()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
