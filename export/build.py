@@ -1,0 +1,142 @@
+"""Build engines into a bundle: what is fresh is kept, what is missing or stale is built in a child process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from export.build_errors import explain
+from export.build_files import moved, partial_folder
+from export.build_job import TIMING_CACHE, Job
+from export.build_request import Request, check_buildable, engine_precision, rebuild_reasons, requests_for
+from export.ranges import best_sizes, bundle_multiple, bundle_scale, input_shapes, other_sizes
+from export.worker import ChildError, run_in_child
+from sdkd.bundle import Bundle, EngineRecord, FileRecord
+from sdkd.console import Progress, quiet
+from sdkd.contract import ShapeRanges
+from sdkd.errors import BuildError
+from sdkd.files import lock
+from sdkd.targets import built_environment, check_target, environment
+
+
+def build_engine(
+    bundle: str | Path | Bundle,
+    target: str,
+    *,
+    precision: str | None = None,
+    ranges: ShapeRanges | None = None,
+    components: Sequence[str] | None = None,
+    force: bool = False,
+    progress: Progress = quiet,
+) -> Bundle:
+    """Build the engines of a bundle for a target and return the bundle as it is then.
+
+    `target`: a target or slot (`openvino-bf16`); `precision`: None for the ONNX's own; `ranges`: None for
+    `default_ranges`; `components`: None for all that were exported. An engine of the same ONNX, ranges, flags and
+    environment is kept unless `force`. All or nothing: on failure or Ctrl-C files and manifest stay as they were.
+
+    Raises InputError (target, precision, ranges, components), BundleError (no bundle, truncated or altered ONNX),
+    MissingExtraError, BusyError (somebody else builds), BuildError and ValuesError (NaN, infinity, too far off).
+    """
+    root = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
+    kind = check_target(target)
+    Bundle.open(root)
+    with lock(root):
+        opened = Bundle.open(root)
+        wanted = engine_precision(opened, target, precision)
+        check_buildable(kind)
+        requests = requests_for(opened, kind.name, wanted, ranges, components)
+        stale = _split(opened, requests, force, progress)
+        return _build(opened, stale, progress) if stale else opened
+
+
+def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progress) -> list[Request]:
+    """The requests to build; says of every one why it is built or that it is kept."""
+    here = environment(requests[0].target) if requests else {}
+    stale = []
+    for request in requests:
+        name = request.component.name
+        bundle.verify_files(request.component)
+        reasons = ["forced"] if force else rebuild_reasons(bundle, request, here)
+        if reasons:
+            progress(f"{name}: to build for {request.slot} ({'; '.join(reasons)})", None)
+            stale.append(request)
+        else:
+            progress(f"{name}: {request.slot} engine is fresh, reused", None)
+    return stale
+
+
+def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundle:
+    slot = requests[0].slot
+    home = bundle.path / "engines" / slot
+    with partial_folder(home) as partial:
+        if (home / TIMING_CACHE).is_file():
+            shutil.copy2(home / TIMING_CACHE, partial)
+        jobs = [_job(bundle, request, partial) for request in requests]
+        answers = _run(jobs, requests, progress)
+        records = [_record(request, answer, partial) for request, answer in zip(requests, answers, strict=True)]
+        manifest = bundle.manifest
+        for record in records:
+            manifest = manifest.with_engine(record)
+        result = replace(bundle, manifest=manifest)
+        with moved(partial, home):
+            result.save()
+    return result
+
+
+def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
+    contract = request.component.contract
+    scale, multiple = bundle_scale(bundle), bundle_multiple(bundle)
+    second = other_sizes(contract, request.ranges, scale, multiple)
+    first = dict(best_sizes(contract, request.ranges, scale))
+    return Job(
+        component=request.component.name,
+        target=request.target,
+        precision=request.precision,
+        onnx=str((bundle.path / request.component.files[0].path).resolve()),
+        folder=str(folder.resolve()),
+        contract=contract,
+        profile=input_shapes(contract, request.ranges, scale),
+        checks=(first, second) if second else (first,),
+        flags=request.flags,
+    )
+
+
+def _run(jobs: list[Job], requests: list[Request], progress: Progress) -> list[dict[str, Any]]:
+    current = [jobs[0].component]
+
+    def follow(message: str, fraction: float | None) -> None:
+        current[0] = message.partition(":")[0]
+        progress(message, fraction)
+
+    try:
+        answers: list[dict[str, Any]] = run_in_child(
+            "export.build_job:build_all", {"jobs": [job.to_json() for job in jobs]}, follow
+        )
+    except ChildError as error:
+        raise BuildError(explain(current[0], requests[0].target, error)) from error
+    return answers
+
+
+def _record(request: Request, answer: Mapping[str, Any], folder: Path) -> EngineRecord:
+    root = Path("engines") / request.slot
+    files = tuple(
+        replace(FileRecord.of(folder, folder / name), path=(root / name).as_posix()) for name in answer["files"]
+    )
+    return EngineRecord(
+        component=request.component.name,
+        target=request.target,
+        precision=request.precision,
+        files=files,
+        onnx_sha256=request.component.onnx_sha256,
+        ranges=request.ranges,
+        environment=built_environment(request.target),
+        seconds=answer["seconds"],
+        flags={**request.flags, **answer["flags"]},
+        parity=answer["parity"],
+        built_for=tuple(answer["built_for"]),
+        slot=request.slot,
+    )

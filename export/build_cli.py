@@ -1,0 +1,170 @@
+"""`sdkd build-engine`: engines of a bundle, or of a model that is exported first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdkd.bundle import MANIFEST, Bundle, EngineRecord
+from sdkd.console import Progress, progress, show, show_json, table, within
+from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, Precision, Range, check_precision, size_multiple
+from sdkd.errors import InputError, OutputExistsError
+from sdkd.files import read_json
+from sdkd.targets import check_target, slot_name, slot_precision
+
+ARTIFACTS = Path("artifacts")
+FROM_FLOAT = ("openvino",)  # targets that make their own precision from an fp32 graph
+COLUMNS = ("component", "slot", "precision", "shapes (smallest, best, largest)", "MB", "seconds", "parity", "")
+
+
+def build_engine(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="A bundle, or a model to export first.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="onnxruntime, openvino, tensorrt or tensorrt-rtx.")],
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the bundle's.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Pixels: 512, 512..768 or 512x768 (height x width).")] = None,
+    batch: Annotated[str | None, typer.Option(help="Images per call: 1 or 1..4.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens per prompt; default: all the text encoder has.")] = None,
+    components: Annotated[list[str] | None, typer.Option(help="unet, text_encoder, ...; default: all.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle at the output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Build engines for a target, and check them where they run here.
+
+    What is fresh is kept. An image size must be a multiple of 64 pixels for Stable Diffusion (32 for sd-tiny).
+    """
+    from export import build
+    from export.build_request import check_components, onnx_precision
+    from export.ranges import parse_ranges
+
+    parts = [name for group in components or () for name in group.split(",")] or None
+    _check_model(model, target, precision, size or [])
+    check_components(parts)
+    for text in filter(None, (batch, tokens)):
+        Range.parse(text)
+    with progress(f"build-engine {target}") as step:
+        start = 0.0 if _is_bundle(model) else 0.5
+        path = _bundle(model, output, _export_precision(target, precision), overwrite, within(step, 0.0, 0.5))
+        before = Bundle.open(path)
+        ranges = parse_ranges(size or [], batch, tokens, before)
+        options: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
+        after = build.build_engine(path, target, progress=within(step, start, 1.0), **options)
+    onnx = onnx_precision(after)
+    slot = slot_name(check_target(target).name, precision or slot_precision(target) or onnx, onnx)
+    found = summary(before, after, slot, parts)
+    if json:
+        show_json(found)
+        return
+    show(table(f"Engines in {path}", COLUMNS, [_row(engine) for engine in found["engines"]]))
+    show(f"Run it with: sdkd generate {path} PROMPT --target {found['slot']}")
+
+
+def _is_bundle(model: str) -> bool:
+    return (Path(model) / MANIFEST).is_file()
+
+
+def _check_model(model: str, target: str, precision: str | None, sizes: list[str]) -> None:
+    """Whatever can be refused before minutes are spent on an export."""
+    from export.build_request import check_buildable, check_conversion
+    from export.ranges import check_sizes, parse_sizes
+    from sdkd.models import resolve
+
+    found = check_target(target)
+    if precision:
+        check_precision(precision)
+    pixels = parse_sizes(sizes)
+    source = resolve(model)
+    if source.kind != "bundle":
+        onnx = _export_precision(target, precision)
+        check_conversion(found.name, onnx, precision or slot_precision(target) or onnx)
+    configs = [source.path / part / "config.json" for part in ("unet", "vae")] if source.path else []
+    if pixels and configs and all(file.is_file() for file in configs):
+        unet, vae = (read_json(file) for file in configs)
+        check_sizes(*pixels, size_multiple(unet, vae))
+    check_buildable(found)
+
+
+def _export_precision(target: str, precision: str | None) -> Precision:
+    """What a model is exported in for this target: its own usual precision, or fp32 where the target lowers it."""
+    found = check_target(target)
+    if found.name in FROM_FLOAT:
+        return "fp32"
+    return check_precision(precision or slot_precision(target) or found.precision)
+
+
+def _bundle(model: str, output: Path | None, precision: Precision, overwrite: bool, step: Progress) -> Path:
+    """The bundle that is meant, exported first when MODEL is none."""
+    if _is_bundle(model):
+        if output and output.resolve() != Path(model).resolve():
+            raise InputError(f"{model!r} is a bundle already, engines go into it: leave out --output {str(output)!r}")
+        return Path(model)
+    path = output or ARTIFACTS / default_name(model)
+    if not overwrite and (path / MANIFEST).is_file():
+        _check_same(model, path, precision)
+        step("ONNX is fresh, reused", 1.0)
+        return path
+    from export.pipeline import export_pipeline
+
+    export_pipeline(model, path, precision=precision, overwrite=overwrite, progress=step)
+    return path
+
+
+def default_name(model: str) -> str:
+    """A folder name for a model: `segmind/tiny-sd` -> `tiny-sd`, `random:sd15-tiny` -> `random-sd15-tiny`."""
+    name = Path(model).expanduser().resolve().name if Path(model).exists() else model.rpartition("/")[2]
+    return re.sub(r"[^\w.-]+", "-", name.removesuffix(".safetensors")).strip("-.") or "model"
+
+
+def _check_same(model: str, path: Path, precision: Precision) -> None:
+    """OutputExistsError unless the bundle at `path` was exported from the same weights in the same precision."""
+    from sdkd.models import source_digests
+
+    digests = source_digests(model)
+    records = Bundle.open(path).manifest.components
+    same = all(records.get(name) and records[name].source_sha256 == digests.get(name) for name in CONFIG_FOLDERS)
+    precisions = {record.precision for name, record in records.items() if name == "unet"}
+    if not same or precisions != {precision}:
+        what = "other weights" if not same else f"precision {', '.join(precisions)}, not {precision}"
+        raise OutputExistsError(
+            f"output {str(path)!r} holds a bundle of {what}: choose another --output or pass --overwrite"
+        )
+
+
+def summary(before: Bundle, after: Bundle, slot: str, components: list[str] | None) -> dict[str, Any]:
+    """What the command has to say, JSON-ready; `reused` engines are those that were there before."""
+    names = [name for name in COMPONENTS if name in (components or after.manifest.components)]
+    engines = [after.engine(slot, name) for name in names]
+    return {"bundle": str(after.path), "slot": slot, "engines": [_describe(before, engine) for engine in engines]}
+
+
+def _describe(before: Bundle, engine: EngineRecord) -> dict[str, Any]:
+    return {
+        "component": engine.component,
+        "slot": engine.slot,
+        "precision": engine.precision,
+        "ranges": engine.ranges.to_json(),
+        "shapes": str(engine.ranges),
+        "bytes": engine.total_bytes,
+        "seconds": engine.seconds,
+        "parity": engine.parity,
+        "built_for": list(engine.built_for),
+        "reused": before.manifest.engines.get(f"{engine.slot}/{engine.component}") == engine,
+    }
+
+
+def _row(engine: dict[str, Any]) -> list[str]:
+    parity = engine["parity"]
+    return [
+        engine["component"],
+        engine["slot"],
+        engine["precision"],
+        engine["shapes"],
+        f"{engine['bytes'] / 1e6:,.1f}",
+        f"{engine['seconds']:.1f}",
+        f"{parity['relative']:.1e}" if parity else "not run here",
+        "reused" if engine["reused"] else "built",
+    ]

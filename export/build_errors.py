@@ -1,0 +1,34 @@
+"""Why a build failed, for a person: the component, the target, what the library said last, and what to try."""
+
+from __future__ import annotations
+
+import re
+
+from export.worker import ChildError
+
+# What the library said -> what to try.
+ADVICE = (
+    (r"out.?of.?memory|bad_alloc|cannot allocate", "close other programs, or narrow --size and --batch"),
+    (r"cudaerror|cuda driver|no cuda", "build on a machine with an NVIDIA GPU and its driver (see: sdkd doctor)"),
+    (
+        r"no importer|plugin not found|unsupported|not.implemented|no op registered|no conversion rule",
+        "update the target's package, or export the model again with an older --opset",
+    ),
+)
+OTHER_ADVICE = "export the model again, update the target's package, or choose another target"
+ERROR_LINE = re.compile(r"\[E\](?!.*--- (Begin|End) node)|\b(error|exception|failed|fatal)\b", re.I)
+SAID_LINES = 6
+
+
+def explain(component: str, target: str, error: ChildError) -> str:
+    """Component, target, what the library said last, and what to try."""
+    if error.ended_by == "SIGKILL":
+        advice = f"close other programs, narrow --size and --batch, or build it alone: --components {component}"
+        return f"{component} could not be built for {target}: {error}. Try this: {advice}"
+    said = [line.strip() for line in error.tail if ERROR_LINE.search(line)] or [line.strip() for line in error.tail]
+    said = [line for line in dict.fromkeys(said) if line not in str(error)][-SAID_LINES:]
+    text = "\n".join([str(error), *said])
+    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, text, re.I)), OTHER_ADVICE)
+    lines = "".join(f"\n  {line}" for line in said)
+    quoted = f". The library said:{lines}\n" if said else ". "
+    return f"{component} could not be built for {target}: {error}{quoted}Try this: {advice}"

@@ -1,0 +1,95 @@
+"""Target onnxruntime: the graph optimised once and saved, so that a session opens without doing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from export.build_job import Built, Job, Run, check_io
+from sdkd.console import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnxruntime import InferenceSession
+
+SMALL_BYTES = "1024"  # weights below this stay in the graph
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+
+
+def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
+    """Options of the build. Level `extended` leaves out layouts that only this machine's CPU knows.
+
+    The saved graph belongs to its provider: for the CPU, half-precision nodes are wrapped in casts to float.
+    """
+    return {"optimization": "extended", "provider": _provider()}
+
+
+def _provider() -> str:
+    import onnxruntime as ort
+
+    if PROVIDERS["cuda"][0] not in ort.get_available_providers():
+        return "cpu"
+    from sdkd.targets import gpu
+
+    return "cuda" if gpu() else "cpu"
+
+
+def build(job: Job, progress: Progress) -> Built:
+    """Save the optimised graph as <component>.onnx and its weights beside it as <component>.onnx.data.
+
+    The weights always get a file of their own: otherwise onnxruntime leaves the large ones in the bundle's
+    model.onnx.data and writes a path to it that does not hold, and a single file ends at 2 GB.
+    """
+    import onnxruntime as ort
+
+    levels, provider = ort.GraphOptimizationLevel, job.flags["provider"]
+    session = _session(job.onnx, levels.ORT_DISABLE_ALL)
+    check_io(job, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
+    del session
+    file = job.file(".onnx")
+    weights = file.with_suffix(".onnx.data")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(file)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights.name)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", SMALL_BYTES)
+    progress("optimising the graph", 0.1)
+    _session(job.onnx, levels.ORT_ENABLE_EXTENDED, provider, options)
+    progress("opening the saved graph", 0.8)
+    saved = _session(str(file), levels.ORT_ENABLE_ALL, provider)
+    external = weights.is_file()  # not when every weight is small
+    names = (file.name, weights.name) if external else (file.name,)
+    return Built(names, {"external_data": external}, run=_runner(saved))
+
+
+def open_reference(path: str) -> Run:
+    """Run an ONNX graph as it is, without optimisation: what engines are compared with."""
+    import onnxruntime as ort
+
+    return _runner(_session(path, ort.GraphOptimizationLevel.ORT_DISABLE_ALL))
+
+
+def _session(path: str, level: Any, provider: str = "cpu", options: Any = None) -> InferenceSession:
+    import onnxruntime as ort
+
+    options = options or ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=PROVIDERS[provider])
+
+
+def _tensors(rows: list[Any]) -> dict[str, str]:
+    return {row.name: DTYPES.get(row.type, row.type) for row in rows}
+
+
+def _runner(session: InferenceSession) -> Run:
+    def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        return list(session.run(None, dict(feeds)))
+
+    return run

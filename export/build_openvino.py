@@ -1,0 +1,107 @@
+"""Target openvino: the graph compiled for this CPU and exported as a blob."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from export.build_job import Built, Job, Run, check_io
+from sdkd.console import Progress
+from sdkd.errors import BuildError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEVICE = "CPU"
+HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32"}
+
+
+def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
+    """Options of the build; `config` must be given again when the blob is opened: a blob does not remember it.
+
+    Without it a CPU with bf16 units computes in bf16. Half-precision graphs run in f32 on a CPU without half units,
+    where the hint f16 would mean bf16. Raises InputError when bf16 or fp16 is asked for and the CPU has none.
+    """
+    capabilities = _capabilities()
+    hint = HINTS[engine_precision]
+    name = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}[hint]
+    if name not in capabilities and engine_precision == onnx_precision:
+        hint = "f32"
+    elif name not in capabilities:
+        raise InputError(
+            f"precision {engine_precision!r} needs a CPU with {name} units, this one has "
+            f"{', '.join(sorted(capabilities & {'FP32', 'FP16', 'BF16'}))}: build with --precision {onnx_precision}"
+        )
+    return {"config": {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}}
+
+
+def _capabilities() -> set[str]:
+    import openvino
+
+    return set(openvino.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"))
+
+
+def build(job: Job, progress: Progress) -> Built:
+    """Compile for the job's shapes and save <component>.blob, or the IR (.xml, .bin) where no blob can be opened."""
+    import openvino
+
+    core = openvino.Core()
+    progress("reading the graph", 0.0)
+    model = core.read_model(job.onnx)
+    check_io(job, _tensors(model.inputs), _tensors(model.outputs))
+    model.reshape({name: _partial_shape(shapes) for name, shapes in job.profile.items()})
+    config = dict(job.flags["config"])
+    progress("compiling", 0.1)
+    compiled = core.compile_model(model, DEVICE, config)
+    if "EXPORT_IMPORT" not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        return _save_ir(job, model, compiled)
+    file = job.file(".blob")
+    with file.open("wb") as stream:
+        stream.write(_bytes(compiled.export_model()))
+    del compiled
+    progress("opening the saved blob", 0.8)
+    opened = core.import_model(file.read_bytes(), DEVICE, config)
+    return Built((file.name,), {"format": "blob", **_inference(opened, config)}, run=_runner(opened, job))
+
+
+def _save_ir(job: Job, model: Any, compiled: Any) -> Built:
+    import openvino
+
+    file = job.file(".xml")
+    openvino.save_model(model, file, compress_to_fp16=False)
+    found = {"format": "ir", **_inference(compiled, dict(job.flags["config"]))}
+    return Built((file.name, file.with_suffix(".bin").name), found, run=_runner(compiled, job))
+
+
+def _bytes(blob: Any) -> bytes:
+    return bytes(blob.getvalue() if hasattr(blob, "getvalue") else blob)  # 2025.x gives bytes, 2026.x a stream
+
+
+def _inference(compiled: Any, config: Mapping[str, str]) -> dict[str, str]:
+    """What the compiled model says it computes in; BuildError when that is not what was asked for."""
+    found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if found != config["INFERENCE_PRECISION_HINT"]:
+        raise BuildError(f"OpenVINO computes in {found}, asked for {config['INFERENCE_PRECISION_HINT']}")
+    return {"inference_precision": found}
+
+
+def _partial_shape(shapes: Sequence[Sequence[int]]) -> Any:
+    import openvino
+
+    low, _, high = shapes
+    return openvino.PartialShape([openvino.Dimension(a, b) for a, b in zip(low, high, strict=True)])
+
+
+def _tensors(ports: Sequence[Any]) -> dict[str, str]:
+    return {port.get_any_name(): DTYPES.get(port.get_element_type().get_type_name(), "unknown") for port in ports}
+
+
+def _runner(compiled: Any, job: Job) -> Run:
+    names = [spec.name for spec in job.contract.outputs]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        result = compiled(dict(feeds))
+        return [result[name] for name in names]
+
+    return run

@@ -1,0 +1,66 @@
+"""Half precision by construction: weights and activations are cast in the module, so that the graph says it itself.
+
+Strongly typed builders take every dtype from the graph, so a builder flag cannot do this later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdkd.contract import DTYPES, Precision, check_precision
+from sdkd.errors import ExportError
+
+STASHING = ("GroupNormalization", "LayerNormalization")  # operators with the attribute stash_type
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """Torch's dtype of a precision; InputError lists the choices."""
+    dtype = getattr(torch, DTYPES[check_precision(precision)])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def cast(module: nn.Module, precision: Precision) -> nn.Module:
+    """Cast all floating-point parameters and buffers in place and return the module.
+
+    Raises ExportError when a finite weight becomes infinite: half precision cannot hold this model.
+    """
+    dtype = torch_dtype(precision)
+    limit = torch.finfo(dtype).max
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    too_large = [name for name, tensor in tensors.items() if _overflows(tensor, limit)]
+    if too_large:
+        raise ExportError(
+            f"{len(too_large)} weights are larger than {limit:g}, the largest {precision} number "
+            f"(first: {too_large[0]}): export with --precision bf16 or fp32"
+        )
+    # Not diffusers' own `to`, which warns about modules to keep in float32 though these models name none.
+    return nn.Module.to(module, dtype)
+
+
+def _overflows(tensor: torch.Tensor, limit: float) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return False
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high) and max(-low, high) > limit)
+
+
+def float_nodes(model: Any) -> dict[str, int]:
+    """Islands of float32 in a half-precision graph: how many nodes of each operator compute in float32.
+
+    Those are the sinusoidal timestep embedding, which diffusers computes so, and norms whose statistics are kept in
+    float32 (`stash_type` 1: GroupNormalization from opset 21 on, LayerNormalization always).
+    """
+    import onnx_ir as ir
+
+    def is_float(node: Any) -> bool:
+        stash = node.attributes.get("stash_type")
+        # The attribute's default is 1, and the exporter leaves it out.
+        statistics = node.op_type in STASHING and (stash is None or stash.as_int() == ir.DataType.FLOAT.value)
+        return statistics or any(value.dtype == ir.DataType.FLOAT for value in node.outputs)
+
+    return dict(sorted(Counter(node.op_type for node in model.graph if is_float(node)).items()))
