@@ -1,0 +1,19 @@
+"""Run engines inside a diffusers pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.pipeline import load_pipeline, plug, unplug
+
+__all__ = ["load_pipeline", "plug", "unplug"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use, so that `import engines` stays free of torch."""
+    import importlib
+
+    if name in __all__:
+        return getattr(importlib.import_module("engines.pipeline"), name)
+    raise AttributeError(f"module 'engines' has no attribute {name!r}")

@@ -1,0 +1,241 @@
+"""Sessions: one opened engine each, for torch tensors in and fresh torch tensors out; checked before it is opened.
+
+The order of checks is the point: an engine that is missing, damaged, stale or foreign is refused with one sentence
+before anything is deserialised, since the libraries answer such a file with None or a crash.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from engines.ranges import check_sizes, output_sizes
+from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
+from sdkd.contract import Contract, Range, ShapeRanges, TensorSpec, axis_ranges, vae_scale
+from sdkd.errors import EngineError
+from sdkd.targets import check_target, environment, gpu, require
+
+OPENERS = {
+    "onnxruntime": ("engines.session_onnxruntime", "OnnxRuntimeSession"),
+    "openvino": ("engines.session_openvino", "OpenVinoSession"),
+    "tensorrt": ("engines.session_tensorrt", "TensorRTSession"),
+    "tensorrt-rtx": ("engines.session_tensorrt", "TensorRTSession"),
+}
+
+
+class Session(Protocol):
+    """An opened engine of one component."""
+
+    contract: Contract
+    slot: str
+    ranges: ShapeRanges
+    limits: Mapping[str, Range]
+    device: torch.device
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Outputs by contract name: fresh tensors on the inputs' device; RangeError outside the built ranges."""
+        ...
+
+    def close(self) -> None:
+        """Release the engine; running it afterwards is an EngineError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An engine that passed every check that needs no deserialising, and what a session must know about it."""
+
+    bundle: Bundle
+    record: EngineRecord
+    contract: Contract
+    limits: Mapping[str, Range]  # of each dynamic axis of the inputs
+    steps: Mapping[str, int]  # an axis must be a multiple of its step
+    scale: int  # pixels per latent
+
+    @property
+    def path(self) -> Path:
+        """The file to open; the record's flags say how."""
+        return self.bundle.path / self.record.files[0].path
+
+    @property
+    def label(self) -> str:
+        """How messages call this engine."""
+        return f"the {self.record.slot} engine of {self.record.component} in {str(self.bundle.path)!r}"
+
+
+_verified: set[tuple[str, int, int, str]] = set()
+
+
+def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
+    """Refuse an engine that cannot run here, before it is deserialised.
+
+    In this order: BundleError when it is not recorded, or a file is missing, truncated or altered; MissingExtraError;
+    StaleEngineError when weights, versions or device differ; EngineError without the GPU that it needs.
+    """
+    record = bundle.engine(slot, component)
+    verify_once(bundle, record)
+    require(record.target)
+    bundle.check_fresh(record, environment(record.target))
+    if check_target(record.target).runs_on_gpu and gpu() is None:
+        raise EngineError(
+            f"the {slot} engine of {component} needs an NVIDIA GPU with a driver, and torch sees none here: run it on "
+            f"such a machine, or build one for this machine: sdkd build-engine {bundle.path} --target onnxruntime"
+        )
+    scale = _scale(bundle)
+    contract = bundle.component(component).contract
+    return Checked(
+        bundle, record, contract, axis_ranges(component, record.ranges, scale), _steps(bundle, contract), scale
+    )
+
+
+def open_session(bundle: Bundle | str | Path, slot: str, component: str, **options: Any) -> EngineSession:
+    """Check and open one engine of a bundle; `options` are the target's own (e.g. `threads`).
+
+    Raises what `check_engine` raises, and EngineError when the target's library refuses the engine after all.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    checked = check_engine(opened, slot, component)
+    module, name = OPENERS[checked.record.target]
+    session: EngineSession = getattr(importlib.import_module(module), name)(checked, **options)
+    return session
+
+
+def verify_once(bundle: Bundle, record: ComponentRecord | EngineRecord) -> None:
+    """Hash each file once per process, as long as its size and time of change stay the same."""
+    keys = set()
+    for file in record.files:
+        path = (bundle.path / file.path).resolve()
+        stat = path.stat() if path.is_file() else None
+        keys.add((str(path), stat.st_size if stat else -1, stat.st_mtime_ns if stat else -1, file.sha256))
+    if not keys <= _verified:
+        bundle.verify_files(record)
+        _verified.update(keys)
+
+
+def _scale(bundle: Bundle) -> int:
+    name = "vae_decoder" if (bundle.path / "vae_decoder").is_dir() else "vae_encoder"
+    return vae_scale(bundle.config(name))
+
+
+def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
+    """What latents and pixels must be a multiple of: exported graphs have no odd sizes at any level."""
+    if contract.component == "unet":
+        step = int(2 ** (len(bundle.config("unet")["block_out_channels"]) - 1))
+    else:
+        step = _scale(bundle) if contract.component == "vae_encoder" else 1
+    return {axis: step for axis in contract.axis_names() if axis not in ("batch", "sequence")}
+
+
+class EngineSession(ABC):
+    """What all targets share: the checks of every call, one lock, and the way in and out.
+
+    Thread-safe: calls of one session wait for one another.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, checked: Checked) -> None:
+        self.checked = checked
+        self.contract = checked.contract
+        self.slot = checked.record.slot
+        self.ranges = checked.record.ranges
+        self.limits = checked.limits
+        self._lock = threading.Lock()
+        self._open = True
+
+    @abstractmethod
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        """Fill `outputs` from `feeds`: contiguous tensors on this session's device, dtypes as in the contract."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop what the target's library holds."""
+
+    @torch.no_grad()
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the engine once.
+
+        `feeds`: tensors by contract name, in the contract's dtypes and axes, all on one device. Returns fresh tensors
+        on that device that never share memory with an input or with a later call. EngineError names a tensor that does
+        not fit the contract; RangeError shows the asked and the built sizes and the command that covers them.
+        """
+        if not self._open:
+            raise EngineError(f"{self.checked.label} is closed: open it again with engines.session.open_session")
+        sizes = self._sizes(feeds)
+        check_sizes(self.checked, sizes)
+        origin = next(iter(feeds.values())).device
+        ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
+        every = sizes | output_sizes(sizes, self.checked.scale)
+        outputs = {
+            spec.name: torch.empty(spec.shape(every), dtype=torch_dtype(spec.dtype), device=self.device)
+            for spec in self.contract.outputs
+        }
+        with self._lock:
+            self._execute(ready, outputs)
+        return {name: tensor.to(origin) for name, tensor in outputs.items()}
+
+    def _sizes(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Size of each dynamic axis, after names, dtypes, ranks and fixed axes were found right."""
+        wanted = [spec.name for spec in self.contract.inputs]
+        if set(feeds) != set(wanted):
+            raise EngineError(f"{self.checked.label} takes {', '.join(wanted)}, not {', '.join(feeds) or 'nothing'}")
+        sizes: dict[str, int] = {}
+        for spec in self.contract.inputs:
+            self._check_tensor(spec, feeds[spec.name])
+            for position, axis in spec.dynamic_axes.items():
+                size = feeds[spec.name].shape[position]
+                if sizes.setdefault(axis, size) != size:
+                    raise EngineError(f"input {spec.name!r} has {axis} {size}, another input has {sizes[axis]}")
+        return sizes
+
+    def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
+        if tensor.dtype != torch_dtype(spec.dtype):
+            raise EngineError(f"input {spec.name!r} is {tensor.dtype}, {self.checked.label} takes {spec.dtype}")
+        fits = len(tensor.shape) == len(spec.axes) and all(
+            isinstance(axis, str) or axis == size for axis, size in zip(spec.axes, tensor.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(str(axis) for axis in spec.axes)
+            raise EngineError(
+                f"input {spec.name!r} has shape {tuple(tensor.shape)}, {self.checked.label} takes ({wanted})"
+            )
+
+    def close(self) -> None:
+        """Release the engine; closing twice is harmless."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a contract's dtype name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def check_names(checked: Checked, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """EngineError unless an opened engine has exactly the contract's tensors."""
+    for kind, specs, found in (
+        ("inputs", checked.contract.inputs, set(inputs)),
+        ("outputs", checked.contract.outputs, set(outputs)),
+    ):
+        wanted = {spec.name for spec in specs}
+        if found != wanted:
+            raise EngineError(f"{checked.label} has {kind} {sorted(found)} instead of {sorted(wanted)}: build it again")

@@ -1,0 +1,83 @@
+"""ONNX Runtime sessions: torch memory bound directly, on a CPU or with CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engines.session import Checked, EngineSession, check_names, verify_once
+from sdkd.errors import EngineError
+
+# onnx.TensorProto.DataType of the contract's dtypes: stable numbers of the ONNX format.
+ELEMENT = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
+
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def providers(preferred: str | None = None) -> list[str]:
+    """Execution providers to ask for, best first: CUDA where the package and a GPU are there, else the CPU.
+
+    `preferred`: `cpu` or `cuda`; EngineError when CUDA is asked for and is not there.
+    """
+    import onnxruntime
+
+    cuda = CUDA in onnxruntime.get_available_providers() and torch.cuda.is_available()
+    if preferred == "cuda" and not cuda:
+        raise EngineError("ONNX Runtime has no CUDA here: install onnxruntime-gpu in place of onnxruntime, with a GPU")
+    return [CUDA, CPU] if cuda and preferred != "cpu" else [CPU]
+
+
+class OnnxRuntimeSession(EngineSession):
+    """One ONNX graph in ONNX Runtime.
+
+    `threads`: CPU threads of one operator (the library's default when None). `provider`: `cpu`, `cuda`, or None for the
+    best that is there. The engine's file was optimised for a CPU; CUDA starts from the exported graph.
+    """
+
+    def __init__(self, checked: Checked, *, threads: int | None = None, provider: str | None = None) -> None:
+        super().__init__(checked)
+        import onnxruntime
+
+        names = providers(provider)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(_graph(checked, names[0])), options, providers=names)
+        except Exception as error:
+            raise EngineError(f"{checked.label} could not be opened by ONNX Runtime: {error}") from error
+        check_names(
+            checked, (value.name for value in self._session.get_inputs()), (v.name for v in self._session.get_outputs())
+        )
+        cuda = self._session.get_providers()[0] == CUDA
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        binding = self._session.io_binding()
+        for tensors, bind in ((feeds, binding.bind_input), (outputs, binding.bind_output)):
+            for name, tensor in tensors.items():
+                place = (self.device.type, self.device.index or 0)
+                bind(name, *place, ELEMENT[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+        if self.device.type == "cuda":  # the library runs on its own stream
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(f"{self.checked.label} failed in ONNX Runtime: {error}") from error
+        if self.device.type == "cuda":
+            binding.synchronize_outputs()
+
+    def _release(self) -> None:
+        self._session = None
+
+
+def _graph(checked: Checked, provider: str) -> Path:
+    if provider == CPU:
+        return checked.path
+    component = checked.bundle.component(checked.record.component)
+    verify_once(checked.bundle, component)
+    return checked.bundle.path / component.files[0].path
