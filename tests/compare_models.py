@@ -1,0 +1,45 @@
+"""Models and a bundle for the tests of comparisons, made once per test run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from helpers import fixed_weights, tiny_tokenizer
+from small_bundles import small_bundle, small_modules
+
+from export.build import build_engine
+from sdkd.bundle import Bundle
+from sdkd.contract import Range, ShapeRanges
+
+
+@cache
+def engine_models() -> Path:
+    """Pipelines of 32 px, `right` and `wrong` (another UNet), and `bundle`: ONNX Runtime engines of `right`."""
+    folder, modules = Path(tempfile.mkdtemp(prefix="sdkd-test-compare-")), small_modules()
+    pipe = StableDiffusionPipeline(
+        vae=modules["vae_decoder"],
+        text_encoder=modules["text_encoder"],
+        tokenizer=tiny_tokenizer(),
+        unet=modules["unet"],
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder / "right")
+    bundle = small_bundle(folder / "bundle")
+    pipe.save_config(bundle.path)
+    for part in ("tokenizer", "scheduler"):
+        getattr(pipe, part).save_pretrained(bundle.path / part)
+    source = {"model": str(folder / "right")}
+    Bundle(bundle.path, dataclasses.replace(bundle.manifest, source=source)).save()
+    one = ShapeRanges(Range(1, 1, 1), Range.fixed(32), Range.fixed(32), Range.fixed(77))
+    build_engine(bundle.path, "onnxruntime", ranges=one)
+    pipe.unet = fixed_weights(copy.deepcopy(modules["unet"]), seed=7)
+    pipe.save_pretrained(folder / "wrong")
+    return folder

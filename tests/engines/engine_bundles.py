@@ -1,0 +1,129 @@
+"""Bundles with engines for the tests of `engines`: of hand-written graphs, and of a whole small pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from graph_bundles import graph_bundle
+from helpers import tiny_tokenizer
+from onnx import TensorProto, helper
+from small_bundles import small_bundle, small_modules
+
+from export.build import build_engine
+from sdkd.bundle import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
+from sdkd.contract import DTYPES, Precision, Range, ShapeRanges, unet_contract
+from sdkd.targets import built_environment
+
+CONTEXT = 32
+TARGETS = ("onnxruntime", "openvino")
+RANGES = ShapeRanges(Range(1, 1, 2), Range(32, 32, 64), Range(32, 32, 64), Range.fixed(77))
+
+
+def graph_unet(
+    folder: Path, precision: Precision = "fp32", targets: Sequence[str] = TARGETS, ranges: ShapeRanges = RANGES
+) -> Bundle:
+    """A hand-written UNet of two levels, 2 pixels per latent, and its engines; no other engine."""
+    bundle = graph_bundle(folder, precision, ("unet", "vae_decoder", "text_encoder"))
+    for target in targets:
+        bundle = build_engine(bundle, target, precision=precision, ranges=ranges, components=("unet",))
+    return bundle
+
+
+def reference(bundle: Bundle, component: str, feeds: dict[str, torch.Tensor]) -> torch.Tensor:
+    """First output of the exported graph, run plainly by ONNX Runtime."""
+    import onnxruntime
+
+    path = bundle.path / bundle.component(component).files[0].path
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: tensor.detach().numpy() for name, tensor in feeds.items()})[0])
+
+
+def unet_feeds(precision: Precision = "fp32", batch: int = 2, size: int = 16) -> dict[str, torch.Tensor]:
+    """Latents, timestep and text of a UNet call; `size` in latents."""
+    generator = torch.Generator().manual_seed(batch)
+    dtype = getattr(torch, DTYPES[precision])
+    return {
+        "sample": torch.randn(batch, 4, size, size, generator=generator).to(dtype),
+        "timestep": torch.tensor(250.0),
+        "encoder_hidden_states": torch.randn(batch, 77, CONTEXT, generator=generator).to(dtype),
+    }
+
+
+def identity_unet(folder: Path, precision: Precision, target: str) -> Bundle:
+    """A bundle whose UNet gives its latents back, in a dtype that few CPU kernels know."""
+    bundle = graph_bundle(folder, "fp32", ("unet", "vae_decoder"))
+    contract = unet_contract(bundle.config("unet"), precision)
+    kinds = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+    infos = [
+        helper.make_tensor_value_info(spec.name, kinds[spec.dtype], list(spec.axes))
+        for spec in (*contract.inputs, *contract.outputs)
+    ]
+    nodes = [helper.make_node("Identity", ["sample"], ["out_sample"])]
+    model = helper.make_model(
+        helper.make_graph(nodes, "identity", infos[:3], infos[3:]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=10,
+    )
+    onnx.save(model, folder / "unet" / "model.onnx")
+    files = (FileRecord.of(folder, folder / "unet" / "model.onnx"),)
+    component = ComponentRecord("unet", contract, precision, 18, files, "0" * 64, 0, 0.0)
+    engine = folder / "engines" / target / f"unet{'.onnx' if target == 'onnxruntime' else '.xml'}"
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(model.SerializeToString())
+    record = EngineRecord(
+        "unet", target, precision, (FileRecord.of(folder, engine),), component.onnx_sha256, RANGES,
+        built_environment(target), 0.0, {"config": {"INFERENCE_PRECISION_HINT": "f32"}}, slot=target,
+    )  # fmt: skip
+    result = Bundle(folder, Manifest({"model": "identity"}, {}, {"unet": component}).with_engine(record))
+    result.save()
+    return result
+
+
+def small_pipeline() -> StableDiffusionPipeline:
+    """The eager pipeline of `small_bundle`: images of 32x32 pixels, latents of 16x16."""
+    modules = small_modules()
+    pipe = StableDiffusionPipeline(
+        vae=modules["vae_decoder"],
+        text_encoder=modules["text_encoder"],
+        tokenizer=tiny_tokenizer(),
+        unet=modules["unet"],
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline_bundle(folder: Path, targets: Sequence[str] = TARGETS) -> Path:
+    """A whole small pipeline with engines for every CPU target: 32 to 64 px, up to 2 images."""
+    bundle = small_bundle(folder)
+    pipe = small_pipeline()
+    pipe.save_config(folder)
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    for target in targets:
+        bundle = build_engine(bundle, target, ranges=RANGES)
+    return bundle.path
+
+
+def edit_engine(bundle: Path, slot: str, component: str, **changes: Any) -> Bundle:
+    """Rewrite one engine's record in the manifest."""
+    opened = Bundle.open(bundle)
+    edited = Bundle(bundle, opened.manifest.with_engine(replace(opened.engine(slot, component), **changes)))
+    edited.save()
+    return edited
+
+
+def replace_file(bundle: Path, slot: str, component: str, data: bytes) -> Bundle:
+    """Put other bytes where an engine's file is, and make the manifest agree with them."""
+    path = bundle / Bundle.open(bundle).engine(slot, component).files[0].path
+    path.write_bytes(data)
+    return edit_engine(bundle, slot, component, files=(FileRecord.of(bundle, path),))

@@ -1,0 +1,220 @@
+"""TensorRT sessions: every attribute they use exists (no GPU needed), and the real thing on a GPU."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_bundles import graph_unet, pipeline_bundle, reference, small_pipeline, unet_feeds
+
+from engines import session_tensorrt
+from engines.pipeline import load_pipeline, plug
+from engines.session import EngineSession, open_session
+from export.build import build_engine
+from sdkd.bundle import Bundle
+from sdkd.contract import Range, ShapeRanges
+from sdkd.errors import EngineError
+from sdkd.targets import availability, environment
+
+KINDS = ("tensorrt", "tensorrt-rtx")
+# Which class of the library a name in session_tensorrt.py holds.
+CLASSES = {
+    "engine": "ICudaEngine",
+    "_engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "_context": "IExecutionContext",
+    "probe": "IExecutionContext",
+    "config": "IRuntimeConfig",
+    "cache": "IRuntimeCache",
+    "_cache": "IRuntimeCache",
+    "runtime": "Runtime",
+    "strategies": "ExecutionContextAllocationStrategy",
+}
+ONLY_RTX = {"get_engine_validity", "create_runtime_cache", "set_runtime_cache", "EngineInvalidityDiagnostics",
+            "EngineValidity", "deserialize", "serialize"}  # fmt: skip
+
+
+def used_attributes() -> dict[str, set[str]]:
+    """Class of the library (or `module`) -> attributes that the session reads, by the names of its variables."""
+    found: dict[str, set[str]] = {"module": set()}
+    for node in ast.walk(ast.parse(Path(session_tensorrt.__file__).read_text())):
+        if isinstance(node, ast.Attribute):
+            holder = getattr(node.value, "id", getattr(node.value, "attr", ""))
+            if holder in ("trt", "_trt") and not node.attr.startswith("__"):
+                found["module"].add(node.attr)
+            elif holder in CLASSES:
+                found.setdefault(CLASSES[holder], set()).add(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
+def test_every_attribute_exists(module: str) -> None:
+    trt = pytest.importorskip(module)
+    used = used_attributes()
+    assert {"set_tensor_address", "execute_async_v3", "set_input_shape"} <= used["IExecutionContext"]
+    assert {"Runtime", "DataType", "TensorIOMode"} <= used["module"]
+    excused = set() if module == "tensorrt_rtx" else ONLY_RTX
+    for name in used.pop("module") - excused:
+        assert hasattr(trt, name), name
+    for kind, names in used.items():
+        if module == "tensorrt" and kind == "IRuntimeCache":
+            continue
+        missing = {name for name in names - excused if not hasattr(getattr(trt, kind), name)}
+        assert missing == set(), f"{kind} of {module} {trt.__version__}"
+    assert all(hasattr(trt.DataType, name) for name in session_tensorrt.DATA_TYPES.values())
+    assert hasattr(trt.ILogger, "ERROR")
+
+
+def test_the_recorder_keeps_errors() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    log = session_tensorrt.recorder("tensorrt-rtx")
+    log.messages.clear()
+    assert trt.Runtime(log).deserialize_cuda_engine(b"not an engine at all" * 50) is None
+    assert any("Serialization" in message for message in log.messages)
+    assert session_tensorrt.recorder("tensorrt-rtx") is log
+
+
+def test_invalid_engines_are_explained() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    validity, diagnostics = trt.Runtime(session_tensorrt.recorder("tensorrt-rtx")).get_engine_validity(b"x" * 1000)
+    assert validity == trt.EngineValidity.INVALID
+    assert session_tensorrt.reasons(trt, diagnostics) == ["malformed engine"]
+    assert session_tensorrt.reasons(trt, 3) == ["version mismatch", "unsupported cc"]
+    assert session_tensorrt.reasons(trt, 0) == ["invalid"]
+
+
+# On a GPU
+
+
+def usable(target: str) -> None:
+    here = availability(target)
+    if not (here.can_build and here.can_run):
+        pytest.skip(f"{target}: {here.reason}")
+
+
+def skip_foreign(bundle: Bundle, target: str) -> None:
+    """Skip where this GPU is none of those that an ahead-of-time engine can be built for."""
+    if reasons := bundle.stale_reasons(bundle.engine(target, "unet"), environment(target)):
+        pytest.skip("; ".join(reasons))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def gpu_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    usable(request.param)
+    bundle = graph_unet(tmp_path_factory.mktemp("gpu") / "bundle", "fp16", (request.param,))
+    skip_foreign(bundle, request.param)
+    return bundle
+
+
+@pytest.fixture
+def session(gpu_bundle: Bundle) -> EngineSession:
+    return open_session(gpu_bundle, gpu_bundle.slots()[0], "unet")
+
+
+def on_gpu(feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in feeds.items()}
+
+
+def close(result: torch.Tensor, bundle: Bundle, feeds: dict[str, torch.Tensor]) -> bool:
+    return torch.allclose(result.float().cpu(), reference(bundle, "unet", feeds).float(), atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_gpu_values_across_shapes_and_streams(session: EngineSession, gpu_bundle: Bundle) -> None:
+    for batch, size in ((1, 16), (4, 32), (2, 16), (1, 32), (1, 16)):
+        feeds = unet_feeds("fp16", batch, size)
+        assert close(session.run(on_gpu(feeds))["out_sample"], gpu_bundle, feeds)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            result = session.run(on_gpu(feeds))["out_sample"]
+            torch.cuda.current_stream().synchronize()
+        assert close(result, gpu_bundle, feeds)
+    assert session.run(unet_feeds("fp16"))["out_sample"].device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_gpu_outputs_stay_what_they_were(session: EngineSession, gpu_bundle: Bundle) -> None:
+    cases = [unet_feeds("fp16") | {"timestep": torch.tensor(float(step))} for step in range(1, 60)]
+    results = [session.run(on_gpu(feeds))["out_sample"] for feeds in cases]  # queued without a wait in between
+    assert len({result.data_ptr() for result in results}) == len(results)
+    assert all(close(result, gpu_bundle, feeds) for result, feeds in zip(results, cases, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_slices_are_aligned_first(session: EngineSession, gpu_bundle: Bundle) -> None:
+    feeds = unet_feeds("fp16", 3)
+    queue = torch.zeros(1 + feeds["sample"].numel(), dtype=torch.float16, device="cuda")
+    odd = queue[1:].view(feeds["sample"].shape)
+    odd.copy_(feeds["sample"])
+    assert odd.data_ptr() % session_tensorrt.ALIGNMENT
+    assert close(session.run(on_gpu(feeds) | {"sample": odd})["out_sample"], gpu_bundle, feeds)
+
+
+@pytest.mark.gpu
+def test_gpu_work_before_and_after_is_ordered(session: EngineSession, gpu_bundle: Bundle) -> None:
+    feeds = unet_feeds("fp16")
+    big = torch.randn(4096, 4096, device="cuda")
+    for _ in range(5):
+        late = on_gpu(feeds)
+        for _ in range(10):
+            big = (big @ big).clamp(-1, 1)  # keeps the stream busy while the inputs are made
+        late["sample"] = late["sample"] + big[0, 0].half() * 0
+        late["sample"] = torch.where(torch.isfinite(late["sample"]), late["sample"], 0)
+        doubled = session.run(late)["out_sample"] * 2
+        del late
+        torch.empty(1 << 20, device="cuda").fill_(float("nan"))  # would overwrite what was freed too early
+        assert close(doubled / 2, gpu_bundle, feeds)
+
+
+@pytest.mark.gpu
+def test_gpu_runtime_cache_is_kept(session: EngineSession, gpu_bundle: Bundle) -> None:
+    session.run(on_gpu(unet_feeds("fp16")))
+    session.close()
+    if gpu_bundle.slots()[0] == "tensorrt-rtx":
+        assert session.checked.path.with_suffix(".runtime_cache").stat().st_size > 0
+    with pytest.raises(EngineError, match=r"is closed"):
+        session.run(on_gpu(unet_feeds("fp16")))
+    with open_session(gpu_bundle, gpu_bundle.slots()[0], "unet") as again:
+        feeds = unet_feeds("fp16")
+        assert close(again.run(on_gpu(feeds))["out_sample"], gpu_bundle, feeds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_pipeline_equals_eager(tmp_path: Path, kind: str) -> None:
+    usable(kind)
+    bundle = pipeline_bundle(tmp_path / "bundle", targets=())
+    ranges = ShapeRanges(Range(1, 1, 2), Range(32, 32, 64), Range(32, 32, 64), Range.fixed(77))
+    skip_foreign(build_engine(bundle, kind, precision="fp32", ranges=ranges), kind)
+    eager, engine = small_pipeline(), plug(small_pipeline(), bundle, kind)
+    assert engine.device.type == "cuda"
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    images = [
+        pipe("a red star", num_inference_steps=4, num_images_per_prompt=3, output_type="np", generator=generator).images
+        for pipe, generator in zip((eager, engine), generators, strict=True)
+    ]
+    error = float(np.mean((images[0].astype(np.float64) - images[1]) ** 2))
+    assert -10 * np.log10(error) > 40
+    assert load_pipeline(bundle).unet.session.slot == kind
+
+
+@pytest.mark.gpu
+def test_gpu_onnxruntime_binds_cuda_memory(tmp_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    bundle = graph_unet(tmp_path / "bundle", "fp16", ("onnxruntime",))
+    feeds = unet_feeds("fp16")
+    with open_session(bundle, "onnxruntime", "unet") as session:
+        assert session.device.type == "cuda"
+        assert close(session.run(on_gpu(feeds))["out_sample"], bundle, feeds)
+
+
+def test_the_gpu_tests_are_marked() -> None:
+    tree = ast.parse(Path(__file__).read_text())
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_gpu_")]
+    assert len(tests) == 7
+    assert all("gpu" in ast.unparse(node.decorator_list[0]) for node in tests)

@@ -1,0 +1,310 @@
+"""Targets tensorrt and tensorrt-rtx: real plans, built without a GPU; progress; refusals; a full-size UNet (slow)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import psutil
+import pytest
+from graph_bundles import ONNX_TYPES, graph_bundle, graph_model, replace_component
+from onnx import helper
+
+from export import build_engine
+from export.build_job import Job
+from export.build_progress import SILENT, PhaseTree, progress_monitor, silent_seconds
+from export.worker import run_in_child
+from sdkd.bundle import Bundle, Manifest
+from sdkd.contract import COMPONENTS, Contract, TensorSpec
+from sdkd.errors import BuildError
+
+RTX = "tensorrt-rtx"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trt() -> ModuleType:
+    """The library, or skip."""
+    pytest.importorskip("polygraphy")
+    return pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A fresh fp16 bundle of small graphs."""
+    return graph_bundle(tmp_path / "bundle", "fp16")
+
+
+def _versions() -> dict[str, str]:
+    import tensorrt_rtx
+
+    return {"tensorrt_rtx": tensorrt_rtx.__version__, "platform": f"{sys.platform}-{os.uname().machine}"}
+
+
+def test_all_components_are_built_for_every_gpu_from_ampere_on(bundle: Bundle) -> None:
+    result = build_engine(bundle, RTX)
+    for name in COMPONENTS:
+        record = result.engine(RTX, name)
+        assert (record.target, record.slot, record.precision) == (RTX, RTX, "fp16")
+        assert [file.path for file in record.files] == [f"engines/{RTX}/{name}.engine"]
+        assert record.total_bytes > 100_000
+        assert record.environment == _versions()
+        assert {"8.0", "8.6", "8.9", "12.0"} <= set(record.built_for)
+        assert "7.5" not in record.built_for  # Turing must be asked for by name
+        assert record.parity is None  # cannot run here
+        assert record.flags["strongly_typed"] is True
+        assert record.flags["tf32"] is False
+        result.verify_files(record)
+        assert result.stale_reasons(record, _versions() | {"compute_capability": "8.9"}) == []
+        assert "built for compute capability 8.0" in result.stale_reasons(record, {"compute_capability": "7.5"})[0]
+
+
+def test_the_plan_itself_says_forward_compatible_from_8_0(bundle: Bundle) -> None:
+    flags = build_engine(bundle, RTX, components=["unet"]).engine(RTX, "unet").flags
+    assert flags["plan_accelerators"] == ["sm80"]
+    assert flags["plan_forward_compatible"] is True
+
+
+def test_fresh_plans_are_kept(bundle: Bundle) -> None:
+    first = build_engine(bundle, RTX, components=["unet"])
+    said: list[str] = []
+    second = build_engine(bundle, RTX, components=["unet"], progress=lambda message, _: said.append(message))
+    assert second.manifest == first.manifest
+    assert said == [f"unet: {RTX} engine is fresh, reused"]
+
+
+def test_fp32_is_built_only_when_asked_for(tmp_path: Path) -> None:
+    bundle = graph_bundle(tmp_path / "bundle", "fp32", ("unet", "vae_decoder", "text_encoder"))
+    record = build_engine(bundle, RTX, precision="fp32", components=["unet"]).engine(RTX, "unet")
+    assert (record.precision, record.slot) == ("fp32", RTX)
+
+
+def test_a_bf16_graph_builds(tmp_path: Path) -> None:
+    bundle = graph_bundle(tmp_path / "bundle", "bf16")
+    assert build_engine(bundle, RTX, components=["unet"]).engine(RTX, "unet").precision == "bf16"
+
+
+def test_progress_never_goes_back_and_ends_at_one(bundle: Bundle) -> None:
+    seen: list[tuple[str, float | None]] = []
+    build_engine(bundle, RTX, components=["unet", "vae_decoder"], progress=lambda *event: seen.append(event))
+    fractions = [fraction for _, fraction in seen if fraction is not None]
+    assert fractions == sorted(fractions)
+    assert (fractions[0], fractions[-1]) == (0.0, 1.0)
+    assert "unet: parsing the graph" in [message for message, _ in seen]
+    assert "vae_decoder: building engine" in [message for message, _ in seen]
+
+
+def test_parser_errors_name_node_and_operator(bundle: Bundle) -> None:
+    model = graph_model("unet", "fp16")
+    model.graph.node[0].op_type = "Convolve"
+    model.graph.node[0].name = "down_blocks.0"
+    replace_component(bundle, "unet", model)
+    with pytest.raises(BuildError, match=r"(?s)unet could not be built for tensorrt-rtx: .*Convolve.*Try this: update"):
+        build_engine(bundle, RTX, components=["unet"])
+    assert not (bundle.path / "engines").exists()
+
+
+def test_a_graph_with_other_dtypes_than_the_contract_is_refused(bundle: Bundle) -> None:
+    model = graph_model("unet", "fp16")
+    model.graph.node[-1].output[0] = "half_sample"
+    model.graph.node.append(helper.make_node("Cast", ["half_sample"], ["out_sample"], to=onnx.TensorProto.FLOAT))
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    replace_component(bundle, "unet", model)
+    with pytest.raises(
+        BuildError, match=r"the graph's outputs are out_sample float32.*contract says out_sample float16"
+    ):
+        build_engine(bundle, RTX, components=["unet"])
+
+
+def test_a_killed_builder_is_one_clear_message(bundle: Bundle) -> None:
+    def kill(message: str, fraction: float | None) -> None:
+        if message == "unet: building engine":
+            for child in psutil.Process().children():
+                child.send_signal(signal.SIGKILL)
+
+    with pytest.raises(
+        BuildError,
+        match=r"unet could not be built for tensorrt-rtx: the process was ended by SIGKILL: "
+        r"the system most likely ran out of memory. Try this: close other programs.*--components unet",
+    ):
+        build_engine(bundle, RTX, progress=kill)
+    assert not (bundle.path / "engines").exists()
+    assert Bundle.open(bundle.path).manifest.engines == {}
+
+
+def test_ctrl_c_ends_the_builder(bundle: Bundle) -> None:
+    def interrupt(message: str, fraction: float | None) -> None:
+        if message == "vae_decoder: building engine":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        build_engine(bundle, RTX, progress=interrupt)
+    assert not (bundle.path / "engines").exists()
+    assert psutil.Process().children() == []
+
+
+def _attention_job(folder: Path, width: int, precision: str) -> Job:
+    """One Attention node of opset 23 with two heads of `width`, as the exporter leaves it in a UNet."""
+    dtype = {"fp16": "float16", "fp32": "float32"}[precision]
+    sides = {"query": "tokens", "key": "sequence", "value": "sequence"}
+    inputs = tuple(TensorSpec(name, dtype, ("batch", 2, axis, width)) for name, axis in sides.items())
+    contract = Contract("unet", inputs, (TensorSpec("out", dtype, ("batch", 2, "tokens", width)),))
+
+    def infos(specs: Any) -> Any:
+        return [helper.make_tensor_value_info(s.name, ONNX_TYPES[s.dtype], list(s.axes)) for s in specs]
+
+    graph = helper.make_graph(
+        [helper.make_node("Attention", list(sides), ["out"])], "attention", infos(inputs), infos(contract.outputs)
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    model.ir_version = 10
+    home = folder / f"{precision}-{width}"
+    home.mkdir()
+    onnx.save_model(model, str(home / "model.onnx"))
+    sizes = ({"batch": 1, "tokens": 64}, {"batch": 2, "tokens": 64}, {"batch": 8, "tokens": 256})
+    profile = {spec.name: [list(spec.shape(size | {"sequence": 77})) for size in sizes] for spec in inputs}
+    return Job("unet", RTX, precision, str(home / "model.onnx"), str(home), contract, profile, ())
+
+
+# Widths of one head: 8 and 16 in tiny models, 40, 80, 160 in SD 1.x, 64 in SD 2.x, 512 in the VAE.
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_attention_of_every_head_width_builds(tmp_path: Path, precision: str) -> None:
+    jobs = [_attention_job(tmp_path, width, precision) for width in (4, 8, 16, 40, 64, 80, 160, 512)]
+    answers = run_in_child("export.build_job:build_all", {"jobs": [job.to_json() for job in jobs]})
+    assert [answer["files"] for answer in answers] == [["unet.engine"]] * len(jobs)
+    assert {answer["flags"]["attention"] for answer in answers} == {"1 attention layers, fused where a kernel exists"}
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def seen() -> list[tuple[str, float]]:
+    """What a phase tree reports."""
+    return []
+
+
+@pytest.fixture
+def clock() -> _Clock:
+    """A clock that the test moves."""
+    return _Clock()
+
+
+@pytest.fixture
+def tree(seen: list[tuple[str, float]], clock: _Clock) -> PhaseTree:
+    """A tree without weights: every step of a phase counts the same."""
+    return PhaseTree(lambda message, fraction: seen.append((message, fraction or 0.0)), "other", 10.0, clock)
+
+
+def test_nested_phases_become_one_fraction(tree: PhaseTree, seen: list[tuple[str, float]]) -> None:
+    tree.start("Building engine", None, 2)
+    tree.step("Building engine", 0)
+    tree.start("Timing tactics", "Building engine", 4)
+    tree.step("Timing tactics", 0)
+    tree.step("Timing tactics", 1)
+    assert seen == [
+        ("building engine", 0.0),
+        ("building engine", 0.5),
+        ("timing tactics", 0.5),
+        ("timing tactics", 0.625),
+        ("timing tactics", 0.75),
+    ]
+    tree.finish("Timing tactics")
+    tree.step("Building engine", 1)
+    assert seen[-1] == ("building engine", 1.0)
+
+
+def test_odd_phases_do_no_harm(tree: PhaseTree, seen: list[tuple[str, float]]) -> None:
+    tree.step("never started", 3)
+    tree.finish("never started")
+    tree.tick()
+    assert seen == []
+    tree.start("a", "b", 0)
+    tree.start("b", "a", 1)  # each other's parent
+    tree.step("a", 99)
+    assert all(0 <= fraction <= 1 for _, fraction in seen)
+
+
+def test_the_silent_phase_moves_by_the_clock(tree: PhaseTree, seen: list[tuple[str, float]], clock: _Clock) -> None:
+    tree.start(SILENT, None, 1)
+    for clock.now in (5.0, 10.0, 1000.0):
+        tree.tick()
+    assert [round(fraction, 3) for _, fraction in seen] == [0.0, 0.393, 0.632, 1.0]
+    assert silent_seconds(650_000_000) == pytest.approx(11.75)
+
+
+def test_a_progress_that_fails_cancels_the_build(trt: ModuleType) -> None:
+    def broken(message: str, fraction: float | None) -> None:
+        raise BrokenPipeError("the parent is gone")
+
+    with progress_monitor(trt, broken, RTX, 0) as monitor:
+        assert isinstance(monitor, trt.IProgressMonitor)
+        assert monitor.step_complete("unknown", 0) is True
+        monitor.phase_start("Building engine", None, 6)  # fails, and may not raise here
+        assert monitor.step_complete("Building engine", 0) is False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "precision"), [(RTX, "fp16"), ("openvino", "fp32"), ("onnxruntime", "fp32")])
+def test_all_exported_components_build(tmp_path: Path, target: str, precision: Any) -> None:
+    import onnx
+    from small_bundles import small_bundle
+
+    result = build_engine(small_bundle(tmp_path / "bundle", precision), target)
+    for name in COMPONENTS:
+        record = result.engine(target, name)
+        graph = onnx.load(result.path / result.component(name).files[0].path).graph
+        assert record.total_bytes > sum(len(weight.raw_data) for weight in graph.initializer)
+        assert record.parity is None if target == RTX else record.parity and record.parity["relative"] < 1e-5
+
+
+@pytest.mark.slow
+def test_full_size_sd_tiny_unet_builds_without_a_gpu(tmp_path: Path) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from small_bundles import export_component
+
+    blocks = 3
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    try:
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            layers_per_block=1,
+            mid_block_type=None,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("CrossAttnDownBlock2D",) * blocks,
+            up_block_types=("CrossAttnUpBlock2D",) * blocks,
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    record = export_component(tmp_path, "unet", unet.eval().requires_grad_(False), "fp16")
+    configs = {
+        "vae_decoder": {"block_out_channels": [128, 256, 512, 512]},
+        "text_encoder": {"max_position_embeddings": 77},
+    }
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    bundle = Bundle(tmp_path, Manifest({"model": "random:sd15-tiny"}, {}, {"unet": record}))
+    bundle.save()
+    engine = build_engine(bundle, RTX).engine(RTX, "unet")
+    assert record.parameters == 323_384_964
+    assert 600e6 < engine.total_bytes < 700e6
+    assert str(engine.ranges) == "batch 1..4, height 512 px, width 512 px, 77 tokens"
+    assert engine.flags["attention"].startswith("18 attention layers")
+    assert engine.precision == "fp16"
+    assert {"8.6", "8.9", "12.0"} <= set(engine.built_for)
+    assert engine.seconds < 300

@@ -1,0 +1,72 @@
+"""`sdkd export`: a table or JSON, and one message for what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from small_exports import small_bundle, small_pipeline
+from typer.testing import CliRunner
+
+from export.cli import export, summary
+from sdkd.errors import InputError, OutputExistsError
+
+runner = CliRunner()
+app = typer.Typer()
+app.command()(export)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    small_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_json_alone_is_on_standard_output_with_units_in_the_names(model: Path, tmp_path: Path) -> None:
+    words = [str(model), str(tmp_path / "b"), "--components", "text_encoder", "--precision", "fp16", "--json"]
+    result = runner.invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    (part,) = found["components"]
+    assert part["component"] == "text_encoder"
+    assert part["precision"] == "fp16"
+    assert part["bytes"] == (tmp_path / "b" / "text_encoder" / "model.onnx").stat().st_size
+    assert 0 < part["relative_error"] < 5e-3
+    assert "text_encoder: exporting to ONNX" in result.stderr
+
+
+def test_the_table_says_when_nothing_was_checked_and_what_comes_next(model: Path, tmp_path: Path) -> None:
+    words = [str(model), str(tmp_path / "b"), "--components", "text_encoder", "--no-verify", "--opset", "22"]
+    result = runner.invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "Not compared with PyTorch" in result.stdout
+    assert "sdkd build-engine" in result.stdout
+    row = next(line for line in result.stdout.splitlines() if "text_encoder" in line)
+    assert " 22 " in row
+    assert "38,816" in row
+
+
+def test_the_summary_has_every_component_and_its_error() -> None:
+    parts = summary(small_bundle())["components"]
+    assert [part["component"] for part in parts] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert all(0 < part["max_abs_error"] < 1e-4 and part["nodes"] > 50 for part in parts)
+
+
+def test_a_model_that_is_none_and_an_output_that_is_there_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputExistsError, match="already exists"):
+        runner.invoke(app, [str(model), str(model)], catch_exceptions=False)
+    with pytest.raises(InputError, match="precision 'half' is unknown"):
+        runner.invoke(app, [str(model), str(tmp_path / "b"), "--precision", "half"], catch_exceptions=False)
+
+
+def test_the_module_loads_without_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, export.cli; print(sorted({'torch', 'diffusers', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "[]\n"

@@ -1,0 +1,241 @@
+"""`export_pipeline`: a whole bundle or nothing, checked, and the pipeline left as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from helpers import tiny_pipeline
+from small_exports import bundle_copy, small_bundle, small_pipeline
+
+from export import export_pipeline
+from export.pipeline import state_digest
+from export.reuse import Wanted, find
+from sdkd.bundle import Bundle, Manifest
+from sdkd.contract import COMPONENTS, component_contract
+from sdkd.errors import BundleError, BusyError, InputError, OutputExistsError
+from sdkd.files import lock, read_json
+
+CHEAP = ("text_encoder",)  # the component that exports in the least time
+
+
+def left_in(folder: Path) -> set[str]:
+    """What is in a folder, lock files aside."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_the_bundle_has_optimums_layout() -> None:
+    root = small_bundle().path
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    graphs = {f"{name}/{file}" for name in COMPONENTS for file in ("model.onnx", "config.json", "initializers.json")}
+    assert graphs | {"bundle.json", "model_index.json", "scheduler/scheduler_config.json"} <= files
+    assert {name for name in files - graphs if "/" not in name} == {"bundle.json", "model_index.json"}
+    index = read_json(root / "model_index.json")
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert "_name_or_path" not in index
+
+
+def test_configs_give_back_the_contracts() -> None:
+    bundle = small_bundle()
+    for name, record in bundle.manifest.components.items():
+        assert component_contract(name, bundle.config(name), "fp32") == record.contract
+    assert bundle.config("vae_decoder") == bundle.config("vae_encoder")
+
+
+def test_the_manifest_says_what_was_done() -> None:
+    bundle = small_bundle()
+    assert tuple(bundle.manifest.components) == COMPONENTS
+    assert bundle.manifest.source["kind"] == "pipeline"
+    assert bundle.manifest.source["random_weights"] is False
+    assert set(bundle.manifest.versions) >= {"sdkd", "torch", "onnx", "onnxruntime", "diffusers", "transformers"}
+    unet = bundle.component("unet")
+    assert (unet.precision, unet.opset) == ("fp32", 23)
+    assert unet.parameters == sum(weight.numel() for weight in small_pipeline().unet.parameters())
+    assert unet.details["nodes"] == sum(unet.details["operators"].values())
+    assert unet.details["unmatched_weights"] == []
+    assert unet.parity is not None
+    assert unet.parity["relative"] < 1e-5
+    assert unet.seconds >= unet.details["export_seconds"] > 0
+    assert Manifest.from_json(json.loads(json.dumps(bundle.manifest.to_json()))) == bundle.manifest
+    for record in bundle.manifest.components.values():
+        bundle.verify_files(record)
+
+
+def test_digests_are_of_the_weights() -> None:
+    bundle, pipe = small_bundle(), small_pipeline()
+    digests = bundle.manifest.source["sha256"]
+    assert digests["unet"] == bundle.component("unet").source_sha256 == state_digest(pipe.unet.state_dict())
+    assert len(set(digests.values())) == len(COMPONENTS)
+    pipe.unet.conv_in.bias.data[0] += 1
+    assert digests["unet"] != state_digest(pipe.unet.state_dict())
+
+
+def test_a_truncated_graph_is_noticed(tmp_path: Path) -> None:
+    bundle = bundle_copy(tmp_path / "bundle")
+    os.truncate(bundle.path / "unet" / "model.onnx", 1000)
+    with pytest.raises(BundleError, match=r"unet/model\.onnx has 1000 bytes instead of"):
+        bundle.verify_files(bundle.component("unet"))
+
+
+@torch.no_grad()
+def test_batch_three_and_a_non_square_image_equal_eager() -> None:
+    pipe, file = small_pipeline(), small_bundle().path / "unet" / "model.onnx"
+    generator = torch.Generator().manual_seed(7)
+    sample = torch.randn(3, 4, 10, 4, generator=generator)
+    timestep, context = torch.tensor(421.25), torch.randn(3, 77, 32, generator=generator)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": context}
+    (output,) = session.run(["out_sample"], {name: value.numpy() for name, value in feeds.items()})
+    expected = pipe.unet(sample, timestep, context).sample.numpy()
+    np.testing.assert_allclose(output, expected, atol=2e-5)
+
+
+def test_half_precision_leaves_the_eager_pipeline_as_it_was(tmp_path: Path) -> None:
+    pipe = small_pipeline()
+    before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
+    steps: list[tuple[str, float | None]] = []
+    bundle = export_pipeline(
+        pipe,
+        tmp_path / "half",
+        precision="fp16",
+        components=CHEAP,
+        progress=lambda message, fraction: steps.append((message, fraction)),
+    )
+    record = bundle.component("text_encoder")
+    assert tuple(bundle.manifest.components) == CHEAP
+    assert record.precision == "fp16"
+    assert record.parity is not None
+    assert 0 < record.parity["rms"] <= 1.5 * record.parity["eager_rms"] + 1e-3
+    assert record.parity["relative"] < 5e-3
+    after = pipe.text_encoder.state_dict()
+    assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
+    fractions = [fraction for _, fraction in steps if fraction is not None]
+    assert fractions == sorted(fractions)
+    assert steps[-1] == ("exported", 1.0)
+    assert any(message == "text_encoder: exporting to ONNX" for message, _ in steps)
+
+
+def test_bfloat16_is_compared_through_its_float32_twin(tmp_path: Path) -> None:
+    bundle = export_pipeline(small_pipeline(), tmp_path / "bf16", precision="bf16", components=("vae_decoder",))
+    record = bundle.component("vae_decoder")
+    assert record.contract.outputs[0].dtype == "bfloat16"
+    assert record.parity is not None
+    assert "float32 twin" in record.parity["runtime"]
+    assert 1e-4 < record.parity["relative"] < 5e-2
+
+
+def test_the_same_component_of_another_bundle_is_copied(tmp_path: Path) -> None:
+    pipe, steps = small_pipeline(), []
+    pipe.unet = small_pipeline(seed=5).unet  # a student: another UNet, the same text encoder and VAE
+    options = {"components": ("text_encoder", "vae_decoder"), "reuse": [tmp_path / "none", small_bundle().path]}
+    bundle = export_pipeline(pipe, tmp_path / "b", progress=lambda text, _: steps.append(text), **options)
+    for name in ("text_encoder", "vae_decoder"):
+        taken, own = bundle.component(name), small_bundle().component(name)
+        assert (taken.files, taken.parity, taken.details["reused"]) == (own.files, own.parity, True)
+        bundle.verify_files(taken)
+        assert bundle.config(name) == small_bundle().config(name)
+    assert "text_encoder: the same as in bundle, re-used" in steps
+    assert not any("exporting to ONNX" in step for step in steps)
+
+
+def test_other_weights_opset_precision_or_damage_are_not_reused(tmp_path: Path) -> None:
+    bundle = bundle_copy(tmp_path / "bundle")
+    record = bundle.component("unet")
+    wanted = Wanted("unet", record.source_sha256, "fp32", 23, bundle.manifest.versions, verify=True)
+    assert find([bundle.path], wanted) is not None
+    changes: list[dict[str, Any]] = [{"source_sha256": "0"}, {"opset": 22}, {"precision": "fp16"}, {"versions": {}}]
+    assert all(find([bundle.path], replace(wanted, **change)) is None for change in changes)
+    os.truncate(bundle.path / "unet" / "model.onnx", 1000)
+    assert find([bundle.path], wanted) is None
+
+
+def test_without_verification_the_manifest_says_so(tmp_path: Path) -> None:
+    bundle = export_pipeline(small_pipeline(), tmp_path / "b", components=CHEAP, verify=False)
+    assert bundle.component("text_encoder").parity is None
+    assert read_json(bundle.path / "bundle.json")["components"]["text_encoder"]["parity"] is None
+
+
+def test_a_named_model_is_loaded_and_its_source_recorded(tmp_path: Path) -> None:
+    from sdkd.models import source_digests
+
+    folder = tmp_path / "model"
+    small_pipeline().save_pretrained(folder)
+    bundle = export_pipeline(folder, tmp_path / "bundle", components=CHEAP, precision="fp16")
+    assert bundle.manifest.source["model"] == str(folder)
+    assert bundle.manifest.source["kind"] == "folder"
+    assert bundle.component("text_encoder").source_sha256 == source_digests(folder)["text_encoder"]
+
+
+def test_an_existing_output_is_refused_before_any_work_and_replaced_when_asked(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep")
+    with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
+        export_pipeline(small_pipeline(), output)
+    assert (output / "mine.txt").read_text() == "keep"
+    bundle = export_pipeline(small_pipeline(), output, components=CHEAP, verify=False, overwrite=True)
+    assert not (output / "mine.txt").exists()
+    assert Bundle.open(output).manifest == bundle.manifest
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(message: str, fraction: float | None) -> None:
+        if message.startswith("text_encoder: comparing"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        export_pipeline(small_pipeline(), tmp_path / "bundle", components=CHEAP, progress=interrupt)
+    assert left_in(tmp_path) == set()
+
+
+def test_a_failed_export_keeps_the_old_bundle(tmp_path: Path) -> None:
+    from sdkd.errors import ValuesError
+
+    bundle = bundle_copy(tmp_path / "bundle")
+    pipe = small_pipeline()
+    pipe.text_encoder.final_layer_norm.bias.data[:] = float("nan")
+    with pytest.raises(ValuesError, match="PyTorch itself gives NaN or infinity in float32"):
+        export_pipeline(pipe, bundle.path, components=CHEAP, overwrite=True)
+    assert Bundle.open(bundle.path).manifest == bundle.manifest
+    assert left_in(tmp_path) == {"bundle"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "precision 'int8' is unknown: choose one of fp32, fp16, bf16"),
+        ({"components": ("unet", "safety_checker")}, "components 'safety_checker': choose from text_encoder, unet"),
+        ({"components": ()}, "components 'none': choose from text_encoder"),
+        ({"opset": 24}, "opset 24 is not between 18 and 23"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        export_pipeline("no-such-model", tmp_path / "bundle", **options)  # type: ignore[arg-type]
+    assert left_in(tmp_path) == set()
+
+
+def test_two_exports_to_one_folder_are_refused(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    with lock(output), pytest.raises(BusyError, match="is being written by another process"):
+        export_pipeline(small_pipeline(), output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", [None, "bk-small", "tiny"])
+def test_a_teacher_and_its_students_export_through_the_same_code(student: str | None, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(student=student)
+    bundle = export_pipeline(pipe, tmp_path / "bundle", components=("unet",))
+    record = bundle.component("unet")
+    assert (pipe.unet.mid_block is None) == (student is not None)
+    assert record.parity is not None
+    assert record.parity["relative"] < 1e-5
+    assert record.details["unmatched_weights"] == []

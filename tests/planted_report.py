@@ -1,0 +1,138 @@
+"""A whole report with planted figures and drawn images: what the page, the tables and the JSON are tested on."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sdkd.compare.quality import Likeness, likeness
+from sdkd.compare.report import Report, Result, Setup
+from sdkd.compare.stats import Spread, speedup
+from sdkd.compare.subjects import Subject
+from sdkd.compare.verdicts import judge_engine
+
+PROMPTS = (
+    "a large red star on a blue background",
+    "a small yellow circle on a green background",
+    "a large white ring on a purple background",
+)
+COLOURS = (("#c33", "#24c"), ("#fc2", "#285"), ("#fff", "#528"))
+ENVIRONMENT = {
+    "date_utc": "2026-01-02T03:04:05+00:00", "device": "cpu", "cpu": "Example CPU @ 2.10GHz",
+    "cpu_features": ["avx2", "avx512f", "amx_bf16"], "cpu_mhz": 2100, "cores_physical": 1, "cores_usable": 2,
+    "threads_torch": 2, "threads_environment": {}, "load_average": [0.11, 0.2, 0.19], "memory_total_gb": 25.1,
+    "gpu": None, "gpu_driver": None, "cuda": None, "os": "Debian GNU/Linux 12 (bookworm), kernel 6.1, x86_64",
+    "python": "3.11.9",
+    "versions": {"sdkd": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "onnxruntime": "1.32.0"},
+}  # fmt: skip
+# model: (step in ms when eager, UNet parameters, how far its drawing is moved)
+MODELS = {"teacher": (31.0, 3_210_000, 0), "small": (20.5, 2_110_000, 2), "tiny": (13.2, 1_230_000, 5)}
+# target: (precision, speed over eager, noise of its images in grey levels, bytes per parameter)
+TARGETS = {
+    "eager": ("fp32", 1.0, 0.0, 2),
+    "onnxruntime": ("fp32", 1.6, 0.4, 4),
+    "openvino": ("fp32", 1.9, 0.5, 4),
+    "openvino-bf16": ("bf16", 2.9, 4.0, 4),
+}
+
+
+def drawing(prompt: int, shift: int, noise: float, seed: int, size: int = 64) -> Image.Image:
+    """A disc on a background, moved by `shift` pixels, with noise of so many grey levels."""
+    front, back = COLOURS[prompt]
+    image = Image.new("RGB", (size, size), back)
+    edge, move = size // 6, shift * size // 64
+    ImageDraw.Draw(image).ellipse((edge + move, edge, size - edge + move, size - edge), fill=front)
+    pixels = np.asarray(image, dtype=np.float64)
+    pixels = pixels + np.random.default_rng(seed).normal(0, noise, pixels.shape) if noise else pixels
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def rounds(median: float, seed: int, count: int = 10, burst: int = 3) -> list[list[float]]:
+    """Planted samples around a median, with one slow call in twenty."""
+    generator = np.random.default_rng(seed)
+    values = median * (1 + np.abs(generator.normal(0, 0.02, (count, burst))))
+    values[generator.random((count, burst)) < 0.05] *= 1.15
+    return [list(map(float, row)) for row in values]
+
+
+def subjects(models: tuple[str, ...] = tuple(MODELS)) -> list[Subject]:
+    """Every model on every target."""
+    return [
+        Subject(
+            f"{model} {target}",
+            f"models/{model}",
+            target,
+            precision,
+            None if target == "eager" else Path(f"bundles/{model}"),
+            "teacher" if model == "teacher" else "student",
+        )
+        for model in models
+        for target, (precision, *_) in TARGETS.items()
+    ]
+
+
+@cache
+def planted_report(
+    wrong: str | None = None, judged: bool = True, size: int = 64, models: tuple[str, ...] = tuple(MODELS)
+) -> Report:
+    """The report; the images of the subject labelled `wrong` come from another seed."""
+    rows = subjects(models)
+    steps, images = {}, {}
+    for seed, subject in enumerate(rows):
+        model, speed = subject.model_label, TARGETS[subject.target][1]
+        steps[subject.label] = rounds(MODELS[model][0] / speed / 1000, seed)
+        shift = MODELS[model][2] + (17 if subject.label == wrong else 0)
+        noise = TARGETS[subject.target][2]
+        images[subject.label] = [drawing(index, shift, noise, seed, size) for index in range(len(PROMPTS))]
+    baselines = {row.label: _baselines(row) for row in rows}
+    results = tuple(_result(row, steps, images, baselines[row.label], judged) for row in rows)
+    setup = Setup(PROMPTS, 25, 4.0, size, 0, 2, 30, 1.0, "PNDMScheduler", "wall clock", True, 0.95)
+    return Report(setup, results, ENVIRONMENT, images, baselines, "sdkd compare demo --targets eager,onnxruntime")
+
+
+def _baselines(subject: Subject) -> dict[str, str]:
+    found = {"eager": f"{subject.model_label} eager", "teacher": "teacher eager"}
+    return {name: label for name, label in found.items() if label != subject.label}
+
+
+def _result(
+    subject: Subject,
+    steps: dict[str, list[list[float]]],
+    images: dict[str, list[Image.Image]],
+    baselines: dict[str, str],
+    judged: bool,
+) -> Result:
+    def against(label: str) -> Likeness:
+        return likeness(images[subject.label], images[label], label)
+
+    model = subject.model_label
+    unet = MODELS[model][1]
+    own = None if subject.is_truth else against(f"{model} eager")
+    half = [drawing(index, MODELS[model][2], 5.0, 99, images[subject.label][0].width) for index in range(len(PROMPTS))]
+    eager_half = likeness(half, images[f"{model} eager"], f"{model} eager")
+    samples = steps[subject.label]
+    ratios = {name: speedup(steps[label], samples) for name, label in baselines.items()}
+    whole = [[25.4 * value for value in part[:1]] for part in samples[:6]]
+    return Result(
+        subject=subject,
+        unet_step_ms=Spread.of(samples, 1000),
+        unet_step_cpu_ms=Spread.of(samples, 1900),
+        image_s=Spread.of(whole),
+        load_s=0.41,
+        first_call_s=25.4 * samples[0][0] + 0.2,
+        unet_parameters=unet,
+        parameters=unet + 1_480_000,
+        bytes_on_disk=TARGETS[subject.target][3] * (unet + 1_480_000),
+        rss_growth_bytes=52_000_000,
+        repeatable=True,
+        attention="SDPA, flash attention (CPU)" if subject.is_eager else None,
+        against_eager=own,
+        against_teacher=against("teacher eager") if subject.role == "student" else None,
+        verdict=judge_engine(subject, own, eager_half),
+        step_speedup={name: ratio for name, ratio in ratios.items() if ratio},
+        image_speedup={},
+        judged={"shape": 0.9, "colour": 1.0, "background": 1.0} if judged else None,
+    )

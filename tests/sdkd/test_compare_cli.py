@@ -1,0 +1,95 @@
+"""`sdkd compare` as people call it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compare_models import engine_models
+from typer.testing import CliRunner, Result
+
+from sdkd import cli
+from sdkd.compare.cli import make_again
+
+QUICK = ["--prompts", "a red star;a blue ring", "--steps", "2", "--runs", "3"]
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, ["compare", *words])
+
+
+def test_a_bundle_is_compared_with_its_model(tmp_path: Path) -> None:
+    bundle, output = engine_models() / "bundle", tmp_path / "out"
+    result = call(str(bundle), *QUICK, "--targets", "eager,onnxruntime", "--output", str(output))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"bundle onnxruntime .* ✓ same images", result.stdout)
+    assert f"Look at {output / 'report.html'}" in result.stdout.replace("\n", "")
+    report = json.loads((output / "report.json").read_text())
+    assert [row["label"] for row in report["results"]] == ["bundle eager", "bundle onnxruntime"]
+    assert report["ok"] is True
+    words = shlex.split(report["command"])
+    assert words[:3] == ["sdkd", "compare", str(bundle)]
+    assert words[words.index("--prompts") + 1] == "a red star;a blue ring"
+
+
+def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
+    import dataclasses
+    import shutil
+
+    from sdkd.bundle import Bundle
+
+    folder = engine_models()
+    shutil.copytree(folder / "bundle", tmp_path / "bundle")
+    opened = Bundle.open(tmp_path / "bundle")
+    Bundle(opened.path, dataclasses.replace(opened.manifest, source={"model": str(folder / "wrong")})).save()
+    output = tmp_path / "out"
+    result = call(str(opened.path), *QUICK, "--json", "--output", str(output))
+    assert result.exit_code == 1
+    assert "1 of 2 subjects broke a rule. 'bundle onnxruntime': worst image" in result.stderr
+    assert json.loads(result.stdout)["ok"] is False
+    assert json.loads((output / "report.json").read_text())["ok"] is False
+
+
+def test_a_report_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    result = call("no-such-model", "--output", str(tmp_path))
+    assert result.exit_code == 1
+    assert "already holds report.json: choose another folder or pass --overwrite" in result.stderr
+
+
+def test_bad_usage_is_status_2() -> None:
+    assert call("--steps", "0").exit_code == 2
+
+
+def test_a_missing_model_is_one_message(tmp_path: Path) -> None:
+    result = call("no-such-model", *QUICK, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "model 'no-such-model' does not exist" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_that_makes_it_again_spells_every_setting_out() -> None:
+    command = make_again(["demo"], "eager", None, ("it's; red",), 25, 4.0, None, 0, 30, None)
+    assert command == (
+        "sdkd compare demo --targets eager --prompts 'it'\"'\"'s; red' --steps 25 --guidance-scale 4 --seed 0 --runs 30"
+    )
+
+
+@pytest.mark.parametrize("module", ["sdkd.compare", "sdkd.compare.cli", "sdkd.compare.subjects", "sdkd.compare.report"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print(sorted({{'torch', 'diffusers', 'transformers', 'onnx'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_found_on_first_use() -> None:
+    import sdkd.compare
+
+    assert {name for name in sdkd.compare.__all__ if getattr(sdkd.compare, name)} == set(sdkd.compare.__all__)
+    with pytest.raises(AttributeError, match=r"module 'sdkd.compare' has no attribute 'nothing'"):
+        sdkd.compare.nothing  # noqa: B018

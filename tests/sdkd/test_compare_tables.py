@@ -1,0 +1,96 @@
+"""The columns, the Markdown table and the terminal table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from planted_report import planted_report
+from rich.console import Console
+
+from sdkd.compare.stats import Ratio
+from sdkd.compare.tables import COLUMNS, best_rows, markdown, number, shown_columns, terminal_table
+from sdkd.compare.words import findings, listing, plural, sentence
+
+BY_KEY = {column.key: column for column in COLUMNS}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1234.5, "1,234"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.4, "0.400"), (0.0123, "0.012")],
+)
+def test_numbers_have_three_digits_and_no_exponent(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_a_ratio_is_a_factor_with_its_interval_or_a_tie() -> None:
+    result = planted_report().result("tiny openvino")
+    cell = BY_KEY["eager"].cell(dataclasses.replace(result, step_speedup={"eager": Ratio(1.9, 1.85, 1.95)}))
+    assert (cell.text, cell.note, cell.tone) == ("1.90×", "1.85–1.95", "good")
+    cell = BY_KEY["eager"].cell(dataclasses.replace(result, step_speedup={"eager": Ratio(1.01, 0.98, 1.03)}))
+    assert (cell.text, cell.note, cell.tone) == ("tie", "0.98–1.03", "muted")
+    cell = BY_KEY["eager"].cell(dataclasses.replace(result, step_speedup={"eager": Ratio(0.8, 0.7, 0.9)}))
+    assert (cell.text, cell.tone) == ("0.80×", "bad")
+
+
+def test_a_verdict_on_a_half_engine_names_what_it_is_measured_by() -> None:
+    report = planted_report(wrong="small openvino-bf16")
+    texts = {row.subject.label: BY_KEY["verdict"].cell(row).text for row in report.results}
+    assert texts["small eager"] == "–"
+    assert texts["small onnxruntime"] == "✓ same images"
+    assert texts["small openvino-bf16"] == "✗ further than eager bf16"
+    assert texts["tiny openvino-bf16"] == "✓ as close as eager bf16"
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    keys = [column.key for column in shown_columns(planted_report(judged=False), page=True)]
+    assert "judged" not in keys
+    assert "baseline" not in keys
+    assert {"eager", "teacher", "psnr", "agreement", "memory"} <= set(keys)
+    assert "memory" not in [column.key for column in shown_columns(planted_report())]
+
+
+def test_the_best_of_a_column() -> None:
+    rows = planted_report().results
+    assert best_rows(BY_KEY["step"], rows) == {"tiny openvino-bf16"}
+    assert best_rows(BY_KEY["unet"], rows) == {
+        f"tiny {name}" for name in ("eager", "onnxruntime", "openvino", "openvino-bf16")
+    }
+    assert best_rows(BY_KEY["memory"], rows) == set()  # all equal
+    assert best_rows(BY_KEY["verdict"], rows) == set()  # nothing to win
+
+
+def test_the_markdown_table_has_a_row_per_subject_and_the_command() -> None:
+    report = planted_report()
+    lines = markdown(report).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 12
+    assert len({line.count("|") for line in table}) == 1
+    assert table[0].startswith("| Subject | UNet step, ms | vs own eager | vs teacher |")
+    assert lines[0] == f"# {sentence(report)}"
+    assert lines[-1] == "    sdkd compare demo --targets eager,onnxruntime"
+
+
+def test_the_terminal_tables_fit_80_columns_and_cut_no_value() -> None:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(terminal_table(planted_report(wrong="tiny onnxruntime")))
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "✗ differs" in text
+
+
+def test_the_sentence_says_what_was_compared() -> None:
+    assert sentence(planted_report()) == (
+        "teacher, small and tiny on eager PyTorch, onnxruntime, openvino and openvino-bf16: "
+        "3 prompts from the same noise, 64 × 64 px, 25 steps, guidance 4"
+    )
+    assert (listing(["a"]), listing(["a", "b", "a"]), plural(1, "step")) == ("a", "a and b", "1 step")
+
+
+def test_the_findings_are_what_the_report_supports() -> None:
+    found = findings(planted_report())
+    assert [finding.value for finding in found] == ["6.80×", "−62%", "9 of 9", "97%"]
+    assert found[0].text == "as fast per UNet step: tiny openvino-bf16 over teacher eager"
+    wrong = findings(planted_report(wrong="tiny onnxruntime", judged=False))
+    assert [(finding.value, finding.tone) for finding in wrong[2:]] == [("8 of 9", "bad")]

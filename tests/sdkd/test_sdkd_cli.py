@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sdkd import cli
+from sdkd.errors import MissingExtraError, ModelError
+
+HEAVY = {"torch", "diffusers", "transformers", "tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "openvino", "numpy"}
+
+
+@pytest.mark.parametrize("package", ["sdkd", "export", "engines", "sdkd.cli", "sdkd.bundle", "sdkd.contract"])
+def test_importing_loads_nothing_heavy(package: str) -> None:
+    code = f"import {package}, sys; print(' '.join(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not HEAVY & set(loaded)
+
+
+def test_every_command_is_summarised_and_loads() -> None:
+    assert set(cli._entry_points()) == set(cli.SUMMARIES)
+    for name in cli.SUMMARIES:
+        assert cli.load_command(name).help.strip()
+
+
+def _status(function: Callable[[], Any]) -> int | str | None:
+    with pytest.raises(SystemExit, match=r"^\d+$") as caught:
+        cli.guarded(function)()
+    return caught.value.code
+
+
+def _raiser(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ModelError("'x' is no pipeline: give a diffusers folder"), 1, "sdkd: 'x' is no pipeline: give a diffusers"),
+        (MissingExtraError("openvino", "openvino", "target 'openvino'"), 1, "pip install 'sdkd[openvino]'"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "the disk is full while writing '/a/b'"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "no permission for '/root/x'"),
+        (KeyboardInterrupt(), 130, "interrupted: nothing half-written was kept"),
+    ],
+)
+def test_an_error_is_one_message_and_a_status(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _status(_raiser(error)) == status
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.guarded(_raiser(ZeroDivisionError("ours")))()
+
+
+def test_help_and_bad_usage_leave_with_their_status() -> None:
+    sdkd = [sys.executable, "-m", "sdkd.cli"]
+    shown = subprocess.run([*sdkd, "--help"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in cli.SUMMARIES)
+    wrong = subprocess.run([*sdkd, "nonsense"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "No such command 'nonsense'" in wrong.stderr

@@ -1,0 +1,187 @@
+"""What a model name means, and loading it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdkd import models, random_models
+from sdkd.bundle import Bundle, Manifest
+from sdkd.errors import InputError, ModelError, OutputExistsError
+from sdkd.models import load_eager, provenance, resolve, save_pipeline, source_digests
+from sdkd.students import build_student
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "teacher"
+    save_pipeline(helpers.tiny_pipeline(), path)
+    return path
+
+
+def bundle_of(path: Path, model: str) -> Path:
+    Bundle(path, Manifest(source={"model": model, "random_weights": True}, versions={})).save()
+    return path
+
+
+def test_kinds(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    names = [folder, "segmind/tiny-sd", tmp_path / "model.safetensors", bundle_of(tmp_path / "b", "x/y"), "random:sd15"]
+    assert [resolve(name).kind for name in names] == ["folder", "hub", "single-file", "bundle", "random"]
+    assert [resolve(name).random_weights for name in names] == [False, False, False, True, True]
+
+
+def test_load_folder(folder: Path) -> None:
+    pipe = load_eager(folder)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert not part.training
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+        assert part.dtype == torch.float32
+    assert pipe.safety_checker is None
+    assert torch.equal(pipe.unet.conv_in.weight, helpers.tiny_unet().conv_in.weight)
+    assert load_eager(folder, torch.float16).unet.dtype == torch.float16
+
+
+def test_load_half_variant(folder: Path, tmp_path: Path) -> None:
+    helpers.tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    assert load_eager(tmp_path / "half").unet.dtype == torch.float32
+
+
+def test_missing_model() -> None:
+    with pytest.raises(ModelError, match="model 'nothing' does not exist: give a diffusers folder, a hub id"):
+        resolve("nothing")
+
+
+def test_folder_that_is_no_pipeline(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"is not a diffusers pipeline \(no model_index.json\)"):
+        load_eager(folder / "unet")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"_class_name": "StableDiffusionXLPipeline"}', "holds a StableDiffusionXLPipeline .SDXL has another UNet"),
+        ('{"_class_name": "FluxPipeline"}', "holds a FluxPipeline: sdkd works on Stable Diffusion 1.x and 2.x"),
+        ('{"_class_name": "StableDiffusionPipeline"}', "lacks unet, vae, text_encoder, tokenizer, scheduler"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_other_pipelines_are_refused(index: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ModelError, match=message):
+        resolve(tmp_path)
+
+
+def test_truncated_weights(tmp_path: Path) -> None:
+    save_pipeline(helpers.tiny_pipeline(), tmp_path / "p")
+    weights = tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"could not be loaded .* damaged or incomplete"):
+        load_eager(tmp_path / "p")
+
+
+def test_hub_model_without_network() -> None:
+    with pytest.raises(ModelError, match=r"'nobody/nothing' could not be loaded .* check the spelling and the network"):
+        load_eager("nobody/nothing")
+
+
+def test_bundle_leads_to_its_original(folder: Path, tmp_path: Path) -> None:
+    assert load_eager(bundle_of(tmp_path / "good", str(folder))).unet.config.cross_attention_dim == helpers.CONTEXT
+    with pytest.raises(ModelError, match=r"holds ONNX graphs and engines, not PyTorch weights, .* is gone"):
+        load_eager(bundle_of(tmp_path / "gone", str(tmp_path / "no-such-model")))
+
+
+def test_single_files(tmp_path: Path) -> None:
+    one = torch.zeros(1)
+    save_file({"conditioner.embedders.1.model.x": one}, tmp_path / "xl.safetensors")
+    save_file({"lora_unet_x": one}, tmp_path / "lora.safetensors")
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}, tmp_path / "sd.safetensors")
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    (tmp_path / "cut.safetensors").write_bytes(b"123")
+    for name, message in {
+        "xl.safetensors": "is SDXL",
+        "lora.safetensors": "holds no Stable Diffusion UNet .first weight: lora_unet_x",
+        "sd.safetensors": "a single file carries no configuration, and the one it needs is not in the local hub cache",
+        "cut.safetensors": "could not be loaded",
+        "model.ckpt": "only .safetensors is read",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            load_eager(tmp_path / name)
+
+
+def test_demo_without_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(models, "DEMO_WEIGHTS", tmp_path)
+    with pytest.raises(ModelError, match="the demo's teacher is not in this installation"):
+        resolve("demo")
+
+
+def test_demo_is_a_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(models, "DEMO_WEIGHTS", folder)
+    assert resolve("demo").kind == "demo"
+    assert load_eager("demo").unet.config.sample_size == 8
+
+
+@pytest.mark.parametrize("name", ["random:sd3", "random:sd15-micro", "random:"])
+def test_random_names(name: str) -> None:
+    with pytest.raises(InputError, match=r"names no known family: give random:FAMILY|student 'micro' is unknown"):
+        resolve(name)
+
+
+def test_random_pipeline_is_the_same_in_every_dtype(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    small = random_models.Family(
+        {**helpers.TEACHER_UNET}, {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, 64, "epsilon"
+    )
+    monkeypatch.setattr(models, "DEMO_WEIGHTS", folder)
+    monkeypatch.setitem(random_models.FAMILIES, "mini", small)
+    monkeypatch.setattr(random_models, "_VAE", helpers.VAE)
+    pipe, half = load_eager("random:mini-tiny"), load_eager("random:mini-tiny", torch.float16)
+    assert pipe.unet.config.layers_per_block == 1
+    assert torch.equal(pipe.unet.conv_in.weight.half(), half.unet.conv_in.weight)
+    assert half.text_encoder.dtype == half.vae.dtype == torch.float16
+    image = pipe("a red star", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+    assert image.std() > 0
+
+
+def test_random_shapes_are_full_size() -> None:
+    assert random_models.parse("random:sd15").unet_config["cross_attention_dim"] == 768
+    assert random_models.parse("random:sd21-bk-small").unet_config["mid_block_type"] is None
+    assert random_models.parse("random:sd21-bk-small").student.name == "bk-small"  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_random_student_of_full_size() -> None:
+    pipe = load_eager("random:sd15-tiny", torch.float16)
+    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in (pipe.unet, pipe.vae)]
+    assert counts == [323_384_964, 83_653_863]
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.float16
+
+
+def test_digests_follow_the_weights(folder: Path, tmp_path: Path) -> None:
+    pipe = helpers.tiny_pipeline()
+    save_pipeline(pipe, tmp_path / "same", about={"note": 1})
+    save_pipeline(pipe, tmp_path / "student", unet=build_student(pipe.unet, "tiny"))
+    first, same, student = (source_digests(path) for path in (folder, tmp_path / "same", tmp_path / "student"))
+    assert first == same
+    assert {name for name in first if first[name] != student[name]} == {"unet"}
+    assert source_digests("random:sd15")["unet"] != source_digests("random:sd15-tiny")["unet"]
+
+
+def test_save_replaces_only_the_unet_and_only_on_request(tmp_path: Path) -> None:
+    pipe = helpers.tiny_pipeline()
+    unet = pipe.unet
+    about: dict[str, Any] = {"student": "sd-tiny", "random_weights": True}
+    save_pipeline(pipe, tmp_path / "out", unet=build_student(unet, "tiny"), about=about, readme="card")
+    assert pipe.unet is unet
+    assert provenance(tmp_path / "out") == about
+    assert resolve(tmp_path / "out").random_weights
+    assert (tmp_path / "out" / "README.md").read_text() == "card"
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["layers_per_block"] == 1
+    with pytest.raises(OutputExistsError, match="already exists"):
+        save_pipeline(pipe, tmp_path / "out")

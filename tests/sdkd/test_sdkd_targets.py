@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+
+from sdkd.errors import InputError, MissingExtraError
+from sdkd.targets import TARGETS, availability, built_environment, check_target, environment, require, slot_name
+from sdkd.targets import slot_precision as precision_of
+
+
+def test_a_slot_names_its_target_and_precision() -> None:
+    assert check_target("openvino-bf16").name == "openvino"
+    assert check_target("tensorrt-rtx").name == "tensorrt-rtx"
+    assert precision_of("openvino-bf16") == "bf16"
+    assert precision_of("tensorrt-rtx") is None
+    assert slot_name("openvino", "bf16", "fp32") == "openvino-bf16"
+    assert slot_name("onnxruntime", "fp32", "fp32") == "onnxruntime"
+
+
+def test_an_unknown_target_lists_the_known() -> None:
+    with pytest.raises(InputError, match="target 'coreml' is unknown: choose one of onnxruntime, openvino, tensorrt"):
+        check_target("coreml")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_missing_module_names_the_pip_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def hidden(module: str, package: str | None = None) -> Any:
+        if module == TARGETS[name].module:
+            raise ImportError(f"No module named {module!r}")
+        return real(module, package)
+
+    monkeypatch.setattr(importlib, "import_module", hidden)
+    with pytest.raises(MissingExtraError, match=r"is not installed\. Install it with: pip install 'sdkd\["):
+        require(name)
+    assert not availability(name).can_build
+
+
+def test_the_environment_names_version_and_platform() -> None:
+    import onnxruntime
+
+    found = environment("onnxruntime")
+    assert found["onnxruntime"] == onnxruntime.__version__
+    assert "-" in found["platform"]
+    assert "compute_capability" not in built_environment("onnxruntime")
+
+
+def test_onnxruntime_is_always_ready() -> None:
+    found = availability("onnxruntime")
+    assert (found.can_build, found.can_run, found.reason) == (True, True, "ready")

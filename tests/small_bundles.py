@@ -1,0 +1,134 @@
+"""A bundle of four small exported components, made once per test run, and copies of it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder
+
+from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
+from sdkd.contract import COMPONENTS, DTYPES, Precision, component_contract
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "down_block_types": (CROSS, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", UP),
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "cross_attention_dim": CONTEXT,
+    "attention_head_dim": (1, 2),
+    "norm_num_groups": 8,
+    "mid_block_type": None,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "sample_size": 32,
+}
+
+
+class Graph(torch.nn.Module):
+    """A module with the contract's positional inputs and a tuple or tensor as output."""
+
+    def __init__(self, module: torch.nn.Module, call: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.call = call
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.call(self.module, *inputs)
+
+
+def _encode_text(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output = module(ids)
+    return output.last_hidden_state, output.pooler_output
+
+
+CALLS: dict[str, Any] = {
+    "unet": lambda m, sample, timestep, context: m(sample, timestep, context, return_dict=False)[0],
+    "vae_decoder": lambda m, latents: m.decode(latents, return_dict=False)[0],
+    "vae_encoder": lambda m, image: m._encode(image),
+    "text_encoder": _encode_text,
+}
+OPSETS = {"unet": 23, "text_encoder": 23, "vae_decoder": 18, "vae_encoder": 18}
+SIZES = {"batch": 2, "sequence": 77, "height": 16, "width": 24, "image_height": 32, "image_width": 48}
+
+
+@cache
+def small_modules() -> dict[str, torch.nn.Module]:
+    """A two-level UNet (images of 32x32 pixels, latents of 16x16), its VAE and its text encoder."""
+    vae = fixed_weights(AutoencoderKL(**VAE), 1)
+    unet = fixed_weights(UNet2DConditionModel(**UNET), 0)
+    return {"text_encoder": tiny_text_encoder(), "unet": unet, "vae_decoder": vae, "vae_encoder": vae}
+
+
+def _write_config(folder: Path, module: torch.nn.Module) -> dict[str, Any]:
+    config: Any = module.config
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values, default=str))
+    return dict(values)
+
+
+def export_component(root: Path, component: str, module: torch.nn.Module, precision: Precision) -> ComponentRecord:
+    """Write <root>/<component>/model.onnx and config.json with the toolkit's names and axes."""
+    folder = root / component
+    config = _write_config(folder, module)
+    contract = component_contract(component, config, precision)
+    dtypes = [getattr(torch, spec.dtype) for spec in contract.inputs]
+    examples = tuple(torch.ones(spec.shape(SIZES), dtype=d) for spec, d in zip(contract.inputs, dtypes, strict=True))
+    shapes = tuple(dict.fromkeys(spec.dynamic_axes, DYNAMIC) or None for spec in contract.inputs)
+    file = folder / "model.onnx"
+    typed = module.to(getattr(torch, DTYPES[precision]))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Graph(typed, CALLS[component]),
+            examples,
+            str(file),
+            dynamo=True,
+            external_data=True,
+            opset_version=OPSETS[component],
+            input_names=[spec.name for spec in contract.inputs],
+            output_names=[spec.name for spec in contract.outputs],
+            dynamic_shapes=(shapes,),
+            verbose=False,
+        )
+    files = tuple(FileRecord.of(root, path) for path in (file, file.with_name("model.onnx.data")))
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return ComponentRecord(component, contract, precision, OPSETS[component], files, "0" * 64, count, 0.0)
+
+
+@cache
+def _small_bundle(precision: Precision, components: tuple[str, ...]) -> Path:
+    import copy
+
+    home = Path(tempfile.mkdtemp(prefix="sdkd-test-bundle-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    root = home / "bundle"
+    modules = small_modules()
+    for name, module in modules.items():  # every config, whatever is exported
+        _write_config(root / name, module)
+    records = {name: export_component(root, name, copy.deepcopy(modules[name]), precision) for name in components}
+    Bundle(root, Manifest({"model": "small"}, {}, records)).save()
+    return root
+
+
+def small_bundle(folder: Path, precision: Precision = "fp32", components: tuple[str, ...] = COMPONENTS) -> Bundle:
+    """A fresh copy of the small bundle at `folder`; the export happens once per precision and test run."""
+    shutil.copytree(_small_bundle(precision, components), folder)
+    return Bundle.open(folder)

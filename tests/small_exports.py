@@ -1,0 +1,106 @@
+"""A two-level pipeline that exports in seconds, and its bundle, made once per test run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
+
+from export.components import component_config, component_module, graph_module, module_contract
+from export.initializers import TRANSFORMS_FILE
+from export.parity import Reference, case_inputs, parity_cases, run_eager
+from export.precision import cast
+from export.to_onnx import GRAPH, OnnxGraph, save, to_onnx
+from sdkd.bundle import Bundle
+from sdkd.contract import Contract
+from sdkd.files import read_json, write_json
+
+UNET: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": (CROSS, "DownBlock2D"),
+    "mid_block_type": None,  # as in sd-tiny
+    "up_block_types": ("UpBlock2D", UP),
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "cross_attention_dim": CONTEXT,
+    "attention_head_dim": (1, 2),  # heads of width 16, as fused kernels need
+    "norm_num_groups": 8,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "sample_size": 32,
+    "scaling_factor": 0.5,
+}
+
+
+def small_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
+    """A whole pipeline for images of 32x32 pixels: 2 levels, no mid block."""
+    return StableDiffusionPipeline(
+        vae=fixed_weights(AutoencoderKL(**VAE), seed + 1),
+        text_encoder=tiny_text_encoder(seed + 2),
+        tokenizer=tiny_tokenizer(),
+        unet=fixed_weights(UNet2DConditionModel(**(UNET | unet)), seed),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@cache
+def small_bundle() -> Bundle:
+    """The exported pipeline in float32, checked; read it, do not change it."""
+    from export import export_pipeline
+
+    return export_pipeline(small_pipeline(), Path(tempfile.mkdtemp()) / "bundle")
+
+
+def bundle_copy(folder: Path) -> Bundle:
+    """A bundle of one's own."""
+    shutil.copytree(small_bundle().path, folder)
+    return Bundle.open(folder)
+
+
+@cache
+def small_graph(component: str) -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
+    """One component of the bundle: its module, graph, contract, and the graph's file."""
+    bundle = small_bundle()
+    record, file = bundle.component(component), bundle.path / component / GRAPH
+    transforms, unmatched = read_json(file.parent / TRANSFORMS_FILE), tuple(record.details["unmatched_weights"])
+    graph = OnnxGraph(onnx_ir.load(file), record.opset, transforms, unmatched, record.details["float32_nodes"])
+    return component_module(small_pipeline(), component), graph, record.contract, file
+
+
+@cache
+def half_unet() -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
+    """The UNet in fp16, as `small_graph` gives it."""
+    module = cast(small_pipeline().unet, "fp16")
+    contract = module_contract("unet", module, "fp16")
+    graph = to_onnx(module, contract, component_config(module))
+    folder = Path(tempfile.mkdtemp())
+    (file,) = save(graph, folder)
+    write_json(folder / TRANSFORMS_FILE, dict(graph.transforms))
+    return module, graph, contract, file
+
+
+def references(component: str, module: torch.nn.Module, contract: Contract) -> list[Reference]:
+    """PyTorch's answers of a float32 module to the gate's own cases."""
+    config = component_config(module)
+    cases = parity_cases(contract, config)
+    inputs = [case_inputs(contract, case, config) for case in cases]
+    exact = run_eager(graph_module(component, module), inputs)
+    return [Reference(*row) for row in zip(cases, inputs, exact, exact, strict=True)]

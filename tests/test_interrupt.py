@@ -1,0 +1,83 @@
+"""Ctrl-C in the middle of each long command: one message, status 130, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import tiny_pipeline
+
+# Each command with a sign (in what it prints) that it is in the middle of its work.
+COMMANDS = {
+    "student": (["student", "{model}", "{out}", "--student", "tiny"], None),
+    "distill": (
+        [
+            *("distill", "--teacher", "{model}", "--student", "tiny", "--data", "demo"),
+            *("--output", "{out}", "--steps", "100000", "--device", "cpu"),
+        ],
+        "encoding",
+    ),
+    "export": (["export", "{model}", "{out}"], "unet"),
+    "build-engine": (["build-engine", "{model}", "--target", "openvino", "--output", "{out}"], "unet"),
+    "compare": (["compare", "{model}", "--targets", "eager", "--runs", "100000", "--output", "{out}"], "timing"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline on disk."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def _wait_for(process: subprocess.Popen[str], log: Path, sign: str | None, seconds: float = 90) -> None:
+    """Until the command has printed its sign (None: until it has begun) or has ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if sign is None:
+            time.sleep(1.5)
+            return
+        if sign in log.read_text():
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interrupted_command_leaves_nothing_half_written(name: str, model: Path, tmp_path: Path) -> None:
+    words, sign = COMMANDS[name]
+    work = tmp_path / "work"
+    work.mkdir()
+    arguments = [word.format(model=model, out=work / "out") for word in words]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdkd.cli", *arguments],
+            stdout=stream,
+            stderr=stream,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        try:
+            _wait_for(process, log, sign)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its children
+            status = process.wait(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    printed = log.read_text()
+    if status == 0 and sign is None:
+        pytest.skip("the command was done before it could be interrupted")
+    assert status == 130, printed[-2000:]
+    assert "interrupted: nothing half-written was kept" in printed
+    assert "Traceback" not in printed
+    left = {path.name for path in work.iterdir() if not path.name.endswith(".lock")}
+    whole = (work / "out" / "bundle.json").exists()  # the export before a build is whole, and stays
+    assert left <= ({"out"} if whole else set())
+    assert not list(work.rglob("*.partial"))
