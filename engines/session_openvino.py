@@ -8,6 +8,7 @@ import torch
 
 from engines.session import Checked, EngineSession, check_names
 from sdkd.errors import EngineError
+from sdkd.targets import openvino_core
 
 HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
@@ -25,7 +26,7 @@ class OpenVinoSession(EngineSession):
 
         self._openvino = openvino
         try:
-            self._model: Any = self._load(openvino.Core(), threads)
+            self._model: Any = self._load(openvino_core(), threads)
             self._request: Any = self._model.create_infer_request()
         except RuntimeError as error:
             raise EngineError(f"{checked.label} could not be opened by OpenVINO: {error}") from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from export.build_job import Built, Job, Run, check_io
 from sdkd.console import Progress
 from sdkd.errors import BuildError, InputError
+from sdkd.targets import openvino_core
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,16 +38,12 @@ def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
 
 
 def _capabilities() -> set[str]:
-    import openvino
-
-    return set(openvino.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"))
+    return set(openvino_core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"))
 
 
 def build(job: Job, progress: Progress) -> Built:
     """Compile for the job's shapes and save <component>.blob, or the IR (.xml, .bin) where no blob can be opened."""
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     progress("reading the graph", 0.0)
     model = core.read_model(job.onnx)
     check_io(job, _tensors(model.inputs), _tensors(model.outputs))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from sdkd.errors import InputError, MissingExtraError
 
@@ -161,3 +164,19 @@ def _version(target: Target) -> str | None:
         return str(getattr(importlib.import_module(target.module), "__version__", "unknown"))
     except ImportError:
         return None
+
+
+def openvino_core() -> Any:
+    """The `openvino.Core` of this process: one, never closed.
+
+    On a CPU with AMX the plugin of each Core takes over the thread's alternate signal stack, and the last of two to go
+    leaves it pointing at freed memory (seen with 2026.4): the next signal, Ctrl-C for one, ends the process by SIGSEGV.
+    """
+    import openvino
+
+    return _kept(openvino.Core)
+
+
+@functools.cache
+def _kept(make: Callable[[], Any]) -> Any:
+    return make()

@@ -118,14 +118,15 @@ def test_saved_onnxruntime_graph_stands_alone(bundle: Bundle, tmp_path: Path) ->
 
 def test_saved_openvino_blob_opens_and_serves_all_its_shapes(bundle: Bundle) -> None:
     import onnxruntime as ort
-    import openvino
+
+    from sdkd.targets import openvino_core
 
     ranges = replace(default_ranges(bundle), height=Range(32, 32, 64))
     record = build_engine(bundle, "openvino", components=["vae_decoder"], ranges=ranges).engine(
         "openvino", "vae_decoder"
     )
     blob = (bundle.path / record.files[0].path).read_bytes()
-    model = openvino.Core().import_model(blob, "CPU", record.flags["config"])
+    model = openvino_core().import_model(blob, "CPU", record.flags["config"])
     reference = ort.InferenceSession(str(bundle.path / "vae_decoder/model.onnx"))
     for batch, height in ((1, 16), (4, 32), (3, 24)):
         latents = np.random.default_rng(batch).standard_normal((batch, 4, height, 16)).astype(np.float32)

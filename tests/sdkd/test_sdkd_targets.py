@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from sdkd.errors import InputError, MissingExtraError
-from sdkd.targets import TARGETS, availability, built_environment, check_target, environment, require, slot_name
+from sdkd.targets import (
+    TARGETS,
+    availability,
+    built_environment,
+    check_target,
+    environment,
+    openvino_core,
+    require,
+    slot_name,
+)
 from sdkd.targets import slot_precision as precision_of
 
 
@@ -51,3 +62,18 @@ def test_the_environment_names_version_and_platform() -> None:
 def test_onnxruntime_is_always_ready() -> None:
     found = availability("onnxruntime")
     assert (found.can_build, found.can_run, found.reason) == (True, True, "ready")
+
+
+def test_signals_still_arrive_after_openvino_was_used() -> None:
+    code = (
+        "import gc, os, signal\n"
+        "from sdkd.targets import openvino_core\n"
+        "first, second = openvino_core(), openvino_core()\n"
+        "for core in (first, second): core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES')\n"
+        "del core, first; gc.collect(); del second; gc.collect()\n"  # in the order in which they came
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    print('not interrupted')\n"
+        "except KeyboardInterrupt:\n    print('interrupted')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted")
+    assert openvino_core() is openvino_core()
