@@ -196,10 +196,10 @@ _SPEED = {
     "disk": ("disk", "MB", False),
 }
 _IMAGES = {
-    "psnr": ("to own eager", "dB PSNR", True),
+    "psnr": ("own eager", "dB (worst)", True),
     "verdict": ("", "verdict", False),
-    "agreement": ("to teacher", "dB PSNR", False),
-    "judged": ("captions", "right", False),
+    "agreement": ("teacher", "dB PSNR", False),
+    "judged": ("caption", "right", False),
 }
 _STYLES = {"good": "green", "bad": "bold red", "muted": "dim", "": ""}
 
@@ -219,7 +219,7 @@ def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> T
     columns = [column for column in shown_columns(report) if column.key in heads]
     if not columns:
         return None
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\nsubject", overflow="fold")
     for column in columns:
         table.add_column("\n".join(heads[column.key][:2]), justify="right", no_wrap=True)
@@ -227,7 +227,7 @@ def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> T
         texts = []
         for column in columns:
             cell = column.cell(row)
-            remark = f" ({cell.note})" if cell.note and heads[column.key][2] else ""
+            remark = f" ({cell.note.removeprefix('worst ')})" if cell.note and heads[column.key][2] else ""
             texts.append(Text.assemble((cell.text, _STYLES[cell.tone]), (remark, "dim")))
         table.add_row(row.subject.label, *texts)
     return table

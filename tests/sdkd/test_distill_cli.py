@@ -55,7 +55,8 @@ def test_output_is_the_students_pipeline(
     assert len(trained) < len(taught)
 
 
-def test_card_log_and_record(teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_card_log_and_record(teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/sdkd", "distill", "--data", "my pictures"])
     cli.distill(str(teacher), str(data), tmp_path / "out", "bk-small", log_every=1, **SMALL)
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
@@ -63,7 +64,7 @@ def test_card_log_and_record(teacher: Path, data: Path, tmp_path: Path) -> None:
         "3 images at 64x64 pixels",
         "1 x task + 1 x output KD + 1 x feature KD (bk-sdm, 8 pairs)",
         "2 steps of 2 images",
-        "sdkd ",
+        "sdkd distill --data 'my pictures'",
     ):
         assert words in card
     rows = (tmp_path / "out" / cli.LOG).read_text().splitlines()

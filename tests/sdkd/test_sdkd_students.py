@@ -132,7 +132,8 @@ def outputs(unet: UNet2DConditionModel) -> torch.Tensor:
 
 
 def same_output(one: UNet2DConditionModel, other: UNet2DConditionModel) -> bool:
-    return bool(outputs(one).std() > 0) and torch.equal(outputs(one), outputs(other))
+    # Not bit for bit: matrix products may round in another order where the weights lie at another alignment.
+    return bool(outputs(one).std() > 0) and torch.allclose(outputs(one), outputs(other), rtol=1e-5, atol=1e-5)
 
 
 def test_last_up_layer_is_kept_not_the_middle_one() -> None:
