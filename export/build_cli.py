@@ -17,7 +17,7 @@ from sdkd.targets import check_target, slot_name, slot_precision
 
 ARTIFACTS = Path("artifacts")
 FROM_FLOAT = ("openvino",)  # targets that make their own precision from an fp32 graph
-COLUMNS = ("component", "slot", "precision", "shapes (smallest, best, largest)", "MB", "seconds", "parity", "")
+COLUMNS = ("component", "precision", "MB", "seconds", "relative error", "state")
 
 
 def build_engine(
@@ -59,7 +59,9 @@ def build_engine(
     if json:
         show_json(found)
         return
-    show(table(f"Engines in {path}", COLUMNS, [_row(engine) for engine in found["engines"]]))
+    show(table(f"Engines for {found['slot']} in {path}", COLUMNS, [_row(engine) for engine in found["engines"]]))
+    for shapes in dict.fromkeys(engine["shapes"] for engine in found["engines"]):
+        show(f"  takes {shapes}")
     show(f"Run it with: sdkd generate {path} PROMPT --target {found['slot']}")
 
 
@@ -160,9 +162,7 @@ def _row(engine: dict[str, Any]) -> list[str]:
     parity = engine["parity"]
     return [
         engine["component"],
-        engine["slot"],
         engine["precision"],
-        engine["shapes"],
         f"{engine['bytes'] / 1e6:,.1f}",
         f"{engine['seconds']:.1f}",
         f"{parity['relative']:.1e}" if parity else "not run here",

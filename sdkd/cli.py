@@ -25,7 +25,13 @@ GROUP = "sdkd.commands"
 SUMMARIES = {
     "demo": "The whole way on this machine, with the embedded teacher.",
     "student": "Build a student from a teacher, without training.",
+    "cache": "Encode images and captions once, for many runs.",
     "distill": "Train a student from its teacher.",
+    "finetune": "Train a model on captioned images, without a teacher.",
+    "lora": "Train a LoRA of a teacher or a student.",
+    "remap-lora": "Make a LoRA of SD 1.x/2.x fit a student.",
+    "plot": "Draw a run's losses and validation images as one page.",
+    "evaluate": "Quality, and agreement with the teacher.",
     "export": "Export a pipeline to ONNX, checked against PyTorch.",
     "build-engine": "Build engines for a target.",
     "inspect": "Say what is in a bundle, what is stale and why.",
@@ -58,8 +64,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except KeyboardInterrupt:
-            leave("interrupted: nothing half-written was kept", 130)
+        except KeyboardInterrupt as error:
+            leave(str(error) or "interrupted: nothing half-written was kept", 130)
         except Exception as error:
             message = explain(error)
             if _debug or message is None:

@@ -36,7 +36,11 @@ class MissingExtraError(SdkdError, ImportError):
 
 
 class TrainingError(SdkdError, RuntimeError):
-    """Training cannot go on: a loss is not finite."""
+    """Training cannot go on: a loss is not finite, or too many images cannot be read."""
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """Ctrl-C ended a run that can be gone on with; the message says how."""
 
 
 class ExportError(SdkdError, RuntimeError):

@@ -80,7 +80,7 @@ def _agreement(parity: Mapping[str, Any] | None) -> str:
         return "not checked"
     for key in ("max_abs", "max_abs_error", "relative"):
         if key in parity:
-            return f"max error {float(parity[key]):.1e}"
+            return f"{float(parity[key]):.1e}"
     return "checked"
 
 
@@ -96,24 +96,36 @@ def _tables(found: dict[str, Any]) -> list[Any]:
         ]
         for row in found["components"]
     ]  # fmt: skip
-    engines = [
-        [
-            row["slot"], row["component"], row["precision"], f"{row['bytes'] / MB:,.1f}", f"{row['build_seconds']:.1f}",
-            ", ".join(row["built_for"]) or row["environment"].get("gpu", "this CPU"), _agreement(row["parity"]),
-            _state(row["problems"]),
-        ]
-        for row in found["engines"]
-    ]  # fmt: skip
-    first = ["component", "precision", "opset", "parameters", "MB", "against PyTorch", "state"]
-    second = ["target", "component", "precision", "MB", "build s", "built for", "against ONNX", "state"]
-    return [table("ONNX", first, components), table("Engines", second, engines)]
+    columns = ["component", "precision", "opset", "parameters", "MB", "max error", "state"]
+    slots = list(dict.fromkeys(row["slot"] for row in found["engines"]))
+    return [
+        table("ONNX, against PyTorch", columns, components),
+        *(part for slot in slots for part in _slot(found, slot)),
+    ]
 
 
-def _shapes(found: dict[str, Any]) -> list[str]:
+def _slot(found: dict[str, Any], slot: str) -> list[Any]:
+    """The engines of a slot as a table, and what all of them have in common as lines below it."""
     from sdkd.contract import ShapeRanges
 
-    spans = {row["slot"]: str(ShapeRanges.from_json(row["ranges"])) for row in found["engines"]}
-    return [f"{slot} takes {span}" for slot, span in spans.items()]
+    rows = [row for row in found["engines"] if row["slot"] == slot]
+    engines = [
+        [
+            row["component"], row["precision"], f"{row['bytes'] / MB:,.1f}", f"{row['build_seconds']:.1f}",
+            _agreement(row["parity"]), _state(row["problems"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["component", "precision", "MB", "build s", "max error", "state"]
+    one = rows[0]
+    made_for = (
+        "compute capability " + ", ".join(one["built_for"]) if one["built_for"] else one["environment"].get("gpu")
+    )
+    return [
+        table(f"Engines for {slot}, against ONNX", columns, engines),
+        f"  takes {ShapeRanges.from_json(one['ranges'])}",
+        f"  built for {made_for or 'this CPU'}",
+    ]
 
 
 def inspect(
@@ -131,7 +143,5 @@ def inspect(
         random = ", random weights" if source.get("random_weights") else ""
         show(f"[bold]{found['path']}[/]: {source.get('model', 'unknown model')}{random}")
         show(*_tables(found))
-        for line in _shapes(found):
-            show(line)
     if problems:
         raise BundleError(f"{len(problems)} of the parts need repair: {problems[0]}")

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.contract import CONFIG_FOLDERS
 from sdkd.errors import ModelError
-from sdkd.files import sha256
+from sdkd.files import read_json, sha256
 from sdkd.pipelines import (
     check_checkpoint,
     check_pipeline_folder,
@@ -44,6 +44,7 @@ __all__ = [
     "resolve",
     "save_pipeline",
     "source_digests",
+    "unet_config",
     "write_pipeline",
 ]
 
@@ -124,6 +125,16 @@ def load_eager(model: str | Path, torch_dtype: torch.dtype | None = None) -> Sta
         part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def unet_config(model: str | Path) -> dict[str, Any]:
+    """The config of a model's UNet, without loading weights where that is possible; ModelError as for `load_eager`."""
+    source = resolve(model)
+    if source.kind == "random":
+        return dict(parse(source.name).unet_config)
+    if source.path is not None and (source.path / "unet" / "config.json").is_file():
+        return dict(read_json(source.path / "unet" / "config.json"))
+    return dict(load_eager(model).unet.config)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdkd.errors import InputError, ModelError
+from sdkd.lora_names import common_name
 
 if TYPE_CHECKING:
     import torch
@@ -272,14 +273,15 @@ def remap_lora(
 ) -> dict[str, torch.Tensor]:
     """A LoRA of the teacher as a LoRA of its student: weights of kept layers renamed, those of removed layers left out.
 
-    Takes diffusers' and PEFT's names (`unet.down_blocks.0...`) and kohya's (`lora_unet_down_blocks_0_...`); a text
-    encoder's weights pass unchanged. Raises ModelError when no name belongs to a block that the student keeps.
+    Takes diffusers' and PEFT's names (`unet.down_blocks.0...`, `base_model.model.down_blocks.0...`) and kohya's
+    (`lora_unet_down_blocks_0_...`); a text encoder's weights pass unchanged. Raises ModelError when no name
+    belongs to a block that the student keeps.
     """
     modules = key_map(teacher_config, student)
     places = {f"unet.{teacher}.": f"unet.{own}." for own, teacher in modules.items()}
     places |= {f"lora_unet_{_flat(teacher)}_": f"lora_unet_{_flat(own)}_" for own, teacher in modules.items()}
     result, moved = {}, 0
-    for key, value in state_dict.items():
+    for key, value in ((common_name(key), value) for key, value in state_dict.items()):
         prefix = next((prefix for prefix in places if key.startswith(prefix)), None)
         if prefix is not None:
             result[places[prefix] + key.removeprefix(prefix)] = value

@@ -22,6 +22,11 @@ COMMANDS = {
         ],
         "encoding",
     ),
+    "cache": (["cache", "{model}", "demo", "{out}", "--precision", "fp32"], "encoding"),
+    "finetune": (
+        ["finetune", "--model", "{model}", "--data", "demo", "--output", "{out}", "--device", "cpu"],
+        "encoding",
+    ),
     "export": (["export", "{model}", "{out}"], "unet"),
     "build-engine": (["build-engine", "{model}", "--target", "openvino", "--output", "{out}"], "unet"),
     "compare": (["compare", "{model}", "--targets", "eager", "--runs", "100000", "--output", "{out}"], "timing"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import re
 import subprocess
 import sys
@@ -36,8 +37,6 @@ FULL_SIZE = "random:sd15-tiny"
 
 def machine() -> str:
     """A folder name for this machine: its GPU, else its CPU and core count."""
-    import os
-
     device = gpu()
     name = device["gpu"] if device else f"{cpu_name()} {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -58,7 +57,7 @@ def measure_demo(work: Path) -> dict[str, Any]:
     with progress("demo") as report:
         result = run_demo(work / "demo", progress=report)
     assert result.report is not None
-    return _result(result.report, _builds(work.glob("demo/bundles/*/*")))
+    return _result(result.report, _builds(work.glob("demo/bundles/*/*/bundle.json")))
 
 
 def measure_full_size(work: Path) -> dict[str, Any]:
@@ -74,17 +73,17 @@ def measure_full_size(work: Path) -> dict[str, Any]:
         found = compare(
             subjects, prompts=["a lighthouse in a storm"], steps=2, runs=6, image_runs=1, min_seconds=1, progress=report
         )
-    return _result(found, _builds(work.glob("sd15-tiny/*")))
+    return _result(found, _builds(work.glob("sd15-tiny/*/bundle.json")))
 
 
 def _result(report: Report, builds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"comparison": report.to_json(), "builds": builds, "markdown": markdown(report)}
 
 
-def _builds(folders: Any) -> list[dict[str, Any]]:
+def _builds(manifests: Any) -> list[dict[str, Any]]:
     rows = []
-    for folder in sorted(folders):
-        bundle = Bundle.open(folder)
+    for manifest in sorted(manifests):
+        bundle = Bundle.open(manifest.parent)
         for part in bundle.manifest.components.values():
             rows.append(_row(bundle, part.name, f"onnx-{part.precision}", part.seconds, part.total_bytes))
         for engine in bundle.manifest.engines.values():
@@ -154,8 +153,9 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", default=",".join(PIECES), help=f"of {', '.join(PIECES)}")
-    parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "bench", help="models and engines; re-used")
+    parser.add_argument("--work", type=Path, default=Path("artifacts/bench"), help="models and engines; re-used")
     args = parser.parse_args()
+    os.chdir(ROOT)  # paths in the results are relative to it
     for name in args.pieces.split(","):
         if name not in PIECES:
             parser.error(f"piece {name!r} is unknown: choose from {', '.join(PIECES)}")

@@ -126,7 +126,7 @@ def _lessons(settings: DemoSettings, progress: Progress) -> tuple[StableDiffusio
     progress("loading the teacher", 0.0)
     pipe = load_eager("demo")
     images = DemoImages(count=settings.images, seed=settings.seed)
-    return pipe, encode_images(pipe, images, size=training_size(pipe, None), progress=progress)
+    return pipe, encode_images(pipe.vae, images, size=training_size(pipe, None), progress=progress)
 
 
 def _make_student(
@@ -138,20 +138,21 @@ def _make_student(
     settings: DemoSettings,
     progress: Progress,
 ) -> None:
-    from sdkd.distill import DistillConfig, distill
+    from sdkd.distill import TrainConfig, train
     from sdkd.pipelines import write_pipeline
     from sdkd.students import build_student
 
-    config = DistillConfig(
+    config = TrainConfig(
         student=name,
         steps=settings.distill_steps,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
+        precision="fp32",
         seed=settings.seed,
     )
     student = build_student(teacher.unet, name)
     with new_folder(path, overwrite=True) as partial:
-        distill(teacher, student, latents, config, progress=progress, log_path=partial / "training.jsonl")
+        train(teacher, student, latents, config, progress=progress, folder=partial)
         about = {"teacher": "demo", "student": config.spec.name, "data": "demo", "settings": config.to_json()}
         write_pipeline(teacher, partial, unet=student, about=about)
         _keep_teacher_files(partial)

@@ -1,6 +1,6 @@
-"""Knowledge distillation of a student UNet from its teacher.
+"""Training UNets: knowledge distillation from a teacher, fine-tuning, and LoRA, with one trainer.
 
-    from sdkd.distill import DistillConfig, distill
+    from sdkd.distill import TrainConfig, train
 
 Names are imported on first use, so that `import sdkd.distill` loads neither torch nor diffusers.
 """
@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdkd.distill.config import DistillConfig
-    from sdkd.distill.trainer import DistillResult, distill
+    from sdkd.distill.config import TrainConfig
+    from sdkd.distill.loop import TrainResult, train
 
-__all__ = ["DistillConfig", "DistillResult", "distill"]
+__all__ = ["TrainConfig", "TrainResult", "train"]
 
-_HOMES = {"DistillConfig": "config", "DistillResult": "trainer", "distill": "trainer"}
+_HOMES = {"TrainConfig": "config", "TrainResult": "loop", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

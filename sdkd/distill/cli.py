@@ -1,122 +1,156 @@
-"""`sdkd distill`: train a student from its teacher and write its pipeline."""
+"""`sdkd distill`, `sdkd finetune` and `sdkd lora`: one trainer; the options are the settings of its config."""
 
 from __future__ import annotations
 
-import shlex
-import sys
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sdkd.console import Progress, progress, quiet, show, show_json, table
-from sdkd.distill.card import Origin, about, model_card
-from sdkd.distill.config import DistillConfig
-from sdkd.distill.data import open_images
-from sdkd.files import check_free, new_folder
-from sdkd.models import load_eager, resolve, write_pipeline
-from sdkd.students import build_student, count_parameters
+from sdkd.console import progress, show, show_json, table
+from sdkd.distill.config import TrainConfig, make_config, parse_prompts, settings_of
+from sdkd.distill.recipes import read_recipe, recipe_names
+from sdkd.distill.run import Job, is_main, run
 
-LOG = "training.jsonl"
-_DEFAULT = DistillConfig()
-
-
-def distill(
-    teacher: Annotated[str, typer.Option("--teacher", help="A diffusers folder, hub id, .safetensors or demo.")],
-    data: Annotated[str, typer.Option("--data", help="A folder of captioned images, or demo.")],
-    output: Annotated[Path, typer.Option("--output", help="Folder for the student's pipeline.")],
-    student: Annotated[str, typer.Option(help="small, tiny, bk-base, bk-small or bk-tiny.")] = _DEFAULT.student,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _DEFAULT.steps,
-    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = _DEFAULT.batch_size,
-    accumulation: Annotated[int, typer.Option(help="Forward passes per step.")] = _DEFAULT.accumulation,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = _DEFAULT.learning_rate,
-    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = _DEFAULT.schedule,
-    warmup: Annotated[int, typer.Option(help="Steps of rising learning rate.")] = _DEFAULT.warmup,
-    task_weight: Annotated[float | None, typer.Option(help="[default: the student's]")] = None,
-    output_weight: Annotated[float | None, typer.Option(help="[default: the student's]")] = None,
-    feature_weight: Annotated[float | None, typer.Option(help="[default: the student's]")] = None,
-    pairs: Annotated[str | None, typer.Option(help="segmind or bk-sdm. [default: the student's]")] = None,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradient clipping; 0: off.")] = _DEFAULT.max_grad_norm,
-    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0: off.")] = _DEFAULT.ema,
-    caption_dropout: Annotated[float, typer.Option(help="Share of empty captions.")] = _DEFAULT.caption_dropout,
-    max_images: Annotated[int | None, typer.Option(help="Use the first so many. [default: all]")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Pixels. [default: the teacher's]")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (CUDA).")] = _DEFAULT.precision,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _DEFAULT.device,
-    seed: Annotated[int, typer.Option(help="Of all randomness.")] = _DEFAULT.seed,
-    log_every: Annotated[int, typer.Option(help="Steps between records of training.jsonl.")] = _DEFAULT.log_every,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Train a student from its teacher: task loss, output KD and feature KD.
-
-    OUTPUT becomes a whole pipeline folder with the student's UNet, a model card and training.jsonl. An interrupted run
-    leaves nothing behind.
-    """
-    config = DistillConfig(
-        student=student, steps=steps, batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate,
-        schedule=schedule, warmup=warmup, task_weight=task_weight, output_weight=output_weight,
-        feature_weight=feature_weight, pairs=pairs, max_grad_norm=max_grad_norm, ema=ema,
-        caption_dropout=caption_dropout, max_images=max_images, resolution=resolution, precision=precision,
-        device=device, seed=seed, log_every=log_every,
-    )  # fmt: skip
-    with progress("distill") as report:
-        summary = run(teacher, data, output, config, overwrite=overwrite, report=report)
-    if json:
-        show_json(summary)
-        return
-    _tell(summary)
+_TEXTS = ("prompts", "trackers")  # tuples that are given as one text
+_MODEL = {
+    "distill": ("--teacher", "A diffusers folder, hub id, .safetensors or demo."),
+    "finetune": ("--model", "The model to train: a diffusers folder, hub id, .safetensors or demo."),
+    "lora": ("--model", "The model to adapt: a diffusers folder, hub id, .safetensors or demo."),
+}
 
 
-def run(
-    teacher: str, data: str, output: Path, config: DistillConfig, *, overwrite: bool = False, report: Progress = quiet
-) -> dict[str, Any]:
-    """What the command does; returns its summary. All or nothing: the output folder appears when it is complete."""
-    from sdkd.distill.latents import training_size
-    from sdkd.distill.trainer import distill as train
-
-    source, images = resolve(teacher), open_images(data)
-    check_free(output, overwrite)
-    report("loading the teacher", 0.0)
-    pipe = load_eager(teacher)
-    origin = Origin(
-        source.name,
-        data,
-        min(len(images), config.max_images or len(images)),
-        training_size(pipe, config.resolution),
-        source.random_weights,
-        command_line(),
-    )
-    with new_folder(output, overwrite) as partial:
-        done = train(pipe, build_student(pipe.unet, config.student), images, config, report, partial / LOG)
-        last, counts = done.history[-1], [count_parameters(unet.config) for unet in (done.student_unet, pipe.unet)]
-        card = model_card(
-            origin, config, parameters=counts[0], teacher_parameters=counts[1], seconds=done.seconds, last=last
-        )
-        write_pipeline(pipe, partial, unet=done.student_unet.cpu(), about=about(origin, config, last), readme=card)
+def _shared(objective: str) -> dict[str, tuple[Any, Any]]:
+    """Options that are not settings: name -> (annotation, default)."""
+    flag, text = _MODEL[objective]
+    required = inspect.Parameter.empty
+    names = ", ".join(recipe_names())
     return {
-        "output": str(output),
-        "teacher": origin.teacher,
-        "student": config.spec.name,
-        "student_parameters": counts[0],
-        "teacher_parameters": counts[1],
-        "steps": done.steps,
-        "seconds": done.seconds,
-        "first": done.history[0],
-        "last": last,
+        "model": (Annotated[str, typer.Option(flag, help=text)], required),
+        "data": (
+            Annotated[
+                str,
+                typer.Option("--data", help="Folder, tar shards, parquet, hub id, latents of `sdkd cache`, or demo."),
+            ],
+            required,
+        ),
+        "output": (Annotated[Path, typer.Option("--output", help="Folder for the run and its result.")], required),
+        "recipe": (Annotated[str | None, typer.Option(help=f"Settings to start from: {names}.")], None),
+        "resume": (Annotated[str, typer.Option(help="auto, never, or OUTPUT/checkpoint-<step>.")], "never"),
+        "image_column": (Annotated[str | None, typer.Option(help="Column of the images. [default: found]")], None),
+        "caption_columns": (Annotated[str | None, typer.Option(help="Columns of captions: 'text,caption'.")], None),
+        "num_processes": (Annotated[int, typer.Option(help="Data-parallel processes (one per GPU).")], 1),
+        "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")], False),
+        "json": (Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")], False),
     }
 
 
-def command_line() -> str:
-    """The command as it was typed, for the model card."""
-    return shlex.join(["sdkd", *sys.argv[1:]])
+def _setting_option(item: dataclasses.Field[Any], hint: Any) -> tuple[Any, None]:
+    """One setting as an option; None means that recipe or default decide."""
+    text = item.metadata["help"]
+    if "[default" not in text and item.default not in ((), None):
+        shown = " ".join(str(part) for part in item.default) if isinstance(item.default, tuple) else item.default
+        text = f"{text} [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
+    kind = str if item.name in _TEXTS else hint
+    return Annotated[typing.Optional[kind], typer.Option(help=text, show_default=False)], None  # noqa: UP045 - at run time
+
+
+def _command(objective: str, text: str) -> Callable[..., None]:
+    """A typer command whose options are the settings of an objective."""
+    hints = typing.get_type_hints(TrainConfig)
+    settings = [item for item in settings_of(objective) if item.name != "objective"]
+    options = _shared(objective) | {item.name: _setting_option(item, hints[item.name]) for item in settings}
+
+    def command(**values: Any) -> None:
+        _main(objective, values)
+
+    ordered = sorted(options.items(), key=lambda option: option[1][1] is not inspect.Parameter.empty)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter(name, kind, default=d, annotation=a) for name, (a, d) in ordered]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {name: annotation for name, (annotation, _) in ordered}
+    command.__name__, command.__doc__ = objective, text
+    return command
+
+
+def _main(objective: str, values: dict[str, Any]) -> None:
+    known = {item.name for item in settings_of(objective)}
+    own = {name: value for name, value in values.items() if name in known}
+    others = {name: value for name, value in values.items() if name not in known}
+    if others["num_processes"] > 1:
+        from sdkd.distill.launch import relaunch
+
+        relaunch(others["num_processes"])
+        return
+    for name in _TEXTS:
+        if own.get(name) is not None:
+            own[name] = parse_prompts(own[name].replace(",", ";") if name == "trackers" else own[name])
+    recipe = read_recipe(others["recipe"], objective).settings if others["recipe"] else {}
+    job = Job(
+        model=others["model"],
+        data=others["data"],
+        output=others["output"],
+        config=make_config(objective, recipe, own),
+        resume=others["resume"],
+        overwrite=others["overwrite"],
+        image_column=others["image_column"],
+        caption_columns=tuple((others["caption_columns"] or "").replace(",", " ").split()),
+    )
+    _carry_out(job, json=others["json"])
+
+
+def _carry_out(job: Job, *, json: bool) -> None:
+    if not is_main():
+        run(job)
+        return
+    with progress(job.config.objective) as report:
+        summary = run(job, report)
+    if json:
+        show_json(summary)
+    else:
+        _tell(summary)
 
 
 def _tell(summary: dict[str, Any]) -> None:
     first, last = summary["first"], summary["last"]
     rows = [[name, f"{first[name]:.4g}", f"{last[name]:.4g}"] for name in first if name.startswith("loss/")]
-    show(table(f"Losses of {summary['student']}", ["", f"to step {first['step']}", f"to step {last['step']}"], rows))
+    title = f"Losses of {summary.get('student') or summary['model']}"
+    show(table(title, ["", f"to step {first['step']}", f"to step {last['step']}"], rows))
+    if unreadable := summary["unreadable"]:
+        show(f"{len(unreadable)} images could not be read and were replaced: {'; '.join(unreadable)}")
+    lora = summary["objective"] == "lora"
+    model = summary.get("model") if lora else summary["output"]
+    more = f" --lora {summary['output']}" if lora else ""
     show(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s. Saved {summary['output']}. "
-        f"Try it: sdkd generate {summary['output']} 'a prompt'"
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s. Saved {summary['output']}."
+        + ("" if lora else f" Try it: sdkd generate {model}{more} 'a prompt'")
     )
+
+
+distill = _command(
+    "distill",
+    """Train a student from its teacher: task loss, output KD and feature KD.
+
+    OUTPUT fills while the run goes on (training.jsonl, samples/, checkpoint-N/) and in the end is a whole pipeline
+    folder with the student's UNet and a model card. A run that fails before its first checkpoint leaves nothing behind.
+    """,
+)
+finetune = _command(
+    "finetune",
+    """Train a model on captioned images, without a teacher: the teacher itself or a student.
+
+    OUTPUT fills while the run goes on and in the end is a whole pipeline folder. A run that fails before its first
+    checkpoint leaves nothing behind.
+    """,
+)
+lora = _command(
+    "lora",
+    """Train a LoRA of a model: the teacher or a student.
+
+    OUTPUT in the end holds pytorch_lora_weights.safetensors, which pipe.load_lora_weights(OUTPUT) reads, and a card.
+    """,
+)

@@ -1,54 +1,106 @@
-"""What a distillation run does, as one frozen dataclass: its fields are the command's options."""
+"""What a training run does, as one frozen dataclass: its fields are the commands' options and the recipes' keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from sdkd.distill.pairs import PAIRS
 from sdkd.errors import InputError
 from sdkd.students import LossWeights, StudentSpec, student_spec
 
-SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("fp32", "bf16", "fp16")
+OBJECTIVES = ("distill", "finetune", "lora")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "objective": OBJECTIVES,
+    "pairs": (None, *PAIRS),
+    "feature_norm": ("none", "variance"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "schedule": ("cosine", "linear", "constant"),
+    "lora_targets": ("attn", "attn+ff", "all"),
+    "crop": ("center", "random"),
+    "latents": ("auto", "memory", "online"),
+    "precision": ("bf16", "fp16", "fp32"),
+}
+_POSITIVE = (
+    *("steps", "batch_size", "accumulation", "learning_rate", "lora_rank", "lora_alpha"),
+    *("max_images", "resolution", "log_every", "keep", "sample_steps"),
+)
+_NOT_NEGATIVE = (
+    *("task_weight", "output_weight", "feature_weight", "snr_gamma", "noise_offset", "warmup", "weight_decay"),
+    *("max_grad_norm", "workers", "save_every", "sample_every"),
+)
+_SHARES = ("random_conditioning", "lora_dropout", "caption_dropout")
+
+
+def _setting(default: Any, text: str, *objectives: str) -> Any:
+    """A field with its help; `objectives` are those that it means something for (all when none is named)."""
+    return field(default=default, metadata={"help": text, "objectives": objectives or OBJECTIVES})
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class TrainConfig:
     """Settings of a run; InputError lists everything that is wrong with them at once.
 
     Steps are optimizer steps everywhere. None means: what the student's spec (or the teacher) says.
     """
 
-    student: str = "tiny"
-    steps: int = 1000
-    batch_size: int = 32  # images per forward pass
-    accumulation: int = 1  # forward passes per optimizer step
+    objective: str = _setting("distill", "distill, finetune or lora.")
+    student: str = _setting("tiny", "small, tiny, bk-base, bk-small or bk-tiny.", "distill")
+    steps: int = _setting(1000, "Optimizer steps.")
+    batch_size: int = _setting(32, "Images per forward pass and process.")
+    accumulation: int = _setting(1, "Forward passes per step.")
     # losses
-    task_weight: float | None = None
-    output_weight: float | None = None
-    feature_weight: float | None = None
-    pairs: str | None = None  # preset of feature pairs
-    # optimizer: AdamW
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup: int = 0  # steps
-    weight_decay: float = 1e-2
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0  # global norm; 0 turns clipping off
-    ema: float = 0.0  # decay of the averaged weights that are returned; 0 turns averaging off
+    task_weight: float | None = _setting(None, "Factor of the task loss. [default: the student's]", "distill")
+    output_weight: float | None = _setting(None, "Factor of output KD. [default: the student's]", "distill")
+    feature_weight: float | None = _setting(None, "Factor of feature KD. [default: the student's]", "distill")
+    pairs: str | None = _setting(None, "Feature pairs: segmind or bk-sdm. [default: the student's]", "distill")
+    feature_norm: str = _setting("none", "variance: divide each pair by the variance of the teacher's.", "distill")
+    snr_gamma: float = _setting(0.0, "Gamma of min-SNR weights (5 is usual); 0: off.")
+    noise_offset: float = _setting(0.0, "Strength of a constant added to each channel's noise; 0: off.")
+    random_conditioning: float = _setting(0.0, "Share of images that get another image's caption.", "distill")
+    # optimizer
+    optimizer: str = _setting("adamw", "adamw (fused) or adamw8bit (needs bitsandbytes).")
+    learning_rate: float = _setting(1e-4, "Highest learning rate.")
+    schedule: str = _setting("cosine", "cosine, linear or constant, after the warm-up.")
+    warmup: int = _setting(0, "Steps of rising learning rate.")
+    weight_decay: float = _setting(1e-2, "Of AdamW.")
+    betas: tuple[float, float] = _setting((0.9, 0.999), "Of AdamW.")
+    max_grad_norm: float = _setting(1.0, "Clip the gradient's global norm; 0: off.")
+    ema: float = _setting(0.0, "Decay of averaged weights, which become the result; 0: off.", "distill", "finetune")
+    # LoRA
+    lora_rank: int = _setting(16, "Rank of the update matrices.", "lora")
+    lora_alpha: float | None = _setting(None, "Scale is alpha / rank. [default: the rank]", "lora")
+    lora_targets: str = _setting("attn", "attn, attn+ff or all (convolutions too).", "lora")
+    lora_dropout: float = _setting(0.0, "Dropout before the update matrices.", "lora")
     # data
-    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-    max_images: int | None = None
-    resolution: int | None = None  # pixels
+    caption_dropout: float = _setting(0.1, "Share of empty captions, for classifier-free guidance.")
+    max_images: int | None = _setting(None, "Use the first so many. [default: all]")
+    resolution: int | None = _setting(None, "Pixels. [default: the model's]")
+    buckets: bool = _setting(False, "Keep aspect ratios: batches of equal shapes, about resolution^2 pixels.")
+    crop: str = _setting("center", "center or random.")
+    flip: bool = _setting(False, "Mirror every other image.")
+    latents: str = _setting("auto", "memory: encode all images first; online: in each step; auto: by their number.")
+    workers: int = _setting(4, "Threads that read images.")
     # run
-    precision: str = "fp32"  # of the forward passes; weights, optimizer and losses are float32
-    device: str = "auto"
-    seed: int = 0
-    log_every: int = 10  # steps
+    precision: str = _setting("bf16", "Of the forward passes: bf16, fp32 or fp16 (CUDA). Trained weights are fp32.")
+    checkpointing: bool = _setting(False, "Recompute activations: less memory, slower steps.")
+    compile: bool = _setting(False, "torch.compile the UNets.")
+    channels_last: bool = _setting(False, "Memory layout of the UNets that suits tensor cores.")
+    device: str = _setting("auto", "auto, cpu or cuda.")
+    seed: int = _setting(0, "Of all randomness.")
+    log_every: int = _setting(10, "Steps between records of training.jsonl.")
+    save_every: int = _setting(0, "Steps between checkpoints; 0: none.")
+    keep: int = _setting(2, "Checkpoints to keep.")
+    prompts: tuple[str, ...] = _setting((), "Validation prompts: a file with one a line, or 'one;another'.")
+    sample_every: int = _setting(0, "Steps between validation images; 0: only with prompts, at the end.")
+    sample_steps: int = _setting(25, "Denoising steps of a validation image.")
+    trackers: tuple[str, ...] = _setting((), "tensorboard, wandb, beside training.jsonl.")
 
     def __post_init__(self) -> None:
+        for name in ("betas", "prompts", "trackers"):  # YAML and JSON know lists only
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if problems := list(self._problems()):
             raise InputError("; ".join(problems))
 
@@ -64,36 +116,88 @@ class DistillConfig:
 
     @property
     def weights(self) -> LossWeights:
-        """Loss weights: those asked for, else the student's usual ones."""
+        """Loss weights: those asked for, else the student's usual ones; without a teacher, the task loss alone."""
+        if self.objective != "distill":
+            return LossWeights(1.0, 0.0, 0.0)
         asked = (self.task_weight, self.output_weight, self.feature_weight)
         return LossWeights(
             *(usual if own is None else own for own, usual in zip(asked, self.spec.weights, strict=True))
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All settings, with the student's defaults filled in."""
-        filled = {f"{name}_weight": value for name, value in self.weights._asdict().items()}
-        return asdict(self) | filled | {"student": self.spec.name, "pairs": self.pair_preset}
+        """The settings that mean something for the objective, with the student's defaults filled in."""
+        found = {f.name: value for f in settings_of(self.objective) for value in (asdict(self)[f.name],)}
+        if self.objective == "distill":
+            filled = {f"{name}_weight": value for name, value in self.weights._asdict().items()}
+            found |= filled | {"student": self.spec.name, "pairs": self.pair_preset}
+        return found
 
     def _problems(self) -> Iterator[str]:
         student_spec(self.student)
-        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "pairs": (None, *PAIRS)}
-        for name, allowed in choices.items():
+        yield from self._unknown()
+        for name in (*_POSITIVE, *_NOT_NEGATIVE, *_SHARES):
+            value = getattr(self, name)
+            if value is not None and (problem := _range_problem(name, value)):
+                yield problem
+        if not 0 <= self.ema < 1:
+            yield f"ema {self.ema} is not a decay: give 0 (off) or e.g. 0.999"
+        if not any(self.weights):
+            yield "all three loss weights are 0, so there is nothing to learn: give at least one above 0"
+        if self.ema and self.objective == "lora":
+            yield "ema averages whole UNets, a LoRA has none: leave it at 0"
+        if self.latents == "memory" and (self.flip or self.crop == "random" or self.buckets):
+            yield "latents 'memory' holds one view of an image: leave flip, random crop and buckets off, or use online"
+
+    def _unknown(self) -> Iterator[str]:
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 names = ", ".join(str(choice) for choice in allowed if choice)
                 yield f"{name} {getattr(self, name)!r} is unknown: choose one of {names}"
-        for name in ("steps", "batch_size", "accumulation", "log_every", "max_images", "resolution"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"{name} {value} is not positive: give 1 or more"
-        for name in ("warmup", "weight_decay", "max_grad_norm", "task_weight", "output_weight", "feature_weight"):
-            if (getattr(self, name) or 0) < 0:
-                yield f"{name} {getattr(self, name)} is negative: give 0 or more"
-        if not self.learning_rate > 0:
-            yield f"learning_rate {self.learning_rate} is not positive: give e.g. 1e-4"
-        if not 0 <= self.ema < 1:
-            yield f"ema {self.ema} is not a decay: give 0 (off) or e.g. 0.999"
-        if not 0 <= self.caption_dropout <= 1:
-            yield f"caption_dropout {self.caption_dropout} is not a share: give 0 to 1"
-        if not any(self.weights):
-            yield "all three loss weights are 0, so there is nothing to learn: give at least one above 0"
+        for name in self.trackers:
+            if name not in ("tensorboard", "wandb"):
+                yield f"tracker {name!r} is unknown: choose tensorboard or wandb"
+
+
+def _range_problem(name: str, value: float) -> str:
+    if name in _POSITIVE and not value > 0:
+        return f"{name} {value} is not positive: give {'1 or more' if isinstance(value, int) else 'e.g. 1e-4'}"
+    if name in _NOT_NEGATIVE and value < 0:
+        return f"{name} {value} is negative: give 0 or more"
+    if name in _SHARES and not 0 <= value <= 1:
+        return f"{name} {value} is not a share: give 0 to 1"
+    return ""
+
+
+def settings_of(objective: str) -> list[Any]:
+    """The dataclass fields that mean something for an objective, in order."""
+    return [item for item in fields(TrainConfig) if objective in item.metadata["objectives"]]
+
+
+def make_config(objective: str, *layers: Mapping[str, Any]) -> TrainConfig:
+    """A config from layers of settings (recipe, options), the last one winning; None in a layer leaves a value alone.
+
+    InputError names keys that the objective does not have.
+    """
+    known = {item.name for item in settings_of(objective)}
+    values = {key: value for layer in layers for key, value in layer.items() if value is not None}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(set(values) - known):
+        raise InputError(
+            f"setting {unknown[0]!r} is unknown to {objective}: choose from {', '.join(sorted(known - {'objective'}))}"
+        )
+    return TrainConfig(**(values | {"objective": objective}))
+
+
+def parse_prompts(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Prompts from a file with one a line, or from 'one;another'; InputError when there is none."""
+    if not isinstance(text, str):
+        return tuple(text)
+    try:
+        from_file = Path(text).is_file()
+    except OSError:  # longer than a file name may be
+        from_file = False
+    parts = Path(text).read_text(encoding="utf-8").splitlines() if from_file else text.split(";")
+    found = tuple(part.strip() for part in parts if part.strip())
+    if not found:
+        raise InputError(f"prompts {text!r} hold no prompt: give a file with one a line, or 'one;another'")
+    return found

@@ -1,42 +1,64 @@
-"""What the trainer draws its batches from: latents and text embeddings, made once before training.
+"""What the trainer draws its batches from: posteriors of images, and text embeddings of captions.
 
-The VAE encoder costs more than a teacher step: encoding the same images in every step would waste a third of the work.
+The VAE encoder costs more than a teacher step: encoding the same images in every step would waste a third of the work,
+so few images are encoded once, before training, and many by `sdkd cache`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from sdkd.console import Progress, quiet
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.distill.data import CaptionedImages, to_pixels
-from sdkd.errors import InputError
+from sdkd.distill.encode import encode_captions, encode_image
+from sdkd.distill.reader import Reader
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-_TEXT_LIMIT = 1 << 30  # bytes of text embeddings that are kept; beyond, captions are encoded in each step
+_TEXT_LIMIT = 1 << 30  # bytes of text embeddings that are kept
+
+
+@runtime_checkable
+class Latents(Protocol):
+    """Posteriors of images, scaled as the UNet sees them, with their captions."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The caption of each image."""
+
+    def __len__(self) -> int: ...
+
+    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [c, h, w]."""
+
+    def text(self, index: int) -> torch.Tensor | None:
+        """Stored text embeddings [s, d], of the empty caption for index -1; None where only captions are stored."""
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Posteriors of n images, scaled as the UNet sees them, and their captions."""
+    """Latents in memory."""
 
-    mean: torch.Tensor  # [n, c, h, w] float32
-    std: torch.Tensor  # [n, c, h, w] float32
-    captions: list[str]
+    mean: torch.Tensor  # [n, c, h, w]
+    std: torch.Tensor  # [n, c, h, w]
+    captions: Sequence[str]
+    unreadable: Mapping[int, str] = field(default_factory=dict)  # images that could not be read, by index
 
     def __len__(self) -> int:
         return len(self.captions)
 
-    def sample(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Latents [b, c, h, w] drawn from the posteriors of `indices` [b]."""
-        mean, std = self.mean[indices], self.std[indices]
-        return mean + std * torch.randn(mean.shape, generator=generator)
+    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [c, h, w] of one image."""
+        return self.mean[index], self.std[index]
+
+    def text(self, index: int) -> None:
+        """None: only captions are kept here."""
 
 
 def training_size(pipe: StableDiffusionPipeline, resolution: int | None) -> int:
@@ -46,77 +68,55 @@ def training_size(pipe: StableDiffusionPipeline, resolution: int | None) -> int:
     return size
 
 
-@torch.no_grad()
 def encode_images(
-    pipe: StableDiffusionPipeline,
+    vae: AutoencoderKL,
     images: CaptionedImages,
     *,
     size: int,
-    device: torch.device | str = "cpu",
-    batch_size: int = 16,
     limit: int | None = None,
+    workers: int = 4,
     progress: Progress = quiet,
 ) -> LatentCache:
-    """Encode images with the pipeline's VAE in float32; the first `limit` of them, all with None.
+    """Encode images with a VAE, on its device and in its dtype; the first `limit` of them, or all.
 
-    Raises InputError when there are none or one cannot be read.
+    One that cannot be read is replaced by the next and named in `unreadable`. Raises InputError when there are none,
+    TrainingError when more than 1 % cannot be read.
     """
     count = min(len(images), limit or len(images))
-    if count == 0:
-        raise InputError("the data holds no images: give at least one")
-    vae = pipe.vae
-    home, dtype = vae.device, vae.dtype
-    torch.nn.Module.to(vae, device, torch.float32)  # torch's own: diffusers' warns about every change of dtype
+
+    def load(position: int, index: int) -> tuple[torch.Tensor, str]:
+        row = images[index]
+        return to_pixels(row["image"], size), str(row["caption"])
+
+    reader = Reader(load, count, workers=workers)
     means, stds, captions = [], [], []
-    try:
-        for start in range(0, count, batch_size):
-            progress(f"encoding image {start + 1} of {count}", start / count)
-            rows = [images[index] for index in range(start, min(start + batch_size, count))]
-            pixels = torch.stack([to_pixels(row["image"], size) for row in rows]).to(device)  # [b, 3, size, size]
-            posterior = vae.encode(pixels).latent_dist
-            means.append(posterior.mean.cpu())
-            stds.append(posterior.std.cpu())
-            captions += [str(row["caption"]) for row in rows]
-    finally:
-        torch.nn.Module.to(vae, home, dtype)
-    scale = float(vae.config.scaling_factor)
-    return LatentCache(torch.cat(means) * scale, torch.cat(stds) * scale, captions)
+    for index, (pixels, caption) in reader.rows((index, index) for index in range(count)):
+        if index % 16 == 0:
+            progress(f"encoding image {index + 1} of {count}", index / count)
+        mean, std = encode_image(vae, pixels)
+        means.append(mean.cpu())
+        stds.append(std.cpu())
+        captions.append(caption)
+    return LatentCache(torch.stack(means), torch.stack(stds), captions, reader.unreadable)
 
 
 class TextEmbeddings:
-    """Text embeddings of captions by index; kept in memory when they fit, else made when asked for."""
+    """Text embeddings of captions; those seen before are kept in memory as long as they fit."""
 
-    def __init__(
-        self, pipe: StableDiffusionPipeline, captions: Sequence[str], device: torch.device | str = "cpu"
-    ) -> None:
-        unique = {text: index for index, text in enumerate(dict.fromkeys(["", *captions]))}
-        self._rows = torch.tensor([unique[text] for text in captions])
-        self._ids = _tokens(pipe, list(unique))
-        self._encoder, self._device = pipe.text_encoder, torch.device(device)
-        size = len(unique) * self._ids.shape[1] * pipe.text_encoder.config.hidden_size * 4
-        self._table = self._encode_all() if size <= _TEXT_LIMIT else None
+    def __init__(self, tokenizer: Any, text_encoder: Any, limit: int = _TEXT_LIMIT) -> None:
+        self._tokenizer, self._encoder, self._limit = tokenizer, text_encoder, limit
+        self._known: dict[str, torch.Tensor] = {}
+        self._bytes = 0
 
-    def __call__(self, indices: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-        """Embeddings [b, s, d] float32 of the captions at `indices` [b], of the empty one where `empty` [b] is true."""
-        rows = self._rows[indices].masked_fill(empty, 0)
-        if self._table is not None:
-            return self._table[rows].to(self._device)
-        return self._encode(self._ids[rows])
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Embeddings [b, s, d], in the text encoder's dtype, on its device."""
+        new = [text for text in dict.fromkeys(captions) if text not in self._known]
+        found = dict(zip(new, encode_captions(self._tokenizer, self._encoder, new), strict=True)) if new else {}
+        for text, value in found.items():
+            self._keep(text, value)
+        return torch.stack([found[text] if text in found else self._known[text] for text in captions])
 
-    @torch.no_grad()
-    def _encode(self, ids: torch.Tensor) -> torch.Tensor:
-        output: Any = self._encoder(ids.to(self._encoder.device))
-        return output[0].float().to(self._device)
-
-    def _encode_all(self) -> torch.Tensor:
-        return torch.cat([self._encode(ids).cpu() for ids in self._ids.split(64)])
-
-
-def _tokens(pipe: StableDiffusionPipeline, captions: list[str]) -> torch.Tensor:
-    """Token ids [n, s] int64, padded and cut to the length that the text encoder was trained with."""
-    tokenizer = pipe.tokenizer
-    found = tokenizer(
-        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    ids: torch.Tensor = found.input_ids
-    return ids
+    def _keep(self, text: str, value: torch.Tensor) -> None:
+        if self._bytes < self._limit:
+            self._known[text] = value.clone()
+            self._bytes += value.nbytes

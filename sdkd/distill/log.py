@@ -1,57 +1,91 @@
-"""Means of what a run measures, written as JSON lines."""
+"""Means of what a run measures, written as JSON lines, and sent to TensorBoard or Weights & Biases by choice."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdkd.errors import TrainingError
+from sdkd.files import write_bytes
+
+LOG = "training.jsonl"
+Send = Callable[[Mapping[str, float], int], None]
+"""Called with a record and its step: a tracker."""
 
 
 class TrainingLog:
     """Sums values on their device and writes their means every few steps, so that a GPU seldom has to wait.
 
-    A record holds: step, each loss, grad_norm (before clipping), lr, images_per_second, seconds since the start.
+    A record holds: step, each loss, grad_norm (before clipping), lr, images_per_second, seconds since the start, and
+    what else `write` is given. `path` is a file to append to; from a resumed run's file, records after `step` are cut.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.history: list[dict[str, float]] = []
-        self._path = path
+    def __init__(self, path: Path | None = None, *, step: int = 0, send: Send | None = None) -> None:
+        self._path, self._send = path, send
+        self.history: list[dict[str, float]] = read_log(path, step) if path is not None and step else []
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = self._images = 0
-        self._start = self._last = time.perf_counter()
+        before = self.history[-1]["seconds"] if self.history else 0.0
+        self._last = time.perf_counter()
+        self._start = self._last - before
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("", encoding="utf-8")
+            write_bytes(path, "".join(_line(record) for record in self.history).encode())
 
     def add(self, values: Mapping[str, torch.Tensor], images: int) -> None:
         """Count one optimizer step: scalar tensors by name, and how many images it took."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)).to(value.device) + value.detach()
         self._steps += 1
         self._images += images
 
-    def write(self, step: int, lr: float) -> dict[str, float]:
-        """Write the means since the last record; TrainingError when a loss is not finite."""
+    def state(self) -> dict[str, Any]:
+        """What was counted since the last record, as JSON, for `restore`."""
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {"sums": sums, "steps": self._steps, "images": self._images}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state` was taken, so that a resumed run writes the same records."""
+        self._sums = {name: torch.tensor(value) for name, value in state["sums"].items()}
+        self._steps, self._images = state["steps"], state["images"]
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """The means since the last record, still on their device."""
+        return {name: value / self._steps for name, value in self._sums.items()}
+
+    def write(
+        self,
+        step: int,
+        lr: float,
+        *,
+        means: Mapping[str, torch.Tensor] | None = None,
+        others: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Write a record of the means since the last one; TrainingError when a loss is not finite.
+
+        `means` replaces this process's own (by the mean over all); `others` are added as they are.
+        """
         now = time.perf_counter()
         record: dict[str, float] = {"step": step}
-        record |= {name: float(value) / self._steps for name, value in self._sums.items()}
+        record |= {name: float(value) for name, value in (means or self.means()).items()}
+        seconds = max(now - self._last, 1e-9)
         record |= {
             "lr": lr,
-            "images_per_second": self._images / max(now - self._last, 1e-9),
+            "images_per_second": self._images / seconds,
             "seconds": now - self._start,
+            **(others or {}),
         }
         endless = {name for name, value in record.items() if not math.isfinite(value)}
         if bad := sorted(name for name in endless if name.startswith("loss/")):
             raise TrainingError(
                 f"{', '.join(bad)} became NaN or infinite in steps {step - self._steps + 1} to {step}, so training was "
-                "stopped and nothing was saved: lower --learning-rate, or use --precision bf16 instead of fp16"
+                "stopped: lower --learning-rate, or use --precision bf16 instead of fp16"
             )
         # An infinite gradient is usual in fp16: GradScaler skips that step. JSON has no word for it, so it is left out.
         record = {name: value for name, value in record.items() if name not in endless}
@@ -59,8 +93,34 @@ class TrainingLog:
         self._append(record)
         return record
 
+    @property
+    def seconds(self) -> float:
+        """Time since the last record."""
+        return time.perf_counter() - self._last
+
     def _append(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record, allow_nan=False) + "\n")
+                stream.write(_line(record))
+        if self._send is not None:
+            self._send(record, int(record["step"]))
+
+
+def _line(record: Mapping[str, float]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def read_log(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
+    """Records of a training.jsonl up to `last_step`; a last line that was cut short by a crash is left out."""
+    records: list[dict[str, float]] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if last_step is None or record["step"] <= last_step:
+            records.append(record)
+    return records

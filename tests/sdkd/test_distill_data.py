@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdkd.distill.data import ImageFolder, open_images, to_pixels
+from sdkd.distill.data import FirstImages, ImageFolder, caption_at, fingerprint, open_images, to_pixels
+from sdkd.distill.encode import encode_image
 from sdkd.distill.latents import TextEmbeddings, encode_images, training_size
 from sdkd.errors import InputError
 
@@ -92,25 +93,18 @@ def test_pixels_are_the_middle_of_the_image() -> None:
     assert to_pixels(Image.new("L", (100, 37), 0), 16).unique().tolist() == [-1.0]
 
 
-def test_latents_are_the_scaled_posterior() -> None:
+def test_few_images_are_encoded_in_memory() -> None:
     pipe = helpers.tiny_pipeline()
     images = [{"image": Image.new("RGB", (64, 64), colour), "caption": colour} for colour in ("red", "blue", "lime")]
-    cache = encode_images(pipe, images, size=64, batch_size=2)
-    pixels = torch.stack([to_pixels(row["image"], 64) for row in images])
-    with torch.no_grad():
-        posterior = pipe.vae.encode(pixels).latent_dist
-    torch.testing.assert_close(cache.mean, posterior.mean * 0.5)
-    torch.testing.assert_close(cache.std, posterior.std * 0.5)
-    assert cache.captions == ["red", "blue", "lime"]
-    draws = [cache.sample(torch.tensor([2]), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    assert len(encode_images(pipe, images, size=64, limit=1)) == 1
-
-
-def test_no_images() -> None:
+    found = encode_images(pipe.vae, images, size=64)
+    for index, row in enumerate(images):
+        mean, std = encode_image(pipe.vae, to_pixels(row["image"], 64))
+        assert torch.equal(found.posterior(index)[0], mean)
+        assert torch.equal(found.posterior(index)[1], std)
+    assert found.captions == ["red", "blue", "lime"]
+    assert len(encode_images(pipe.vae, images, size=64, limit=1)) == 1
     with pytest.raises(InputError, match="the data holds no images"):
-        encode_images(helpers.tiny_pipeline(), [], size=64)
+        encode_images(pipe.vae, [], size=64)
 
 
 def test_size_must_fit_the_model() -> None:
@@ -121,12 +115,63 @@ def test_size_must_fit_the_model() -> None:
         training_size(pipe, 100)
 
 
-def test_text_embeddings_are_the_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_text_embeddings_are_the_pipelines(limit: int) -> None:
     pipe = helpers.tiny_pipeline()
-    captions = ["a star", "a ring", "a star"]
     expected = pipe.encode_prompt(["a ring", "", "a star"], "cpu", 1, False)[0]
-    indices, empty = torch.tensor([1, 1, 2]), torch.tensor([False, True, False])
-    kept = TextEmbeddings(pipe, captions)(indices, empty)
-    monkeypatch.setattr("sdkd.distill.latents._TEXT_LIMIT", 0)  # too large to keep: encode in each step
-    torch.testing.assert_close(kept, expected)
-    torch.testing.assert_close(TextEmbeddings(pipe, captions)(indices, empty), expected)
+    embeddings = TextEmbeddings(pipe.tokenizer, pipe.text_encoder, limit)
+    first = embeddings(["a ring", "", "a star"])
+    torch.testing.assert_close(first, expected)
+    assert torch.equal(embeddings(["a star", "a ring", "a star"]), first[[2, 0, 2]])
+
+
+def test_columns_of_metadata(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png")
+    row = {"path": "1.png", "short": None, "long": ["a red square", "red"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    found = open_images(tmp_path, image_column="path", caption_columns=("short", "long"))
+    assert found[0]["caption"] == caption_at(found, 0) == "a red square"
+    with pytest.raises(InputError, match=r"no column text or alt; its columns: path, short, long"):
+        open_images(tmp_path, image_column="path", caption_columns=("text", "alt"))
+    with pytest.raises(InputError, match=r"no column file_name; its columns: path, short, long"):
+        open_images(tmp_path, caption_columns=("long",))
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: rotate by 90 degrees to the right
+    image = Image.new("RGB", (32, 16), "blue")
+    image.paste("red", (0, 0, 16, 16))
+    image.save(tmp_path / "1.jpg", exif=exif, quality=100)
+    (tmp_path / "1.txt").write_text("x")
+    found = ImageFolder(tmp_path)
+    upright = found[0]["image"]
+    assert upright.size == found.image_size(0) == (16, 32)
+    assert upright.getpixel((8, 4))[0] > 200  # red on top
+    assert upright.getpixel((8, 28))[2] > 200
+
+
+def test_a_huge_image_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("x")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match=r"1.png' cannot be read .*decompression bomb"):
+        ImageFolder(tmp_path)[0]
+
+
+def test_captions_must_be_utf8(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"1.txt' is not UTF-8 text .*: convert it"):
+        open_images(tmp_path)
+
+
+def test_the_first_images_and_their_fingerprint(tmp_path: Path) -> None:
+    for name in ("1", "2", "3"):
+        picture(tmp_path / f"{name}.png", size=(64, 60 + int(name)))
+        (tmp_path / f"{name}.txt").write_text(name)
+    whole = open_images(tmp_path)
+    first = FirstImages(whole, 2)
+    assert ([row["caption"] for row in first], len(first), first.caption(1)) == (["1", "2"], 2, "2")
+    assert len({fingerprint(whole), fingerprint(first), fingerprint(FirstImages(whole, 1))}) == 3
+    assert fingerprint(FirstImages(whole, 9)) == fingerprint(whole)

@@ -12,15 +12,16 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
-from sdkd.distill import DistillConfig, DistillResult, distill
-from sdkd.distill.latents import LatentCache, TextEmbeddings, encode_images
+from sdkd.distill import TrainConfig, TrainResult, train
+from sdkd.distill.latents import LatentCache, encode_images
 from sdkd.distill.log import TrainingLog
 from sdkd.distill.trainer import Trainer, lr_factor
 from sdkd.errors import InputError, ModelError, TrainingError
 from sdkd.students import build_student
 
 COLOURS = ("red", "lime", "blue", "white")
-CPU = torch.device("cpu")
+RUN: dict[str, Any] = {"steps": 3, "batch_size": 4, "precision": "fp32", "device": "cpu"}
+OTHERS = ["grad_norm", "lr", "images_per_second", "seconds", "data_wait", "memory_gb"]
 
 
 def images(count: int = 8) -> list[dict[str, Any]]:
@@ -32,19 +33,18 @@ def images(count: int = 8) -> list[dict[str, Any]]:
     return rows
 
 
-def run(pipe: StableDiffusionPipeline | None = None, log: Path | None = None, **settings: Any) -> DistillResult:
+def run(pipe: StableDiffusionPipeline | None = None, folder: Path | None = None, **settings: Any) -> TrainResult:
     pipe = pipe or helpers.tiny_pipeline()
-    config = DistillConfig(**({"steps": 3, "batch_size": 4, "log_every": 1, "device": "cpu"} | settings))
-    return distill(pipe, build_student(pipe.unet, config.student), images(), config, log_path=log)
+    config = TrainConfig(**(RUN | {"log_every": 1} | settings))
+    return train(pipe, build_student(pipe.unet, config.student), images(), config, folder=folder)
 
 
 def trainer(pipe: StableDiffusionPipeline | None = None, **settings: Any) -> Trainer:
     pipe = pipe or helpers.tiny_pipeline()
-    config = DistillConfig(**({"batch_size": 4} | settings))
+    config = TrainConfig(**(RUN | settings))
     mean = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     data = LatentCache(mean, torch.full_like(mean, 0.1), [f"number {index}" for index in range(8)])
-    student = build_student(pipe.unet, config.student)
-    return Trainer(pipe, student, data, TextEmbeddings(pipe, data.captions), config, CPU)
+    return Trainer(pipe, build_student(pipe.unet, config.student), data, config)
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -61,9 +61,9 @@ def test_teacher_is_untouched_and_student_is_not(student: str) -> None:
     before, untrained = weights(pipe.unet), weights(build_student(pipe.unet, student))
     done = run(pipe, student=student)
     assert same(weights(pipe.unet), before)
-    assert weights(done.student_unet).keys() == untrained.keys()
-    assert not same(weights(done.student_unet), untrained)
-    for unet in (pipe.unet, done.student_unet):
+    assert weights(done.unet).keys() == untrained.keys()
+    assert not same(weights(done.unet), untrained)
+    for unet in (pipe.unet, done.unet):
         assert not unet.training
         assert not any(p.requires_grad or p.grad is not None for p in unet.parameters())
         assert not any(module._forward_hooks for module in unet.modules())
@@ -71,9 +71,9 @@ def test_teacher_is_untouched_and_student_is_not(student: str) -> None:
 
 def test_same_seed_gives_the_same_weights() -> None:
     first, again, other = run(ema=0.9), run(ema=0.9), run(ema=0.9, seed=1)
-    assert same(weights(first.student_unet), weights(again.student_unet))
-    assert not same(weights(first.student_unet), weights(other.student_unet))
-    keys = [key for key in first.history[0] if key not in ("seconds", "images_per_second")]
+    assert same(weights(first.unet), weights(again.unet))
+    assert not same(weights(first.unet), weights(other.unet))
+    keys = [key for key in first.history[0] if key not in OTHERS[2:]]
     assert [[row[key] for key in keys] for row in first.history] == [
         [row[key] for key in keys] for row in again.history
     ]
@@ -81,12 +81,13 @@ def test_same_seed_gives_the_same_weights() -> None:
 
 def test_latents_made_before_give_the_same_weights() -> None:
     pipe = helpers.tiny_pipeline()
-    config = DistillConfig(steps=2, batch_size=4, device="cpu")
-    latents = encode_images(pipe, images(), size=64)
+    latents = encode_images(pipe.vae, images(), size=64)
     students = [
-        distill(pipe, build_student(pipe.unet, "tiny"), data, config).student_unet for data in (images(), latents)
+        train(pipe, build_student(pipe.unet, "tiny"), data, TrainConfig(**RUN, latents=kind)).unet
+        for data, kind in ((images(), "memory"), (latents, "auto"), (images(), "online"))
     ]
     assert same(weights(students[0]), weights(students[1]))
+    assert same(weights(students[0]), weights(students[2]))
 
 
 def test_loss_goes_down() -> None:
@@ -98,23 +99,21 @@ def test_loss_goes_down() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_losses_of_the_teacher_as_its_own_student_are_zero(prediction: str) -> None:
     one = trainer()
-    one.student.unet.load_state_dict(one.student.unet.state_dict())
-    one.teacher = one.student  # identity pairs
+    one.teacher_call = one.student  # identity pairs
     one.scheduler.register_to_config(prediction_type=prediction)
-    found = one.losses(one.draw())
+    found = one.losses(one.batches.next())
     assert found["loss/output"] == found["loss/feature"] == 0
     assert found["loss/task"] > 0
 
 
 def test_log_has_every_loss_and_every_pair(tmp_path: Path) -> None:
-    log = tmp_path / "deep" / "log.jsonl"
-    done = run(student="small", steps=5, log_every=2, log=log)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    done = run(student="small", steps=5, log_every=2, folder=tmp_path / "deep")
+    rows = [json.loads(line) for line in (tmp_path / "deep" / "training.jsonl").read_text().splitlines()]
     assert rows == done.history
     assert [row["step"] for row in rows] == [2, 4, 5]
     pairs = [f"loss/feature/{name}" for name in one_names("small")]
     losses = ["loss/total", "loss/task", "loss/output", "loss/feature"]
-    assert [*rows[0]] == ["step", *losses, *pairs, "grad_norm", "lr", "images_per_second", "seconds"]
+    assert [*rows[0]] == ["step", *losses, *pairs, *OTHERS]
     for row in rows:
         assert row["loss/feature"] == pytest.approx(sum(row[name] for name in pairs), rel=1e-4)
         expected = row["loss/task"] + 0.5 * row["loss/output"] + 0.5 * row["loss/feature"]
@@ -139,8 +138,8 @@ def test_clipping_clips() -> None:
 
 def test_accumulation_averages() -> None:
     whole, parts = trainer(batch_size=4), trainer(batch_size=4, accumulation=2)
-    batch = whole.draw()
-    whole.draw = parts.draw = lambda: batch  # type: ignore[method-assign]
+    batch = whole.batches.next()
+    whole.batches.next = parts.batches.next = lambda: batch  # type: ignore[method-assign]
     assert whole.step()["loss/total"].item() == pytest.approx(parts.step()["loss/total"].item(), rel=1e-5)
     for one, other in zip(whole.parameters, parts.parameters, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
@@ -150,28 +149,22 @@ def test_bfloat16_keeps_losses_and_weights_in_float32() -> None:
     one = trainer(precision="bf16")
     found = one.step()
     assert {value.dtype for value in found.values()} == {torch.float32}
-    assert one.teacher.unet.dtype == torch.bfloat16
+    assert one.teacher is not None
+    assert {one.teacher.unet.dtype, one.vae.dtype, one.text_encoder.dtype} == {torch.bfloat16}
     assert {parameter.dtype for parameter in one.parameters} == {torch.float32}
     assert found["loss/task"].item() == pytest.approx(trainer().step()["loss/task"].item(), rel=0.05)
 
 
 def test_timesteps_and_captions_vary() -> None:
     one = trainer(batch_size=8, caption_dropout=0.5)
-    batches = [one.draw() for _ in range(50)]
+    batches = [one.batches.next() for _ in range(50)]
     timesteps = torch.stack([batch.timesteps for batch in batches])  # [50, 8]
     assert timesteps.min() < 50
     assert timesteps.max() > 950
     assert ((timesteps // 125) == torch.arange(8)).all()  # one of each eighth of the schedule
-    empty = one.text(torch.tensor([0]), torch.tensor([True]))[0]
+    empty = one.batches.encode_text([""])[0]
     share = torch.stack([(batch.text == empty).all(2).all(1) for batch in batches]).float().mean()
     assert 0.4 < share < 0.6
-
-
-def test_every_image_comes_once_per_pass() -> None:
-    one = trainer()
-    order = [next(one.indices) for _ in range(16)]
-    assert sorted(order[:8]) == sorted(order[8:]) == list(range(8))
-    assert order[:8] != order[8:]
 
 
 def test_ema_is_of_the_student() -> None:
@@ -186,11 +179,12 @@ def test_ema_is_of_the_student() -> None:
 
 
 def test_learning_rate_is_counted_in_steps() -> None:
-    cosine = DistillConfig(steps=10, warmup=2, accumulation=4)
+    cosine = TrainConfig(steps=10, warmup=2, accumulation=4)
     assert [round(lr_factor(step, cosine), 3) for step in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.5, 0.0]
-    assert lr_factor(9, DistillConfig(steps=10, schedule="constant")) == 1.0
+    assert lr_factor(9, TrainConfig(steps=10, schedule="constant")) == 1.0
+    assert lr_factor(6, TrainConfig(steps=10, warmup=2, schedule="linear")) == 0.5
     rates = [row["lr"] for row in run(steps=4, accumulation=2, learning_rate=1.0e-4).history]
-    assert rates == pytest.approx([1e-4 * lr_factor(step, DistillConfig(steps=4)) for step in range(4)])
+    assert rates == pytest.approx([1e-4 * lr_factor(step, TrainConfig(steps=4)) for step in range(4)])
 
 
 def test_not_finite_stops() -> None:
@@ -198,11 +192,11 @@ def test_not_finite_stops() -> None:
     student = build_student(pipe.unet, "tiny")
     with torch.no_grad():
         student.conv_out.bias.fill_(float("nan"))
-    config = DistillConfig(steps=3, batch_size=2, log_every=2)
+    config = TrainConfig(**(RUN | {"batch_size": 2, "log_every": 2}))
     with pytest.raises(
         TrainingError, match="loss/output, loss/task, loss/total became NaN or infinite in steps 1 to 2, so"
     ):
-        distill(pipe, student, images(), config)
+        train(pipe, student, images(), config)
     assert not any(module._forward_hooks for module in pipe.unet.modules())
 
 
@@ -219,18 +213,18 @@ def test_log_refuses_an_infinite_loss_but_not_a_skipped_step() -> None:
 
 def test_models_must_belong_together() -> None:
     pipe = helpers.tiny_pipeline()
-    config = DistillConfig(student="tiny", steps=1)
+    config = TrainConfig(**(RUN | {"steps": 1}))
     with pytest.raises(ModelError, match=r"is not the sd-tiny of this teacher .* build_student"):
-        distill(pipe, build_student(pipe.unet, "small"), images(), config)
+        train(pipe, build_student(pipe.unet, "small"), images(), config)
     with pytest.raises(ModelError, match="looks like a student already"):
-        distill(helpers.tiny_pipeline(student="tiny"), build_student(pipe.unet, "tiny"), images(), config)
+        train(helpers.tiny_pipeline(student="tiny"), build_student(pipe.unet, "tiny"), images(), config)
     shared = build_student(pipe.unet, "tiny")
     shared.conv_in = pipe.unet.conv_in
     with pytest.raises(ModelError, match="student and teacher share weights"):
-        distill(pipe, shared, images(), config)
+        train(pipe, shared, images(), config)
     pipe.scheduler = DDIMScheduler(prediction_type="sample")
     with pytest.raises(ModelError, match="the teacher predicts 'sample'"):
-        distill(pipe, build_student(pipe.unet, "tiny"), images(), config)
+        train(pipe, build_student(pipe.unet, "tiny"), images(), config)
 
 
 def test_inpainting_teacher_is_refused() -> None:
@@ -241,10 +235,10 @@ def test_inpainting_teacher_is_refused() -> None:
 
 
 def test_settings_are_checked_together() -> None:
-    with pytest.raises(InputError, match=r"schedule 'linear' is unknown: .*; steps 0 is not positive.*; ema 1 is not"):
-        DistillConfig(schedule="linear", steps=0, ema=1)
+    with pytest.raises(InputError, match=r"schedule 'steep' is unknown: .*; steps 0 is not positive.*; ema 1 is not"):
+        TrainConfig(schedule="steep", steps=0, ema=1)
     with pytest.raises(InputError, match="all three loss weights are 0"):
-        DistillConfig(task_weight=0, output_weight=0, feature_weight=0)
+        TrainConfig(task_weight=0, output_weight=0, feature_weight=0)
     with pytest.raises(InputError, match="precision 'fp16' trains on CUDA devices only"):
         run(precision="fp16")
     with pytest.raises(InputError, match="device 'abacus' is unknown"):
@@ -252,10 +246,10 @@ def test_settings_are_checked_together() -> None:
 
 
 def test_weights_and_pairs_default_to_the_students() -> None:
-    assert DistillConfig(student="tiny").weights == (1.0, 0.5, 0.5)
-    assert DistillConfig(student="bk-tiny", output_weight=0.0).weights == (1.0, 0.0, 1.0)
-    assert DistillConfig(student="bk-tiny").pair_preset == "bk-sdm"
-    assert DistillConfig(student="tiny", pairs="bk-sdm").to_json()["pairs"] == "bk-sdm"
+    assert TrainConfig(student="tiny").weights == (1.0, 0.5, 0.5)
+    assert TrainConfig(student="bk-tiny", output_weight=0.0).weights == (1.0, 0.0, 1.0)
+    assert TrainConfig(student="bk-tiny").pair_preset == "bk-sdm"
+    assert TrainConfig(student="tiny", pairs="bk-sdm").to_json()["pairs"] == "bk-sdm"
 
 
 def test_v_prediction_teacher_trains() -> None:

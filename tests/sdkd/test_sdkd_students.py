@@ -229,15 +229,25 @@ def lora_of_teacher(style: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(8)
     found = {f"unet.{key}": torch.randn(value.shape, generator=generator) * 0.2
              for key, value in get_peft_model_state_dict(teacher).items()}  # fmt: skip
-    return convert_state_dict_to_kohya(found) if style == "kohya" else found
+    if style == "kohya":
+        return dict(convert_state_dict_to_kohya(found))
+    if style == "peft":  # as PeftModel.save_pretrained names it
+        return {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in found.items()}
+    return found
 
 
-@pytest.mark.parametrize(("style", "name"), [("diffusers", "small"), ("kohya", "tiny"), ("diffusers", "bk-small")])
+@pytest.mark.parametrize(
+    ("style", "name"),
+    [
+        *(("diffusers", name) for name in ("small", "tiny", "bk-small")),
+        *((style, name) for style in ("kohya", "peft") for name in ("small", "tiny")),
+    ],
+)
 def test_remapped_lora_does_what_it_does_in_the_teacher(style: str, name: str) -> None:
     pytest.importorskip("peft")
     lora = lora_of_teacher(style)
     fused = helpers.tiny_pipeline()
-    fused.load_lora_weights(dict(lora))
+    fused.load_lora_weights(lora_of_teacher("kohya" if style == "kohya" else "diffusers"))
     fused.fuse_lora()
     fused.unload_lora_weights()
     pipe = helpers.tiny_pipeline(student=name)

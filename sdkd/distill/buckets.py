@@ -1,0 +1,91 @@
+"""Aspect buckets: image sizes of nearly the same area, so that a tall image need not lose its top and bottom.
+
+As in NovelAI's and kohya's trainers: sides are multiples of 64 pixels, no bucket has more pixels than the square.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from sdkd.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+STEP = 64  # pixels; what a UNet of four levels on a VAE with 8 pixels per latent can halve
+RATIO = 2.0  # of the longer to the shorter side, at most
+
+Crop = Literal["center", "random"]
+CROPS: tuple[Crop, ...] = ("center", "random")
+
+
+def aspect_buckets(resolution: int, step: int = STEP, ratio: float = RATIO) -> list[tuple[int, int]]:
+    """Sizes (height, width) in pixels, from tall to wide: multiples of `step`, at most resolution^2 pixels each.
+
+    Each is the largest of its width or height. InputError when not even one square of `step` pixels fits.
+    """
+    if resolution < step or step < 1:
+        raise InputError(f"resolution {resolution} is too small for buckets: give {step} pixels or more")
+    square = resolution // step * step
+    found = {(square, square)}
+    for side in range(step, int(resolution * ratio) + 1, step):
+        other = resolution * resolution // side // step * step
+        if other and max(side, other) <= ratio * min(side, other):
+            found |= {(side, other), (other, side)}
+    return sorted(found, key=lambda size: (size[1] / size[0], size[0] * size[1]))
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> int:
+    """Position in `buckets` of the one whose aspect ratio is nearest to an image's; of equals the largest."""
+    aspect = math.log(width / height)
+
+    def distance(place: int) -> tuple[float, int]:
+        tall, wide = buckets[place]
+        return round(abs(math.log(wide / tall) - aspect), 9), -tall * wide
+
+    return min(range(len(buckets)), key=distance)
+
+
+def fit_pixels(
+    image: Image,
+    height: int,
+    width: int,
+    *,
+    crop: Crop = "center",
+    flip: bool = False,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """A float32 tensor [3, height, width] in [-1, 1]: the image resized to cover the size, then cut.
+
+    crop="random" draws left and top from `generator`, then `flip` draws whether to mirror the image (half of them):
+    the same generator state gives the same pixels. InputError when something is to be drawn without a generator.
+    """
+    import numpy as np
+    import torch
+    from PIL.Image import Resampling
+
+    if crop not in CROPS:
+        raise InputError(f"crop {crop!r} is unknown: choose one of {', '.join(CROPS)}")
+    if generator is None and (flip or crop == "random"):
+        raise InputError("a random crop or flip needs a generator: give one seeded by the position of the sample")
+    scale = max(width / image.width, height / image.height)
+    full_width, full_height = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    spare = (full_width - width, full_height - height)
+    left, top = _drawn(spare, generator) if crop == "random" and generator else (spare[0] // 2, spare[1] // 2)
+    resized = image.convert("RGB")
+    if (full_width, full_height) != image.size:
+        resized = resized.resize((full_width, full_height), Resampling.LANCZOS)
+    array = np.asarray(resized.crop((left, top, left + width, top + height)), dtype=np.float32)
+    pixels = torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
+    return pixels.flip(2) if flip and float(torch.rand(1, generator=generator)) < 0.5 else pixels
+
+
+def _drawn(spare: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
+    """One whole number in 0..spare for each; both are always drawn, so that what follows is the same for all sizes."""
+    import torch
+
+    left, top = (int(torch.randint(0, most + 1, (1,), generator=generator)) for most in spare)
+    return left, top

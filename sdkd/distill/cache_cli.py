@@ -1,0 +1,300 @@
+"""`sdkd cache`: posteriors and text embeddings of captioned images on disk, by one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import json as jsonlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import sdkd.errors
+from sdkd.console import Progress, progress, quiet, show, show_json, within
+from sdkd.distill.data import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
+from sdkd.errors import InputError, InterruptedRunError, SdkdError, TrainingError
+from sdkd.files import lock
+from sdkd.models import load_eager, resolve
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+_TAIL = 2000  # bytes of a process's last output that its error message shows
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What to encode with what; fields are the command's options."""
+
+    model: str
+    data: str
+    output: str
+    resolution: int | None = None  # pixels; None: the model's own
+    precision: str = "bf16"
+    device: str = "auto"
+    image_column: str | None = None
+    caption_columns: tuple[str, ...] = CAPTION_COLUMNS
+    max_images: int | None = None
+    shard_images: int = 1024
+    workers: int = 4
+    text: bool = True
+
+
+_DEFAULT = CacheJob("", "", "")
+
+
+def cache(
+    model: Annotated[str, typer.Argument(help="Whose VAE and text encoder: a folder, hub id, .safetensors or demo.")],
+    data: Annotated[str, typer.Argument(help="Folder, tar shards, parquet, hub id, or demo.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the latents.")],
+    resolution: Annotated[int | None, typer.Option(help="Pixels. [default: the model's]")] = None,
+    precision: Annotated[str, typer.Option(help="bf16, fp32 or fp16 (CUDA).")] = _DEFAULT.precision,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _DEFAULT.device,
+    num_processes: Annotated[int, typer.Option(help="Processes, each on a GPU of its own where there are any.")] = 1,
+    image_column: Annotated[str | None, typer.Option(help="Column of the image. [default: found]")] = None,
+    caption_columns: Annotated[str, typer.Option(help="Columns; the first one found.")] = ",".join(CAPTION_COLUMNS),
+    max_images: Annotated[int | None, typer.Option(help="Use the first so many. [default: all]")] = None,
+    shard_images: Annotated[int, typer.Option(help="Images per file.")] = _DEFAULT.shard_images,
+    workers: Annotated[int, typer.Option(help="Threads that read images, per process.")] = _DEFAULT.workers,
+    text: Annotated[bool, typer.Option(help="Store text embeddings too.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
+) -> None:
+    """Encode images and captions once, for many runs: give OUTPUT to `sdkd distill --data`.
+
+    Training from a cache equals training from the images of the same precision to the last bit. An interrupted run
+    keeps its complete shards; the same command goes on from there.
+    """
+    job = CacheJob(
+        model, data, str(output), resolution=resolution, precision=precision, device=device, image_column=image_column,
+        caption_columns=tuple(name.strip() for name in caption_columns.split(",") if name.strip()),
+        max_images=max_images, shard_images=shard_images, workers=workers, text=text,
+    )  # fmt: skip
+    with progress("cache") as report:
+        summary = run(job, num_processes, overwrite=overwrite, report=report)
+    if json:
+        show_json(summary)
+        return
+    for message in summary["unreadable"].values():
+        show(f"skipped: {message}")
+    show(f"{summary['images']} images at {summary['resolution']} pixels in {summary['output']}. "
+         f"Train from them: sdkd distill --data {summary['output']}")  # fmt: skip
+
+
+def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: Progress = quiet) -> dict[str, Any]:
+    """What the command does; returns its summary. Complete shards stay when it fails, nothing else does."""
+    from sdkd.distill.cache import clear_cache
+
+    if processes < 1:
+        raise InputError(f"num_processes {processes} is not positive: give 1 or more")
+    if not job.caption_columns:
+        raise InputError("no caption columns were given: name at least one, such as --caption-columns text")
+    resolve(job.model)
+    out = Path(job.output)
+    with lock(out):
+        if overwrite:
+            clear_cache(out)
+        try:
+            index = _run(job, processes, report)
+        except BaseException as error:
+            kept = _tidy(out)
+            if isinstance(error, KeyboardInterrupt) and kept:
+                raise InterruptedRunError(
+                    f"interrupted: {kept} complete shards are kept in {out}, the same command goes on from them"
+                ) from None
+            raise
+    names = ("images", "resolution", "precision", "unreadable")
+    return {"output": job.output, "model": job.model, "data": job.data, **{name: index[name] for name in names}}
+
+
+def _run(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
+    from sdkd.distill.cache import prepare
+
+    report("loading the model", None)
+    pipe, images, options = _opened(job, 0)
+    if processes > 1:
+        from sdkd.distill.cache import cache_settings
+
+        wanted = {name: options[name] for name in ("size", "precision", "shard_images", "text")}
+        if prepare(Path(job.output), cache_settings(pipe, images, **wanted)) is None:
+            _in_processes(job, processes, within(report, 0.0, 0.9))
+    return _write(job, pipe, images, options, report) or {}
+
+
+def _opened(job: CacheJob, rank: int) -> tuple[StableDiffusionPipeline, CaptionedImages, dict[str, Any]]:
+    """Pipeline, images and the options of `write_cache`."""
+    from sdkd.distill.latents import training_size
+
+    device = _device(job, rank)
+    images = open_images(job.data, image_column=job.image_column, caption_columns=job.caption_columns)
+    if job.max_images is not None:
+        if job.max_images < 1:
+            raise InputError(f"max_images {job.max_images} is not positive: give 1 or more")
+        images = FirstImages(images, job.max_images)
+    pipe = load_eager(job.model)
+    options = {name: getattr(job, name) for name in ("precision", "shard_images", "workers", "text")}
+    return pipe, images, options | {"size": training_size(pipe, job.resolution), "device": device}
+
+
+def _device(job: CacheJob, rank: int) -> Any:
+    """The device of a process; InputError when it is not there or cannot do the precision."""
+    import torch
+
+    from sdkd.distill.encode import dtype_of
+
+    gpus = torch.cuda.device_count() if job.device in ("auto", "cuda") else 0
+    if job.device not in ("auto", "cpu", "cuda") or (job.device == "cuda" and not gpus):
+        raise InputError(f"device {job.device!r} is not on this machine: give auto or cpu, or run where torch sees it")
+    if dtype_of(job.precision) == torch.float16 and not gpus:
+        raise InputError("precision 'fp16' needs a CUDA device: give --precision bf16 or fp32")
+    return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+
+
+def _write(
+    job: CacheJob, pipe: Any, images: CaptionedImages, options: Mapping[str, Any], report: Progress, **which: Any
+) -> dict[str, Any] | None:
+    from sdkd.distill.cache import write_cache
+
+    return write_cache(pipe, images, Path(job.output), progress=report, **options, **which)
+
+
+def _tidy(out: Path) -> int:
+    """Remove half-written files, and the folder when no shard is complete; returns how many are."""
+    from sdkd.distill.cache import INDEX, SETTINGS
+
+    if not any((out / name).exists() for name in (INDEX, SETTINGS)):
+        return 0
+    for path in out.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+    complete = len(list(out.glob("*-*.json")))
+    if not complete and not (out / INDEX).exists() and (out / SETTINGS).exists():
+        for path in (*out.glob("latents-*.safetensors"), out / SETTINGS):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            out.rmdir()
+    return complete
+
+
+# Several processes: each is `python -m sdkd.distill.cache_cli`, reads its job as the first line of standard input and
+# answers with JSON lines. End of file on standard input means that the parent is gone, and ends it.
+
+
+def _in_processes(job: CacheJob, processes: int, report: Progress) -> None:
+    """Write all shards by several processes; the first failure ends them all, and so does Ctrl-C."""
+    inbox: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+    with contextlib.ExitStack() as stack:
+        children = []
+        for rank in range(processes):
+            log = stack.enter_context(tempfile.TemporaryFile())
+            children.append(stack.enter_context(_child({**asdict(job), "rank": rank, "world": processes}, log)))
+            threading.Thread(target=_listen, args=(rank, children[rank], inbox), daemon=True).start()
+            children[rank].log = log  # type: ignore[attr-defined]
+        done, running = [0.0] * processes, processes
+        while running:
+            rank, message = inbox.get()
+            if message is None:
+                running -= 1
+                _check_status(children[rank], rank)
+            elif "error" in message:
+                raise _error(message["error"])
+            else:
+                text, done[rank] = message["progress"][0], message["progress"][1] or done[rank]
+                report(f"{text} (process {rank + 1} of {processes})", sum(done) / processes)
+
+
+@contextlib.contextmanager
+def _child(job: Mapping[str, Any], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "sdkd.distill.cache_cli"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,  # Ctrl-C reaches the parent alone, which ends them
+    )
+    try:
+        assert process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it died at once: its status says why
+            process.stdin.write(jsonlib.dumps(dict(job)).encode() + b"\n")
+            process.stdin.flush()
+        yield process
+    finally:
+        process.kill()  # what it was writing has a temporary name, which the parent removes
+        process.wait()
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # type: ignore[union-attr]
+
+
+def _listen(rank: int, process: subprocess.Popen[bytes], inbox: queue.Queue[Any]) -> None:
+    assert process.stdout
+    with process.stdout as stream:
+        for line in stream:
+            inbox.put((rank, jsonlib.loads(line)))
+    inbox.put((rank, None))
+
+
+def _check_status(process: subprocess.Popen[bytes], rank: int) -> None:
+    if status := process.wait():
+        log: IO[bytes] = process.log  # type: ignore[attr-defined]
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+        said = log.read().decode(errors="replace").strip()
+        why = signal.Signals(-status).name if status < 0 else f"status {status}"
+        raise TrainingError(f"process {rank + 1} of the cache ended by {why}: run again, it goes on; it said: {said}")
+
+
+def _error(error: Mapping[str, Any]) -> Exception:
+    if error["errno"] is not None:
+        return OSError(error["errno"], error["message"], error["filename"])
+    kind = getattr(sdkd.errors, error["type"], None)
+    if isinstance(kind, type) and issubclass(kind, SdkdError) and kind is not sdkd.errors.MissingExtraError:
+        return kind(error["message"])
+    return TrainingError(f"a process of the cache failed: {error['type']}: {error['message']}")
+
+
+def main() -> None:
+    """One of several processes."""
+    job = jsonlib.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def send(message: Mapping[str, Any]) -> None:
+        answers.write(jsonlib.dumps(message) + "\n")
+
+    def report(text: str, fraction: float | None = None) -> None:
+        send({"progress": [text, fraction]})
+
+    try:
+        _serve(job, report)
+    except Exception as error:  # noqa: BLE001 - whatever happened, the parent must hear of it
+        number = getattr(error, "errno", None) if not isinstance(error, SdkdError) else None
+        detail = {"errno": number, "filename": number and str(getattr(error, "filename", ""))}
+        send({"error": {"type": type(error).__name__, "message": str(error), **detail}})
+
+
+def _serve(job: dict[str, Any], report: Progress) -> None:
+    rank, world = job.pop("rank"), job.pop("world")
+    own = CacheJob(**{**job, "caption_columns": tuple(job["caption_columns"])})
+    pipe, images, options = _opened(own, rank)
+    _write(own, pipe, images, options, report, rank=rank, world=world)
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""`sdkd remap-lora`: a LoRA made for SD 1.x/2.x, rewritten for a student of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdkd.console import show, show_json
+from sdkd.files import check_free
+
+SD1 = "random:sd15"  # only its config is read
+
+
+def remap(
+    lora: Annotated[Path, typer.Argument(help="A LoRA's .safetensors file, or a folder that holds one.")],
+    output: Annotated[Path, typer.Argument(help="The new file, or a folder for it.")],
+    student: Annotated[str, typer.Option(help="small, tiny, bk-base, bk-small or bk-tiny.")],
+    teacher: Annotated[str, typer.Option(help="The model that the LoRA is for; its config is read.")] = SD1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Make a LoRA of SD 1.x/2.x fit a student: what it does to the kept layers stays exactly the same.
+
+    Takes diffusers', PEFT's and kohya's names. The student with the new LoRA equals the student built from the teacher
+    with the old one fused; weights of removed layers are left out.
+    """
+    found = run(lora, output, student, teacher, overwrite=overwrite)
+    if json:
+        show_json(found)
+        return
+    show(
+        f"Kept {found['kept']} of {found['weights']} weights for {found['student']} ({found['removed']} belong to "
+        f"removed layers). Saved {found['output']}."
+    )
+
+
+def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite: bool = False) -> dict[str, Any]:
+    """What the command does; returns its summary. Raises InputError, ModelError and OutputExistsError."""
+    from sdkd.distill.lora import FILE, read_lora, write_lora
+    from sdkd.lora_names import remap_settings
+    from sdkd.models import unet_config
+    from sdkd.students import key_map, remap_lora, student_spec
+
+    file = output if output.suffix == ".safetensors" else output / FILE
+    check_free(file, overwrite)
+    config = unet_config(teacher)
+    state, settings = read_lora(lora)
+    kept = remap_lora(state, config, student)
+    write_lora(file, kept, remap_settings(settings, key_map(config, student)))
+    return {
+        "lora": str(lora),
+        "output": str(file),
+        "student": student_spec(student).name,
+        "weights": len(state),
+        "kept": len(kept),
+        "removed": len(state) - len(kept),
+    }

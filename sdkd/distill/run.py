@@ -1,0 +1,238 @@
+"""A whole run as the commands do it: model and data by name, a folder that fills, the finished result in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.console import Progress, quiet
+from sdkd.distill.card import Origin, about, model_card
+from sdkd.distill.config import TrainConfig
+from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
+from sdkd.files import check_free, lock, new_folder, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from sdkd.distill.loop import TrainResult
+
+INDEX = "model_index.json"  # of a finished pipeline: moved into the folder last
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on what: `model` is the teacher's name for distillation, else the model to train."""
+
+    model: str
+    data: str
+    output: Path
+    config: TrainConfig
+    resume: str = "never"  # auto, never, or a checkpoint's folder
+    overwrite: bool = False
+    image_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    command: str = field(default_factory=lambda: command_line())
+
+
+def command_line() -> str:
+    """The command as it was typed, for the model card."""
+    return shlex.join(["sdkd", *sys.argv[1:]])
+
+
+def is_main() -> bool:
+    """Whether this is the first of the processes that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
+    """Train and write the result into `job.output`; returns a summary.
+
+    An interrupted or failed run keeps the checkpoints that it saved, and leaves nothing behind when it saved none.
+    Raises what `sdkd.distill.train` raises, OutputExistsError, and InterruptedRunError when Ctrl-C came after a
+    checkpoint.
+    """
+    from sdkd.distill.loop import check_trackers, train
+    from sdkd.models import load_eager, resolve
+
+    source, data = resolve(job.model), open_data(job)
+    check_trackers(job.config)
+    checkpoint = find_checkpoint(job)
+    with _folder(job, checkpoint):
+        report("loading the model", 0.0)
+        pipe = load_eager(job.model)
+        unet, counts = _unet(pipe, job.config)
+        check_cache(data, pipe)
+        done = train(pipe, unet, data, job.config, progress=report, folder=job.output, resume=checkpoint)
+        summary = _summary(job, source.name, done, counts)
+        if done.main_process:
+            origin = Origin(
+                model=source.name,
+                data=job.data,
+                images=done.images,
+                size=_size(pipe, job.config, data),
+                random_weights=source.random_weights,
+                command=job.command,
+            )
+            _write(job, pipe, done, origin, counts)
+    return summary
+
+
+def open_data(job: Job) -> Any:
+    """The data by name: images, or latents that `sdkd cache` made."""
+    from sdkd.distill.cache import INDEX as CACHE_INDEX
+    from sdkd.distill.cache import open_cache
+    from sdkd.distill.data import open_images
+
+    if (Path(job.data) / CACHE_INDEX).is_file():
+        return open_cache(Path(job.data))
+    columns = {"caption_columns": job.caption_columns} if job.caption_columns else {}
+    return open_images(job.data, image_column=job.image_column, **columns)
+
+
+def check_cache(data: Any, pipe: StableDiffusionPipeline) -> None:
+    """InputError when latents were made by another VAE or text encoder."""
+    if check := getattr(data, "check", None):
+        check(pipe)
+
+
+def find_checkpoint(job: Job) -> Path | None:
+    """The checkpoint to go on from, or None to start anew; InputError when the one asked for is not there."""
+    from sdkd.distill.checkpoint import RECORD, checkpoints
+
+    if job.resume == "never":
+        return None
+    if job.resume == "auto":
+        found = checkpoints(job.output)
+        return found[-1] if found else None
+    path = Path(job.resume)
+    if not (path / RECORD).is_file():
+        raise InputError(f"resume {job.resume!r} is no checkpoint: give auto, never, or OUTPUT/checkpoint-<step>")
+    if path.resolve().parent != job.output.resolve():
+        raise InputError(
+            f"checkpoint {job.resume!r} is not of the output {str(job.output)!r}: give --output {path.parent}"
+        )
+    return path
+
+
+def _unet(pipe: StableDiffusionPipeline, config: TrainConfig) -> tuple[Any, dict[str, int]]:
+    """The UNet to train, and parameter counts of it and its teacher."""
+    import torch
+
+    from sdkd.distill.setup import DTYPES
+    from sdkd.students import build_student, count_parameters
+
+    whole = count_parameters(pipe.unet.config)
+    if config.objective != "distill":
+        return pipe.unet, {"parameters": whole}
+    student = build_student(pipe.unet, config.student)
+    torch.nn.Module.to(pipe.unet, DTYPES[config.precision])  # now the student has its weights: no copy is needed
+    return student, {"parameters": count_parameters(student.config), "teacher_parameters": whole}
+
+
+def _size(pipe: StableDiffusionPipeline, config: TrainConfig, data: Any) -> int:
+    from sdkd.distill.latents import training_size
+
+    return int(getattr(data, "size", 0)) or training_size(pipe, config.resolution)
+
+
+@contextlib.contextmanager
+def _folder(job: Job, checkpoint: Path | None) -> Iterator[None]:
+    """The run's folder while it fills: what was there before comes back when the run fails without a checkpoint."""
+    if not is_main():
+        yield
+        return
+    with lock(job.output):
+        before = None if checkpoint else _set_aside(job)
+        job.output.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException as error:
+            _clean_up(job, before)
+            if isinstance(error, KeyboardInterrupt) and (kept := find_checkpoint(_auto(job))):
+                raise InterruptedRunError(
+                    f"interrupted: {kept} is kept, go on from it by the same command with --resume auto"
+                ) from None
+            raise
+        if before is not None:
+            shutil.rmtree(before.parent, ignore_errors=True)
+
+
+def _auto(job: Job) -> Job:
+    from dataclasses import replace
+
+    return replace(job, resume="auto")
+
+
+def _set_aside(job: Job) -> Path | None:
+    """Move what is in the way, when that was asked for; returns where it went."""
+    from sdkd.distill.checkpoint import checkpoints
+
+    if not job.overwrite and checkpoints(job.output):
+        raise OutputExistsError(
+            f"output {str(job.output)!r} holds checkpoints of a run: go on with --resume auto, or pass --overwrite"
+        )
+    check_free(job.output, job.overwrite)
+    if not job.output.exists():
+        return None
+    aside = Path(tempfile.mkdtemp(dir=job.output.parent, prefix=f".{job.output.name}.", suffix=".old")) / "old"
+    return job.output.rename(aside)
+
+
+def _clean_up(job: Job, before: Path | None) -> None:
+    if find_checkpoint(_auto(job)) is None:
+        shutil.rmtree(job.output, ignore_errors=True)
+        if before is not None:
+            before.rename(job.output)
+    if before is not None:
+        shutil.rmtree(before.parent, ignore_errors=True)
+
+
+def _write(job: Job, pipe: StableDiffusionPipeline, done: TrainResult, origin: Origin, counts: dict[str, int]) -> None:
+    """The finished result into the run's folder: built beside it, then moved in, the pipeline's index last."""
+    from sdkd.pipelines import PROVENANCE, write_pipeline
+
+    last = done.history[-1]
+    card = model_card(origin, job.config, counts=counts, seconds=last["seconds"], last=last)
+    facts = about(origin, job.config, last)
+    final = job.output / ".final"
+    with new_folder(final, overwrite=True) as partial:
+        if job.config.objective == "lora":
+            from sdkd.distill.lora import save_lora
+
+            save_lora(done.unet, partial)
+            write_json(partial / PROVENANCE, facts)
+            write_bytes(partial / "README.md", card.encode())
+        else:
+            write_pipeline(pipe, partial, unet=done.unet.cpu(), about=facts, readme=card)
+    for path in sorted(final.iterdir(), key=lambda path: path.name in (INDEX, LORA_FILE)):
+        target = job.output / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    final.rmdir()
+
+
+def _summary(job: Job, model: str, done: TrainResult, counts: dict[str, int]) -> dict[str, Any]:
+    config = job.config
+    named = {"teacher": model, "student": config.spec.name} if config.objective == "distill" else {"model": model}
+    return {
+        "output": str(job.output),
+        "objective": config.objective,
+        **named,
+        **{name.replace("parameters", "unet_parameters"): value for name, value in counts.items()},
+        "steps": done.steps,
+        "images": done.images,
+        "unreadable": list(done.unreadable.values()),
+        "seconds": done.seconds,
+        "first": done.history[0],
+        "last": done.history[-1],
+    }

@@ -1,0 +1,84 @@
+"""Validation images: the same prompts with the same seeds every few steps, as one picture each time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkd.files import write_bytes, write_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sdkd.distill.trainer import Trainer
+
+FOLDER = "samples"
+GUIDANCE = 7.5
+
+
+def sample_path(folder: Path, step: int) -> Path:
+    """Where the picture of a step lies in a run folder."""
+    return folder / FOLDER / f"step-{step:06d}.png"
+
+
+def save_samples(trainer: Trainer, folder: Path) -> Path | None:
+    """Draw the validation prompts with the averaged weights and save them; the first process draws, the others wait."""
+    path = None
+    if trainer.accelerator.is_main_process:
+        path = sample_path(folder, trainer.done)
+        stream = io.BytesIO()
+        joined(draw(trainer)).save(stream, "PNG")
+        write_bytes(path, stream.getvalue())
+        write_json(path.parent / "prompts.json", {"prompts": list(trainer.config.prompts), "seed": trainer.config.seed})
+    trainer.accelerator.wait_for_everyone()
+    return path
+
+
+def draw(trainer: Trainer) -> list[Image]:
+    """One image per validation prompt; prompt i always starts from the noise of seed + i."""
+    pipe = _pipeline(trainer)
+    images = []
+    state = torch.get_rng_state()  # drawing must not change what training draws next
+    with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+        for index, prompt in enumerate(trainer.config.prompts):
+            generator = torch.Generator().manual_seed(trainer.config.seed + index)
+            images += pipe(
+                prompt, num_inference_steps=trainer.config.sample_steps, guidance_scale=GUIDANCE, generator=generator
+            ).images
+    torch.set_rng_state(state)
+    return images
+
+
+def _pipeline(trainer: Trainer) -> Any:
+    """The trained UNet among the frozen parts of its run."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = trainer.pipe
+    made = StableDiffusionPipeline(
+        vae=trainer.vae,
+        text_encoder=trainer.text_encoder,
+        tokenizer=pipe.tokenizer,
+        unet=trainer.unet,
+        scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def joined(images: Sequence[Image], columns: int = 4) -> Image:
+    """Images of one size side by side, `columns` in a row."""
+    from PIL import Image as Pillow
+
+    width, height = images[0].size
+    across = min(columns, len(images))
+    sheet = Pillow.new("RGB", (width * across, height * -(-len(images) // across)), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (width * (index % across), height * (index // across)))
+    return sheet

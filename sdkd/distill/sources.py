@@ -1,0 +1,319 @@
+"""Where many captioned images come from: tar shards in WebDataset's layout, parquet, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdkd.distill.data import DATASETS, METADATA, SUFFIXES, CaptionedImages, caption_of, decode, decoded_size, matching
+from sdkd.errors import InputError, MissingExtraError
+from sdkd.files import write_bytes
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)  # extensions of tar members
+_TEXT_COLUMN = "text"  # what a .txt member is called among the caption columns
+_HEAD = 1 << 16  # bytes that hold the size of nearly every image
+_INDEX_SCHEMA = 1
+_SCANNERS = 8  # threads that read the headers of shards
+_IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
+
+
+def open_source(
+    name: str, path: Path, image_column: str | None, caption_columns: Sequence[str]
+) -> CaptionedImages | None:
+    """The source that `open_images` was asked for; None for a folder of single images.
+
+    Raises InputError when nothing of that name is there, it holds no captioned images, or lacks the columns.
+    """
+    if path.is_dir():
+        return _open_folder(path, image_column, caption_columns)
+    if shards := matching(name):
+        if all(shard.suffix == ".parquet" for shard in shards):
+            return TableImages(
+                _load("parquet", data_files=[str(shard) for shard in shards]), image_column, caption_columns
+            )
+        return TarShards(shards, image_column, caption_columns)
+    if _HUB_ID.fullmatch(name) and not path.suffix and not path.exists():
+        return TableImages(_load(name), image_column, caption_columns, name)
+    raise _nothing(name)
+
+
+def _open_folder(path: Path, image_column: str | None, caption_columns: Sequence[str]) -> CaptionedImages | None:
+    if any((path / file).is_file() for file in _SAVED):
+        return TableImages(_load_saved(path), image_column, caption_columns, str(path))
+    if shards := sorted(path.glob("*.tar")):
+        return TarShards(shards, image_column, caption_columns)
+    if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
+        return TableImages(_load(str(path)), image_column, caption_columns, str(path))
+    return None
+
+
+def _nothing(name: str) -> InputError:
+    return InputError(
+        f"data {name!r} is no folder: give a folder of images with {METADATA} or a .txt beside each image, tar shards "
+        f"('shards/*.tar'), parquet files, the id of a Hugging Face dataset, or one of {', '.join(DATASETS)}"
+    )
+
+
+class Member(NamedTuple):
+    """Bytes of a file inside a shard."""
+
+    offset: int
+    size: int
+
+
+class TarShards:
+    """Images in tar files: `0001.jpg` with `0001.txt` or `0001.json` beside it, as WebDataset and img2dataset write.
+
+    Only headers are read at first, once: they are kept in `.<shard>.index.json` beside the shard where that can be
+    written. Rows are then read by offset, by any number of threads; nothing is unpacked. A .txt is the column "text", a
+    .json gives the others. `blocks` are the indices of each shard. Raises InputError for a damaged shard.
+    """
+
+    def __init__(self, shards: Sequence[Path], image_column: str | None, caption_columns: Sequence[str]) -> None:
+        self.shards = list(shards)
+        self._captions = tuple(caption_columns)
+        self._images = (image_column.lower().removeprefix("."),) if image_column else _IMAGES
+        with ThreadPoolExecutor(_SCANNERS) as pool:
+            scanned = list(pool.map(shard_members, self.shards))
+        self._rows: list[tuple[int, str, dict[str, Member]]] = []  # shard, key, members
+        self.blocks: list[range] = []
+        for place, samples in enumerate(scanned):
+            start = len(self._rows)
+            self._rows += [(place, key, parts) for key, parts in samples.items() if self._image_of(parts)]
+            self.blocks.append(range(start, len(self._rows)))
+        self._check(scanned)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        shard, key, parts = self._rows[index]
+        name = f"image {key!r} of shard {str(self.shards[shard])!r}"
+        image = decode(self._read(shard, parts[self._image_of(parts)]), name)
+        return {"image": image, "caption": self.caption(index)}
+
+    def caption(self, index: int) -> str:
+        """Caption of one image; InputError when it has none."""
+        shard, key, _ = self._rows[index]
+        columns = self._columns(index)
+        found = caption_of(columns, self._captions)
+        if found is None:
+            raise InputError(
+                f"image {key!r} of shard {str(self.shards[shard])!r} has no caption in {', '.join(self._captions)}: "
+                f"its columns are {', '.join(columns) or 'none'}"
+            )
+        return found.strip()
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels, from the image's header."""
+        shard, key, parts = self._rows[index]
+        name, member = f"image {key!r} of shard {str(self.shards[shard])!r}", parts[self._image_of(parts)]
+        with contextlib.suppress(InputError):
+            return decoded_size(self._read(shard, Member(member.offset, min(member.size, _HEAD))), name)
+        return decoded_size(self._read(shard, member), name)
+
+    def _columns(self, index: int) -> dict[str, Any]:
+        shard, key, parts = self._rows[index]
+        found: dict[str, Any] = {}
+        try:
+            if "json" in parts:
+                found |= json.loads(self._read(shard, parts["json"]))
+            if "txt" in parts:
+                found[_TEXT_COLUMN] = self._read(shard, parts["txt"]).decode()
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"caption of {key!r} in shard {str(self.shards[shard])!r} cannot be read ({error}): repair the shard"
+            ) from error
+        return found
+
+    def _image_of(self, parts: Mapping[str, Member]) -> str:
+        return next((name for name in self._images if name in parts), "")
+
+    def _read(self, shard: int, member: Member) -> bytes:
+        path = self.shards[shard]
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(descriptor, member.size, member.offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise InputError(f"shard {str(path)!r} cannot be read ({error}): restore it") from error
+        if len(data) != member.size:
+            raise InputError(f"shard {str(path)!r} ends within an image: it was changed; copy or make it again")
+        return data
+
+    def _check(self, scanned: Sequence[Mapping[str, Mapping[str, Member]]]) -> None:
+        if not self._rows:
+            seen = {name for samples in scanned for parts in samples.values() for name in parts}
+            raise InputError(
+                f"tar shards such as {str(self.shards[0])!r} hold no images ({', '.join(self._images)}; found: "
+                f"{', '.join(sorted(seen)) or 'nothing'}): put 0001.jpg and 0001.txt or 0001.json into them"
+            )
+        columns = self._columns(0)
+        if caption_of(columns, self._captions) is None:
+            raise _no_column("caption", self._captions, columns, str(self.shards[0]))
+
+
+def shard_members(path: Path) -> dict[str, dict[str, Member]]:
+    """Images and captions of a shard by key and extension, in the shard's order; InputError when it is damaged."""
+    note = path.with_name(f".{path.name}.index.json")
+    try:
+        state = path.stat()
+        stamp = {"schema": _INDEX_SCHEMA, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+            kept = json.loads(note.read_bytes())
+            if {name: kept[name] for name in stamp} == stamp:
+                return {
+                    key: {name: Member(*at) for name, at in parts.items()} for key, parts in kept["samples"].items()
+                }
+        samples = _scan(path, state.st_size)
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(
+            f"shard {str(path)!r} is truncated or no tar file ({error}): copy or make it again, uncompressed"
+        ) from error
+    with contextlib.suppress(OSError):  # a read-only place: the headers are read again next time
+        write_bytes(note, json.dumps(stamp | {"samples": samples}).encode())
+    return samples
+
+
+def _scan(path: Path, size: int) -> dict[str, dict[str, Member]]:
+    samples: dict[str, dict[str, Member]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
+            folder, _, file = member.name.rpartition("/")
+            key, dot, extension = file.partition(".")
+            if member.isfile() and key and dot and (extension.lower() in (*_IMAGES, "txt", "json")):
+                name = f"{folder}/{key}" if folder else key
+                samples.setdefault(name, {})[extension.lower()] = Member(member.offset_data, member.size)
+        if tar.offset + tarfile.BLOCKSIZE > size:
+            raise tarfile.ReadError("its end is missing")
+    return samples
+
+
+class TableImages:
+    """Rows of a `datasets.Dataset`: images as bytes or as paths, captions from the first column there is.
+
+    Raises InputError, listing the columns, when one is missing.
+    """
+
+    def __init__(
+        self, table: Any, image_column: str | None, caption_columns: Sequence[str], name: str = "parquet"
+    ) -> None:
+        import datasets
+
+        columns: dict[str, Any] = dict(table.features)
+        self._name = name
+        self._captions = tuple(column for column in caption_columns if column in columns)
+        if not self._captions:
+            raise _no_column("caption", caption_columns, columns, name)
+        of_kind = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
+        choices = [image_column] if image_column else [*of_kind, *_IMAGE_NAMES]
+        self._image = next((column for column in choices if column in columns), "")
+        if not self._image:
+            raise _no_column("image", choices, columns, name)
+        if isinstance(columns[self._image], datasets.Image):
+            table = table.cast_column(self._image, datasets.Image(decode=False))
+        self._table = table.select_columns([self._image, *self._captions])
+        self._texts = table.select_columns(list(self._captions))
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        row = self._table[index]
+        return {"image": decode(self._source(row, index), self._row(index)), "caption": self._caption(row, index)}
+
+    def caption(self, index: int) -> str:
+        """Caption of one image; InputError when it has none."""
+        return self._caption(self._texts[index], index)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels, from the image's header."""
+        return decoded_size(self._source(self._table[index], index), self._row(index))
+
+    def _row(self, index: int) -> str:
+        return f"image {index} of {self._name!r}"
+
+    def _caption(self, row: Mapping[str, Any], index: int) -> str:
+        found = caption_of(row, self._captions)
+        if found is None:
+            raise InputError(f"{self._row(index)} has no caption in {', '.join(self._captions)}: add it, or remove it")
+        return found
+
+    def _source(self, row: Mapping[str, Any], index: int) -> Path | bytes:
+        value = row[self._image]
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, str):
+            return Path(value)
+        raise InputError(
+            f"{self._row(index)} is neither bytes nor a path in column {self._image!r}: repair or remove it"
+        )
+
+
+def _no_column(kind: str, wanted: Sequence[str], columns: Mapping[str, Any], name: str) -> InputError:
+    return InputError(
+        f"data {name!r} has no {kind} column {' or '.join(wanted)}: its columns are {', '.join(columns) or 'none'}; "
+        f"name one with --{kind}-column{'s' if kind == 'caption' else ''}"
+    )
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "train", "reading parquet and Hugging Face datasets") from error
+    return datasets
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    shown = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _load(name: str, **options: Any) -> Any:
+    """The split `train` of a hub dataset, of a folder of parquet files, or of such files."""
+    datasets = _datasets()
+    try:
+        with _quiet(datasets):
+            return datasets.load_dataset(name, split="train", **options)
+    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        what = options.get("data_files", [name])[0]
+        raise InputError(
+            f"data {what!r} could not be loaded ({reason}): check the name, its split `train` and the network; "
+            "or load it elsewhere, `save_to_disk` it, and give that folder"
+        ) from error
+
+
+def _load_saved(path: Path) -> Any:
+    datasets = _datasets()
+    try:
+        with _quiet(datasets):
+            found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
+        raise InputError(f"data folder {str(path)!r} could not be loaded ({error}): save the dataset again") from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found
+    if "train" not in found:
+        raise InputError(f"dataset {str(path)!r} has no split train, only {', '.join(found)}: give one of its folders")
+    return found["train"]

@@ -1,0 +1,153 @@
+"""Agreement with the teacher: the same latents, noise and timesteps for every UNet, and images of the same seeds.
+
+Both need no judge and no real images, and say how far a student is from what it is trained to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkd.compare.subjects import native_size
+from sdkd.console import Progress, quiet
+from sdkd.distill.data import CaptionedImages, to_pixels
+from sdkd.distill.encode import encode_captions, encode_image
+from sdkd.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from PIL.Image import Image
+
+BUCKETS = 10  # equal parts of the training timesteps
+_FIXED = ("in_channels", "out_channels", "cross_attention_dim")  # what must agree for one input to fit both UNets
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What every UNet is asked: n images, each noised once in every timestep bucket, and the teacher's answers.
+
+    The noise of image i and its timesteps come from a generator seeded by seed + i alone.
+    """
+
+    noisy: torch.Tensor  # [n, buckets, c, h, w] float32
+    timesteps: torch.Tensor  # [n, buckets] int64
+    text: torch.Tensor  # [n, s, d] float32
+    answers: torch.Tensor  # [n, buckets, c, h, w] float32, of the teacher
+    edges: tuple[int, ...]  # first timestep of each bucket, and the number of timesteps
+    fixed: Mapping[str, Any]  # config entries of the teacher that another UNet must share
+    prediction_type: str
+
+
+@dataclass(frozen=True)
+class NoiseAgreement:
+    """MSE between the noise (or velocity) that a UNet and its teacher predict; per image and bucket."""
+
+    per_image: tuple[tuple[float, ...], ...]  # [n][buckets]
+
+    @property
+    def buckets(self) -> tuple[float, ...]:
+        """Mean over images, lowest timesteps first."""
+        return tuple(sum(column) / len(column) for column in zip(*self.per_image, strict=True))
+
+    @property
+    def mean(self) -> float:
+        """Mean over all images and buckets."""
+        return sum(self.buckets) / len(self.buckets)
+
+
+@torch.no_grad()
+def make_probe(
+    teacher: StableDiffusionPipeline, images: CaptionedImages, count: int, seed: int = 0, progress: Progress = quiet
+) -> Probe:
+    """Encode the first `count` images with the teacher's float32 VAE and text encoder, add noise, ask its UNet.
+
+    Latents are the means of the posteriors. Raises InputError without images, ModelError for an inpainting UNet.
+    """
+    from diffusers import DDPMScheduler
+
+    count = min(count, len(images))
+    if count < 1:
+        raise InputError("the data holds no images to ask the UNets about: give at least one")
+    config = teacher.unet.config
+    if config.in_channels != config.out_channels:
+        raise ModelError(f"its UNet takes {config.in_channels} channels and gives {config.out_channels} (inpainting)")
+    scheduler = DDPMScheduler.from_config(teacher.scheduler.config)
+    size = native_size(teacher)
+    rows = [images[index] for index in range(count)]
+    latents = torch.stack([encode_image(teacher.vae, to_pixels(row["image"], size))[0].cpu() for row in rows])
+    text = encode_captions(teacher.tokenizer, teacher.text_encoder, [str(row["caption"]) for row in rows]).cpu()
+    edges = _edges(int(scheduler.config.num_train_timesteps))
+    noisy, timesteps = _noised(latents.float(), scheduler, edges, seed)
+    fixed = {name: config[name] for name in _FIXED}
+    kind = str(scheduler.config.prediction_type)
+    answers = _ask(teacher.unet, noisy, timesteps, text.float(), progress)
+    return Probe(noisy, timesteps, text.float(), answers, edges, fixed, kind)
+
+
+def _edges(timesteps: int) -> tuple[int, ...]:
+    return tuple(timesteps * place // BUCKETS for place in range(BUCKETS + 1))
+
+
+def _noised(
+    latents: torch.Tensor, scheduler: Any, edges: Sequence[int], seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [n, c, h, w] -> noisy [n, buckets, c, h, w] and timesteps [n, buckets]."""
+    noisy, times = [], []
+    for index, latent in enumerate(latents):
+        generator = torch.Generator().manual_seed(seed + index)
+        noise = torch.randn((len(edges) - 1, *latent.shape), generator=generator)
+        bounds = itertools.pairwise(edges)
+        drawn = torch.cat([torch.randint(low, high, (1,), generator=generator) for low, high in bounds])
+        noisy.append(scheduler.add_noise(latent.expand_as(noise), noise, drawn))
+        times.append(drawn)
+    return torch.stack(noisy), torch.stack(times)
+
+
+@torch.no_grad()
+def _ask(
+    unet: UNet2DConditionModel, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, progress: Progress
+) -> torch.Tensor:
+    """Predictions [n, buckets, c, h, w] float32 on the CPU; one image's buckets are a batch."""
+    answers = []
+    for index in range(len(noisy)):
+        progress(f"noise prediction of image {index + 1} of {len(noisy)}", index / len(noisy))
+        words = text[index].expand(noisy.shape[1], -1, -1).to(unet.device, unet.dtype)
+        sample, times = noisy[index].to(unet.device, unet.dtype), timesteps[index].to(unet.device)
+        answers.append(unet(sample, times, encoder_hidden_states=words).sample.float().cpu())
+    return torch.stack(answers)
+
+
+def noise_agreement(pipe: StableDiffusionPipeline, probe: Probe, progress: Progress = quiet) -> NoiseAgreement:
+    """How far a pipeline's UNet is from the probe's teacher; ModelError when the two cannot take the same input."""
+    differing = [name for name, value in probe.fixed.items() if pipe.unet.config[name] != value]
+    if differing:
+        name = differing[0]
+        raise ModelError(f"its UNet has {name} {pipe.unet.config[name]}, the teacher's has {probe.fixed[name]}")
+    kind = str(pipe.scheduler.config.get("prediction_type", "epsilon"))
+    if kind != probe.prediction_type:
+        raise ModelError(f"it predicts {kind}, the teacher {probe.prediction_type}")
+    own = _ask(pipe.unet, probe.noisy, probe.timesteps, probe.text, progress)
+    errors = (own - probe.answers).double().square().mean(dim=(2, 3, 4))
+    return NoiseAgreement(tuple(tuple(row) for row in errors.tolist()))
+
+
+def draw_images(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    progress: Progress = quiet,
+) -> list[Image]:
+    """One image per prompt, each drawn alone; image n starts from the CPU generator of seed + n."""
+    images: list[Image] = []
+    for place, prompt in enumerate(prompts):
+        progress(f"image {place + 1} of {len(prompts)}", place / len(prompts))
+        generator = torch.Generator().manual_seed(seed + place)
+        images += pipe(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images
+    return images

@@ -1,0 +1,80 @@
+"""`sdkd evaluate`: quality of models, and agreement with their teacher."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdkd.console import progress, show, show_json, table
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, hub ids, .safetensors or demo.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="To agree with. Default: what a student was made from, if it is here.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Captioned images for the noise prediction, as for distill; or demo.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A file with one prompt per line, or 'a;b'. Default: the data's captions.")
+    ] = None,
+    real: Annotated[Path | None, typer.Option(help="Folder of real images, for FID and CMMD.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Images per model; prompts repeat. Of the demo: seen, and held out.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Guidance scale. Default: 7.5, or 4 for the demo's small models.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; image n starts from seed + n.")] = 0,
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model. Default: from the hub's cache.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="Weights of FID's Inception. Default: torch's cache.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("artifacts/evaluate"),
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+) -> None:
+    """Evaluate models: agreement with the teacher, caption accuracy, CLIP score, FID and CMMD.
+
+    Writes evaluation.json (every value) and evaluation.md. Nothing is downloaded for a metric: what it lacks is said.
+    """
+    from rich.markup import escape
+
+    from sdkd.evaluate.evaluation import evaluate as measure
+    from sdkd.evaluate.metrics import Settings
+    from sdkd.evaluate.report import TITLES, rows, write_report
+    from sdkd.files import check_free, lock
+
+    check_free(output, overwrite)
+    settings = Settings(
+        teacher, data, prompts, real, images, steps, guidance, seed, clip, inception, _device(device)
+    )  # fmt: skip
+    with lock(output), progress("evaluate") as bar:
+        found = measure(models, settings, shlex.join(["sdkd", *sys.argv[1:]]), bar)
+        page = write_report(found, output, overwrite)
+    if json:
+        show_json(found.to_json())
+        return
+    missing = found.missing()
+    names = [name for name in TITLES if name not in missing]
+    show(
+        table(
+            "Evaluation", ["model", "role", "UNet (M)", *(TITLES[name] for name in names)], rows(found.results, names)
+        )
+    )
+    for name, why in missing.items():
+        show(escape(f"{TITLES[name]}: not measured: {why}"))
+    show(*map(escape, found.notes), f"Saved {page}")
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,71 @@
+"""Names of LoRA weights: the styles in use, brought to the two that diffusers and the layer map know.
+
+`unet.<module>.<weight>` (diffusers and PEFT) and `lora_unet_<module with underscores>.<weight>` (kohya).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sdkd.errors import ModelError
+
+_WRAPPERS = ("base_model.model.unet.", "base_model.model.", "unet.")  # of PEFT's own files, the longest first
+_UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
+# Old diffusers kept a LoRA in attention processors: ...attn1.processor.to_q_lora.down.weight
+_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
+_LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+
+
+def common_name(key: str) -> str:
+    """A weight's name in diffusers' or kohya's style; a text encoder's stays as it is.
+
+    Raises ModelError for the names of the original Stable Diffusion code, whose LoRAs are of SDXL as a rule.
+    """
+    if key.startswith(_LDM):
+        raise ModelError(
+            f"the LoRA weight {key!r} is named as in the original code, which SDXL's LoRAs are: "
+            "give a LoRA of SD 1.x/2.x, or load it with diffusers and save it with pipe.save_lora_weights first"
+        )
+    for wrapper in _WRAPPERS:
+        if key.startswith(wrapper) and key.removeprefix(wrapper).startswith(_UNET_PARTS):
+            key = key.removeprefix(wrapper)
+            break
+    if not key.startswith(_UNET_PARTS):
+        return key
+    key = _PROCESSOR.sub(_of_processor, key)
+    # One style for all weights: of a file with both, diffusers would load those of the first alone.
+    return "unet." + key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
+
+
+def _of_processor(match: re.Match[str]) -> str:
+    layer = match[1]
+    return f".to_{layer}.0.lora." if layer == "out" else f".to_{layer}.lora."
+
+
+def remap_settings(settings: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of a LoRA file (`unet.r`, `unet.rank_pattern`, ...) for a student.
+
+    `modules` maps names of the student's modules to the teacher's; per-module entries follow it, those of removed
+    modules are left out.
+    """
+    found = dict(settings)
+    if "unet.lora_dropout" in found:
+        found["unet.lora_dropout"] = 0.0  # it would stay switched on in diffusers
+    for name in ("unet.rank_pattern", "unet.alpha_pattern"):
+        if isinstance(found.get(name), Mapping):
+            found[name] = {new: value for key, value in found[name].items() for new in _places(key, modules)}
+    for name in ("unet.target_modules", "unet.exclude_modules"):
+        if isinstance(found.get(name), list):
+            found[name] = sorted({new for key in found[name] for new in _places(key, modules)})
+    return found
+
+
+def _places(key: str, modules: Mapping[str, str]) -> list[str]:
+    """Where a module's entry goes: full names follow the map, short ones such as `to_q` stay."""
+    bare = key.removeprefix("^")
+    if not bare.startswith(_UNET_PARTS[:3]):
+        return [key]
+    mark = key[: len(key) - len(bare)]
+    return [mark + own + bare.removeprefix(of) for own, of in modules.items() if f"{bare}.".startswith(f"{of}.")]

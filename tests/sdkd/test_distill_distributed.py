@@ -1,0 +1,58 @@
+"""Two processes at batch B learn what one learns at batch 2 B."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+SETTINGS: dict[str, Any] = {
+    "steps": 6,
+    "accumulation": 2,
+    "precision": "fp32",
+    "device": "cpu",
+    "log_every": 2,
+    "save_every": 3,
+    "learning_rate": 1e-3,
+    "warmup": 2,
+    "snr_gamma": 5.0,
+    "caption_dropout": 0.3,
+}
+
+
+def launched(folder: Path, processes: int, batch_size: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [str(SCRIPT), str(folder), json.dumps(SETTINGS | {"batch_size": batch_size})]
+    start = launcher if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "world").read_text() == str(processes)
+    log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    return load_file(folder / "weights.safetensors"), log
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
+    one, log_of_one = launched(tmp_path / "one", 1, 4)
+    two, log_of_two = launched(tmp_path / "two", 2, 2)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    for first, second in zip(log_of_one, log_of_two, strict=True):
+        assert first["step"] == second["step"]
+        for name in ("loss/total", "loss/task", "loss/output", "loss/feature", "grad_norm"):
+            torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5, msg=name)
+    record = json.loads((tmp_path / "two" / "checkpoint-3" / "checkpoint.json").read_text())
+    assert record["processes"] == 2
+    states = load_file(tmp_path / "two" / "checkpoint-3" / "random.safetensors")
+    assert sorted(states) == ["cpu.0", "cpu.1"]

@@ -1,0 +1,219 @@
+"""Checkpoints: a run that was killed and gone on with ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from sdkd.distill import TrainConfig, train
+from sdkd.distill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from sdkd.distill.latents import LatentCache
+from sdkd.distill.run import Job, run
+from sdkd.distill.trainer import Trainer
+from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
+from sdkd.models import save_pipeline
+from sdkd.students import build_student
+
+SETTINGS: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 2,
+    "accumulation": 2,
+    "precision": "fp32",
+    "device": "cpu",
+    "log_every": 1,
+    "learning_rate": 1e-3,
+    "max_images": 7,
+    "warmup": 2,
+}
+
+
+def latents(count: int = 7) -> LatentCache:
+    mean = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    return LatentCache(mean, torch.full_like(mean, 0.1), [f"number {index}" for index in range(count)])
+
+
+def unet_of(objective: str, pipe: Any) -> UNet2DConditionModel:
+    return build_student(pipe.unet, "tiny") if objective == "distill" else helpers.tiny_unet(3)
+
+
+def trained(objective: str, folder: Path, resume: Path | None = None, **settings: Any) -> dict[str, torch.Tensor]:
+    pipe = helpers.tiny_pipeline()
+    config = TrainConfig(objective=objective, **(SETTINGS | settings))
+    found = train(pipe, unet_of(objective, pipe), latents(), config, folder=folder, resume=resume).unet
+    return {name: value.clone() for name, value in found.state_dict().items()}
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key.startswith("loss") or key == "step"} for row in rows]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "distill": {"ema": 0.9},
+    "finetune": {"snr_gamma": 5.0, "noise_offset": 0.1},
+    "lora": {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.3},  # dropout draws from torch's global generator
+}
+
+
+@pytest.mark.parametrize("objective", VARIANTS)
+def test_resumed_equals_uninterrupted_bit_for_bit(objective: str, tmp_path: Path) -> None:
+    settings = VARIANTS[objective]
+    torch.manual_seed(11)
+    whole = trained(objective, tmp_path / "whole", save_every=5, **settings)
+    torch.manual_seed(99)  # what the checkpoint holds must win
+    shutil_copy(tmp_path / "whole", tmp_path / "again")
+    again = trained(objective, tmp_path / "again", tmp_path / "again" / "checkpoint-5", save_every=5, **settings)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    assert [row["step"] for row in losses(tmp_path / "again")] == list(range(1, 9))
+
+
+def shutil_copy(source: Path, target: Path) -> None:
+    import shutil
+
+    shutil.copytree(source, target)
+
+
+def test_a_checkpoint_is_the_students_and_diffusers_reads_it(tmp_path: Path) -> None:
+    trained("distill", tmp_path, save_every=3, keep=1, ema=0.9)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6"]
+    student = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-6" / "unet", local_files_only=True)
+    averaged = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-6" / "unet_ema", local_files_only=True)
+    expected = build_student(helpers.tiny_unet(), "tiny")
+    assert student.config.layers_per_block == 1
+    assert student.config.mid_block_type is None
+    assert student.state_dict().keys() == expected.state_dict().keys()  # never the teacher's
+    assert not torch.equal(student.conv_in.weight, averaged.conv_in.weight)
+    saved = load_file(tmp_path / "checkpoint-6" / "optimizer.safetensors")
+    assert len(saved) == 3 * len(list(expected.parameters()))  # step and two moments of each parameter
+
+
+def test_old_checkpoints_go_and_the_rest_stays(tmp_path: Path) -> None:
+    trained("distill", tmp_path, save_every=1, keep=3)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    trained("distill", tmp_path, save_every=5)
+    with pytest.raises(InputError, match=r"other settings \(learning_rate 0.001 -> 0.01, seed 0 -> 1\)"):
+        trained("distill", tmp_path, tmp_path / "checkpoint-5", learning_rate=1e-2, seed=1)
+    with pytest.raises(InputError, match="is at step 5, beyond --steps 4"):
+        trained("distill", tmp_path, tmp_path / "checkpoint-5", steps=4)
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
+    trained("distill", tmp_path, save_every=5)
+    file = tmp_path / "checkpoint-5" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"checkpoint-5' cannot be read .*go on from the one before"):
+        trained("distill", tmp_path, tmp_path / "checkpoint-5", save_every=5)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    pipe = helpers.tiny_pipeline()
+    trainer = Trainer(pipe, build_student(pipe.unet, "tiny"), latents(), TrainConfig(**SETTINGS))
+    trainer.step()
+    first = save_checkpoint(trainer, tmp_path)
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    trainer.step()
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(trainer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    load_checkpoint(trainer, first)
+    assert trainer.done == 1
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resume") / "teacher"
+    save_pipeline(helpers.tiny_pipeline(), path)
+    return path
+
+
+def command(teacher: Path, output: Path, *more: str, steps: int = 40) -> list[str]:
+    fixed = f"--student tiny --data demo --max-images 16 --steps {steps} --save-every 3 --batch-size 2 --precision fp32"
+    own = [sys.executable, "-m", "sdkd.cli", "distill", "--teacher", str(teacher), "--output", str(output)]
+    return [*own, *fixed.split(), "--device", "cpu", "--ema", "0.9", *more]
+
+
+def test_killed_and_resumed_equals_uninterrupted(teacher: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(teacher, tmp_path / "whole"), env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    process = subprocess.Popen(command(teacher, tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not checkpoints(tmp_path / "killed") and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoints(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "model_index.json").exists()
+    refused = subprocess.run(command(teacher, tmp_path / "killed"), env=environment, capture_output=True, check=False)
+    assert b"holds checkpoints of a run: go on with --resume auto" in refused.stderr
+    again = subprocess.run(
+        command(teacher, tmp_path / "killed", "--resume", "auto"), env=environment, capture_output=True, check=False
+    )
+    assert again.returncode == 0, again.stderr.decode()[-2000:]
+    file = "unet/diffusion_pytorch_model.safetensors"
+    whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_ctrl_c_keeps_what_was_saved(teacher: Path, tmp_path: Path) -> None:
+    def report(message: str, fraction: float | None) -> None:
+        if message.startswith("step 5"):
+            raise KeyboardInterrupt
+
+    config = TrainConfig(**(SETTINGS | {"save_every": 2}))
+    job = Job(str(teacher), "demo", tmp_path / "out", config)
+    with pytest.raises(InterruptedRunError, match=r"checkpoint-4 is kept, go on from it .* --resume auto"):
+        run(job, report)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4"]
+    with pytest.raises(OutputExistsError, match="holds checkpoints of a run"):
+        run(job)
+    done = run(Job(str(teacher), "demo", tmp_path / "out", config, resume="auto"))
+    assert done["steps"] == 8
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_overwrite_brings_the_old_back_when_the_run_fails(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+
+    def report(message: str, fraction: float | None) -> None:
+        if message.startswith("step 2"):
+            raise KeyboardInterrupt("stop")
+
+    job = Job(str(teacher), "demo", tmp_path / "out", TrainConfig(**SETTINGS), overwrite=True)
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        run(job, report)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock"}
+
+
+def test_resume_names_what_is_wrong(teacher: Path, tmp_path: Path) -> None:
+    job = Job(str(teacher), "demo", tmp_path / "out", TrainConfig(**SETTINGS), resume=str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="is no checkpoint: give auto, never, or OUTPUT/checkpoint-<step>"):
+        run(job)

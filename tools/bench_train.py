@@ -1,0 +1,249 @@
+"""A distillation step of the reference trainers against ours: same models, batch, machine and moment.
+
+    python tools/bench_train.py                            # SD 1.5 -> tiny and small, random weights, 256 pixels
+    python tools/bench_train.py --students tiny --size 512 --batch-size 8 --device cuda
+
+The reference is the step of Segmind's distill_training.py as it runs today: VAE and text encoder in every step, the
+teacher in float32 under autocast, a feature loss in the autocast dtype, AdamW without fused kernels. Each further row
+adds one measure; the last row is `Trainer.step` itself. One step of each row a round, in rotating order, so that drift
+of the machine hits all alike. Writes benchmarks/<machine>/train-<size>.json (raw samples) and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import ROOT, commit, machine
+from torch.nn import functional as F
+
+from sdkd.compare.environment import environment
+from sdkd.compare.stats import Spread, speedup
+from sdkd.distill.batches import Batch
+from sdkd.distill.config import TrainConfig
+from sdkd.distill.encode import encode_captions
+from sdkd.distill.features import FeatureUNet
+from sdkd.distill.latents import encode_images
+from sdkd.distill.loop import peak_memory
+from sdkd.distill.losses import task_target
+from sdkd.distill.trainer import Trainer
+from sdkd.errors import InputError
+from sdkd.files import write_bytes, write_json
+from sdkd.models import load_eager
+from sdkd.students import build_student
+
+CAPTIONS = ("a lighthouse in a storm", "a bowl of oranges", "an old bicycle", "two cats on a wall")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a step does better than the reference."""
+
+    cache: bool = False  # latents and text embeddings made before
+    half_teacher: bool = False  # teacher's weights in the precision of the forward passes
+    fused: bool = False  # one kernel for the whole optimizer step
+    channels_last: bool = False
+
+
+ROWS: dict[str, Measures] = {
+    "reference": Measures(),
+    "+ cached latents and text": Measures(cache=True),
+    "+ teacher in half precision": Measures(cache=True, half_teacher=True),
+    "+ fused AdamW": Measures(cache=True, half_teacher=True, fused=True),
+    "+ channels_last": Measures(cache=True, half_teacher=True, fused=True, channels_last=True),
+}
+OURS = "Trainer.step"
+
+
+class Bench:
+    """Models of one student, and a step for each row; all rows train the same student with the same optimizer."""
+
+    def __init__(self, student: str, size: int, batch_size: int, device: str, precision: str) -> None:
+        self.config = TrainConfig(
+            student=student, batch_size=batch_size, device=device, precision=precision, steps=10_000, resolution=size
+        )
+        self.pipe = load_eager("random:sd15")
+        images = [{"image": _picture(index, size), "caption": CAPTIONS[index % 4]} for index in range(2 * batch_size)]
+        latents = encode_images(self.pipe.vae, images, size=size)
+        self.trainer = Trainer(self.pipe, build_student(self.pipe.unet, student), latents, self.config)
+        self.device, self.dtype = self.trainer.device, self.trainer.dtype
+        names = [name for name, _ in self.trainer._pairs()]
+        self.pipe.unet.to(self.device)
+        self.teachers = {False: FeatureUNet(self.pipe.unet, names), True: self.trainer.teacher}
+        self.optimizer = self.trainer.optimizer.optimizer
+        self.pixels = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    def _run(self, measures: Measures, teacher: FeatureUNet) -> None:
+        trainer = self.trainer
+        batch = trainer.batches.next()
+        if not measures.cache:
+            batch = self._encoded(batch)
+        noisy = trainer.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=not measures.half_teacher):
+            given = noisy.to(self.dtype) if measures.half_teacher else noisy
+            taught = teacher(given, batch.timesteps, batch.text)
+        with torch.autocast(self.device.type, self.dtype):
+            learnt = trainer.student(noisy, batch.timesteps, batch.text)
+        target = task_target(trainer.scheduler, batch.latents, batch.noise, batch.timesteps)
+        weights = self.config.weights
+        feature = torch.stack([F.mse_loss(own, other) for own, other in zip(learnt[1], taught[1], strict=True)]).sum()
+        loss = weights.task * F.mse_loss(learnt[0].float(), target)
+        loss = loss + weights.output * F.mse_loss(learnt[0].float(), taught[0].float()) + weights.feature * feature
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainer.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+
+    def _encoded(self, batch: Batch) -> Batch:
+        """The reference's VAE encoder and text encoder, in the precision of the forward passes."""
+        trainer = self.trainer
+        with torch.no_grad():
+            latents = trainer.vae.encode(self.pixels.to(self.dtype)).latent_dist.sample()
+            text = encode_captions(self.pipe.tokenizer, trainer.text_encoder, CAPTIONS[: len(latents)] * 8)
+        scaled = latents.float() * trainer.vae.config.scaling_factor
+        return Batch(scaled, batch.noise, batch.timesteps, text[: len(latents)], batch.matching)
+
+    def prepare(self, measures: Measures | None) -> Callable[[], Any]:
+        """Whatever a row needs outside its timing; returns the work to time."""
+        chosen = measures or ROWS["+ fused AdamW"]
+        teacher: Any = self.teachers[chosen.half_teacher]
+        layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
+        for unet in (self.trainer.unet, teacher.unet):
+            unet.to(memory_format=layout)
+        self.optimizer.param_groups[0].update(fused=chosen.fused, foreach=not chosen.fused)
+        return self.trainer.step if measures is None else lambda: self._run(measures, teacher)
+
+
+def _picture(index: int, size: int) -> Any:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(index)
+    noise = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
+    return Image.fromarray(noise).resize((size, size))
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every step by row, after one untimed round; and peak memory in GB by row on a GPU."""
+    rows: dict[str, Measures | None] = {**ROWS, OURS: None}
+    samples: dict[str, list[float]] = {name: [] for name in rows}
+    memory: dict[str, float] = {}
+    names = list(rows)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            work = bench.prepare(rows[name])
+            gc.collect()
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = timed(work, bench.device)
+            memory[name] = peak_memory(bench.device) / 1e9
+            if turn:
+                samples[name].append(seconds)
+            print(f"round {turn} of {rounds}, {name}: {seconds:.2f} s", flush=True)
+    return samples, memory if bench.device.type == "cuda" else {}
+
+
+def result(student: str, samples: dict[str, list[float]], batch_size: int, memory: dict[str, float]) -> dict[str, Any]:
+    """Images per second and the speed over the reference, with a bootstrap interval of paired rounds."""
+    rows = []
+    for name, values in samples.items():
+        rounds, baseline = [[value] for value in values], [[value] for value in samples["reference"]]
+        middle, over = Spread.of(rounds), speedup(baseline, rounds)
+        if over is None:
+            raise InputError(f"{len(values)} rounds say nothing about drift: give --rounds 3 or more")
+        rows.append(
+            {
+                "step": name,
+                "seconds_median": middle.median,
+                "images_per_second": batch_size / middle.median,
+                "speedup": over.value,
+                "speedup_low": over.low,
+                "speedup_high": over.high,
+                "memory_gb": memory.get(name),
+                "seconds_samples": values,
+            }
+        )
+    return {"student": student, "rows": rows}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [
+        f"# Distillation step, SD 1.5 shapes with random weights, {found['size']} px, batch {found['batch_size']}",
+        "",
+        f"Measured on {found['machine']}, {found['date']}, commit {found['commit']}; forward passes in "
+        f"{found['precision']}.",
+    ]
+    for part in found["students"]:
+        lines += ["", f"## Student {part['student']}", "", "| step | s | images/s | over reference (95 % interval) |"]
+        lines += ["|---|---:|---:|---:|"]
+        for row in part["rows"]:
+            interval = f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+            lines.append(
+                f"| {row['step']} | {row['seconds_median']:.2f} | {row['images_per_second']:.3f} | {interval} |"
+            )
+    lines += [
+        "",
+        "Rows are cumulative; the last is the trainer itself. torch.compile: not measured.",
+        "",
+        "Made again by:",
+    ]
+    return "\n".join([*lines, "", f"    {found['command']}", ""])
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--students", default="tiny,small")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
+    asked = parser.parse_args()
+    parts = []
+    for student in asked.students.split(","):
+        bench = Bench(student, asked.size, asked.batch_size, asked.device, asked.precision)
+        samples, memory = measure(bench, asked.rounds)
+        parts.append(result(student, samples, asked.batch_size, memory))
+        del bench
+        gc.collect()
+    found = {
+        "schema": 1,
+        "machine": machine(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "size": asked.size,
+        "batch_size": asked.batch_size,
+        "precision": asked.precision,
+        "command": f"python tools/bench_train.py --students {asked.students} --size {asked.size} "
+        f"--batch-size {asked.batch_size} --rounds {asked.rounds} --device {asked.device} "
+        f"--precision {asked.precision}",
+        "environment": environment(asked.device),
+        "students": parts,
+    }
+    folder = asked.output / machine()
+    write_json(folder / f"train-{asked.size}.json", found)
+    write_bytes(folder / f"train-{asked.size}.md", markdown(found).encode())
+
+
+if __name__ == "__main__":
+    main()
