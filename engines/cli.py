@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from engines.prompts import image_files, is_drawn, read_prompts, write_metadata
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.console import Progress, progress, show
 from sdkd.contract import ShapeRanges, check_size, size_multiple, vae_scale
@@ -41,9 +43,9 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw; sizes in pixels, image i uses seed + i."""
+    """What to draw; sizes in pixels, image i uses seed + i and the prompts in turn."""
 
-    prompt: str
+    prompts: tuple[str, ...]
     negative_prompt: str | None
     height: int
     width: int
@@ -52,12 +54,21 @@ class Request:
     seed: int
     count: int
 
+    def prompt(self, index: int) -> str:
+        """The prompt of an image."""
+        return self.prompts[index % len(self.prompts)]
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="A bundle (runs on its engines) or any other model (runs eagerly).")],
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file with one prompt a line; --output is then a folder, which can be gone on with."),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A .png file; default: artifacts/<prompt>.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="A .png file, or with --prompts a folder. [default: in artifacts/]"),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="A target of the bundle, or `eager`; default: the best that runs here.")
@@ -76,8 +87,13 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
 ) -> None:
     """Make images from a prompt: a bundle runs on its engines, any other model eagerly."""
-    files = output_files(output, prompt, count)
-    for file in files:
+    texts = prompt_texts(prompt, prompts)
+    files = (
+        output_files(output, prompt, count)
+        if prompt
+        else image_files(output_folder(output, prompts), len(texts) * count)
+    )
+    for file in files if prompt else ():
         check_free(file, overwrite)
     wanted = None if size is None else parse_size(size)
     check_bundle_size(model, wanted)
@@ -88,19 +104,46 @@ def generate(
         set_scheduler(pipe, scheduler)
     height, width = wanted or default_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
-    request = Request(prompt, negative_prompt, height, width, steps, guidance_scale, seed, count)
+    request = Request(texts, negative_prompt, height, width, steps, guidance_scale, seed, len(files))
     start = time.perf_counter()
+    try:
+        drawn = draw_all(pipe, request, files, model, used, overwrite=overwrite or bool(prompt))
+    finally:
+        if prompts is not None:
+            write_metadata(files, [request.prompt(index) for index in range(len(files))])
+    seconds = time.perf_counter() - start
+    for place in files if prompt else [files[0].parent]:
+        show(escape(str(place)))
+    kept = f", {len(files) - drawn} were there" if drawn < len(files) else ""
+    plural = "" if drawn == 1 else "s"
+    show(
+        f"{width}x{height} px (width x height), {steps} steps, target {used}: "
+        f"{seconds:.2f} s for {drawn} image{plural}{kept}"
+    )
+
+
+def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:
+    """What is asked for by one of both; InputError when it is both or none."""
+    if (prompt is None) == (prompts is None):
+        raise InputError("give a prompt, or --prompts with a file of prompts, one of the two")
+    return (prompt,) if prompt is not None else read_prompts(prompts or Path())
+
+
+def output_folder(output: Path | None, prompts: Path | None) -> Path:
+    """Where the images of a file of prompts go."""
+    return output or Path("artifacts") / (prompts or Path("images")).stem
+
+
+def draw_all(pipe: Any, request: Request, files: Sequence[Path], model: str, target: str, *, overwrite: bool) -> int:
+    """Draw and write every image that is not there yet; returns how many were drawn."""
+    drawn = 0
     with progress("generate") as report:
         for index, file in enumerate(files):
-            image = draw(pipe, request, index, report)
-            write_bytes(file, encode_png(image, metadata(request, index, model, used, pipe)))
-    seconds = time.perf_counter() - start
-    for file in files:
-        show(escape(str(file)))
-    plural = "" if count == 1 else "s"
-    show(
-        f"{width}x{height} px (width x height), {steps} steps, target {used}: {seconds:.2f} s for {count} image{plural}"
-    )
+            settings = metadata(request, index, model, target, pipe)
+            if overwrite or not is_drawn(file, settings):
+                write_bytes(file, encode_png(draw(pipe, request, index, report), settings))
+                drawn += 1
+    return drawn
 
 
 def output_files(output: Path | None, prompt: str, count: int) -> list[Path]:
@@ -185,7 +228,7 @@ def draw(pipe: Any, request: Request, index: int, report: Progress) -> Image:
 
     pipe.set_progress_bar_config(disable=True)
     images: list[Image] = pipe(
-        request.prompt,
+        request.prompt(index),
         negative_prompt=request.negative_prompt,
         height=request.height,
         width=request.width,
@@ -200,7 +243,7 @@ def draw(pipe: Any, request: Request, index: int, report: Progress) -> Image:
 def metadata(request: Request, index: int, model: str, target: str, pipe: Any) -> dict[str, str]:
     """What a PNG says about itself, enough to make it again."""
     values = {
-        "prompt": request.prompt,
+        "prompt": request.prompt(index),
         "negative_prompt": request.negative_prompt,
         "seed": request.seed + index,
         "steps": request.steps,

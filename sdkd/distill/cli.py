@@ -29,7 +29,9 @@ def _shared(objective: str) -> dict[str, tuple[Any, Any]]:
     flag, text = _MODEL[objective]
     required = inspect.Parameter.empty
     names = ", ".join(recipe_names())
-    return {
+    start = typer.Option("--init", help="A student to go on from. [default: the teacher's own layers]")
+    own = {"init": (Annotated[str | None, start], None)} if objective == "distill" else {}
+    return own | {
         "model": (Annotated[str, typer.Option(flag, help=text)], required),
         "data": (
             Annotated[
@@ -97,6 +99,7 @@ def _main(objective: str, values: dict[str, Any]) -> None:
         config=make_config(objective, recipe, own),
         resume=others["resume"],
         overwrite=others["overwrite"],
+        init=others.get("init"),
         image_column=others["image_column"],
         caption_columns=tuple((others["caption_columns"] or "").replace(",", " ").split()),
     )

@@ -40,6 +40,9 @@ class Job:
     overwrite: bool = False
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
+    init: str | None = (
+        None  # distillation: the model whose UNet the student starts from, instead of the teacher's layers
+    )
     command: str = field(default_factory=lambda: command_line())
 
 
@@ -69,8 +72,8 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     with _folder(job, checkpoint):
         report("loading the model", 0.0)
         pipe = load_eager(job.model)
-        unet, counts = _unet(pipe, job.config)
-        check_cache(data, pipe)
+        unet, counts = _unet(pipe, job)
+        check_cache(data, pipe, job.config)
         done = train(pipe, unet, data, job.config, progress=report, folder=job.output, resume=checkpoint)
         summary = _summary(job, source.name, done, counts)
         if done.main_process:
@@ -98,10 +101,14 @@ def open_data(job: Job) -> Any:
     return open_images(job.data, image_column=job.image_column, **columns)
 
 
-def check_cache(data: Any, pipe: StableDiffusionPipeline) -> None:
-    """InputError when latents were made by another VAE or text encoder."""
+def check_cache(data: Any, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+    """InputError when latents were made by another VAE or text encoder, or for another resolution."""
     if check := getattr(data, "check", None):
         check(pipe)
+        if config.resolution not in (None, data.size):
+            raise InputError(
+                f"resolution {config.resolution} is not the cache's {data.size}: leave it out, or make another cache"
+            )
 
 
 def find_checkpoint(job: Job) -> Path | None:
@@ -123,17 +130,19 @@ def find_checkpoint(job: Job) -> Path | None:
     return path
 
 
-def _unet(pipe: StableDiffusionPipeline, config: TrainConfig) -> tuple[Any, dict[str, int]]:
+def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]:
     """The UNet to train, and parameter counts of it and its teacher."""
     import torch
 
     from sdkd.distill.setup import DTYPES
+    from sdkd.models import load_eager
     from sdkd.students import build_student, count_parameters
 
+    config = job.config
     whole = count_parameters(pipe.unet.config)
     if config.objective != "distill":
         return pipe.unet, {"parameters": whole}
-    student = build_student(pipe.unet, config.student)
+    student = load_eager(job.init).unet if job.init else build_student(pipe.unet, config.student)
     torch.nn.Module.to(pipe.unet, DTYPES[config.precision])  # now the student has its weights: no copy is needed
     return student, {"parameters": count_parameters(student.config), "teacher_parameters": whole}
 

@@ -148,3 +148,40 @@ def test_the_command_imports_nothing_heavy() -> None:
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_file_of_prompts_becomes_a_folder_of_training_data(folder: Path, tmp_path: Path) -> None:
+    from engines.prompts import METADATA
+    from sdkd.distill.data import open_images
+
+    (tmp_path / "list.txt").write_text("a red star\n\na blue ring\n")
+    out, settings = tmp_path / "out", ("--steps", 2, "--count", 2)
+    first = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, *settings)
+    assert first.exit_code == 0, first.exception
+    assert sorted(path.name for path in out.iterdir()) == [f"{index:05d}.png" for index in range(4)] + [METADATA]
+    data = open_images(out)
+    assert [data[index]["caption"] for index in range(4)] == ["a red star", "a blue ring"] * 2
+    alone = run(folder, "a blue ring", "-o", tmp_path / "one.png", "--steps", 2, "--seed", 3)
+    assert alone.exit_code == 0
+    assert np.array_equal(pixels(out / "00003.png"), pixels(tmp_path / "one.png"))
+    before = (out / "00001.png").stat().st_mtime_ns
+    (out / "00002.png").unlink()
+    again = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, *settings)
+    assert "for 1 image, 3 were there" in again.output.replace("\n", " ")
+    assert (out / "00001.png").stat().st_mtime_ns == before
+    other = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, "--steps", 1, "--count", 2)
+    with pytest.raises(OutputExistsError, match=r"00000\.png' is there and was drawn from other settings"):
+        raise other.exception
+
+
+def test_prompts_that_are_missing_or_twofold_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    for words, message in (
+        ((folder,), "give a prompt, or --prompts with a file"),
+        ((folder, "x", "--prompts", tmp_path / "empty.txt"), "one of the two"),
+        ((folder, "--prompts", tmp_path / "none.txt"), r"none\.txt' is no file"),
+        ((folder, "--prompts", tmp_path / "empty.txt"), "holds no prompt"),
+    ):
+        found = run(*words)
+        with pytest.raises(InputError, match=message):
+            raise found.exception

@@ -21,7 +21,7 @@ from sdkd.distill.launch import launch_command, without_flag
 from sdkd.distill.log import LOG
 from sdkd.distill.recipes import read_recipe, recipe_names
 from sdkd.distill.run import Job, run
-from sdkd.errors import InputError, MissingExtraError, OutputExistsError, TrainingError
+from sdkd.errors import InputError, MissingExtraError, ModelError, OutputExistsError, TrainingError
 from sdkd.models import provenance, save_pipeline
 from sdkd.students import build_student
 
@@ -88,6 +88,20 @@ def test_card_log_and_record(teacher: Path, data: Path, tmp_path: Path, monkeypa
     assert (about["student"], about["steps"], about["random_weights"]) == ("bk-small", 2, False)
     assert about["settings"]["feature_weight"] == 1.0
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_distilling_goes_on_from_a_student(teacher: Path, data: Path, tmp_path: Path) -> None:
+    shared = ["--teacher", teacher, "--data", data, *SMALL]
+    sdkd("distill", *shared, "--output", tmp_path / "first")
+    sdkd("distill", *shared, "--output", tmp_path / "second", "--init", tmp_path / "first")
+    first, second = (
+        [json.loads(row)["loss/feature"] for row in (tmp_path / name / LOG).read_text().splitlines()]
+        for name in ("first", "second")
+    )
+    assert second[0] != first[0]  # the same images and noise, other weights
+    config = TrainConfig(**CONFIG, student="small")
+    with pytest.raises(ModelError, match="is not the sd-small of this teacher"):
+        run(Job(str(teacher), str(data), tmp_path / "third", config, init=str(tmp_path / "first")))
 
 
 def test_finetuning_a_student_needs_no_teacher(teacher: Path, data: Path, tmp_path: Path) -> None:
@@ -243,3 +257,18 @@ def test_tensorboard_gets_every_record(teacher: Path, data: Path, tmp_path: Path
         assert [(item.step, pytest.approx(item.value)) for item in found.Scalars(name)] == [
             (row["step"], row[name]) for row in rows
         ]
+
+
+def test_training_from_a_cache(teacher: Path, data: Path, tmp_path: Path) -> None:
+    sdkd("cache", teacher, data, tmp_path / "cache", "--precision", "fp32")
+    shared = ["--teacher", teacher, "--data", tmp_path / "cache", *SMALL]
+    sdkd("distill", *shared, "--output", tmp_path / "cached")
+    sdkd("distill", "--teacher", teacher, "--data", data, *SMALL, "--output", tmp_path / "images")
+    first, second = (
+        [json.loads(row)["loss/total"] for row in (tmp_path / name / LOG).read_text().splitlines()]
+        for name in ("cached", "images")
+    )
+    assert first == second
+    other = Job(str(teacher), str(tmp_path / "cache"), tmp_path / "other", TrainConfig(**CONFIG, resolution=128))
+    with pytest.raises(InputError, match="resolution 128 is not the cache's 64"):
+        run(other)

@@ -1,0 +1,232 @@
+"""What each part of the distillation recipe brings, on the embedded models: a table and a plot under benchmarks/.
+
+    python tools/ablate_distillation.py                     # 2 students x 5 variants x 3 seeds; about 2 minutes a run
+    python tools/ablate_distillation.py --seeds 0 --students tiny
+    python tools/ablate_distillation.py --report            # only the table and the plot, from the runs that are there
+
+A run that is there already (same settings) is kept, so that an interrupted series goes on. Every run trains the same
+number of steps on the same images; only what the table names differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench import ROOT, commit
+
+from sdkd.files import read_json, write_bytes, write_json
+
+FOLDER = ROOT / "benchmarks" / "ablation-demo"
+ATTRIBUTES = ("shape", "colour", "background")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    images: int = 1536
+    scenes: int = 60  # captions drawn, of each kind
+    probe: int = 32  # images that the UNets are asked about
+    sampling_steps: int = 25
+    guidance_scale: float = 4.0
+
+
+# Variant -> (copy the teacher's weights, settings of the losses)
+VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
+    "a: random weights, task loss": (False, {"output_weight": 0.0, "feature_weight": 0.0}),
+    "b: copied weights, task loss": (True, {"output_weight": 0.0, "feature_weight": 0.0}),
+    "c: b + output KD": (True, {"output_weight": 0.5, "feature_weight": 0.0}),
+    "d: c + feature KD": (True, {"output_weight": 0.5, "feature_weight": 0.5}),
+    "e: d + random conditioning": (True, {"output_weight": 0.5, "feature_weight": 0.5, "random_conditioning": 0.5}),
+}
+
+
+class Lessons:
+    """The teacher, the latents of its lessons, and what the students are examined with; made once."""
+
+    def __init__(self, settings: Settings) -> None:
+        from sdkd.demo.dataset import DemoImages
+        from sdkd.demo.scenes import held_out_scenes, seen_scenes
+        from sdkd.distill.latents import encode_images, training_size
+        from sdkd.evaluate.agreement import make_probe
+        from sdkd.models import load_eager
+
+        self.pipe = load_eager("demo")
+        self.latents = encode_images(
+            self.pipe.vae, DemoImages(count=settings.images), size=training_size(self.pipe, None)
+        )
+        self.probe = make_probe(self.pipe, DemoImages(count=settings.probe, seed=99, held_out=True), settings.probe)
+        self.scenes = {
+            kind: _spread(scenes, settings.scenes)
+            for kind, scenes in (("seen", seen_scenes()), ("held_out", held_out_scenes()))
+        }
+
+
+def _spread(scenes: Any, count: int) -> list[Any]:
+    """`count` scenes from all over the list."""
+    return [scenes[index * len(scenes) // count] for index in range(count)]
+
+
+def student_unet(lessons: Lessons, student: str, copied: bool, seed: int) -> Any:
+    """A student with its teacher's weights, or with random ones."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from sdkd.students import build_student, student_config
+
+    if copied:
+        return build_student(lessons.pipe.unet, student)
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(**student_config(lessons.pipe.unet.config, student))
+
+
+def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
+    """Train one student and examine it."""
+    from diffusers import StableDiffusionPipeline
+
+    from sdkd.distill import TrainConfig, train
+
+    copied, losses = VARIANTS[variant]
+    config = TrainConfig(
+        student=student,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        precision="fp32",
+        device="cpu",
+        seed=seed,
+        log_every=50,
+        **losses,  # type: ignore[arg-type]
+    )
+    done = train(lessons.pipe, student_unet(lessons, student, copied, seed), lessons.latents, config)
+    parts = {**lessons.pipe.components, "unet": done.unet}
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return {"train_seconds": done.seconds, "last": done.history[-1], **examined(lessons, pipe, settings)}
+
+
+def examined(lessons: Lessons, pipe: Any, settings: Settings) -> dict[str, Any]:
+    """Agreement with the teacher and caption accuracy of a pipeline."""
+    from sdkd.demo.accuracy import evaluate_captions
+    from sdkd.evaluate.agreement import noise_agreement
+
+    agreement = noise_agreement(pipe, lessons.probe)
+    found: dict[str, Any] = {"noise_mse": agreement.mean, "noise_mse_buckets": list(agreement.buckets)}
+    for kind, scenes in lessons.scenes.items():
+        right = evaluate_captions(pipe, scenes, settings.sampling_steps, settings.guidance_scale)
+        found[kind] = {name: right.right[name] / right.count for name in ATTRIBUTES}
+    return found
+
+
+def path_of(student: str, variant: str, seed: int) -> Path:
+    """Where a run's result is kept."""
+    return FOLDER / "runs" / f"{student}-{variant[0]}-{seed}.json"
+
+
+def series(students: list[str], seeds: list[int], settings: Settings) -> None:
+    """All runs that are not there yet, seed by seed."""
+    lessons: Lessons | None = None
+    for seed, student, variant in itertools.product(seeds, students, VARIANTS):
+        path = path_of(student, variant, seed)
+        if path.is_file() and read_json(path)["settings"] == asdict(settings):
+            continue
+        lessons = lessons or Lessons(settings)
+        named = {"student": student, "variant": variant, "seed": seed, "settings": asdict(settings), "commit": commit()}
+        write_json(path, named | one_run(lessons, student, variant, seed, settings))
+        print(f"{student}, {variant}, seed {seed}: {read_json(path)['noise_mse']:.4f}", flush=True)
+
+
+def rows() -> list[dict[str, Any]]:
+    """One row per student and variant: every seed's values, their mean and range."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted((FOLDER / "runs").glob("*.json")):
+        run = read_json(path)
+        found.setdefault((run["student"], run["variant"]), []).append(run)
+    made = []
+    for (student, variant), runs in sorted(found.items()):
+        values = {
+            "noise_mse": [run["noise_mse"] for run in runs],
+            **{kind: [mean(run[kind].values()) for run in runs] for kind in ("seen", "held_out")},
+            **{f"shape_{kind}": [run[kind]["shape"] for run in runs] for kind in ("seen", "held_out")},
+        }
+        made.append({"student": student, "variant": variant, "seeds": [run["seed"] for run in runs], **values})
+    return made
+
+
+def _range(values: list[float], form: str) -> str:
+    text = format(mean(values), form)
+    return text if len(values) == 1 else f"{text} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
+    """The table for people."""
+    lines = [
+        "# What each part of the distillation brings (embedded models)",
+        "",
+        f"{settings.steps} steps of {settings.batch_size} images, learning rate {settings.learning_rate:g}, on a CPU. "
+        "Mean over seeds, and the range. Noise MSE: between what student and teacher predict on held-out images "
+        f"(lower is better). Captions: share of {settings.scenes} seen and {settings.scenes} held-out captions whose "
+        "shape, colour and background a reader finds in the image.",
+        "",
+        "| student | variant | seeds | noise MSE | captions, seen | held out | shape, seen | shape, held out |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in made:
+        shares = [_range(row[name], ".0%") for name in ("seen", "held_out", "shape_seen", "shape_held_out")]
+        lines.append(
+            f"| {row['student']} | {row['variant']} | {len(row['seeds'])} | {_range(row['noise_mse'], '.4f')} | "
+            f"{' | '.join(shares)} |"
+        )
+    return "\n".join([*lines, "", "![plot](ablation.png)", "", "Made by `python tools/ablate_distillation.py`.", ""])
+
+
+def plot(made: list[dict[str, Any]], path: Path) -> None:
+    """Noise MSE and shape accuracy of every variant, with a dot for every seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = (("noise_mse", "noise MSE to the teacher"), ("shape_held_out", "shapes right, held-out captions"))
+    colours = {"small": "#0d8b77", "tiny": "#c8611b"}
+    for axes, (name, title) in zip(figure.subplots(1, 2), panels, strict=True):
+        for student, colour in colours.items():
+            own = [row for row in made if row["student"] == student]
+            places = [ord(row["variant"][0]) - ord("a") + (0.08 if student == "tiny" else -0.08) for row in own]
+            axes.plot(places, [mean(row[name]) for row in own], color=colour, label=student, linewidth=1)
+            for place, row in zip(places, own, strict=True):
+                axes.plot([place] * len(row[name]), row[name], "o", color=colour, markersize=4)
+        axes.set_title(title, fontsize="medium", loc="left")
+        axes.set_xticks(range(len(VARIANTS)), [variant[0] for variant in VARIANTS])
+        axes.grid(alpha=0.25, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False)
+    figure.axes[0].set_yscale("log")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--students", default="small,tiny")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--report", action="store_true", help="only the table and the plot")
+    asked = parser.parse_args()
+    settings = Settings()
+    if not asked.report:
+        series(asked.students.split(","), [int(seed) for seed in asked.seeds.split(",")], settings)
+    made = rows()
+    write_json(FOLDER / "ablation.json", {"schema": 1, "settings": asdict(settings), "rows": made})
+    plot(made, FOLDER / "ablation.png")
+    write_bytes(FOLDER / "README.md", markdown(made, settings).encode())
+
+
+if __name__ == "__main__":
+    main()
