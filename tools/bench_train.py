@@ -6,7 +6,8 @@
 The reference is the step of Segmind's distill_training.py as it runs today: VAE and text encoder in every step, the
 teacher in float32 under autocast, a feature loss in the autocast dtype, AdamW without fused kernels. Each further row
 adds one measure; the last row is `Trainer.step` itself. One step of each row a round, in rotating order, so that drift
-of the machine hits all alike. Writes benchmarks/<machine>/train-<size>.json (raw samples) and .md.
+of the machine hits all alike. Writes
+benchmarks/<machine>/train-<size>-<students>.json (raw samples) and .md.
 """
 
 from __future__ import annotations
@@ -241,8 +242,9 @@ def main() -> None:
         "students": parts,
     }
     folder = asked.output / machine()
-    write_json(folder / f"train-{asked.size}.json", found)
-    write_bytes(folder / f"train-{asked.size}.md", markdown(found).encode())
+    name = f"train-{asked.size}-{asked.students.replace(',', '-')}"
+    write_json(folder / f"{name}.json", found)
+    write_bytes(folder / f"{name}.md", markdown(found).encode())
 
 
 if __name__ == "__main__":
