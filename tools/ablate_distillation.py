@@ -3,6 +3,7 @@
     python tools/ablate_distillation.py                     # 2 students x 5 variants x 3 seeds; about 2 minutes a run
     python tools/ablate_distillation.py --seeds 0 --students tiny
     python tools/ablate_distillation.py --report            # only the table and the plot, from the runs that are there
+    python tools/ablate_distillation.py --why               # d and e of tiny, asked about captions of other images too
 
 A run that is there already (same settings) is kept, so that an interrupted series goes on. Every run trains the same
 number of steps on the same images; only what the table names differs.
@@ -90,12 +91,20 @@ def student_unet(lessons: Lessons, student: str, copied: bool, seed: int) -> Any
 
 def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one student and examine it."""
-    from diffusers import StableDiffusionPipeline
+    from sdkd.distill import train
 
-    from sdkd.distill import TrainConfig, train
+    config = config_of(student, variant, seed, settings)
+    unet = student_unet(lessons, student, VARIANTS[variant][0], seed)
+    done = train(lessons.pipe, unet, lessons.latents, config)
+    pipe = pipeline(lessons, done.unet)
+    return {"train_seconds": done.seconds, "last": done.history[-1], **examined(lessons, pipe, settings)}
 
-    copied, losses = VARIANTS[variant]
-    config = TrainConfig(
+
+def config_of(student: str, variant: str, seed: int, settings: Settings) -> Any:
+    """The training settings of a run."""
+    from sdkd.distill import TrainConfig
+
+    return TrainConfig(
         student=student,
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -104,13 +113,17 @@ def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: S
         device="cpu",
         seed=seed,
         log_every=50,
-        **losses,  # type: ignore[arg-type]
+        **VARIANTS[variant][1],  # type: ignore[arg-type]
     )
-    done = train(lessons.pipe, student_unet(lessons, student, copied, seed), lessons.latents, config)
-    parts = {**lessons.pipe.components, "unet": done.unet}
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def pipeline(lessons: Lessons, unet: Any) -> Any:
+    """A pipeline of the teacher's parts around a student's UNet."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline(**{**lessons.pipe.components, "unet": unet}, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    return {"train_seconds": done.seconds, "last": done.history[-1], **examined(lessons, pipe, settings)}
+    return pipe
 
 
 def examined(lessons: Lessons, pipe: Any, settings: Settings) -> dict[str, Any]:
@@ -142,6 +155,26 @@ def series(students: list[str], seeds: list[int], settings: Settings) -> None:
         named = {"student": student, "variant": variant, "seed": seed, "settings": asdict(settings), "commit": commit()}
         write_json(path, named | one_run(lessons, student, variant, seed, settings))
         print(f"{student}, {variant}, seed {seed}: {read_json(path)['noise_mse']:.4f}", flush=True)
+
+
+def why(settings: Settings, student: str = "tiny", seed: int = 0) -> None:
+    """What random conditioning is for: noise MSE with the images' own captions, and with captions of other images."""
+    from sdkd.demo.dataset import DemoImages
+    from sdkd.distill import train
+    from sdkd.evaluate.agreement import make_probe, noise_agreement
+
+    lessons = Lessons(settings)
+    rows = DemoImages(count=settings.probe, seed=99, held_out=True)
+    swapped = [{**rows[i], "caption": rows[(i + 1) % settings.probe]["caption"]} for i in range(settings.probe)]
+    probes = {"own": lessons.probe, "other": make_probe(lessons.pipe, swapped, settings.probe)}
+    found: dict[str, Any] = {"student": student, "seed": seed, "settings": asdict(settings), "commit": commit()}
+    for variant in list(VARIANTS)[3:]:
+        config = config_of(student, variant, seed, settings)
+        done = train(lessons.pipe, student_unet(lessons, student, True, seed), lessons.latents, config)
+        pipe = pipeline(lessons, done.unet)
+        found[variant] = {name: noise_agreement(pipe, probe).mean for name, probe in probes.items()}
+        print(variant, found[variant], flush=True)
+    write_json(FOLDER / "why.json", found)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -185,7 +218,24 @@ def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
             f"| {row['student']} | {row['variant']} | {len(row['seeds'])} | {_range(row['noise_mse'], '.4f')} | "
             f"{' | '.join(shares)} |"
         )
-    return "\n".join([*lines, "", "![plot](ablation.png)", "", "Made by `python tools/ablate_distillation.py`.", ""])
+    return "\n".join(
+        [*lines, "", *_words(), "![plot](ablation.png)", "", "Made by `python tools/ablate_distillation.py`.", ""]
+    )
+
+
+def _words() -> list[str]:
+    """What random conditioning does instead of helping here, when it was measured."""
+    path = FOLDER / "why.json"
+    if not path.is_file():
+        return []
+    found = read_json(path)
+    without, with_it = (found[name] for name in list(VARIANTS)[3:])
+    return [
+        f"Random conditioning, asked of {found['student']} (seed {found['seed']}, `--why`): noise MSE with the images' "
+        f"own captions {without['own']:.4f} without it and {with_it['own']:.4f} with it; with captions of other images "
+        f"{without['other']:.4f} and {with_it['other']:.4f}.",
+        "",
+    ]
 
 
 def plot(made: list[dict[str, Any]], path: Path) -> None:
@@ -218,9 +268,12 @@ def main() -> None:
     parser.add_argument("--students", default="small,tiny")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--report", action="store_true", help="only the table and the plot")
+    parser.add_argument("--why", action="store_true", help="what random conditioning changes")
     asked = parser.parse_args()
     settings = Settings()
-    if not asked.report:
+    if asked.why:
+        why(settings)
+    elif not asked.report:
         series(asked.students.split(","), [int(seed) for seed in asked.seeds.split(",")], settings)
     made = rows()
     write_json(FOLDER / "ablation.json", {"schema": 1, "settings": asdict(settings), "rows": made})
