@@ -86,6 +86,7 @@ def _points(records: Sequence[Record], name: str) -> tuple[list[float], list[flo
 
 def _figure(series: Mapping[str, tuple[list[float], list[float]]], logarithmic: bool) -> Figure:
     from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -98,8 +99,9 @@ def _figure(series: Mapping[str, tuple[list[float], list[float]]], logarithmic: 
     axes.set_xlabel("optimizer step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize="small", ncols=2)
+        figure.legend(loc="outside upper center", frameon=False, fontsize="small", ncols=4)
     return figure
 
 
