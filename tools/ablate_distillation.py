@@ -256,9 +256,9 @@ def plot(made: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(range(len(VARIANTS)), [variant[0] for variant in VARIANTS])
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(bottom=0)
     figure.axes[0].legend(frameon=False)
     figure.axes[0].set_yscale("log")
+    figure.axes[1].set_ylim(0, 1)
     figure.savefig(path, dpi=110)
 
 
