@@ -8,9 +8,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from helpers import fixed_weights, tiny_tokenizer
-from small_bundles import small_bundle, small_modules
+from helpers import fixed_weights
+from small_bundles import small_bundle, small_pipeline
 
 from export.build import build_engine
 from sdkd.bundle import Bundle
@@ -20,17 +19,8 @@ from sdkd.contract import Range, ShapeRanges
 @cache
 def engine_models() -> Path:
     """Pipelines of 32 px, `right` and `wrong` (another UNet), and `bundle`: ONNX Runtime engines of `right`."""
-    folder, modules = Path(tempfile.mkdtemp(prefix="sdkd-test-compare-")), small_modules()
-    pipe = StableDiffusionPipeline(
-        vae=modules["vae_decoder"],
-        text_encoder=modules["text_encoder"],
-        tokenizer=tiny_tokenizer(),
-        unet=modules["unet"],
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    folder = Path(tempfile.mkdtemp(prefix="sdkd-test-compare-"))
+    pipe = small_pipeline()
     pipe.save_pretrained(folder / "right")
     bundle = small_bundle(folder / "bundle")
     pipe.save_config(bundle.path)
@@ -40,6 +30,6 @@ def engine_models() -> Path:
     Bundle(bundle.path, dataclasses.replace(bundle.manifest, source=source)).save()
     one = ShapeRanges(Range(1, 1, 1), Range.fixed(32), Range.fixed(32), Range.fixed(77))
     build_engine(bundle.path, "onnxruntime", ranges=one)
-    pipe.unet = fixed_weights(copy.deepcopy(modules["unet"]), seed=7)
+    pipe.unet = fixed_weights(copy.deepcopy(pipe.unet), seed=7)
     pipe.save_pretrained(folder / "wrong")
     return folder

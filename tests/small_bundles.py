@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
 
 from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
 from sdkd.contract import COMPONENTS, DTYPES, Precision, component_contract
@@ -132,3 +132,20 @@ def small_bundle(folder: Path, precision: Precision = "fp32", components: tuple[
     """A fresh copy of the small bundle at `folder`; the export happens once per precision and test run."""
     shutil.copytree(_small_bundle(precision, components), folder)
     return Bundle.open(folder)
+
+
+def small_pipeline() -> StableDiffusionPipeline:
+    """The eager pipeline of `small_bundle`: images of 32x32 pixels, latents of 16x16."""
+    modules = small_modules()
+    pipe = StableDiffusionPipeline(
+        vae=modules["vae_decoder"],
+        text_encoder=modules["text_encoder"],
+        tokenizer=tiny_tokenizer(),
+        unet=modules["unet"],
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

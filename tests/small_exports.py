@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir
+import small_bundles
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
+from helpers import fixed_weights, tiny_text_encoder, tiny_tokenizer
 
 from export.components import component_config, component_module, graph_module, module_contract
 from export.initializers import TRANSFORMS_FILE
@@ -22,29 +23,7 @@ from sdkd.bundle import Bundle
 from sdkd.contract import Contract
 from sdkd.files import read_json, write_json
 
-UNET: dict[str, Any] = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": (CROSS, "DownBlock2D"),
-    "mid_block_type": None,  # as in sd-tiny
-    "up_block_types": ("UpBlock2D", UP),
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "cross_attention_dim": CONTEXT,
-    "attention_head_dim": (1, 2),  # heads of width 16, as fused kernels need
-    "norm_num_groups": 8,
-}
-VAE: dict[str, Any] = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-    "sample_size": 32,
-    "scaling_factor": 0.5,
-}
+VAE: dict[str, Any] = small_bundles.VAE | {"scaling_factor": 0.5}
 
 
 def small_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
@@ -53,7 +32,7 @@ def small_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
         vae=fixed_weights(AutoencoderKL(**VAE), seed + 1),
         text_encoder=tiny_text_encoder(seed + 2),
         tokenizer=tiny_tokenizer(),
-        unet=fixed_weights(UNet2DConditionModel(**(UNET | unet)), seed),
+        unet=fixed_weights(UNet2DConditionModel(**(small_bundles.UNET | unet)), seed),
         scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
-from engine_bundles import graph_unet, pipeline_bundle, small_pipeline
+from engine_bundles import graph_unet, pipeline_bundle
+from small_bundles import small_pipeline
 
 from sdkd.bundle import Bundle
 

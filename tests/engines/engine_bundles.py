@@ -9,11 +9,9 @@ from typing import Any
 
 import onnx
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from graph_bundles import graph_bundle
-from helpers import tiny_tokenizer
 from onnx import TensorProto, helper
-from small_bundles import small_bundle, small_modules
+from small_bundles import small_bundle, small_pipeline
 
 from export.build import build_engine
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
@@ -83,23 +81,6 @@ def identity_unet(folder: Path, precision: Precision, target: str) -> Bundle:
     result = Bundle(folder, Manifest({"model": "identity"}, {}, {"unet": component}).with_engine(record))
     result.save()
     return result
-
-
-def small_pipeline() -> StableDiffusionPipeline:
-    """The eager pipeline of `small_bundle`: images of 32x32 pixels, latents of 16x16."""
-    modules = small_modules()
-    pipe = StableDiffusionPipeline(
-        vae=modules["vae_decoder"],
-        text_encoder=modules["text_encoder"],
-        tokenizer=tiny_tokenizer(),
-        unet=modules["unet"],
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def pipeline_bundle(folder: Path, targets: Sequence[str] = TARGETS) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from engine_bundles import small_pipeline
 from PIL import Image
+from small_bundles import small_pipeline
 from typer.testing import CliRunner
 
 from engines.cli import encode_png, generate, output_files, parse_size

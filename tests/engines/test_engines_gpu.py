@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_bundles import graph_unet, pipeline_bundle, reference, small_pipeline, unet_feeds
+from engine_bundles import graph_unet, pipeline_bundle, reference, unet_feeds
+from small_bundles import small_pipeline
 
 from engines import session_tensorrt
 from engines.pipeline import load_pipeline, plug

@@ -18,9 +18,10 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from engine_bundles import edit_engine, small_pipeline
+from engine_bundles import edit_engine
 from helpers import tiny_unet, tiny_vae
 from PIL import Image
+from small_bundles import small_pipeline
 
 from engines.modules import EngineTextEncoder, EngineUNet, EngineVAE
 from engines.pipeline import best_slot, load_pipeline, plug, unplug
