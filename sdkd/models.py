@@ -19,17 +19,20 @@ from sdkd.contract import CONFIG_FOLDERS
 from sdkd.errors import ModelError
 from sdkd.files import read_json, sha256
 from sdkd.pipelines import (
+    HEAVY,
     check_checkpoint,
     check_pipeline_folder,
     component_digest,
     digest,
     load_folder,
+    load_part,
+    load_rest_of,
     provenance,
     quiet_libraries,
     save_pipeline,
     write_pipeline,
 )
-from sdkd.random_models import PREFIX, parse, random_pipeline
+from sdkd.random_models import PREFIX, parse, random_part, random_pipeline, random_rest
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +42,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelSource",
     "check_pipeline_folder",
+    "load_component",
     "load_eager",
+    "load_rest",
     "provenance",
     "resolve",
     "save_pipeline",
@@ -48,9 +53,11 @@ __all__ = [
     "write_pipeline",
 ]
 
+Part = Literal["unet", "vae", "text_encoder"]
 Kind = Literal["folder", "hub", "single-file", "bundle", "demo", "random"]
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
+_OWN = {name: part for name, part in CONFIG_FOLDERS.items() if part in HEAVY}  # the components that a model itself has
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -120,9 +127,35 @@ def load_eager(model: str | Path, torch_dtype: torch.dtype | None = None) -> Sta
 
     source = resolve(model)
     with _as_model_error(source), quiet_libraries():
-        pipe = _LOADERS[source.kind](source, torch_dtype or torch.float32)
+        pipe = _load_whole(_original(source), torch_dtype or torch.float32)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_component(model: str | Path, part: Part, torch_dtype: torch.dtype | None = None) -> Any:
+    """One module of the model, `unet`, `vae` or `text_encoder`, as `load_eager` gives it, without loading the others.
+
+    On the CPU, in eval mode, frozen; `torch_dtype` None means float32. Raises ModelError as `load_eager` does.
+    """
+    import torch
+
+    source = resolve(model)
+    with _as_model_error(source), quiet_libraries():
+        module = _load_part(_original(source), part, torch_dtype or torch.float32)
+    return module.eval().requires_grad_(False)
+
+
+def load_rest(model: str | Path) -> StableDiffusionPipeline:
+    """The model's pipeline without weights: tokenizer, scheduler and config, with None for the heavy modules.
+
+    Its `to_json_string()` (model_index.json) names the classes of the absent modules all the same. Raises ModelError as
+    `load_eager` does.
+    """
+    source = resolve(model)
+    with _as_model_error(source), quiet_libraries():
+        pipe = _load_rest(_original(source))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -170,13 +203,22 @@ _ADVICE: dict[Kind, str] = {
 }
 
 
-def _load_folder(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _original(source: ModelSource) -> ModelSource:
+    """Where the PyTorch weights are: a bundle's original, a hub model's folder in the cache, else the source itself."""
+    if source.kind == "hub":
+        return ModelSource(source.name, "folder", _downloaded(source))
+    if source.kind != "bundle":
+        return source
     assert source.path is not None
-    return load_folder(source.path, dtype)
-
-
-def _load_hub(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
-    return load_folder(_downloaded(source), dtype)
+    original = str(Bundle.open(source.path).manifest.source.get("model", ""))
+    try:
+        return _original(resolve(original))
+    except ModelError as error:
+        raise ModelError(
+            f"bundle {source.name!r} holds ONNX graphs and engines, not PyTorch weights, and the model it was "
+            f"made from ({original!r}) is gone: give that model's new place, or use the bundle as it is, "
+            f"with: sdkd generate {source.name} PROMPT"
+        ) from error
 
 
 def _downloaded(source: ModelSource) -> Path:
@@ -188,32 +230,43 @@ def _downloaded(source: ModelSource) -> Path:
     return folder
 
 
-def _load_single(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _load_whole(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
+    if source.kind == "random":
+        return random_pipeline(parse(source.name), _demo_tokenizer(), dtype)
+    assert source.path is not None
+    return _load_single(source.path, dtype) if source.kind == "single-file" else load_folder(source.path, dtype)
+
+
+def _load_part(source: ModelSource, part: Part, dtype: torch.dtype) -> Any:
+    if source.kind == "random":
+        return random_part(parse(source.name), part, _demo_tokenizer(), dtype)
+    assert source.path is not None
+    if source.kind == "single-file":
+        return getattr(_load_single(source.path, dtype), part)
+    return load_part(source.path, part, dtype)
+
+
+def _load_rest(source: ModelSource) -> StableDiffusionPipeline:
+    import torch
+
+    if source.kind == "random":
+        return random_rest(parse(source.name), _demo_tokenizer())
+    assert source.path is not None
+    if source.kind == "single-file":
+        pipe = _load_single(source.path, torch.float16)
+        for part in HEAVY:
+            setattr(pipe, part, None)
+        return pipe
+    return load_rest_of(source.path)
+
+
+def _load_single(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     from diffusers import StableDiffusionPipeline
 
-    assert source.path is not None
-    check_checkpoint(source.path)
+    check_checkpoint(path)
     return StableDiffusionPipeline.from_single_file(
-        str(source.path), torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
+        str(path), torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
     )
-
-
-def _load_bundle(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
-    assert source.path is not None
-    original = str(Bundle.open(source.path).manifest.source.get("model", ""))
-    try:
-        found = resolve(original)
-    except ModelError as error:
-        raise ModelError(
-            f"bundle {source.name!r} holds ONNX graphs and engines, not PyTorch weights, and the model it was "
-            f"made from ({original!r}) is gone: give that model's new place, or use the bundle as it is, "
-            f"with: sdkd generate {source.name} PROMPT"
-        ) from error
-    return _LOADERS[found.kind](found, dtype)
-
-
-def _load_random(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
-    return random_pipeline(parse(source.name), _demo_tokenizer(), dtype)
 
 
 def _demo_tokenizer() -> CLIPTokenizer:
@@ -221,16 +274,6 @@ def _demo_tokenizer() -> CLIPTokenizer:
 
     _demo()
     return CLIPTokenizer.from_pretrained(DEMO_WEIGHTS / "tokenizer", local_files_only=True)
-
-
-_LOADERS = {
-    "folder": _load_folder,
-    "demo": _load_folder,
-    "hub": _load_hub,
-    "single-file": _load_single,
-    "bundle": _load_bundle,
-    "random": _load_random,
-}
 
 
 def source_digests(model: str | Path) -> dict[str, str]:
@@ -244,16 +287,16 @@ def source_digests(model: str | Path) -> dict[str, str]:
         records = Bundle.open(source.path).manifest.components
         return {name: record.source_sha256 for name, record in records.items()}
     if source.kind == "random":
-        return {name: digest(f"{source.name} {name}") for name in CONFIG_FOLDERS}
+        return {name: digest(f"{source.name} {name}") for name in _OWN}
     if source.kind == "single-file":
         assert source.path is not None
         whole = sha256(source.path)
-        return {name: digest(f"{whole} {name}") for name in CONFIG_FOLDERS}
+        return {name: digest(f"{whole} {name}") for name in _OWN}
     if source.kind == "hub":
         with _as_model_error(source), quiet_libraries():
             folder = _downloaded(source)
     else:
         assert source.path is not None
         folder = source.path
-    digests = {part: component_digest(folder / part) for part in set(CONFIG_FOLDERS.values())}
-    return {name: digests[part] for name, part in CONFIG_FOLDERS.items()}
+    digests = {part: component_digest(folder / part) for part in HEAVY}
+    return {name: digests[part] for name, part in _OWN.items()}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PROVENANCE = "sdkd.json"  # beside model_index.json: what sdkd knows about a pipeline that it wrote
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+HEAVY = ("unet", "vae", "text_encoder")  # the parts with weights
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -70,22 +71,48 @@ def quiet_libraries() -> Iterator[None]:
 
 def load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
     """The pipeline of a checked folder, in `dtype`, without safety checker; raises what diffusers raises."""
+    return _class(folder).from_pretrained(folder, torch_dtype=dtype, variant=_variant(folder / "unet"), **_LOCAL)
+
+
+def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
+    """One of the heavy parts of a checked folder, in `dtype`; raises what diffusers and transformers raise."""
+    import importlib
+
+    library, name = read_json(folder / "model_index.json")[part]
+    kind = getattr(importlib.import_module(library), name)
+    return kind.from_pretrained(
+        folder / part, dtype=dtype, variant=_variant(folder / part), use_safetensors=True, local_files_only=True
+    )
+
+
+def load_rest_of(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline of a checked folder without its heavy parts, whose places still name their classes."""
+    index = read_json(folder / "model_index.json")
+    pipe = _class(folder).from_pretrained(folder, **_LOCAL, **dict.fromkeys(HEAVY))
+    pipe.register_to_config(**{part: tuple(index[part]) for part in HEAVY})
+    return pipe
+
+
+_LOCAL: dict[str, Any] = {
+    "local_files_only": True,
+    "safety_checker": None,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "requires_safety_checker": False,
+}
+
+
+def _class(folder: Path) -> Any:
     from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
     inpaint = "Inpaint" in read_json(folder / "model_index.json")["_class_name"]
-    kind = StableDiffusionInpaintPipeline if inpaint else StableDiffusionPipeline
-    weights = list((folder / "unet").glob("diffusion_pytorch_model*"))
-    only_half = bool(weights) and all(".fp16." in file.name for file in weights)
-    return kind.from_pretrained(
-        folder,
-        torch_dtype=dtype,
-        variant="fp16" if only_half else None,
-        local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-    )
+    return StableDiffusionInpaintPipeline if inpaint else StableDiffusionPipeline
+
+
+def _variant(folder: Path) -> str | None:
+    """`fp16` for a component that has no other weights, else None."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return "fp16" if weights and all(".fp16." in file.name for file in weights) else None
 
 
 def check_checkpoint(path: Path) -> None:

@@ -93,20 +93,50 @@ def parse(name: str) -> RandomModel:
 
 def random_pipeline(model: RandomModel, tokenizer: CLIPTokenizer, dtype: torch.dtype) -> StableDiffusionPipeline:
     """The whole pipeline in `dtype`, without a hub; its weights depend on the name alone, up to rounding to `dtype`."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    return _pipeline(model, tokenizer, {part: random_part(model, part, tokenizer, dtype) for part in _CLASSES})
+
+
+def random_part(model: RandomModel, part: str, tokenizer: CLIPTokenizer, dtype: torch.dtype) -> Any:
+    """The `unet`, `vae` or `text_encoder` of `random_pipeline` alone, with the same weights."""
+    import importlib
 
     family = FAMILIES[model.family]
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = CLIPTextConfig(**family.text_encoder, **tokens, pad_token_id=tokenizer.pad_token_id)
+    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    config, seed = {
+        "vae": (_VAE | {"sample_size": family.image_size}, model.seed),
+        "text_encoder": ({**family.text_encoder, **tokens}, model.seed + 1),
+        "unet": (model.unet_config, model.seed + 2),
+    }[part]
+    if part == "text_encoder":
+        from transformers import CLIPTextConfig
+
+        config = {"config": CLIPTextConfig(**config)}
+    library, name = _CLASSES[part]
+    return _random(getattr(importlib.import_module(library), name), config, seed, dtype)
+
+
+def random_rest(model: RandomModel, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """The pipeline without its heavy parts, whose places still name their classes."""
+    pipe = _pipeline(model, tokenizer, dict.fromkeys(_CLASSES))
+    pipe.register_to_config(**_CLASSES)
+    return pipe
+
+
+_CLASSES = {
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+}
+
+
+def _pipeline(model: RandomModel, tokenizer: CLIPTokenizer, parts: Mapping[str, Any]) -> StableDiffusionPipeline:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    kind = FAMILIES[model.family].prediction_type
     return StableDiffusionPipeline(
-        vae=_random(AutoencoderKL, _VAE | {"sample_size": family.image_size}, model.seed, dtype),
-        text_encoder=_random(CLIPTextModel, {"config": text}, model.seed + 1, dtype),
+        **parts,
         tokenizer=tokenizer,
-        unet=_random(UNet2DConditionModel, model.unet_config, model.seed + 2, dtype),
-        scheduler=DDIMScheduler(
-            **_NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type=family.prediction_type
-        ),
+        scheduler=DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type=kind),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

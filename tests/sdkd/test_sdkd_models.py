@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sdkd import models, random_models
 from sdkd.bundle import Bundle, Manifest
 from sdkd.errors import InputError, ModelError, OutputExistsError
-from sdkd.models import load_eager, provenance, resolve, save_pipeline, source_digests
+from sdkd.models import load_component, load_eager, load_rest, provenance, resolve, save_pipeline, source_digests
 from sdkd.students import build_student
 
 
@@ -51,6 +51,36 @@ def test_load_folder(folder: Path) -> None:
 def test_load_half_variant(folder: Path, tmp_path: Path) -> None:
     helpers.tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
     assert load_eager(tmp_path / "half").unet.dtype == torch.float32
+
+
+PARTS: tuple[models.Part, ...] = ("unet", "vae", "text_encoder")
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_component_is_that_of_the_whole(folder: Path, tmp_path: Path) -> None:
+    helpers.tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    for model in (folder, tmp_path / "half", bundle_of(tmp_path / "bundle", str(folder))):
+        whole = load_eager(model)
+        for part in PARTS:
+            module = load_component(model, part)
+            assert same_weights(module, getattr(whole, part))
+            assert not module.training
+            assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert load_component(folder, "unet", torch.float16).dtype == torch.float16
+
+
+def test_the_rest_has_everything_but_weights(folder: Path) -> None:
+    whole, rest = load_eager(folder), load_rest(folder)
+    assert rest.unet is rest.vae is rest.text_encoder is None
+    assert json.loads(rest.to_json_string()) == json.loads(whole.to_json_string()) | {
+        "_name_or_path": json.loads(rest.to_json_string())["_name_or_path"]
+    }
+    assert rest.tokenizer("a cat").input_ids == whole.tokenizer("a cat").input_ids
+    assert rest.scheduler.config == whole.scheduler.config
 
 
 def test_missing_model() -> None:
@@ -144,6 +174,9 @@ def test_random_pipeline_is_the_same_in_every_dtype(monkeypatch: pytest.MonkeyPa
     assert pipe.unet.config.layers_per_block == 1
     assert torch.equal(pipe.unet.conv_in.weight.half(), half.unet.conv_in.weight)
     assert half.text_encoder.dtype == half.vae.dtype == torch.float16
+    for part in PARTS:
+        assert same_weights(load_component("random:mini-tiny", part), getattr(pipe, part))
+    assert json.loads(load_rest("random:mini-tiny").to_json_string()) == json.loads(pipe.to_json_string())
     image = pipe("a red star", num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 64, 64, 3)
     assert image.std() > 0
