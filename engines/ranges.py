@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sdkd.contract import Range, ShapeRanges
+from sdkd.contract import Range, ShapeRanges, guidance_copies
 from sdkd.errors import RangeError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def output_sizes(sizes: Mapping[str, int], scale: int) -> dict[str, int]:
 
 def asked_ranges(checked: Checked, sizes: Mapping[str, int]) -> dict[str, int]:
     """The request as a user counts it: images, pixels, tokens. A UNet's batch holds both halves of guidance."""
-    images = -(-sizes["batch"] // 2) if checked.record.component == "unet" else sizes["batch"]
+    images = -(-sizes["batch"] // guidance_copies(checked.contract))
     asked = {"batch": images}
     for name, axes in (("height", _HEIGHTS), ("width", _WIDTHS), ("sequence", ("sequence",))):
         for axis in axes:
@@ -76,7 +76,7 @@ def cover_command(checked: Checked, asked: Mapping[str, int]) -> str:
 
 def _describe(checked: Checked, sizes: Mapping[str, int]) -> str:
     asked = asked_ranges(checked, sizes)
-    guided = f" ({sizes['batch']} with guidance)" if checked.record.component == "unet" else ""
+    guided = f" ({sizes['batch']} with guidance)" if guidance_copies(checked.contract) > 1 else ""
     units = {"batch": guided, "height": " px", "width": " px", "sequence": ""}
     words = {"sequence": "tokens"}
     return ", ".join(f"{words.get(name, name)} {value}{units[name]}" for name, value in asked.items())

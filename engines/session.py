@@ -91,9 +91,8 @@ def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
         )
     scale = _scale(bundle)
     contract = bundle.component(component).contract
-    return Checked(
-        bundle, record, contract, axis_ranges(component, record.ranges, scale), _steps(bundle, contract), scale
-    )
+    limits = axis_ranges(contract, record.ranges, scale, bundle.positions())
+    return Checked(bundle, record, contract, limits, _steps(bundle, contract), scale)
 
 
 def open_session(bundle: Bundle | str | Path, slot: str, component: str, **options: Any) -> EngineSession:
@@ -127,11 +126,11 @@ def _scale(bundle: Bundle) -> int:
 
 def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
     """What latents and pixels must be a multiple of: exported graphs have no odd sizes at any level."""
-    if contract.component == "unet":
-        step = int(2 ** (len(bundle.config("unet")["block_out_channels"]) - 1))
-    else:
-        step = _scale(bundle) if contract.component == "vae_encoder" else 1
-    return {axis: step for axis in contract.axis_names() if axis not in ("batch", "sequence")}
+    steps = {"height": 1, "width": 1, "image_height": _scale(bundle), "image_width": _scale(bundle)}
+    if contract.component in ("unet", "controlnet"):
+        down = int(2 ** (len(bundle.config(contract.component)["block_out_channels"]) - 1))
+        steps = {axis: step * down for axis, step in steps.items()}
+    return {axis: step for axis, step in steps.items() if axis in contract.axis_names()}
 
 
 class EngineSession(ABC):

@@ -12,7 +12,7 @@ from export.build_errors import explain
 from export.build_files import moved, partial_folder
 from export.build_job import TIMING_CACHE, Job
 from export.build_request import Request, check_buildable, engine_precision, rebuild_reasons, requests_for
-from export.ranges import best_sizes, bundle_multiple, bundle_scale, input_shapes, other_sizes
+from export.ranges import Geometry, best_sizes, input_shapes, other_sizes
 from export.worker import ChildError, run_in_child
 from sdkd.bundle import Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet
@@ -89,9 +89,9 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
 
 def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
     contract = request.component.contract
-    scale, multiple = bundle_scale(bundle), bundle_multiple(bundle)
-    second = other_sizes(contract, request.ranges, scale, multiple)
-    first = dict(best_sizes(contract, request.ranges, scale))
+    geometry = Geometry.of(bundle)
+    first = best_sizes(contract, request.ranges, geometry)
+    second = other_sizes(contract, request.ranges, geometry)
     return Job(
         component=request.component.name,
         target=request.target,
@@ -99,7 +99,7 @@ def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
         onnx=str((bundle.path / request.component.files[0].path).resolve()),
         folder=str(folder.resolve()),
         contract=contract,
-        profile=input_shapes(contract, request.ranges, scale),
+        profile=input_shapes(contract, request.ranges, geometry),
         checks=(first, second) if second else (first,),
         flags=request.flags,
     )

@@ -9,7 +9,7 @@ import typer
 
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.console import progress, show, show_json, table
-from sdkd.contract import COMPONENTS
+from sdkd.contract import BASE_COMPONENTS
 
 COLUMNS = ("component", "opset", "nodes", "parameters", "MB", "max error", "seconds")
 
@@ -27,7 +27,7 @@ def export(
     """Export a pipeline to ONNX, checked against PyTorch."""
     from export.pipeline import export_pipeline
 
-    names = tuple(name for group in components or COMPONENTS for name in group.split(",") if name)
+    names = tuple(name for group in components or BASE_COMPONENTS for name in group.split(",") if name)
     options: dict[str, Any] = {"components": names, "opset": opset, "verify": verify, "overwrite": overwrite}
     with progress(f"export {precision}") as step:
         done = export_pipeline(model, bundle, precision=precision, progress=step, **options)

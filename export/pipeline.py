@@ -32,7 +32,7 @@ from export.to_onnx import OnnxGraph, choose_opset, save, to_onnx
 from sdkd import __version__
 from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
 from sdkd.console import Progress, quiet, within
-from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, Contract, Precision, check_precision
+from sdkd.contract import BASE_COMPONENTS, COMPONENTS, CONFIG_FOLDERS, Contract, Precision, check_precision
 from sdkd.errors import InputError
 from sdkd.files import check_free, lock, new_folder, write_json
 
@@ -66,7 +66,7 @@ def export_pipeline(
     output: str | Path,
     *,
     precision: str = "fp32",
-    components: Sequence[str] = COMPONENTS,
+    components: Sequence[str] = BASE_COMPONENTS,
     opset: int | None = None,
     verify: bool = True,
     overwrite: bool = False,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sdkd.bundle import Bundle
-from sdkd.contract import Contract, Range, ShapeRanges, axis_ranges, check_size, size_multiple, vae_scale
+from sdkd.contract import Contract, Range, ShapeRanges, axis_ranges, check_size, size_multiple, split_axis, vae_scale
 from sdkd.errors import BundleError, InputError
 from sdkd.files import read_json
 
@@ -32,8 +33,8 @@ def bundle_multiple(bundle: Bundle) -> int:
 
 def max_tokens(bundle: Bundle) -> int:
     """Tokens per prompt that the text encoder has positions for; BundleError when the bundle does not say."""
-    if (bundle.path / "text_encoder" / "config.json").is_file():
-        return int(bundle.config("text_encoder")["max_position_embeddings"])
+    if (positions := bundle.positions()) is not None:
+        return positions
     tokenizer = bundle.path / "tokenizer" / "tokenizer_config.json"
     if tokenizer.is_file():
         return int(read_json(tokenizer)["model_max_length"])
@@ -92,10 +93,11 @@ def check_ranges(ranges: ShapeRanges, bundle: Bundle) -> None:
     """InputError unless every size fits the UNet's levels and the prompt fits the text encoder."""
     check_sizes(ranges.height, ranges.width, bundle_multiple(bundle))
     tokens = max_tokens(bundle)
-    if ranges.sequence.max > tokens:
+    parts = -(-ranges.sequence.max // tokens)
+    if parts > 1 and any(size % tokens for size in (ranges.sequence.opt, ranges.sequence.max)):
         raise InputError(
-            f"{ranges.sequence.max} tokens are more than the {tokens} positions of this text encoder: "
-            f"use --tokens {tokens}"
+            f"{ranges.sequence} tokens: this text encoder has {tokens} positions, and longer prompts are encoded in "
+            f"parts of {tokens}: give a multiple, such as --tokens {tokens}..{parts * tokens}"
         )
 
 
@@ -105,9 +107,27 @@ def check_sizes(height: Range, width: Range, multiple: int) -> None:
         check_size(getattr(height, name), getattr(width, name), multiple)
 
 
-def input_shapes(contract: Contract, ranges: ShapeRanges, scale: int) -> dict[str, Shapes]:
+@dataclass(frozen=True)
+class Geometry:
+    """What turns ranges as people think of them into axis sizes: pixels per latent, tokens per text encoder call."""
+
+    scale: int
+    multiple: int  # of pixels
+    positions: int | None = None
+
+    @staticmethod
+    def of(bundle: Bundle) -> Geometry:
+        """A bundle's own; BundleError when its configs do not say."""
+        return Geometry(bundle_scale(bundle), bundle_multiple(bundle), bundle.positions())
+
+    def axes(self, contract: Contract, ranges: ShapeRanges) -> dict[str, Range]:
+        """Range of each dynamic axis of a component."""
+        return axis_ranges(contract, ranges, self.scale, self.positions)
+
+
+def input_shapes(contract: Contract, ranges: ShapeRanges, geometry: Geometry) -> dict[str, Shapes]:
     """Smallest, best and largest shape of every input of a component, in the contract's order."""
-    axes = axis_ranges(contract.component, ranges, scale)
+    axes = geometry.axes(contract, ranges)
 
     def corner(name: str) -> dict[str, int]:
         return {axis: getattr(r, name) for axis, r in axes.items()}
@@ -116,20 +136,24 @@ def input_shapes(contract: Contract, ranges: ShapeRanges, scale: int) -> dict[st
     return {spec.name: (spec.shape(low), spec.shape(best), spec.shape(high)) for spec in contract.inputs}
 
 
-def other_sizes(contract: Contract, ranges: ShapeRanges, scale: int, multiple: int) -> dict[str, int] | None:
+def other_sizes(contract: Contract, ranges: ShapeRanges, geometry: Geometry) -> dict[str, int] | None:
     """Sizes of the nearest shape that differs from the best one in every ranged axis; None when all is fixed."""
-    steps = {"batch": 1, "sequence": 1, "height": multiple // scale, "width": multiple // scale}
-    steps |= {"image_height": multiple, "image_width": multiple}
-    axes = axis_ranges(contract.component, ranges, scale)
-    sizes = {axis: _neighbour(axes[axis], steps[axis]) for axis in axes}
-    used = contract.axis_names()
-    return sizes if any(sizes[axis] != axes[axis].opt for axis in used) else None
+    pixels, latents = geometry.multiple, geometry.multiple // geometry.scale
+    steps = {"height": latents, "width": latents, "image_height": pixels, "image_width": pixels}
+    axes = geometry.axes(contract, ranges)
+
+    def neighbour(axis: str) -> int:
+        root, divisor = split_axis(axis)
+        return _neighbour(axes[root], steps.get(root, 1)) // divisor
+
+    sizes = {axis: neighbour(axis) for axis in axes}
+    return sizes if any(sizes[axis] != axes[axis].opt for axis in axes) else None
 
 
 def _neighbour(r: Range, step: int) -> int:
     return next((value for value in (r.opt - step, r.opt + step) if value in r), r.opt)
 
 
-def best_sizes(contract: Contract, ranges: ShapeRanges, scale: int) -> Mapping[str, int]:
+def best_sizes(contract: Contract, ranges: ShapeRanges, geometry: Geometry) -> dict[str, int]:
     """Axis sizes of the best shape."""
-    return {axis: r.opt for axis, r in axis_ranges(contract.component, ranges, scale).items()}
+    return {axis: r.opt for axis, r in geometry.axes(contract, ranges).items()}

@@ -171,6 +171,12 @@ class Bundle:
         except InputError as error:
             raise BundleError(f"bundle {str(self.path)!r}: {error}") from error
 
+    def positions(self) -> int | None:
+        """Tokens that the text encoder takes at once; None for a bundle without one."""
+        if not (self.path / "text_encoder" / "config.json").is_file():
+            return None
+        return int(self.config("text_encoder")["max_position_embeddings"])
+
     def component(self, name: str) -> ComponentRecord:
         """Record of an exported component; BundleError lists what the bundle has."""
         if name not in self.manifest.components:

@@ -1,7 +1,8 @@
 """What each component looks like from outside: tensor names, named axes, dtypes and shape ranges.
 
 Export, parity, build and run time all derive from this one declaration. Names follow Optimum's ONNX layout.
-Axis letters: batch, sequence (tokens), height and width (latents), image_height and image_width (pixels).
+Axis letters: batch, sequence (tokens), height and width (latents), image_height and image_width (pixels), and
+height_2, width_2, height_4, ... (latents halved once, twice, ... inside the UNet).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from sdkd.errors import InputError, ModelError
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-SPATIAL_AXES = ("height", "width", "image_height", "image_width")
+BASE_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # of every pipeline
+COMPONENTS = (*BASE_COMPONENTS, "controlnet")
+MID_RESIDUAL = "mid_block_additional_residual"
+DOWN_RESIDUAL = "down_block_additional_residuals"
 
 
 @dataclass(frozen=True)
@@ -119,26 +122,53 @@ class ShapeRanges:
         return f"batch {self.batch}, height {self.height} px, width {self.width} px, {self.sequence} tokens"
 
 
-def axis_ranges(component: str, ranges: ShapeRanges, vae_scale: int) -> dict[str, Range]:
-    """Range of each dynamic axis of a component: the UNet's batch covers one and two halves of guidance."""
+def guidance_copies(contract: Contract) -> int:
+    """How many inputs a pipeline stacks for classifier-free guidance: 2, for instruct-pix2pix 3, outside the UNet 1.
 
-    def latent(r: Range) -> Range:
-        return Range(r.min // vae_scale, r.opt // vae_scale, r.max // vae_scale)
+    InstructPix2Pix (arXiv 2211.09800, section 3.2.1) guides by text and by image, and its UNet takes the image's
+    latents beside the noisy ones: twice as many channels in as out.
+    """
+    if contract.component == "controlnet":
+        return 2
+    if contract.component != "unet":
+        return 1
+    return 3 if contract.inputs[0].axes[1] == 2 * int(contract.outputs[0].axes[1]) else 2
 
-    guided = Range(ranges.batch.min, 2 * ranges.batch.opt, 2 * ranges.batch.max)
-    return {
-        "batch": guided if component == "unet" else ranges.batch,
-        "sequence": ranges.sequence,
-        "height": latent(ranges.height),
-        "width": latent(ranges.width),
+
+def split_axis(axis: str) -> tuple[str, int]:
+    """An axis's root and how often it was divided: `height_4` -> (`height`, 4), `batch` -> (`batch`, 1)."""
+    root, _, divisor = axis.rpartition("_")
+    return (root, int(divisor)) if divisor.isdigit() else (axis, 1)
+
+
+def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> dict[str, Range]:
+    """Range of each dynamic axis of a component's inputs.
+
+    The UNet's batch covers every copy that guidance stacks, and fewer, since guidance can be off. `scale`: pixels per
+    latent. `positions`: how many tokens the text encoder can take at once; longer prompts reach the UNet as several
+    of its outputs, one after the other.
+    """
+
+    def over(r: Range, divisor: int) -> Range:
+        return Range(r.min // divisor, r.opt // divisor, r.max // divisor)
+
+    copies = guidance_copies(contract)
+    longest = positions if positions and contract.component == "text_encoder" else ranges.sequence.max
+    whole = {
+        "batch": Range(ranges.batch.min, copies * ranges.batch.opt, copies * ranges.batch.max),
+        "sequence": Range(*(min(size, longest) for size in (ranges.sequence.min, ranges.sequence.opt, longest))),
+        "height": over(ranges.height, scale),
+        "width": over(ranges.width, scale),
         "image_height": ranges.height,
         "image_width": ranges.width,
     }
+    return {axis: over(whole[root], by) for axis in contract.axis_names() for root, by in [split_axis(axis)]}
 
 
 def vae_scale(vae_config: Mapping[str, Any]) -> int:
-    """Pixels per latent: 2 ** (levels - 1) of the AutoencoderKL config, 8 for Stable Diffusion."""
-    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
+    """Pixels per latent: 2 ** (levels - 1) of the VAE's config, 8 for Stable Diffusion."""
+    levels = vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]
+    return int(2 ** (len(levels) - 1))
 
 
 def size_multiple(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> int:
@@ -164,38 +194,89 @@ def check_precision(name: str) -> Precision:
     return name
 
 
-def unet_contract(config: Mapping[str, Any], precision: Precision) -> Contract:
+@dataclass(frozen=True)
+class Extras:
+    """What a component can have beyond the usual: all hidden states (text encoder), ControlNet residuals (UNet)."""
+
+    hidden_states: bool = False
+    residuals: bool = False
+
+
+def unet_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
     """Contract of UNet2DConditionModel; the timestep stays float32, since schedulers use fractional ones."""
     dtype = DTYPES[precision]
+    output = TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width"))
+    added = residual_specs(config, dtype, DOWN_RESIDUAL, MID_RESIDUAL) if extras.residuals else ()
+    return Contract("unet", (*_denoising_inputs(config, dtype), *added), (output,))
+
+
+def _denoising_inputs(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
     context = config["cross_attention_dim"]
     if not isinstance(context, int):
         raise ModelError(f"cross_attention_dim {context!r} is not one integer: only SD 1.x/2.x UNets are supported")
-    return Contract(
-        "unet",
-        (
-            TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
-            TensorSpec("timestep", "float32", ()),
-            TensorSpec("encoder_hidden_states", dtype, ("batch", "sequence", context)),
-        ),
-        (TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width")),),
+    return (
+        TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
+        TensorSpec("timestep", "float32", ()),
+        TensorSpec("encoder_hidden_states", dtype, ("batch", "sequence", context)),
     )
 
 
-def text_encoder_contract(config: Mapping[str, Any], precision: Precision) -> Contract:
+def residual_specs(config: Mapping[str, Any], dtype: str, down: str, mid: str) -> tuple[TensorSpec, ...]:
+    """One tensor per skip connection of a UNet's down blocks, in order, named `<down>.0`, ...; then the middle's.
+
+    UNet2DConditionModel's order: `conv_in`, then of every block its layers and, but for the last block, its halving.
+    """
+    widths = config["block_out_channels"]
+    layers = config["layers_per_block"]
+    counts = [layers] * len(widths) if isinstance(layers, int) else layers
+    shapes = [(widths[0], 0)]
+    for level, (width, count) in enumerate(zip(widths, counts, strict=True)):
+        shapes += [(width, level)] * count
+        shapes += [(width, level + 1)] * (level < len(widths) - 1)
+    tensors = [(f"{down}.{index}", *shape) for index, shape in enumerate(shapes)]
+    tensors.append((mid, widths[-1], len(widths) - 1))
+    return tuple(
+        TensorSpec(name, dtype, ("batch", width, _halved("height", level), _halved("width", level)))
+        for name, width, level in tensors
+    )
+
+
+def _halved(axis: str, times: int) -> str:
+    return f"{axis}_{2**times}" if times else axis
+
+
+def controlnet_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of ControlNetModel (arXiv 2302.05543): a UNet's inputs, an image in [0, 1], the conditioning scale."""
+    dtype = DTYPES[precision]
+    image = ("batch", config.get("conditioning_channels", 3), "image_height", "image_width")
+    return Contract(
+        "controlnet",
+        (
+            *_denoising_inputs(config, dtype),
+            TensorSpec("controlnet_cond", dtype, image),
+            TensorSpec("conditioning_scale", "float32", ()),
+        ),
+        residual_specs(config, dtype, "down_block_res_samples", "mid_block_res_sample"),
+    )
+
+
+def text_encoder_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
     """Contract of CLIPTextModel: token ids are int64, as tokenizers give them."""
     dtype, hidden = DTYPES[precision], config["hidden_size"]
+    layers = range(config["num_hidden_layers"] + 1) if extras.hidden_states else ()
     return Contract(
         "text_encoder",
         (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
         (
             TensorSpec("last_hidden_state", dtype, ("batch", "sequence", hidden)),
             TensorSpec("pooler_output", dtype, ("batch", hidden)),
+            *(TensorSpec(f"hidden_states.{index}", dtype, ("batch", "sequence", hidden)) for index in layers),
         ),
     )
 
 
-def vae_decoder_contract(config: Mapping[str, Any], precision: Precision) -> Contract:
-    """Contract of AutoencoderKL.decode: unscaled latents to an image in [-1, 1]."""
+def vae_decoder_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of AutoencoderKL's or AutoencoderTiny's `decode`: unscaled latents to an image in [-1, 1]."""
     dtype = DTYPES[precision]
     return Contract(
         "vae_decoder",
@@ -204,14 +285,23 @@ def vae_decoder_contract(config: Mapping[str, Any], precision: Precision) -> Con
     )
 
 
-def vae_encoder_contract(config: Mapping[str, Any], precision: Precision) -> Contract:
-    """Contract of AutoencoderKL.encode: an image in [-1, 1] to mean and log variance, stacked by channel."""
-    dtype = DTYPES[precision]
+def vae_encoder_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of `encode`: an image in [-1, 1] to mean and log variance, stacked by channel.
+
+    AutoencoderTiny has no distribution: its `latents` are the answer.
+    """
+    dtype, channels = DTYPES[precision], config["latent_channels"]
+    output = ("latents", channels) if is_tiny_vae(config) else ("latent_parameters", 2 * channels)
     return Contract(
         "vae_encoder",
         (TensorSpec("sample", dtype, ("batch", config["in_channels"], "image_height", "image_width")),),
-        (TensorSpec("latent_parameters", dtype, ("batch", 2 * config["latent_channels"], "height", "width")),),
+        (TensorSpec(output[0], dtype, ("batch", output[1], "height", "width")),),
     )
+
+
+def is_tiny_vae(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE's config is AutoencoderTiny's (TAESD)."""
+    return "decoder_block_out_channels" in config
 
 
 CONTRACTS = {
@@ -219,12 +309,21 @@ CONTRACTS = {
     "unet": unet_contract,
     "vae_decoder": vae_decoder_contract,
     "vae_encoder": vae_encoder_contract,
+    "controlnet": controlnet_contract,
 }
-CONFIG_FOLDERS = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+CONFIG_FOLDERS = {
+    "text_encoder": "text_encoder",
+    "unet": "unet",
+    "vae_decoder": "vae",
+    "vae_encoder": "vae",
+    "controlnet": "controlnet",
+}
 
 
-def component_contract(component: str, config: Mapping[str, Any], precision: Precision) -> Contract:
+def component_contract(
+    component: str, config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()
+) -> Contract:
     """Contract of a component from its own config.json; InputError on an unknown component."""
     if component not in CONTRACTS:
         raise InputError(f"component {component!r} is unknown: choose one of {', '.join(COMPONENTS)}")
-    return CONTRACTS[component](config, precision)
+    return CONTRACTS[component](config, precision, extras)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.console import Progress, quiet, within
-from sdkd.contract import COMPONENTS, Precision, ShapeRanges, check_precision
+from sdkd.contract import BASE_COMPONENTS, Precision, ShapeRanges, check_precision
 from sdkd.errors import BundleError
 from sdkd.targets import check_target, slot_name, slot_precision
 
@@ -37,7 +37,7 @@ def prepare(
     *,
     precision: str | None = None,
     ranges: ShapeRanges | None = None,
-    components: tuple[str, ...] = COMPONENTS,
+    components: tuple[str, ...] = BASE_COMPONENTS,
     reuse: Path | None = None,
     progress: Progress = quiet,
 ) -> Prepared:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
 
 from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
-from sdkd.contract import COMPONENTS, DTYPES, Precision, component_contract
+from sdkd.contract import BASE_COMPONENTS, DTYPES, Precision, component_contract
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 UNET: dict[str, Any] = {
@@ -128,7 +128,7 @@ def _small_bundle(precision: Precision, components: tuple[str, ...]) -> Path:
     return root
 
 
-def small_bundle(folder: Path, precision: Precision = "fp32", components: tuple[str, ...] = COMPONENTS) -> Bundle:
+def small_bundle(folder: Path, precision: Precision = "fp32", components: tuple[str, ...] = BASE_COMPONENTS) -> Bundle:
     """A fresh copy of the small bundle at `folder`; the export happens once per precision and test run."""
     shutil.copytree(_small_bundle(precision, components), folder)
     return Bundle.open(folder)

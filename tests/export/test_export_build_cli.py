@@ -83,7 +83,7 @@ def test_a_slot_is_a_target(bundle: Bundle) -> None:
         (("-t", "onnxruntime", "--size", "501"), r"height 501 is not a multiple of 4 pixels"),
         (("-t", "onnxruntime", "--size", "big"), r"range 'big' is not understood"),
         (("-t", "onnxruntime", "--batch", "4..1"), r"range 4..4..1 is not ordered"),
-        (("-t", "onnxruntime", "--tokens", "154"), r"154 tokens are more than the 77 positions"),
+        (("-t", "onnxruntime", "--tokens", "100"), r"100 tokens: this text encoder has 77 positions"),
         (("-t", "onnxruntime", "--components", "vae"), r"component 'vae' is unknown"),
         (("-t", "trt"), r"target 'trt' is unknown: choose one of"),
         (("-t", "onnxruntime", "--precision", "half"), r"precision 'half' is unknown: choose one of fp32, fp16, bf16"),

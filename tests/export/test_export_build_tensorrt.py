@@ -21,7 +21,7 @@ from export.build_job import Job
 from export.build_progress import SILENT, PhaseTree, progress_monitor, silent_seconds
 from export.worker import run_in_child
 from sdkd.bundle import Bundle, Manifest
-from sdkd.contract import COMPONENTS, Contract, TensorSpec
+from sdkd.contract import BASE_COMPONENTS, Contract, TensorSpec
 from sdkd.errors import BuildError
 
 RTX = "tensorrt-rtx"
@@ -48,7 +48,7 @@ def _versions() -> dict[str, str]:
 
 def test_all_components_are_built_for_every_gpu_from_ampere_on(bundle: Bundle) -> None:
     result = build_engine(bundle, RTX)
-    for name in COMPONENTS:
+    for name in BASE_COMPONENTS:
         record = result.engine(RTX, name)
         assert (record.target, record.slot, record.precision) == (RTX, RTX, "fp16")
         assert [file.path for file in record.files] == [f"engines/{RTX}/{name}.engine"]
@@ -261,7 +261,7 @@ def test_all_exported_components_build(tmp_path: Path, target: str, precision: A
     from small_bundles import small_bundle
 
     result = build_engine(small_bundle(tmp_path / "bundle", precision), target)
-    for name in COMPONENTS:
+    for name in BASE_COMPONENTS:
         record = result.engine(target, name)
         graph = onnx.load(result.path / result.component(name).files[0].path).graph
         assert record.total_bytes > sum(len(weight.raw_data) for weight in graph.initializer)

@@ -19,7 +19,7 @@ from export.components import (
     module_contract,
     standard_attention,
 )
-from sdkd.contract import COMPONENTS
+from sdkd.contract import BASE_COMPONENTS
 from sdkd.errors import ExportError, ModelError
 
 LEVELS = {
@@ -30,7 +30,7 @@ LEVELS = {
 }
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", BASE_COMPONENTS)
 @torch.no_grad()
 def test_a_graph_module_has_the_contracts_outputs(component: str) -> None:
     module = component_module(small_pipeline(), component)
@@ -74,7 +74,7 @@ def test_latents_are_multiples_of_what_the_unet_halves(changes: dict[str, object
     assert sizes == {"batch": 2, "height": 3 * multiple, "width": 5 * multiple, "sequence": 11}
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", BASE_COMPONENTS)
 def test_example_sizes_differ_and_are_neither_zero_nor_one(component: str) -> None:
     module = component_module(tiny_pipeline(), component)
     sizes = list(example_sizes(module_contract(component, module, "fp32"), component_config(module)).values())

@@ -19,7 +19,7 @@ from export import export_pipeline
 from export.pipeline import state_digest
 from export.reuse import Wanted, find
 from sdkd.bundle import Bundle, Manifest
-from sdkd.contract import COMPONENTS, component_contract
+from sdkd.contract import BASE_COMPONENTS, component_contract
 from sdkd.errors import BundleError, BusyError, InputError, OutputExistsError
 from sdkd.files import lock, read_json
 
@@ -34,7 +34,9 @@ def left_in(folder: Path) -> set[str]:
 def test_the_bundle_has_optimums_layout() -> None:
     root = small_bundle().path
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    graphs = {f"{name}/{file}" for name in COMPONENTS for file in ("model.onnx", "config.json", "initializers.json")}
+    graphs = {
+        f"{name}/{file}" for name in BASE_COMPONENTS for file in ("model.onnx", "config.json", "initializers.json")
+    }
     assert graphs | {"bundle.json", "model_index.json", "scheduler/scheduler_config.json"} <= files
     assert {name for name in files - graphs if "/" not in name} == {"bundle.json", "model_index.json"}
     index = read_json(root / "model_index.json")
@@ -52,7 +54,7 @@ def test_configs_give_back_the_contracts() -> None:
 
 def test_the_manifest_says_what_was_done() -> None:
     bundle = small_bundle()
-    assert tuple(bundle.manifest.components) == COMPONENTS
+    assert tuple(bundle.manifest.components) == BASE_COMPONENTS
     assert bundle.manifest.source["kind"] == "pipeline"
     assert bundle.manifest.source["random_weights"] is False
     assert set(bundle.manifest.versions) >= {"sdkd", "torch", "onnx", "onnxruntime", "diffusers", "transformers"}
@@ -73,7 +75,7 @@ def test_digests_are_of_the_weights() -> None:
     bundle, pipe = small_bundle(), small_pipeline()
     digests = bundle.manifest.source["sha256"]
     assert digests["unet"] == bundle.component("unet").source_sha256 == state_digest(pipe.unet.state_dict())
-    assert len(set(digests.values())) == len(COMPONENTS)
+    assert len(set(digests.values())) == len(BASE_COMPONENTS)
     pipe.unet.conv_in.bias.data[0] += 1
     assert digests["unet"] != state_digest(pipe.unet.state_dict())
 

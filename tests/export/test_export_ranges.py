@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from graph_bundles import CONFIGS, graph_bundle
 
-from export.ranges import check_sizes, default_ranges, input_shapes, max_tokens, native_size, other_sizes, parse_ranges
+from export.ranges import (
+    Geometry,
+    check_sizes,
+    default_ranges,
+    input_shapes,
+    max_tokens,
+    native_size,
+    other_sizes,
+    parse_ranges,
+)
 from sdkd.bundle import Bundle
 from sdkd.contract import Range, ShapeRanges, component_contract
 from sdkd.errors import BundleError, InputError
@@ -17,6 +26,7 @@ STABLE_DIFFUSION = {
     "unet": CONFIGS["unet"] | {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]},
     "vae_decoder": CONFIGS["vae_decoder"] | {"block_out_channels": [128, 256, 512, 512]},
 }
+GEOMETRY = Geometry(scale=8, multiple=64, positions=77)
 
 
 @pytest.fixture
@@ -71,12 +81,16 @@ def test_sizes_as_people_type_them(bundle: Bundle, sizes: list[str], height: Ran
         (["768..512"], None, None, r"range 768..768..512 is not ordered"),
         ([], "0", None, r"range 0..0..0 is not ordered"),
         ([], "many", None, r"range 'many' is not understood"),
-        ([], None, "154", r"154 tokens are more than the 77 positions.*--tokens 77"),
+        ([], None, "77..200", r"77..200 tokens: this text encoder has 77 positions.*such as --tokens 77..231"),
     ],
 )
 def test_refused(bundle: Bundle, sizes: list[str], batch: str | None, tokens: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_ranges(sizes, batch, tokens, bundle)
+
+
+def test_prompts_of_several_parts(bundle: Bundle) -> None:
+    assert parse_ranges([], None, "77..231", bundle).sequence == Range(77, 77, 231)
 
 
 def test_a_three_level_student_takes_smaller_steps() -> None:
@@ -97,20 +111,20 @@ def test_prompt_length_without_a_text_encoder(bundle: Bundle) -> None:
 def test_shapes_for_a_builder_cover_both_halves_of_guidance() -> None:
     ranges = ShapeRanges(Range(1, 1, 4), Range(512, 512, 768), Range.fixed(512), Range.fixed(77))
     contract = component_contract("unet", CONFIGS["unet"], "fp16")
-    assert input_shapes(contract, ranges, 8) == {
+    assert input_shapes(contract, ranges, GEOMETRY) == {
         "sample": ((1, 4, 64, 64), (2, 4, 64, 64), (8, 4, 96, 64)),
         "timestep": ((), (), ()),
         "encoder_hidden_states": ((1, 77, 32), (2, 77, 32), (8, 77, 32)),
     }
     encoder = component_contract("vae_encoder", CONFIGS["vae_encoder"], "fp16")
-    assert input_shapes(encoder, ranges, 8) == {"sample": ((1, 3, 512, 512), (1, 3, 512, 512), (4, 3, 768, 512))}
+    assert input_shapes(encoder, ranges, GEOMETRY) == {"sample": ((1, 3, 512, 512), (1, 3, 512, 512), (4, 3, 768, 512))}
 
 
 def test_second_shape_of_the_check_is_the_nearest_other_one() -> None:
     unet, decoder = (component_contract(name, CONFIGS[name], "fp32") for name in ("unet", "vae_decoder"))
     ranged = ShapeRanges(Range(1, 1, 4), Range(512, 512, 768), Range.fixed(512), Range.fixed(77))
-    assert decoder.inputs[0].shape(other_sizes(decoder, ranged, 8, 64) or {}) == (2, 4, 72, 64)
-    assert unet.inputs[0].shape(other_sizes(unet, ranged, 8, 64) or {}) == (1, 4, 72, 64)
+    assert decoder.inputs[0].shape(other_sizes(decoder, ranged, GEOMETRY) or {}) == (2, 4, 72, 64)
+    assert unet.inputs[0].shape(other_sizes(unet, ranged, GEOMETRY) or {}) == (1, 4, 72, 64)
     fixed = ShapeRanges(Range.fixed(1), Range.fixed(512), Range.fixed(512), Range.fixed(77))
-    assert other_sizes(decoder, fixed, 8, 64) is None
-    assert unet.inputs[0].shape(other_sizes(unet, fixed, 8, 64) or {}) == (1, 4, 64, 64)  # guidance off
+    assert other_sizes(decoder, fixed, GEOMETRY) is None
+    assert unet.inputs[0].shape(other_sizes(unet, fixed, GEOMETRY) or {}) == (1, 4, 64, 64)  # guidance off

@@ -16,11 +16,11 @@ from export.components import component_config, component_state, module_contract
 from export.initializers import read_weights
 from export.onnx_run import read_signature
 from export.to_onnx import OPSETS, choose_opset, save, to_onnx
-from sdkd.contract import COMPONENTS
+from sdkd.contract import BASE_COMPONENTS
 from sdkd.errors import BundleError, ExportError, InputError
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", BASE_COMPONENTS)
 def test_names_dtypes_and_dynamic_axes_are_the_contracts(component: str) -> None:
     _, _, contract, file = small_graph(component)
     assert read_signature(file, component) == contract
@@ -34,7 +34,7 @@ def test_half_graph_has_half_tensors_and_a_float32_timestep() -> None:
     assert kinds == {onnx.TensorProto.FLOAT16}
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", BASE_COMPONENTS)
 def test_the_state_dict_can_be_read_back_from_the_file(component: str) -> None:
     module, graph, _, file = small_graph(component)
     state = component_state(component, module)
@@ -95,7 +95,7 @@ def test_opset_23_keeps_attention_and_22_does_not() -> None:
 
 
 def test_opsets_have_reasons_and_limits() -> None:
-    assert set(OPSETS) == set(COMPONENTS)
+    assert set(OPSETS) == set(BASE_COMPONENTS)
     assert all(choice.reason for choice in OPSETS.values())
     assert choose_opset("vae_decoder") == 22
     assert choose_opset("vae_decoder", 18) == 18
@@ -116,7 +116,7 @@ def test_nodes_are_named_by_module_and_nothing_of_this_machine_is_in_the_file() 
 
 
 def test_the_checker_accepts_every_graph() -> None:
-    for component in COMPONENTS:
+    for component in BASE_COMPONENTS:
         onnx.checker.check_model(str(small_graph(component)[3]), full_check=True)
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sdkd.contract import (
     Contract,
+    Extras,
     Range,
     ShapeRanges,
     axis_ranges,
@@ -39,14 +41,14 @@ def test_a_shape_is_made_of_axis_sizes() -> None:
 
 @pytest.mark.parametrize("component", ["unet", "vae_decoder", "vae_encoder", "text_encoder"])
 def test_a_contract_survives_json(component: str) -> None:
-    config = UNET | VAE | {"in_channels": 3, "hidden_size": 768}
+    config = UNET | VAE | {"in_channels": 3, "hidden_size": 768, "num_hidden_layers": 12}
     contract = component_contract(component, config, "bf16")
     assert Contract.from_json(contract.to_json()) == contract
 
 
 def test_an_unknown_component_lists_the_known() -> None:
-    with pytest.raises(InputError, match=r"'controlnet' is unknown: choose one of text_encoder, unet"):
-        component_contract("controlnet", {}, "fp32")
+    with pytest.raises(InputError, match=r"'adapter' is unknown: choose one of text_encoder, unet"):
+        component_contract("adapter", {}, "fp32")
 
 
 def test_a_unet_with_two_context_sizes_is_refused() -> None:
@@ -81,11 +83,49 @@ def test_a_range_must_be_ordered() -> None:
 
 def test_the_unet_batch_covers_both_halves_of_guidance() -> None:
     ranges = ShapeRanges(Range(1, 2, 4), Range(512, 512, 768), Range(512, 640, 768), Range.fixed(77))
-    axes = axis_ranges("unet", ranges, 8)
+    axes = axis_ranges(unet_contract(UNET, "fp32"), ranges, 8)
     assert axes["batch"] == Range(1, 4, 8)
     assert axes["height"] == Range(64, 64, 96)
     assert axes["width"] == Range(64, 80, 96)
-    assert axis_ranges("vae_decoder", ranges, 8)["batch"] == Range(1, 2, 4)
+    assert axis_ranges(component_contract("vae_decoder", VAE, "fp32"), ranges, 8)["batch"] == Range(1, 2, 4)
+
+
+def test_instruct_pix2pix_stacks_three_copies() -> None:
+    contract = unet_contract(UNET | {"in_channels": 8}, "fp32")
+    assert axis_ranges(contract, ShapeRanges(*(Range.fixed(size) for size in (2, 512, 512, 77))), 8)["batch"].max == 6
+
+
+def test_longer_prompts_reach_the_unet_and_not_the_text_encoder() -> None:
+    ranges = ShapeRanges(Range.fixed(1), Range.fixed(512), Range.fixed(512), Range(77, 77, 231))
+    text = component_contract("text_encoder", {"hidden_size": 768, "num_hidden_layers": 12}, "fp32")
+    assert axis_ranges(unet_contract(UNET, "fp32"), ranges, 8, 77)["sequence"] == Range(77, 77, 231)
+    assert axis_ranges(text, ranges, 8, 77)["sequence"] == Range.fixed(77)
+
+
+SKIPS = {"layers_per_block": 2, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
+
+
+def test_residuals_follow_the_down_blocks_of_the_unet() -> None:
+    from diffusers import UNet2DConditionModel
+
+    contract = unet_contract(UNET | SKIPS, "fp16", Extras(residuals=True))
+    names = [spec.name for spec in contract.inputs[3:]]
+    assert names == [*(f"down_block_additional_residuals.{index}" for index in range(12)),
+                     "mid_block_additional_residual"]  # fmt: skip
+    widths = [spec.axes[1] for spec in contract.inputs[3:]]
+    assert widths == [320] * 4 + [640] * 3 + [1280] * 6  # as SD 1.5's ControlNet gives them
+    assert contract.inputs[-1].axes == ("batch", 1280, "height_8", "width_8")
+    ranges = ShapeRanges(Range(1, 1, 2), Range(512, 512, 768), Range.fixed(512), Range.fixed(77))
+    assert axis_ranges(contract, ranges, 8)["height_8"] == Range(8, 8, 12)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, **SKIPS)
+    assert len(unet.up_blocks) * 3 == 12  # one skip connection for each ResNet of the up blocks
+
+
+def test_hidden_states_are_outputs_when_asked_for() -> None:
+    config = {"hidden_size": 768, "num_hidden_layers": 12}
+    contract = component_contract("text_encoder", config, "fp32", Extras(hidden_states=True))
+    assert [spec.name for spec in contract.outputs[2:]] == [f"hidden_states.{index}" for index in range(13)]
 
 
 def test_sizes_follow_the_models_levels() -> None:
