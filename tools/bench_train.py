@@ -5,8 +5,8 @@
 
 The reference is the step of Segmind's distill_training.py as it runs today: VAE and text encoder in every step, the
 teacher in float32 under autocast, a feature loss in the autocast dtype, AdamW without fused kernels. Each further row
-adds one measure; the last row is `Trainer.step` itself. One step of each row a round, in rotating order, so that drift
-of the machine hits all alike. Writes
+adds one measure; the last rows are `Trainer.step` itself, eager and compiled. One step of each row a round, in
+rotating order, so that drift of the machine hits all alike. Writes
 benchmarks/<machine>/train-<size>-<students>.json (raw samples) and .md.
 """
 
@@ -61,6 +61,7 @@ ROWS: dict[str, Measures] = {
     "+ channels_last": Measures(cache=True, half_teacher=True, fused=True, channels_last=True),
 }
 OURS = "Trainer.step"
+COMPILED = "Trainer.step, torch.compile"
 
 
 class Bench:
@@ -79,6 +80,8 @@ class Bench:
         self.pipe.unet.to(self.device)
         self.teachers = {False: FeatureUNet(self.pipe.unet, names), True: self.trainer.teacher}
         self.optimizer = self.trainer.optimizer.optimizer
+        calls = (self.trainer.model, self.trainer.teacher_call)
+        self.calls = {OURS: calls, COMPILED: tuple(torch.compile(call) for call in calls)}
         self.pixels = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def _run(self, measures: Measures, teacher: FeatureUNet) -> None:
@@ -111,15 +114,18 @@ class Bench:
         scaled = latents.float() * trainer.vae.config.scaling_factor
         return Batch(scaled, batch.noise, batch.timesteps, text[: len(latents)], batch.matching)
 
-    def prepare(self, measures: Measures | None) -> Callable[[], Any]:
+    def prepare(self, row: str) -> Callable[[], Any]:
         """Whatever a row needs outside its timing; returns the work to time."""
-        chosen = measures or ROWS["+ fused AdamW"]
+        chosen = ROWS.get(row, ROWS["+ fused AdamW"])
         teacher: Any = self.teachers[chosen.half_teacher]
         layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
         for unet in (self.trainer.unet, teacher.unet):
             unet.to(memory_format=layout)
         self.optimizer.param_groups[0].update(fused=chosen.fused, foreach=not chosen.fused)
-        return self.trainer.step if measures is None else lambda: self._run(measures, teacher)
+        if row in ROWS:
+            return lambda: self._run(chosen, teacher)
+        self.trainer.model, self.trainer.teacher_call = self.calls[row]
+        return self.trainer.step
 
 
 def _picture(index: int, size: int) -> Any:
@@ -141,15 +147,15 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every step by row, after one untimed round; and peak memory in GB by row on a GPU."""
-    rows: dict[str, Measures | None] = {**ROWS, OURS: None}
-    samples: dict[str, list[float]] = {name: [] for name in rows}
+def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str, float], float]:
+    """Seconds of every step by row after a first round, peak memory in GB by row on a GPU, seconds to compile."""
+    names = [*ROWS, *bench.calls]
+    samples: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, float] = {}
-    names = list(rows)
+    compiling = 0.0
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            work = bench.prepare(rows[name])
+            work = bench.prepare(name)
             gc.collect()
             if bench.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -157,8 +163,10 @@ def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str
             memory[name] = peak_memory(bench.device) / 1e9
             if turn:
                 samples[name].append(seconds)
+            elif name == COMPILED:
+                compiling = seconds
             print(f"round {turn} of {rounds}, {name}: {seconds:.2f} s", flush=True)
-    return samples, memory if bench.device.type == "cuda" else {}
+    return samples, memory if bench.device.type == "cuda" else {}, compiling
 
 
 def result(student: str, samples: dict[str, list[float]], batch_size: int, memory: dict[str, float]) -> dict[str, Any]:
@@ -202,7 +210,8 @@ def markdown(found: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "Rows are cumulative; the last is the trainer itself. torch.compile: not measured.",
+        f"Rows are cumulative up to `{OURS}`, the trainer itself; `{COMPILED}` is the same with `--compile`, whose",
+        f"first step took {found['students'][0]['compile_seconds']:.0f} s.",
         "",
         "Made again by:",
     ]
@@ -223,8 +232,8 @@ def main() -> None:
     parts = []
     for student in asked.students.split(","):
         bench = Bench(student, asked.size, asked.batch_size, asked.device, asked.precision)
-        samples, memory = measure(bench, asked.rounds)
-        parts.append(result(student, samples, asked.batch_size, memory))
+        samples, memory, compiling = measure(bench, asked.rounds)
+        parts.append(result(student, samples, asked.batch_size, memory) | {"compile_seconds": compiling})
         del bench
         gc.collect()
     found = {
