@@ -9,7 +9,8 @@ import typer
 
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.console import progress, show, show_json, table
-from sdkd.contract import BASE_COMPONENTS
+from sdkd.contract import Range, ShapeRanges
+from sdkd.errors import InputError
 
 COLUMNS = ("component", "opset", "nodes", "parameters", "MB", "max error", "seconds")
 
@@ -19,25 +20,92 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.")],
     precision: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[list[str] | None, typer.Option(help="unet, text_encoder, ...; default: all.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE: a folder or hub id, AutoencoderTiny for one.")] = None,
+    controlnet: Annotated[str | None, typer.Option(help="A ControlNet's folder or hub id, exported, too.")] = None,
+    hidden_states: Annotated[
+        bool, typer.Option("--hidden-states", help="One output per layer, for clip_skip.")
+    ] = False,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(help="Block to compute in float32: vae_decoder.decoder.up_blocks.3, ...")
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Fix all shapes, by --size, --batch and --tokens.")] = False,
+    size: Annotated[str | None, typer.Option(help="With --static: pixels, 512 or 512x768 (height x width).")] = None,
+    batch: Annotated[int | None, typer.Option(help="With --static: images; the UNet takes twice as many.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="With --static: tokens that reach the UNet.")] = None,
+    target: Annotated[str | None, typer.Option(help="What the graphs are for: older TensorRT parses opset 18.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23; default: the best of each part.")] = None,
-    verify: Annotated[bool, typer.Option(help="Compare every graph with PyTorch.")] = True,
+    verify: Annotated[bool, typer.Option(help="Compare every graph with PyTorch, look for overflow.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Export a pipeline to ONNX, checked against PyTorch."""
     from export.pipeline import export_pipeline
 
-    names = tuple(name for group in components or BASE_COMPONENTS for name in group.split(",") if name)
-    options: dict[str, Any] = {"components": names, "opset": opset, "verify": verify, "overwrite": overwrite}
+    names = tuple(name for group in components or () for name in group.split(",") if name)
     with progress(f"export {precision}") as step:
-        done = export_pipeline(model, bundle, precision=precision, progress=step, **options)
+        done = export_pipeline(
+            model,
+            bundle,
+            precision=precision,
+            components=names or None,
+            opset=opset,
+            target=target,
+            vae=vae,
+            controlnet=controlnet,
+            hidden_states=hidden_states,
+            keep_float=tuple(name for group in keep_float or () for name in group.split(",") if name),
+            static=static_ranges(static, size, batch, tokens),
+            verify=verify,
+            overwrite=overwrite,
+            progress=step,
+        )
     if json:
         show_json(summary(done))
         return
     show(table(f"{bundle} ({precision})", COLUMNS, [_row(part) for part in summary(done)["components"]]))
-    if not verify:
-        show("Not compared with PyTorch, as --no-verify asks; the manifest says so.")
+    show(*notes(done))
     show(f"Build engines with: sdkd build-engine {bundle} --target onnxruntime")
+
+
+def static_ranges(static: bool, size: str | None, batch: int | None, tokens: int | None) -> ShapeRanges | None:
+    """The shapes of a static export; None for a dynamic one. InputError for a size without --static, or none with it.
+
+    Tokens default to CLIP's 77.
+    """
+    given = {"--size": size, "--batch": batch, "--tokens": tokens}
+    if not static:
+        alone = [name for name, value in given.items() if value is not None]
+        if alone:
+            raise InputError(f"{alone[0]} {given[alone[0]]} is for a static export: add --static, or leave it out")
+        return None
+    if size is None:
+        raise InputError("--static fixes all shapes and needs the image size: add --size 512")
+    height, _, width = size.partition("x")
+    return ShapeRanges(
+        Range.fixed(1 if batch is None else batch),
+        Range.fixed(_pixels(height, size)),
+        Range.fixed(_pixels(width or height, size)),
+        Range.fixed(77 if tokens is None else tokens),
+    )
+
+
+def _pixels(text: str, size: str) -> int:
+    if not text.isdigit():
+        raise InputError(f"size {size!r} is not understood: with --static give 512 or 512x768 (height x width)")
+    return int(text)
+
+
+def notes(bundle: Bundle) -> list[str]:
+    """What the table does not say: blocks kept in float32, graphs that were not compared."""
+    lines = []
+    for name, record in bundle.manifest.components.items():
+        kept = record.details.get("islands", {}).get("float32_blocks", {})
+        if kept:
+            reason = next(iter(kept.values()))
+            lines.append(f"{name}: {len(kept)} blocks stay in float32, from {next(iter(kept))} on ({reason}).")
+    if any(record.parity is None for record in bundle.manifest.components.values()):
+        lines.append("Not compared with PyTorch, as --no-verify asks; the manifest says so.")
+    return lines
 
 
 def summary(bundle: Bundle) -> dict[str, Any]:

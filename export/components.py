@@ -1,4 +1,4 @@
-"""The four components as modules that torch.export understands: tensors in, tensors out, in the contract's order.
+"""The components as modules that torch.export understands: tensors in, tensors out, in the contract's order.
 
 Nothing here knows a published model: names, widths and depths come from the component's own config, so that a teacher,
 its students (with or without mid block, three or four levels) and the demo's pipeline go through the same code.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdkd.contract import CONFIG_FOLDERS, Contract, Precision, TensorSpec, component_contract
+from sdkd.contract import CONFIG_FOLDERS, Contract, Extras, Precision, TensorSpec, component_contract, split_axis
 from sdkd.errors import ExportError, ModelError
 
 # Every size differs from every other, and none is 0 or 1: torch.export must not take two axes for one, nor a size for
@@ -28,39 +28,68 @@ STATE_PREFIXES: dict[str, tuple[str, ...]] = {
 REPLACED = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
 
-class TextEncoderGraph(nn.Module):
-    """CLIPTextModel: input_ids [batch, sequence] int64 -> last_hidden_state [batch, sequence, width], pooler_output."""
+class ComponentGraph(nn.Module):
+    """A component's module behind the contract's tensors: positional inputs, a tuple of outputs."""
 
-    def __init__(self, module: nn.Module) -> None:
+    plain = 1  # leading inputs that are arguments of their own; those after them travel as one tuple
+
+    def __init__(self, module: nn.Module, contract: Contract) -> None:
         super().__init__()
         self.module = module
+        self.outputs = len(contract.outputs)
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+
+class TextEncoderGraph(ComponentGraph):
+    """CLIPTextModel: input_ids -> last_hidden_state, pooler_output and, where asked for, every layer's hidden state."""
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Encode token ids with the causal mask only, as StableDiffusionPipeline does."""
-        output = self.module(input_ids)
-        return output.last_hidden_state, output.pooler_output
+        every = self.outputs > 2
+        output = self.module(input_ids, output_hidden_states=True) if every else self.module(input_ids)
+        return output.last_hidden_state, output.pooler_output, *(output.hidden_states if every else ())
 
 
-class UNetGraph(nn.Module):
-    """UNet2DConditionModel: sample, timestep (a float32 scalar), encoder_hidden_states -> out_sample."""
+class UNetGraph(ComponentGraph):
+    """UNet2DConditionModel: sample, timestep (a float32 scalar), encoder_hidden_states [, residuals] -> out_sample."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    plain = 3
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *residuals: torch.Tensor,
     ) -> tuple[torch.Tensor]:
         """One denoising step; sample is [batch, channels, height, width] in latents."""
-        return (self.module(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
+        added: dict[str, Any] = {}
+        if residuals:
+            added = {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
+        return (self.module(sample, timestep, encoder_hidden_states, return_dict=False, **added)[0],)
 
 
-class VaeDecoderGraph(nn.Module):
-    """AutoencoderKL.decode: latent_sample [batch, latent channels, height, width], already unscaled -> sample."""
+class ControlNetGraph(ComponentGraph):
+    """ControlNetModel: a UNet's inputs, an image and the conditioning scale -> residuals, the middle's last."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+    plain = 5
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        controlnet_cond: torch.Tensor,
+        conditioning_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Residuals of one step, scaled; `guess_mode` is left to the caller, who multiplies them once more."""
+        down, middle = self.module(
+            sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, return_dict=False
+        )
+        return *down, middle
+
+
+class VaeDecoderGraph(ComponentGraph):
+    """AutoencoderKL's or AutoencoderTiny's decode: latent_sample, already unscaled -> sample."""
 
     def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
         """Decode without slicing or tiling, which would be traced as fixed loops."""
@@ -68,12 +97,8 @@ class VaeDecoderGraph(nn.Module):
         return (self.module.decoder(latent_sample if quant is None else quant(latent_sample)),)  # type: ignore[operator]
 
 
-class VaeEncoderGraph(nn.Module):
-    """AutoencoderKL.encode: sample [batch, channels, image_height, image_width] -> latent_parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+class VaeEncoderGraph(ComponentGraph):
+    """AutoencoderKL's encode: sample -> latent_parameters; AutoencoderTiny's: sample -> latents."""
 
     def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
         """Mean and log variance, stacked by channel; sampling stays outside the graph."""
@@ -82,11 +107,12 @@ class VaeEncoderGraph(nn.Module):
         return (moments if quant is None else quant(moments),)
 
 
-GRAPHS: dict[str, type[nn.Module]] = {
+GRAPHS: dict[str, type[ComponentGraph]] = {
     "text_encoder": TextEncoderGraph,
     "unet": UNetGraph,
     "vae_decoder": VaeDecoderGraph,
     "vae_encoder": VaeEncoderGraph,
+    "controlnet": ControlNetGraph,
 }
 
 
@@ -124,14 +150,20 @@ def component_config(module: nn.Module) -> dict[str, Any]:
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def graph_module(component: str, module: nn.Module) -> nn.Module:
+def graph_module(contract: Contract, module: nn.Module) -> ComponentGraph:
     """The component's module behind positional tensor inputs and a tuple of outputs, in eval mode."""
-    return GRAPHS[component](module).eval()
+    return GRAPHS[contract.component](module, contract).eval()
 
 
-def module_contract(component: str, module: nn.Module, precision: Precision) -> Contract:
-    """The contract from the module's own config."""
-    return component_contract(component, component_config(module), precision)
+def module_contract(component: str, module: nn.Module, precision: Precision, extras: Extras = Extras()) -> Contract:
+    """The contract from the module's own config; ModelError for a ControlNet whose residuals have no place."""
+    config = component_config(module)
+    if component == "controlnet" and config.get("global_pool_conditions"):
+        raise ModelError(
+            "this ControlNet pools its residuals over the image (global_pool_conditions, as the shuffle model does), "
+            "which is not supported: use it with the eager pipeline"
+        )
+    return component_contract(component, config, precision, extras)
 
 
 def component_state(component: str, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -140,27 +172,34 @@ def component_state(component: str, module: nn.Module) -> dict[str, torch.Tensor
     return {name: value for name, value in module.state_dict().items() if name.startswith(prefixes)}
 
 
-def axis_multiples(component: str, config: Mapping[str, Any]) -> dict[str, int]:
-    """What each spatial axis is a multiple of: the down-sampling inside the component.
+def axis_factors(contract: Contract, config: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Each dynamic axis as a multiple of a root that can be any number: `height_2` of SD's UNet -> (`height`, 4).
 
     A UNet of n levels halves n - 1 times; with another size its skip connections would differ in size from its
     up-sampled ones, and diffusers would take a branch (`forward_upsample_size`) that must not be traced.
     """
-    levels = len(config.get("block_out_channels", ())) or 1
-    down = 2 ** (levels - 1)
-    if component == "unet":
-        return {"height": down, "width": down}
-    return {"image_height": down, "image_width": down} if component == "vae_encoder" else {}
+    widths = config.get("block_out_channels") or config.get("decoder_block_out_channels") or (1,)
+    down = int(2 ** (len(widths) - 1))
+    stride = int(2 ** (len(config.get("conditioning_embedding_out_channels", (1,))) - 1))  # of a ControlNet's image
+    latents = down if contract.component in ("unet", "controlnet") else 1
+    pixels = down * stride if contract.component in ("vae_encoder", "controlnet") else 1
+    steps = {"height": latents, "width": latents, "image_height": pixels, "image_width": pixels}
+
+    def factor(axis: str) -> tuple[str, int]:
+        root, divisor = split_axis(axis)
+        return root.removeprefix("image_"), steps.get(root, 1) // divisor
+
+    return {axis: factor(axis) for axis in contract.axis_names()}
+
+
+def axis_sizes(contract: Contract, config: Mapping[str, Any], roots: Mapping[str, int]) -> dict[str, int]:
+    """Axis sizes for batch, sequence, height and width, the last two in the smallest steps that the model allows."""
+    return {axis: roots[root] * factor for axis, (root, factor) in axis_factors(contract, config).items()}
 
 
 def example_sizes(contract: Contract, config: Mapping[str, Any]) -> dict[str, int]:
     """Axis sizes to trace with: all different, none of them 0 or 1."""
-    multiples = axis_multiples(contract.component, config)
-
-    def size(axis: str) -> int:
-        return EXAMPLE[axis.removeprefix("image_")] * multiples.get(axis, 1)
-
-    return {axis: size(axis) for axis in contract.axis_names()}
+    return axis_sizes(contract, config, EXAMPLE)
 
 
 def example_inputs(
@@ -175,7 +214,7 @@ def example_inputs(
     def tensor(spec: TensorSpec) -> torch.Tensor:
         shape, dtype = spec.shape(sizes), getattr(torch, spec.dtype)
         if not shape:
-            return torch.tensor(timestep, dtype=dtype)
+            return torch.tensor(timestep if spec.name == "timestep" else 0.75, dtype=dtype)
         if not dtype.is_floating_point:
             return torch.randint(0, tokens, shape, generator=generator, dtype=dtype)
         return torch.randn(shape, generator=generator).to(dtype)
@@ -183,18 +222,20 @@ def example_inputs(
     return tuple(tensor(spec) for spec in contract.inputs)
 
 
-def dynamic_shapes(contract: Contract, config: Mapping[str, Any]) -> tuple[dict[int, Any] | None, ...]:
-    """One `{position: Dim}` per input for torch.export; an axis name that occurs twice is one Dim."""
+def dynamic_shapes(contract: Contract, config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One `{position: Dim}` per argument of the graph module for torch.export; axes of one root share one Dim."""
     from torch.export import Dim
 
-    multiples = axis_multiples(contract.component, config)
     # diffusers' Upsample2D makes batches of 64 and more contiguous: a branch, though the graph has no such step and
     # takes any batch. A text encoder has as many position embeddings as its config says, 77 for CLIP.
     limits = {"batch": 63}
     if contract.component == "text_encoder":
         limits["sequence"] = config["max_position_embeddings"]
-    roots = {axis: Dim(f"{axis}_", min=1, max=limits.get(axis)) for axis in contract.axis_names()}
-    dims = {axis: root * multiples.get(axis, 1) if axis in multiples else root for axis, root in roots.items()}
-    return tuple(
+    factors = axis_factors(contract, config)
+    roots = {root: Dim(f"{root}_", min=1, max=limits.get(root)) for root, _ in factors.values()}
+    dims = {axis: roots[root] * factor if factor > 1 else roots[root] for axis, (root, factor) in factors.items()}
+    shapes = tuple(
         {position: dims[axis] for position, axis in spec.dynamic_axes.items()} or None for spec in contract.inputs
     )
+    plain = GRAPHS[contract.component].plain
+    return (*shapes[:plain], shapes[plain:]) if shapes[plain:] else shapes

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from export.components import axis_multiples, example_inputs
+from export.components import axis_sizes, example_inputs
 from export.onnx_run import GraphSession, first_line, open_graph, read_signature, runtime_errors
-from sdkd.contract import Contract, Precision, TensorSpec
+from sdkd.contract import Contract, Precision, TensorSpec, split_axis
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
 
 # float32: onnxruntime and PyTorch add in another order; what is left is 1e-6 of the output's largest value on tiny
@@ -44,7 +44,7 @@ class Case:
     seed: int
 
     def __str__(self) -> str:
-        return ", ".join(f"{axis} {size}" for axis, size in self.sizes.items())
+        return ", ".join(f"{axis} {size}" for axis, size in self.sizes.items() if split_axis(axis)[1] == 1)
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,11 @@ _BASES = ((1, 2, 3, 5, 1.0), (2, 3, 3, 2, 500.5), (3, 77, 2, 3, 999.0))
 
 def parity_cases(contract: Contract, config: Mapping[str, Any]) -> tuple[Case, ...]:
     """The comparisons for a component: axis sizes in multiples that its down-sampling allows."""
-    multiples = axis_multiples(contract.component, config)
     longest = int(config.get("max_position_embeddings", 77))
 
     def case(seed: int, batch: int, sequence: int, height: int, width: int, timestep: float) -> Case:
-        values = {"batch": batch, "sequence": min(sequence, longest), "height": height, "width": width}
-        axes = contract.axis_names()
-        sizes = {axis: values[axis.removeprefix("image_")] * multiples.get(axis, 1) for axis in axes}
-        return Case(sizes, timestep, seed)
+        roots = {"batch": batch, "sequence": min(sequence, longest), "height": height, "width": width}
+        return Case(axis_sizes(contract, config, roots), timestep, seed)
 
     return tuple(case(seed, *base) for seed, base in enumerate(_BASES, start=1))
 
@@ -83,12 +80,13 @@ def case_inputs(contract: Contract, case: Case, config: Mapping[str, Any]) -> tu
 
 
 @torch.no_grad()
-def run_eager(module: nn.Module, inputs: Iterable[tuple[torch.Tensor, ...]]) -> list[tuple[torch.Tensor, ...]]:
-    """Outputs of a graph module for each case, as float32; inputs are cast to the module's own dtype.
+def run_eager(
+    module: nn.Module, inputs: Iterable[tuple[torch.Tensor, ...]], dtype: torch.dtype
+) -> list[tuple[torch.Tensor, ...]]:
+    """Outputs of a graph module in `dtype` for each case, as float32.
 
     The scalar timestep stays float32, as the contract says.
     """
-    dtype = next(module.parameters()).dtype
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() else tensor

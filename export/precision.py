@@ -6,6 +6,7 @@ Strongly typed builders take every dtype from the graph, so a builder flag canno
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,22 +25,25 @@ def torch_dtype(precision: str) -> torch.dtype:
     return dtype
 
 
-def cast(module: nn.Module, precision: Precision) -> nn.Module:
-    """Cast all floating-point parameters and buffers in place and return the module.
+def cast(module: nn.Module, precision: Precision, keep: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    """Cast all floating-point parameters and buffers in place, but for those to `keep`, and return the module.
 
     Raises ExportError when a finite weight becomes infinite: half precision cannot hold this model.
     """
     dtype = torch_dtype(precision)
     limit = torch.finfo(dtype).max
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    too_large = [name for name, tensor in tensors.items() if _overflows(tensor, limit)]
+    too_large = [name for name, tensor in tensors.items() if name not in (keep or {}) and _overflows(tensor, limit)]
     if too_large:
         raise ExportError(
             f"{len(too_large)} weights are larger than {limit:g}, the largest {precision} number "
             f"(first: {too_large[0]}): export with --precision bf16 or fp32"
         )
     # Not diffusers' own `to`, which warns about modules to keep in float32 though these models name none.
-    return nn.Module.to(module, dtype)
+    nn.Module.to(module, dtype)
+    for name, value in (keep or {}).items():
+        tensors[name].data = value
+    return module
 
 
 def _overflows(tensor: torch.Tensor, limit: float) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.errors import BundleError
@@ -21,6 +22,8 @@ class Wanted:
     opset: int
     versions: Mapping[str, str]
     verify: bool
+    # That change the graph: hidden states, residuals, islands asked for, static shapes; what is off may be left out.
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def find(bundles: Sequence[str | Path], wanted: Wanted) -> tuple[Bundle, ComponentRecord] | None:
@@ -44,7 +47,12 @@ def _same(bundle: Bundle, record: ComponentRecord, wanted: Wanted) -> bool:
         (record.source_sha256, record.precision, record.opset) == (wanted.source_sha256, wanted.precision, wanted.opset)
         and dict(bundle.manifest.versions) == dict(wanted.versions)
         and (record.parity is not None or not wanted.verify)
+        and _on(record.details.get("options", {})) == _on(wanted.options)
     )
+
+
+def _on(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value}
 
 
 def take(bundle: Bundle, record: ComponentRecord, folder: Path) -> ComponentRecord:

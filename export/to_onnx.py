@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import logging
 import warnings
 from collections import Counter
@@ -19,6 +21,7 @@ from export.initializers import fold_transposes, merge_constants, name_initializ
 from export.precision import float_nodes
 from sdkd.contract import Contract
 from sdkd.errors import ExportError, InputError
+from sdkd.targets import check_target
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ OPSETS: dict[str, OpsetChoice] = {
     "unet": OpsetChoice(23, _WHOLE),
     "vae_decoder": OpsetChoice(22, _WIDE_HEAD),
     "vae_encoder": OpsetChoice(22, _WIDE_HEAD),
+    "controlnet": OpsetChoice(23, _WHOLE),
 }
 MIN_OPSET, MAX_OPSET = 18, 23  # what torch's exporter implements and onnxruntime's CPU kernels run
 
@@ -66,13 +70,24 @@ class OnnxGraph:
         return Counter(node.op_type for node in self.model.graph)
 
 
-def choose_opset(component: str, opset: int | None = None) -> int:
-    """The component's measured opset, or the given one; InputError when the exporter does not know it."""
+def choose_opset(component: str, opset: int | None = None, target: str | None = None) -> int:
+    """The component's measured opset, or the given one, or one that the target's older library parses.
+
+    InputError when the exporter does not know the given one.
+    """
     if opset is None:
-        return OPSETS[component].opset
+        return MIN_OPSET if target is not None and _is_old(target) else OPSETS[component].opset
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError(f"opset {opset} is not between {MIN_OPSET} and {MAX_OPSET}: leave --opset out for the default")
     return opset
+
+
+def _is_old(target: str) -> bool:
+    """Whether a target's installed library has no attention of its own: then it parses no ONNX Attention either."""
+    found = check_target(target)
+    if not found.name.startswith("tensorrt") or importlib.util.find_spec(found.module) is None:
+        return False
+    return not hasattr(importlib.import_module(found.module), "IAttention")
 
 
 def to_onnx(module: nn.Module, contract: Contract, config: Mapping[str, Any], opset: int | None = None) -> OnnxGraph:
@@ -88,7 +103,7 @@ def to_onnx(module: nn.Module, contract: Contract, config: Mapping[str, Any], op
     try:
         with silence(), torch.no_grad():
             program = torch.export.export(
-                graph_module(component, module),
+                graph_module(contract, module),
                 inputs,
                 dynamic_shapes=dynamic_shapes(contract, config),
                 strict=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sdkd.errors import InputError, ModelError
@@ -163,6 +163,19 @@ def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: 
         "image_width": ranges.width,
     }
     return {axis: over(whole[root], by) for axis in contract.axis_names() for root, by in [split_axis(axis)]}
+
+
+def static_contract(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> Contract:
+    """The contract with every axis fixed at its best size; `scale` and `positions` as in `axis_ranges`."""
+    sizes = {axis: r.opt for axis, r in axis_ranges(contract, ranges, scale, positions).items()}
+    pixels = {f"image_{axis}": sizes[axis] * scale for axis in ("height", "width") if axis in sizes}
+    latents = {axis: sizes[f"image_{axis}"] // scale for axis in ("height", "width") if f"image_{axis}" in sizes}
+    every: dict[str | int, int] = {**pixels, **latents, **sizes}
+
+    def fixed(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, axes=tuple(every.get(axis, axis) for axis in spec.axes))
+
+    return Contract(contract.component, tuple(map(fixed, contract.inputs)), tuple(map(fixed, contract.outputs)))
 
 
 def vae_scale(vae_config: Mapping[str, Any]) -> int:

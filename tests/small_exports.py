@@ -76,10 +76,10 @@ def half_unet() -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
     return module, graph, contract, file
 
 
-def references(component: str, module: torch.nn.Module, contract: Contract) -> list[Reference]:
+def references(module: torch.nn.Module, contract: Contract) -> list[Reference]:
     """PyTorch's answers of a float32 module to the gate's own cases."""
     config = component_config(module)
     cases = parity_cases(contract, config)
     inputs = [case_inputs(contract, case, config) for case in cases]
-    exact = run_eager(graph_module(component, module), inputs)
+    exact = run_eager(graph_module(contract, module), inputs, torch.float32)
     return [Reference(*row) for row in zip(cases, inputs, exact, exact, strict=True)]

@@ -8,7 +8,7 @@ from helpers import tiny_pipeline, tiny_unet
 from small_exports import small_pipeline
 
 from export.components import (
-    axis_multiples,
+    axis_factors,
     component_config,
     component_module,
     component_state,
@@ -41,7 +41,7 @@ def test_a_graph_module_has_the_contracts_outputs(component: str) -> None:
         latents |= {"height": 6, "width": 10}
     sizes = latents | {"image_height": 2 * latents["height"], "image_width": 2 * latents["width"]}
     assert [tuple(tensor.shape) for tensor in inputs] == [spec.shape(sizes) for spec in contract.inputs]
-    outputs = graph_module(component, module)(*inputs)
+    outputs = graph_module(contract, module)(*inputs)
     assert [tuple(tensor.shape) for tensor in outputs] == [spec.shape(sizes) for spec in contract.outputs]
 
 
@@ -49,9 +49,10 @@ def test_a_graph_module_has_the_contracts_outputs(component: str) -> None:
 def test_the_vae_halves_compute_what_autoencoderkl_does() -> None:
     vae = small_pipeline().vae
     image = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
-    (moments,) = graph_module("vae_encoder", vae)(image)
+    encode, decode = (graph_module(module_contract(name, vae, "fp32"), vae) for name in ("vae_encoder", "vae_decoder"))
+    (moments,) = encode(image)
     torch.testing.assert_close(moments, vae.encode(image).latent_dist.parameters)
-    (decoded,) = graph_module("vae_decoder", vae)(moments[:, :4])
+    (decoded,) = decode(moments[:, :4])
     torch.testing.assert_close(decoded, vae.decode(moments[:, :4]).sample)
 
 
@@ -59,7 +60,7 @@ def test_the_vae_halves_compute_what_autoencoderkl_does() -> None:
 def test_the_text_encoder_gives_both_outputs() -> None:
     encoder = small_pipeline().text_encoder
     ids = torch.tensor([[512, 3, 4, 513]])
-    hidden, pooled = graph_module("text_encoder", encoder)(ids)
+    hidden, pooled = graph_module(module_contract("text_encoder", encoder, "fp32"), encoder)(ids)
     expected = encoder(ids)
     torch.testing.assert_close(hidden, expected.last_hidden_state)
     torch.testing.assert_close(pooled, expected.pooler_output)
@@ -69,8 +70,9 @@ def test_the_text_encoder_gives_both_outputs() -> None:
 def test_latents_are_multiples_of_what_the_unet_halves(changes: dict[str, object], multiple: int) -> None:
     unet = tiny_unet(**changes)
     config = component_config(unet)
-    assert axis_multiples("unet", config) == {"height": multiple, "width": multiple}
-    sizes = example_sizes(module_contract("unet", unet, "fp32"), config)
+    contract = module_contract("unet", unet, "fp32")
+    assert axis_factors(contract, config)["height"] == ("height", multiple)
+    sizes = example_sizes(contract, config)
     assert sizes == {"batch": 2, "height": 3 * multiple, "width": 5 * multiple, "sequence": 11}
 
 

@@ -16,7 +16,7 @@ from helpers import tiny_pipeline
 from small_exports import bundle_copy, small_bundle, small_pipeline
 
 from export import export_pipeline
-from export.pipeline import state_digest
+from export.source import state_digest
 from export.reuse import Wanted, find
 from sdkd.bundle import Bundle, Manifest
 from sdkd.contract import BASE_COMPONENTS, component_contract

@@ -16,7 +16,7 @@ from export.components import component_config, component_state, module_contract
 from export.initializers import read_weights
 from export.onnx_run import read_signature
 from export.to_onnx import OPSETS, choose_opset, save, to_onnx
-from sdkd.contract import BASE_COMPONENTS
+from sdkd.contract import BASE_COMPONENTS, COMPONENTS
 from sdkd.errors import BundleError, ExportError, InputError
 
 
@@ -95,7 +95,7 @@ def test_opset_23_keeps_attention_and_22_does_not() -> None:
 
 
 def test_opsets_have_reasons_and_limits() -> None:
-    assert set(OPSETS) == set(BASE_COMPONENTS)
+    assert set(OPSETS) == set(COMPONENTS)
     assert all(choice.reason for choice in OPSETS.values())
     assert choose_opset("vae_decoder") == 22
     assert choose_opset("vae_decoder", 18) == 18

@@ -1,0 +1,198 @@
+"""One component of a pipeline to a checked ONNX graph: PyTorch's answers, islands of float32, the graph, the gate."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from export.components import component_config, component_state, graph_module, module_contract, standard_attention
+from export.initializers import TRANSFORMS_FILE
+from export.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
+from export.parity import Reference, case_inputs, check_graph, parity_cases, run_eager
+from export.precision import cast, torch_dtype
+from export.reuse import Wanted, find, take
+from export.source import Source
+from export.to_onnx import OnnxGraph, choose_opset, save, to_onnx
+from sdkd.bundle import ComponentRecord, FileRecord
+from sdkd.console import Progress
+from sdkd.contract import COMPONENTS, Contract, Extras, Precision, ShapeRanges, static_contract
+from sdkd.errors import InputError
+from sdkd.files import write_json
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is asked of every component of an export; see `export_pipeline`."""
+
+    precision: Precision
+    opset: int | None = None
+    target: str | None = None
+    hidden_states: bool = False
+    keep_float: tuple[str, ...] = ()  # <component>.<module path>
+    static: ShapeRanges | None = None
+    verify: bool = True
+    reuse: tuple[str | Path, ...] = ()
+
+    def islands(self, component: str) -> tuple[str, ...]:
+        """Module paths of a component's blocks that are asked to stay float32."""
+        start = f"{component}."
+        return tuple(name.removeprefix(start) for name in self.keep_float if name.startswith(start))
+
+    def check_islands(self) -> None:
+        """InputError for a block of no component, or one to keep where all is float32 or nothing is compared."""
+        wrong = next((name for name in self.keep_float if name.partition(".")[0] not in COMPONENTS), None)
+        if wrong is not None:
+            raise InputError(
+                f"block {wrong!r} to keep in float32: give <component>.<module path>, such as "
+                f"vae_decoder.decoder.up_blocks.3, with one of {', '.join(COMPONENTS)}"
+            )
+        if self.keep_float and (self.precision == "fp32" or not self.verify):
+            why = "everything is float32 already" if self.precision == "fp32" else "that needs the float32 weights"
+            raise InputError(f"blocks to keep in float32 ({', '.join(self.keep_float)}): {why}; leave the option out")
+
+    def extras(self, component: str, config: Mapping[str, Any], controlled: bool) -> Extras:
+        """What the component has beyond the usual: hidden states as asked or configured, residuals for a ControlNet."""
+        if component == "text_encoder":
+            return Extras(hidden_states=self.hidden_states or bool(config.get("output_hidden_states")))
+        return Extras(residuals=component == "unet" and controlled)
+
+
+@dataclass
+class _Ready:
+    """A module in the wanted precision with its islands, and what PyTorch answers."""
+
+    module: nn.Module
+    contract: Contract
+    references: list[Reference]
+    islands: Islands
+
+
+def export_component(
+    source: Source,
+    name: str,
+    options: ExportOptions,
+    versions: Mapping[str, str],
+    folder: Path,
+    in_place: bool,
+    progress: Progress,
+) -> ComponentRecord:
+    """Export and check one component into `folder`; its record.
+
+    PyTorch answers first, so that its weights can go before onnxruntime opens the graph. Raises what `export_pipeline`
+    says.
+    """
+    start = time.perf_counter()
+    digest, wanted = source.digest(name), _wanted_options(options, name, "controlnet" in source.components)
+    opset = choose_opset(name, options.opset, options.target)
+    found = find(options.reuse, Wanted(name, digest, options.precision, opset, versions, options.verify, wanted))
+    if found:
+        progress(f"the same as in {found[0].path.name}, re-used", 1.0)
+        return take(*found, folder)
+    ready = _prepare(source, name, options, in_place, progress)
+    config = component_config(ready.module)
+    parameters = sum(tensor.numel() for tensor in component_state(name, ready.module).values())
+    progress("exporting to ONNX", 0.3)
+    with kept_float(ready.module, ready.islands, torch_dtype(options.precision)):
+        graph = to_onnx(ready.module, ready.contract, config, opset)
+    contract, references, islands = ready.contract, ready.references, ready.islands
+    if in_place:
+        source.release(name)
+    del ready
+    files = save(graph, folder / name)
+    write_json(folder / name / TRANSFORMS_FILE, dict(graph.transforms))
+    write_json(folder / name / "config.json", _plain(config))
+    details = _details(graph) | {"islands": islands.to_json(), "options": wanted}
+    del graph
+    gc.collect()
+    exported = time.perf_counter()
+    progress("comparing with PyTorch" if options.verify else "not compared with PyTorch", 0.8)
+    parity = check_graph(files[0], contract, references, options.precision) if options.verify else None
+    end = time.perf_counter()
+    details |= {"export_seconds": round(exported - start, 2), "parity_seconds": round(end - exported, 2)}
+    return ComponentRecord(
+        name=name,
+        contract=contract,
+        precision=options.precision,
+        opset=opset,
+        files=tuple(FileRecord.of(folder, file) for file in files),
+        source_sha256=digest,
+        parameters=parameters,
+        seconds=round(end - start, 2),
+        parity=parity,
+        details=details,
+    )
+
+
+def _wanted_options(options: ExportOptions, name: str, controlled: bool) -> dict[str, Any]:
+    """The options that change a component's graph, as its record keeps them."""
+    return {
+        "hidden_states": name == "text_encoder" and options.hidden_states,
+        "residuals": name == "unet" and controlled,
+        "keep_float": list(options.islands(name)),
+        "static": options.static.to_json() if options.static else None,
+    }
+
+
+def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, progress: Progress) -> _Ready:
+    """PyTorch's answers in float32 and in the wanted precision, and the module in that precision, on the CPU."""
+    original, precision = source.module(name), options.precision
+    ready = original if in_place and source.is_ours(name) else copy.deepcopy(original)
+    del original
+    ready = standard_attention(ready.cpu().eval().requires_grad_(False))
+    config = component_config(ready)
+    extras = options.extras(name, config, "controlnet" in source.components)
+    contract = _shaped(module_contract(name, ready, precision, extras), source, options)
+    if not options.verify:
+        return _Ready(cast(ready, precision), contract, [], Islands())
+    ready = cast(ready, "fp32")
+    cases = parity_cases(contract, config)
+    inputs = [case_inputs(contract, case, config) for case in cases]
+    progress("PyTorch in float32", 0.0)
+    graph = graph_module(contract, ready)
+    if precision == "fp32":
+        exact = run_eager(graph, inputs, torch.float32)
+        return _Ready(ready, contract, _references(cases, inputs, exact, exact), Islands())
+    with recorded(ready) as flows:
+        exact = run_eager(graph, inputs, torch.float32)
+        if name == "vae_decoder":
+            run_eager(graph, ((each,) for each in probe_latents(config)), torch.float32)
+    islands = find_islands(flows, options.islands(name), automatic=precision == "fp16")
+    ready = cast(ready, precision, keep=float_weights(ready, islands))
+    progress(f"PyTorch in {precision}", 0.15)
+    with kept_float(ready, islands, torch_dtype(precision)):
+        eager = run_eager(graph_module(contract, ready), inputs, torch_dtype(precision))
+    return _Ready(ready, contract, _references(cases, inputs, exact, eager), islands)
+
+
+def _references(cases: Any, inputs: Any, exact: Any, eager: Any) -> list[Reference]:
+    return [Reference(*row) for row in zip(cases, inputs, exact, eager, strict=True)]
+
+
+def _shaped(contract: Contract, source: Source, options: ExportOptions) -> Contract:
+    """The contract with all axes fixed where that is asked for."""
+    if options.static is None:
+        return contract
+    return static_contract(contract, options.static, *source.geometry)
+
+
+def _details(graph: OnnxGraph) -> dict[str, Any]:
+    operators = graph.nodes
+    return {
+        "nodes": operators.total(),
+        "operators": dict(operators.most_common()),
+        "float32_nodes": dict(graph.float_nodes),
+        "unmatched_weights": list(graph.unmatched),
+    }
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as JSON, without notes of where it was loaded from."""
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "_use_default_values")}

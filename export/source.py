@@ -1,0 +1,185 @@
+"""Where the modules to export come from: a named model, loaded part by part, or an eager pipeline, left as it is."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from export.components import component_config, component_module, component_state
+from sdkd.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
+from sdkd.errors import InputError, ModelError
+from sdkd.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
+# What `--vae` and `--controlnet` may name, by the class in its config.json.
+REPLACEMENTS: dict[str, tuple[str, ...]] = {
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "controlnet": ("ControlNetModel",),
+}
+SIDE_PARTS = ("scheduler", "tokenizer", "feature_extractor")
+
+
+@dataclass
+class Source:
+    """Modules by part, what the manifest says of them, and whether they are ours to change."""
+
+    about: dict[str, Any]
+    rest: Any  # the pipeline, without its weights where the model has a name
+    model: str | Path | None = None
+    dtype: torch.dtype = torch.float32
+    replaced: Mapping[str, str] = field(default_factory=dict)  # part -> folder or hub id
+    digests: Mapping[str, str] = field(default_factory=dict)
+    _loaded: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def owned(self) -> bool:
+        """Whether modules were loaded here, and may be changed in place."""
+        return self.model is not None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What this source has to export."""
+        has_controlnet = "controlnet" in self.replaced or getattr(self.rest, "controlnet", None) is not None
+        return (*BASE_COMPONENTS, "controlnet") if has_controlnet else BASE_COMPONENTS
+
+    def module(self, component: str) -> nn.Module:
+        """The PyTorch module of a component, loaded on first use; ModelError as the loaders raise it."""
+        part = CONFIG_FOLDERS[component]
+        if part in self.replaced:
+            if part not in self._loaded:
+                self._loaded[part] = load_replacement(part, self.replaced[part], self.dtype)
+            return self._loaded[part]
+        if self.model is None:
+            return component_module(self.rest, component)
+        if part not in self._loaded:
+            from sdkd.models import load_component
+
+            self._loaded[part] = load_component(self.model, part, self.dtype)  # type: ignore[arg-type]
+        return self._loaded[part]
+
+    @functools.cached_property
+    def geometry(self) -> tuple[int, int]:
+        """Pixels per latent, and tokens that the text encoder takes at once."""
+        found = vae_scale(component_config(self.module("vae_decoder")))
+        self.release("vae_decoder")
+        positions = int(component_config(self.module("text_encoder"))["max_position_embeddings"])
+        self.release("text_encoder")
+        return found, positions
+
+    def release(self, component: str) -> None:
+        """Forget a component's module."""
+        self._loaded.pop(CONFIG_FOLDERS[component], None)
+        gc.collect()
+
+    def is_ours(self, component: str) -> bool:
+        """Whether a component's module may be changed in place."""
+        return CONFIG_FOLDERS[component] in self._loaded
+
+    def digest(self, component: str) -> str:
+        """SHA-256 of the weights at their source, or of the module's state where they have no file."""
+        if CONFIG_FOLDERS[component] not in self.replaced and component in self.digests:
+            return self.digests[component]
+        return state_digest(component_state(component, self.module(component)))
+
+    def write_rest(self, folder: Path) -> None:
+        """What runs beside the graphs, as diffusers writes it: model_index.json, scheduler, tokenizer."""
+        index = json.loads(self.rest.to_json_string())
+        index.pop("_name_or_path", None)  # a path of this machine
+        for part, name in self.replaced.items():
+            index[part] = ["diffusers", replacement_class(part, name)]
+        if "controlnet" in self.replaced:
+            index["_class_name"] = CONTROLNET_PIPELINE
+        write_json(folder / "model_index.json", index)
+        for side in SIDE_PARTS:
+            if (found := getattr(self.rest, side, None)) is not None:
+                found.save_pretrained(folder / side)
+
+
+def open_source(
+    model: str | Path | StableDiffusionPipeline, replaced: Mapping[str, str], dtype: torch.dtype = torch.float32
+) -> Source:
+    """What `model` and its replaced parts are; nothing heavy is loaded yet. `dtype`: of the modules when loaded.
+
+    Raises ModelError or InputError for what is no model, no VAE or no ControlNet.
+    """
+    for part, name in replaced.items():
+        replacement_class(part, name)
+    if not isinstance(model, str | Path):
+        about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
+        return Source(about, model, replaced=replaced, dtype=dtype)
+    from sdkd.models import load_rest, resolve, source_digests
+
+    found = resolve(model)
+    name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file") else found.name
+    about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
+    return Source(about, load_rest(model), model, dtype, replaced, source_digests(model))
+
+
+def replacement_class(part: str, name: str) -> str:
+    """The diffusers class of a VAE or ControlNet folder; ModelError when it is neither."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if path.exists() or name.count("/") != 1:
+            raise ModelError(f"{part} {name!r} is no folder: give the folder that save_pretrained wrote, or a hub id")
+        return _hub_class(part, name)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{part} {name!r} has no config.json: give the folder that save_pretrained wrote")
+    try:
+        return _checked_class(part, name, read_json(path / "config.json"))
+    except InputError as error:
+        raise ModelError(str(error)) from error
+
+
+def _hub_class(part: str, name: str) -> str:
+    import diffusers
+
+    try:
+        config = getattr(diffusers, REPLACEMENTS[part][0]).load_config(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{part} {name!r} is neither a folder here nor on the hub ({reason}): check it") from error
+    return _checked_class(part, name, config)
+
+
+def _checked_class(part: str, name: str, config: Mapping[str, Any]) -> str:
+    kind = str(config.get("_class_name"))
+    if kind not in REPLACEMENTS[part]:
+        raise ModelError(f"{part} {name!r} is a {kind}: give one of {', '.join(REPLACEMENTS[part])}")
+    return kind
+
+
+def load_replacement(part: str, name: str, dtype: torch.dtype) -> nn.Module:
+    """A VAE or ControlNet from a folder or the hub, in eval mode and frozen; safetensors only."""
+    import diffusers
+
+    from sdkd.pipelines import quiet_libraries
+
+    kind = getattr(diffusers, replacement_class(part, name))
+    try:
+        with quiet_libraries():
+            module: nn.Module = kind.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{part} {name!r} could not be loaded ({reason}): save or download it again") from error
+    return module.eval().requires_grad_(False)
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict: the identity of weights that have no file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
