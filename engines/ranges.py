@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
 
 _HEIGHTS = ("height", "image_height")
 _WIDTHS = ("width", "image_width")
+_AXES = ("batch", "height", "width", "sequence")
 
 
 def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> None:
-    """RangeError unless every axis lies in its built range and is a multiple of its step."""
+    """RangeError unless one profile holds every axis, and every axis is a multiple of its step."""
     for axis, step in checked.steps.items():
         if sizes[axis] % step:
             factor = 1 if axis.startswith("image_") else checked.scale
@@ -26,13 +28,28 @@ def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> None:
                 f"{axis.removeprefix('image_')} {pixels} is not a multiple of {multiple} pixels, as {checked.label} "
                 f"needs: use {low} or {low + multiple}"
             )
-    if all(size in checked.limits[axis] for axis, size in sizes.items()):
+    if fitting_profiles(checked, sizes):
         return
     asked = asked_ranges(checked, sizes)
+    built = " and for ".join(str(profile) for profile in checked.record.profiles)
     raise RangeError(
-        f"{checked.label} was asked for {_describe(checked, sizes)}, and was built for {checked.record.ranges}. "
-        f"Build one that covers both with: {cover_command(checked, asked)}"
+        f"{checked.label} was asked for {_describe(checked, sizes)}, and was built for {built}. "
+        f"Build one that covers {'all' if len(checked.profiles) > 1 else 'both'} with: {cover_command(checked, asked)}"
     )
+
+
+def fitting_profiles(checked: Checked, sizes: Mapping[str, int]) -> list[int]:
+    """Profiles that hold all sizes, the one with the smallest largest shape first: it wastes the least memory."""
+
+    def volume(index: int) -> int:
+        return math.prod(checked.profiles[index][axis].max for axis in sizes)
+
+    fitting = [
+        index
+        for index, profile in enumerate(checked.profiles)
+        if all(size in profile[axis] for axis, size in sizes.items())
+    ]
+    return sorted(fitting, key=volume)
 
 
 def output_sizes(sizes: Mapping[str, int], scale: int) -> dict[str, int]:
@@ -61,17 +78,31 @@ def widened(ranges: ShapeRanges, asked: Mapping[str, int]) -> ShapeRanges:
         size = asked.get(name, built.opt)
         return Range(min(built.min, size), built.opt, max(built.max, size))
 
-    return ShapeRanges(*(wide(name) for name in ("batch", "height", "width", "sequence")))
+    return ShapeRanges(*(wide(name) for name in _AXES))
 
 
 def cover_command(checked: Checked, asked: Mapping[str, int]) -> str:
-    """The `sdkd build-engine` command whose engine covers the built ranges and the request."""
-    wide = widened(checked.record.ranges, asked)
-    height, width = _option(wide.height), _option(wide.width)
+    """The `sdkd build-engine` command whose engine covers what was built and the request.
+
+    One profile is widened; beside several, the request becomes one more.
+    """
+    command = f"sdkd build-engine {checked.bundle.path} --target {checked.record.slot}"
+    built = checked.record.profiles
+    if len(built) > 1:
+        exactly = ShapeRanges(
+            *(Range.fixed(asked[name]) if name in asked else getattr(built[0], name) for name in _AXES)
+        )
+        texts = (",".join(f"{key}={value}" for key, value in _options(one).items()) for one in (*built, exactly))
+        return command + "".join(f' --profile "{text}"' for text in texts)
+    options = _options(widened(built[0], asked))
+    return command + "".join(f" --{key} {options[key]}" for key in options if key != "tokens" or "sequence" in asked)
+
+
+def _options(ranges: ShapeRanges) -> dict[str, str]:
+    """Ranges as `sdkd build-engine` reads them back."""
+    height, width = _option(ranges.height), _option(ranges.width)
     size = height if height == width else f"{height}x{width}"
-    tokens = f" --tokens {_option(wide.sequence)}" if "sequence" in asked else ""
-    batch = f" --batch {_option(wide.batch)}"
-    return f"sdkd build-engine {checked.bundle.path} --target {checked.record.slot} --size {size}{batch}{tokens}"
+    return {"size": size, "batch": _option(ranges.batch), "tokens": _option(ranges.sequence)}
 
 
 def _describe(checked: Checked, sizes: Mapping[str, int]) -> str:

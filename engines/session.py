@@ -56,9 +56,10 @@ class Checked:
     bundle: Bundle
     record: EngineRecord
     contract: Contract
-    limits: Mapping[str, Range]  # of each dynamic axis of the inputs
+    limits: Mapping[str, Range]  # of each dynamic axis of the inputs, over all profiles
     steps: Mapping[str, int]  # an axis must be a multiple of its step
     scale: int  # pixels per latent
+    profiles: tuple[Mapping[str, Range], ...]  # limits of each profile, in the record's order
 
     @property
     def path(self) -> Path:
@@ -91,8 +92,10 @@ def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
         )
     scale = _scale(bundle)
     contract = bundle.component(component).contract
-    limits = axis_ranges(contract, record.ranges, scale, bundle.positions())
-    return Checked(bundle, record, contract, limits, _steps(bundle, contract), scale)
+    limits, *profiles = (
+        axis_ranges(contract, ranges, scale, bundle.positions()) for ranges in (record.ranges, *record.profiles)
+    )
+    return Checked(bundle, record, contract, limits, _steps(bundle, contract), scale, tuple(profiles))
 
 
 def open_session(bundle: Bundle | str | Path, slot: str, component: str, **options: Any) -> EngineSession:

@@ -7,6 +7,7 @@ the library returns is checked, and the tensor named.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from functools import cache as once
@@ -137,12 +138,12 @@ class TensorRTSession(EngineSession):
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream(self.device)
             stream = self._side if current.cuda_stream == 0 else current
+            stream.wait_event(self._done)  # a context runs, and changes its profile, once at a time, on any stream
             changed = self._set_shapes(feeds, stream)
             self._check_shapes(outputs)
             held = self._bind(feeds, outputs)
             workspace = self._lend_workspace()
             stream.wait_stream(current)  # inputs, and copies of them, are made on the current stream
-            stream.wait_event(self._done)  # a context runs once at a time, also when the caller changes streams
             queued = self._context.execute_async_v3(stream.cuda_stream)
             self._done.record(stream)
             current.wait_stream(stream)  # what is freed below is used again only after the engine is done
@@ -159,11 +160,7 @@ class TensorRTSession(EngineSession):
             return False
         self._shapes = {}
         context = self._context
-        profile = self._find_profile(shapes)
-        if profile != context.active_optimization_profile and not context.set_optimization_profile_async(
-            profile, stream.cuda_stream
-        ):
-            raise self._failed(f"selecting optimization profile {profile}")
+        self._select_profile(shapes, stream)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise self._failed(f"setting shape {shape} of input {name!r}")
@@ -173,17 +170,28 @@ class TensorRTSession(EngineSession):
         self._shapes = shapes
         return True
 
+    def _select_profile(self, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> None:
+        """Make the smallest profile that fits the active one; its shapes and memory must then be set anew."""
+        profile = self._find_profile(shapes)
+        if profile == self._context.active_optimization_profile:
+            return
+        if not self._context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise self._failed(f"selecting optimization profile {profile}")
+        self._workspace = (0, 0)
+
     def _find_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The first optimization profile that holds all shapes."""
-        engine = self._engine
-        for index in range(engine.num_optimization_profiles):
-            spans = {name: engine.get_tensor_profile_shape(name, index) for name in shapes}
+        """The optimization profile that holds all shapes and has the smallest largest ones, by the engine itself."""
+        fitting: list[tuple[int, int]] = []
+        for index in range(self._engine.num_optimization_profiles):
+            spans = {name: self._engine.get_tensor_profile_shape(name, index) for name in shapes}
             if all(_inside(shapes[name], span[0], span[-1]) for name, span in spans.items()):
-                return index
-        raise EngineError(
-            f"{self.checked.label} has no optimization profile for {dict(shapes)}, though its manifest says "
-            f"{self.ranges}. Rebuild it with: {self._rebuild}"
-        )
+                fitting.append((sum(math.prod(span[-1]) for span in spans.values()), index))
+        if not fitting:
+            raise EngineError(
+                f"{self.checked.label} has no optimization profile for {dict(shapes)}, though its manifest says "
+                f"{' and '.join(map(str, self.checked.record.profiles))}. Rebuild it with: {self._rebuild}"
+            )
+        return min(fitting)[1]
 
     def _check_shapes(self, outputs: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in outputs.items():

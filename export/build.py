@@ -10,16 +10,15 @@ from typing import Any
 
 from export.build_errors import explain
 from export.build_files import moved, partial_folder
-from export.build_job import TIMING_CACHE, Job
-from export.build_request import Request, check_buildable, engine_precision, rebuild_reasons, requests_for
-from export.ranges import Geometry, best_sizes, input_shapes, other_sizes
+from export.build_job import Job
+from export.build_request import Ranges, Request, check_buildable, engine_precision, rebuild_reasons, requests_for
+from export.ranges import Geometry, check_shapes, input_shapes
 from export.worker import ChildError, run_in_child
 from sdkd.bundle import Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet
-from sdkd.contract import ShapeRanges
 from sdkd.errors import BuildError
 from sdkd.files import lock
-from sdkd.targets import built_environment, check_target, environment
+from sdkd.targets import built_environment, check_target, environment, timing_cache
 
 
 def build_engine(
@@ -27,16 +26,17 @@ def build_engine(
     target: str,
     *,
     precision: str | None = None,
-    ranges: ShapeRanges | None = None,
+    ranges: Ranges | None = None,
     components: Sequence[str] | None = None,
     force: bool = False,
     progress: Progress = quiet,
 ) -> Bundle:
     """Build the engines of a bundle for a target and return the bundle as it is then.
 
-    `target`: a target or slot (`openvino-bf16`); `precision`: None for the ONNX's own; `ranges`: None for
-    `default_ranges`; `components`: None for all that were exported. An engine of the same ONNX, ranges, flags and
-    environment is kept unless `force`. All or nothing: on failure or Ctrl-C files and manifest stay as they were.
+    `target`: a target or slot (`openvino-bf16`); `precision`: None for the ONNX's own; `ranges`: one profile, several
+    (a target without profiles gets one range that covers them), or None for `default_ranges`; `components`: None for
+    all that were exported. An engine of the same ONNX, profiles, flags and environment is kept unless `force`. All or
+    nothing: on failure or Ctrl-C files and manifest stay as they were.
 
     Raises InputError (target, precision, ranges, components), BundleError (no bundle, truncated or altered ONNX),
     MissingExtraError, BusyError (somebody else builds), BuildError and ValuesError (NaN, infinity, too far off).
@@ -49,6 +49,8 @@ def build_engine(
         wanted = engine_precision(opened, target, precision)
         check_buildable(kind)
         requests = requests_for(opened, kind.name, wanted, ranges, components)
+        if isinstance(ranges, Sequence) and len(ranges) > 1 and not kind.many_profiles:
+            progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)
         stale = _split(opened, requests, force, progress)
         return _build(opened, stale, progress) if stale else opened
 
@@ -73,8 +75,9 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
     slot = requests[0].slot
     home = bundle.path / "engines" / slot
     with partial_folder(home) as partial:
-        if (home / TIMING_CACHE).is_file():
-            shutil.copy2(home / TIMING_CACHE, partial)
+        known = timing_cache(requests[0].target)
+        if known and (home / known).is_file():
+            shutil.copy2(home / known, partial)
         jobs = [_job(bundle, request, partial) for request in requests]
         answers = _run(jobs, requests, progress)
         records = [_record(request, answer, partial) for request, answer in zip(requests, answers, strict=True)]
@@ -90,8 +93,6 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
 def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
     contract = request.component.contract
     geometry = Geometry.of(bundle)
-    first = best_sizes(contract, request.ranges, geometry)
-    second = other_sizes(contract, request.ranges, geometry)
     return Job(
         component=request.component.name,
         target=request.target,
@@ -99,9 +100,10 @@ def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
         onnx=str((bundle.path / request.component.files[0].path).resolve()),
         folder=str(folder.resolve()),
         contract=contract,
-        profile=input_shapes(contract, request.ranges, geometry),
-        checks=(first, second) if second else (first,),
+        profiles=tuple(input_shapes(contract, profile, geometry) for profile in request.profiles),
+        checks=check_shapes(contract, request.profiles, geometry),
         flags=request.flags,
+        timing_cache=timing_cache(request.target),
     )
 
 
@@ -133,6 +135,7 @@ def _record(request: Request, answer: Mapping[str, Any], folder: Path) -> Engine
         files=files,
         onnx_sha256=request.component.onnx_sha256,
         ranges=request.ranges,
+        profiles=request.profiles,
         environment=built_environment(request.target),
         seconds=answer["seconds"],
         flags={**request.flags, **answer["flags"]},

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdkd.bundle import MANIFEST, Bundle, EngineRecord
 from sdkd.console import Progress, progress, show, show_json, table, within
-from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, Precision, Range, check_precision, size_multiple
+from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, Precision, check_precision, size_multiple
 from sdkd.errors import InputError, OutputExistsError
 from sdkd.files import read_json
 from sdkd.targets import check_target, slot_name, slot_precision
+
+if TYPE_CHECKING:
+    from export.ranges import Typed
 
 ARTIFACTS = Path("artifacts")
 FROM_FLOAT = ("openvino",)  # targets that make their own precision from an fp32 graph
@@ -25,8 +28,11 @@ def build_engine(
     target: Annotated[str, typer.Option("--target", "-t", help="onnxruntime, openvino, tensorrt or tensorrt-rtx.")],
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the bundle's.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="Pixels: 512, 512..768 or 512x768 (height x width).")] = None,
+    size_opt: Annotated[str | None, typer.Option(help="The size of the range to be fastest at: 768.")] = None,
     batch: Annotated[str | None, typer.Option(help="Images per call: 1 or 1..4.")] = None,
+    batch_opt: Annotated[str | None, typer.Option(help="The batch of the range to be fastest at: 1.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens per prompt; default: all the text encoder has.")] = None,
+    profile: Annotated[list[str] | None, typer.Option(help="One of several: size=512..1024,batch=1..4.")] = None,
     components: Annotated[list[str] | None, typer.Option(help="unet, text_encoder, ...; default: all.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
@@ -39,18 +45,17 @@ def build_engine(
     """
     from export import build
     from export.build_request import check_components, onnx_precision
-    from export.ranges import parse_ranges
+    from export.ranges import Typed, parse_profile, parse_profiles
 
     parts = [name for group in components or () for name in group.split(",")] or None
-    _check_model(model, target, precision, size or [])
+    typed = Typed(tuple(size or ()), size_opt, batch, batch_opt, tokens)
+    _check_model(model, target, precision, [parse_profile(text, typed) for text in profile or ()] or [typed])
     check_components(parts)
-    for text in filter(None, (batch, tokens)):
-        Range.parse(text)
     with progress(f"build-engine {target}") as step:
         start = 0.0 if _is_bundle(model) else 0.5
         path = _bundle(model, output, _export_precision(target, precision), overwrite, within(step, 0.0, 0.5))
         before = Bundle.open(path)
-        ranges = parse_ranges(size or [], batch, tokens, before)
+        ranges = parse_profiles(profile or (), typed, before)
         options: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
         after = build.build_engine(path, target, progress=within(step, start, 1.0), **options)
     onnx = onnx_precision(after)
@@ -60,7 +65,7 @@ def build_engine(
         show_json(found)
         return
     show(table(f"Engines for {found['slot']} in {path}", COLUMNS, [_row(engine) for engine in found["engines"]]))
-    for shapes in dict.fromkeys(engine["shapes"] for engine in found["engines"]):
+    for shapes in dict.fromkeys(text for engine in found["engines"] for text in engine["shapes"]):
         show(f"  takes {shapes}")
     show(f"Run it with: sdkd generate {path} PROMPT --target {found['slot']}")
 
@@ -69,24 +74,26 @@ def _is_bundle(model: str) -> bool:
     return (Path(model) / MANIFEST).is_file()
 
 
-def _check_model(model: str, target: str, precision: str | None, sizes: list[str]) -> None:
+def _check_model(model: str, target: str, precision: str | None, profiles: list[Typed]) -> None:
     """Whatever can be refused before minutes are spent on an export."""
     from export.build_request import check_buildable, check_conversion
-    from export.ranges import check_sizes, parse_sizes
+    from export.ranges import check_sizes
     from sdkd.models import resolve
 
     found = check_target(target)
     if precision:
         check_precision(precision)
-    pixels = parse_sizes(sizes)
+    for typed in profiles:
+        typed.check()
     source = resolve(model)
     if source.kind != "bundle":
         onnx = _export_precision(target, precision)
         check_conversion(found.name, onnx, precision or slot_precision(target) or onnx)
     configs = [source.path / part / "config.json" for part in ("unet", "vae")] if source.path else []
-    if pixels and configs and all(file.is_file() for file in configs):
+    if configs and all(file.is_file() for file in configs):
         unet, vae = (read_json(file) for file in configs)
-        check_sizes(*pixels, size_multiple(unet, vae))
+        for height, width in filter(None, (typed.pixels() for typed in profiles)):
+            check_sizes(height, width, size_multiple(unet, vae))
     check_buildable(found)
 
 
@@ -149,7 +156,8 @@ def _describe(before: Bundle, engine: EngineRecord) -> dict[str, Any]:
         "slot": engine.slot,
         "precision": engine.precision,
         "ranges": engine.ranges.to_json(),
-        "shapes": str(engine.ranges),
+        "profiles": [profile.to_json() for profile in engine.profiles],
+        "shapes": [str(profile) for profile in engine.profiles],
         "bytes": engine.total_bytes,
         "seconds": engine.seconds,
         "parity": engine.parity,

@@ -22,7 +22,6 @@ BUILDERS = {
     "tensorrt": "export.build_tensorrt",
     "tensorrt-rtx": "export.build_tensorrt",
 }
-TIMING_CACHE = "timing.cache"  # of TensorRT, beside the engines of a slot
 GRAPH_BYTES = 2e7  # a graph costs time even without weights
 Run = Callable[[Mapping[str, Any]], list[Any]]
 """Runs a saved engine: numpy arrays by input name -> numpy arrays in the contract's order of outputs."""
@@ -30,7 +29,7 @@ Run = Callable[[Mapping[str, Any]], list[Any]]
 
 @dataclass(frozen=True)
 class Job:
-    """One engine to build: files, shapes (smallest, best, largest per input) and the two shapes to check it with."""
+    """One engine to build: files, profiles (smallest, best, largest shape per input), and shapes to check it with."""
 
     component: str
     target: str
@@ -38,9 +37,10 @@ class Job:
     onnx: str
     folder: str
     contract: Contract
-    profile: Mapping[str, Any]  # input -> [min, opt, max] shapes
+    profiles: tuple[Mapping[str, Any], ...]  # each: input -> [min, opt, max] shapes
     checks: tuple[Mapping[str, int], ...]  # axis sizes, the best shape first
     flags: Mapping[str, Any] = field(default_factory=dict)
+    timing_cache: str = ""  # a file's name in the folder; empty where the library keeps none
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_json` reads it back."""
@@ -49,7 +49,8 @@ class Job:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Job:
         """The inverse of `to_json`."""
-        return Job(**{**data, "contract": Contract.from_json(data["contract"]), "checks": tuple(data["checks"])})
+        changed = {name: tuple(data[name]) for name in ("profiles", "checks")}
+        return Job(**{**data, **changed, "contract": Contract.from_json(data["contract"])})
 
     def file(self, suffix: str) -> Path:
         """Where the builder writes, e.g. `<folder>/unet.engine`."""

@@ -47,7 +47,8 @@ def build(job: Job, progress: Progress) -> Built:
     progress("reading the graph", 0.0)
     model = core.read_model(job.onnx)
     check_io(job, _tensors(model.inputs), _tensors(model.outputs))
-    model.reshape({name: _partial_shape(shapes) for name, shapes in job.profile.items()})
+    (profile,) = job.profiles  # a blob has one range per axis
+    model.reshape({name: _partial_shape(shapes) for name, shapes in profile.items()})
     config = dict(job.flags["config"])
     progress("compiling", 0.1)
     compiled = core.compile_model(model, DEVICE, config)

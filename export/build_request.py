@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.build_job import BUILDERS
-from export.ranges import check_ranges, default_ranges
+from export.ranges import check_ranges, cover, default_ranges
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.contract import COMPONENTS, ShapeRanges, check_precision
 from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
@@ -20,6 +20,7 @@ from sdkd.targets import Target, availability, check_target, require, slot_name,
 CONVERSIONS: dict[str, dict[str, tuple[str, ...]]] = {"openvino": {"fp32": ("bf16", "fp16"), "fp16": ("fp32",)}}
 # Targets whose bf16 graphs nobody could check: onnxruntime has no bf16 kernels for a CPU (Conv, ReduceMean, ...).
 NO_BF16_GRAPHS = ("onnxruntime", "openvino")
+Ranges = ShapeRanges | Sequence[ShapeRanges]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class Request:
     target: str
     slot: str
     precision: str
-    ranges: ShapeRanges
+    profiles: tuple[ShapeRanges, ...]
     flags: Mapping[str, Any]
+
+    @property
+    def ranges(self) -> ShapeRanges:
+        """What covers all profiles."""
+        return cover(self.profiles)
 
 
 def engine_precision(bundle: Bundle, target: str, asked: str | None) -> str:
@@ -73,13 +79,23 @@ def onnx_precision(bundle: Bundle) -> str:
     return records.get("unet", next(iter(records.values()))).precision
 
 
+def profiles_for(bundle: Bundle, target: str, asked: Ranges | None) -> tuple[ShapeRanges, ...]:
+    """The profiles that the engines of a target get: those asked for, or what covers them where it has but one.
+
+    Raises InputError for sizes that the model does not have.
+    """
+    several = (asked,) if isinstance(asked, ShapeRanges) else tuple(asked or (default_ranges(bundle),))
+    for profile in several:
+        check_ranges(profile, bundle)
+    return several if check_target(target).many_profiles else (cover(several),)
+
+
 def requests_for(
-    bundle: Bundle, target: str, precision: str, ranges: ShapeRanges | None, components: Sequence[str] | None
+    bundle: Bundle, target: str, precision: str, ranges: Ranges | None, components: Sequence[str] | None
 ) -> list[Request]:
     """One request per component; InputError for an unknown component or sizes that the model does not have."""
     names = _components(bundle, components)
-    shapes = ranges or default_ranges(bundle)
-    check_ranges(shapes, bundle)
+    profiles = profiles_for(bundle, target, ranges)
     base = onnx_precision(bundle)
     options = importlib.import_module(BUILDERS[target])
 
@@ -87,10 +103,15 @@ def requests_for(
         # A component that was exported in another precision than the UNet (a float VAE, say) keeps its own.
         own = record.precision if precision == base else precision
         return Request(
-            record, target, slot_name(target, precision, base), own, shapes, options.flags(own, record.precision)
+            record, target, slot_name(target, precision, base), own, profiles, options.flags(own, record.precision)
         )
 
     return [request(bundle.component(name)) for name in names]
+
+
+def listed(profiles: Sequence[ShapeRanges]) -> str:
+    """Profiles in words."""
+    return " and ".join(str(profile) for profile in profiles)
 
 
 def check_components(names: Sequence[str] | None) -> None:
@@ -123,8 +144,8 @@ def rebuild_reasons(bundle: Bundle, request: Request, here: Mapping[str, str]) -
     reasons = bundle.stale_reasons(record, here)
     if record.precision != request.precision:
         reasons.append(f"built in {record.precision}, asked for {request.precision}")
-    if record.ranges != request.ranges:
-        reasons.append(f"built for {record.ranges}, asked for {request.ranges}")
+    if record.profiles != request.profiles:
+        reasons.append(f"built for {listed(record.profiles)}, asked for {listed(request.profiles)}")
     for key, value in request.flags.items():
         if record.flags.get(key) != value:
             reasons.append(f"built with {key} {record.flags.get(key)}, asked for {value}")

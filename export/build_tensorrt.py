@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from export.build_job import TIMING_CACHE, Built, Job, check_io
+from export.build_job import Built, Job, check_io
 from export.build_progress import progress_monitor
 from sdkd.console import Progress
 from sdkd.errors import BuildError, MissingExtraError
@@ -32,7 +32,7 @@ def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
 
 
 def build(job: Job, progress: Progress) -> Built:
-    """Build <component>.engine for the job's one optimization profile; it is not opened here (that needs the GPU).
+    """Build <component>.engine with all of the job's optimization profiles; it is not opened (that needs the GPU).
 
     Raises BuildError or Polygraphy's exception when the parser or the builder refuses the graph.
     """
@@ -96,13 +96,13 @@ def _plan(trt: ModuleType, job: Job, network: tuple[Any, Any, str, Any], progres
     from polygraphy.backend.trt import EngineBytesFromNetwork, Profile
 
     builder, definition, _, parser = network
-    profile = Profile()
-    for name, (low, best, high) in job.profile.items():
-        profile.add(name, tuple(low), tuple(best), tuple(high))
-    # tensorrt_rtx times nothing when it builds; the other keeps what it timed for the next build on this GPU.
-    cache = None if job.target == RTX else str(Path(job.folder) / TIMING_CACHE)
+    profiles = [Profile() for _ in job.profiles]
+    for profile, shapes in zip(profiles, job.profiles, strict=True):
+        for name, (low, best, high) in shapes.items():
+            profile.add(name, tuple(low), tuple(best), tuple(high))
+    cache = str(Path(job.folder) / job.timing_cache) if job.timing_cache else None
     with progress_monitor(trt, progress, job.target, job.weight_bytes()) as monitor:
-        create = _create_config(job.target)(profiles=[profile], load_timing_cache=cache, progress_monitor=monitor)
+        create = _create_config(job.target)(profiles=profiles, load_timing_cache=cache, progress_monitor=monitor)
         config = create(builder, definition)
         if hasattr(trt.BuilderFlag, "TF32"):
             config.clear_flag(trt.BuilderFlag.TF32)

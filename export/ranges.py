@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sdkd.bundle import Bundle
 from sdkd.contract import Contract, Range, ShapeRanges, axis_ranges, check_size, size_multiple, split_axis, vae_scale
@@ -57,24 +58,108 @@ def default_ranges(bundle: Bundle) -> ShapeRanges:
     return ShapeRanges(BATCH, Range.fixed(height), Range.fixed(width), Range.fixed(max_tokens(bundle)))
 
 
-def parse_ranges(sizes: Sequence[str], batch: str | None, sequence: str | None, bundle: Bundle) -> ShapeRanges:
-    """Read `512`, `512..768`, `512x768` (height x width) and `1..4` into checked ranges.
+@dataclass(frozen=True)
+class Typed:
+    """One profile as people type it: `512`, `512..1024`, `512x768` (height x width), `1..4`; what is empty is default.
 
-    Several sizes become one range that covers them all, best for the first. What is not given comes from
-    `default_ranges`. Raises InputError with the value and the rule.
+    Several sizes become one range that covers them all, best for the first.
     """
+
+    sizes: tuple[str, ...] = ()
+    size_opt: str | None = None
+    batch: str | None = None
+    batch_opt: str | None = None
+    tokens: str | None = None
+
+    def pixels(self) -> tuple[Range, Range] | None:
+        """Ranges of height and width; None when no size was typed; InputError when a text is not understood."""
+        pairs = [_parse_size(text) for text in self.sizes]
+        if not pairs:
+            return None
+        best = _parse_size(self.size_opt) if self.size_opt else (None, None)
+        height, width = (_cover([pair[side] for pair in pairs]) for side in (0, 1))
+        return _best(height, best[0], "--size-opt", "height"), _best(width, best[1], "--size-opt", "width")
+
+    def images(self) -> Range | None:
+        """Range of images per call; None when none was typed."""
+        best = Range.parse(self.batch_opt) if self.batch_opt else None
+        return _best(Range.parse(self.batch), best, "--batch-opt", "batch") if self.batch else None
+
+    def prompt(self) -> Range | None:
+        """Range of tokens per prompt; None when none was typed."""
+        return Range.parse(self.tokens) if self.tokens else None
+
+    def check(self) -> None:
+        """InputError for whatever is wrong without a look at the model."""
+        self.pixels(), self.images(), self.prompt()
+        for option, of, value, given in (
+            ("--size-opt", "--size", self.size_opt, self.sizes),
+            ("--batch-opt", "--batch", self.batch_opt, self.batch),
+        ):
+            if value and not given:
+                raise InputError(f"{option} {value} is the best of a range: give the range too, with {of}")
+
+
+def _best(r: Range, best: Range | None, option: str, what: str) -> Range:
+    """The range with another optimum, which it must hold."""
+    if best is None:
+        return r
+    if best.min != best.max or best.opt not in r:
+        raise InputError(
+            f"{option} {best} is not one {what} within {r}: the best size must lie inside the profile, "
+            f"for example {option} {r.max}"
+        )
+    return Range(r.min, best.opt, r.max)
+
+
+PROFILE_KEYS = {"size": "sizes", "size-opt": "size_opt", "batch": "batch", "batch-opt": "batch_opt", "tokens": "tokens"}
+PROFILE_EXAMPLE = '--profile "size=512..1024,size-opt=768,batch=1..4"'
+
+
+def parse_profile(text: str, outside: Typed = Typed()) -> Typed:
+    """Read `size=512,batch=1..4`; what a profile leaves out is taken from `outside`; InputError with an example."""
+    given: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = (word.strip() for word in part.partition("="))
+        if key not in PROFILE_KEYS or not value or PROFILE_KEYS[key] in given:
+            raise InputError(
+                f"profile {text!r} is not understood at {part.strip()!r}: give each of {', '.join(PROFILE_KEYS)} "
+                f"at most once, as in {PROFILE_EXAMPLE}"
+            )
+        given[PROFILE_KEYS[key]] = (value,) if key == "size" else value
+    # A best size belongs to the range beside it.
+    if "sizes" in given:
+        given.setdefault("size_opt", None)
+    if "batch" in given:
+        given.setdefault("batch_opt", None)
+    return replace(outside, **given)
+
+
+def parse_profiles(texts: Sequence[str], outside: Typed, bundle: Bundle) -> tuple[ShapeRanges, ...]:
+    """The profiles of `--profile` texts, each once, or the one that the options outside describe; all checked."""
+    typed = [parse_profile(text, outside) for text in texts] or [outside]
+    return tuple(dict.fromkeys(to_ranges(one, bundle) for one in typed))
+
+
+def to_ranges(typed: Typed, bundle: Bundle) -> ShapeRanges:
+    """Checked ranges; what was not typed comes from `default_ranges`. Raises InputError with the value and the rule."""
+    typed.check()
     default = default_ranges(bundle)
-    height, width = parse_sizes(sizes) or (default.height, default.width)
-    tokens = Range.parse(sequence) if sequence else default.sequence
-    ranges = ShapeRanges(Range.parse(batch) if batch else default.batch, height, width, tokens)
+    height, width = typed.pixels() or (default.height, default.width)
+    ranges = ShapeRanges(typed.images() or default.batch, height, width, typed.prompt() or default.sequence)
     check_ranges(ranges, bundle)
     return ranges
 
 
-def parse_sizes(sizes: Sequence[str]) -> tuple[Range, Range] | None:
-    """Ranges of height and width that cover all sizes, best for the first; None for no size."""
-    pairs = [_parse_size(text) for text in sizes]
-    return (_cover([height for height, _ in pairs]), _cover([width for _, width in pairs])) if pairs else None
+def parse_ranges(sizes: Sequence[str], batch: str | None, sequence: str | None, bundle: Bundle) -> ShapeRanges:
+    """`to_ranges` of one profile."""
+    return to_ranges(Typed(tuple(sizes), batch=batch, tokens=sequence), bundle)
+
+
+def cover(profiles: Sequence[ShapeRanges]) -> ShapeRanges:
+    """The smallest ranges that hold all profiles, best for the first's best."""
+    names = ("batch", "height", "width", "sequence")
+    return ShapeRanges(*(_cover([getattr(profile, name) for profile in profiles]) for name in names))
 
 
 def _parse_size(text: str) -> tuple[Range, Range]:
@@ -157,3 +242,11 @@ def _neighbour(r: Range, step: int) -> int:
 def best_sizes(contract: Contract, ranges: ShapeRanges, geometry: Geometry) -> dict[str, int]:
     """Axis sizes of the best shape."""
     return {axis: r.opt for axis, r in geometry.axes(contract, ranges).items()}
+
+
+def check_shapes(contract: Contract, profiles: Sequence[ShapeRanges], geometry: Geometry) -> tuple[dict[str, int], ...]:
+    """Axis sizes at which an engine is compared with its graph: each profile's best, and one more of the first."""
+    second = other_sizes(contract, profiles[0], geometry)
+    rest = [best_sizes(contract, profile, geometry) for profile in profiles[1:]]
+    found = [best_sizes(contract, profiles[0], geometry), *([second] if second else []), *rest]
+    return tuple(sizes for index, sizes in enumerate(found) if sizes not in found[:index])

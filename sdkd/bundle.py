@@ -78,6 +78,11 @@ class EngineRecord:
     parity: Mapping[str, Any] | None = None
     built_for: tuple[str, ...] = ()  # compute capabilities of an ahead-of-time build, e.g. ("8.6", "8.9")
     slot: str = ""  # the target, or target-precision where the engine's precision is not the ONNX's
+    profiles: tuple[ShapeRanges, ...] = ()  # what it was built for; `ranges` covers all of them
+
+    def __post_init__(self) -> None:
+        if not self.profiles:  # as in bundles from before there were several
+            object.__setattr__(self, "profiles", (self.ranges,))
 
     @property
     def total_bytes(self) -> int:
@@ -104,6 +109,7 @@ class Manifest:
         data = asdict(self)
         for key, engine in self.engines.items():
             data["engines"][key]["ranges"] = engine.ranges.to_json()
+            data["engines"][key]["profiles"] = [profile.to_json() for profile in engine.profiles]
         return data
 
     @staticmethod
@@ -133,6 +139,7 @@ def _engine(row: Mapping[str, Any]) -> EngineRecord:
             "files": _files(row["files"]),
             "ranges": ShapeRanges.from_json(row["ranges"]),
             "built_for": tuple(row["built_for"]),
+            "profiles": tuple(ShapeRanges.from_json(profile) for profile in row.get("profiles", ())),
         }
     )
 

@@ -7,14 +7,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from sdkd.errors import InputError, MissingExtraError
 
 EAGER_TARGETS = ("eager", "compile")
+DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,28 @@ class Target:
     runs_on_gpu: bool
     suffix: str  # of an engine file
     precision: str  # what people want by default
+    many_profiles: bool  # whether an engine can be tuned for several ranges of shapes; otherwise one covers them
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnxruntime", "onnxruntime", "onnxruntime", "", "runs anywhere", False, False, ".onnx", "fp32"),
-        Target("openvino", "openvino", "openvino", "openvino", "fastest on a CPU", False, False, ".blob", "fp32"),
-        Target("tensorrt", "tensorrt", "tensorrt", "tensorrt", "fastest on NVIDIA GPUs", True, True, ".engine", "fp16"),
+        Target("onnxruntime", "onnxruntime", "onnxruntime", "", "runs anywhere", False, False, ".onnx", "fp32", False),
+        Target(
+            "openvino", "openvino", "openvino", "openvino", "fastest on a CPU", False, False, ".blob", "fp32", False
+        ),
+        Target(
+            "tensorrt",
+            "tensorrt",
+            "tensorrt",
+            "tensorrt",
+            "fastest on NVIDIA GPUs",
+            True,
+            True,
+            ".engine",
+            "fp16",
+            True,
+        ),
         Target(
             "tensorrt-rtx",
             "tensorrt_rtx",
@@ -48,6 +65,7 @@ TARGETS: dict[str, Target] = {
             True,
             ".engine",
             "fp16",
+            True,
         ),
     )
 }
@@ -109,6 +127,36 @@ def gpu() -> dict[str, str] | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA kernel driver, such as `580.65.06`; None where none is loaded."""
+    for path in map(Path, DRIVER_FILES):
+        try:
+            if found := re.search(r"\b\d+\.\d+(\.\d+)?\b", path.read_text(encoding="utf-8")):
+                return found[0]
+        except OSError:
+            continue
+    try:  # where the driver is the host's (WSL)
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # noqa: BLE001 - pynvml has an exception type of its own for every failure, and may be missing
+        return None
+
+
+def timing_cache(target: str) -> str:
+    """Name of the file in which a library keeps what it timed: one per GPU, driver and version of the library.
+
+    Empty where there is nothing to keep: tensorrt_rtx times nothing when it builds, other targets neither.
+    """
+    found = check_target(target)
+    if not found.builds_on_gpu or (device := gpu()) is None:
+        return ""
+    version = installed_version(found.distribution) or str(require(found.name).__version__)
+    name = "-".join((device["gpu"], driver_version() or "driver", found.module, version))
+    return f"timing-{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.cache"
 
 
 def cpu_name() -> str:

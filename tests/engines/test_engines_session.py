@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 import torch
 from engine_bundles import CONTEXT, edit_engine, graph_unet, identity_unet, reference, replace_file, unet_feeds
 
+from engines.ranges import fitting_profiles
 from engines.session import EngineSession, check_engine, open_session
 from export.build_cli import build_engine
-from export.ranges import parse_ranges
+from export.ranges import Typed, parse_profiles, parse_ranges
 from sdkd.bundle import Bundle, FileRecord
 from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError, MissingExtraError, RangeError, StaleEngineError
@@ -251,6 +253,28 @@ def test_the_shown_command_covers_both(graph: Bundle, batch: int, size: int) -> 
         assert built.max in getattr(ranges, name)
     assert 2 * size in ranges.height
     assert -(-batch // 2) in ranges.batch
+
+
+def test_between_two_profiles_is_outside(graph_copy: Path) -> None:
+    small = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
+    large = ShapeRanges(Range.fixed(1), Range(32, 64, 64), Range(32, 64, 64), Range.fixed(77))
+    bundle = edit_engine(graph_copy, "onnxruntime", "unet", profiles=(small, large))
+    checked = check_engine(bundle, "onnxruntime", "unet")
+    assert fitting_profiles(checked, {"batch": 2, "height": 16, "width": 16, "sequence": 77}) == [0, 1]
+    assert fitting_profiles(checked, {"batch": 2, "height": 16, "width": 32, "sequence": 77}) == [1]
+    with open_session(bundle, "onnxruntime", "unet") as session:
+        session.run(unet_feeds(batch=2, size=32))
+        session.run(unet_feeds(batch=4, size=16))
+        with pytest.raises(
+            RangeError,
+            match=r"asked for batch 2 \(4 with guidance\), height 64 px, width 64 px, tokens 77, and was built for "
+            r"batch 1\.\.2, height 32 px, width 32 px, 77 tokens and for batch 1, height 32\.\.64 px, .*"
+            r"covers all with: sdkd build-engine",
+        ) as caught:
+            session.run(unet_feeds(batch=4, size=32))
+    texts = re.findall(r'--profile "([^"]*)"', str(caught.value))
+    exactly = ShapeRanges(Range.fixed(2), Range.fixed(64), Range.fixed(64), Range.fixed(77))
+    assert parse_profiles(texts, Typed(), bundle) == (small, large, exactly)
 
 
 def test_odd_sizes_name_the_multiple(graph: Bundle) -> None:

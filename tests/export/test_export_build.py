@@ -432,7 +432,7 @@ def test_jobs_cross_the_process_border_unchanged(bundle: Bundle) -> None:
     import json
 
     contract = bundle.component("unet").contract
-    profile = {"sample": [[1, 4, 16, 16], [2, 4, 16, 16], [8, 4, 16, 16]]}
+    profile = ({"sample": [[1, 4, 16, 16], [2, 4, 16, 16], [8, 4, 16, 16]]},)
     job = Job("unet", "openvino", "fp32", "a", "b", contract, profile, ({"batch": 1},), {"config": {"A": "b"}})
     assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
 

@@ -168,7 +168,7 @@ def _attention_job(folder: Path, width: int, precision: str) -> Job:
     onnx.save_model(model, str(home / "model.onnx"))
     sizes = ({"batch": 1, "tokens": 64}, {"batch": 2, "tokens": 64}, {"batch": 8, "tokens": 256})
     profile = {spec.name: [list(spec.shape(size | {"sequence": 77})) for size in sizes] for spec in inputs}
-    return Job("unet", RTX, precision, str(home / "model.onnx"), str(home), contract, profile, ())
+    return Job("unet", RTX, precision, str(home / "model.onnx"), str(home), contract, (profile,), ())
 
 
 # Widths of one head: 8 and 16 in tiny models, 40, 80, 160 in SD 1.x, 64 in SD 2.x, 512 in the VAE.
