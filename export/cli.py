@@ -22,9 +22,7 @@ def export(
     components: Annotated[list[str] | None, typer.Option(help="unet, text_encoder, ...; default: all.")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE: a folder or hub id, AutoencoderTiny for one.")] = None,
     controlnet: Annotated[str | None, typer.Option(help="A ControlNet's folder or hub id, exported, too.")] = None,
-    hidden_states: Annotated[
-        bool, typer.Option("--hidden-states", help="One output per layer, for clip_skip.")
-    ] = False,
+    hidden_states: Annotated[bool, typer.Option("--hidden-states", help="All layers' outputs, for clip_skip.")] = False,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="Block to compute in float32: vae_decoder.decoder.up_blocks.3, ...")
     ] = None,

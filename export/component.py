@@ -23,7 +23,7 @@ from export.source import Source
 from export.to_onnx import OnnxGraph, choose_opset, save, to_onnx
 from sdkd.bundle import ComponentRecord, FileRecord
 from sdkd.console import Progress
-from sdkd.contract import COMPONENTS, Contract, Extras, Precision, ShapeRanges, static_contract
+from sdkd.contract import COMPONENTS, Contract, Extras, Precision, ShapeRanges, check_size, static_contract
 from sdkd.errors import InputError
 from sdkd.files import write_json
 
@@ -149,7 +149,7 @@ def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, 
     ready = standard_attention(ready.cpu().eval().requires_grad_(False))
     config = component_config(ready)
     extras = options.extras(name, config, "controlnet" in source.components)
-    contract = _shaped(module_contract(name, ready, precision, extras), source, options)
+    contract = _shaped(module_contract(name, ready, precision, extras), config, source, options)
     if not options.verify:
         return _Ready(cast(ready, precision), contract, [], Islands())
     ready = cast(ready, "fp32")
@@ -176,11 +176,15 @@ def _references(cases: Any, inputs: Any, exact: Any, eager: Any) -> list[Referen
     return [Reference(*row) for row in zip(cases, inputs, exact, eager, strict=True)]
 
 
-def _shaped(contract: Contract, source: Source, options: ExportOptions) -> Contract:
-    """The contract with all axes fixed where that is asked for."""
+def _shaped(contract: Contract, config: Mapping[str, Any], source: Source, options: ExportOptions) -> Contract:
+    """The contract with all axes fixed where that is asked for; InputError for a size that the UNet cannot halve."""
     if options.static is None:
         return contract
-    return static_contract(contract, options.static, *source.geometry)
+    scale, positions = source.geometry
+    if contract.component == "unet":
+        multiple = scale * int(2 ** (len(config["block_out_channels"]) - 1))
+        check_size(options.static.height.opt, options.static.width.opt, multiple)
+    return static_contract(contract, options.static, scale, positions)
 
 
 def _details(graph: OnnxGraph) -> dict[str, Any]:
