@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sdkd import single_file
 from sdkd.bundle import MANIFEST, Bundle
+from sdkd.clip_tokenizer import clip_tokenizer
 from sdkd.contract import CONFIG_FOLDERS
 from sdkd.errors import ModelError
+from sdkd.families import FAMILIES, HEAVY
 from sdkd.files import read_json, sha256
 from sdkd.pipelines import (
-    HEAVY,
-    check_checkpoint,
     check_pipeline_folder,
     component_digest,
     digest,
@@ -33,6 +34,7 @@ from sdkd.pipelines import (
     write_pipeline,
 )
 from sdkd.random_models import PREFIX, parse, random_part, random_pipeline, random_rest
+from sdkd.students import full_config
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +65,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's name as given, what kind of name it is, where its files are (None: hub, random), and its weights."""
+    """A model's name as given, what kind of name it is, where its files are (None: hub, random), and its weights.
+
+    `notes` are what a user should know, such as how it is known what a single file predicts.
+    """
 
     name: str
     kind: Kind
     path: Path | None = None
     random_weights: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def resolve(model: str | Path) -> ModelSource:
@@ -112,9 +118,11 @@ def _file(name: str, path: Path) -> ModelSource:
     if path.suffix != ".safetensors":
         raise ModelError(
             f"model {name!r} is a {path.suffix or 'nameless'} file: of single files only .safetensors is read "
-            "(others can run code on loading); convert it, or give a diffusers folder"
+            "(pickles can run code on loading); convert it where you trust its origin, with "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True)['state_dict'], NEW_FILE), or give a "
+            "diffusers folder"
         )
-    return ModelSource(name, "single-file", path)
+    return ModelSource(name, "single-file", path, notes=single_file.open_checkpoint(path).notes)
 
 
 def load_eager(model: str | Path, torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
@@ -165,9 +173,12 @@ def unet_config(model: str | Path) -> dict[str, Any]:
     source = resolve(model)
     if source.kind == "random":
         return dict(parse(source.name).unet_config)
+    if source.kind == "single-file":
+        assert source.path is not None
+        return full_config(single_file.open_checkpoint(source.path).unet_config)
     if source.path is not None and (source.path / "unet" / "config.json").is_file():
         return dict(read_json(source.path / "unet" / "config.json"))
-    return dict(load_eager(model).unet.config)
+    return dict(load_component(model, "unet").config)
 
 
 @contextlib.contextmanager
@@ -195,11 +206,7 @@ _ADVICE: dict[Kind, str] = {
         "there is no such folder here, and the hub did not give it; check the spelling and the network, or download it "
         "elsewhere with `hf download` and give the folder"
     ),
-    "single-file": (
-        "a single file carries no configuration, and the one it needs is not in the local hub cache; convert it once "
-        "where there is a network, with StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER), "
-        "and give the folder"
-    ),
+    "single-file": "the file is damaged or incomplete; download it again",
 }
 
 
@@ -225,55 +232,42 @@ def _downloaded(source: ModelSource) -> Path:
     """Folder of a hub model in the local cache, fetched when it is not there."""
     from diffusers import DiffusionPipeline
 
-    folder = Path(DiffusionPipeline.download(source.name))
+    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    folder = Path(DiffusionPipeline.download(source.name, use_safetensors=True, **unused))
     check_pipeline_folder(folder)
     return folder
 
 
 def _load_whole(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipeline:
     if source.kind == "random":
-        return random_pipeline(parse(source.name), _demo_tokenizer(), dtype)
+        return random_pipeline(parse(source.name), _tokenizer(source), dtype)
     assert source.path is not None
-    return _load_single(source.path, dtype) if source.kind == "single-file" else load_folder(source.path, dtype)
+    if source.kind == "single-file":
+        return single_file.load_whole(single_file.open_checkpoint(source.path), dtype)
+    return load_folder(source.path, dtype)
 
 
 def _load_part(source: ModelSource, part: Part, dtype: torch.dtype) -> Any:
     if source.kind == "random":
-        return random_part(parse(source.name), part, _demo_tokenizer(), dtype)
+        return random_part(parse(source.name), part, _tokenizer(source), dtype)
     assert source.path is not None
     if source.kind == "single-file":
-        return getattr(_load_single(source.path, dtype), part)
+        return single_file.load_part(single_file.open_checkpoint(source.path), part, dtype)
     return load_part(source.path, part, dtype)
 
 
 def _load_rest(source: ModelSource) -> StableDiffusionPipeline:
-    import torch
-
     if source.kind == "random":
-        return random_rest(parse(source.name), _demo_tokenizer())
+        return random_rest(parse(source.name), _tokenizer(source))
     assert source.path is not None
     if source.kind == "single-file":
-        pipe = _load_single(source.path, torch.float16)
-        for part in HEAVY:
-            setattr(pipe, part, None)
-        return pipe
+        return single_file.load_rest(single_file.open_checkpoint(source.path))
     return load_rest_of(source.path)
 
 
-def _load_single(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    from diffusers import StableDiffusionPipeline
-
-    check_checkpoint(path)
-    return StableDiffusionPipeline.from_single_file(
-        str(path), torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
-    )
-
-
-def _demo_tokenizer() -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
-
-    _demo()
-    return CLIPTokenizer.from_pretrained(DEMO_WEIGHTS / "tokenizer", local_files_only=True)
+def _tokenizer(source: ModelSource) -> CLIPTokenizer:
+    """The embedded CLIP tokenizer, which pads as the random model's family does."""
+    return clip_tokenizer(FAMILIES[parse(source.name).family].pad_token)
 
 
 def source_digests(model: str | Path) -> dict[str, str]:

@@ -11,16 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import InputError, ModelError
+from sdkd.families import HEAVY, check_class, empty
 from sdkd.files import new_folder, read_json, sha256, write_bytes, write_json
+from sdkd.foreign import SUPPORTED, other_folder, other_pipeline
+from sdkd.weight_files import current_names, folder_tensors, weight_files
+from sdkd.weights import check_complete, check_shapes, fill, shapes_of
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 PROVENANCE = "sdkd.json"  # beside model_index.json: what sdkd knows about a pipeline that it wrote
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-HEAVY = ("unet", "vae", "text_encoder")  # the parts with weights
+# Pipelines that sdkd takes, and the class that loads them.
+PIPELINES = {
+    "StableDiffusionPipeline": "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
+}
+NEEDED = (*HEAVY, "tokenizer", "scheduler")
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # that model_index.json may name: nothing else is run
+_LOCAL: dict[str, Any] = {
+    "local_files_only": True,
+    "safety_checker": None,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "requires_safety_checker": False,
+}
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -29,26 +46,34 @@ def provenance(folder: Path) -> dict[str, Any]:
 
 
 def check_pipeline_folder(path: Path) -> None:
-    """ModelError unless `path` holds a Stable Diffusion 1.x/2.x pipeline as diffusers saves it."""
+    """ModelError unless `path` holds a Stable Diffusion 1.x/2.x pipeline as diffusers saves it, weights included."""
+    where = f"folder {str(path)!r}"
     if not (path / "model_index.json").is_file():
-        raise ModelError(
-            f"folder {str(path)!r} is not a diffusers pipeline (no model_index.json): give the folder that "
-            "pipeline.save_pretrained wrote, not one of its parts"
-        )
-    try:
-        index = dict(read_json(path / "model_index.json"))
-    except InputError as error:
-        raise ModelError(f"{error}") from error
-    kind = index.get("_class_name")
+        raise ModelError(f"{where} {other_folder(path)}")
+    index = _index(path)
+    kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
-        hint = " (SDXL has another UNet and two text encoders)" if "XL" in str(kind) else ""
-        raise ModelError(
-            f"folder {str(path)!r} holds a {kind}{hint}: sdkd works on Stable Diffusion 1.x and 2.x, "
-            f"that is {', '.join(PIPELINES)}"
-        )
+        raise ModelError(f"{where} holds a {kind}{other_pipeline(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")
     missing = [part for part in NEEDED if not (path / part).is_dir()]
     if missing:
-        raise ModelError(f"pipeline folder {str(path)!r} lacks {', '.join(missing)}: save or download it again")
+        raise ModelError(f"pipeline {where} lacks {', '.join(missing)}: save or download it again")
+    for name, value in index.items():
+        if isinstance(value, list) and value and value[0] not in (*LIBRARIES, None):
+            raise ModelError(
+                f"{where} names code of its own for its {name} ({value[0]}), which sdkd does not run: give a pipeline "
+                f"whose parts are of {' and '.join(LIBRARIES[:2])}"
+            )
+    for part in HEAVY:
+        library, name = (*(index.get(part) or ()), None, None)[:2]
+        check_class(part, library, name, where)
+        folder_tensors(path / part)
+
+
+def _index(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path / "model_index.json"))
+    except (InputError, TypeError, ValueError) as error:
+        raise ModelError(f"{error}: save or download the model again") from error
 
 
 @contextlib.contextmanager
@@ -70,64 +95,42 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The pipeline of a checked folder, in `dtype`, without safety checker; raises what diffusers raises."""
-    return _class(folder).from_pretrained(folder, torch_dtype=dtype, variant=_variant(folder / "unet"), **_LOCAL)
+    """The pipeline of a checked folder, in `dtype`, without safety checker."""
+    return _pipeline(folder, {part: load_part(folder, part, dtype) for part in HEAVY})
 
 
 def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
-    """One of the heavy parts of a checked folder, in `dtype`; raises what diffusers and transformers raise."""
-    import importlib
+    """One of the heavy parts of a checked folder, in `dtype`, with one copy of its weights in memory.
 
-    library, name = read_json(folder / "model_index.json")[part]
-    kind = getattr(importlib.import_module(library), name)
-    return kind.from_pretrained(
-        folder / part, dtype=dtype, variant=_variant(folder / part), use_safetensors=True, local_files_only=True
-    )
+    ModelError when weights are missing or have other shapes than the config says.
+    """
+    what = f"{part} of {str(folder)!r}"
+    config = read_json(folder / part / "config.json")
+    if "quantization_config" in config:
+        raise ModelError(
+            f"{what} is quantized, and sdkd needs the weights as they were before: give the original model"
+        )
+    module = empty(part, config, _index(folder)[part][1])
+    shapes = shapes_of(module)
+    tensors = current_names(folder_tensors(folder / part), shapes)
+    check_complete([name for name in shapes if name not in tensors], len(shapes), what)
+    check_shapes(shapes, tensors, what)
+    return fill(module, tensors, dtype)
 
 
 def load_rest_of(folder: Path) -> StableDiffusionPipeline:
     """The pipeline of a checked folder without its heavy parts, whose places still name their classes."""
-    index = read_json(folder / "model_index.json")
-    pipe = _class(folder).from_pretrained(folder, **_LOCAL, **dict.fromkeys(HEAVY))
+    pipe = _pipeline(folder, dict.fromkeys(HEAVY))
+    index = _index(folder)
     pipe.register_to_config(**{part: tuple(index[part]) for part in HEAVY})
     return pipe
 
 
-_LOCAL: dict[str, Any] = {
-    "local_files_only": True,
-    "safety_checker": None,
-    "feature_extractor": None,
-    "image_encoder": None,
-    "requires_safety_checker": False,
-}
+def _pipeline(folder: Path, parts: Mapping[str, Any]) -> StableDiffusionPipeline:
+    import diffusers
 
-
-def _class(folder: Path) -> Any:
-    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
-
-    inpaint = "Inpaint" in read_json(folder / "model_index.json")["_class_name"]
-    return StableDiffusionInpaintPipeline if inpaint else StableDiffusionPipeline
-
-
-def _variant(folder: Path) -> str | None:
-    """`fp16` for a component that has no other weights, else None."""
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return "fp16" if weights and all(".fp16." in file.name for file in weights) else None
-
-
-def check_checkpoint(path: Path) -> None:
-    """ModelError unless a .safetensors file holds a whole Stable Diffusion 1.x/2.x checkpoint (by its names)."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
-    if any(key.startswith("conditioner.embedders.1.") for key in keys):
-        raise ModelError(f"checkpoint {str(path)!r} is SDXL: sdkd works on Stable Diffusion 1.x and 2.x")
-    if "model.diffusion_model.input_blocks.0.0.weight" not in keys:
-        raise ModelError(
-            f"checkpoint {str(path)!r} holds no Stable Diffusion UNet (first weight: {min(keys, default='none')}): "
-            "give a whole checkpoint; a LoRA or a VAE alone is not one"
-        )
+    kind = getattr(diffusers, PIPELINES[_index(folder)["_class_name"]])
+    return kind.from_pretrained(folder, **_LOCAL, **parts)
 
 
 def digest(text: str) -> str:
@@ -138,7 +141,7 @@ def digest(text: str) -> str:
 def component_digest(folder: Path) -> str:
     """Digest of a component's config (without notes such as where it was loaded from) and of its weight files."""
     config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = weight_files(folder)
     return digest("\n".join([json.dumps(config, sort_keys=True), *(f"{file.name} {sha256(file)}" for file in files)]))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import InputError
+from sdkd.families import CLASSES, FAMILIES, HEAVY, empty
 from sdkd.students import StudentSpec, full_config, student_config, student_spec
 
 if TYPE_CHECKING:
@@ -16,49 +17,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 PREFIX = "random:"
-_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Configs of one published family: what differs from the libraries' defaults."""
-
-    unet: Mapping[str, Any]
-    text_encoder: Mapping[str, Any]
-    image_size: int  # pixels
-    prediction_type: str
-
-
-FAMILIES: dict[str, Family] = {
-    "sd15": Family(
-        {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
-        {
-            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "projection_dim": 768, "hidden_act": "quick_gelu",
-        },
-        512,
-        "epsilon",
-    ),
-    "sd21": Family(
-        {
-            "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "sample_size": 96,
-            "use_linear_projection": True, "upcast_attention": True,
-        },
-        {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
-            "projection_dim": 512, "hidden_act": "gelu",
-        },
-        768,
-        "v_prediction",
-    ),
-}  # fmt: skip
+_SEEDS = {"vae": 0, "text_encoder": 1, "unet": 2}
 
 
 @dataclass(frozen=True)
@@ -93,64 +52,41 @@ def parse(name: str) -> RandomModel:
 
 def random_pipeline(model: RandomModel, tokenizer: CLIPTokenizer, dtype: torch.dtype) -> StableDiffusionPipeline:
     """The whole pipeline in `dtype`, without a hub; its weights depend on the name alone, up to rounding to `dtype`."""
-    return _pipeline(model, tokenizer, {part: random_part(model, part, tokenizer, dtype) for part in _CLASSES})
+    return _pipeline(model, tokenizer, {part: random_part(model, part, tokenizer, dtype) for part in HEAVY})
 
 
 def random_part(model: RandomModel, part: str, tokenizer: CLIPTokenizer, dtype: torch.dtype) -> Any:
     """The `unet`, `vae` or `text_encoder` of `random_pipeline` alone, with the same weights."""
-    import importlib
-
     family = FAMILIES[model.family]
-    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    config, seed = {
-        "vae": (_VAE | {"sample_size": family.image_size}, model.seed),
-        "text_encoder": ({**family.text_encoder, **tokens}, model.seed + 1),
-        "unet": (model.unet_config, model.seed + 2),
-    }[part]
-    if part == "text_encoder":
-        from transformers import CLIPTextConfig
-
-        config = {"config": CLIPTextConfig(**config)}
-    library, name = _CLASSES[part]
-    return _random(getattr(importlib.import_module(library), name), config, seed, dtype)
+    config = model.unet_config if part == "unet" else family.config(part, tokenizer)
+    return _random(empty(part, config), model.seed + _SEEDS[part], dtype)
 
 
 def random_rest(model: RandomModel, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """The pipeline without its heavy parts, whose places still name their classes."""
-    pipe = _pipeline(model, tokenizer, dict.fromkeys(_CLASSES))
-    pipe.register_to_config(**_CLASSES)
+    pipe = _pipeline(model, tokenizer, dict.fromkeys(HEAVY))
+    pipe.register_to_config(**{part: (CLASSES[part][0], CLASSES[part][1][0]) for part in HEAVY})
     return pipe
 
 
-_CLASSES = {
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-}
-
-
 def _pipeline(model: RandomModel, tokenizer: CLIPTokenizer, parts: Mapping[str, Any]) -> StableDiffusionPipeline:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
-    kind = FAMILIES[model.family].prediction_type
     return StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type=kind),
+        scheduler=FAMILIES[model.family].make_scheduler(kind="DDIMScheduler"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def _random(kind: Any, config: Mapping[str, Any], seed: int, dtype: torch.dtype) -> Any:
-    """A module whose parameters are made once, in `dtype`: uniform with variance 1 / fan-in, norms 1, biases 0."""
+def _random(module: Any, seed: int, dtype: torch.dtype) -> Any:
+    """Give a module on the meta device parameters in `dtype`: uniform with variance 1 / fan-in, norms 1, biases 0."""
     import numpy as np
     import torch
-    from accelerate import init_empty_weights
 
-    with init_empty_weights():  # parameters on the meta device, buffers for real
-        module = kind(**config)
     generator = np.random.Generator(np.random.SFC64(seed))  # several times faster than torch's on a CPU
     weights = {}
     for name, parameter in module.named_parameters():
