@@ -17,7 +17,7 @@ ifneq ($(shell command -v nvidia-smi),)
 EXTRAS := $(EXTRAS),tensorrt,gpu
 endif
 
-.PHONY: help install demo test test-slow test-browser test-gpu lint format bench clean
+.PHONY: help install demo test test-slow test-browser test-gpu interop lint format bench clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ test-browser: install ## The HTML report in headless Chromium
 test-gpu: install ## Tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
+interop: install ## Optimum runs our bundles, in .venv-interop (1.3 GB, made once)
+	@$(BIN)/python -m pytest -m interop $(ARGS)
+
 lint: install ## ruff, mypy --strict, import floors
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -60,5 +63,5 @@ format: install ## Format the code
 bench: install ## Measure on this machine -> benchmarks/
 	@$(BIN)/python tools/bench.py $(ARGS)
 
-clean: ## Remove the virtual environment, caches and artifacts
-	@rm -rf $(VENV) artifacts build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+clean: ## Remove the virtual environments, caches and artifacts
+	@rm -rf $(VENV) .venv-interop .venv-interop.lock artifacts build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -28,7 +28,9 @@ REPLACEMENTS: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "controlnet": ("ControlNetModel",),
 }
-SIDE_PARTS = ("scheduler", "tokenizer", "feature_extractor")
+SIDE_PARTS = ("scheduler", "tokenizer")
+# No bundle holds these, and an index that names them names classes that older libraries, Optimum's, do not have.
+ABSENT_PARTS = ("feature_extractor", "image_encoder", "safety_checker")
 
 
 @dataclass
@@ -101,10 +103,14 @@ class Source:
             index[part] = ["diffusers", replacement_class(part, name)]
         if "controlnet" in self.replaced:
             index["_class_name"] = CONTROLNET_PIPELINE
-        write_json(folder / "model_index.json", index)
+        index |= {part: [None, None] for part in ABSENT_PARTS if part in index}
+        write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
         for side in SIDE_PARTS:
             if (found := getattr(self.rest, side, None)) is not None:
                 found.save_pretrained(folder / side)
+        # transformers 5 writes tokenizer.json alone; transformers 4, and so Optimum, reads vocab.json and merges.txt.
+        if backend := getattr(getattr(self.rest, "tokenizer", None), "backend_tokenizer", None):
+            backend.model.save(str(folder / "tokenizer"))
 
 
 def open_source(
