@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from engines.session import Checked, EngineSession, check_names
+from engines.session import Checked, EngineSession, check_names, verify_once
 from sdkd.errors import EngineError
 from sdkd.files import write_bytes
 from sdkd.targets import require
@@ -85,10 +85,35 @@ class TensorRTSession(EngineSession):
                     f"{self.checked.label} cannot run here: {trt.__name__} {trt.__version__} says "
                     f"{', '.join(reasons(trt, diagnostics))}. Rebuild it with: {self._rebuild}"
                 )
+        if self._options.get("version_compatible"):  # such a plan brings the runtime that it was built for
+            runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"{self.checked.label} was refused{self._said()}. Rebuild it with: {self._rebuild}")
+        if self._options.get("strip_weights"):
+            self._fill_weights(engine)
+        if self._options.get("weight_streaming"):  # to be set before there is a context
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         return engine
+
+    @property
+    def _options(self) -> Mapping[str, Any]:
+        """What the engine was built with, where that is not as by default."""
+        return dict(self.checked.record.flags.get("options", {}))
+
+    def _fill_weights(self, engine: Any) -> None:
+        """Give a plan without weights those of the ONNX that it was built from, which is checked first."""
+        trt, bundle = self._trt, self.checked.bundle
+        component = bundle.component(self.checked.record.component)
+        verify_once(bundle, component)
+        refitter = trt.Refitter(engine, self._log)
+        parser_refitter = trt.OnnxParserRefitter(refitter, self._log)
+        if not parser_refitter.refit_from_file(str(bundle.path / component.files[0].path)):
+            raise self._failed(f"reading the weights of {component.files[0].path}")
+        if missing := refitter.get_missing_weights():
+            raise self._failed(f"filling in {len(missing)} weights, first {missing[0]!r},")
+        if not refitter.refit_cuda_engine():
+            raise self._failed("filling in the weights")
 
     @property
     def _rebuild(self) -> str:

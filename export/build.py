@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from export.build_errors import explain
+from export.build_estimate import check_resources
 from export.build_files import moved, partial_folder
 from export.build_job import Job
+from export.build_options import BuildOptions
 from export.build_request import Ranges, Request, check_buildable, engine_precision, rebuild_reasons, requests_for
 from export.ranges import Geometry, check_shapes, input_shapes
 from export.worker import ChildError, run_in_child
@@ -20,6 +22,13 @@ from sdkd.errors import BuildError
 from sdkd.files import lock
 from sdkd.targets import built_environment, check_target, environment, timing_cache
 
+# What may differ where an engine runs, by how compatible with other hardware it is.
+FREE: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "ampere-plus": ("gpu", "compute_capability"),
+    "same-compute-capability": ("gpu",),
+}
+
 
 def build_engine(
     bundle: str | Path | Bundle,
@@ -28,6 +37,7 @@ def build_engine(
     precision: str | None = None,
     ranges: Ranges | None = None,
     components: Sequence[str] | None = None,
+    options: BuildOptions = BuildOptions(),
     force: bool = False,
     progress: Progress = quiet,
 ) -> Bundle:
@@ -35,10 +45,10 @@ def build_engine(
 
     `target`: a target or slot (`openvino-bf16`); `precision`: None for the ONNX's own; `ranges`: one profile, several
     (a target without profiles gets one range that covers them), or None for `default_ranges`; `components`: None for
-    all that were exported. An engine of the same ONNX, profiles, flags and environment is kept unless `force`. All or
-    nothing: on failure or Ctrl-C files and manifest stay as they were.
+    all that were exported. An engine of the same ONNX, profiles, options and environment is kept unless `force`. All
+    or nothing: on failure or Ctrl-C files and manifest stay as they were.
 
-    Raises InputError (target, precision, ranges, components), BundleError (no bundle, truncated or altered ONNX),
+    Raises InputError (target, precision, ranges, components, options), BundleError (no bundle, damaged ONNX),
     MissingExtraError, BusyError (somebody else builds), BuildError and ValuesError (NaN, infinity, too far off).
     """
     root = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
@@ -47,11 +57,12 @@ def build_engine(
     with lock(root):
         opened = Bundle.open(root)
         wanted = engine_precision(opened, target, precision)
-        check_buildable(kind)
-        requests = requests_for(opened, kind.name, wanted, ranges, components)
+        check_buildable(kind, options)
+        requests = requests_for(opened, kind.name, wanted, ranges, components, options)
         if isinstance(ranges, Sequence) and len(ranges) > 1 and not kind.many_profiles:
             progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)
         stale = _split(opened, requests, force, progress)
+        check_resources(opened, stale, options)
         return _build(opened, stale, progress) if stale else opened
 
 
@@ -136,10 +147,18 @@ def _record(request: Request, answer: Mapping[str, Any], folder: Path) -> Engine
         onnx_sha256=request.component.onnx_sha256,
         ranges=request.ranges,
         profiles=request.profiles,
-        environment=built_environment(request.target),
+        environment=_environment(request),
         seconds=answer["seconds"],
         flags={**request.flags, **answer["flags"]},
         parity=answer["parity"],
         built_for=tuple(answer["built_for"]),
         slot=request.slot,
     )
+
+
+def _environment(request: Request) -> dict[str, str]:
+    """What must be equal where the engine runs: less for an engine that is made for more."""
+    options = BuildOptions.of(request.flags.get("options", {}))
+    free = FREE[options.hardware_compatible]
+    free += (check_target(request.target).module,) if options.version_compatible else ()
+    return {key: value for key, value in built_environment(request.target).items() if key not in free}

@@ -16,6 +16,7 @@ from sdkd.files import read_json
 from sdkd.targets import check_target, slot_name, slot_precision
 
 if TYPE_CHECKING:
+    from export.build_options import BuildOptions
     from export.ranges import Typed
 
 ARTIFACTS = Path("artifacts")
@@ -34,6 +35,21 @@ def build_engine(
     tokens: Annotated[str | None, typer.Option(help="Tokens per prompt; default: all the text encoder has.")] = None,
     profile: Annotated[list[str] | None, typer.Option(help="One of several: size=512..1024,batch=1..4.")] = None,
     components: Annotated[list[str] | None, typer.Option(help="unet, text_encoder, ...; default: all.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5 (slow build); usual: 3.")] = None,
+    workspace_gb: Annotated[float | None, typer.Option(help="GiB of scratch memory for one layer at run time.")] = None,
+    refit: Annotated[str, typer.Option(help="Weights that can change later: none, lora or all.")] = "none",
+    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan without weights.")] = False,
+    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay on the host.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Run with later versions of the library, too.")
+    ] = False,
+    hardware_compatible: Annotated[
+        str, typer.Option(help="Run on other GPUs, too: none, ampere-plus or same-compute-capability.")
+    ] = "none",
+    compute_capability: Annotated[
+        str | None, typer.Option(help="GPU generations of a tensorrt-rtx plan: 8.6,8.9,12.0; default: 8.0 and later.")
+    ] = None,
+    memory_cap_gb: Annotated[float | None, typer.Option(help="GiB that the build may take; more is an error.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle at the output.")] = False,
@@ -44,20 +60,32 @@ def build_engine(
     What is fresh is kept. An image size must be a multiple of 64 pixels for Stable Diffusion (32 for sd-tiny).
     """
     from export import build
+    from export.build_options import BuildOptions
     from export.build_request import check_components, onnx_precision
     from export.ranges import Typed, parse_profile, parse_profiles
 
+    options = BuildOptions(
+        optimization_level=optimization_level,
+        workspace_gb=workspace_gb,
+        refit=refit,
+        strip_weights=strip_weights,
+        weight_streaming=weight_streaming,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capabilities=tuple(compute_capability.replace(" ", "").split(",")) if compute_capability else (),
+        memory_cap_gb=memory_cap_gb,
+    )
     parts = [name for group in components or () for name in group.split(",")] or None
     typed = Typed(tuple(size or ()), size_opt, batch, batch_opt, tokens)
-    _check_model(model, target, precision, [parse_profile(text, typed) for text in profile or ()] or [typed])
+    _check_model(model, target, precision, [parse_profile(text, typed) for text in profile or ()] or [typed], options)
     check_components(parts)
     with progress(f"build-engine {target}") as step:
         start = 0.0 if _is_bundle(model) else 0.5
         path = _bundle(model, output, _export_precision(target, precision), overwrite, within(step, 0.0, 0.5))
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
-        options: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
-        after = build.build_engine(path, target, progress=within(step, start, 1.0), **options)
+        wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
+        after = build.build_engine(path, target, options=options, progress=within(step, start, 1.0), **wanted)
     onnx = onnx_precision(after)
     slot = slot_name(check_target(target).name, precision or slot_precision(target) or onnx, onnx)
     found = summary(before, after, slot, parts)
@@ -74,7 +102,7 @@ def _is_bundle(model: str) -> bool:
     return (Path(model) / MANIFEST).is_file()
 
 
-def _check_model(model: str, target: str, precision: str | None, profiles: list[Typed]) -> None:
+def _check_model(model: str, target: str, precision: str | None, profiles: list[Typed], options: BuildOptions) -> None:
     """Whatever can be refused before minutes are spent on an export."""
     from export.build_request import check_buildable, check_conversion
     from export.ranges import check_sizes
@@ -94,7 +122,7 @@ def _check_model(model: str, target: str, precision: str | None, profiles: list[
         unet, vae = (read_json(file) for file in configs)
         for height, width in filter(None, (typed.pixels() for typed in profiles)):
             check_sizes(height, width, size_multiple(unet, vae))
-    check_buildable(found)
+    check_buildable(found, options)
 
 
 def _export_precision(target: str, precision: str | None) -> Precision:

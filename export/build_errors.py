@@ -8,7 +8,10 @@ from export.worker import ChildError
 
 # What the library said -> what to try.
 ADVICE = (
-    (r"out.?of.?memory|bad_alloc|cannot allocate", "close other programs, or narrow --size and --batch"),
+    (
+        r"out.?of.?memory|bad_alloc|cannot allocate|failed to allocate|memoryerror",
+        "close other programs, or narrow --size and --batch",
+    ),
     (r"cudaerror|cuda driver|no cuda", "build on a machine with an NVIDIA GPU and its driver (see: sdkd doctor)"),
     (
         r"no importer|plugin not found|unsupported|not.implemented|no op registered|no conversion rule",
@@ -27,8 +30,12 @@ def explain(component: str, target: str, error: ChildError) -> str:
         return f"{component} could not be built for {target}: {error}. Try this: {advice}"
     said = [line.strip() for line in error.tail if ERROR_LINE.search(line)] or [line.strip() for line in error.tail]
     said = [line for line in dict.fromkeys(said) if line not in str(error)][-SAID_LINES:]
-    text = "\n".join([str(error), *said])
-    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, text, re.I)), OTHER_ADVICE)
+    advice = advice_for("\n".join([str(error), *said]))
     lines = "".join(f"\n  {line}" for line in said)
     quoted = f". The library said:{lines}\n" if said else ". "
     return f"{component} could not be built for {target}: {error}{quoted}Try this: {advice}"
+
+
+def advice_for(said: str) -> str:
+    """What to try after what a library said."""
+    return next((advice for pattern, advice in ADVICE if re.search(pattern, said, re.I)), OTHER_ADVICE)

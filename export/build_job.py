@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export.build_options import GIB
 from sdkd.console import Progress, quiet, within
 from sdkd.contract import Contract
 from sdkd.errors import BuildError
@@ -76,6 +77,7 @@ def build_all(jobs: list[dict[str, Any]], progress: Progress = quiet) -> list[di
 
     Every progress message starts with the component's name, by which the parent knows what a crash hit.
     """
+    cap_memory(jobs[0])
     answers = []
     sizes = [GRAPH_BYTES + Job.from_json(data).weight_bytes() for data in jobs]  # how the time is shared out
     for index, data in enumerate(jobs):
@@ -83,6 +85,18 @@ def build_all(jobs: list[dict[str, Any]], progress: Progress = quiet) -> list[di
         part = within(progress, done / total, (done + sizes[index]) / total, f"{data['component']}: ")
         answers.append(_build_one(Job.from_json(data), part))
     return answers
+
+
+def cap_memory(job: Mapping[str, Any]) -> None:
+    """Let this process take no more memory than its options say; more is an error of whoever asks for it.
+
+    Not where the library itself uses the GPU: there the drivers' reservations count, and the library has its own limit.
+    """
+    cap = job["flags"].get("options", {}).get("memory_cap_gb")
+    if cap and not check_target(job["target"]).builds_on_gpu:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (int(cap * GIB), int(cap * GIB)))
 
 
 def _build_one(job: Job, progress: Progress) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.build_job import BUILDERS
+from export.build_options import BuildOptions, check_options, difference
 from export.ranges import check_ranges, cover, default_ranges
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.contract import COMPONENTS, ShapeRanges, check_precision
 from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
-from sdkd.targets import Target, availability, check_target, require, slot_name, slot_precision
+from sdkd.targets import Target, availability, check_target, gpu, require, slot_name, slot_precision
 
 # Engine precisions that a target can make from an ONNX graph of another precision. TensorRT networks are strongly
 # typed and onnxruntime runs the graph as it is: there the graph itself must be exported in the wanted precision.
@@ -91,20 +92,25 @@ def profiles_for(bundle: Bundle, target: str, asked: Ranges | None) -> tuple[Sha
 
 
 def requests_for(
-    bundle: Bundle, target: str, precision: str, ranges: Ranges | None, components: Sequence[str] | None
+    bundle: Bundle,
+    target: str,
+    precision: str,
+    ranges: Ranges | None,
+    components: Sequence[str] | None,
+    options: BuildOptions = BuildOptions(),
 ) -> list[Request]:
     """One request per component; InputError for an unknown component or sizes that the model does not have."""
     names = _components(bundle, components)
     profiles = profiles_for(bundle, target, ranges)
     base = onnx_precision(bundle)
-    options = importlib.import_module(BUILDERS[target])
+    builder = importlib.import_module(BUILDERS[target])
+    slot = slot_name(target, precision, base)
+    chosen = {"options": changed} if (changed := options.changed()) else {}
 
     def request(record: ComponentRecord) -> Request:
         # A component that was exported in another precision than the UNet (a float VAE, say) keeps its own.
         own = record.precision if precision == base else precision
-        return Request(
-            record, target, slot_name(target, precision, base), own, profiles, options.flags(own, record.precision)
-        )
+        return Request(record, target, slot, own, profiles, {**builder.flags(own, record.precision), **chosen})
 
     return [request(bundle.component(name)) for name in names]
 
@@ -126,14 +132,18 @@ def _components(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
     return [name for name in COMPONENTS if name in (bundle.manifest.components if asked is None else asked)]
 
 
-def check_buildable(target: Target) -> None:
-    """MissingExtraError without the target's packages, BuildError where it needs a GPU and there is none."""
-    require(target.name)
+def check_buildable(target: Target, options: BuildOptions = BuildOptions()) -> None:
+    """MissingExtraError without the target's packages, BuildError where it needs a GPU and there is none.
+
+    InputError for an option that the target, its library or this machine does not have.
+    """
+    library = require(target.name)
     if target.name.startswith("tensorrt") and importlib.util.find_spec("polygraphy") is None:
         raise MissingExtraError("polygraphy", target.extra, f"target {target.name!r}")
     found = availability(target.name)
     if not found.can_build:
         raise BuildError(f"target {target.name!r} cannot be built here: {found.reason}. Build: {found.fix}")
+    check_options(options, target.name, library, target.runs_on_gpu and gpu() is not None)
 
 
 def rebuild_reasons(bundle: Bundle, request: Request, here: Mapping[str, str]) -> list[str]:
@@ -146,8 +156,9 @@ def rebuild_reasons(bundle: Bundle, request: Request, here: Mapping[str, str]) -
         reasons.append(f"built in {record.precision}, asked for {request.precision}")
     if record.profiles != request.profiles:
         reasons.append(f"built for {listed(record.profiles)}, asked for {listed(request.profiles)}")
+    reasons += difference(record.flags.get("options", {}), request.flags.get("options", {}))
     for key, value in request.flags.items():
-        if record.flags.get(key) != value:
+        if key != "options" and record.flags.get(key) != value:
             reasons.append(f"built with {key} {record.flags.get(key)}, asked for {value}")
     try:
         bundle.verify_files(record)

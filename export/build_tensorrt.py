@@ -8,18 +8,24 @@ attention is marked decomposable, and marking the others changes nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from export.build_errors import advice_for
 from export.build_job import Built, Job, check_io
+from export.build_options import GIB, HARDWARE, RTX, BuildOptions, capabilities, lean_runtime
+from export.build_parser import parser_errors
 from export.build_progress import progress_monitor
+from export.build_refit import has_marks, lora_weights, mark_weights
 from sdkd.console import Progress
 from sdkd.errors import BuildError, MissingExtraError
 
-RTX = "tensorrt-rtx"
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 # Without a list of compute capabilities tensorrt_rtx builds one plan for 8.0 and all later GPUs; 7.5 must be named.
@@ -37,14 +43,25 @@ def build(job: Job, progress: Progress) -> Built:
     Raises BuildError or Polygraphy's exception when the parser or the builder refuses the graph.
     """
     trt = _library(job.target)
+    options = BuildOptions.of(job.flags.get("options", {}))
     progress("parsing the graph", 0.0)
-    network = _network(trt, job)
-    plan = _plan(trt, job, network, progress)
+    parsed = _parse(trt, job)
+    facts: dict[str, Any] = {"attention": _allow_decomposition(trt, parsed.network)}
+    marked = mark_weights(trt, parsed.network, lora_weights(job)) if options.refit == "lora" else ()
+    if options.refit == "lora":
+        facts["refittable_weights"] = len(marked)
+    plan = _plan(trt, job, parsed, config_arguments(trt, options, bool(marked)), progress)
     file = job.file(".engine")
     with file.open("wb") as stream:
         stream.write(plan)
-    facts = {"attention": network[2], **_plan_facts(plan)}
-    return Built((file.name,), facts, _built_for(trt, job.target))
+    return Built((file.name,), {**facts, **_plan_facts(plan)}, _built_for(trt, job.target, options))
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    builder: Any
+    network: Any
+    parser: Any  # owns the weights
 
 
 def _library(target: str) -> ModuleType:
@@ -67,16 +84,24 @@ def _library(target: str) -> ModuleType:
     return importlib.import_module("tensorrt_rtx" if target == RTX else "tensorrt")
 
 
-def _network(trt: ModuleType, job: Job) -> tuple[Any, Any, str, Any]:
-    """Builder, strongly typed network, how attention is done, and the parser (it owns the weights)."""
+def _parse(trt: ModuleType, job: Job) -> _Parsed:
+    """A strongly typed network; BuildError with node, inputs and module path when the parser refuses the graph."""
     from polygraphy.backend.trt import NetworkFromOnnxPath
+    from polygraphy.exception import PolygraphyException
 
     typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")  # without the flag there is no other kind
-    builder, network, parser = NetworkFromOnnxPath(job.onnx, strongly_typed=typed)()
+    try:
+        parsed = _Parsed(*NetworkFromOnnxPath(job.onnx, strongly_typed=typed)())
+    except PolygraphyException as error:
+        if said := parser_errors(trt, job, typed):
+            text = f"{job.component} could not be built for {job.target}: {said}"
+            raise BuildError(f"{text}. Try this: {advice_for(said)}") from error
+        raise
+    network = parsed.network
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     check_io(job, *({t.name: DTYPES.get(t.dtype.name, t.dtype.name) for t in side} for side in (inputs, outputs)))
-    return builder, network, _allow_decomposition(trt, network), parser
+    return parsed
 
 
 def _allow_decomposition(trt: ModuleType, network: Any) -> str:
@@ -92,21 +117,65 @@ def _allow_decomposition(trt: ModuleType, network: Any) -> str:
     return f"{len(found)} attention layers, fused where a kernel exists"
 
 
-def _plan(trt: ModuleType, job: Job, network: tuple[Any, Any, str, Any], progress: Progress) -> memoryview:
+def config_arguments(trt: ModuleType, options: BuildOptions, marked: bool = False) -> dict[str, Any]:
+    """What Polygraphy's CreateConfig is given for the options, and under `flags` what it has no argument for.
+
+    `marked`: whether some weights, and not all, were marked as refittable.
+    """
+    pools = {"WORKSPACE": options.workspace_gb, "TACTIC_DRAM": options.memory_cap_gb}
+    limits = {getattr(trt.MemoryPoolType, name): int(size * GIB) for name, size in pools.items() if size}
+    streaming = {"weight_streaming": True} if options.weight_streaming else {}
+    level = HARDWARE[options.hardware_compatible]
+    names = [
+        *(["REFIT_INDIVIDUAL"] if marked else []),
+        *(["REFIT"] if options.refit == "all" or (options.refit == "lora" and not has_marks(trt)) else []),
+        # The weights of the same model come back: nothing else must stay refittable, which would cost speed.
+        *(["REFIT_IDENTICAL"] if options.strip_weights and options.refit == "none" else []),
+    ]
+    found: dict[str, Any] = {
+        "builder_optimization_level": options.optimization_level,
+        "memory_pool_limits": limits or None,
+        "strip_plan": options.strip_weights,
+        "version_compatible": options.version_compatible or None,
+        "hardware_compatibility_level": None if level == "NONE" else getattr(trt.HardwareCompatibilityLevel, level),
+        **streaming,
+        "flags": names,
+    }
+    if options.compute_capabilities:
+        found["compute_capabilities"] = [tuple(map(int, one.split("."))) for one in options.compute_capabilities]
+    return found
+
+
+def _plan(trt: ModuleType, job: Job, parsed: _Parsed, arguments: dict[str, Any], progress: Progress) -> memoryview:
     from polygraphy.backend.trt import EngineBytesFromNetwork, Profile
 
-    builder, definition, _, parser = network
     profiles = [Profile() for _ in job.profiles]
     for profile, shapes in zip(profiles, job.profiles, strict=True):
         for name, (low, best, high) in shapes.items():
             profile.add(name, tuple(low), tuple(best), tuple(high))
     cache = str(Path(job.folder) / job.timing_cache) if job.timing_cache else None
+    names = arguments.pop("flags")
+    if arguments["version_compatible"] and (lean := lean_runtime(trt.__name__)):
+        ctypes.CDLL(str(lean), mode=ctypes.RTLD_GLOBAL)  # the builder looks for it by name, and pip puts it elsewhere
     with progress_monitor(trt, progress, job.target, job.weight_bytes()) as monitor:
-        create = _create_config(job.target)(profiles=profiles, load_timing_cache=cache, progress_monitor=monitor)
-        config = create(builder, definition)
-        if hasattr(trt.BuilderFlag, "TF32"):
-            config.clear_flag(trt.BuilderFlag.TF32)
-        return memoryview(EngineBytesFromNetwork((builder, definition, parser), config, save_timing_cache=cache)())
+        create = _create_config(job.target)(
+            profiles=profiles, load_timing_cache=cache, progress_monitor=monitor, **arguments
+        )
+        config = create(parsed.builder, parsed.network)
+        _set_flags(trt, config, names)
+        found = (parsed.builder, parsed.network, parsed.parser)
+        return memoryview(EngineBytesFromNetwork(found, config, save_timing_cache=cache)())
+
+
+def _set_flags(trt: ModuleType, config: Any, names: Sequence[str]) -> None:
+    """TF32 off, the named flags on; BuildError when the library does not take one, which it only logs."""
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)
+    for name in names:
+        flag = getattr(trt.BuilderFlag, name)
+        config.set_flag(flag)
+        if not config.get_flag(flag):
+            raise BuildError(f"{trt.__name__} {trt.__version__} does not take the flag {name} here")
 
 
 def _create_config(target: str) -> Any:
@@ -119,13 +188,14 @@ def _create_config(target: str) -> Any:
     return CreateConfig
 
 
-def _built_for(trt: ModuleType, target: str) -> tuple[str, ...]:
-    """Compute capabilities that an ahead-of-time plan runs on, as this library knows them; () for one GPU's plan."""
+def _built_for(trt: ModuleType, target: str, options: BuildOptions) -> tuple[str, ...]:
+    """Compute capabilities that an ahead-of-time plan runs on: those asked for, or all later ones that this library
+    knows; () for one GPU's plan.
+    """
     if target != RTX:
         return ()
-    names = [re.fullmatch(r"SM(\d+)(\d)", name) for name in getattr(trt.ComputeCapability, "__members__", {})]
-    known = sorted((int(name[1]), int(name[2])) for name in names if name)
-    return tuple(f"{major}.{minor}" for major, minor in known if (major, minor) >= PORTABLE_FROM)
+    portable = [one for one in capabilities(trt) if tuple(map(int, one.split("."))) >= PORTABLE_FROM]
+    return options.compute_capabilities or tuple(portable)
 
 
 def _plan_facts(plan: memoryview) -> dict[str, Any]:
