@@ -185,11 +185,11 @@ def load(model: str, target: str | None) -> tuple[Any, str]:
                 f"sdkd build-engine {model} --target {target} --output artifacts/bundle"
             )
         return load_eager(model), "eager"
-    from engines.pipeline import PARTS, best_slot, load_pipeline
+    from engines.pipeline import best_slot, load_pipeline
 
     bundle = Bundle.open(path)
-    slot = target or best_slot(bundle, tuple(PARTS))
-    return load_pipeline(bundle, slot), slot
+    slot = target or best_slot(bundle)
+    return load_pipeline(bundle, slot, controlnet=False), slot
 
 
 def set_scheduler(pipe: Any, name: str) -> None:

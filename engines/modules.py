@@ -1,144 +1,45 @@
-"""Modules that honour diffusers' and transformers' contracts and run on engines: UNet, VAE and text encoder.
-
-They are plain `nn.Module`s without parameters, not `ModelMixin`s: `DiffusionPipeline.from_pipe` hands a ModelMixin over
-only when its class is exactly the one in the signature. Dtypes are cast once, at the edge: engines run in the bundle's
-precision, the pipeline keeps its own.
-"""
+"""Modules that honour diffusers' and transformers' contracts and run on engines."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from engines.session import Session, torch_dtype
+from engines.module import FIXED, EngineModule, cast_feeds, full_config, refuse, run_split
+from engines.session import Session, torch_dtype, verify_once
+from sdkd.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, is_tiny_vae, split_axis
 from sdkd.errors import EngineError
 
-# Why an argument of the eager UNet has no counterpart in an engine.
-_FIXED = "the engine's graph has no such input"
+# Why an argument of the eager module has no counterpart in an engine.
 UNET_REFUSALS = {
-    "class_labels": _FIXED,
-    "timestep_cond": f"{_FIXED}: guidance-embedded (LCM-distilled) UNets are not exported",
-    "attention_mask": f"{_FIXED}: Stable Diffusion attends to all tokens",
-    "encoder_attention_mask": f"{_FIXED}: Stable Diffusion attends to all tokens",
+    "class_labels": FIXED,
+    "timestep_cond": f"{FIXED}: guidance-embedded (LCM-distilled) UNets are not exported",
+    "attention_mask": f"{FIXED}: Stable Diffusion attends to all tokens",
+    "encoder_attention_mask": f"{FIXED}: Stable Diffusion attends to all tokens",
     "cross_attention_kwargs": "an engine's attention processors and LoRA scale are fixed when it is built",
-    "added_cond_kwargs": f"{_FIXED}: IP-Adapter and SDXL conditions are not exported",
-    "down_block_additional_residuals": f"{_FIXED}: ControlNet residuals are not exported",
-    "mid_block_additional_residual": f"{_FIXED}: ControlNet residuals are not exported",
-    "down_intrablock_additional_residuals": f"{_FIXED}: T2I-Adapter residuals are not exported",
+    "added_cond_kwargs": f"{FIXED}: IP-Adapter and SDXL conditions are not exported",
+    "down_intrablock_additional_residuals": f"{FIXED}: T2I-Adapter residuals are not exported",
 }
+CONTROLNET_REFUSALS = {name: UNET_REFUSALS[name] for name in UNET_REFUSALS if name not in (
+    "encoder_attention_mask", "down_intrablock_additional_residuals")}  # fmt: skip
+NO_RESIDUALS = f"{FIXED}: export the model with --controlnet for residual inputs"
 TEXT_REFUSALS = {
     "attention_mask": "the engine has CLIP's causal mask built in",
-    "position_ids": _FIXED,
-    "inputs_embeds": _FIXED,
+    "position_ids": FIXED,
+    "inputs_embeds": FIXED,
     "output_attentions": "the engine returns the last hidden state and the pooled output only",
-    "output_hidden_states": "the engine returns the last hidden state only, so clip_skip needs the eager text encoder",
+    "output_hidden_states": "the engine returns the last hidden state only; for clip_skip export with --hidden-states",
 }
-
-
-def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
-    """EngineError naming the first argument that is neither None nor empty, with the reason and the way out."""
-    for name, value in arguments.items():
-        empty = value is None or value is False or (isinstance(value, Mapping | tuple | list) and not value)
-        if not empty:
-            raise EngineError(
-                f"{type(module).__name__} cannot take {name}: {reasons.get(name, _FIXED)}. Leave it out, or run "
-                "eagerly: engines.unplug(pipe)"
-            )
-
-
-def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | None = None) -> dict[str, torch.Tensor]:
-    """Run a session, a batch larger than its built range (or `limit`) in near-equal parts along the batch axis.
-
-    Raises RangeError, from the session, for every other axis and for a part below the smallest built batch.
-    """
-    batched = [spec.name for spec in session.contract.inputs if spec.axes[:1] == ("batch",)]
-    largest = min(session.limits["batch"].max, limit or session.limits["batch"].max)
-    parts = -(-feeds[batched[0]].shape[0] // largest)
-    if parts <= 1:
-        return session.run(feeds)
-    pieces = zip(*(feeds[name].tensor_split(parts) for name in batched), strict=True)
-    results = [session.run({**feeds, **dict(zip(batched, piece, strict=True))}) for piece in pieces]
-    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
-
-
-def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in the dtypes of the session's contract."""
-    return {spec.name: tensors[spec.name].to(torch_dtype(spec.dtype)) for spec in session.contract.inputs}
-
-
-class EngineModule(torch.nn.Module):
-    """A parameterless module with a device and a dtype that follow `.to()`, as pipelines expect.
-
-    `original` is the eager module that it stands for, kept for `unplug`, or None.
-    """
-
-    place: torch.Tensor
-
-    def __init__(
-        self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
-    ) -> None:
-        super().__init__()
-        self.register_buffer("place", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self._internal_dict = config  # diffusers repairs old configs by replacing this attribute
-        object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
-
-    @property
-    def config(self) -> Any:
-        """The component's configuration, as the eager module has it."""
-        return self._internal_dict
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The pipeline's dtype; the engine's own precision is in its contract."""
-        return self.place.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline keeps its tensors."""
-        return self.place.device
-
-    def sessions(self) -> Iterable[Session]:
-        """The opened engines of this module."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Release the engines; calling the module afterwards is an EngineError."""
-        for session in self.sessions():
-            session.close()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            raise AttributeError(
-                f"{type(self).__name__} has no {name!r}: the layers of an engine cannot be reached or changed; "
-                "engines.unplug(pipe) brings the eager module back"
-            ) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_hf_hook":  # accelerate's offloading
-            raise EngineError(
-                f"{type(self).__name__} cannot be offloaded: its weights live inside the engine. Leave out "
-                "enable_model_cpu_offload / enable_sequential_cpu_offload, or run eagerly: engines.unplug(pipe)"
-            )
-        super().__setattr__(name, value)
-
-
-def full_config(model: Any, config: Mapping[str, Any]) -> FrozenDict:
-    """A diffusers config with the defaults of the model's class where an older config.json has no value."""
-    parameters = inspect.signature(model.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return FrozenDict(defaults | dict(config))
 
 
 class EngineUNet(EngineModule):
@@ -181,16 +82,42 @@ class EngineUNet(EngineModule):
         """
         given = locals()
         refuse(self, {name: given[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
-        feeds = cast_feeds(
-            self.session,
-            {
-                "sample": sample,
-                "timestep": _one_timestep(timestep, sample),
-                "encoder_hidden_states": encoder_hidden_states,
-            },
-        )
-        result = run_split(self.session, feeds)["out_sample"].to(sample.dtype)
+        tensors = {
+            "sample": sample,
+            "timestep": _one_timestep(timestep, sample),
+            "encoder_hidden_states": encoder_hidden_states,
+        }
+        tensors |= self._residuals(sample, down_block_additional_residuals, mid_block_additional_residual)
+        result = run_split(self.session, cast_feeds(self.session, tensors))["out_sample"].to(sample.dtype)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _residuals(
+        self, sample: torch.Tensor, down: Sequence[torch.Tensor] | None, middle: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """ControlNet's residuals by input name, zeros where there are none; EngineError when they do not fit."""
+        wanted = [spec for spec in self.session.contract.inputs if spec.name.startswith((DOWN_RESIDUAL, MID_RESIDUAL))]
+        if down is None and middle is None:
+            return {spec.name: self._zeros(spec, sample) for spec in wanted}
+        given = [*(down or ()), *(() if middle is None else (middle,))]
+        if not wanted:
+            refuse(
+                self,
+                {DOWN_RESIDUAL: down, MID_RESIDUAL: middle},
+                dict.fromkeys((DOWN_RESIDUAL, MID_RESIDUAL), NO_RESIDUALS),
+            )
+        if len(given) != len(wanted):
+            raise EngineError(
+                f"EngineUNet takes {len(wanted)} residuals, one per skip connection and the middle's, not "
+                f"{len(given)}: a ControlNet fits the UNet that it was made for, not a student with fewer blocks"
+            )
+        return {spec.name: tensor for spec, tensor in zip(wanted, given, strict=True)}
+
+    def _zeros(self, spec: TensorSpec, sample: torch.Tensor) -> torch.Tensor:
+        """No residual: zeros that take no memory of their own until a session makes them contiguous."""
+        (batch, height, width), channels = (sample.shape[0], *sample.shape[2:]), int(spec.axes[1])
+        by = split_axis(str(spec.axes[2]))[1]
+        zero = torch.zeros((), dtype=torch_dtype(spec.dtype), device=sample.device)
+        return zero.expand(batch, channels, height // by, width // by)
 
 
 def _one_timestep(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
@@ -204,12 +131,66 @@ def _one_timestep(timestep: torch.Tensor | float | int, sample: torch.Tensor) ->
     return timestep.flatten()[0].to(sample.device)
 
 
+class EngineControlNet(EngineModule, ControlNetModel):
+    """Stands for ControlNetModel, which it also is by class: diffusers' pipelines ask for that before they call it."""
+
+    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
+                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
+        EngineModule.__init__(self, full_config(ControlNetModel, config), dtype, device, original)
+        self.session = session
+
+    def sessions(self) -> Iterable[Session]:
+        """The ControlNet's engine."""
+        return (self.session,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        controlnet_cond: torch.Tensor,
+        conditioning_scale: float = 1.0,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+    ) -> ControlNetOutput | tuple[list[torch.Tensor], torch.Tensor]:
+        """Residuals for a UNet from its own inputs and an image `[batch, 3, 8 height, 8 width]` in [0, 1].
+
+        `guess_mode` lets them grow from 0.1 to 1 with depth, as diffusers does. EngineError for an argument that the
+        engine has no input for; RangeError outside the built sizes.
+        """
+        given = locals()
+        refuse(self, {name: given[name] for name in CONTROLNET_REFUSALS}, CONTROLNET_REFUSALS)
+        tensors = {
+            "sample": sample,
+            "timestep": _one_timestep(timestep, sample),
+            "encoder_hidden_states": encoder_hidden_states,
+            "controlnet_cond": controlnet_cond,
+            "conditioning_scale": torch.tensor(float(conditioning_scale), device=sample.device),
+        }
+        found = run_split(self.session, cast_feeds(self.session, tensors))
+        every = [found[spec.name].to(sample.dtype) for spec in self.session.contract.outputs]
+        if guess_mode:
+            scales = torch.logspace(-1, 0, len(every), device=sample.device)
+            every = [tensor * scale for tensor, scale in zip(every, scales, strict=True)]
+        if not return_dict:
+            return every[:-1], every[-1]
+        return ControlNetOutput(down_block_res_samples=tuple(every[:-1]), mid_block_res_sample=every[-1])
+
+
 class EngineVAE(EngineModule):
-    """Stands for AutoencoderKL; without an encoder session only `decode` works."""
+    """Stands for AutoencoderKL or AutoencoderTiny; without an encoder session only `decode` works."""
 
     def __init__(self, decoder: Session, encoder: Session | None, config: Mapping[str, Any], dtype: torch.dtype,
                  device: torch.device, original: torch.nn.Module | None = None) -> None:  # fmt: skip
-        super().__init__(full_config(AutoencoderKL, config), dtype, device, original)
+        self.is_tiny = is_tiny_vae(config)
+        super().__init__(
+            full_config(AutoencoderTiny if self.is_tiny else AutoencoderKL, config), dtype, device, original
+        )
         self.decoder_session = decoder
         self.encoder_session = encoder
         self.use_slicing = False
@@ -226,14 +207,22 @@ class EngineVAE(EngineModule):
         image = self._run(self.decoder_session, z)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
-        """Images in [-1, 1] to the distribution of their unscaled latents; EngineError without an encoder engine."""
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple[Any]:
+        """Images in [-1, 1] to the distribution of their unscaled latents, of a tiny autoencoder the latents.
+
+        EngineError without an encoder engine.
+        """
         if self.encoder_session is None:
             raise EngineError(
                 "this EngineVAE has no vae_encoder engine, which image-to-image and inpainting need: export and build "
                 "the bundle with the component vae_encoder"
             )
-        latents = DiagonalGaussianDistribution(self._run(self.encoder_session, x))
+        found = self._run(self.encoder_session, x)
+        if self.is_tiny:
+            return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
+        latents = DiagonalGaussianDistribution(found)
         return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
 
     def _run(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
@@ -268,6 +257,7 @@ class EngineTextEncoder(EngineModule):
                  original: torch.nn.Module | None = None) -> None:  # fmt: skip
         super().__init__(CLIPTextConfig.from_dict(dict(config)), dtype, device, original)
         self.session = session
+        object.__setattr__(self, "_norm", None)  # no submodule: an engine module has no parameters
 
     def sessions(self) -> Iterable[Session]:
         """The text encoder's engine."""
@@ -288,9 +278,41 @@ class EngineTextEncoder(EngineModule):
         Both in this module's dtype. EngineError for an argument that the engine has no input or output for.
         """
         given = locals()
+        layers = [spec.name for spec in self.session.contract.outputs[2:]]
+        given["output_hidden_states"] = output_hidden_states and not layers
         refuse(self, {name: given[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
         found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
-        results = [found[spec.name].to(self.dtype) for spec in self.session.contract.outputs]
+        results = [found[spec.name].to(self.dtype) for spec in self.session.contract.outputs[:2]]
+        hidden = tuple(found[name].to(self.dtype) for name in layers) if output_hidden_states else None
         if return_dict is False:
-            return tuple(results)
-        return BaseModelOutputWithPooling(last_hidden_state=results[0], pooler_output=results[1])
+            return (*results, hidden) if hidden else tuple(results)
+        return BaseModelOutputWithPooling(last_hidden_state=results[0], pooler_output=results[1], hidden_states=hidden)
+
+    @property
+    def text_model(self) -> torch.nn.Module:
+        """Where StableDiffusionPipeline looks for `final_layer_norm` when clip_skip asks for an earlier layer."""
+        if self._norm is None:
+            object.__setattr__(self, "_norm", _final_norm(self.session, self.config).to(self.device, self.dtype))
+        holder = torch.nn.Module()
+        holder.final_layer_norm = self._norm
+        return holder
+
+
+def _final_norm(session: Session, config: Any) -> torch.nn.LayerNorm:
+    """CLIP's last norm, with its weights from the exported graph; EngineError where the graph has lost their names."""
+    import onnx
+    from onnx import numpy_helper
+
+    bundle = session.checked.bundle
+    record = bundle.component("text_encoder")
+    verify_once(bundle, record)
+    file = bundle.path / record.files[0].path
+    found = {}
+    for tensor in onnx.load(file).graph.initializer:
+        if "final_layer_norm." in tensor.name:
+            found[tensor.name.rpartition(".")[2]] = torch.tensor(numpy_helper.to_array(tensor).tolist())
+    if set(found) != {"weight", "bias"}:
+        raise EngineError(f"{file.name} of the text encoder has no final_layer_norm by name: export the model again")
+    norm = torch.nn.LayerNorm(len(found["bias"]), eps=float(config.layer_norm_eps))
+    norm.load_state_dict(found)
+    return norm.requires_grad_(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdkd.bundle import Bundle
-from sdkd.contract import vae_scale
+from sdkd.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
 from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
 from sdkd.files import read_json
 from sdkd.targets import availability, check_target, environment
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from engines.modules import EngineModule
+    from engines.module import EngineModule
 
 Pipe = TypeVar("Pipe")
 log = logging.getLogger(__name__)
@@ -39,10 +39,13 @@ PARTS: dict[str, Part] = {
     "unet": Part(("unet",), (), ("in_channels", "out_channels", "cross_attention_dim")),
     "vae": Part(("vae_decoder",), ("vae_encoder",), ("latent_channels", "scaling_factor")),
     "text_encoder": Part(("text_encoder",), (), ("hidden_size", "vocab_size", "max_position_embeddings")),
+    "controlnet": Part(("controlnet",), (), ("cross_attention_dim", "conditioning_channels")),
 }
-# Pipelines that take the same seven components; any other is loaded as text-to-image.
+BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
+# Pipelines that are loaded as such from a bundle; any other is loaded as text-to-image.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
              "StableDiffusionInstructPix2PixPipeline")  # fmt: skip
+CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
 
 
 def plug(
@@ -51,12 +54,13 @@ def plug(
     """Replace a diffusers pipeline's `unet`, `vae` and `text_encoder` by engines, in place; returns the pipeline.
 
     `target`: a slot of the bundle (`openvino`, `tensorrt`, `openvino-bf16`, ...), or None for the best that runs here.
-    `components`: some of `unet`, `vae`, `text_encoder`; None for all three. The eager modules are kept for `unplug`.
+    `components`: some of `unet`, `vae`, `text_encoder`, `controlnet`; None for the first three, and the fourth where
+    the pipeline has one ControlNet and the bundle, too. The eager modules are kept for `unplug`.
     Nothing changes unless every engine opens. Raises ModelError when bundle and pipeline disagree, naming
     both values, and what `engines.session.open_session` raises.
     """
     opened = _open(bundle)
-    parts = _parts(components)
+    parts = _parts(components, pipe, opened)
     check_agreement(pipe, opened, parts)
     slot = target or best_slot(opened, parts)
     pipeline: Any = pipe
@@ -77,7 +81,7 @@ def plug(
 
 def unplug(pipe: Pipe) -> Pipe:
     """Put the eager modules back; returns the pipeline. EngineError where there are none to put back."""
-    from engines.modules import EngineModule
+    from engines.module import EngineModule
 
     pipeline: Any = pipe
     plugged = {name: getattr(pipeline, name, None) for name in PARTS}
@@ -94,22 +98,30 @@ def unplug(pipe: Pipe) -> Pipe:
 
 
 def load_pipeline(
-    bundle: Bundle | str | Path, target: str | None = None, *, torch_dtype: torch.dtype | None = None
+    bundle: Bundle | str | Path,
+    target: str | None = None,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    controlnet: bool = True,
 ) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline from a bundle's tokenizer, scheduler, configs and engines: no eager weights are read.
 
     `target` as in `plug`. `torch_dtype` (float32) is what latents and schedulers compute in; engines keep their own
-    precision. Raises EngineError when no engine of the bundle runs here, and says why of each.
+    precision. With a ControlNet in the bundle the pipeline is StableDiffusionControlNetPipeline, unless `controlnet` is
+    False: then its UNet runs without residuals. Raises EngineError when no engine of the bundle runs here, and says why
+    of each.
     """
     import torch
 
     opened = _open(bundle)
-    slot = target or best_slot(opened, tuple(PARTS))
+    slot = target or best_slot(opened)
     index = read_json(opened.path / "model_index.json")
-    pipeline_class = _pipeline_class(index)
+    controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
+    pipeline_class = _pipeline_class(index, controlled)
     others = {"tokenizer": _tokenizer(opened), "scheduler": _scheduler(opened, index)}
     dtype, device = torch_dtype or torch.float32, torch.device("cpu")
-    modules = {name: build_module(opened, slot, name, dtype, device) for name in PARTS}
+    names = (*BASE_PARTS, "controlnet") if controlled else BASE_PARTS
+    modules = {name: build_module(opened, slot, name, dtype, device) for name in names}
     pipe: StableDiffusionPipeline = pipeline_class(
         **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
@@ -125,7 +137,7 @@ def build_module(
     original: torch.nn.Module | None = None,
 ) -> EngineModule:
     """Open the engines of one part of a pipeline and wrap them; on a GPU target the module lives on that GPU."""
-    from engines.modules import EngineTextEncoder, EngineUNet, EngineVAE
+    from engines.modules import EngineControlNet, EngineTextEncoder, EngineUNet, EngineVAE
     from engines.session import EngineSession, open_session
 
     wanted = [
@@ -145,10 +157,12 @@ def build_module(
     common = (bundle.config(wanted[0]), dtype, place, original)
     if part == "vae":
         return EngineVAE(first, sessions.get("vae_encoder"), *common)
-    return (EngineUNet if part == "unet" else EngineTextEncoder)(first, *common)
+    kinds = {"unet": EngineUNet, "text_encoder": EngineTextEncoder, "controlnet": EngineControlNet}
+    module: EngineModule = kinds[part](first, *common)
+    return module
 
 
-def best_slot(bundle: Bundle, parts: Sequence[str] = tuple(PARTS)) -> str:
+def best_slot(bundle: Bundle, parts: Sequence[str] = BASE_PARTS) -> str:
     """The fastest slot whose engines are complete, fresh and run here; EngineError lists why each one is not."""
     slots = sorted(
         bundle.slots(), key=lambda slot: (ORDER.index(check_target(slot).name), slot != check_target(slot).name)
@@ -185,7 +199,7 @@ def why_not(bundle: Bundle, slot: str, parts: Sequence[str]) -> str | None:
 
 def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
     """ModelError, naming both values, when a bundle's component does not fit where a pipeline has its own."""
-    if any(getattr(pipe, name, None) is None for name in PARTS) or hasattr(pipe, "text_encoder_2"):
+    if any(getattr(pipe, name, None) is None for name in BASE_PARTS) or hasattr(pipe, "text_encoder_2"):
         raise ModelError(
             f"{type(pipe).__name__} is no Stable Diffusion 1.x/2.x pipeline: "
             "plug needs one with unet, vae and text_encoder"
@@ -195,8 +209,10 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
         ours = bundle.config(PARTS[part].required[0])
         values = {key: (ours.get(key), getattr(config, key, None)) for key in PARTS[part].agree}
         if part == "vae":
-            theirs = {"block_out_channels": config.block_out_channels}
+            theirs = dict(config)
             values = {"pixels per latent": (vae_scale(ours), vae_scale(theirs))} | values
+            if is_tiny_vae(ours) != is_tiny_vae(theirs):  # each kind scales its latents in its own way
+                values.pop("scaling_factor")
         _refuse_differences(bundle, part, values)
     scheduler = bundle.path / "scheduler" / "scheduler_config.json"
     if "unet" in parts and scheduler.is_file():
@@ -219,17 +235,29 @@ def _open(bundle: Bundle | str | Path) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
 
 
-def _parts(components: Sequence[str] | None) -> tuple[str, ...]:
-    chosen = tuple(PARTS) if components is None else tuple(components)
-    for name in chosen:
+def _parts(components: Sequence[str] | None, pipe: Any, bundle: Bundle) -> tuple[str, ...]:
+    """What to plug; InputError for an unknown name, ModelError for a ControlNet and a UNet without its inputs."""
+    for name in components or ():
         if name not in PARTS:
             raise InputError(f"component {name!r} is unknown: choose from {', '.join(PARTS)}")
-    return chosen
+    chosen = tuple(components or BASE_PARTS)
+    controlnet = getattr(pipe, "controlnet", None)
+    if controlnet is None:
+        return chosen
+    takes = {spec.name for spec in bundle.component("unet").contract.inputs} if "unet" in chosen else {MID_RESIDUAL}
+    if MID_RESIDUAL not in takes:
+        raise ModelError(
+            f"the UNet of bundle {str(bundle.path)!r} has no inputs for this {type(pipe).__name__}'s ControlNet: "
+            "export the model again with --controlnet FOLDER"
+        )
+    single = type(controlnet).__name__ != "MultiControlNetModel"
+    ours = "controlnet" in bundle.manifest.components
+    return (*chosen, "controlnet") if components is None and single and ours else chosen
 
 
 def _eager(module: Any) -> torch.nn.Module | None:
     """The eager module behind an engine module, or the module itself."""
-    from engines.modules import EngineModule
+    from engines.module import EngineModule
 
     original: torch.nn.Module | None = module.__dict__["original"] if isinstance(module, EngineModule) else module
     return original
@@ -237,7 +265,7 @@ def _eager(module: Any) -> torch.nn.Module | None:
 
 def _check_devices(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
     """EngineError when modules that stay eager sit on another kind of device than the engines' tensors."""
-    places = {name: getattr(pipe, name).device.type for name in PARTS if name not in modules}
+    places = {name: getattr(pipe, name).device.type for name in BASE_PARTS if name not in modules}
     for name, place in places.items():
         for other, module in modules.items():
             if module.device.type != place:
@@ -247,11 +275,12 @@ def _check_devices(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
                 )
 
 
-def _pipeline_class(index: Mapping[str, Any]) -> Callable[..., Any]:
+def _pipeline_class(index: Mapping[str, Any], controlled: bool) -> Callable[..., Any]:
     import diffusers
 
     name = index.get("_class_name")
-    found: Callable[..., Any] = getattr(diffusers, name if name in PIPELINES else PIPELINES[0])
+    plain = name if name in PIPELINES else PIPELINES[0]
+    found: Callable[..., Any] = getattr(diffusers, CONTROLNET_PIPELINE if controlled else plain)
     return found
 
 

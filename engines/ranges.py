@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sdkd.contract import Range, ShapeRanges, guidance_copies
+from sdkd.contract import Contract, Range, ShapeRanges, guidance_copies, split_axis
 from sdkd.errors import RangeError
 
 if TYPE_CHECKING:
@@ -52,11 +52,16 @@ def fitting_profiles(checked: Checked, sizes: Mapping[str, int]) -> list[int]:
     return sorted(fitting, key=volume)
 
 
-def output_sizes(sizes: Mapping[str, int], scale: int) -> dict[str, int]:
-    """The axes that outputs have and inputs have not: pixels from latents, latents from pixels."""
-    if "height" in sizes:
-        return {f"image_{axis}": sizes[axis] * scale for axis in ("height", "width")}
-    return {axis: sizes[f"image_{axis}"] // scale for axis in ("height", "width") if f"image_{axis}" in sizes}
+def output_sizes(contract: Contract, sizes: Mapping[str, int], scale: int) -> dict[str, int]:
+    """Sizes of the outputs' axes, those of the inputs included: pixels from latents, latents from pixels, halves."""
+    every = dict(sizes)
+    for axis in ("height", "width"):
+        if axis in sizes:
+            every[f"image_{axis}"] = sizes[axis] * scale
+        elif f"image_{axis}" in sizes:
+            every[axis] = sizes[f"image_{axis}"] // scale
+    axes = {axis for spec in contract.outputs for axis in spec.dynamic_axes.values()}
+    return every | {axis: every[root] // by for axis in axes for root, by in [split_axis(axis)]}
 
 
 def asked_ranges(checked: Checked, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -34,6 +34,7 @@ OPENERS = {
 class Session(Protocol):
     """An opened engine of one component."""
 
+    checked: Checked
     contract: Contract
     slot: str
     ranges: ShapeRanges
@@ -175,7 +176,7 @@ class EngineSession(ABC):
         check_sizes(self.checked, sizes)
         origin = next(iter(feeds.values())).device
         ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
-        every = sizes | output_sizes(sizes, self.checked.scale)
+        every = output_sizes(self.contract, sizes, self.checked.scale)
         outputs = {
             spec.name: torch.empty(spec.shape(every), dtype=torch_dtype(spec.dtype), device=self.device)
             for spec in self.contract.outputs

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
 
 from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
@@ -149,3 +149,19 @@ def small_pipeline() -> StableDiffusionPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+TINY_VAE: dict[str, Any] = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+
+
+def small_controlnet(seed: int = 5, **changes: Any) -> ControlNetModel:
+    """A ControlNet for `UNET`: images of 2 pixels per latent."""
+    config = {key: value for key, value in UNET.items() if "up_block" not in key}
+    config = {key: config[key] for key in config if key not in ("sample_size", "out_channels", "mid_block_type")}
+    image = {"conditioning_embedding_out_channels": (8, 16)}
+    return fixed_weights(ControlNetModel(**(config | image | changes)), seed)

@@ -12,7 +12,8 @@ from accelerate import cpu_offload_with_hook
 from diffusers import StableDiffusionPipeline
 from engine_bundles import unet_feeds
 
-from engines.modules import EngineTextEncoder, EngineUNet, EngineVAE, full_config, run_split
+from engines.module import full_config, run_split
+from engines.modules import EngineTextEncoder, EngineUNet, EngineVAE
 from engines.pipeline import build_module
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError, RangeError
@@ -87,8 +88,8 @@ def test_unet_answers_in_the_dtype_of_the_latents(unet: EngineUNet, dtype: torch
         ("encoder_attention_mask", torch.ones(2, 77), "all tokens"),
         ("cross_attention_kwargs", {"scale": 0.5}, "LoRA scale are fixed"),
         ("added_cond_kwargs", {"image_embeds": [torch.zeros(1)]}, "IP-Adapter"),
-        ("down_block_additional_residuals", (torch.zeros(1),), "ControlNet"),
-        ("mid_block_additional_residual", torch.zeros(1), "ControlNet"),
+        ("down_block_additional_residuals", (torch.zeros(1),), "--controlnet"),
+        ("mid_block_additional_residual", torch.zeros(1), "--controlnet"),
         ("down_intrablock_additional_residuals", (torch.zeros(1),), "T2I-Adapter"),
     ],
 )
@@ -231,7 +232,7 @@ def test_text_encoder_answers_as_transformers_does(
     [
         ("attention_mask", torch.ones(1, 77), "causal mask built in"),
         ("position_ids", torch.arange(77), "no such input"),
-        ("output_hidden_states", True, "clip_skip needs the eager text encoder"),
+        ("output_hidden_states", True, "for clip_skip export with --hidden-states"),
         ("output_attentions", True, "last hidden state and the pooled output only"),
     ],
 )

@@ -290,7 +290,7 @@ def test_sizes_outside_the_range(engines: StableDiffusionPipeline) -> None:
 
 
 def test_clip_skip_and_lora_scale_are_refused(engines: StableDiffusionPipeline) -> None:
-    with pytest.raises(EngineError, match=r"clip_skip needs the eager text encoder"):
+    with pytest.raises(EngineError, match=r"for clip_skip export with --hidden-states"):
         draw(engines, clip_skip=1)
     with pytest.raises(EngineError, match=r"cannot take cross_attention_kwargs"):
         draw(engines, cross_attention_kwargs={"something": 1})

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import small_bundles
 import torch
-from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from helpers import CONTEXT, fixed_weights, tiny_text_encoder, tiny_unet
+from small_bundles import TINY_VAE, small_controlnet
 from small_exports import references
 
 from export.components import component_config, component_module, example_inputs, graph_module, module_contract
@@ -18,21 +19,6 @@ from export.to_onnx import save, to_onnx
 from sdkd.contract import Contract, Extras
 from sdkd.errors import ModelError
 from sdkd.students import build_student
-
-TINY_VAE: dict[str, Any] = {
-    "encoder_block_out_channels": (8, 8),
-    "decoder_block_out_channels": (8, 8),
-    "num_encoder_blocks": (1, 1),
-    "num_decoder_blocks": (1, 1),
-}
-
-
-def small_controlnet(seed: int = 5, **changes: Any) -> ControlNetModel:
-    """A ControlNet for `small_bundles.UNET`: images of 2 pixels per latent."""
-    config = {key: value for key, value in small_bundles.UNET.items() if "up_block" not in key}
-    config = {key: config[key] for key in config if key not in ("sample_size", "out_channels", "mid_block_type")}
-    image = {"conditioning_embedding_out_channels": (8, 16)}
-    return fixed_weights(ControlNetModel(**(config | image | changes)), seed)
 
 
 def exported(folder: Path, component: str, module: torch.nn.Module, extras: Extras = Extras()) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""What all engine modules share: a parameterless `nn.Module` with a config, a device and a dtype, as pipelines expect.
+
+They are plain modules, not `ModelMixin`s: `DiffusionPipeline.from_pipe` hands a ModelMixin over only when its class is
+exactly the one in the signature. Dtypes are cast once, at the edge: engines run in the bundle's precision, the pipeline
+keeps its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+
+from engines.session import Session, torch_dtype
+from sdkd.errors import EngineError
+
+FIXED = "the engine's graph has no such input"
+
+
+def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """EngineError naming the first argument that is neither None nor empty, with the reason and the way out."""
+    for name, value in arguments.items():
+        empty = value is None or value is False or (isinstance(value, Mapping | tuple | list) and not value)
+        if not empty:
+            raise EngineError(
+                f"{type(module).__name__} cannot take {name}: {reasons.get(name, FIXED)}. Leave it out, or run "
+                "eagerly: engines.unplug(pipe)"
+            )
+
+
+def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | None = None) -> dict[str, torch.Tensor]:
+    """Run a session, a batch larger than its built range (or `limit`) in near-equal parts along the batch axis.
+
+    Raises RangeError, from the session, for every other axis and for a part below the smallest built batch.
+    """
+    batched = [spec.name for spec in session.contract.inputs if spec.axes[:1] == ("batch",)]
+    largest = min(session.limits["batch"].max, limit or session.limits["batch"].max)
+    parts = -(-feeds[batched[0]].shape[0] // largest)
+    if parts <= 1:
+        return session.run(feeds)
+    pieces = zip(*(feeds[name].tensor_split(parts) for name in batched), strict=True)
+    results = [session.run({**feeds, **dict(zip(batched, piece, strict=True))}) for piece in pieces]
+    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in the dtypes of the session's contract."""
+    return {spec.name: tensors[spec.name].to(torch_dtype(spec.dtype)) for spec in session.contract.inputs}
+
+
+class EngineModule(torch.nn.Module):
+    """A parameterless module with a device and a dtype that follow `.to()`, as pipelines expect.
+
+    `original` is the eager module that it stands for, kept for `unplug`, or None.
+    """
+
+    place: torch.Tensor
+
+    def __init__(
+        self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self._internal_dict = config  # diffusers repairs old configs by replacing this attribute
+        object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
+
+    @property
+    def config(self) -> Any:
+        """The component's configuration, as the eager module has it."""
+        return self._internal_dict
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The pipeline's dtype; the engine's own precision is in its contract."""
+        return self.place.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline keeps its tensors."""
+        return self.place.device
+
+    def sessions(self) -> Iterable[Session]:
+        """The opened engines of this module."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release the engines; calling the module afterwards is an EngineError."""
+        for session in self.sessions():
+            session.close()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}: the layers of an engine cannot be reached or changed; "
+                "engines.unplug(pipe) brings the eager module back"
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook":  # accelerate's offloading
+            raise EngineError(
+                f"{type(self).__name__} cannot be offloaded: its weights live inside the engine. Leave out "
+                "enable_model_cpu_offload / enable_sequential_cpu_offload, or run eagerly: engines.unplug(pipe)"
+            )
+        super().__setattr__(name, value)
+
+
+def full_config(model: Any, config: Mapping[str, Any]) -> FrozenDict:
+    """A diffusers config with the defaults of the model's class where an older config.json has no value."""
+    parameters = inspect.signature(model.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return FrozenDict(defaults | dict(config))
