@@ -82,6 +82,7 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Flow]]:
     for path, block in parts.items():
         handles.append(block.register_forward_hook(_edges(flows[path]), with_kwargs=True))
         handles += [part.register_forward_hook(_inside(flows[path])) for part in block.modules() if part is not block]
+        handles += [hook for part in block.modules() for hook in _score_hooks(part, flows[path])]
     try:
         yield flows
     finally:
@@ -102,6 +103,27 @@ def _inside(flow: Flow) -> Any:
         flow.inside = max(flow.inside, _largest(output))
 
     return hook
+
+
+def _score_hooks(part: nn.Module, flow: Flow) -> list[Any]:
+    """Bound the attention scores, which no module gives out: the longest query times the longest key of any head."""
+    names = next((pair for pair in (("to_q", "to_k"), ("q_proj", "k_proj")) if hasattr(part, pair[0])), None)
+    if names is None:
+        return []
+    heads = int(getattr(part, "heads", 0) or getattr(part, "num_heads", 1))
+    longest: dict[str, float] = {}
+
+    def hook(name: str, width: float) -> Any:
+        def note(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> None:
+            longest[name] = float(output.float().unflatten(-1, (heads, -1)).norm(dim=-1).max())
+            if len(longest) == 2:
+                flow.inside = max(flow.inside, longest[names[0]] * longest[names[1]] / width)
+
+        return note
+
+    first = getattr(part, names[0])
+    width = (first.out_features / heads) ** 0.5
+    return [getattr(part, name).register_forward_hook(hook(name, width)) for name in names]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

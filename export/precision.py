@@ -53,11 +53,38 @@ def _overflows(tensor: torch.Tensor, limit: float) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high) and max(-low, high) > limit)
 
 
+def float_softmax(model: Any) -> None:
+    """Compute every Softmax of a half-precision graph in float32, between casts.
+
+    There are some where attention is not whole: below opset 23, and in the VAE. A whole Attention needs none: its
+    kernels keep the softmax in float32 by themselves, and TensorRT refuses the attribute `softmax_precision`.
+    """
+    import onnx_ir as ir
+
+    for node in [node for node in model.graph if node.op_type == "Softmax"]:
+        (source, output), half = (node.inputs[0], node.outputs[0]), node.outputs[0].dtype
+        if half not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            continue
+        up = ir.node("Cast", [source], attributes={"to": ir.DataType.FLOAT})
+        node.replace_input_with(0, up.outputs[0])
+        down = ir.node("Cast", [output], attributes={"to": half})
+        for made, shape in ((up, source), (down, output)):
+            made.metadata_props.update(node.metadata_props)
+            made.outputs[0].shape = shape.shape
+        up.outputs[0].dtype, down.outputs[0].dtype = ir.DataType.FLOAT, half
+        ir.convenience.replace_all_uses_with(output, down.outputs[0])
+        down.replace_input_with(0, output)
+        output.dtype = ir.DataType.FLOAT
+        model.graph.insert_before(node, up)
+        model.graph.insert_after(node, down)
+
+
 def float_nodes(model: Any) -> dict[str, int]:
     """Islands of float32 in a half-precision graph: how many nodes of each operator compute in float32.
 
-    Those are the sinusoidal timestep embedding, which diffusers computes so, and norms whose statistics are kept in
-    float32 (`stash_type` 1: GroupNormalization from opset 21 on, LayerNormalization always).
+    Those are the sinusoidal timestep embedding, which diffusers computes so, norms whose statistics are kept in
+    float32 (`stash_type` 1: GroupNormalization from opset 21 on, LayerNormalization always), Softmax where attention
+    is not whole, and the blocks that `export.islands` found.
     """
     import onnx_ir as ir
 

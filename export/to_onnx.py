@@ -18,7 +18,7 @@ from torch import nn
 
 from export.components import component_state, dynamic_shapes, example_inputs, example_sizes, graph_module
 from export.initializers import fold_transposes, merge_constants, name_initializers, opaque_weights, strip_prefix
-from export.precision import float_nodes
+from export.precision import float_nodes, float_softmax
 from sdkd.contract import Contract
 from sdkd.errors import ExportError, InputError
 from sdkd.targets import check_target
@@ -157,6 +157,8 @@ def _finish(model: Any, contract: Contract, opset: int, state: Mapping[str, torc
     transforms, unmatched = name_initializers(model, state)
     merge_constants(model, transforms)
     half = any(spec.dtype in ("float16", "bfloat16") for spec in contract.outputs)
+    if half:
+        float_softmax(model)
     islands = float_nodes(model) if half else {}
     _name_axes(model, contract)
     _name_nodes(model)

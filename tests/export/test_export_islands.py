@@ -46,6 +46,22 @@ def test_every_block_that_sees_too_much_is_an_island() -> None:
     assert "activations up to" in islands.reasons[f"{LAST}.resnets.0"]
 
 
+@torch.no_grad()
+def test_attention_scores_that_overflow_are_seen() -> None:
+    """Queries and keys of 300 fit float16; their products over 8 dimensions do not."""
+    vae = small_pipeline().vae
+    attention = vae.decoder.mid_block.attentions[0]
+    for part in (attention.to_q, attention.to_k):
+        part.weight.data.zero_()
+        part.bias.data.fill_(300.0)
+    with recorded(vae) as flows:
+        vae.decoder(torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)))
+    name = "decoder.mid_block.attentions.0"
+    width = attention.to_q.out_features / attention.heads
+    assert flows[name].inside == pytest.approx(300.0**2 * width**0.5, rel=1e-4)
+    assert name in find_islands(flows).reasons
+
+
 def test_a_sound_vae_has_no_islands() -> None:
     vae = small_pipeline().vae
     with recorded(vae) as flows, torch.no_grad():
