@@ -132,10 +132,10 @@ class TensorRTSession(EngineSession):
         self._managed = hasattr(probe, "update_device_memory_size_for_shapes") and hasattr(probe, "set_device_memory")
         strategy = strategies.USER_MANAGED if self._managed else strategies.STATIC
         if hasattr(engine, "create_runtime_config"):
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            self._load_cache(config)
-            context = engine.create_execution_context(config)
+            runtime_config = engine.create_runtime_config()
+            runtime_config.set_execution_context_allocation_strategy(strategy)
+            self._load_cache(runtime_config)
+            context = engine.create_execution_context(runtime_config)
         else:
             context = engine.create_execution_context(strategy)
         if context is None:
@@ -251,17 +251,17 @@ class TensorRTSession(EngineSession):
     def _cache_path(self) -> Path:
         return self.checked.path.with_suffix(".runtime_cache")
 
-    def _load_cache(self, config: Any) -> None:
-        if not hasattr(config, "create_runtime_cache"):
+    def _load_cache(self, runtime_config: Any) -> None:
+        if not hasattr(runtime_config, "create_runtime_cache"):
             return
-        cache = config.create_runtime_cache()
+        cache = runtime_config.create_runtime_cache()
         if self._cache_path.is_file():
             blob = self._cache_path.read_bytes()
             if cache.deserialize(blob):
                 self._cached_bytes = len(blob)
             else:
                 log.info("%s is for another GPU, driver or version: kernels are compiled again", self._cache_path)
-        if not config.set_runtime_cache(cache):
+        if not runtime_config.set_runtime_cache(cache):
             raise self._failed("setting the runtime cache")
         self._cache = cache
 

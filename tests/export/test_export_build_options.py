@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from small_exports import half_unet
 
 from export import build_engine
 from export.build_job import Job
-from export.build_options import GIB, BuildOptions, capabilities, check_options, difference, has, lean_runtime
+from export.build_options import GIB, BuildOptions, capabilities, check_options, difference, lean_runtime
 from export.build_refit import lora_weights, mark_weights, touched
 from export.build_tensorrt import config_arguments
 from sdkd.bundle import Bundle
@@ -110,16 +110,6 @@ def test_the_library_itself_fails_there(bundle: Bundle, trt: ModuleType, flag: s
     path = str(bundle.path / "unet/model.onnx")
     done = subprocess.run([sys.executable, "-c", code, path, flag], capture_output=True, text=True, timeout=120)
     assert "MyelinCheckException" in done.stdout + done.stderr
-
-
-def test_a_library_without_the_attribute() -> None:
-    old = SimpleNamespace(__name__="tensorrt", __version__="9.0", BuilderFlag=SimpleNamespace(REFIT=1))
-    assert has(old, "BuilderFlag.REFIT")  # type: ignore[arg-type]
-    assert not has(old, "BuilderFlag.STRIP_PLAN")  # type: ignore[arg-type]
-    with pytest.raises(
-        InputError, match=r"--strip-weights .* for tensorrt: tensorrt 9.0 has no BuilderFlag.STRIP_PLAN"
-    ):
-        check_options(BuildOptions(strip_weights=True), "tensorrt", old, True)  # type: ignore[arg-type]
 
 
 def test_what_the_installed_library_knows(trt: ModuleType) -> None:
