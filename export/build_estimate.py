@@ -174,7 +174,12 @@ def check_resources(bundle: Bundle, requests: Sequence[Request], options: BuildO
 def check_room(what: str, kind: str, need: int, free: int, advice: str) -> None:
     """BuildError, with both numbers and what to do, when more is needed than there is."""
     if need > free:
-        raise BuildError(f"{what} need about {need / GB:,.1f} GB of {kind}, and {free / GB:,.1f} GB are free: {advice}")
+        raise BuildError(f"{what} need about {size(need)} of {kind}, and {size(free)} are free: {advice}")
+
+
+def size(count: int) -> str:
+    """Bytes in words: `1.5 GB`, `0.3 MB`."""
+    return f"{count / GB:,.1f} GB" if count >= GB / 10 else f"{count / 1e6:,.1f} MB"
 
 
 def free_memory(options: BuildOptions) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from export.build_errors import NOISE
 from export.build_job import Job
 
 SHOWN = 3  # nodes; the rest is counted
@@ -33,13 +34,17 @@ def parser_errors(trt: ModuleType, job: Job, typed: bool) -> str | None:
 def _describe(error: Any, job: Job, nodes: list[Any]) -> str:
     node = _node(error, nodes)
     if node is None:
-        return f"the parser says: {error.desc()}"
+        return f"the parser says: {_said(error)}"
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     found = f"{node.name!r}{module_path(node.name, job.component)}" if node.name else f"number {error.node()}"
     return (
         f"the parser refuses operator {operator} at node {found}, with inputs "
-        f"{', '.join(_inputs(job, node)) or 'none'} (it says: {error.desc()})"
+        f"{', '.join(_inputs(job, node)) or 'none'} (it says: {_said(error)})"
     )
+
+
+def _said(error: Any) -> str:
+    return "; ".join(line.strip() for line in error.desc().splitlines() if line.strip() and not NOISE.search(line))
 
 
 def _node(error: Any, nodes: list[Any]) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from typing import Any
 from sdkd.errors import InputError, MissingExtraError
 
 EAGER_TARGETS = ("eager", "compile")
+DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # the oldest for Linux, by major version of CUDA
 DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
 
 
@@ -146,6 +148,55 @@ def driver_version() -> str | None:
         return None
 
 
+def driver_cuda() -> tuple[int, int] | None:
+    """The version of CUDA that the NVIDIA driver runs, by the driver itself; None without one."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def cuda_packages(distribution: str) -> dict[str, int]:
+    """Installed packages of a library that were made for one major version of CUDA: {"tensorrt_cu13": 13}."""
+    found = {}
+    for one in importlib.metadata.distributions():
+        name = (one.metadata["Name"] or "").lower().replace("-", "_")
+        if match := re.fullmatch(rf"{distribution}_cu(\d+)", name):
+            found[name] = int(match[1])
+    return found
+
+
+def gpu_problem(
+    driver: str | None, runs: tuple[int, int] | None, needs: Mapping[str, int], torch_cuda: str | None
+) -> tuple[str, str]:
+    """Why no GPU is seen, and what to do.
+
+    `driver`: its version; `runs`: the CUDA that it runs; `needs`: major version of CUDA by installed package;
+    `torch_cuda`: the CUDA that torch was built with.
+    """
+    wanted = max([*needs.values(), int((torch_cuda or "0").partition(".")[0])], default=0)
+    oldest = DRIVERS.get(wanted, DRIVERS[max(DRIVERS)])
+    if driver is None and runs is None:
+        return "no NVIDIA driver here", f"on a machine with an NVIDIA GPU, install its driver, {oldest} or later"
+    if runs is None:
+        return f"NVIDIA driver {driver} without libcuda.so.1", "install the driver's user part (libcuda.so.1), too"
+    version = f"NVIDIA driver {driver or 'of unknown version'} runs CUDA {runs[0]}.{runs[1]}"
+    for name, major in {**needs, **({f"torch for CUDA {torch_cuda}": wanted} if torch_cuda else {})}.items():
+        if major > runs[0]:
+            older = f", or: pip install {name.replace(f'cu{major}', f'cu{runs[0]}')}" if name in needs else ""
+            return f"{version}, and {name} needs CUDA {major}", f"update the driver to {DRIVERS[major]} or later{older}"
+    if torch_cuda is None:
+        return (
+            f"{version}, but this torch is built without CUDA",
+            "install torch with CUDA (pytorch.org has the command)",
+        )
+    return f"{version}, and torch sees no device", "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
+
+
 def timing_cache(target: str) -> str:
     """Name of the file in which a library keeps what it timed: one per GPU, driver and version of the library.
 
@@ -199,10 +250,15 @@ def availability(target: str) -> Availability:
     if version is None:
         fix = f"pip install 'sdkd[{found.extra}]'" if found.extra else "pip install sdkd"
         return Availability(found.name, None, False, False, f"{found.module} is not installed", fix)
+    if found.runs_on_gpu and importlib.util.find_spec("polygraphy") is None:
+        fix = f"pip install 'sdkd[{found.extra}]'"
+        return Availability(found.name, version, False, gpu() is not None, "polygraphy is not installed", fix)
     if not found.runs_on_gpu or gpu():
         return Availability(found.name, version, True, True, "ready", "")
-    fix = "run it on a machine with an NVIDIA GPU and driver"
-    return Availability(found.name, version, not found.builds_on_gpu, False, "no CUDA device here", fix)
+    import torch
+
+    reason, fix = gpu_problem(driver_version(), driver_cuda(), cuda_packages(found.distribution), torch.version.cuda)
+    return Availability(found.name, version, not found.builds_on_gpu, False, reason, fix)
 
 
 def _version(target: Target) -> str | None:
