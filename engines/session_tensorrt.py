@@ -157,6 +157,15 @@ class TensorRTSession(EngineSession):
             if engine.get_tensor_location(spec.name) != trt.TensorLocation.DEVICE:
                 raise EngineError(f"{self.checked.label} wants tensor {spec.name!r} in host memory. Rebuild it")
 
+    def layer_information(self) -> str:
+        """What the engine says of its layers, as JSON; EngineError when it says nothing."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context  # shapes of the active profile
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        if not text:
+            raise self._failed("inspecting the layers")
+        return str(text)
+
     # Running
 
     def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from export.build_options import GIB, BuildOptions
 from export.build_request import Request
 from export.ranges import Geometry, check_shapes
-from sdkd.bundle import Bundle
+from sdkd.bundle import Bundle, EngineRecord
 from sdkd.contract import ShapeRanges
 from sdkd.errors import BuildError, InputError
 from sdkd.targets import check_target, gpu
@@ -123,6 +123,16 @@ def estimate(bundle: Bundle, request: Request) -> Estimate:
         gpu=2 * engine + 2 * largest * BYTES[request.precision] if target.builds_on_gpu else 0,
         disk=engine,
     )
+
+
+def run_memory(bundle: Bundle, record: EngineRecord) -> int:
+    """Bytes that an engine takes when it runs at its largest shapes: its own size and 2 x the largest tensor."""
+    component = bundle.component(record.component)
+    request = Request(component, record.target, record.slot, record.precision, record.profiles, record.flags)
+    largest = max(
+        _at(bundle, request, _corner(bundle, request, one, "max"), _fuses(request)).elements for one in record.profiles
+    )
+    return record.total_bytes + 2 * largest * BYTES[record.precision]
 
 
 def _compared(bundle: Bundle, request: Request) -> Iterator[int]:

@@ -10,21 +10,26 @@ import typer
 
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.console import show, show_json, table
-from sdkd.errors import BundleError, MissingExtraError
+from sdkd.contract import Contract, ShapeRanges
+from sdkd.errors import BundleError, MissingExtraError, SdkdError
 from sdkd.targets import environment
 
 MB = 1e6
+SHOWN = 12  # kinds of operators or layers in a table; the rest is counted
 
 
-def examine(bundle: Bundle, hashes: bool = True) -> dict[str, Any]:
-    """A JSON-ready account of a bundle; with `hashes`, every file is read and compared with the manifest."""
+def examine(bundle: Bundle, hashes: bool = True, layers: bool = False) -> dict[str, Any]:
+    """A JSON-ready account of a bundle; with `hashes`, every file is read and compared with the manifest.
+
+    With `layers`, engines that run here are opened and asked for their layers.
+    """
     manifest = bundle.manifest
     return {
         "path": str(bundle.path),
         "source": dict(manifest.source),
         "versions": dict(manifest.versions),
         "components": [_component(bundle, record, hashes) for record in manifest.components.values()],
-        "engines": [_engine(bundle, record, hashes) for record in manifest.engines.values()],
+        "engines": [_engine(bundle, record, hashes, layers) for record in manifest.engines.values()],
     }
 
 
@@ -47,24 +52,51 @@ def _component(bundle: Bundle, record: ComponentRecord, hashes: bool) -> dict[st
         "bytes": record.total_bytes,
         "export_seconds": record.seconds,
         "parity": record.parity,
+        "contract": record.contract.to_json(),
+        "details": dict(record.details),
         "problems": _damage(bundle, record, hashes),
     }
 
 
-def _engine(bundle: Bundle, record: EngineRecord, hashes: bool) -> dict[str, Any]:
+def _engine(bundle: Bundle, record: EngineRecord, hashes: bool, layers: bool) -> dict[str, Any]:
+    problems = _damage(bundle, record, hashes) + bundle.stale_reasons(record, _here(record.target))
     return {
         "component": record.component,
         "slot": record.slot,
         "precision": record.precision,
         "ranges": record.ranges.to_json(),
+        "profiles": [profile.to_json() for profile in record.profiles],
         "environment": dict(record.environment),
         "built_for": list(record.built_for),
         "flags": dict(record.flags),
         "bytes": record.total_bytes,
+        "memory_bytes": _memory(bundle, record),
         "build_seconds": record.seconds,
         "parity": record.parity,
-        "problems": _damage(bundle, record, hashes) + bundle.stale_reasons(record, _here(record.target)),
+        "layers": _layers(bundle, record) if layers and not problems else None,
+        "problems": problems,
     }
+
+
+def _memory(bundle: Bundle, record: EngineRecord) -> int | None:
+    """About what the engine takes when it runs; None where the bundle's configs do not say enough."""
+    from export.build_estimate import run_memory
+
+    try:
+        return run_memory(bundle, record)
+    except (SdkdError, KeyError):
+        return None
+
+
+def _layers(bundle: Bundle, record: EngineRecord) -> list[dict[str, Any]] | str:
+    """Layers by type and precision, or why they cannot be had here."""
+    from engines.layers import count_layers
+
+    try:
+        found = count_layers(bundle, record.slot, record.component)
+    except SdkdError as error:
+        return str(error)
+    return [{"type": kind, "precision": precision, "count": count} for kind, precision, count in found]
 
 
 def _here(target: str) -> dict[str, str] | None:
@@ -77,64 +109,111 @@ def _here(target: str) -> dict[str, str] | None:
 def _agreement(parity: Mapping[str, Any] | None) -> str:
     """The parity figure that says most in one cell."""
     if parity is None:
-        return "not checked"
+        return "-"
     for key in ("max_abs", "max_abs_error", "relative"):
         if key in parity:
             return f"{float(parity[key]):.1e}"
     return "checked"
 
 
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / MB:,.1f}"
+
+
 def _state(problems: list[str]) -> str:
-    return "; ".join(problems) if problems else "fresh"
+    return "repair" if problems else "fresh"
 
 
-def _tables(found: dict[str, Any]) -> list[Any]:
+def _reasons(row: Mapping[str, Any], name: str) -> list[str]:
+    return [f"  [red]{name}[/]: {problem}" for problem in row["problems"]]
+
+
+def _short(found: dict[str, Any]) -> list[Any]:
+    """One table of components, one per slot; reasons below, in full."""
     components = [
         [
-            row["component"], row["precision"], row["opset"], f"{row['parameters']:,}", f"{row['bytes'] / MB:,.1f}",
+            row["component"], row["precision"], f"{row['parameters']:,}", _megabytes(row["bytes"]),
             _agreement(row["parity"]), _state(row["problems"]),
         ]
         for row in found["components"]
     ]  # fmt: skip
-    columns = ["component", "precision", "opset", "parameters", "MB", "max error", "state"]
+    columns = ["component", "precision", "parameters", "MB", "max error", "state"]
     slots = list(dict.fromkeys(row["slot"] for row in found["engines"]))
     return [
         table("ONNX, against PyTorch", columns, components),
+        *(line for row in found["components"] for line in _reasons(row, row["component"])),
         *(part for slot in slots for part in _slot(found, slot)),
     ]
 
 
 def _slot(found: dict[str, Any], slot: str) -> list[Any]:
-    """The engines of a slot as a table, and what all of them have in common as lines below it."""
-    from sdkd.contract import ShapeRanges
-
+    """The engines of a slot as a table, and what they were built for as lines below it."""
     rows = [row for row in found["engines"] if row["slot"] == slot]
     engines = [
         [
-            row["component"], row["precision"], f"{row['bytes'] / MB:,.1f}", f"{row['build_seconds']:.1f}",
-            _agreement(row["parity"]), _state(row["problems"]),
+            row["component"], row["precision"], _megabytes(row["bytes"]), _megabytes(row["memory_bytes"]),
+            f"{row['build_seconds']:.1f}", _agreement(row["parity"]), _state(row["problems"]),
         ]
         for row in rows
     ]  # fmt: skip
-    columns = ["component", "precision", "MB", "build s", "max error", "state"]
-    one = rows[0]
-    made_for = (
-        "compute capability " + ", ".join(one["built_for"]) if one["built_for"] else one["environment"].get("gpu")
-    )
+    columns = ["component", "precision", "MB", "MB to run", "built s", "error", "state"]
+    shapes = dict.fromkeys(str(ShapeRanges.from_json(profile)) for row in rows for profile in row["profiles"])
     return [
         table(f"Engines for {slot}, against ONNX", columns, engines),
-        f"  takes {ShapeRanges.from_json(one['ranges'])}",
-        f"  built for {made_for or 'this CPU'}",
+        *(f"  takes {text}" for text in shapes),
+        f"  built for {_made_for(rows[0])}",
+        *(line for row in rows for line in _reasons(row, row["component"])),
     ]
+
+
+def _made_for(row: Mapping[str, Any]) -> str:
+    if row["built_for"]:
+        return "compute capability " + ", ".join(row["built_for"])
+    return str(row["environment"].get("gpu") or "this CPU")
+
+
+def _details(found: dict[str, Any]) -> list[Any]:
+    """Contracts and operators of each component; flags, environment and layers of each engine."""
+    parts: list[Any] = []
+    for row in found["components"]:
+        contract = Contract.from_json(row["contract"])
+        tensors = [
+            [side, spec.name, spec.dtype, " x ".join(map(str, spec.axes)) or "one value"]
+            for side, specs in (("in", contract.inputs), ("out", contract.outputs))
+            for spec in specs
+        ]
+        parts.append(table(f"{row['component']}: opset {row['opset']}", ["", "tensor", "dtype", "axes"], tensors))
+        if operators := row["details"].get("operators"):
+            parts.append(f"  {row['details'].get('nodes', sum(operators.values()))} nodes: {_counted(operators)}")
+    for row in found["engines"]:
+        parts.append(f"[bold]{row['slot']} {row['component']}[/]")
+        parts += [f"  {key}: {value}" for key, value in {**row["environment"], **row["flags"]}.items()]
+        parts.append(_layer_table(row["layers"]))
+    return parts
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    first = [f"{name} {count}" for name, count in list(counts.items())[:SHOWN]]
+    rest = sum(list(counts.values())[SHOWN:])
+    return ", ".join(first) + (f", others {rest}" if rest else "")
+
+
+def _layer_table(layers: list[dict[str, Any]] | str | None) -> Any:
+    if not isinstance(layers, list):
+        return f"  layers: {layers or 'not asked for, since the engine needs repair'}"
+    rows = [[row["type"], row["precision"], row["count"]] for row in layers[:SHOWN]]
+    rest = sum(row["count"] for row in layers[SHOWN:])
+    return table("", ["layer", "precision", "number"], [*rows, ["others", "", rest]] if rest else rows)
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     hashes: Annotated[bool, typer.Option(help="Read every file and compare its SHA-256 with the manifest.")] = True,
+    details: Annotated[bool, typer.Option("--details", help="Contracts, operators, options, layers, too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what is in a bundle, what is stale and why; status 1 when something is stale or damaged."""
-    found = examine(Bundle.open(bundle), hashes)
+    found = examine(Bundle.open(bundle), hashes, layers=details)
     problems = [problem for row in found["components"] + found["engines"] for problem in row["problems"]]
     if json:
         show_json(found)
@@ -142,6 +221,6 @@ def inspect(
         source = found["source"]
         random = ", random weights" if source.get("random_weights") else ""
         show(f"[bold]{found['path']}[/]: {source.get('model', 'unknown model')}{random}")
-        show(*_tables(found))
+        show(*_short(found), *(_details(found) if details else []))
     if problems:
         raise BundleError(f"{len(problems)} of the parts need repair: {problems[0]}")
