@@ -20,7 +20,7 @@ import torch
 from engines.session import Checked, EngineSession, check_names, verify_once
 from sdkd.errors import EngineError
 from sdkd.files import write_bytes
-from sdkd.targets import require
+from sdkd.targets import cache_folder, require
 
 log = logging.getLogger(__name__)
 
@@ -254,11 +254,12 @@ class TensorRTSession(EngineSession):
             self._workspace = (block.data_ptr(), self._needed)
         return block
 
-    # What TensorRT-RTX compiled for this GPU, kept beside the engine
+    # What TensorRT-RTX compiled for this GPU, kept by the plan's SHA-256 among the user's caches, never in the bundle:
+    # it is native code, too, and no manifest vouches for it
 
     @property
     def _cache_path(self) -> Path:
-        return self.checked.path.with_suffix(".runtime_cache")
+        return cache_folder() / "runtime" / f"{self.checked.record.files[0].sha256}.cache"
 
     def _load_cache(self, runtime_config: Any) -> None:
         if not hasattr(runtime_config, "create_runtime_cache"):
@@ -275,7 +276,7 @@ class TensorRTSession(EngineSession):
         self._cache = cache
 
     def _save_cache(self) -> None:
-        """Write the runtime cache when it grew; a read-only bundle only costs the next start some seconds."""
+        """Write the runtime cache when it grew; a read-only home only costs the next start some seconds."""
         if self._cache is None:
             return
         memory = self._cache.serialize()

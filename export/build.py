@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,8 +20,8 @@ from export.worker import ChildError, run_in_child
 from sdkd.bundle import Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet
 from sdkd.errors import BuildError
-from sdkd.files import lock
-from sdkd.targets import built_environment, check_target, environment, timing_cache
+from sdkd.files import lock, write_bytes
+from sdkd.targets import built_environment, cache_folder, check_target, environment, timing_cache
 
 # What may differ where an engine runs, by how compatible with other hardware it is.
 FREE: dict[str, tuple[str, ...]] = {
@@ -86,11 +87,13 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
     slot = requests[0].slot
     home = bundle.path / "engines" / slot
     with partial_folder(home) as partial:
-        known = timing_cache(requests[0].target)
-        if known and (home / known).is_file():
-            shutil.copy2(home / known, partial)
+        timings = timing_cache(requests[0].target)
+        if timings and (cache_folder() / timings).is_file():
+            shutil.copy2(cache_folder() / timings, partial)
         jobs = [_job(bundle, request, partial) for request in requests]
         answers = _run(jobs, requests, progress)
+        if timings and (partial / timings).is_file():
+            _keep(partial / timings)
         records = [_record(request, answer, partial) for request, answer in zip(requests, answers, strict=True)]
         manifest = bundle.manifest
         for record in records:
@@ -99,6 +102,13 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
         with moved(partial, home):
             result.save()
     return result
+
+
+def _keep(timings: Path) -> None:
+    """Move what was timed to the user's caches; a folder that cannot be written only costs the next build its time."""
+    with contextlib.suppress(OSError):
+        write_bytes(cache_folder() / timings.name, timings.read_bytes())
+    timings.unlink()
 
 
 def _job(bundle: Bundle, request: Request, folder: Path) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from sdkd.bundle import MANIFEST, Bundle, EngineRecord
 from sdkd.console import Progress, progress, show, show_json, table, within
-from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, Precision, check_precision, size_multiple
+from sdkd.contract import BASE_COMPONENTS, COMPONENTS, Precision, check_precision, size_multiple
 from sdkd.errors import InputError, OutputExistsError
 from sdkd.files import read_json
 from sdkd.targets import check_target, slot_name, slot_precision
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ARTIFACTS = Path("artifacts")
 FROM_FLOAT = ("openvino",)  # targets that make their own precision from an fp32 graph
+OPSET_MATTERS = ("unet", "text_encoder")  # an older TensorRT does not parse the attention of newer opsets
 COLUMNS = ("component", "precision", "MB", "seconds", "relative error", "state")
 
 
@@ -81,14 +83,14 @@ def build_engine(
     check_components(parts)
     with progress(f"build-engine {target}") as step:
         start = 0.0 if _is_bundle(model) else 0.5
-        path = _bundle(model, output, _export_precision(target, precision), overwrite, within(step, 0.0, 0.5))
+        path = _bundle(model, output, _export_precision(target, precision), target, overwrite, within(step, 0.0, 0.5))
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
         wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
         after = build.build_engine(path, target, options=options, progress=within(step, start, 1.0), **wanted)
     onnx = onnx_precision(after)
     slot = slot_name(check_target(target).name, precision or slot_precision(target) or onnx, onnx)
-    found = summary(before, after, slot, parts)
+    found = summary(before, after, slot, parts, force)
     if json:
         show_json(found)
         return
@@ -133,7 +135,9 @@ def _export_precision(target: str, precision: str | None) -> Precision:
     return check_precision(precision or slot_precision(target) or found.precision)
 
 
-def _bundle(model: str, output: Path | None, precision: Precision, overwrite: bool, step: Progress) -> Path:
+def _bundle(
+    model: str, output: Path | None, precision: Precision, target: str, overwrite: bool, step: Progress
+) -> Path:
     """The bundle that is meant, exported first when MODEL is none."""
     if _is_bundle(model):
         if output and output.resolve() != Path(model).resolve():
@@ -141,12 +145,12 @@ def _bundle(model: str, output: Path | None, precision: Precision, overwrite: bo
         return Path(model)
     path = output or ARTIFACTS / default_name(model)
     if not overwrite and (path / MANIFEST).is_file():
-        _check_same(model, path, precision)
+        _check_same(model, path, precision, target)
         step("ONNX is fresh, reused", 1.0)
         return path
     from export.pipeline import export_pipeline
 
-    export_pipeline(model, path, precision=precision, overwrite=overwrite, progress=step)
+    export_pipeline(model, path, precision=precision, target=target, overwrite=overwrite, progress=step)
     return path
 
 
@@ -156,29 +160,49 @@ def default_name(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name.removesuffix(".safetensors")).strip("-.") or "model"
 
 
-def _check_same(model: str, path: Path, precision: Precision) -> None:
-    """OutputExistsError unless the bundle at `path` was exported from the same weights in the same precision."""
-    from sdkd.models import source_digests
-
-    digests = source_digests(model)
-    records = Bundle.open(path).manifest.components
-    same = all(records.get(name) and records[name].source_sha256 == digests.get(name) for name in CONFIG_FOLDERS)
-    precisions = {record.precision for name, record in records.items() if name == "unet"}
-    if not same or precisions != {precision}:
-        what = "other weights" if not same else f"precision {', '.join(precisions)}, not {precision}"
+def _check_same(model: str, path: Path, precision: Precision, target: str) -> None:
+    """OutputExistsError, with every reason, unless the bundle at `path` is what an export would make now."""
+    bundle = Bundle.open(path)
+    if reasons := export_reasons(bundle, model, precision, target):
         raise OutputExistsError(
-            f"output {str(path)!r} holds a bundle of {what}: choose another --output or pass --overwrite"
+            f"output {str(path)!r} holds a bundle of {'; '.join(reasons)}: choose another --output or pass --overwrite"
         )
 
 
-def summary(before: Bundle, after: Bundle, slot: str, components: list[str] | None) -> dict[str, Any]:
-    """What the command has to say, JSON-ready; `reused` engines are those that were there before."""
+def export_reasons(bundle: Bundle, model: str, precision: str, target: str) -> list[str]:
+    """How a bundle differs from what an export of the model would be now, in words: weights, precision, opset,
+    libraries; empty when it can be used again.
+    """
+    from export.pipeline import versions
+    from export.to_onnx import choose_opset
+    from sdkd.models import source_digests
+
+    digests, records = source_digests(model), bundle.manifest.components
+    changed = [name for name in BASE_COMPONENTS if name not in records or records[name].source_sha256 != digests[name]]
+    reasons = [f"other weights ({', '.join(changed)})"] if changed else []
+    found = {record.precision for name, record in records.items() if name == "unet"}
+    if found != {precision}:
+        reasons.append(f"precision {', '.join(found) or 'unknown'}, not {precision}")
+    for name, record in records.items():
+        if name in OPSET_MATTERS and record.opset != (wanted := choose_opset(name, None, target)):
+            reasons.append(f"{name} in opset {record.opset}, not {wanted}")
+    made, here = bundle.manifest.versions, versions()
+    return reasons + [
+        f"{name} {made.get(name)}, here it is {here[name]}" for name in here if made.get(name) != here[name]
+    ]
+
+
+def summary(
+    before: Bundle, after: Bundle, slot: str, components: list[str] | None, force: bool = False
+) -> dict[str, Any]:
+    """What the command has to say, JSON-ready; `reused` engines are those that were there before, unless forced."""
+    kept = {} if force else before.manifest.engines
     names = [name for name in COMPONENTS if name in (components or after.manifest.components)]
     engines = [after.engine(slot, name) for name in names]
-    return {"bundle": str(after.path), "slot": slot, "engines": [_describe(before, engine) for engine in engines]}
+    return {"bundle": str(after.path), "slot": slot, "engines": [_describe(engine, kept) for engine in engines]}
 
 
-def _describe(before: Bundle, engine: EngineRecord) -> dict[str, Any]:
+def _describe(engine: EngineRecord, kept: Mapping[str, EngineRecord]) -> dict[str, Any]:
     return {
         "component": engine.component,
         "slot": engine.slot,
@@ -190,7 +214,7 @@ def _describe(before: Bundle, engine: EngineRecord) -> dict[str, Any]:
         "seconds": engine.seconds,
         "parity": engine.parity,
         "built_for": list(engine.built_for),
-        "reused": before.manifest.engines.get(f"{engine.slot}/{engine.component}") == engine,
+        "reused": kept.get(f"{engine.slot}/{engine.component}") == engine,
     }
 
 

@@ -25,7 +25,7 @@ from export.build_options import GIB, BuildOptions
 from export.build_request import Request
 from export.ranges import Geometry, check_shapes
 from sdkd.bundle import Bundle, EngineRecord
-from sdkd.contract import ShapeRanges
+from sdkd.contract import Contract, ShapeRanges
 from sdkd.errors import BuildError, InputError
 from sdkd.targets import check_target, gpu
 
@@ -146,9 +146,19 @@ def _fuses(request: Request) -> bool:
 
 def _at(bundle: Bundle, request: Request, sizes: Mapping[str, int], fused: bool) -> Largest:
     record = request.component
-    inner = largest_tensor(record.name, bundle.config(record.name), sizes, fused, record.opset)
+    inner = largest_tensor(record.name, bundle.config(record.name), _inner(record.contract, sizes), fused, record.opset)
     outer = max(math.prod(spec.shape(sizes)) for spec in record.contract.inputs)
     return inner if inner.elements >= outer else Largest("an input", outer)
+
+
+def _inner(contract: Contract, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Axis sizes, fixed ones included: an export can have fixed some or all."""
+    shapes = {spec.name: spec.shape(sizes) for spec in contract.inputs}
+    first = shapes[contract.inputs[0].name]
+    if len(first) == 2:
+        return {"batch": first[0], "sequence": first[1]}
+    prefix = "image_" if contract.component == "vae_encoder" else ""
+    return {"batch": first[0], f"{prefix}height": first[2], f"{prefix}width": first[3]}
 
 
 def _corner(bundle: Bundle, request: Request, profile: ShapeRanges, name: str) -> dict[str, int]:

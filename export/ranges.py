@@ -52,8 +52,19 @@ def native_size(bundle: Bundle) -> tuple[int, int]:
     return int(height) * bundle_scale(bundle), int(width) * bundle_scale(bundle)
 
 
+def fixed_ranges(bundle: Bundle) -> ShapeRanges | None:
+    """The one shape of a bundle that was exported with fixed shapes; None for any other."""
+    found = [record.details.get("static") for record in bundle.manifest.components.values()]
+    return next((ShapeRanges.from_json(one) for one in found if one), None)
+
+
 def default_ranges(bundle: Bundle) -> ShapeRanges:
-    """One to four images of the native size, best for one; prompts of the text encoder's full length."""
+    """One to four images of the native size, best for one; prompts of the text encoder's full length.
+
+    Of a bundle with fixed shapes, those.
+    """
+    if fixed := fixed_ranges(bundle):
+        return fixed
     height, width = native_size(bundle)
     return ShapeRanges(BATCH, Range.fixed(height), Range.fixed(width), Range.fixed(max_tokens(bundle)))
 
@@ -175,7 +186,12 @@ def _cover(ranges: Sequence[Range]) -> Range:
 
 
 def check_ranges(ranges: ShapeRanges, bundle: Bundle) -> None:
-    """InputError unless every size fits the UNet's levels and the prompt fits the text encoder."""
+    """InputError unless every size fits the UNet's levels and the prompt fits the text encoder, or the fixed shapes."""
+    if (fixed := fixed_ranges(bundle)) and ranges != fixed:
+        raise InputError(
+            f"bundle {str(bundle.path)!r} was exported for fixed shapes, {fixed}, and not for {ranges}: "
+            f"leave the shapes out, or export it again without --static"
+        )
     check_sizes(ranges.height, ranges.width, bundle_multiple(bundle))
     tokens = max_tokens(bundle)
     parts = -(-ranges.sequence.max // tokens)

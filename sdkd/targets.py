@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -197,8 +198,16 @@ def gpu_problem(
     return f"{version}, and torch sees no device", "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
 
 
+def cache_folder() -> Path:
+    """Where this user's caches are: $XDG_CACHE_HOME/sdkd, or ~/.cache/sdkd.
+
+    What a library reads back as native data is kept here, never in a bundle, which may come from anywhere.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdkd"
+
+
 def timing_cache(target: str) -> str:
-    """Name of the file in which a library keeps what it timed: one per GPU, driver and version of the library.
+    """Name of the file in `cache_folder` with what a library timed: one per GPU, driver and version of the library.
 
     Empty where there is nothing to keep: tensorrt_rtx times nothing when it builds, other targets neither.
     """

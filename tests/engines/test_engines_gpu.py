@@ -18,7 +18,7 @@ from export.build import build_engine
 from sdkd.bundle import Bundle
 from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import EngineError
-from sdkd.targets import availability, environment
+from sdkd.targets import availability, cache_folder, environment
 
 KINDS = ("tensorrt", "tensorrt-rtx")
 
@@ -128,7 +128,8 @@ def test_gpu_runtime_cache_is_kept(session: EngineSession, gpu_bundle: Bundle) -
     session.run(on_gpu(unet_feeds("fp16")))
     session.close()
     if gpu_bundle.slots()[0] == "tensorrt-rtx":
-        assert session.checked.path.with_suffix(".runtime_cache").stat().st_size > 0
+        digest = session.checked.record.files[0].sha256
+        assert (cache_folder() / "runtime" / f"{digest}.cache").stat().st_size > 0
     with pytest.raises(EngineError, match=r"is closed"):
         session.run(on_gpu(unet_feeds("fp16")))
     with open_session(gpu_bundle, gpu_bundle.slots()[0], "unet") as again:
