@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from engine_bundles import graph_unet, pipeline_bundle, reference, unet_feeds
+from graph_bundles import graph_bundle
+from onnx import numpy_helper
 from small_bundles import small_pipeline
+from small_exports import bundle_copy
 
 from engines import session_tensorrt
+from engines.layers import count_layers
 from engines.pipeline import load_pipeline, plug
 from engines.session import EngineSession, open_session
+from engines.session_tensorrt import recorder
 from export.build import build_engine
+from export.build_options import REFIT, BuildOptions
 from sdkd.bundle import Bundle
 from sdkd.contract import Range, ShapeRanges
-from sdkd.errors import EngineError
-from sdkd.targets import availability, cache_folder, environment
+from sdkd.errors import BundleError, EngineError, InputError, RangeError
+from sdkd.inspect_cli import examine
+from sdkd.targets import availability, cache_folder, environment, gpu, require
 
 KINDS = ("tensorrt", "tensorrt-rtx")
 
@@ -169,8 +178,127 @@ def test_gpu_onnxruntime_binds_cuda_memory(tmp_path: Path) -> None:
         assert close(session.run(on_gpu(feeds))["out_sample"], bundle, feeds)
 
 
+SMALL = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
+LARGE = ShapeRanges(Range.fixed(1), Range(32, 64, 64), Range(32, 64, 64), Range.fixed(77))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_profiles_are_switched(tmp_path: Path, kind: str) -> None:
+    usable(kind)
+    bundle = graph_bundle(tmp_path / "bundle", "fp16", ("unet", "vae_decoder", "text_encoder"))
+    bundle = build_engine(bundle, kind, ranges=(SMALL, LARGE), components=("unet",))
+    skip_foreign(bundle, kind)
+    with open_session(bundle, kind, "unet") as session:
+        # Batch with guidance and latents, and the profile that fits and is smallest.
+        cases = [(4, 16, 0), (2, 32, 1), (2, 16, 0), (1, 24, 1), (4, 16, 0), (2, 32, 1)]
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        for index, (batch, size, profile) in enumerate(cases):
+            feeds = unet_feeds("fp16", batch, size)
+            with torch.cuda.stream(streams[index % 2]):  # no wait in between: a switch must wait for the last run
+                result = session.run(on_gpu(feeds))["out_sample"]
+            assert session._context.active_optimization_profile == profile  # type: ignore[attr-defined]
+            torch.cuda.synchronize()
+            assert close(result, bundle, feeds)
+        with pytest.raises(RangeError, match=r"asked for batch 2 \(4 with guidance\), height 64 px.*covers all"):
+            session.run(on_gpu(unet_feeds("fp16", 4, 32)))
+
+
+def real_unet(folder: Path, kind: str, **options: Any) -> Bundle:
+    """An exported UNet of two levels as an engine in float32, for this GPU."""
+    usable(kind)
+    if kind == "tensorrt-rtx" and options:
+        device = gpu()
+        assert device
+        options["compute_capabilities"] = (device["compute_capability"],)
+    try:
+        bundle = build_engine(
+            bundle_copy(folder), kind, precision="fp32", components=("unet",), options=BuildOptions(**options)
+        )
+    except InputError as error:  # this GPU is none of those that an ahead-of-time engine can be built for
+        pytest.skip(str(error))
+    skip_foreign(bundle, kind)
+    return bundle
+
+
+def real_feeds(bundle: Bundle) -> dict[str, torch.Tensor]:
+    sizes = {"batch": 2, "height": 16, "width": 16, "sequence": 77}
+    generator = torch.Generator().manual_seed(0)
+    specs = bundle.component("unet").contract.inputs
+    feeds = {spec.name: torch.randn(spec.shape(sizes), generator=generator) for spec in specs}
+    return feeds | {"timestep": torch.tensor(250.0)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("refit", REFIT)
+def test_gpu_only_marked_weights_can_change(tmp_path: Path, kind: str, refit: str) -> None:
+    bundle = real_unet(tmp_path / "bundle", kind, **({} if refit == "none" else {"refit": refit}))
+    trt, feeds = require(kind), real_feeds(bundle)
+    graph = onnx.load(bundle.path / bundle.component("unet").files[0].path).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    kernel, bias = (numpy_helper.to_array(stored[name]) for name in ("conv_out.weight", "conv_out.bias"))
+    with open_session(bundle, kind, "unet") as session:
+        expected = reference(bundle, "unet", feeds)
+        assert torch.allclose(session.run(on_gpu(feeds))["out_sample"].cpu(), expected, atol=1e-3)
+        engine = session._engine  # type: ignore[attr-defined]
+        assert engine.refittable == (refit != "none")
+        if refit == "none":
+            return
+        refitter = trt.Refitter(engine, recorder(kind))
+        names = set(refitter.get_all_weights())
+        assert "conv_out.weight" in names
+        assert ("time_embedding.linear_1.weight" in names) == (refit == "all")
+        zeros = np.zeros_like(kernel)
+        assert refitter.set_named_weights("conv_out.weight", trt.Weights(zeros))
+        assert refitter.refit_cuda_engine()
+        changed = session.run(on_gpu(feeds))["out_sample"].cpu()
+        assert torch.allclose(changed, torch.tensor(bias)[None, :, None, None].expand_as(changed), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_a_plan_without_weights_gets_those_of_the_graph(tmp_path: Path, kind: str) -> None:
+    whole = real_unet(tmp_path / "whole", kind)
+    stripped = real_unet(tmp_path / "stripped", kind, strip_weights=True)
+    sizes = [bundle.engine(kind, "unet").total_bytes for bundle in (whole, stripped)]
+    assert sizes[1] < sizes[0]
+    feeds = real_feeds(stripped)
+    with open_session(stripped, kind, "unet") as session:
+        result = session.run(on_gpu(feeds))["out_sample"].cpu()
+    assert torch.allclose(result, reference(stripped, "unet", feeds), atol=1e-3)
+    path = stripped.path / stripped.component("unet").files[-1].path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"truncated or altered"):
+        open_session(stripped, kind, "unet")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_streamed_weights_give_the_same(tmp_path: Path, kind: str) -> None:
+    bundle = real_unet(tmp_path / "bundle", kind, weight_streaming=True)
+    feeds = real_feeds(bundle)
+    with open_session(bundle, kind, "unet") as session:
+        result = session.run(on_gpu(feeds))["out_sample"].cpu()
+    assert torch.allclose(result, reference(bundle, "unet", feeds), atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_layers_say_their_precision(tmp_path: Path, kind: str) -> None:
+    usable(kind)
+    bundle = graph_unet(tmp_path / "bundle", "fp16", (kind,))
+    skip_foreign(bundle, kind)
+    layers = count_layers(bundle, kind, "unet")
+    assert sum(number for _, _, number in layers) >= 1
+    assert "fp16" in {precision for _, precision, _ in layers}
+    (row,) = examine(bundle, layers=True)["engines"]
+    assert row["problems"] == []
+    assert row["layers"] == [{"type": kind, "precision": p, "count": n} for kind, p, n in layers]
+
+
 def test_the_gpu_tests_are_marked() -> None:
     tree = ast.parse(Path(__file__).read_text())
     tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_gpu_")]
-    assert len(tests) == 7
+    assert len(tests) == 12
     assert all("gpu" in ast.unparse(node.decorator_list[0]) for node in tests)
