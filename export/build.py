@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from export.build_errors import explain
-from export.build_estimate import check_resources
+from export.build_estimate import check_resources, size
 from export.build_files import moved, partial_folder
 from export.build_job import Job
 from export.build_options import BuildOptions
@@ -64,7 +65,24 @@ def build_engine(
             progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)
         stale = _split(opened, requests, force, progress)
         check_resources(opened, stale, options)
-        return _build(opened, stale, progress) if stale else opened
+        if not stale:
+            return opened
+        with _told_of_space(root):
+            return _build(opened, stale, progress)
+
+
+@contextlib.contextmanager
+def _told_of_space(root: Path) -> Iterator[None]:
+    """BuildError, with what is free, for a disk that is full after all; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BuildError(
+            f"no space left for the engines in {str(root)!r} ({size(shutil.disk_usage(root).free)} free): nothing was "
+            f"changed. Free some, or copy the bundle elsewhere"
+        ) from error
 
 
 def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progress) -> list[Request]:
@@ -157,7 +175,7 @@ def _record(request: Request, answer: Mapping[str, Any], folder: Path) -> Engine
         onnx_sha256=request.component.onnx_sha256,
         ranges=request.ranges,
         profiles=request.profiles,
-        environment=_environment(request),
+        environment=recorded_environment(request),
         seconds=answer["seconds"],
         flags={**request.flags, **answer["flags"]},
         parity=answer["parity"],
@@ -166,7 +184,7 @@ def _record(request: Request, answer: Mapping[str, Any], folder: Path) -> Engine
     )
 
 
-def _environment(request: Request) -> dict[str, str]:
+def recorded_environment(request: Request) -> dict[str, str]:
     """What must be equal where the engine runs: less for an engine that is made for more."""
     options = BuildOptions.of(request.flags.get("options", {}))
     free = FREE[options.hardware_compatible]

@@ -9,6 +9,7 @@ from sdkd.targets import check_target
 
 # What the library said -> what to try; the first that fits.
 ADVICE = (
+    (r"no space left|disk quota", "free some disk space, or copy the bundle elsewhere"),
     (
         r"out.?of.?memory|bad_alloc|cannot allocate|failed to allocate|memoryerror",
         "close other programs, or narrow --size and --batch",

@@ -64,6 +64,32 @@ def test_json_for_programs(bundle: Bundle) -> None:
     assert Bundle.open(bundle.path).engine("onnxruntime", "unet").ranges.height.max == 64
 
 
+def test_several_profiles(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = graph_bundle(tmp_path / "bundle", "fp16")
+    profiles = ("--profile", "size=32,batch=1..4", "--profile", "size=32..64,size-opt=64", "--batch", "1")
+    options = ("--optimization-level", "2", "--compute-capability", "8.9, 8.6", "--weight-streaming", "--json")
+    data = json.loads(_run(bundle.path, "-t", "tensorrt-rtx", "--components", "unet", *profiles, *options).stdout)
+    (engine,) = data["engines"]
+    assert [(one["batch"], one["height"]) for one in engine["profiles"]] == [
+        ([1, 1, 4], [32, 32, 32]),
+        ([1, 1, 1], [32, 64, 64]),
+    ]
+    assert engine["ranges"]["height"] == [32, 32, 64]
+    assert engine["built_for"] == ["8.6", "8.9"]
+    assert Bundle.open(bundle.path).engine("tensorrt-rtx", "unet").flags["options"] == {
+        "optimization_level": 2,
+        "compute_capabilities": ["8.6", "8.9"],
+        "weight_streaming": True,
+    }
+
+
+def test_tables_in_80_columns(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = _run(bundle.path, "-t", "onnxruntime").stdout.splitlines()
+    assert max(len(line) for line in lines if line[:1] in "┃│┏┡├└") <= 80
+
+
 def test_a_slot_is_a_target(bundle: Bundle) -> None:
     try:
         result = _run(bundle.path, "-t", "openvino-bf16", "--components", "unet", "--json")
@@ -86,6 +112,17 @@ def test_a_slot_is_a_target(bundle: Bundle) -> None:
         (("-t", "onnxruntime", "--tokens", "100"), r"100 tokens: this text encoder has 77 positions"),
         (("-t", "onnxruntime", "--components", "vae"), r"component 'vae' is unknown"),
         (("-t", "trt"), r"target 'trt' is unknown: choose one of"),
+        (
+            ("-t", "onnxruntime", "--size", "32..64", "--size-opt", "96"),
+            r"--size-opt 96 is not one height within 32..64",
+        ),
+        (("-t", "onnxruntime", "--profile", "batch"), r"profile 'batch' is not understood at 'batch'"),
+        (
+            ("-t", "onnxruntime", "--refit", "lora"),
+            r"--refit cannot be had for onnxruntime: it is an option of tensorrt",
+        ),
+        (("-t", "onnxruntime", "--refit", "some"), r"--refit 'some' is unknown: choose none, lora, all"),
+        (("-t", "openvino", "--workspace-gb", "1"), r"--workspace-gb cannot be had for openvino"),
         (("-t", "onnxruntime", "--precision", "half"), r"precision 'half' is unknown: choose one of fp32, fp16, bf16"),
         (("-t", "onnxruntime", "-o", "elsewhere"), r"is a bundle already, engines go into it: leave out --output"),
     ],
@@ -137,6 +174,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--size", "500"), r"height 500 is not a multiple of 64 pixels, as this model needs: use 448 or 512"),
         (("--batch", "4..1"), r"range 4..4..1 is not ordered"),
         (("--components", "vae"), r"component 'vae' is unknown"),
+        (("--strip-weights",), r"--strip-weights cannot be had for onnxruntime"),
+        (("--profile", "size=64", "--profile", "size=96"), r"height 96 is not a multiple of 64 pixels"),
         (("--precision", "bf16"), r"the ONNX graph is bf16, which onnxruntime cannot run"),
     ],
 )

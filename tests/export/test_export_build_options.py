@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,6 +169,16 @@ def test_other_options_are_a_reason_to_build_again(bundle: Bundle, trt: ModuleTy
         "built with --compute-capability 8.6, asked for default"
     ]
     assert difference({"from_later": 1}, {}) == ["built with --from-later 1, asked for default"]
+
+
+def test_a_compatible_engine_records_less_of_where_it_was_built(bundle: Bundle) -> None:
+    from export.build import FREE, recorded_environment
+    from export.build_request import requests_for
+
+    (request,) = requests_for(bundle, "onnxruntime", "fp16", None, ["unet"])
+    compatible = replace(request, flags={"options": {"version_compatible": True}})
+    assert set(recorded_environment(request)) - set(recorded_environment(compatible)) == {"onnxruntime"}
+    assert FREE["same-compute-capability"] == ("gpu",)
 
 
 # Weights that a LoRA can touch

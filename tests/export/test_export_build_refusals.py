@@ -153,6 +153,17 @@ def test_no_space(small_disk: Path) -> None:
     assert sorted(path for path in small_disk.rglob("*") if path.name != ".bundle.lock") == before
 
 
+def test_a_disk_that_is_full_after_all(small_disk: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = graph_bundle(small_disk / "bundle", "fp16")
+    before = sorted(path for path in small_disk.rglob("*") if path.name != ".bundle.lock")
+    with pytest.raises(
+        BuildError, match=r"^no space left for the engines in .* free\): nothing was changed\. Free some"
+    ):
+        build_engine(bundle, RTX)  # its plans are larger than these weights
+    assert sorted(path for path in small_disk.rglob("*") if path.name != ".bundle.lock") == before
+
+
 @pytest.mark.skipif(availability("tensorrt").can_run, reason="tensorrt runs here")
 def test_no_gpu_where_one_is_needed(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt")
