@@ -15,6 +15,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 
 from engines.session import Session, torch_dtype
+from engines.weights import EngineWeights
 from sdkd.errors import EngineError
 
 FIXED = "the engine's graph has no such input"
@@ -66,6 +67,7 @@ class EngineModule(torch.nn.Module):
         self.register_buffer("place", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self._internal_dict = config  # diffusers repairs old configs by replacing this attribute
         object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
+        object.__setattr__(self, "_weights", None)
 
     @property
     def config(self) -> Any:
@@ -85,6 +87,19 @@ class EngineModule(torch.nn.Module):
     def sessions(self) -> Iterable[Session]:
         """The opened engines of this module."""
         raise NotImplementedError
+
+    @property
+    def weights(self) -> EngineWeights:
+        """The weights of this module's first engine, which can be changed; a forward pass begins with `settle()`."""
+        if self._weights is None:
+            object.__setattr__(self, "_weights", EngineWeights(next(iter(self.sessions()))))
+        found: EngineWeights = self._weights
+        return found
+
+    def settle(self) -> None:
+        """Take over weights that were asked for since the last run."""
+        if self._weights is not None:
+            self._weights.settle()
 
     def close(self) -> None:
         """Release the engines; calling the module afterwards is an EngineError."""

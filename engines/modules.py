@@ -82,6 +82,7 @@ class EngineUNet(EngineModule):
         """
         given = locals()
         refuse(self, {name: given[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
+        self.settle()
         tensors = {
             "sample": sample,
             "timestep": _one_timestep(timestep, sample),
@@ -281,6 +282,7 @@ class EngineTextEncoder(EngineModule):
         layers = [spec.name for spec in self.session.contract.outputs[2:]]
         given["output_hidden_states"] = output_hidden_states and not layers
         refuse(self, {name: given[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
+        self.settle()
         found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
         results = [found[spec.name].to(self.dtype) for spec in self.session.contract.outputs[:2]]
         hidden = tuple(found[name].to(self.dtype) for name in layers) if output_hidden_states else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from engines.adapters import LoraMethods
 from sdkd.bundle import Bundle
 from sdkd.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
 from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
@@ -76,6 +77,7 @@ def plug(
         raise
     for name, module in modules.items():
         setattr(pipeline, name, module)
+    LoraMethods(pipe, modules).install()
     return pipe
 
 
@@ -89,6 +91,7 @@ def unplug(pipe: Pipe) -> Pipe:
     if not engines or any(_eager(module) is None for module in engines.values()):
         why = "was loaded from a bundle and has no eager modules" if engines else "runs on no engine"
         raise EngineError(f"this {type(pipe).__name__} {why}: nothing to unplug")
+    LoraMethods(pipe, engines).remove()
     for name, module in engines.items():
         eager: Any = _eager(module)
         if (eager.device, eager.dtype) != (module.device, module.dtype):  # the pipeline was moved while plugged
@@ -125,6 +128,7 @@ def load_pipeline(
     pipe: StableDiffusionPipeline = pipeline_class(
         **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+    LoraMethods(pipe, modules).install()
     return pipe
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
@@ -21,7 +21,11 @@ from engines.ranges import check_sizes, output_sizes
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.contract import Contract, Range, ShapeRanges, TensorSpec, axis_ranges, vae_scale
 from sdkd.errors import EngineError
+from sdkd.onnx_weights import state_arrays, stored_weights
 from sdkd.targets import check_target, environment, gpu, require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OPENERS = {
     "onnxruntime": ("engines.session_onnxruntime", "OnnxRuntimeSession"),
@@ -43,6 +47,10 @@ class Session(Protocol):
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs by contract name: fresh tensors on the inputs' device; RangeError outside the built ranges."""
+        ...
+
+    def swap(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Run with these weights, by state-dict name, all others as exported; EngineError where that cannot be."""
         ...
 
     def close(self) -> None:
@@ -210,6 +218,23 @@ class EngineSession(ABC):
             raise EngineError(
                 f"input {spec.name!r} has shape {tuple(tensor.shape)}, {self.checked.label} takes ({wanted})"
             )
+
+    def swap(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Run with these weights in the place of the bundle's, all others as they were exported; none: all of them.
+
+        `weights`: by state-dict name, in state-dict shapes, any float dtype. When it fails, the session runs as before.
+        Raises BundleError for names that the graph lacks, ModelError for other shapes, EngineError where this engine
+        cannot change its weights.
+        """
+        component = self.checked.bundle.component(self.checked.record.component)
+        verify_once(self.checked.bundle, component)
+        file = self.checked.bundle.path / component.files[0].path
+        stored = stored_weights(file, state_arrays(weights))
+        with self._lock:
+            self._swap(file, stored)
+
+    def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        raise EngineError(f"{self.checked.label} cannot change its weights")
 
     def close(self) -> None:
         """Release the engine; closing twice is harmless."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engines.session import Checked, EngineSession, check_names, verify_once
 from sdkd.errors import EngineError
+from sdkd.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # onnx.TensorProto.DataType of the contract's dtypes: stable numbers of the ONNX format.
 ELEMENT = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
@@ -39,22 +45,42 @@ class OnnxRuntimeSession(EngineSession):
 
     def __init__(self, checked: Checked, *, threads: int | None = None, provider: str | None = None) -> None:
         super().__init__(checked)
-        import onnxruntime
-
-        names = providers(provider)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        try:
-            self._session: Any = onnxruntime.InferenceSession(str(_graph(checked, names[0])), options, providers=names)
-        except Exception as error:
-            raise EngineError(f"{checked.label} could not be opened by ONNX Runtime: {error}") from error
+        self._providers, self._threads = providers(provider), threads
+        self._session: Any = self._opened(str(_graph(checked, self._providers[0])))
         check_names(
             checked, (value.name for value in self._session.get_inputs()), (v.name for v in self._session.get_outputs())
         )
         cuda = self._session.get_providers()[0] == CUDA
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+    def _opened(self, model: str | bytes, folder: Path | None = None) -> Any:
+        """A session of a file, or of a graph in memory whose other weights lie in `folder`."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if self._threads:
+            options.intra_op_num_threads = self._threads
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            return onnxruntime.InferenceSession(model, options, providers=self._providers)
+        except Exception as error:
+            raise EngineError(f"{self.checked.label} could not be opened by ONNX Runtime: {error}") from error
+
+    def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        """By opening the exported graph with the new weights: the saved one has fused and renamed its own."""
+        if not stored:
+            self._session = self._opened(str(_graph(self.checked, self._providers[0])))
+            return
+        model = replaced(onnx_file, stored)
+        if model.ByteSize() < LARGEST_PROTOBUF:
+            self._session = self._opened(model.SerializeToString(), onnx_file.parent)
+            return
+        with tempfile.TemporaryDirectory(prefix="sdkd-weights-") as name:
+            file = Path(name) / "model.onnx"
+            save_whole(model, onnx_file.parent, file)
+            self._session = self._opened(str(file))
 
     def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
         binding = self._session.io_binding()

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from export.components import component_config, component_state, graph_module, module_contract, standard_attention
-from export.initializers import TRANSFORMS_FILE
 from export.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
 from export.parity import Reference, case_inputs, check_graph, parity_cases, run_eager
 from export.precision import cast, torch_dtype
@@ -26,6 +25,7 @@ from sdkd.console import Progress
 from sdkd.contract import COMPONENTS, Contract, Extras, Precision, ShapeRanges, check_size, static_contract
 from sdkd.errors import InputError
 from sdkd.files import write_json
+from sdkd.onnx_weights import TRANSFORMS_FILE
 
 
 @dataclass(frozen=True)

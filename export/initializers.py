@@ -7,20 +7,15 @@ name back, and `initializers.json` says how each is stored: `same` or `transpose
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdkd.errors import BundleError
-from sdkd.files import read_json
+from sdkd.onnx_weights import SAME, TRANSPOSE
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 PREFIX = "module."  # of a component's parameters inside its graph module
-TRANSFORMS_FILE = "initializers.json"
-SAME, TRANSPOSE = "same", "transpose"
 _STATE, _TRANSFORM = "sdkd.state", "sdkd.transform"  # notes on initializers while the graph is being made
 
 
@@ -124,23 +119,3 @@ def _rename(model: Any, value: Any, name: str) -> None:
         if value.const_value is not None:
             value.const_value.name = name
         model.graph.initializers[name] = value
-
-
-def read_weights(onnx_file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """A component's weights from its exported graph, under their state-dict names and in their state-dict shapes.
-
-    Raises BundleError when the graph lacks one of the names.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    wanted = list(names)
-    transforms: dict[str, str] = read_json(onnx_file.parent / TRANSFORMS_FILE)
-    if missing := [name for name in wanted if name not in transforms]:
-        raise BundleError(
-            f"{str(onnx_file)!r} does not hold {len(missing)} of {len(wanted)} weights by name (first: {missing[0]}): "
-            "export the model again"
-        )
-    stored = {tensor.name: tensor for tensor in onnx.load(onnx_file).graph.initializer}
-    arrays = {name: numpy_helper.to_array(stored[name], str(onnx_file.parent)) for name in wanted}
-    return {name: array.T if transforms[name] == TRANSPOSE else array for name, array in arrays.items()}

@@ -168,12 +168,13 @@ def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: 
 def static_contract(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> Contract:
     """The contract with every axis fixed at its best size; `scale` and `positions` as in `axis_ranges`."""
     sizes = {axis: r.opt for axis, r in axis_ranges(contract, ranges, scale, positions).items()}
+    # Outputs can have pixels where inputs have latents, and the other way round.
     pixels = {f"image_{axis}": sizes[axis] * scale for axis in ("height", "width") if axis in sizes}
     latents = {axis: sizes[f"image_{axis}"] // scale for axis in ("height", "width") if f"image_{axis}" in sizes}
-    every: dict[str | int, int] = {**pixels, **latents, **sizes}
+    every = pixels | latents | sizes
 
     def fixed(spec: TensorSpec) -> TensorSpec:
-        return replace(spec, axes=tuple(every.get(axis, axis) for axis in spec.axes))
+        return replace(spec, axes=spec.shape(every))
 
     return Contract(contract.component, tuple(map(fixed, contract.inputs)), tuple(map(fixed, contract.outputs)))
 

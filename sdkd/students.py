@@ -148,6 +148,33 @@ def _guess(found: Mapping[str, Any]) -> str:
     return ""
 
 
+def recognised(config: Mapping[str, Any]) -> StudentSpec | None:
+    """Which student's architecture a UNet config has (Segmind's name where two share it), None for a teacher's."""
+    full = full_config(config)
+    for spec in STUDENTS.values():
+        levels = len(TEACHER_CONFIG["down_block_types"]) - spec.dropped_levels
+        if (
+            tuple(full["down_block_types"]) == TEACHER_CONFIG["down_block_types"][:levels]
+            and _agrees(full["layers_per_block"], len(spec.down_layers))
+            and (full["mid_block_type"] is not None) == spec.keeps_mid_block
+        ):
+            return spec
+    return None
+
+
+def teacher_layout(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a teacher that a student can be of: the student's own with all levels and layers.
+
+    Its widths below the student's are a guess (the last one again): for layer maps, not for building a teacher.
+    """
+    full = full_config(config)
+    levels = len(TEACHER_CONFIG["down_block_types"])
+    for key in _PER_LEVEL:
+        if isinstance(full[key], tuple):
+            full[key] = (*full[key], *(full[key][-1],) * (levels - len(full[key])))
+    return full | TEACHER_CONFIG
+
+
 def student_config(teacher_config: Mapping[str, Any], student: str | StudentSpec) -> dict[str, Any]:
     """The student's UNet config, complete, as a new dict; ModelError when the teacher is not SD-shaped."""
     spec = student_spec(student)

@@ -15,13 +15,13 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from helpers import fixed_weights, tiny_text_encoder, tiny_tokenizer
 
 from export.components import component_config, component_module, graph_module, module_contract
-from export.initializers import TRANSFORMS_FILE
 from export.parity import Reference, case_inputs, parity_cases, run_eager
 from export.precision import cast
 from export.to_onnx import GRAPH, OnnxGraph, save, to_onnx
 from sdkd.bundle import Bundle
 from sdkd.contract import Contract
 from sdkd.files import read_json, write_json
+from sdkd.onnx_weights import TRANSFORMS_FILE
 
 VAE: dict[str, Any] = small_bundles.VAE | {"scaling_factor": 0.5}
 

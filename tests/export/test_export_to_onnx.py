@@ -13,11 +13,11 @@ from helpers import tiny_text_encoder
 from small_exports import VAE, half_unet, small_graph
 
 from export.components import component_config, component_state, module_contract
-from export.initializers import read_weights
 from export.onnx_run import read_signature
 from export.to_onnx import OPSETS, choose_opset, save, to_onnx
 from sdkd.contract import BASE_COMPONENTS, COMPONENTS
 from sdkd.errors import BundleError, ExportError, InputError
+from sdkd.onnx_weights import read_weights
 
 
 @pytest.mark.parametrize("component", BASE_COMPONENTS)

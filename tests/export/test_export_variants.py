@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import small_bundles
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from helpers import CONTEXT, fixed_weights, tiny_text_encoder, tiny_unet
 from small_bundles import TINY_VAE, small_controlnet
-from small_exports import references
+from small_exports import references, small_pipeline
 
+from export import export_pipeline
 from export.components import component_config, component_module, example_inputs, graph_module, module_contract
 from export.parity import check_graph
 from export.to_onnx import save, to_onnx
-from sdkd.contract import Contract, Extras
-from sdkd.errors import ModelError
+from sdkd.contract import Contract, Extras, Range, ShapeRanges
+from sdkd.errors import InputError, ModelError
 from sdkd.students import build_student
 
 
@@ -127,3 +129,26 @@ def test_a_pipelines_controlnet_is_a_component() -> None:
 
     assert component_module(Pipe(), "controlnet") is Pipe.controlnet
     assert component_config(Pipe.controlnet)["cross_attention_dim"] == CONTEXT
+
+
+def test_static_shapes_are_in_the_graph_and_pass_the_gate(tmp_path: Path) -> None:
+    one = ShapeRanges(*(Range.fixed(size) for size in (1, 32, 48, 77)))
+    bundle = export_pipeline(small_pipeline(), tmp_path / "bundle", static=one)
+    axes = {name: [spec.axes for spec in record.contract.inputs] for name, record in bundle.manifest.components.items()}
+    assert axes == {
+        "text_encoder": [(1, 77)],
+        "unet": [(2, 4, 16, 24), (), (2, 77, CONTEXT)],  # two copies for guidance
+        "vae_decoder": [(1, 4, 16, 24)],
+        "vae_encoder": [(1, 3, 32, 48)],
+    }
+    assert bundle.component("vae_decoder").contract.outputs[0].axes == (1, 3, 32, 48)
+    assert all(record.parity and record.parity["finite"] for record in bundle.manifest.components.values())
+    graph = onnx.load(bundle.path / "unet" / "model.onnx", load_external_data=False).graph
+    assert [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim] == [2, 4, 16, 24]
+
+
+def test_a_static_size_must_fit_the_levels_of_the_unet(tmp_path: Path) -> None:
+    odd = ShapeRanges(*(Range.fixed(size) for size in (1, 34, 32, 77)))
+    with pytest.raises(InputError, match=r"height 34 is not a multiple of 4 pixels"):
+        export_pipeline(small_pipeline(), tmp_path / "bundle", static=odd, components=("unet",))
+    assert not (tmp_path / "bundle").exists()

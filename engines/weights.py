@@ -1,0 +1,107 @@
+"""What the weights of an opened engine are: the bundle's, another checkpoint's of the same architecture, plus adapters.
+
+Nothing is ever added to what is in the engine: each change starts from the bundle's own weights, so that B after A is B
+and not A + B, and taking everything away gives the engine that was opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engines.adapters import PARTS
+from sdkd.errors import EngineError, InputError, ModelError
+from sdkd.files import read_json
+from sdkd.onnx_weights import TRANSFORMS_FILE, read_weights
+
+if TYPE_CHECKING:
+    from engines.session import Session
+
+Delta = Callable[[], torch.Tensor]
+"""What adapters add to one weight, computed when called: float32, in the weight's own shape."""
+
+
+class EngineWeights:
+    """The weights of one session; changes are made at the next run, all at once."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._checkpoint: dict[str, torch.Tensor] = {}
+        self._deltas: dict[str, Delta] = {}
+        self._pending = False
+        self._changed = False  # whether the engine holds other weights than the bundle's
+
+    def use(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Other weights of the same architecture, by state-dict name; none: the bundle's own."""
+        self._checkpoint, self._pending = dict(state), True
+
+    def add(self, deltas: Mapping[str, Delta]) -> None:
+        """What adapters add; nothing: no adapter."""
+        self._pending = self._pending or bool(deltas) or bool(self._deltas)
+        self._deltas = dict(deltas)
+
+    def settle(self) -> None:
+        """Bring the engine to what was asked for; when that fails, it is asked for again at the next run."""
+        if not self._pending:
+            return
+        if self._checkpoint or self._deltas or self._changed:
+            self.session.swap(self._checkpoint | self._with_adapters())
+        self._changed, self._pending = bool(self._checkpoint or self._deltas), False
+
+    def _with_adapters(self) -> dict[str, torch.Tensor]:
+        exported = [name for name in self._deltas if name not in self._checkpoint]
+        base: dict[str, Any] = {name: self._checkpoint[name] for name in self._deltas if name in self._checkpoint}
+        if exported:
+            found = read_weights(graph_file(self.session), exported)
+            base |= {name: torch.tensor(array, dtype=torch.float32) for name, array in found.items()}
+        return {name: base[name].float() + delta() for name, delta in self._deltas.items()}
+
+
+def graph_file(session: Session) -> Path:
+    """The exported graph that a session's engine was built from."""
+    bundle = session.checked.bundle
+    return bundle.path / bundle.component(session.checked.record.component).files[0].path
+
+
+def swap_weights(pipe: Any, model: str | Path | Mapping[str, torch.Tensor] | None, part: str = "unet") -> None:
+    """Run a plugged pipeline's `unet` or `text_encoder` with another checkpoint of the same architecture.
+
+    `model`: any model that sdkd can name (a fine-tuned student's folder), a state dict, or None for the bundle's own
+    weights. Adapters stay on top. Engines take the weights at their next run; whether they can is a matter of the
+    target. Raises InputError for another part, EngineError where the part runs eagerly, ModelError for weights that do
+    not fit.
+    """
+    if part not in PARTS:
+        raise InputError(f"part {part!r} has no weights to swap: choose one of {', '.join(PARTS)}")
+    module: Any = getattr(pipe, part, None)
+    if not hasattr(module, "weights"):
+        raise EngineError(f"the {part} of this {type(pipe).__name__} runs eagerly: plug an engine first")
+    state = _state(model, part)
+    if state:
+        _check_state(module.weights.session, state)
+    module.weights.use(state)
+
+
+def _state(model: str | Path | Mapping[str, torch.Tensor] | None, part: str) -> dict[str, torch.Tensor]:
+    if model is None:
+        return {}
+    if isinstance(model, Mapping):
+        return dict(model)
+    from sdkd.models import load_component
+
+    return dict(load_component(model, part).state_dict())  # type: ignore[arg-type]
+
+
+def _check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:
+    file = graph_file(session)
+    names = set(read_json(file.parent / TRANSFORMS_FILE))
+    missing, unknown = sorted(names - set(state)), sorted(set(state) - names)
+    if missing or unknown:
+        raise ModelError(
+            f"these weights do not fit the {session.checked.record.component} of {str(session.checked.bundle.path)!r}: "
+            f"{len(missing)} are missing and {len(unknown)} unknown (first: {(missing or unknown)[0]}): "
+            "give a model of the same architecture"
+        )
