@@ -146,7 +146,9 @@ def _fuses(request: Request) -> bool:
 
 def _at(bundle: Bundle, request: Request, sizes: Mapping[str, int], fused: bool) -> Largest:
     record = request.component
-    inner = largest_tensor(record.name, bundle.config(record.name), _inner(record.contract, sizes), fused, record.opset)
+    operators = record.details.get("operators", ("Attention",))  # attention taken apart writes its scores in any opset
+    whole = fused and "Attention" in operators
+    inner = largest_tensor(record.name, bundle.config(record.name), _inner(record.contract, sizes), whole, record.opset)
     outer = max(math.prod(spec.shape(sizes)) for spec in record.contract.inputs)
     return inner if inner.elements >= outer else Largest("an input", outer)
 

@@ -142,7 +142,7 @@ def check_buildable(target: Target, options: BuildOptions = BuildOptions()) -> N
         raise MissingExtraError("polygraphy", target.extra, f"target {target.name!r}")
     found = availability(target.name)
     if not found.can_build:
-        raise BuildError(f"target {target.name!r} cannot be built here: {found.reason}. Build: {found.fix}")
+        raise BuildError(f"target {target.name!r} cannot be built here: {found.reason}. To do: {found.fix}")
     check_options(options, target.name, library, target.runs_on_gpu and gpu() is not None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def test_only_the_profile_that_is_too_large_is_named(tmp_path: Path) -> None:
         InputError, match=r"vae_decoder at batch 9, 1024x1024 px has features of the image's size of 2,4"
     ):
         check_volume(half, _request(half, "tensorrt-rtx", "fp16", "vae_decoder", "512", "1024", batch="9"))
+
+
+def test_attention_that_was_taken_apart_writes_its_scores(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    half = _stable_diffusion(tmp_path / "half", "fp16")
+    request = _request(half, "tensorrt-rtx", "fp16", "unet", "1024")
+    whole, apart = (
+        replace(request, component=replace(request.component, opset=23, details={"operators": {kind: 32}}))
+        for kind in ("Attention", "Softmax")
+    )
+    check_volume(half, whole)
+    with pytest.raises(InputError, match=r"attention scores of level 1 of 4,294,967,296 elements"):
+        check_volume(half, apart)
 
 
 def test_the_formula(tmp_path: Path) -> None:

@@ -167,5 +167,5 @@ def test_a_disk_that_is_full_after_all(small_disk: Path) -> None:
 @pytest.mark.skipif(availability("tensorrt").can_run, reason="tensorrt runs here")
 def test_no_gpu_where_one_is_needed(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt")
-    with pytest.raises(BuildError, match=r"target 'tensorrt' cannot be built here: .*\. Build: .*driver"):
+    with pytest.raises(BuildError, match=r"target 'tensorrt' cannot be built here: .*\. To do: .*driver"):
         build_engine(graph_bundle(tmp_path / "bundle", "fp16"), "tensorrt")
