@@ -23,6 +23,7 @@ DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}  # the others: 1
+_CHUNK = 1 << 20  # numbers
 _FLOATS = "float32, float16 or bfloat16"
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _LENGTH = 8  # bytes of the header's length, which the file begins with
@@ -59,12 +60,19 @@ class Tensor(NamedTuple):
 
         if self.dtype not in DTYPES:
             raise ModelError(f"{str(self.path)!r} holds weights of dtype {self.dtype}: give it in {_FLOATS}")
-        result = torch.empty(self.shape, dtype=getattr(torch, DTYPES[self.dtype]))
-        if self.end > self.start:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.start)
-                _read_all(file, memoryview(cast(Any, result.view(-1).view(torch.uint8).numpy())), self.path)
-        return result.to(dtype) if dtype is not None and result.is_floating_point() else result
+        own: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        result = torch.empty(self.shape, dtype=dtype if dtype is not None and own.is_floating_point else own)
+        flat = result.view(-1)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            if result.dtype == own:
+                _read_all(file, flat, self.path)
+                return result
+            buffer = torch.empty(min(len(flat), _CHUNK), dtype=own)  # casts without a second tensor of the whole size
+            for piece in flat.split(_CHUNK):
+                _read_all(file, buffer[: len(piece)], self.path)
+                piece.copy_(buffer[: len(piece)])
+        return result
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,11 @@ def _tensor(path: Path, row: Mapping[str, Any], offset: int) -> Tensor:
     return Tensor(path, dtype, shape, offset + start, offset + end)
 
 
-def _read_all(file: Any, buffer: memoryview, path: Path) -> None:
-    """Read until the buffer is full: one call may return less."""
+def _read_all(file: Any, tensor: torch.Tensor, path: Path) -> None:
+    """Fill a flat tensor with the file's next bytes: one call may return less than what was asked for."""
+    import torch
+
+    buffer = memoryview(cast(Any, tensor.view(torch.uint8).numpy()))
     while buffer:
         count = file.readinto(buffer)
         if not count:
