@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdkd.contract import Contract, ShapeRanges
@@ -144,6 +144,36 @@ def _engine(row: Mapping[str, Any]) -> EngineRecord:
     )
 
 
+def _check_places(bundle: Bundle) -> None:
+    """BundleError unless every name in the manifest that becomes a path stays inside the bundle's folder."""
+    records: list[ComponentRecord | EngineRecord] = [
+        *bundle.manifest.components.values(),
+        *bundle.manifest.engines.values(),
+    ]
+    names = [*bundle.manifest.components]
+    for record in records:
+        own = (record.name,) if isinstance(record, ComponentRecord) else (record.component, record.target, record.slot)
+        names += own
+    strange = [name for name in names if not name or name in (".", "..") or set(name) & set("/\\\0:")]
+    outside = [file.path for record in records for file in record.files if _leaves(bundle.path, file.path)]
+    if strange or outside:
+        raise BundleError(
+            f"{MANIFEST} of {str(bundle.path)!r} names {(strange + outside)[0]!r}, which does not stay inside the "
+            "bundle's folder: do not trust it; if it is a download that consists of links, make it again "
+            "without them (hf download --local-dir)"
+        )
+
+
+def _leaves(root: Path, path: str) -> bool:
+    """Whether a path of the manifest is absolute, goes up, or leads out of the bundle through a link."""
+    if PurePosixPath(path).is_absolute() or {"..", ""} & set(path.replace("\\", "/").split("/")) or "\0" in path:
+        return True
+    try:
+        return not (root / path).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a circle of links
+        return True
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle folder."""
@@ -163,9 +193,11 @@ class Bundle:
                 raise BundleError(
                     f"{str(root)!r} has manifest schema {data['schema']}, this sdkd reads {SCHEMA}: export it again"
                 )
-            return Bundle(root, Manifest.from_json(data))
+            bundle = Bundle(root, Manifest.from_json(data))
+            _check_places(bundle)
         except (InputError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{MANIFEST} of {str(root)!r} is damaged ({error}): export the model again") from error
+        return bundle
 
     def save(self) -> None:
         """Write the manifest atomically."""

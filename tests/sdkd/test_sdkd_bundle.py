@@ -129,3 +129,50 @@ def test_an_engine_of_older_weights_is_refused(bundle: Bundle) -> None:
     record = bundle.engine("tensorrt-rtx", "vae_decoder")
     stale = EngineRecord(**(vars(record) | {"onnx_sha256": "other"}))
     assert bundle.stale_reasons(stale) == ["vae_decoder was exported again after the engine was built"]
+
+
+def _rewrite(bundle: Bundle, path: tuple[str, ...], value: str) -> None:
+    """Change one entry of the manifest on disk."""
+    data = json.loads((bundle.path / "bundle.json").read_text())
+    row = data
+    for key in path[:-1]:
+        row = row[int(key)] if isinstance(row, list) else row[key]
+    row[path[-1]] = value
+    (bundle.path / "bundle.json").write_text(json.dumps(data))
+
+
+ENGINE = ("engines", "tensorrt-rtx/vae_decoder")
+
+
+@pytest.mark.parametrize("place", [("components", "vae_decoder"), ENGINE])
+@pytest.mark.parametrize(
+    "path",
+    ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", "\\\\host\\x", "out/secret", "", "a\0b", "loop"],
+)
+def test_files_outside_the_bundle_are_refused(bundle: Bundle, place: tuple[str, ...], path: str) -> None:
+    (bundle.path.parent / "secret").write_text("secret")
+    (bundle.path / "out").symlink_to(bundle.path.parent)
+    (bundle.path / "loop").symlink_to(bundle.path / "loop")
+    _rewrite(bundle, (*place, "files", "0", "path"), path)
+    with pytest.raises(BundleError, match=r"names .*, which does not stay inside the bundle's folder: do not"):
+        Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize(
+    "place", [("components", "vae_decoder", "name"), (*ENGINE, "component"), (*ENGINE, "slot"), (*ENGINE, "target")]
+)
+@pytest.mark.parametrize("name", ["../x", "..", "a/b", "a\\b", "C:x", ""])
+def test_names_that_are_paths_are_refused(bundle: Bundle, place: tuple[str, ...], name: str) -> None:
+    _rewrite(bundle, place, name)
+    with pytest.raises(BundleError, match=r"which does not stay inside the bundle"):
+        Bundle.open(bundle.path)
+
+
+def test_links_inside_the_bundle_are_followed(bundle: Bundle, tmp_path: Path) -> None:
+    graph = bundle.path / bundle.component("vae_decoder").files[0].path
+    graph.rename(graph.with_name("real.onnx"))
+    graph.symlink_to(graph.with_name("real.onnx"))
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(bundle.path)
+    opened = Bundle.open(link)
+    opened.verify_files(opened.component("vae_decoder"))

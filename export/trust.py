@@ -1,0 +1,81 @@
+"""ONNX files of others: their weights may not lie outside the folder that they came in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sdkd.errors import BundleError
+
+
+def check_external_data(onnx_file: str | Path) -> None:
+    """BundleError unless all weights that an ONNX file keeps outside itself are in files of its own folder.
+
+    Refused are absolute locations, locations that go up or lead out through a link, files that are missing, and ranges
+    beyond a file's end; also a file that is no ONNX graph. The weights are not read. A file without such weights is
+    fine.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    path = Path(onnx_file)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise BundleError(f"ONNX graph {str(path)!r} cannot be read ({error}): export the model again") from error
+    for tensor in _external(model):
+        if problem := _problem(path, tensor):
+            raise BundleError(
+                f"ONNX graph {str(path)!r} keeps its weight {tensor.name!r} {problem}: do not trust this bundle, or "
+                "export the model again"
+            )
+
+
+def _external(model: Any) -> Iterator[Any]:
+    """Every tensor with data outside the file: of graphs, of graphs within nodes, of functions."""
+    from onnx import TensorProto
+
+    found = [*_of_graph(model.graph), *(tensor for function in model.functions for tensor in _of_nodes(function.node))]
+    for training in model.training_info:
+        found += [*_of_graph(training.initialization), *_of_graph(training.algorithm)]
+    yield from (tensor for tensor in found if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data)
+
+
+def _of_graph(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _of_nodes(graph.node)
+
+
+def _of_nodes(nodes: Any) -> Iterator[Any]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield attribute.t
+        yield from attribute.tensors
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _of_graph(graph)
+
+
+def _problem(onnx_file: Path, tensor: Any) -> str | None:
+    """What is wrong with where a tensor's data lie; None when nothing is."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    folder = onnx_file.parent.resolve()
+    shown = f"in {location!r}"
+    if not location or "\0" in location or ".." in location.replace("\\", "/").split("/"):
+        return f"{shown}, which is no file of its own folder"
+    try:
+        file = (folder / location).resolve()
+        start, length = int(entries.get("offset") or 0), int(entries.get("length") or 0)
+    except (OSError, RuntimeError, ValueError):  # a circle of links, a number that is none
+        return f"{shown} with a damaged description"
+    if not file.is_relative_to(folder):
+        return f"{shown}, outside its own folder"
+    if not file.is_file():
+        return f"{shown}, which is missing"
+    if min(start, length) < 0 or start + length > file.stat().st_size:
+        return f"{shown} from byte {start} to {start + length}, beyond the end of that file"
+    return None
