@@ -9,6 +9,8 @@ attention is marked decomposable, and marking the others changes nothing.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -74,13 +76,12 @@ def _library(target: str) -> ModuleType:
         from polygraphy import config
     except ImportError as error:
         raise MissingExtraError("polygraphy", target, f"target {target!r}") from error
-    if bool(getattr(config, "USE_TENSORRT_RTX", False)) != (target == RTX):
+    switched = bool(getattr(config, "USE_TENSORRT_RTX", False)) == (target == RTX)
+    if not switched or (target == RTX and importlib.util.find_spec("polygraphy.backend.tensorrt_rtx") is None):
         raise BuildError(
-            f"this Polygraphy cannot build for {target} in this process: pip install -U 'sdkd[{target}]', "
-            f"and build one target per process"
+            f"Polygraphy {importlib.metadata.version('polygraphy')} cannot build for {target}, or not in this process: "
+            f"pip install -U polygraphy, and build one target per process"
         )
-    import importlib
-
     return importlib.import_module("tensorrt_rtx" if target == RTX else "tensorrt")
 
 
