@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from engines.module import EngineModule
+    from engines.session import Rebuild
 
 Pipe = TypeVar("Pipe")
 log = logging.getLogger(__name__)
@@ -50,13 +51,19 @@ CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
 
 
 def plug(
-    pipe: Pipe, bundle: Bundle | str | Path, target: str | None = None, components: Sequence[str] | None = None
+    pipe: Pipe,
+    bundle: Bundle | str | Path,
+    target: str | None = None,
+    components: Sequence[str] | None = None,
+    *,
+    rebuild: Rebuild | None = None,
 ) -> Pipe:
     """Replace a diffusers pipeline's `unet`, `vae` and `text_encoder` by engines, in place; returns the pipeline.
 
     `target`: a slot of the bundle (`openvino`, `tensorrt`, `openvino-bf16`, ...), or None for the best that runs here.
     `components`: some of `unet`, `vae`, `text_encoder`, `controlnet`; None for the first three, and the fourth where
-    the pipeline has one ControlNet and the bundle, too. The eager modules are kept for `unplug`.
+    the pipeline has one ControlNet and the bundle, too. The eager modules are kept for `unplug`. `rebuild`: how engines
+    that cannot be refitted get other weights, for LoRA and `swap_weights`: `sdkd.workflow.rebuild`.
     Nothing changes unless every engine opens. Raises ModelError when bundle and pipeline disagree, naming
     both values, and what `engines.session.open_session` raises.
     """
@@ -77,8 +84,15 @@ def plug(
         raise
     for name, module in modules.items():
         setattr(pipeline, name, module)
-    LoraMethods(pipe, modules).install()
+    _install(pipe, modules, rebuild)
     return pipe
+
+
+def _install(pipe: Any, modules: Mapping[str, EngineModule], rebuild: Rebuild | None) -> None:
+    """The pipeline's LoRA methods on engines, and how those get other weights."""
+    for session in (session for module in modules.values() for session in module.sessions()):
+        session.rebuild = rebuild
+    LoraMethods(pipe, modules).install()
 
 
 def unplug(pipe: Pipe) -> Pipe:
@@ -106,13 +120,14 @@ def load_pipeline(
     *,
     torch_dtype: torch.dtype | None = None,
     controlnet: bool = True,
+    rebuild: Rebuild | None = None,
 ) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline from a bundle's tokenizer, scheduler, configs and engines: no eager weights are read.
 
-    `target` as in `plug`. `torch_dtype` (float32) is what latents and schedulers compute in; engines keep their own
-    precision. With a ControlNet in the bundle the pipeline is StableDiffusionControlNetPipeline, unless `controlnet` is
-    False: then its UNet runs without residuals. Raises EngineError when no engine of the bundle runs here, and says why
-    of each.
+    `target` and `rebuild` as in `plug`. `torch_dtype` (float32) is what latents and schedulers compute in; engines keep
+    their own precision. With a ControlNet in the bundle the pipeline is StableDiffusionControlNetPipeline, unless
+    `controlnet` is False: then its UNet runs without residuals. Raises EngineError when no engine of the bundle runs
+    here, and says why of each.
     """
     import torch
 
@@ -128,7 +143,7 @@ def load_pipeline(
     pipe: StableDiffusionPipeline = pipeline_class(
         **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
-    LoraMethods(pipe, modules).install()
+    _install(pipe, modules, rebuild)
     return pipe
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,10 @@ OPENERS = {
 }
 
 
+Rebuild = Callable[[Bundle, EngineRecord, "Mapping[str, np.ndarray]"], Bundle]
+"""Builds an engine again from other weights, as the graph stores them: a bundle that holds it in the same slot."""
+
+
 class Session(Protocol):
     """An opened engine of one component."""
 
@@ -44,6 +48,7 @@ class Session(Protocol):
     ranges: ShapeRanges
     limits: Mapping[str, Range]
     device: torch.device
+    rebuild: Rebuild | None
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs by contract name: fresh tensors on the inputs' device; RangeError outside the built ranges."""
@@ -152,6 +157,7 @@ class EngineSession(ABC):
     """
 
     device = torch.device("cpu")
+    rebuild: Rebuild | None = None  # for targets that can change weights in no other way
 
     def __init__(self, checked: Checked) -> None:
         self.checked = checked

@@ -13,14 +13,19 @@ from collections.abc import Mapping
 from functools import cache as once
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.session import Checked, EngineSession, check_names, verify_once
+from engines.refit_tensorrt import refit
+from engines.session import Checked, EngineSession, check_engine, check_names, verify_once
 from sdkd.errors import EngineError
 from sdkd.files import write_bytes
+from sdkd.onnx_weights import exported_weights
 from sdkd.targets import cache_folder, require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +67,8 @@ class TensorRTSession(EngineSession):
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._side = torch.cuda.Stream(self.device)
         self._done = torch.cuda.Event()
+        self.opened = checked  # what a swap of weights comes back to
+        self._swapped: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._workspace = (0, 0)  # address and bytes that the context was last given
         self._needed = 0
@@ -114,6 +121,39 @@ class TensorRTSession(EngineSession):
             raise self._failed(f"filling in {len(missing)} weights, first {missing[0]!r},")
         if not refitter.refit_cuda_engine():
             raise self._failed("filling in the weights")
+
+    # Other weights
+
+    def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        """By refit, the weights of an earlier swap brought back; by rebuilding where the engine cannot be refitted."""
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.device(self.device):
+            if self._options.get("refit", "none") == "none":
+                self._reopen(stored)
+                return
+            back = exported_weights(onnx_file, self._swapped - set(stored))
+            refit(self._trt, self._engine, self._log, {**back, **stored}, self.checked.label)
+        self._swapped = set(stored)
+
+    def _reopen(self, stored: Mapping[str, np.ndarray]) -> None:
+        """Open an engine that was built from these weights; the one that was checked first when there are none."""
+        before = self.checked
+        if stored and self.rebuild is None:
+            raise EngineError(
+                f"{before.label} was built for its own weights: build it with --refit lora (or all, for whole "
+                f"checkpoints), or give rebuild=sdkd.workflow.rebuild to plug or load_pipeline"
+            )
+        if stored and self.rebuild is not None:
+            again = self.rebuild(self.opened.bundle, self.opened.record, stored)
+            self.checked = check_engine(again, self.slot, self.opened.record.component)
+        else:
+            self.checked = self.opened
+        try:
+            self._engine, self._shapes, self._workspace = self._deserialize(), {}, (0, 0)
+            self._context = self._create_context()
+        except BaseException:
+            self.checked = before
+            raise
 
     @property
     def _rebuild(self) -> str:

@@ -72,6 +72,16 @@ def stored_weights(onnx_file: Path, weights: Mapping[str, np.ndarray]) -> dict[s
     return found
 
 
+def exported_weights(onnx_file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Weights as the graph stores them, by name."""
+    import onnx
+    from onnx import numpy_helper
+
+    wanted, folder = set(names), str(onnx_file.parent)
+    initializers = onnx.load(onnx_file, load_external_data=False).graph.initializer
+    return {tensor.name: numpy_helper.to_array(tensor, folder) for tensor in initializers if tensor.name in wanted}
+
+
 def replaced(onnx_file: Path, stored: Mapping[str, np.ndarray]) -> ModelProto:
     """The graph with other weights in it, as `stored_weights` gives them; those left alone stay where they are.
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sdkd.bundle import MANIFEST, Bundle
+from sdkd.bundle import MANIFEST, Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet, within
 from sdkd.contract import BASE_COMPONENTS, Precision, ShapeRanges, check_precision
 from sdkd.errors import BundleError
+from sdkd.files import lock, new_folder, write_bytes
+from sdkd.onnx_weights import TRANSFORMS_FILE, replaced, save_whole
 from sdkd.targets import check_target, slot_name, slot_precision
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SWAPPED = "swapped"  # folder of a bundle: engines of other weights
 
 # What the ONNX must be exported in, for an engine of some precision: OpenVINO lowers fp32 by itself.
 _HINTED = {"openvino"}
@@ -103,3 +115,56 @@ def _is_current(path: Path, digests: dict[str, str], components: tuple[str, ...]
     except BundleError:
         return False
     return True
+
+
+def rebuild(bundle: Bundle, record: EngineRecord, stored: Mapping[str, np.ndarray]) -> Bundle:
+    """Build one engine of a bundle again from other weights; kept in the bundle's folder `swapped`, by content.
+
+    `stored`: weights by name as the graph stores them (`sdkd.onnx_weights.stored_weights`); the others stay. Same
+    target, precision, profiles and options. Returns a bundle with that engine alone, whose ONNX is not kept. Raises
+    what `export.build_engine` raises.
+    """
+    from export.build import build_engine
+    from export.build_options import BuildOptions
+
+    home = bundle.path / SWAPPED / content_key(record, stored)
+    with lock(home):
+        if (home / MANIFEST).is_file():
+            found = Bundle.open(home)
+            found.verify_files(found.engine(record.slot, record.component))
+            return found
+        with new_folder(home, overwrite=True) as folder:
+            _with_weights(bundle, record, stored, folder)
+            options = BuildOptions.of(record.flags.get("options", {}))
+            build_engine(
+                folder, record.target, precision=record.precision, ranges=list(record.profiles), options=options
+            )
+            for file in (folder / record.component).glob("model.onnx*"):
+                file.unlink()
+    return Bundle.open(home)
+
+
+def content_key(record: EngineRecord, stored: Mapping[str, np.ndarray]) -> str:
+    """What a rebuilt engine is known by: what it was built from and for, and the bytes of its other weights."""
+    known = {"ranges": [r.to_json() for r in record.profiles], "flags": dict(record.flags)}
+    parts = [record.slot, record.component, record.onnx_sha256, json.dumps(known, sort_keys=True, default=str)]
+    parts.append(json.dumps(dict(record.environment), sort_keys=True))
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for name, array in sorted(stored.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _with_weights(bundle: Bundle, record: EngineRecord, stored: Mapping[str, np.ndarray], folder: Path) -> None:
+    """A bundle of one component with other weights: its graph, and the configs that say what sizes it has."""
+    for config in (*bundle.path.glob("*/config.json"), *bundle.path.glob("tokenizer/tokenizer_config.json")):
+        write_bytes(folder / config.relative_to(bundle.path), config.read_bytes())
+    component = bundle.component(record.component)
+    original, graph = bundle.path / component.files[0].path, folder / component.files[0].path
+    save_whole(replaced(original, stored), original.parent, graph)
+    write_bytes(graph.parent / TRANSFORMS_FILE, (original.parent / TRANSFORMS_FILE).read_bytes())
+    files = tuple(FileRecord.of(folder, file) for file in (graph, graph.with_name("model.onnx.data")) if file.is_file())
+    changed = dataclasses.replace(component, files=files)
+    manifest = dataclasses.replace(bundle.manifest, components={record.component: changed}, engines={})
+    Bundle(folder, manifest).save()
