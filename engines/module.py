@@ -33,18 +33,32 @@ def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, s
 
 
 def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | None = None) -> dict[str, torch.Tensor]:
-    """Run a session, a batch larger than its built range (or `limit`) in near-equal parts along the batch axis.
+    """Run a session, a batch larger than it was built for (or `limit`) in near-equal parts along the batch axis.
 
     Raises RangeError, from the session, for every other axis and for a part below the smallest built batch.
     """
     batched = [spec.name for spec in session.contract.inputs if spec.axes[:1] == ("batch",)]
-    largest = min(session.limits["batch"].max, limit or session.limits["batch"].max)
-    parts = -(-feeds[batched[0]].shape[0] // largest)
+    if not batched:  # all shapes are fixed
+        return session.run(feeds)
+    built = largest_batch(session, feeds)
+    parts = -(-feeds[batched[0]].shape[0] // min(built, limit or built))
     if parts <= 1:
         return session.run(feeds)
     pieces = zip(*(feeds[name].tensor_split(parts) for name in batched), strict=True)
     results = [session.run({**feeds, **dict(zip(batched, piece, strict=True))}) for piece in pieces]
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def largest_batch(session: Session, feeds: Mapping[str, torch.Tensor]) -> int:
+    """The largest batch among the profiles that hold the other sizes of `feeds`; of all profiles when none does."""
+    sizes = {
+        axis: feeds[spec.name].shape[position]
+        for spec in session.contract.inputs
+        for position, axis in spec.dynamic_axes.items()
+        if axis != "batch"
+    }
+    fitting = [profile["batch"].max for profile in session.profiles if all(sizes[a] in profile[a] for a in sizes)]
+    return max(fitting, default=session.limits["batch"].max)
 
 
 def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

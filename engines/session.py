@@ -49,6 +49,7 @@ class Session(Protocol):
     limits: Mapping[str, Range]
     device: torch.device
     rebuild: Rebuild | None
+    profiles: tuple[Mapping[str, Range], ...]
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Outputs by contract name: fresh tensors on the inputs' device; RangeError outside the built ranges."""
@@ -164,7 +165,7 @@ class EngineSession(ABC):
         self.contract = checked.contract
         self.slot = checked.record.slot
         self.ranges = checked.record.ranges
-        self.limits = checked.limits
+        self.limits, self.profiles = checked.limits, checked.profiles
         self._lock = threading.Lock()
         self._open = True
 
