@@ -19,8 +19,9 @@ from sdkd.bundle import MANIFEST, Bundle
 from sdkd.clip_tokenizer import clip_tokenizer
 from sdkd.contract import CONFIG_FOLDERS
 from sdkd.errors import ModelError
-from sdkd.families import FAMILIES, HEAVY
+from sdkd.families import FAMILIES, HEAVY, student_names
 from sdkd.files import read_json, sha256
+from sdkd.hub import downloaded
 from sdkd.pipelines import (
     check_pipeline_folder,
     component_digest,
@@ -60,6 +61,7 @@ Kind = Literal["folder", "hub", "single-file", "bundle", "demo", "random"]
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 _OWN = {name: part for name, part in CONFIG_FOLDERS.items() if part in HEAVY}  # the components that a model itself has
+_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".onnx")  # what ends so is a file that is not there
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -90,7 +92,7 @@ def resolve(model: str | Path) -> ModelSource:
         return _folder(name, path)
     if path.is_file():
         return _file(name, path)
-    if _HUB_ID.fullmatch(name):
+    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in _FILES:
         return ModelSource(name, "hub")
     raise ModelError(
         f"model {name!r} does not exist: give a diffusers folder, a hub id such as segmind/tiny-sd, "
@@ -111,11 +113,13 @@ def _folder(name: str, path: Path) -> ModelSource:
     if (path / MANIFEST).is_file():
         return ModelSource(name, "bundle", path, bool(Bundle.open(path).manifest.source.get("random_weights")))
     check_pipeline_folder(path)
-    return ModelSource(name, "folder", path, bool(provenance(path).get("random_weights")))
+    students = student_names(read_json(path / "unet" / "config.json"))
+    notes = (f"its UNet has the blocks of the student {' or '.join(students)}",) if students else ()
+    return ModelSource(name, "folder", path, bool(provenance(path).get("random_weights")), notes)
 
 
 def _file(name: str, path: Path) -> ModelSource:
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise ModelError(
             f"model {name!r} is a {path.suffix or 'nameless'} file: of single files only .safetensors is read "
             "(pickles can run code on loading); convert it where you trust its origin, with "
@@ -229,11 +233,8 @@ def _original(source: ModelSource) -> ModelSource:
 
 
 def _downloaded(source: ModelSource) -> Path:
-    """Folder of a hub model in the local cache, fetched when it is not there."""
-    from diffusers import DiffusionPipeline
-
-    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    folder = Path(DiffusionPipeline.download(source.name, use_safetensors=True, **unused))
+    """Checked folder of a hub model in the local cache, fetched when it is not there."""
+    folder = downloaded(source.name)
     check_pipeline_folder(folder)
     return folder
 

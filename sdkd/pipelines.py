@@ -50,7 +50,7 @@ def check_pipeline_folder(path: Path) -> None:
     where = f"folder {str(path)!r}"
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{where} {other_folder(path)}")
-    index = _index(path)
+    index = _json(path / "model_index.json")
     kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
         raise ModelError(f"{where} holds a {kind}{other_pipeline(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")
@@ -66,22 +66,25 @@ def check_pipeline_folder(path: Path) -> None:
     for part in HEAVY:
         library, name = (*(index.get(part) or ()), None, None)[:2]
         check_class(part, library, name, where)
+        _json(path / part / "config.json")
         folder_tensors(path / part)
 
 
-def _index(path: Path) -> dict[str, Any]:
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return dict(read_json(path / "model_index.json"))
+        return dict(read_json(file))
     except (InputError, TypeError, ValueError) as error:
         raise ModelError(f"{error}: save or download the model again") from error
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back the bars and deprecation notes of diffusers and transformers, which would write over our progress."""
+    """Hold back the bars and notes of diffusers and transformers, which would write over our progress and messages."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
     shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
@@ -90,6 +93,7 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
             yield
     finally:
+        diffusers_logging.set_verbosity(verbosity)
         for library in shown:
             library.enable_progress_bar()
 
@@ -105,12 +109,12 @@ def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
     ModelError when weights are missing or have other shapes than the config says.
     """
     what = f"{part} of {str(folder)!r}"
-    config = read_json(folder / part / "config.json")
+    config = _json(folder / part / "config.json")
     if "quantization_config" in config:
         raise ModelError(
             f"{what} is quantized, and sdkd needs the weights as they were before: give the original model"
         )
-    module = empty(part, config, _index(folder)[part][1])
+    module = empty(part, config, _json(folder / "model_index.json")[part][1])
     shapes = shapes_of(module)
     tensors = current_names(folder_tensors(folder / part), shapes)
     check_complete([name for name in shapes if name not in tensors], len(shapes), what)
@@ -121,7 +125,7 @@ def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
 def load_rest_of(folder: Path) -> StableDiffusionPipeline:
     """The pipeline of a checked folder without its heavy parts, whose places still name their classes."""
     pipe = _pipeline(folder, dict.fromkeys(HEAVY))
-    index = _index(folder)
+    index = _json(folder / "model_index.json")
     pipe.register_to_config(**{part: tuple(index[part]) for part in HEAVY})
     return pipe
 
@@ -129,7 +133,7 @@ def load_rest_of(folder: Path) -> StableDiffusionPipeline:
 def _pipeline(folder: Path, parts: Mapping[str, Any]) -> StableDiffusionPipeline:
     import diffusers
 
-    kind = getattr(diffusers, PIPELINES[_index(folder)["_class_name"]])
+    kind = getattr(diffusers, PIPELINES[_json(folder / "model_index.json")["_class_name"]])
     return kind.from_pretrained(folder, **_LOCAL, **parts)
 
 

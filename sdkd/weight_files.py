@@ -49,8 +49,8 @@ def _nothing_usable(folder: Path) -> str:
     if pickles:
         return (
             f"holds pickled weights only ({some(pickles)}), which can run code on loading: convert them, if you trust "
-            "their origin, with StableDiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False)"
-            ".save_pretrained(NEW_FOLDER), and give the new folder"
+            f"their origin, with StableDiffusionPipeline.from_pretrained({str(folder.parent)!r})"
+            ".save_pretrained(FOLDER), and give that folder"
         )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     held = f"holds {some(others)} alone, none of which" if others else "holds no weights: nothing there"

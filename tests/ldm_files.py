@@ -89,7 +89,8 @@ def open_clip_state(module: Any) -> dict[str, torch.Tensor]:
         for name, value in result.items()
         if f"resblocks.{last}." in name
     }
-    unused = {"logit_scale": torch.zeros(()), "text_projection": torch.zeros(2, 2)}
+    width = module.config.hidden_size
+    unused = {"logit_scale": torch.zeros(()), "text_projection": torch.zeros(width, width)}
     return {OPEN_CLIP + name: value for name, value in (result | more | unused).items()}
 
 

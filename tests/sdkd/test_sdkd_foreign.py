@@ -11,7 +11,7 @@ import helpers
 import ldm_files
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionInstructPix2PixPipeline
+from diffusers import ControlNetModel, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -144,11 +144,13 @@ def test_a_folder_with_pickled_weights_only(folder: Path) -> None:
     torch.save(helpers.tiny_unet().state_dict(), weights.with_suffix(".bin"))
     assert source_digests(folder) == before  # the pickle beside is not looked at
     weights.unlink()
-    message = r"unet' holds pickled weights only \(diffusion_pytorch_model.bin\), which can run .* use_safetensors=F"
+    message = r"unet' holds pickled weights only \(diffusion_pytorch_model.bin\), which can run .*from_pretrained"
     with pytest.raises(ModelError, match=message):
         resolve(folder)
     with pytest.raises(ModelError, match=message):
         component_digest(folder / "unet")
+    StableDiffusionPipeline.from_pretrained(folder).save_pretrained(folder / "new")  # as the message says
+    assert torch.equal(load_component(folder / "new", "unet").conv_in.weight, helpers.tiny_unet().conv_in.weight)
 
 
 def test_weights_that_are_not_there(folder: Path) -> None:

@@ -101,6 +101,28 @@ def test_damaged_folders_are_refused(index: str, message: str, tmp_path: Path) -
         resolve(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["models/sd.safetensors", "models/sd.ckpt", "a/b.ONNX"])
+def test_a_file_that_is_not_there_is_no_hub_model(name: str) -> None:
+    with pytest.raises(ModelError, match="does not exist: give a diffusers folder, a hub id"):
+        resolve(name)
+
+
+def test_a_damaged_config(tmp_path: Path) -> None:
+    save_pipeline(helpers.tiny_pipeline(), tmp_path / "p")
+    for content, message in {"{": "config.json' is not JSON", "3": "save or download the model again"}.items():
+        (tmp_path / "p" / "unet" / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=message):
+            resolve(tmp_path / "p")
+
+
+def test_a_student_is_noted(tmp_path: Path) -> None:
+    pipe = helpers.tiny_pipeline()
+    save_pipeline(pipe, tmp_path / "tiny", unet=build_student(pipe.unet, "tiny"))
+    save_pipeline(pipe, tmp_path / "whole")
+    assert resolve(tmp_path / "tiny").notes == ("its UNet has the blocks of the student sd-tiny or bk-tiny",)
+    assert resolve(tmp_path / "whole").notes == ()
+
+
 def test_hub_model_without_network() -> None:
     with pytest.raises(ModelError, match=r"'nobody/nothing' could not be loaded .* check the spelling and the network"):
         load_eager("nobody/nothing")

@@ -10,7 +10,12 @@ import ldm_files
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 
 from sdkd.clip_tokenizer import clip_tokenizer
 from sdkd.errors import ModelError
@@ -65,15 +70,17 @@ def test_every_weight_arrives(pipe: StableDiffusionPipeline, open_clip: bool, tm
     assert image.shape == (1, 64, 64, 3)
 
 
-def test_the_test_file_is_what_diffusers_reads(pipe: StableDiffusionPipeline, state: dict[str, torch.Tensor]) -> None:
-    converted = {
-        "unet": convert_ldm_unet_checkpoint(dict(state), pipe.unet.config),
-        "vae": convert_ldm_vae_checkpoint(dict(state), pipe.vae.config),
-    }
-    for part, weights in converted.items():
-        own = getattr(pipe, part).state_dict()
-        assert weights.keys() == own.keys()
-        assert [name for name in own if not torch.equal(own[name], weights[name])] == []
+def test_the_test_files_are_what_diffusers_reads(pipe: StableDiffusionPipeline) -> None:
+    first, second = (ldm_files.ldm_state(pipe, open_clip) for open_clip in (False, True))
+    for part, weights in (
+        ("unet", convert_ldm_unet_checkpoint(dict(first), pipe.unet.config)),
+        ("vae", convert_ldm_vae_checkpoint(dict(first), pipe.vae.config)),
+        ("text_encoder", convert_ldm_clip_checkpoint(dict(first))),
+        ("text_encoder", convert_open_clip_checkpoint(pipe.text_encoder, dict(second))),
+    ):
+        read = {name.removeprefix("text_model."): value for name, value in weights.items()}
+        own = {name.removeprefix("text_model."): value for name, value in getattr(pipe, part).state_dict().items()}
+        assert [name for name in own if not torch.equal(own[name], read[name])] == []
 
 
 def test_a_half_precision_file_loads_in_any_precision(
