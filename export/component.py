@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import gc
 import time
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from export.parity import Reference, case_inputs, check_graph, parity_cases, run
 from export.precision import cast, torch_dtype
 from export.reuse import Wanted, find, take
 from export.source import Source
-from export.to_onnx import OnnxGraph, choose_opset, save, to_onnx
+from export.to_onnx import OnnxGraph, choose_opset, forget_weights, save, to_onnx
 from sdkd.bundle import ComponentRecord, FileRecord
 from sdkd.console import Progress
 from sdkd.contract import COMPONENTS, Contract, Extras, Precision, ShapeRanges, check_size, static_contract
@@ -110,8 +112,9 @@ def export_component(
     write_json(folder / name / TRANSFORMS_FILE, dict(graph.transforms))
     write_json(folder / name / "config.json", _plain(config))
     details = _details(graph) | {"islands": islands.to_json(), "options": wanted}
+    forget_weights(graph)
     del graph
-    gc.collect()
+    release_memory()
     exported = time.perf_counter()
     progress("comparing with PyTorch" if options.verify else "not compared with PyTorch", 0.8)
     parity = check_graph(files[0], contract, references, options.precision) if options.verify else None
@@ -129,6 +132,13 @@ def export_component(
         parity=parity,
         details=details,
     )
+
+
+def release_memory() -> None:
+    """Give back to the system what was freed: glibc keeps it, and onnxruntime's weights would come on top."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _wanted_options(options: ExportOptions, name: str, controlled: bool) -> dict[str, Any]:
@@ -166,6 +176,7 @@ def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, 
             run_eager(graph, ((each,) for each in probe_latents(config)), torch.float32)
     islands = find_islands(flows, options.islands(name), automatic=precision == "fp16")
     ready = cast(ready, precision, keep=float_weights(ready, islands))
+    release_memory()
     progress(f"PyTorch in {precision}", 0.15)
     with kept_float(ready, islands, torch_dtype(precision)):
         eager = run_eager(graph_module(contract, ready), inputs, torch_dtype(precision))

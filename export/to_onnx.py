@@ -47,8 +47,9 @@ OPSETS: dict[str, OpsetChoice] = {
 }
 MIN_OPSET, MAX_OPSET = 18, 23  # what torch's exporter implements and onnxruntime's CPU kernels run
 
-# Above this many bytes of weights they go to model.onnx.data: a protobuf file cannot exceed 2 GB.
-EXTERNAL_BYTES = 1_500_000_000
+# Above this many bytes of weights they go to model.onnx.data: a protobuf file cannot exceed 2 GB, and writing one takes
+# two more copies of its weights in memory.
+EXTERNAL_BYTES = 500_000_000
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 _TALKATIVE = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -214,6 +215,12 @@ def save(graph: OnnxGraph, folder: Path, limit: int = EXTERNAL_BYTES) -> tuple[P
     folder.mkdir(parents=True, exist_ok=True)
     ir.save(graph.model, folder / GRAPH, external_data=DATA if external else None)
     return (folder / GRAPH, folder / DATA) if external else (folder / GRAPH,)
+
+
+def forget_weights(graph: OnnxGraph) -> None:
+    """Let go of a saved graph's weights: the library's rewrite rules keep the last graph that they saw."""
+    for value in graph.model.graph.initializers.values():
+        value.const_value = None
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from helpers import tiny_pipeline
 from small_exports import bundle_copy, small_bundle, small_pipeline
 
 from export import export_pipeline
-from export.source import state_digest
 from export.reuse import Wanted, find
+from export.source import state_digest
 from sdkd.bundle import Bundle, Manifest
 from sdkd.contract import BASE_COMPONENTS, component_contract
 from sdkd.errors import BundleError, BusyError, InputError, OutputExistsError
