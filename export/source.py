@@ -18,6 +18,7 @@ from export.components import component_config, component_module, component_stat
 from sdkd.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
 from sdkd.errors import InputError, ModelError
 from sdkd.files import read_json, write_json
+from sdkd.pipelines import quiet_libraries, write_tokenizer_files
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -108,9 +109,7 @@ class Source:
         for side in SIDE_PARTS:
             if (found := getattr(self.rest, side, None)) is not None:
                 found.save_pretrained(folder / side)
-        # transformers 5 writes tokenizer.json alone; transformers 4, and so Optimum, reads vocab.json and merges.txt.
-        if backend := getattr(getattr(self.rest, "tokenizer", None), "backend_tokenizer", None):
-            backend.model.save(str(folder / "tokenizer"))
+        write_tokenizer_files(getattr(self.rest, "tokenizer", None), folder / "tokenizer")  # for Optimum
 
 
 def open_source(
@@ -169,8 +168,6 @@ def _checked_class(part: str, name: str, config: Mapping[str, Any]) -> str:
 def load_replacement(part: str, name: str, dtype: torch.dtype) -> nn.Module:
     """A VAE or ControlNet from a folder or the hub, in eval mode and frozen; safetensors only."""
     import diffusers
-
-    from sdkd.pipelines import quiet_libraries
 
     kind = getattr(diffusers, replacement_class(part, name))
     try:

@@ -180,7 +180,26 @@ def write_pipeline(
         whole = type(pipe)(**(pipe.components | {"unet": unet}), requires_safety_checker=False)
     with quiet_libraries():
         whole.save_pretrained(folder)
+    write_old_names(folder / "text_encoder" / "model.safetensors")
+    write_tokenizer_files(whole.tokenizer, folder / "tokenizer")
     if about is not None:
         write_json(folder / PROVENANCE, dict(about))
     if readme is not None:
         write_bytes(folder / "README.md", readme.encode())
+
+
+def write_old_names(file: Path) -> None:
+    """Give a text encoder's weights the names that transformers 4 reads; 5 drops the prefix, and reads both.
+
+    Without them transformers 4 draws the text encoder at random, with no more than a warning.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def write_tokenizer_files(tokenizer: Any, folder: Path) -> None:
+    """Write vocab.json and merges.txt, as transformers 4 reads a tokenizer; 5 writes tokenizer.json alone."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.model.save(str(folder))

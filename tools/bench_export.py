@@ -41,20 +41,12 @@ OPTIMUM = (
     "import sys; from optimum.exporters.onnx import main_export; "
     "main_export(sys.argv[1], sys.argv[2], task='text-to-image', dtype=sys.argv[3], do_validation=False)"
 )
-# In a child, so that this process stays small. Both exporters must read the same weights: transformers 4 looks for a
-# text encoder's under `text_model.` and for a tokenizer in two files, and takes random weights, with a warning, if not.
+# In a child, so that this process stays small.
 _SAVE = """
 import sys
 from pathlib import Path
-from safetensors.torch import load_file, save_file
-from sdkd.models import load_eager
-folder = Path(sys.argv[2])
-pipe = load_eager(sys.argv[1])
-pipe.save_pretrained(folder)
-pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-file = folder / "text_encoder" / "model.safetensors"
-weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(file).items()}
-save_file(weights, file, metadata={"format": "pt"})
+from sdkd.models import load_eager, save_pipeline
+save_pipeline(load_eager(sys.argv[1]), Path(sys.argv[2]))
 """
 
 

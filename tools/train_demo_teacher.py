@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -249,6 +248,7 @@ def pack(args: argparse.Namespace, log: Log) -> None:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     from sdkd.files import new_folder, read_json, write_json
+    from sdkd.models import write_pipeline
 
     tokenizer, vae = new_tokenizer(args.work / "tokenizer"), new_vae()
     model, state = new_denoiser(tokenizer), torch.load(args.work / "unet.pt", weights_only=False)
@@ -265,9 +265,7 @@ def pack(args: argparse.Namespace, log: Log) -> None:
         feature_extractor=None, requires_safety_checker=False,
     ).to(dtype=torch.float16)  # fmt: skip
     with new_folder(args.output, overwrite=True) as folder:
-        pipe.save_pretrained(folder)
-        for name in ("vocab.json", "merges.txt"):  # what transformers 4 reads; 5 writes tokenizer.json only
-            shutil.copy(args.work / "tokenizer" / name, folder / "tokenizer" / name)
+        write_pipeline(pipe, folder)
         # transformers 5 loads in the dtype of this config, diffusers in float32: without a torch_dtype both must agree.
         config = read_json(folder / "text_encoder" / "config.json")
         write_json(folder / "text_encoder" / "config.json", {**config, "dtype": "float32"})
