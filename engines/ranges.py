@@ -60,7 +60,8 @@ def output_sizes(contract: Contract, sizes: Mapping[str, int], scale: int) -> di
             every[f"image_{axis}"] = sizes[axis] * scale
         elif f"image_{axis}" in sizes:
             every[axis] = sizes[f"image_{axis}"] // scale
-    axes = {axis for spec in contract.outputs for axis in spec.dynamic_axes.values()}
+    # TensorSpec.shape works out the likes of `height * 8` by itself.
+    axes = {axis for spec in contract.outputs for axis in spec.dynamic_axes.values() if " " not in axis}
     return every | {axis: every[root] // by for axis in axes for root, by in [split_axis(axis)]}
 
 

@@ -23,9 +23,18 @@ MID_RESIDUAL = "mid_block_additional_residual"
 DOWN_RESIDUAL = "down_block_additional_residuals"
 
 
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    name, *change = axis.split(" ")
+    factor = int(change[1]) if change else 1
+    return sizes[name] // factor if change[:1] == ["/"] else sizes[name] * factor
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its name, dtype (torch's name, e.g. `float16`) and axes (a name when dynamic, an int when fixed)."""
+    """One tensor: its name, dtype (torch's name, e.g. `float16`) and axes (a name when dynamic, an int when fixed).
+
+    An output's axis may be worked out from an input's, as in `height * 8`: Optimum allocates outputs by that.
+    """
 
     name: str
     dtype: str
@@ -33,7 +42,7 @@ class TensorSpec:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Concrete shape for the given axis sizes; KeyError when a dynamic axis has no size."""
-        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
+        return tuple(_size(axis, sizes) if isinstance(axis, str) else axis for axis in self.axes)
 
     @property
     def dynamic_axes(self) -> dict[int, str]:
@@ -291,11 +300,11 @@ def text_encoder_contract(config: Mapping[str, Any], precision: Precision, extra
 
 def vae_decoder_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
     """Contract of AutoencoderKL's or AutoencoderTiny's `decode`: unscaled latents to an image in [-1, 1]."""
-    dtype = DTYPES[precision]
+    dtype, scale = DTYPES[precision], vae_scale(config)
     return Contract(
         "vae_decoder",
         (TensorSpec("latent_sample", dtype, ("batch", config["latent_channels"], "height", "width")),),
-        (TensorSpec("sample", dtype, ("batch", config["out_channels"], "image_height", "image_width")),),
+        (TensorSpec("sample", dtype, ("batch", config["out_channels"], f"height * {scale}", f"width * {scale}")),),
     )
 
 
@@ -304,12 +313,12 @@ def vae_encoder_contract(config: Mapping[str, Any], precision: Precision, extras
 
     AutoencoderTiny has no distribution: its `latents` are the answer.
     """
-    dtype, channels = DTYPES[precision], config["latent_channels"]
+    dtype, scale, channels = DTYPES[precision], vae_scale(config), config["latent_channels"]
     output = ("latents", channels) if is_tiny_vae(config) else ("latent_parameters", 2 * channels)
     return Contract(
         "vae_encoder",
         (TensorSpec("sample", dtype, ("batch", config["in_channels"], "image_height", "image_width")),),
-        (TensorSpec(output[0], dtype, ("batch", output[1], "height", "width")),),
+        (TensorSpec(output[0], dtype, ("batch", output[1], f"image_height / {scale}", f"image_width / {scale}")),),
     )
 
 
