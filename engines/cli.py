@@ -16,9 +16,10 @@ from rich.markup import escape
 from engines.prompts import image_files, is_drawn, read_prompts, write_metadata
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.console import Progress, progress, show
-from sdkd.contract import ShapeRanges, check_size, size_multiple, vae_scale
+from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.errors import InputError
 from sdkd.files import check_free, write_bytes
+from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target
 
 if TYPE_CHECKING:

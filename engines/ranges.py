@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sdkd.contract import Contract, Range, ShapeRanges, guidance_copies, split_axis
+from sdkd.contract import Contract, guidance_copies, split_axis
 from sdkd.errors import RangeError
+from sdkd.profiles import Range, ShapeRanges
 
 if TYPE_CHECKING:
     from engines.session import Checked

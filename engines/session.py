@@ -19,9 +19,10 @@ import torch
 
 from engines.ranges import check_sizes, output_sizes
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
-from sdkd.contract import Contract, Range, ShapeRanges, TensorSpec, axis_ranges, vae_scale
+from sdkd.contract import Contract, TensorSpec, axis_ranges, vae_scale
 from sdkd.errors import EngineError
 from sdkd.onnx_weights import state_arrays, stored_weights
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import check_target, environment, gpu, require
 
 if TYPE_CHECKING:

@@ -25,8 +25,9 @@ from export.build_options import GIB, BuildOptions
 from export.build_request import Request
 from export.ranges import Geometry, check_shapes
 from sdkd.bundle import Bundle, EngineRecord
-from sdkd.contract import Contract, ShapeRanges
+from sdkd.contract import Contract
 from sdkd.errors import BuildError, InputError
+from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target, gpu
 
 LARGEST_VOLUME = 2**31 - 1  # elements of one tensor in TensorRT

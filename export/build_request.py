@@ -12,8 +12,9 @@ from export.build_job import BUILDERS
 from export.build_options import BuildOptions, check_options, difference
 from export.ranges import check_ranges, cover, default_ranges
 from sdkd.bundle import Bundle, ComponentRecord
-from sdkd.contract import COMPONENTS, ShapeRanges, check_precision
+from sdkd.contract import COMPONENTS, check_precision
 from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
+from sdkd.profiles import ShapeRanges
 from sdkd.targets import Target, availability, check_target, gpu, require, slot_name, slot_precision
 
 # Engine precisions that a target can make from an ONNX graph of another precision. TensorRT networks are strongly

@@ -9,8 +9,8 @@ import typer
 
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.console import progress, show, show_json, table
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import InputError
+from sdkd.profiles import Range, ShapeRanges
 
 COLUMNS = ("component", "opset", "nodes", "parameters", "MB", "max error", "seconds")
 

@@ -24,10 +24,11 @@ from export.source import Source
 from export.to_onnx import OnnxGraph, choose_opset, forget_weights, save, to_onnx
 from sdkd.bundle import ComponentRecord, FileRecord
 from sdkd.console import Progress
-from sdkd.contract import COMPONENTS, Contract, Extras, Precision, ShapeRanges, check_size, static_contract
+from sdkd.contract import COMPONENTS, Contract, Extras, Precision, check_size, static_contract
 from sdkd.errors import InputError
 from sdkd.files import write_json
 from sdkd.onnx_weights import TRANSFORMS_FILE
+from sdkd.profiles import ShapeRanges
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from export.to_onnx import choose_opset
 from sdkd import __version__
 from sdkd.bundle import Bundle, ComponentRecord, Manifest
 from sdkd.console import Progress, quiet, within
-from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, ShapeRanges, check_precision
+from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, check_precision
 from sdkd.errors import InputError
 from sdkd.files import check_free, lock, new_folder
+from sdkd.profiles import ShapeRanges
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdkd.bundle import Bundle
-from sdkd.contract import Contract, Range, ShapeRanges, axis_ranges, check_size, size_multiple, split_axis, vae_scale
+from sdkd.contract import Contract, axis_ranges, check_size, size_multiple, split_axis, vae_scale
 from sdkd.errors import BundleError, InputError
 from sdkd.files import read_json
+from sdkd.profiles import Range, ShapeRanges
 
 BATCH = Range(1, 1, 4)
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

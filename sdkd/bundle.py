@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdkd.contract import Contract, ShapeRanges
+from sdkd.contract import Contract
 from sdkd.errors import BundleError, InputError, StaleEngineError
 from sdkd.files import read_json, sha256, write_json
+from sdkd.profiles import ShapeRanges
 
 MANIFEST = "bundle.json"
 SCHEMA = 1

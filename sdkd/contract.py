@@ -1,4 +1,4 @@
-"""What each component looks like from outside: tensor names, named axes, dtypes and shape ranges.
+"""What each component looks like from outside: tensor names, named axes and dtypes.
 
 Export, parity, build and run time all derive from this one declaration. Names follow Optimum's ONNX layout.
 Axis letters: batch, sequence (tokens), height and width (latents), image_height and image_width (pixels), and
@@ -7,12 +7,12 @@ height_2, width_2, height_4, ... (latents halved once, twice, ... inside the UNe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from sdkd.errors import InputError, ModelError
+from sdkd.profiles import Range, ShapeRanges
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -74,61 +74,6 @@ class Contract:
             return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["axes"])) for row in rows)
 
         return Contract(data["component"], specs(data["inputs"]), specs(data["outputs"]))
-
-
-@dataclass(frozen=True)
-class Range:
-    """Smallest, best and largest size of one axis (TensorRT's min, opt, max)."""
-
-    min: int
-    opt: int
-    max: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise InputError(f"range {self.min}..{self.opt}..{self.max} is not ordered: give 1 <= min <= opt <= max")
-
-    def __contains__(self, value: int) -> bool:
-        return self.min <= value <= self.max
-
-    def __str__(self) -> str:
-        return str(self.min) if self.min == self.max else f"{self.min}..{self.max}"
-
-    @staticmethod
-    def fixed(value: int) -> Range:
-        """A static axis."""
-        return Range(value, value, value)
-
-    @staticmethod
-    def parse(text: str) -> Range:
-        """Read `512`, `512..768` (opt = min) or `512..640..768`; InputError names the text and the forms."""
-        if not re.fullmatch(r"\d+(\.\.\d+){0,2}", text.strip()):
-            raise InputError(f"range {text!r} is not understood: give 512, 512..768 or min..opt..max")
-        numbers = [int(part) for part in text.strip().split("..")]
-        low, high = numbers[0], numbers[-1]
-        return Range(low, numbers[1] if len(numbers) == 3 else low, high)
-
-
-@dataclass(frozen=True)
-class ShapeRanges:
-    """One optimization profile: images per call, image size in pixels, tokens per prompt."""
-
-    batch: Range
-    height: Range
-    width: Range
-    sequence: Range
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary of `[min, opt, max]` lists."""
-        return {name: [r["min"], r["opt"], r["max"]] for name, r in asdict(self).items()}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> ShapeRanges:
-        """The inverse of `to_json`."""
-        return ShapeRanges(**{name: Range(*data[name]) for name in ("batch", "height", "width", "sequence")})
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, height {self.height} px, width {self.width} px, {self.sequence} tokens"
 
 
 def guidance_copies(contract: Contract) -> int:

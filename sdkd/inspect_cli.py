@@ -10,8 +10,9 @@ import typer
 
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.console import show, show_json, table
-from sdkd.contract import Contract, ShapeRanges
+from sdkd.contract import Contract
 from sdkd.errors import BundleError, MissingExtraError, SdkdError
+from sdkd.profiles import ShapeRanges
 from sdkd.targets import environment
 
 MB = 1e6

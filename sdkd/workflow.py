@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from sdkd.bundle import MANIFEST, Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet, within
-from sdkd.contract import BASE_COMPONENTS, Precision, ShapeRanges, check_precision
+from sdkd.contract import BASE_COMPONENTS, Precision, check_precision
 from sdkd.errors import BundleError
 from sdkd.files import lock, new_folder, write_bytes
 from sdkd.onnx_weights import TRANSFORMS_FILE, replaced, save_whole
+from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target, slot_name, slot_precision
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from small_bundles import small_bundle, small_pipeline
 
 from export.build import build_engine
 from sdkd.bundle import Bundle
-from sdkd.contract import Range, ShapeRanges
+from sdkd.profiles import Range, ShapeRanges
 
 
 @cache

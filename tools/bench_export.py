@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import datetime
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -170,10 +172,9 @@ def _count(graph: Any) -> int:
     return len(graph.node) + sum(_count(part) for part in inner)
 
 
-def measure(folder: Path, interop: Path, rounds: int, work: Path) -> dict[str, Measured]:
+def measure(folder: Path, interop: Path, rounds: int, work: Path, names: list[str]) -> dict[str, Measured]:
     """Every way once a round, in rotating order."""
-    found = {name: Measured() for name in WAYS}
-    names = list(WAYS)
+    found = {name: Measured() for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             for file in folder.rglob("*.safetensors"):
@@ -197,8 +198,8 @@ def result(model: str, found: dict[str, Measured]) -> dict[str, Any]:
     for name, measured in found.items():
         seconds = [run.seconds for run in measured.runs]
         against = name.replace("sdkd", "optimum")
-        base = [run.seconds for run in found[against].runs]
-        ratio = speedup([[value] for value in base], [[value] for value in seconds])
+        base = [run.seconds for run in found[against].runs] if against in found else []
+        ratio = speedup([[value] for value in base], [[value] for value in seconds]) if base else None
         rows.append(
             {
                 "way": name,
@@ -306,13 +307,17 @@ def main() -> None:
     parser.add_argument("--models", default="random:sd15-tiny", help="names that sdkd knows, separated by commas")
     parser.add_argument("--model", help=argparse.SUPPRESS)  # any one name, a folder included, to try this tool
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default=",".join(f'"{name}"' if "," in name else name for name in WAYS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
     asked = parser.parse_args()
+    ways = next(csv.reader([asked.ways]))
+    if unknown := [name for name in ways if name not in WAYS]:
+        parser.error(f"way {unknown[0]!r} is unknown: choose from {', '.join(map(repr, WAYS))}")
     interop, parts = interop_python(), []
     for model in [asked.model] if asked.model else asked.models.split(","):
         with scratch() as work:
             save(model, work / "model")
-            measured = measure(work / "model", interop, asked.rounds, work)
+            measured = measure(work / "model", interop, asked.rounds, work, ways)
         parts.append(result(Path(model).name if asked.model else model, measured))
     from sdkd.compare.environment import environment  # only now: it loads torch, and memory was measured
 
@@ -323,7 +328,8 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "rounds": asked.rounds,
-        "command": f"python tools/bench_export.py {chosen} --rounds {asked.rounds}",
+        "command": f"python tools/bench_export.py {chosen} --rounds {asked.rounds}"
+        + ("" if ways == list(WAYS) else f" --ways {shlex.quote(asked.ways)}"),
         "environment": environment("cpu"),
         "optimum": optimum_versions(interop),
         "models": parts,

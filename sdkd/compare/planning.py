@@ -10,10 +10,11 @@ from typing import Any
 from sdkd.bundle import Bundle
 from sdkd.compare.subjects import EAGER, STUDENT, TEACHER, Subject
 from sdkd.console import Progress, quiet, within
-from sdkd.contract import Range, ShapeRanges, check_precision, vae_scale
+from sdkd.contract import check_precision, vae_scale
 from sdkd.errors import EngineError, InputError, ModelError, SdkdError
 from sdkd.files import read_json
 from sdkd.models import ModelSource, provenance, resolve
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import TARGETS, availability, check_target, slot_precision
 
 TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.console import Progress, quiet, within
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import InputError
 from sdkd.files import new_folder, read_json, write_json
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import availability
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from small_bundles import small_bundle, small_pipeline
 
 from export.build import build_engine
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
-from sdkd.contract import DTYPES, Precision, Range, ShapeRanges, unet_contract
+from sdkd.contract import DTYPES, Precision, unet_contract
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import built_environment
 
 CONTEXT = 32

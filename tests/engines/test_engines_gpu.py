@@ -24,9 +24,9 @@ from engines.session_tensorrt import recorder
 from export.build import build_engine
 from export.build_options import REFIT, BuildOptions
 from sdkd.bundle import Bundle
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError, InputError, RangeError
 from sdkd.inspect_cli import examine
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import availability, cache_folder, environment, gpu, require
 
 KINDS = ("tensorrt", "tensorrt-rtx")

@@ -21,8 +21,8 @@ from small_exports import bundle_copy, small_pipeline
 from engines import load_pipeline, plug, unplug
 from engines.weights import swap_weights
 from export import build_engine, export_pipeline
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import EngineError, InputError, ModelError
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.students import build_student, recognised, remap_lora, teacher_layout
 
 TARGETS = ("onnxruntime", "openvino")

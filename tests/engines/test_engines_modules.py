@@ -16,8 +16,8 @@ from engines.module import full_config, largest_batch, run_split
 from engines.modules import EngineTextEncoder, EngineUNet, EngineVAE
 from engines.pipeline import build_module
 from sdkd.bundle import Bundle
-from sdkd.contract import Range
 from sdkd.errors import EngineError, RangeError
+from sdkd.profiles import Range
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,8 @@ from engines.session import EngineSession, check_engine, open_session
 from export.build_cli import build_engine
 from export.ranges import Typed, parse_profiles, parse_ranges
 from sdkd.bundle import Bundle, FileRecord
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError, MissingExtraError, RangeError, StaleEngineError
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import built_environment, environment
 
 TARGETS = ("onnxruntime", "openvino")

@@ -27,8 +27,8 @@ from small_bundles import TINY_VAE, small_controlnet, small_pipeline
 from engines import load_pipeline, plug, unplug
 from engines.modules import EngineControlNet
 from export import build_engine, export_pipeline
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import EngineError, ModelError
+from sdkd.profiles import Range, ShapeRanges
 
 RANGES = ShapeRanges(Range(1, 1, 2), Range(32, 32, 64), Range(32, 32, 64), Range(77, 77, 154))
 TARGETS = ("onnxruntime", "openvino")

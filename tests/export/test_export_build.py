@@ -24,9 +24,9 @@ from export.build_job import Job
 from export.build_parity import compare
 from export.ranges import default_ranges
 from sdkd.bundle import Bundle, EngineRecord
-from sdkd.contract import Range
 from sdkd.errors import BuildError, BundleError, BusyError, InputError, MissingExtraError, ValuesError
 from sdkd.files import lock
+from sdkd.profiles import Range
 from sdkd.targets import environment
 
 RUNNABLE = ("onnxruntime", "openvino")

@@ -24,8 +24,9 @@ from export.build_options import BuildOptions
 from export.build_request import Request, requests_for
 from export.ranges import Typed, to_ranges
 from sdkd.bundle import Bundle
-from sdkd.contract import Precision, Range, ShapeRanges
+from sdkd.contract import Precision
 from sdkd.errors import BuildError, InputError
+from sdkd.profiles import Range, ShapeRanges
 
 UNET = {
     "block_out_channels": [320, 640, 1280, 1280],

@@ -12,8 +12,8 @@ from graph_bundles import graph_bundle
 from export import build_engine
 from export.ranges import Geometry, Typed, check_shapes, cover, parse_profile, parse_profiles
 from sdkd.bundle import Bundle, Manifest
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import InputError
+from sdkd.profiles import Range, ShapeRanges
 
 SMALL = ShapeRanges(Range(1, 1, 4), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 LARGE = ShapeRanges(Range.fixed(1), Range(64, 96, 128), Range(64, 64, 128), Range.fixed(77))

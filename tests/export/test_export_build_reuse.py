@@ -15,9 +15,10 @@ from export.build_request import requests_for
 from export.pipeline import versions
 from export.ranges import Typed, default_ranges, to_ranges
 from sdkd.bundle import Bundle
-from sdkd.contract import Range, ShapeRanges, static_contract
+from sdkd.contract import static_contract
 from sdkd.errors import InputError
 from sdkd.models import source_digests
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import cache_folder
 
 

@@ -19,8 +19,9 @@ from export.ranges import (
     parse_ranges,
 )
 from sdkd.bundle import Bundle
-from sdkd.contract import Range, ShapeRanges, component_contract
+from sdkd.contract import component_contract
 from sdkd.errors import BundleError, InputError
+from sdkd.profiles import Range, ShapeRanges
 
 STABLE_DIFFUSION = {
     "unet": CONFIGS["unet"] | {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]},

@@ -18,8 +18,9 @@ from export import export_pipeline
 from export.components import component_config, component_module, example_inputs, graph_module, module_contract
 from export.parity import check_graph
 from export.to_onnx import save, to_onnx
-from sdkd.contract import Contract, Extras, Range, ShapeRanges
+from sdkd.contract import Contract, Extras
 from sdkd.errors import InputError, ModelError
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.students import build_student
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
-from sdkd.contract import Range, ShapeRanges, vae_decoder_contract
+from sdkd.contract import vae_decoder_contract
 from sdkd.errors import BundleError, StaleEngineError
+from sdkd.profiles import Range, ShapeRanges
 
-VAE = {"latent_channels": 4, "out_channels": 3}
+VAE = {"latent_channels": 4, "out_channels": 3, "block_out_channels": [8, 16]}
 RANGES = ShapeRanges(Range(1, 1, 2), Range.fixed(64), Range.fixed(64), Range.fixed(77))
 HERE = {"tensorrt_rtx": "1.7.1", "platform": "linux-x86_64"}
 

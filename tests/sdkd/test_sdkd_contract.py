@@ -6,8 +6,6 @@ import torch
 from sdkd.contract import (
     Contract,
     Extras,
-    Range,
-    ShapeRanges,
     axis_ranges,
     check_precision,
     check_size,
@@ -17,6 +15,7 @@ from sdkd.contract import (
     vae_scale,
 )
 from sdkd.errors import InputError, ModelError
+from sdkd.profiles import Range, ShapeRanges
 
 UNET = {"in_channels": 9, "out_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]}
 VAE = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512]}

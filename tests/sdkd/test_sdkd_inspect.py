@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from engines.layers import count_layers, read_inspector
 from export import build_engine
 from sdkd.bundle import Bundle
-from sdkd.contract import Range, ShapeRanges
 from sdkd.errors import BundleError
 from sdkd.inspect_cli import examine, inspect
+from sdkd.profiles import Range, ShapeRanges
 
 app = typer.Typer()
 app.command()(inspect)

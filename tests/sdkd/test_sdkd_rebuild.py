@@ -12,8 +12,8 @@ from small_exports import bundle_copy, small_pipeline
 from engines.session import open_session
 from export import build_engine, export_pipeline
 from sdkd.bundle import Bundle
-from sdkd.contract import Range, ShapeRanges
 from sdkd.onnx_weights import exported_weights, stored_weights
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.workflow import SWAPPED, content_key, rebuild
 
 ONE = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))

@@ -1,0 +1,65 @@
+"""Ranges of sizes that an engine is built for: TensorRT's optimization profile, in pixels and tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sdkd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, best and largest size of one axis (TensorRT's min, opt, max)."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise InputError(f"range {self.min}..{self.opt}..{self.max} is not ordered: give 1 <= min <= opt <= max")
+
+    def __contains__(self, value: int) -> bool:
+        return self.min <= value <= self.max
+
+    def __str__(self) -> str:
+        return str(self.min) if self.min == self.max else f"{self.min}..{self.max}"
+
+    @staticmethod
+    def fixed(value: int) -> Range:
+        """A static axis."""
+        return Range(value, value, value)
+
+    @staticmethod
+    def parse(text: str) -> Range:
+        """Read `512`, `512..768` (opt = min) or `512..640..768`; InputError names the text and the forms."""
+        if not re.fullmatch(r"\d+(\.\.\d+){0,2}", text.strip()):
+            raise InputError(f"range {text!r} is not understood: give 512, 512..768 or min..opt..max")
+        numbers = [int(part) for part in text.strip().split("..")]
+        low, high = numbers[0], numbers[-1]
+        return Range(low, numbers[1] if len(numbers) == 3 else low, high)
+
+
+@dataclass(frozen=True)
+class ShapeRanges:
+    """One optimization profile: images per call, image size in pixels, tokens per prompt."""
+
+    batch: Range
+    height: Range
+    width: Range
+    sequence: Range
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary of `[min, opt, max]` lists."""
+        return {name: [r["min"], r["opt"], r["max"]] for name, r in asdict(self).items()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ShapeRanges:
+        """The inverse of `to_json`."""
+        return ShapeRanges(**{name: Range(*data[name]) for name in ("batch", "height", "width", "sequence")})
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, height {self.height} px, width {self.width} px, {self.sequence} tokens"
