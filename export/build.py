@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from export.build_errors import explain
-from export.build_estimate import check_resources, size
+from export.build_estimate import check_resources
 from export.build_files import moved, partial_folder
 from export.build_job import Job
 from export.build_options import BuildOptions
@@ -23,6 +23,7 @@ from sdkd.bundle import Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet
 from sdkd.errors import BuildError
 from sdkd.files import lock, write_bytes
+from sdkd.memory import size
 from sdkd.targets import built_environment, cache_folder, check_target, environment, timing_cache
 
 # What may differ where an engine runs, by how compatible with other hardware it is.

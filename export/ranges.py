@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdkd.bundle import Bundle
-from sdkd.contract import Contract, axis_ranges, check_size, size_multiple, split_axis, vae_scale
+from sdkd.contract import Contract, axis_ranges, check_size, size_multiple, split_axis
 from sdkd.errors import BundleError, InputError
 from sdkd.files import read_json
 from sdkd.profiles import Range, ShapeRanges
@@ -17,20 +17,9 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, best and largest shape of one input."""
 
 
-def vae_config(bundle: Bundle) -> dict[str, object]:
-    """The AutoencoderKL config of a bundle, from whichever half was exported; BundleError without one."""
-    halves = [name for name in ("vae_decoder", "vae_encoder") if (bundle.path / name / "config.json").is_file()]
-    return bundle.config(halves[0] if halves else "vae_decoder")
-
-
-def bundle_scale(bundle: Bundle) -> int:
-    """Pixels per latent of the bundle's VAE."""
-    return vae_scale(vae_config(bundle))
-
-
 def bundle_multiple(bundle: Bundle) -> int:
     """Pixels that image sizes of this bundle must be a multiple of."""
-    return size_multiple(bundle.config("unet"), vae_config(bundle))
+    return size_multiple(bundle.config("unet"), bundle.vae_config())
 
 
 def max_tokens(bundle: Bundle) -> int:
@@ -50,7 +39,7 @@ def native_size(bundle: Bundle) -> tuple[int, int]:
     """Height and width in pixels that the UNet was trained for: its `sample_size` times the VAE's scale."""
     sample = bundle.config("unet")["sample_size"]
     height, width = sample if isinstance(sample, Sequence) else (sample, sample)
-    return int(height) * bundle_scale(bundle), int(width) * bundle_scale(bundle)
+    return int(height) * bundle.scale(), int(width) * bundle.scale()
 
 
 def fixed_ranges(bundle: Bundle) -> ShapeRanges | None:
@@ -220,7 +209,7 @@ class Geometry:
     @staticmethod
     def of(bundle: Bundle) -> Geometry:
         """A bundle's own; BundleError when its configs do not say."""
-        return Geometry(bundle_scale(bundle), bundle_multiple(bundle), bundle.positions())
+        return Geometry(bundle.scale(), bundle_multiple(bundle), bundle.positions())
 
     def axes(self, contract: Contract, ranges: ShapeRanges) -> dict[str, Range]:
         """Range of each dynamic axis of a component."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdkd.contract import Contract
+from sdkd.contract import Contract, vae_scale
 from sdkd.errors import BundleError, InputError, StaleEngineError
 from sdkd.files import read_json, sha256, write_json
 from sdkd.profiles import ShapeRanges
@@ -210,6 +210,15 @@ class Bundle:
             return dict(read_json(self.path / component / "config.json"))
         except InputError as error:
             raise BundleError(f"bundle {str(self.path)!r}: {error}") from error
+
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's config, from whichever half was exported; BundleError without one."""
+        halves = [name for name in ("vae_decoder", "vae_encoder") if (self.path / name / "config.json").is_file()]
+        return self.config(halves[0] if halves else "vae_decoder")
+
+    def scale(self) -> int:
+        """Pixels per latent of the VAE."""
+        return vae_scale(self.vae_config())
 
     def positions(self) -> int | None:
         """Tokens that the text encoder takes at once; None for a bundle without one."""

@@ -12,6 +12,7 @@ from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.console import show, show_json, table
 from sdkd.contract import Contract
 from sdkd.errors import BundleError, MissingExtraError, SdkdError
+from sdkd.memory import run_memory
 from sdkd.profiles import ShapeRanges
 from sdkd.targets import environment
 
@@ -81,8 +82,6 @@ def _engine(bundle: Bundle, record: EngineRecord, hashes: bool, layers: bool) ->
 
 def _memory(bundle: Bundle, record: EngineRecord) -> int | None:
     """About what the engine takes when it runs; None where the bundle's configs do not say enough."""
-    from export.build_estimate import run_memory
-
     try:
         return run_memory(bundle, record)
     except (SdkdError, KeyError):

@@ -11,21 +11,13 @@ import pytest
 from graph_bundles import CONFIGS, graph_bundle
 
 from export import build_engine
-from export.build_estimate import (
-    LARGEST_VOLUME,
-    Largest,
-    check_room,
-    check_volume,
-    estimate,
-    free_memory,
-    largest_tensor,
-)
-from export.build_options import BuildOptions
+from export.build_estimate import LARGEST_VOLUME, check_volume, estimate
 from export.build_request import Request, requests_for
 from export.ranges import Typed, to_ranges
 from sdkd.bundle import Bundle
 from sdkd.contract import Precision
 from sdkd.errors import BuildError, InputError
+from sdkd.memory import Largest, check_room, free_memory, largest_tensor
 from sdkd.profiles import Range, ShapeRanges
 
 UNET = {
@@ -142,8 +134,8 @@ def test_what_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_cap_is_what_is_free() -> None:
-    assert free_memory(BuildOptions(memory_cap_gb=0.5)) == 1 << 29
-    assert (1 << 29) < free_memory(BuildOptions()) < 1 << 50
+    assert free_memory(1 << 29) == 1 << 29
+    assert (1 << 29) < free_memory() < 1 << 50
 
 
 def test_no_room() -> None:

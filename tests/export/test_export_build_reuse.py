@@ -10,13 +10,14 @@ from graph_bundles import CONFIGS, graph_bundle
 from small_exports import small_bundle, small_pipeline
 
 from export.build_cli import export_reasons
-from export.build_estimate import estimate, largest_tensor
+from export.build_estimate import estimate
 from export.build_request import requests_for
 from export.pipeline import versions
 from export.ranges import Typed, default_ranges, to_ranges
 from sdkd.bundle import Bundle
 from sdkd.contract import static_contract
 from sdkd.errors import InputError
+from sdkd.memory import largest_tensor
 from sdkd.models import source_digests
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import cache_folder
