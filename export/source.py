@@ -129,6 +129,7 @@ def open_source(
     found = resolve(model)
     name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file") else found.name
     about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
+    about |= {"notes": list(found.notes)} if found.notes else {}
     return Source(about, load_rest(model), model, dtype, replaced, source_digests(model))
 
 

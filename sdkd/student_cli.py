@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from sdkd.console import progress, show, show_json, table
 from sdkd.files import check_free
@@ -140,4 +141,6 @@ def student(
         show_json(found)
         return
     show(*tables(found))
+    for note in source.notes:
+        show(escape(f"Note on {source.name}: {note}."))
     show(f"Saved {output}. Train it with: sdkd distill --teacher {teacher} --student {spec.short} --data DATA ...")

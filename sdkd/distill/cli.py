@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from sdkd.console import progress, show, show_json, table
 from sdkd.distill.config import TrainConfig, make_config, parse_prompts, settings_of
@@ -123,6 +124,8 @@ def _tell(summary: dict[str, Any]) -> None:
     rows = [[name, f"{first[name]:.4g}", f"{last[name]:.4g}"] for name in first if name.startswith("loss/")]
     title = f"Losses of {summary.get('student') or summary['model']}"
     show(table(title, ["", f"to step {first['step']}", f"to step {last['step']}"], rows))
+    for note in summary["notes"]:
+        show(escape(f"{summary.get('teacher') or summary['model']}: {note}."))
     if unreadable := summary["unreadable"]:
         show(f"{len(unreadable)} images could not be read and were replaced: {'; '.join(unreadable)}")
     lora = summary["objective"] == "lora"

@@ -75,7 +75,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
         unet, counts = _unet(pipe, job)
         check_cache(data, pipe, job.config)
         done = train(pipe, unet, data, job.config, progress=report, folder=job.output, resume=checkpoint)
-        summary = _summary(job, source.name, done, counts)
+        summary = _summary(job, source.name, done, counts) | {"notes": list(source.notes)}
         if done.main_process:
             origin = Origin(
                 model=source.name,
