@@ -1,29 +1,41 @@
-"""`sdkd generate`: images from a prompt, on engines or eagerly."""
+"""`sdkd generate`: images from a prompt and from images, on engines or eagerly."""
 
 from __future__ import annotations
 
-import io
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from engines.prompts import image_files, is_drawn, read_prompts, write_metadata
+from engines.drawing import Request, draw, draw_all, encode_png, engine_batch, in_batches, metadata
+from engines.image_inputs import (
+    Inputs,
+    as_pipeline,
+    check_control,
+    find_way,
+    known_channels,
+    read_inputs,
+    resized,
+    with_defaults,
+)
+from engines.processes import check_gpus, ended_like_ctrl_c, join, main_progress
+from engines.prompts import image_files, missing, read_prompts, write_metadata
 from sdkd.bundle import MANIFEST, Bundle
-from sdkd.console import Progress, progress, show
+from sdkd.console import show
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.errors import InputError
-from sdkd.files import check_free, write_bytes
+from sdkd.files import check_free
 from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+__all__ = [
+    "SCHEDULERS", "Request", "check_bundle_size", "default_size", "draw", "draw_all", "encode_png", "generate", "load",
+    "metadata", "output_files", "output_folder", "parse_size", "prompt_texts", "set_scheduler",
+]  # fmt: skip
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -40,24 +52,6 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw; sizes in pixels, image i uses seed + i and the prompts in turn."""
-
-    prompts: tuple[str, ...]
-    negative_prompt: str | None
-    height: int
-    width: int
-    steps: int
-    guidance_scale: float
-    seed: int
-    count: int
-
-    def prompt(self, index: int) -> str:
-        """The prompt of an image."""
-        return self.prompts[index % len(self.prompts)]
 
 
 def generate(
@@ -85,9 +79,28 @@ def generate(
     scheduler: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}, or a diffusers class; default: the model's.")
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images per call; default: with --prompts what the engine was built for, else 1."),
+    ] = None,
+    num_processes: Annotated[int, typer.Option(min=1, help="With --prompts: processes, one per GPU.")] = 1,
+    image: Annotated[Path | None, typer.Option(help="An image to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="What to draw anew of --image: white.")] = None,
+    control: Annotated[Path | None, typer.Option(help="The image that the bundle's ControlNet reads.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image to change, 0 to 1; default: 0.8, with --mask 1.")
+    ] = None,
+    control_scale: Annotated[float | None, typer.Option(help="Weight of the ControlNet; default: 1.")] = None,
+    image_guidance_scale: Annotated[
+        float | None, typer.Option(help="Instruct-pix2pix: how much to keep of --image; default: 1.5.")
+    ] = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Open the engines in turn.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
 ) -> None:
-    """Make images from a prompt: a bundle runs on its engines, any other model eagerly."""
+    """Make images from a prompt, and from an image: a bundle runs on its engines, any other model eagerly.
+
+    With --prompts the folder of images fills; the same command goes on where it was interrupted.
+    """
     texts = prompt_texts(prompt, prompts)
     files = (
         output_files(output, prompt, count)
@@ -97,30 +110,102 @@ def generate(
     for file in files if prompt else ():
         check_free(file, overwrite)
     wanted = None if size is None else parse_size(size)
+    scales = {"strength": strength, "control_scale": control_scale, "image_guidance_scale": image_guidance_scale}
+    inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
     check_bundle_size(model, wanted)
-    with progress("load") as report:
+    check_inputs(model, target, inputs, steps)
+    slot = choose_target(model, target, control=control is not None)
+    if num_processes > 1:
+        start_processes(num_processes, slot, files, None if prompts is None else texts)
+        return
+    state = join(slot)
+    with main_progress("load", state) as report:
         report(model, None)
-        pipe, used = load(model, target)
+        pipe, used = load(model, slot, control=control is not None, low_memory=low_memory)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     height, width = wanted or default_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
-    request = Request(texts, negative_prompt, height, width, steps, guidance_scale, seed, len(files))
+    way = find_way(model, int(pipe.unet.config.in_channels), inputs)
+    inputs, lines = resized(with_defaults(inputs, way, steps), height, width)
+    request = Request(
+        texts, negative_prompt, height, width, steps, guidance_scale, seed, len(files), way=way, inputs=inputs
+    )
+    for line in lines if state.is_main_process else ():
+        show(escape(line))
     start = time.perf_counter()
-    try:
-        drawn = draw_all(pipe, request, files, model, used, overwrite=overwrite or bool(prompt))
-    finally:
-        if prompts is not None:
-            write_metadata(files, [request.prompt(index) for index in range(len(files))])
-    seconds = time.perf_counter() - start
-    for place in files if prompt else [files[0].parent]:
+    size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
+    drawn = carry_out(
+        as_pipeline(pipe, way.pipeline), request, files, (model, used), state, size_of_batch,
+        overwrite=overwrite or bool(prompt), folder=prompts is not None,
+    )  # fmt: skip
+    if state.is_main_process:
+        tell(request, files if prompt else [files[0].parent], used, drawn, time.perf_counter() - start)
+    if state.num_processes > 1:
+        state.destroy_process_group()  # or NCCL complains when the process ends
+
+
+def tell(request: Request, places: Sequence[Path], target: str, drawn: int, seconds: float) -> None:
+    """Say where the images are and how long they took."""
+    for place in places:
         show(escape(str(place)))
-    kept = f", {len(files) - drawn} were there" if drawn < len(files) else ""
+    kept = f", {request.count - drawn} were there" if drawn < request.count else ""
     plural = "" if drawn == 1 else "s"
     show(
-        f"{width}x{height} px (width x height), {steps} steps, target {used}: "
+        f"{request.width}x{request.height} px (width x height), {request.steps} steps, target {target}: "
         f"{seconds:.2f} s for {drawn} image{plural}{kept}"
     )
+
+
+def carry_out(
+    pipe: Any,
+    request: Request,
+    files: Sequence[Path],
+    made_by: tuple[str, str],
+    state: Any,
+    batch: int,
+    *,
+    overwrite: bool,
+    folder: bool,
+) -> int:
+    """Draw and write every image that is not there yet, this process's share; returns how many all of them drew.
+
+    `made_by`: model and target. A `folder` gets its metadata.jsonl from the main process, also when it is interrupted.
+    """
+    settings = [metadata(request, index, *made_by, pipe) for index in range(len(files))]
+    indices = list(range(len(files))) if overwrite else missing(files, settings)
+    state.wait_for_everyone()  # all have looked before the first one writes: they must agree on what is missing
+    batches = in_batches(indices, batch)[state.process_index :: state.num_processes]
+    at_least = min(batch, engine_batch(pipe, request).min)
+    try:
+        with ended_like_ctrl_c(state), main_progress("generate", state) as report:
+            draw_all(pipe, request, files, settings, batches, report, at_least=at_least)
+        state.wait_for_everyone()
+    finally:
+        if folder and state.is_main_process:
+            write_metadata(files, [request.prompt(index) for index in range(len(files))])
+    return len(indices)
+
+
+def start_processes(processes: int, target: str, files: Sequence[Path], texts: Sequence[str] | None) -> None:
+    """Run this command in several processes; InputError without a file of prompts, TrainingError when one fails."""
+    from sdkd.distill.launch import relaunch
+
+    if texts is None:
+        raise InputError(f"{processes} processes share a file of prompts: give --prompts FILE, or leave out the number")
+    check_gpus(target, processes)
+    try:
+        relaunch(processes)
+    finally:  # processes that were ended could not do this
+        write_metadata(files, [texts[index % len(texts)] for index in range(len(files))])
+
+
+def check_inputs(model: str, target: str | None, inputs: Inputs, steps: int) -> None:
+    """InputError, before anything is loaded, when a model cannot draw from the images that are given."""
+    check_control(model, target, inputs)
+    channels = known_channels(model)
+    if channels is not None:
+        with_defaults(inputs, find_way(model, channels, inputs), steps)
 
 
 def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:
@@ -133,18 +218,6 @@ def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:
 def output_folder(output: Path | None, prompts: Path | None) -> Path:
     """Where the images of a file of prompts go."""
     return output or Path("artifacts") / (prompts or Path("images")).stem
-
-
-def draw_all(pipe: Any, request: Request, files: Sequence[Path], model: str, target: str, *, overwrite: bool) -> int:
-    """Draw and write every image that is not there yet; returns how many were drawn."""
-    drawn = 0
-    with progress("generate") as report:
-        for index, file in enumerate(files):
-            settings = metadata(request, index, model, target, pipe)
-            if overwrite or not is_drawn(file, settings):
-                write_bytes(file, encode_png(draw(pipe, request, index, report), settings))
-                drawn += 1
-    return drawn
 
 
 def output_files(output: Path | None, prompt: str, count: int) -> list[Path]:
@@ -171,13 +244,13 @@ def check_bundle_size(model: str, size: tuple[int, int] | None) -> None:
         check_size(*size, size_multiple(bundle.config("unet"), bundle.config("vae_decoder")))
 
 
-def load(model: str, target: str | None) -> tuple[Any, str]:
-    """The pipeline and the target that it runs on; InputError when a target is asked for without a bundle."""
+def choose_target(model: str, target: str | None, *, control: bool = False) -> str:
+    """The target to draw on, `eager` without a bundle; InputError when a target is asked for without a bundle."""
     path = Path(model).expanduser()
     if target not in (None, "eager"):
         check_target(target)
     if target == "eager" or not (path / MANIFEST).is_file():
-        from sdkd.models import load_eager, resolve
+        from sdkd.models import resolve
 
         resolve(model)
         if target not in (None, "eager"):
@@ -185,12 +258,33 @@ def load(model: str, target: str | None) -> tuple[Any, str]:
                 f"model {model!r} is not a bundle, so it has no {target} engine: build one with: "
                 f"sdkd build-engine {model} --target {target} --output artifacts/bundle"
             )
-        return load_eager(model), "eager"
-    from engines.pipeline import best_slot, load_pipeline
+        return "eager"
+    if target is not None:
+        return target
+    from engines.parts import BASE_PARTS
+    from engines.slots import best_slot
 
-    bundle = Bundle.open(path)
-    slot = target or best_slot(bundle)
-    return load_pipeline(bundle, slot, controlnet=False), slot
+    return best_slot(Bundle.open(path), (*BASE_PARTS, "controlnet") if control else BASE_PARTS)
+
+
+def load(model: str, target: str | None, *, control: bool = False, low_memory: bool = False) -> tuple[Any, str]:
+    """The pipeline and the target that it runs on, with the bundle's ControlNet for `control`.
+
+    `low_memory`: a bundle's engines take turns.
+
+    Raises InputError when a target is asked for without a bundle, BundleError when the ControlNet has no engine.
+    """
+    slot = choose_target(model, target, control=control)
+    if slot == "eager":
+        from sdkd.models import load_eager
+
+        return load_eager(model), slot
+    from engines.pipeline import load_pipeline
+
+    bundle = Bundle.open(Path(model).expanduser())
+    if control:
+        bundle.engine(slot, "controlnet")
+    return load_pipeline(bundle, slot, controlnet=control, low_memory=low_memory), slot
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
@@ -216,54 +310,3 @@ def default_size(pipe: Any) -> tuple[int, int]:
     return (
         (height, width) if height in ranges.height and width in ranges.width else (ranges.height.opt, ranges.width.opt)
     )
-
-
-def draw(pipe: Any, request: Request, index: int, report: Progress) -> Image:
-    """One image of a request, the same whatever the count."""
-    import torch
-
-    def on_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        done = (index + min(1.0, (step + 1) / request.steps)) / request.count
-        report(f"image {index + 1} of {request.count}", min(done, 0.99))
-        return tensors
-
-    pipe.set_progress_bar_config(disable=True)
-    images: list[Image] = pipe(
-        request.prompt(index),
-        negative_prompt=request.negative_prompt,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator().manual_seed(request.seed + index),
-        callback_on_step_end=on_step,
-    ).images
-    return images[0]
-
-
-def metadata(request: Request, index: int, model: str, target: str, pipe: Any) -> dict[str, str]:
-    """What a PNG says about itself, enough to make it again."""
-    values = {
-        "prompt": request.prompt(index),
-        "negative_prompt": request.negative_prompt,
-        "seed": request.seed + index,
-        "steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "size": f"{request.height}x{request.width}",
-        "scheduler": type(pipe.scheduler).__name__,
-        "model": model,
-        "target": target,
-    }
-    return {key: str(value) for key, value in values.items() if value is not None}
-
-
-def encode_png(image: Image, text: dict[str, str]) -> bytes:
-    """PNG bytes with text fields (UTF-8)."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()

@@ -8,17 +8,21 @@ keeps its own.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from torch.func import functional_call
 
 from engines.session import Session, torch_dtype
 from engines.weights import EngineWeights
 from sdkd.errors import EngineError
 
 FIXED = "the engine's graph has no such input"
+EAGERLY = "run eagerly: engines.unplug(pipe), where it was plugged with keep_eager=True"
+log = logging.getLogger(__name__)
 
 
 def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
@@ -27,8 +31,7 @@ def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, s
         empty = value is None or value is False or (isinstance(value, Mapping | tuple | list) and not value)
         if not empty:
             raise EngineError(
-                f"{type(module).__name__} cannot take {name}: {reasons.get(name, FIXED)}. Leave it out, or run "
-                "eagerly: engines.unplug(pipe)"
+                f"{type(module).__name__} cannot take {name}: {reasons.get(name, FIXED)}. Leave it out, or {EAGERLY}"
             )
 
 
@@ -69,10 +72,12 @@ def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[st
 class EngineModule(torch.nn.Module):
     """A parameterless module with a device and a dtype that follow `.to()`, as pipelines expect.
 
-    `original` is the eager module that it stands for, kept for `unplug`, or None.
+    `original` is the eager module that it stands for, kept for `unplug`, or None. With `falls_back` that module answers
+    where the engine cannot.
     """
 
     place: torch.Tensor
+    falls_back = False
 
     def __init__(
         self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
@@ -82,6 +87,7 @@ class EngineModule(torch.nn.Module):
         self._internal_dict = config  # diffusers repairs old configs by replacing this attribute
         object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
         object.__setattr__(self, "_weights", None)
+        self._announced: set[str] = set()
 
     @property
     def config(self) -> Any:
@@ -115,6 +121,26 @@ class EngineModule(torch.nn.Module):
         if self._weights is not None:
             self._weights.settle()
 
+    def fall_back(self, error: EngineError, arguments: Mapping[str, Any], method: str = "forward") -> Any:
+        """The eager module's answer to what the engine cannot do, announced once; `error` itself where not asked for.
+
+        The engine's other weights and adapters count for it, too. Its dtype and device follow the pipeline's.
+        """
+        eager: Any = self.__dict__["original"]
+        if not self.falls_back or eager is None:
+            raise error
+        if str(error) not in self._announced:
+            self._announced.add(str(error))
+            log.warning("%s: runs eagerly, as eager_fallback asks, since %s", type(self).__name__, error)
+        if (eager.device, eager.dtype) != (self.device, self.dtype):
+            eager.to(self.device, self.dtype)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if method != "forward":
+            return getattr(eager, method)(**given)
+        changed = {} if self._weights is None else self._weights.changed()
+        state = {name: tensor.to(self.device, self.dtype) for name, tensor in changed.items()}
+        return functional_call(eager, state, kwargs=given)
+
     def close(self) -> None:
         """Release the engines; calling the module afterwards is an EngineError."""
         for session in self.sessions():
@@ -126,14 +152,15 @@ class EngineModule(torch.nn.Module):
         except AttributeError:
             raise AttributeError(
                 f"{type(self).__name__} has no {name!r}: the layers of an engine cannot be reached or changed; "
-                "engines.unplug(pipe) brings the eager module back"
+                f"{EAGERLY}"
             ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_hf_hook":  # accelerate's offloading
             raise EngineError(
                 f"{type(self).__name__} cannot be offloaded: its weights live inside the engine. Leave out "
-                "enable_model_cpu_offload / enable_sequential_cpu_offload, or run eagerly: engines.unplug(pipe)"
+                f"enable_model_cpu_offload / enable_sequential_cpu_offload (low_memory=True opens engines in turn), or "
+                f"{EAGERLY}"
             )
         super().__setattr__(name, value)
 

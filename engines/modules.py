@@ -6,19 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from engines.module import FIXED, EngineModule, cast_feeds, full_config, refuse, run_split
 from engines.session import Session, torch_dtype, verify_once
-from sdkd.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, is_tiny_vae, split_axis
-from sdkd.errors import EngineError
+from sdkd.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, split_axis
+from sdkd.errors import EngineError, RangeError
 
 # Why an argument of the eager module has no counterpart in an engine.
 UNET_REFUSALS = {
@@ -80,7 +77,7 @@ class EngineUNet(EngineModule):
         Returns `[batch, out_channels, height, width]` in the latents' dtype. EngineError for an argument that the
         engine has no input for; RangeError outside the built sizes.
         """
-        given = locals()
+        given = {name: value for name, value in locals().items() if name != "self"}
         refuse(self, {name: given[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
         self.settle()
         tensors = {
@@ -89,7 +86,11 @@ class EngineUNet(EngineModule):
             "encoder_hidden_states": encoder_hidden_states,
         }
         tensors |= self._residuals(sample, down_block_additional_residuals, mid_block_additional_residual)
-        result = run_split(self.session, cast_feeds(self.session, tensors))["out_sample"].to(sample.dtype)
+        try:
+            result = run_split(self.session, cast_feeds(self.session, tensors))["out_sample"].to(sample.dtype)
+        except RangeError as error:
+            found: UNet2DConditionOutput | tuple[torch.Tensor] = self.fall_back(error, given)
+            return found
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def _residuals(
@@ -164,7 +165,7 @@ class EngineControlNet(EngineModule, ControlNetModel):
         `guess_mode` lets them grow from 0.1 to 1 with depth, as diffusers does. EngineError for an argument that the
         engine has no input for; RangeError outside the built sizes.
         """
-        given = locals()
+        given = {name: value for name, value in locals().items() if name != "self"}
         refuse(self, {name: given[name] for name in CONTROLNET_REFUSALS}, CONTROLNET_REFUSALS)
         tensors = {
             "sample": sample,
@@ -173,7 +174,11 @@ class EngineControlNet(EngineModule, ControlNetModel):
             "controlnet_cond": controlnet_cond,
             "conditioning_scale": torch.tensor(float(conditioning_scale), device=sample.device),
         }
-        found = run_split(self.session, cast_feeds(self.session, tensors))
+        try:
+            found = run_split(self.session, cast_feeds(self.session, tensors))
+        except RangeError as error:
+            answer: ControlNetOutput | tuple[list[torch.Tensor], torch.Tensor] = self.fall_back(error, given)
+            return answer
         every = [found[spec.name].to(sample.dtype) for spec in self.session.contract.outputs]
         if guess_mode:
             scales = torch.logspace(-1, 0, len(every), device=sample.device)
@@ -181,74 +186,6 @@ class EngineControlNet(EngineModule, ControlNetModel):
         if not return_dict:
             return every[:-1], every[-1]
         return ControlNetOutput(down_block_res_samples=tuple(every[:-1]), mid_block_res_sample=every[-1])
-
-
-class EngineVAE(EngineModule):
-    """Stands for AutoencoderKL or AutoencoderTiny; without an encoder session only `decode` works."""
-
-    def __init__(self, decoder: Session, encoder: Session | None, config: Mapping[str, Any], dtype: torch.dtype,
-                 device: torch.device, original: torch.nn.Module | None = None) -> None:  # fmt: skip
-        self.is_tiny = is_tiny_vae(config)
-        super().__init__(
-            full_config(AutoencoderTiny if self.is_tiny else AutoencoderKL, config), dtype, device, original
-        )
-        self.decoder_session = decoder
-        self.encoder_session = encoder
-        self.use_slicing = False
-        self.use_tiling = False
-
-    def sessions(self) -> Iterable[Session]:
-        """The decoder's engine, and the encoder's when there is one."""
-        return (self.decoder_session,) if self.encoder_session is None else (self.decoder_session, self.encoder_session)
-
-    def decode(
-        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> DecoderOutput | tuple[torch.Tensor]:
-        """Unscaled latents `[batch, channels, height, width]` to images in [-1, 1]; the generator is unused."""
-        image = self._run(self.decoder_session, z)
-        return DecoderOutput(sample=image) if return_dict else (image,)
-
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple[Any]:
-        """Images in [-1, 1] to the distribution of their unscaled latents, of a tiny autoencoder the latents.
-
-        EngineError without an encoder engine.
-        """
-        if self.encoder_session is None:
-            raise EngineError(
-                "this EngineVAE has no vae_encoder engine, which image-to-image and inpainting need: export and build "
-                "the bundle with the component vae_encoder"
-            )
-        found = self._run(self.encoder_session, x)
-        if self.is_tiny:
-            return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
-        latents = DiagonalGaussianDistribution(found)
-        return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
-
-    def _run(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
-        feeds = cast_feeds(session, {session.contract.inputs[0].name: tensor})
-        result = run_split(session, feeds, limit=1 if self.use_slicing else None)
-        return result[session.contract.outputs[0].name].to(tensor.dtype)
-
-    def enable_slicing(self) -> None:
-        """Run one image at a time, to save memory."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Run whole batches again."""
-        self.use_slicing = False
-
-    def enable_tiling(self, use_tiling: bool = True) -> None:
-        """EngineError: an engine's sizes are fixed by its ranges."""
-        if use_tiling:
-            raise EngineError(
-                "EngineVAE cannot tile: build its engine for the sizes you need (sdkd build-engine --size), or "
-                "run eagerly: engines.unplug(pipe)"
-            )
-
-    def disable_tiling(self) -> None:
-        """Nothing to do: an engine never tiles."""
 
 
 class EngineTextEncoder(EngineModule):
@@ -278,12 +215,17 @@ class EngineTextEncoder(EngineModule):
 
         Both in this module's dtype. EngineError for an argument that the engine has no input or output for.
         """
-        given = locals()
+        given = {name: value for name, value in locals().items() if name != "self"}
+        asked = dict(given)
         layers = [spec.name for spec in self.session.contract.outputs[2:]]
         given["output_hidden_states"] = output_hidden_states and not layers
         refuse(self, {name: given[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
         self.settle()
-        found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
+        try:
+            found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
+        except RangeError as error:
+            answer: BaseModelOutputWithPooling | tuple[torch.Tensor, ...] = self.fall_back(error, asked)
+            return answer
         results = [found[spec.name].to(self.dtype) for spec in self.session.contract.outputs[:2]]
         hidden = tuple(found[name].to(self.dtype) for name in layers) if output_hidden_states else None
         if return_dict is False:

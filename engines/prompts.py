@@ -27,6 +27,11 @@ def image_files(folder: Path, count: int) -> list[Path]:
     return [folder / f"{index:05d}.png" for index in range(count)]
 
 
+def missing(files: Sequence[Path], wanted: Sequence[Mapping[str, str]]) -> list[int]:
+    """Which images are still to draw; OutputExistsError when one is there that was drawn from other settings."""
+    return [index for index, file in enumerate(files) if not is_drawn(file, wanted[index])]
+
+
 def is_drawn(file: Path, wanted: Mapping[str, str]) -> bool:
     """Whether an image is there already with the same settings in its PNG text; OutputExistsError if with others."""
     if not file.exists():

@@ -19,7 +19,7 @@ import torch
 
 from engines.ranges import check_sizes, output_sizes
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
-from sdkd.contract import Contract, TensorSpec, axis_ranges, vae_scale
+from sdkd.contract import Contract, TensorSpec, axis_ranges
 from sdkd.errors import EngineError
 from sdkd.onnx_weights import state_arrays, stored_weights
 from sdkd.profiles import Range, ShapeRanges
@@ -88,6 +88,19 @@ class Checked:
         return f"the {self.record.slot} engine of {self.record.component} in {str(self.bundle.path)!r}"
 
 
+def expected_device(target: str) -> torch.device:
+    """Where a target's sessions keep their tensors here; the CPU, too, where the GPU that they need is missing."""
+    if target == "onnxruntime":
+        from engines.session_onnxruntime import CUDA, providers
+
+        on_gpu = providers()[0] == CUDA
+    else:
+        on_gpu = check_target(target).runs_on_gpu
+    if on_gpu and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 _verified: set[tuple[str, int, int, str]] = set()
 
 
@@ -106,7 +119,7 @@ def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
             f"the {slot} engine of {component} needs an NVIDIA GPU with a driver, and torch sees none here: run it on "
             f"such a machine, or build one for this machine: sdkd build-engine {bundle.path} --target onnxruntime"
         )
-    scale = _scale(bundle)
+    scale = bundle.scale()
     contract = bundle.component(component).contract
     limits, *profiles = (
         axis_ranges(contract, ranges, scale, bundle.positions()) for ranges in (record.ranges, *record.profiles)
@@ -138,14 +151,9 @@ def verify_once(bundle: Bundle, record: ComponentRecord | EngineRecord) -> None:
         _verified.update(keys)
 
 
-def _scale(bundle: Bundle) -> int:
-    name = "vae_decoder" if (bundle.path / "vae_decoder").is_dir() else "vae_encoder"
-    return vae_scale(bundle.config(name))
-
-
 def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
     """What latents and pixels must be a multiple of: exported graphs have no odd sizes at any level."""
-    steps = {"height": 1, "width": 1, "image_height": _scale(bundle), "image_width": _scale(bundle)}
+    steps = {"height": 1, "width": 1, "image_height": bundle.scale(), "image_width": bundle.scale()}
     if contract.component in ("unet", "controlnet"):
         down = int(2 ** (len(bundle.config(contract.component)["block_out_channels"]) - 1))
         steps = {axis: step * down for axis, step in steps.items()}

@@ -7,22 +7,24 @@ the library returns is checked, and the tensor named.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache as once
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engines.cuda_graphs import Buffers, GraphCache, ShapeGraph, graph_key, synchronize
 from engines.refit_tensorrt import refit
+from engines.runtime_cache import RuntimeCache
 from engines.session import Checked, EngineSession, check_engine, check_names, verify_once
+from engines.tensorrt_context import BoundContext, Call, failure, pick_profile, read_spans, said
 from sdkd.errors import EngineError
-from sdkd.files import write_bytes
 from sdkd.onnx_weights import exported_weights
-from sdkd.targets import cache_folder, require
+from sdkd.targets import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,9 +59,12 @@ class TensorRTSession(EngineSession):
     Work is queued on torch's current stream, or on a side stream tied to it by events when that is the default
     stream, where TensorRT would synchronize the device. Activation memory comes from torch's allocator for the time of
     one call, sized for the call's shapes, so that all engines of a process share it.
+
+    `cuda_graphs`: False for none; by default, shapes that come again run through a CUDA graph (`engines.cuda_graphs`),
+    and keep their buffers and activation memory. Where that fails, calls run as without, and the log says why.
     """
 
-    def __init__(self, checked: Checked) -> None:
+    def __init__(self, checked: Checked, cuda_graphs: bool | None = None) -> None:
         super().__init__(checked)
         self._trt: ModuleType = require(checked.record.target)
         self._log = recorder(checked.record.target)
@@ -69,17 +74,25 @@ class TensorRTSession(EngineSession):
         self._done = torch.cuda.Event()
         self.opened = checked  # what a swap of weights comes back to
         self._swapped: set[str] = set()
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._workspace = (0, 0)  # address and bytes that the context was last given
-        self._needed = 0
-        self._cache: Any = None
-        self._cached_bytes = 0
+        self._graphs: GraphCache[ShapeGraph] = GraphCache(ShapeGraph.close)
+        self._workspace: torch.Tensor | None = None  # activation memory that the graphs share
         with torch.cuda.device(self.device):
-            self._engine: Any = self._deserialize()
-            self._context: Any = self._create_context()
-        self._check_io()
+            self._open_engine()
+        if cuda_graphs is False:
+            self._graphs.off = "cuda_graphs=False"
+        elif self._options.get("weight_streaming"):  # copies from the host, as the budget of the moment wants them
+            self._graphs.disable(self.checked.label, "its weights are streamed from host memory")
 
     # Opening
+
+    def _open_engine(self) -> None:
+        """Deserialize, and make the context of plain runs; what was open stays when that fails."""
+        engine = self._deserialize()
+        self._check_io(engine)
+        kernels = RuntimeCache(self.checked.record.files[0].sha256)
+        main = BoundContext(self._create_context(engine, kernels), self._managed, self._failed)
+        spans = read_spans(engine, [spec.name for spec in self.contract.inputs])
+        self._main, self._engine, self._kernels, self._spans = main, engine, kernels, spans
 
     def _deserialize(self) -> Any:
         trt = self._trt
@@ -96,7 +109,8 @@ class TensorRTSession(EngineSession):
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise EngineError(f"{self.checked.label} was refused{self._said()}. Rebuild it with: {self._rebuild}")
+            words = said(trt.__name__, self._log.messages)
+            raise EngineError(f"{self.checked.label} was refused{words}. Rebuild it with: {self._rebuild}")
         if self._options.get("strip_weights"):
             self._fill_weights(engine)
         if self._options.get("weight_streaming"):  # to be set before there is a context
@@ -126,8 +140,9 @@ class TensorRTSession(EngineSession):
 
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
         """By refit, the weights of an earlier swap brought back; by rebuilding where the engine cannot be refitted."""
-        torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         with torch.cuda.device(self.device):
+            self._drop_graphs()  # they hold the old weights, and their contexts the old engine
             if self._options.get("refit", "none") == "none":
                 self._reopen(stored)
                 return
@@ -149,8 +164,7 @@ class TensorRTSession(EngineSession):
         else:
             self.checked = self.opened
         try:
-            self._engine, self._shapes, self._workspace = self._deserialize(), {}, (0, 0)
-            self._context = self._create_context()
+            self._open_engine()
         except BaseException:
             self.checked = before
             raise
@@ -159,22 +173,31 @@ class TensorRTSession(EngineSession):
     def _rebuild(self) -> str:
         return f"sdkd build-engine {self.checked.bundle.path} --target {self.slot}"
 
-    def _said(self) -> str:
-        return f" by {self._trt.__name__} ({'; '.join(self._log.messages)})" if self._log.messages else ""
+    @property
+    def _failed(self) -> Callable[[str], EngineError]:
+        """Makes the error for a step that failed; holds no session, so that none is part of a cycle."""
+        return partial(failure, self.checked.label, self._trt.__name__, self._log.messages)
 
-    def _failed(self, what: str) -> EngineError:
-        return EngineError(f"{self.checked.label}: {what} failed{self._said()}")
-
-    def _create_context(self) -> Any:
-        trt, engine = self._trt, self._engine
+    def _create_context(self, engine: Any, kernels: RuntimeCache, graphs: bool = False) -> Any:
+        """An execution context, its activation memory lent by us; `graphs`: one that captures by itself if it can."""
+        trt = self._trt
         strategies = trt.ExecutionContextAllocationStrategy
         probe = trt.IExecutionContext
         self._managed = hasattr(probe, "update_device_memory_size_for_shapes") and hasattr(probe, "set_device_memory")
         strategy = strategies.USER_MANAGED if self._managed else strategies.STATIC
+        self._native = False
         if hasattr(engine, "create_runtime_config"):
             runtime_config = engine.create_runtime_config()
             runtime_config.set_execution_context_allocation_strategy(strategy)
-            self._load_cache(runtime_config)
+            if not kernels.attach(runtime_config):
+                raise self._failed("setting the runtime cache")
+            if hasattr(runtime_config, "cuda_graph_strategy"):
+                self._native = True
+                if graphs:  # off by default; plain runs have other addresses each time, and would be captured again
+                    whole = type(runtime_config.cuda_graph_strategy).WHOLE_GRAPH_CAPTURE
+                    runtime_config.cuda_graph_strategy = whole
+                    if runtime_config.cuda_graph_strategy != whole:
+                        raise self._failed("setting the CUDA graph strategy")
             context = engine.create_execution_context(runtime_config)
         else:
             context = engine.create_execution_context(strategy)
@@ -182,9 +205,9 @@ class TensorRTSession(EngineSession):
             raise self._failed("creating an execution context")
         return context
 
-    def _check_io(self) -> None:
+    def _check_io(self, engine: Any) -> None:
         """Names, directions, places and dtypes as in the contract: a silent float32 engine is refused here."""
-        trt, engine = self._trt, self._engine
+        trt = self._trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         check_names(self.checked, inputs, set(names) - set(inputs))
@@ -200,7 +223,7 @@ class TensorRTSession(EngineSession):
     def layer_information(self) -> str:
         """What the engine says of its layers, as JSON; EngineError when it says nothing."""
         inspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context  # shapes of the active profile
+        inspector.execution_context = self._main.context  # shapes of the active profile
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
         if not text:
             raise self._failed("inspecting the layers")
@@ -209,134 +232,112 @@ class TensorRTSession(EngineSession):
     # Running
 
     def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
-        with torch.cuda.device(self.device):
-            current = torch.cuda.current_stream(self.device)
-            stream = self._side if current.cuda_stream == 0 else current
-            stream.wait_event(self._done)  # a context runs, and changes its profile, once at a time, on any stream
-            changed = self._set_shapes(feeds, stream)
-            self._check_shapes(outputs)
-            held = self._bind(feeds, outputs)
-            workspace = self._lend_workspace()
-            stream.wait_stream(current)  # inputs, and copies of them, are made on the current stream
-            queued = self._context.execute_async_v3(stream.cuda_stream)
-            self._done.record(stream)
-            current.wait_stream(stream)  # what is freed below is used again only after the engine is done
-            del held, workspace
-            if not queued:
-                raise self._failed("queueing the engine")
-        if changed:  # the first call of a shape compiles
-            self._save_cache()
-
-    def _set_shapes(self, feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream) -> bool:
-        """Profile and input shapes, when they differ from the last call's; whether they did."""
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
-        if shapes == self._shapes:
-            return False
-        self._shapes = {}
-        context = self._context
-        self._select_profile(shapes, stream)
-        for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise self._failed(f"setting shape {shape} of input {name!r}")
-        if missing := context.infer_shapes():
-            raise self._failed(f"inferring shapes of {', '.join(missing)}")
-        self._needed = context.update_device_memory_size_for_shapes() if self._managed else 0
-        self._shapes = shapes
-        return True
-
-    def _select_profile(self, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> None:
-        """Make the smallest profile that fits the active one; its shapes and memory must then be set anew."""
-        profile = self._find_profile(shapes)
-        if profile == self._context.active_optimization_profile:
-            return
-        if not self._context.set_optimization_profile_async(profile, stream.cuda_stream):
-            raise self._failed(f"selecting optimization profile {profile}")
-        self._workspace = (0, 0)
-
-    def _find_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The optimization profile that holds all shapes and has the smallest largest ones, by the engine itself."""
-        fitting: list[tuple[int, int]] = []
-        for index in range(self._engine.num_optimization_profiles):
-            spans = {name: self._engine.get_tensor_profile_shape(name, index) for name in shapes}
-            if all(_inside(shapes[name], span[0], span[-1]) for name, span in spans.items()):
-                fitting.append((sum(math.prod(span[-1]) for span in spans.values()), index))
-        if not fitting:
+        profile = pick_profile(self._spans, shapes)
+        if profile is None:
             raise EngineError(
-                f"{self.checked.label} has no optimization profile for {dict(shapes)}, though its manifest says "
+                f"{self.checked.label} has no optimization profile for {shapes}, though its manifest says "
                 f"{' and '.join(map(str, self.checked.record.profiles))}. Rebuild it with: {self._rebuild}"
             )
-        return min(fitting)[1]
+        call = Call(feeds, outputs, profile, shapes)
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream(self.device)
+            if not self._run_graph(call, current):
+                self._run_plainly(call, current)
 
-    def _check_shapes(self, outputs: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in outputs.items():
-            found = tuple(self._context.get_tensor_shape(name))
-            if found != tuple(tensor.shape):
-                raise EngineError(
-                    f"{self.checked.label} gives {name!r} shape {found}, the contract {tuple(tensor.shape)}"
-                )
-
-    def _bind(self, feeds: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Give the context every address; returns what must live until the work is queued."""
+    def _run_plainly(self, call: Call, current: torch.cuda.Stream) -> None:
+        stream = self._side if current.cuda_stream == 0 else current
+        stream.wait_event(self._done)  # a context runs, and changes its profile, once at a time, on any stream
+        changed = self._main.prepare(call, stream)
         # A slice of a batch, or one of many timesteps, may start anywhere: those are copied.
-        aligned = {name: t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for name, t in feeds.items()}
-        for name, tensor in {**aligned, **outputs}.items():
-            if not self._context.set_tensor_address(name, tensor.data_ptr()):
-                raise self._failed(f"binding tensor {name!r}")
-        return list(aligned.values())
-
-    def _lend_workspace(self) -> torch.Tensor | None:
-        """Activation memory for this call from torch's allocator; the block is the same one in a steady loop."""
-        if not self._needed:
-            return None
-        block = torch.empty(self._needed, dtype=torch.uint8, device=self.device)
-        if (block.data_ptr(), self._needed) != self._workspace:
-            self._context.set_device_memory(block.data_ptr(), self._needed)
-            self._workspace = (block.data_ptr(), self._needed)
-        return block
-
-    # What TensorRT-RTX compiled for this GPU, kept by the plan's SHA-256 among the user's caches, never in the bundle:
-    # it is native code, too, and no manifest vouches for it
-
-    @property
-    def _cache_path(self) -> Path:
-        return cache_folder() / "runtime" / f"{self.checked.record.files[0].sha256}.cache"
-
-    def _load_cache(self, runtime_config: Any) -> None:
-        if not hasattr(runtime_config, "create_runtime_cache"):
-            return
-        cache = runtime_config.create_runtime_cache()
-        if self._cache_path.is_file():
-            blob = self._cache_path.read_bytes()
-            if cache.deserialize(blob):
-                self._cached_bytes = len(blob)
-            else:
-                log.info("%s is for another GPU, driver or version: kernels are compiled again", self._cache_path)
-        if not runtime_config.set_runtime_cache(cache):
-            raise self._failed("setting the runtime cache")
-        self._cache = cache
-
-    def _save_cache(self) -> None:
-        """Write the runtime cache when it grew; a read-only home only costs the next start some seconds."""
-        if self._cache is None:
-            return
-        memory = self._cache.serialize()
-        blob = b"" if memory is None else bytes(memory)
-        if len(blob) <= self._cached_bytes:
-            return
+        aligned = {name: t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for name, t in call.feeds.items()}
+        self._main.bind({**aligned, **call.outputs})
+        # The block is the same one in a steady loop.
+        workspace = self._allocate(self._main.needed)
+        self._main.lend(workspace)
+        stream.wait_stream(current)  # inputs, and copies of them, are made on the current stream
         try:
-            write_bytes(self._cache_path, blob)
-        except OSError as error:
-            log.info("the runtime cache could not be kept at %s: %s", self._cache_path, error)
-        self._cached_bytes = len(blob)
+            self._main.enqueue(stream.cuda_stream)
+        finally:
+            self._done.record(stream)
+            current.wait_stream(stream)  # what is freed below is used again only after the engine is done
+            del aligned, workspace
+        if changed:  # the first call of a shape compiles
+            self._kernels.save()
+
+    def _allocate(self, size: int) -> torch.Tensor | None:
+        """Activation memory from torch's allocator."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
+
+    # Running through graphs: always on the session's own stream, so that nothing else is captured
+
+    def _run_graph(self, call: Call, current: torch.cuda.Stream) -> bool:
+        """Run through the shape's graph, which its second call makes; False where the call is to run plainly."""
+        key = graph_key(call.profile, call.shapes)
+        graph = self._graphs.find(key)
+        if graph is None and not self._graphs.due(key):
+            return False
+        self._side.wait_event(self._done)  # one run at a time: the graphs share activation memory
+        if graph is None:
+            return self._start_graph(call, current)
+        self._side.wait_stream(current)
+        try:
+            graph.run(call.feeds, call.outputs, self._side)
+        finally:
+            self._done.record(self._side)
+            current.wait_stream(self._side)
+        return True
+
+    def _start_graph(self, call: Call, current: torch.cuda.Stream) -> bool:
+        """Run on static buffers, then capture: TensorRT wants one run of a shape first. False when it did not run."""
+        ran = False
+        try:
+            graph = self._make_graph(call)
+            self._side.wait_stream(current)  # inputs and static buffers come from the current stream
+            graph.run(call.feeds, call.outputs, self._side)
+            ran = True
+            if not self._native:  # TensorRT-RTX captures by itself, once its kernels for the shape are compiled
+                graph.capture(self._side)
+            self._graphs.put(graph_key(call.profile, call.shapes), graph)
+        except (EngineError, RuntimeError) as error:  # no memory, an operation that cannot be captured
+            self._side.synchronize()  # what is freed now may be in use
+            self._graphs.disable(self.checked.label, (str(error).splitlines() or [repr(error)])[0])
+            self._workspace = None
+        finally:
+            self._done.record(self._side)
+            current.wait_stream(self._side)
+        self._kernels.save()
+        return ran
+
+    def _make_graph(self, call: Call) -> ShapeGraph:
+        """A context, buffers and activation memory for one shape, bound to one another once and for all."""
+        context = self._create_context(self._engine, self._kernels, graphs=True)
+        bound = BoundContext(context, self._managed, self._failed)
+        bound.prepare(call, self._side)
+        if self._workspace is None or self._workspace.numel() < bound.needed:  # graphs keep the one that they have
+            self._check_memory(bound.needed)
+            self._workspace = self._allocate(bound.needed)
+        buffers = Buffers(call.feeds, call.outputs)
+        bound.bind({**buffers.inputs, **buffers.outputs})
+        bound.lend(self._workspace)
+        return ShapeGraph(buffers, bound.enqueue, self._workspace)
+
+    def _check_memory(self, needed: int) -> None:
+        """EngineError when lasting activation memory would take more than half of what the device has free."""
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + kept
+        if needed > free // 2:
+            raise EngineError(f"{needed >> 20} MiB of activation memory would be kept, and {free >> 20} MiB are free")
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._workspace = None
 
     def _release(self) -> None:
-        torch.cuda.synchronize(self.device)
-        self._save_cache()
-        self._context = self._engine = self._cache = None
-
-
-def _inside(shape: tuple[int, ...], low: Any, high: Any) -> bool:
-    return all(a <= size <= b for size, a, b in zip(shape, tuple(low), tuple(high), strict=False))
+        synchronize(self.device)
+        self._drop_graphs()
+        self._kernels.save()
+        del self._main, self._engine, self._kernels
 
 
 def reasons(trt: ModuleType, diagnostics: Any) -> list[str]:

@@ -48,8 +48,12 @@ class EngineWeights:
         if not self._pending:
             return
         if self._checkpoint or self._deltas or self._changed:
-            self.session.swap(self._checkpoint | self._with_adapters())
+            self.session.swap(self.changed())
         self._changed, self._pending = bool(self._checkpoint or self._deltas), False
+
+    def changed(self) -> dict[str, torch.Tensor]:
+        """The weights that differ from the bundle's, by state-dict name."""
+        return self._checkpoint | self._with_adapters()
 
     def _with_adapters(self) -> dict[str, torch.Tensor]:
         exported = [name for name in self._deltas if name not in self._checkpoint]

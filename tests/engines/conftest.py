@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
 import pytest
+import small_exports
 from diffusers import StableDiffusionPipeline
 from engine_bundles import graph_unet, pipeline_bundle
 from small_bundles import small_pipeline
 
+from export import build_engine
 from sdkd.bundle import Bundle
+from sdkd.profiles import Range, ShapeRanges
+
+EXPORTED_RANGES = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 
 
 @pytest.fixture
 def eager() -> StableDiffusionPipeline:
-    """An eager pipeline: the one that `engine_bundle` was exported from."""
-    return small_pipeline()
+    """A copy of the eager pipeline that `engine_bundle` was exported from, which a test may change."""
+    return copy.deepcopy(small_pipeline())
 
 
 @pytest.fixture(scope="session")
 def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole pipeline on ONNX Runtime and OpenVINO: 32 to 64 px, up to 2 images."""
     return pipeline_bundle(tmp_path_factory.mktemp("engines") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def exported_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small pipeline as the exporter writes it, on both CPU targets: 32 px, up to 2 images. Weights can change."""
+    bundle = small_exports.bundle_copy(tmp_path_factory.mktemp("exported") / "bundle")
+    for target in ("onnxruntime", "openvino"):
+        bundle = build_engine(bundle, target, ranges=EXPORTED_RANGES)
+    return bundle.path
 
 
 @pytest.fixture

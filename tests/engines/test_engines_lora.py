@@ -16,7 +16,7 @@ from helpers import fixed_weights, tiny_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from small_exports import bundle_copy, small_pipeline
+from small_exports import small_pipeline
 
 from engines import load_pipeline, plug, unplug
 from engines.weights import swap_weights
@@ -64,12 +64,9 @@ def differ(one: np.ndarray, other: np.ndarray) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_bundle(exported_bundle: Path) -> Path:
     """The exported small pipeline on both CPU targets: 32 px, up to 2 images."""
-    bundle = bundle_copy(tmp_path_factory.mktemp("lora") / "bundle")
-    for target in TARGETS:
-        bundle = build_engine(bundle, target, ranges=RANGES)
-    return bundle.path
+    return exported_bundle
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +256,7 @@ def test_a_dora_is_refused(engine_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_unplugging_gives_the_pipeline_its_own_methods_back(engine_bundle: Path, loras: dict[str, Path]) -> None:
-    pipe = plug(small_pipeline(), engine_bundle, "onnxruntime")
+    pipe = plug(small_pipeline(), engine_bundle, "onnxruntime", keep_eager=True)
     pipe.load_lora_weights(loras["a"])
     unplug(pipe)
     assert "load_lora_weights" not in pipe.__dict__

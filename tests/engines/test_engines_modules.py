@@ -13,8 +13,9 @@ from diffusers import StableDiffusionPipeline
 from engine_bundles import unet_feeds
 
 from engines.module import full_config, largest_batch, run_split
-from engines.modules import EngineTextEncoder, EngineUNet, EngineVAE
+from engines.modules import EngineTextEncoder, EngineUNet
 from engines.pipeline import build_module
+from engines.vae import EngineVAE
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError, RangeError
 from sdkd.profiles import Range
@@ -211,15 +212,12 @@ def test_vae_decodes_and_encodes_as_eager_does(vae: EngineVAE, eager: StableDiff
     assert vae.config.scaling_factor == eager.vae.config.scaling_factor
 
 
-def test_vae_slices_and_does_not_tile(vae: EngineVAE) -> None:
+def test_vae_slices(vae: EngineVAE) -> None:
     latents = torch.randn(2, 4, 16, 16)
     whole = vae.decode(latents).sample
     vae.enable_slicing()
     assert torch.allclose(vae.decode(latents).sample, whole, atol=1e-5)
     vae.disable_slicing()
-    vae.disable_tiling()
-    with pytest.raises(EngineError, match=r"EngineVAE cannot tile: .*sdkd build-engine --size"):
-        vae.enable_tiling()
 
 
 def test_vae_without_an_encoder_engine_says_what_to_build(bundle_copy: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_controlnet_pipeline_on_engines(control_bundle: Path, target: str, cal
 def test_plugging_takes_the_controlnet_along_and_unplugging_brings_it_back(control_bundle: Path) -> None:
     pipe = controlled()
     expected, original = draw(pipe, image=picture()), pipe.controlnet
-    plug(pipe, control_bundle, "onnxruntime")
+    plug(pipe, control_bundle, "onnxruntime", keep_eager=True)
     assert type(pipe.controlnet) is EngineControlNet
     agree(draw(pipe, image=picture()), expected)
     unplug(pipe)

@@ -22,7 +22,7 @@ API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_api.json").r
 LIBRARIES = frozenset(API["wheels"])
 SOURCES = (
     "export/build_tensorrt.py", "export/build_parser.py", "export/build_refit.py", "export/build_progress.py",
-    "export/build_options.py", "engines/session_tensorrt.py",
+    "export/build_options.py", "engines/session_tensorrt.py", "engines/tensorrt_context.py", "engines/runtime_cache.py",
 )  # fmt: skip
 MODULE_NAMES = ("trt", "_trt", "library")
 # Which class of the library a variable or attribute of ours holds.

@@ -1,0 +1,118 @@
+"""One TensorRT execution context: its profile, shapes, addresses and activation memory, every answer checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdkd.errors import EngineError
+
+Shapes = Mapping[str, tuple[int, ...]]
+Spans = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Smallest and largest shape of each input in one optimization profile."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of an engine: contiguous tensors on its device, and the optimization profile for their shapes."""
+
+    feeds: Mapping[str, torch.Tensor]
+    outputs: Mapping[str, torch.Tensor]
+    profile: int
+    shapes: Shapes
+
+
+class BoundContext:
+    """An execution context, and what it was last told; it runs, and changes its profile, once at a time.
+
+    `managed`: whether activation memory is lent to it. `failed` makes the error for a step that failed.
+    """
+
+    def __init__(self, context: Any, managed: bool, failed: Callable[[str], EngineError]) -> None:
+        self.context = context
+        self.needed = 0  # bytes of activation memory, for the shapes that are set
+        self._managed, self._failed = managed, failed
+        self._shapes: Shapes = {}
+        self._memory = (0, 0)  # address and bytes that it was last given
+
+    def prepare(self, call: Call, stream: torch.cuda.Stream) -> bool:
+        """Set profile and input shapes, when they differ from the last call's; whether they did."""
+        changed = call.shapes != self._shapes
+        if changed:
+            self._shapes = {}
+            self._select_profile(call.profile, stream)
+            for name, shape in call.shapes.items():
+                if not self.context.set_input_shape(name, shape):
+                    raise self._failed(f"setting shape {shape} of input {name!r}")
+            if missing := self.context.infer_shapes():
+                raise self._failed(f"inferring shapes of {', '.join(missing)}")
+            self.needed = self.context.update_device_memory_size_for_shapes() if self._managed else 0
+            self._shapes = call.shapes
+        for name, tensor in call.outputs.items():
+            found = tuple(self.context.get_tensor_shape(name))
+            if found != tuple(tensor.shape):
+                raise self._failed(f"giving {name!r} the contract's shape {tuple(tensor.shape)}, not {found},")
+        return changed
+
+    def _select_profile(self, profile: int, stream: torch.cuda.Stream) -> None:
+        """Make a profile the active one; its shapes and memory must then be set anew."""
+        if profile == self.context.active_optimization_profile:
+            return
+        if not self.context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise self._failed(f"selecting optimization profile {profile}")
+        self._memory = (0, 0)
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the address of every input and output."""
+        for name, tensor in tensors.items():
+            if not self.context.set_tensor_address(name, tensor.data_ptr()):
+                raise self._failed(f"binding tensor {name!r}")
+
+    def lend(self, block: torch.Tensor | None) -> None:
+        """Give activation memory, of `needed` bytes or more, that must live until the work is done."""
+        if block is not None and (block.data_ptr(), block.numel()) != self._memory:
+            self.context.set_device_memory(block.data_ptr(), block.numel())
+            self._memory = (block.data_ptr(), block.numel())
+
+    def enqueue(self, stream: int) -> None:
+        """Queue one run on a stream, by its handle."""
+        if not self.context.execute_async_v3(stream):
+            raise self._failed("queueing the engine")
+
+
+def failure(label: str, library: str, messages: Collection[str], what: str) -> EngineError:
+    """The error for a step that failed, with what the library logged last."""
+    return EngineError(f"{label}: {what} failed{said(library, messages)}")
+
+
+def said(library: str, messages: Collection[str]) -> str:
+    """The end of a sentence: who refused, and why."""
+    return f" by {library} ({'; '.join(messages)})" if messages else ""
+
+
+def read_spans(engine: Any, names: Iterable[str]) -> list[Spans]:
+    """What each optimization profile of an engine allows, by the engine itself."""
+    found: list[Spans] = []
+    inputs = list(names)
+    for index in range(engine.num_optimization_profiles):
+        shapes = {name: engine.get_tensor_profile_shape(name, index) for name in inputs}
+        found.append({name: (tuple(three[0]), tuple(three[-1])) for name, three in shapes.items()})
+    return found
+
+
+def pick_profile(profiles: Sequence[Spans], shapes: Shapes) -> int | None:
+    """The optimization profile that holds all shapes and has the smallest largest ones; None when none holds them."""
+    fitting = [
+        (sum(math.prod(high) for _, high in spans.values()), index)
+        for index, spans in enumerate(profiles)
+        if all(_inside(shape, *spans[name]) for name, shape in shapes.items())
+    ]
+    return min(fitting)[1] if fitting else None
+
+
+def _inside(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
+    return len(shape) == len(low) and all(a <= size <= b for size, a, b in zip(shape, low, high, strict=True))
