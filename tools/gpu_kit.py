@@ -1,0 +1,191 @@
+r"""Gather the wheels that a machine without a network lacks, in pieces of a given size, with a script to install them.
+
+    python tools/gpu_kit.py KIT --python 3.12 --present torch,numpy,transformers,accelerate,peft,onnx --part-mb 60 \
+        --packages 'diffusers,typer,polygraphy,tensorrt_rtx_cu{cuda}_bindings,tensorrt_rtx_cu{cuda}_libs' \
+        --build 'tensorrt_rtx_cu{cuda},tensorrt_rtx'
+    python KIT/install.py FOLDER            # there; with the pieces in several folders: --from KIT2 --from KIT3
+    PYTHONPATH=FOLDER python ...
+
+Versions come from constraints.txt, dependencies from pip's own resolver for that Python and platform; what is there
+already (`--present`) is left out. Packages that are published as source alone (`--build`) become wheels here, if they
+are pure Python. `{cuda}` in a package's name stands for `--cuda`. A wheel above `--part-mb` becomes
+numbered parts. kit.json holds the SHA-256 of every file; install.py needs nothing but Python and pip, checks all of it,
+and writes into FOLDER alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sdkd.files import write_bytes, write_json
+
+ROOT = Path(__file__).parent.parent
+INSTALLER = Path(__file__).with_name("gpu_kit_install.py")
+MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of a kit."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel of a kit and the pieces that it travels in: itself, or numbered parts."""
+
+    file: str
+    bytes: int
+    sha256: str
+    pieces: tuple[Piece, ...]
+
+
+def canonical(name: str) -> str:
+    """A project's name as package indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pip(*arguments: str) -> str:
+    """Run pip; SystemExit with its last words when it fails."""
+    asked = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        said = [line for line in f"{asked.stdout}\n{asked.stderr}".splitlines() if line and "WARNING" not in line]
+        raise SystemExit(f"pip {arguments[0]} failed: " + "\n".join(said[-20:]))
+    return asked.stdout
+
+
+def resolve(packages: Sequence[str], present: Sequence[str], options: Sequence[str]) -> list[str]:
+    """`name==version` of the packages and all they need, without what is present."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        report = place / "report.json"
+        pip("install", "--dry-run", "--ignore-installed", "--quiet", "--report", str(report),
+            "--target", str(place / "target"), *options, *packages)  # fmt: skip
+        found = json.loads(report.read_text())["install"]
+    left_out = {canonical(name) for name in present}
+    pins = {canonical(row["metadata"]["name"]): row["metadata"]["version"] for row in found}
+    return [f"{name}=={version}" for name, version in sorted(pins.items()) if name not in left_out]
+
+
+def split(path: Path, limit: int) -> Iterator[Piece]:
+    """Parts of a file of at most `limit` bytes beside it, the file itself removed; the file when it is small enough."""
+    if path.stat().st_size <= limit:
+        yield piece(path)
+        return
+    with path.open("rb") as stream:
+        number = 0
+        while block := stream.read(limit):
+            number += 1
+            part = path.with_name(f"{path.name}.part{number:02d}")
+            write_bytes(part, block)
+            yield piece(part)
+    path.unlink()
+
+
+def piece(path: Path) -> Piece:
+    """A file's name, size and SHA-256."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Piece(path.name, path.stat().st_size, digest)
+
+
+def build(kit: Path, names: Sequence[str], options: Sequence[str]) -> None:
+    """Wheels of packages that are published as source; SystemExit for one that is not for every Python and machine."""
+    if not names:
+        return
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(kit), *options, *names)
+    for path in kit.glob("*.whl"):
+        if not path.name.endswith("-none-any.whl"):
+            raise SystemExit(f"{path.name} is for this machine alone: only pure Python can be built for another one")
+
+
+def gather(kit: Path, pins: Sequence[str], options: Sequence[str], limit: int) -> list[Wheel]:
+    """Download wheels into a kit's folder and split those that are too large."""
+    pip("download", "--quiet", "--no-deps", "--dest", str(kit), *options, *pins)
+    wheels = []
+    for path in sorted(kit.glob("*.whl")):
+        whole = piece(path)
+        wheels.append(Wheel(whole.file, whole.bytes, whole.sha256, tuple(split(path, limit))))
+    return wheels
+
+
+def target_options(asked: argparse.Namespace) -> list[str]:
+    """What pip is told of the other machine."""
+    options = ["--python-version", asked.python, "--only-binary", ":all:", "--implementation", "cp"]
+    return options + [word for name in asked.platform.split(",") for word in ("--platform", name)]
+
+
+def source_options(asked: argparse.Namespace) -> list[str]:
+    """Where packages come from, and in which versions."""
+    options = ["--constraint", str(asked.constraints)] if asked.constraints else []
+    return options + (["--no-index", "--find-links", str(asked.find_links)] if asked.find_links else [])
+
+
+def without_present(constraints: Path, folder: Path, present: Sequence[str]) -> Path:
+    """The constraints without what the other machine has in its own versions."""
+    names = {canonical(name) for name in present}
+    lines = constraints.read_text().splitlines()
+    kept = [line for line in lines if canonical(re.split(r"[=<>!~;\[ ]", line, maxsplit=1)[0]) not in names]
+    path = folder / "constraints.txt"
+    path.write_text("\n".join(kept) + "\n")
+    return path
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Resolve, download, split, write kit.json and install.py."""
+    asked = parse(words)
+    if asked.kit.exists() and any(asked.kit.iterdir()):
+        raise SystemExit(f"{asked.kit} is there and not empty: name another folder, or remove it")
+    packages, built, present = (
+        [name.replace("{cuda}", asked.cuda) for name in words.split(",") if name]
+        for words in (asked.packages, asked.build, asked.present)
+    )
+    asked.kit.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.constraints:
+            asked.constraints = without_present(asked.constraints, Path(folder), present)
+        sources = source_options(asked)
+        build(asked.kit, built, sources)
+        options = [*target_options(asked), *sources]
+        wheels = gather(asked.kit, resolve(packages, present, options), options, int(asked.part_mb * MB))
+    described: dict[str, Any] = {"schema": 1, "python": asked.python, "wheels": [asdict(wheel) for wheel in wheels]}
+    shutil.copy(INSTALLER, asked.kit / "install.py")
+    write_json(asked.kit / "kit.json", described)
+    for wheel in wheels:
+        parts = f" in {len(wheel.pieces)} parts" if len(wheel.pieces) > 1 else ""
+        print(f"{wheel.bytes / MB:8.1f} MB  {wheel.file}{parts}")
+    print(f"{sum(wheel.bytes for wheel in wheels) / MB:8.1f} MB in {asked.kit}")
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kit", type=Path, help="the folder to write")
+    parser.add_argument("--packages", required=True, help="names, separated by commas")
+    parser.add_argument("--present", default="", help="what the machine has, separated by commas")
+    parser.add_argument("--build", default="", help="pure-Python packages without wheels, separated by commas")
+    parser.add_argument("--python", default="3.12")
+    parser.add_argument("--cuda", default="13", help="for {cuda} in package names")
+    parser.add_argument("--platform", default="manylinux_2_28_x86_64,manylinux_2_17_x86_64,manylinux2014_x86_64")
+    parser.add_argument("--part-mb", type=float, default=60.0)
+    parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
+    parser.add_argument("--find-links", type=Path, help="take wheels from this folder instead of the package index")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()
