@@ -17,7 +17,7 @@ ifneq ($(shell command -v nvidia-smi),)
 EXTRAS := $(EXTRAS),tensorrt,gpu
 endif
 
-.PHONY: help install demo test test-slow test-browser test-gpu interop lint format bench clean
+.PHONY: help install demo test test-slow test-browser test-gpu interop lint format bench benchmarks-page clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ lint: install ## ruff, mypy --strict, import floors
 format: install ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+benchmarks-page: install ## Write docs/benchmarks.md from benchmarks/
+	@$(BIN)/python tools/benchmarks_page.py $(ARGS)
 
 bench: install ## Measure on this machine -> benchmarks/
 	@$(BIN)/python tools/bench.py $(ARGS)

@@ -1,0 +1,238 @@
+"""The page of all results: current, made of nothing but the files, and never mixed with what others published."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted_report import ENVIRONMENT, planted_report
+
+from sdkd.compare.tables import markdown
+from sdkd.errors import InputError
+from sdkd.files import write_json
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import bench_build
+import bench_export
+import bench_runtime
+import benchmarks_page
+
+ROOT = Path(__file__).parent.parent
+HEAD = {
+    "schema": 1,
+    "machine": "example-2-cores",
+    "date": "2026-01-02",
+    "commit": "abc1234",
+    "environment": ENVIRONMENT,
+}
+GPU = ENVIRONMENT | {"gpu": {"gpu": "Example GPU", "compute_capability": "9.0"}, "gpu_driver": "580.10", "cuda": "13.0"}
+OPTIMUM = {"optimum-onnx": "0.1.0", "transformers": "4.57.1"}
+
+
+def train_file(seconds: float = 2.5, environment: dict[str, Any] = ENVIRONMENT) -> dict[str, Any]:
+    """A result of tools/bench_train.py."""
+    rows = [
+        {
+            "step": step,
+            "seconds_median": value,
+            "images_per_second": 2 / value,
+            "speedup": 5.0 / value,
+            "speedup_low": 4.5 / value,
+            "speedup_high": 5.5 / value,
+            "memory_gb": None,
+            "seconds_samples": [value] * 3,
+        }
+        for step, value in (("reference", 5.0), ("Trainer.step", seconds))
+    ]
+    words = {
+        "size": 256,
+        "batch_size": 2,
+        "precision": "bf16",
+        "command": "python tools/bench_train.py --students tiny",
+    }
+    return {**HEAD, **words, "environment": environment, "students": [{"student": "tiny", "rows": rows}]}
+
+
+def comparison_file(environment: dict[str, Any] = ENVIRONMENT) -> dict[str, Any]:
+    """A result of tools/bench.py."""
+    report = planted_report(models=("teacher", "tiny"))
+    builds = [
+        {"model": "tiny", "component": name, "made": "onnx-fp32", "seconds": seconds, "bytes": size}
+        for name, seconds, size in (("unet", 20.5, 5_000_000), ("vae_decoder", 4.25, 1_000_000))
+    ]
+    head = {"date": "2026-01-02", "commit": "abc1234", "command": "python tools/bench.py --pieces demo"}
+    compared = report.to_json() | {"environment": environment}
+    return {**head, "comparison": compared, "builds": builds, "markdown": markdown(report)}
+
+
+def export_file() -> dict[str, Any]:
+    """A result of tools/bench_export.py."""
+    parts = {name: {"nodes": 1200, "opset": 23, "bytes": 7_000_000} for name in bench_export.COMPONENTS}
+    ways = {
+        way: bench_export.Measured([bench_export.Run(seconds, 4 * 10**9, 3 * 10**9, True) for _ in range(3)], parts)
+        for way, seconds in (("optimum fp32", 90.0), ("sdkd fp32", 45.0))
+    }
+    words = {"rounds": 3, "command": "python tools/bench_export.py --rounds 3", "optimum": OPTIMUM}
+    return {**HEAD, **words, "models": [bench_export.result("random:sd15-tiny", ways)]}
+
+
+def build_file() -> dict[str, Any]:
+    """A result of tools/bench_build.py."""
+    run = bench_export.Run(33.5, 4 * 10**9, 3 * 10**9, True)
+    unet = {"export_seconds": 20.0, "build_seconds": 7.25, "engine_bytes": 9_000_000}
+    row = bench_build.row("openvino", [run], {"engine_bytes": 9_000_000, "components": {"unet": unet}})
+    words: dict[str, Any] = {"rounds": 1, "command": "python tools/bench_build.py --rounds 1", "optimum": None}
+    return {**HEAD, **words, "models": [{"model": "random:sd15-tiny", "rows": [row]}]}
+
+
+def runtime_file() -> dict[str, Any]:
+    """A result of tools/bench_runtime.py."""
+    samples = {"bare": [0.010, 0.011, 0.012, 0.010], "runtime": [0.0102, 0.0113, 0.0121, 0.0103]}
+    words: dict[str, Any] = {"command": "python tools/bench_runtime.py --pieces overhead", "optimum": None, "call": {}}
+    return {**HEAD, **words, "overhead": [bench_runtime.overhead_row("demo", "onnxruntime", samples)]}
+
+
+def put(root: Path, **files: dict[str, Any]) -> Path:
+    """A folder with these results of one machine; a name's underscores are hyphens there."""
+    for name, found in files.items():
+        write_json(root / "benchmarks" / "example-2-cores" / f"{name.replace('_', '-')}.json", found)
+    return root
+
+
+def tables(text: str) -> list[str]:
+    """Every table of a page."""
+    return re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+
+
+def test_the_committed_page_is_current() -> None:
+    assert benchmarks_page.main(["--check"]) == 0
+
+
+def test_the_committed_page_shows_every_machine_and_links_files_that_are_there() -> None:
+    text = (ROOT / benchmarks_page.PAGE).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((\.\.[^)]*)\)", text)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+    folders = {path.parent for path in (ROOT / "benchmarks").glob("*/*.json")}
+    assert {f"## {folder.name}" for folder in folders} <= set(text.splitlines())
+
+
+def test_the_committed_page_holds_no_path_of_this_machine() -> None:
+    text = (ROOT / benchmarks_page.PAGE).read_text(encoding="utf-8")
+    assert [place for place in (ROOT, Path.home(), tempfile.gettempdir()) if str(place) in text] == []
+
+
+def test_every_result_has_its_figures_device_versions_date_commit_command_and_file(tmp_path: Path) -> None:
+    put(tmp_path, demo=comparison_file(), train_256_tiny=train_file(), export=export_file(), build=build_file())
+    text = benchmarks_page.whole_page(put(tmp_path, runtime=runtime_file()))
+    results = text.split("\n## example-2-cores\n")[1].split("\n## On a GPU\n")[0].split("\n### ")[1:]
+    assert len(results) == 5
+    for section in results:
+        assert "- Device: Example CPU @ 2.10GHz, 2 cores, 25.1 GB, Debian GNU/Linux 12" in section
+        assert "- Date: 2026-01-02; commit: `abc1234`\n" in section
+        assert "- Versions: python 3.11.9, sdkd 0.1.0, torch 2.13.0, diffusers 0.42.1, onnxruntime 1.32.0\n" in section
+        assert "- Made again by: `python tools/bench" in section
+        assert "](../benchmarks/example-2-cores/" in section
+    build, demo, export, runtime, train = results
+    assert "| openvino | 33.5 | 20.0 | 7.2 | 4.00 | 3.00 | 9 |" in build
+    assert "| tiny onnxruntime |" in demo
+    assert "| tiny | onnx-fp32 | 24.8 | 6.0 |" in demo
+    assert "| sdkd fp32 | 45.0 | 2.00x (2.00 to 2.00) | 4.00 | 3.00 | 28 | 4,800 |" in export
+    assert "- Optimum's environment: optimum-onnx 0.1.0, transformers 4.57.1\n" in export
+    assert "| demo | onnxruntime | 10.50 | 10.80 |" in runtime
+    assert "| tiny | Trainer.step | 2.50 | 0.800 | 2.00x (1.80 to 2.20) |" in train
+
+
+def test_what_a_file_does_not_say_is_not_recorded(tmp_path: Path) -> None:
+    found = json.loads((ROOT / "benchmarks" / "demo-teacher" / "accuracy.json").read_text(encoding="utf-8"))
+    write_json(tmp_path / "benchmarks" / "demo-teacher" / "accuracy.json", found)
+    text = benchmarks_page.whole_page(tmp_path)
+    assert "- Device: not recorded\n- Date: not recorded; commit: not recorded\n" in text
+
+
+def test_a_changed_figure_changes_the_page_and_fails_the_check(tmp_path: Path) -> None:
+    arguments = ["--root", str(put(tmp_path, train_256_tiny=train_file()))]
+    assert benchmarks_page.main(arguments) == 0
+    first = (tmp_path / benchmarks_page.PAGE).read_bytes()
+    assert benchmarks_page.main([*arguments, "--check"]) == 0
+    put(tmp_path, train_256_tiny=train_file(seconds=2.0))
+    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not .*: run `python tools/benchmarks_page\.py`"):
+        benchmarks_page.main([*arguments, "--check"])
+    assert (tmp_path / benchmarks_page.PAGE).read_bytes() == first
+    assert benchmarks_page.main(arguments) == 0
+    assert b"| tiny | Trainer.step | 2.00 | 1.000 | 2.50x" in (tmp_path / benchmarks_page.PAGE).read_bytes()
+
+
+def test_a_missing_page_fails_the_check(tmp_path: Path) -> None:
+    put(tmp_path, train_256_tiny=train_file())
+    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not what benchmarks/ says"):
+        benchmarks_page.main(["--root", str(tmp_path), "--check"])
+
+
+def test_a_file_of_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
+    put(tmp_path, train_256_tiny=train_file(), energy={"joules": 3})
+    rule = (
+        r"'benchmarks/example-2-cores/energy\.json' is of a kind .* add a row for it to KINDS in tools/benchmarks_page"
+    )
+    with pytest.raises(InputError, match=rule):
+        benchmarks_page.whole_page(tmp_path)
+    with pytest.raises(SystemExit, match=r"error: file 'benchmarks/example-2-cores/energy\.json'"):
+        benchmarks_page.main(["--root", str(tmp_path)])
+    assert not (tmp_path / benchmarks_page.PAGE).exists()
+
+
+def test_a_file_that_lacks_a_figure_is_refused_by_name(tmp_path: Path) -> None:
+    found = train_file()
+    del found["students"][0]["rows"][1]["speedup_low"]
+    put(tmp_path, train_256_tiny=found)
+    with pytest.raises(InputError, match=r"'benchmarks/example-2-cores/train-256-tiny\.json' .*speedup_low"):
+        benchmarks_page.whole_page(tmp_path)
+
+
+def test_what_others_published_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
+    for text in (
+        benchmarks_page.whole_page(put(tmp_path, demo=comparison_file(), train_256_tiny=train_file())),
+        (ROOT / benchmarks_page.PAGE).read_text(encoding="utf-8"),
+    ):
+        ours, theirs = text.split("## Published by others, not measured here\n")
+        assert len(tables(theirs)) == 1
+        for peer in ("StreamDiffusion", "stable-fast", "onediff", "voltaML", "Optimum on ONNX Runtime"):
+            assert f"| {peer}" in theirs
+            assert not [table for table in tables(ours) if f"| {peer}" in table]
+        assert "None of it was measured here" in theirs
+        assert "tiny" not in theirs
+        rows = tables(theirs)[0].splitlines()[2:]
+        assert [row for row in rows if "](https://github.com/" not in row] == []
+
+
+def test_published_figures_need_their_source(tmp_path: Path) -> None:
+    peers = tmp_path / "peers.yaml"
+    peers.write_text("- {peer: x, place: README, unit: ms, date: null, figures: []}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"tools/peers\.yaml' is not a list of published figures .*'source'"):
+        benchmarks_page.whole_page(put(tmp_path, train_256_tiny=train_file()), peers)
+
+
+def test_what_no_gpu_has_measured_is_not_measured_yet(tmp_path: Path) -> None:
+    text = benchmarks_page.whole_page(put(tmp_path, demo=comparison_file(), train_256_tiny=train_file()))
+    rows = tables(text.split("## On a GPU\n")[1])[0].splitlines()[2:]
+    assert len(rows) == len(benchmarks_page.GPU_ROWS)
+    assert all("| not measured yet |" in row for row in rows)
+    tools = re.findall(r"python (tools/\w+\.py)", "\n".join(rows))
+    assert tools
+    assert all((ROOT / tool).is_file() for tool in tools)
+
+
+def test_what_a_gpu_has_measured_leaves_that_table(tmp_path: Path) -> None:
+    put(tmp_path, demo=comparison_file(GPU), train_256_tiny=train_file(environment=GPU))
+    text = benchmarks_page.whole_page(tmp_path)
+    assert "- Device: Example GPU, driver 580.10, CUDA 13.0, Example CPU @ 2.10GHz" in text
+    rows = tables(text.split("## On a GPU\n")[1])[0].splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| the same as TensorRT engines",
+        "| the same as TensorRT-RTX engines",
+    ]
