@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import typer
 from small_exports import small_bundle, small_pipeline
 from typer.testing import CliRunner
 
-from export.cli import export, summary
+from export.cli import export, notes, summary
+from sdkd.bundle import Bundle
 from sdkd.errors import InputError, OutputExistsError
 
 runner = CliRunner()
@@ -54,6 +56,14 @@ def test_the_summary_has_every_component_and_its_error() -> None:
     parts = summary(small_bundle())["components"]
     assert [part["component"] for part in parts] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert all(0 < part["max_abs_error"] < 1e-4 and part["nodes"] > 50 for part in parts)
+
+
+def test_what_is_only_known_of_a_model_by_a_guess_is_said() -> None:
+    bundle = small_bundle()
+    source = {"model": "/models/[mine].safetensors", "notes": ["predicts epsilon (a guess)", "holds EMA weights"]}
+    told = notes(Bundle(bundle.path, replace(bundle.manifest, source=source)))
+    assert told[:2] == ["\\[mine].safetensors: predicts epsilon (a guess).", "\\[mine].safetensors: holds EMA weights."]
+    assert notes(bundle) == told[2:]
 
 
 def test_a_model_that_is_none_and_an_output_that_is_there_are_refused(model: Path, tmp_path: Path) -> None:
