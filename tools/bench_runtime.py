@@ -7,8 +7,8 @@ overhead   one UNet call through EngineUNet and the library's bare call on the s
 pipeline   whole images, each way in a process of its own that stays loaded, in rotating order: teacher and student
            eager, the student's engines, and Optimum's ORTStableDiffusionPipeline on the very same ONNX files
 
-Models have the shapes of Stable Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json and .md. Run
-it on a quiet machine.
+By default models have the shapes of Stable Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json
+and .md. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from bench_export import check_private, interop_python, optimum_versions
 from sdkd.compare.stats import speedup
 from sdkd.files import write_bytes, write_json
 
-STUDENT, TEACHER = "random:sd15-tiny", "random:sd15"
 SLOTS = {"onnxruntime": "fp32", "openvino": "fp32", "openvino-bf16": "bf16"}
 WORKER = """
 import json, sys, time
@@ -101,40 +101,32 @@ class Way:
         self.process.wait()
 
 
-def bundles(work: Path, slots: Mapping[str, str]) -> dict[str, Path]:
+def bundles(work: Path, student: str, slots: Mapping[str, str]) -> dict[str, Path]:
     """The student's and the demo model's bundles with the engines of every slot, made where they are missing."""
     from sdkd.workflow import prepare
 
     found = {}
-    for name, model in (("student", STUDENT), ("demo", "demo")):
+    for name, model in (("student", student), ("demo", "demo")):
         for slot, precision in slots.items():
             made = prepare(model, slot.removesuffix("-bf16"), work / name, precision=precision)
             found[name] = made.bundle
     return found
 
 
-def bare_call(session: Any, feeds: Mapping[str, Any]) -> Callable[[], object]:
-    """What the target's library itself does for these tensors, everything bound beforehand."""
-    import torch
-
-    from engines.session import torch_dtype
+def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], object]:
+    """What the target's library itself does for these tensors, everything bound now; they must outlive the call."""
     from engines.session_onnxruntime import ELEMENT
 
-    result = session.run(feeds)
-    outputs = {spec.name: torch.empty_like(result[spec.name]) for spec in session.contract.outputs}
-    assert all(
-        tensor.dtype == torch_dtype(spec.dtype)
-        for spec, tensor in zip(session.contract.outputs, outputs.values(), strict=True)
-    )
     if hasattr(session, "_request"):
         for name, tensor in {**feeds, **outputs}.items():
             session._request.set_tensor(name, session._shared(tensor))
-        return lambda: session._request.infer()
+        found: Callable[[], object] = session._request.infer
+        return found
     binding = session._session.io_binding()
     for tensors, bind in ((feeds, binding.bind_input), (outputs, binding.bind_output)):
         for name, tensor in tensors.items():
             bind(name, "cpu", 0, ELEMENT[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-    return lambda: session._session.run_with_iobinding(binding)
+    return partial(session._session.run_with_iobinding, binding)
 
 
 def measure_overhead(bundle: Path, slot: str, pairs: int) -> dict[str, Any]:
@@ -153,13 +145,14 @@ def measure_overhead(bundle: Path, slot: str, pairs: int) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(2, 77, width, generator=generator),
     }
     feeds = {name: tensor.contiguous() for name, tensor in cast_feeds(unet.session, tensors).items()}
-    calls: dict[str, Callable[[], object]] = {"runtime": lambda: unet(**tensors)}
+    outputs = {name: torch.empty_like(tensor) for name, tensor in unet.session.run(feeds).items()}
     samples: dict[str, list[float]] = {"bare": [], "runtime": []}
     for turn in range(pairs + 1):
-        calls["bare"] = bare_call(unet.session, feeds)  # the runtime's own call has bound other outputs
         for name in sorted(samples, reverse=bool(turn % 2)):
+            # Bound anew each time: the runtime's own call leaves the library with memory that is free by now.
+            call = partial(unet, **tensors) if name == "runtime" else bare_call(unet.session, feeds, outputs)
             start = time.perf_counter()
-            calls[name]()
+            call()
             if turn:  # the first pair warms up
                 samples[name].append(time.perf_counter() - start)
     unet.close()
@@ -189,13 +182,15 @@ def _median_interval(ordered: list[float]) -> tuple[float, float]:
     return ordered[max(0, int(count / 2 - reach))], ordered[min(count - 1, int(count / 2 + reach))]
 
 
-def ways(bundle: Path, interop: Path | None, slots: Mapping[str, str]) -> dict[str, tuple[Path, str, str, str]]:
+def ways(
+    bundle: Path, interop: Path | None, slots: Mapping[str, str], teacher: str, student: str
+) -> dict[str, tuple[Path, str, str, str]]:
     """Name -> Python, kind, model and slot or dtype of every way."""
     ours = Path(sys.executable)
     found = {
-        "teacher, eager fp32": (ours, "eager", TEACHER, "float32"),
-        "student, eager fp32": (ours, "eager", STUDENT, "float32"),
-        "student, eager bf16": (ours, "eager", STUDENT, "bfloat16"),
+        "teacher, eager fp32": (ours, "eager", teacher, "float32"),
+        "student, eager fp32": (ours, "eager", student, "float32"),
+        "student, eager bf16": (ours, "eager", student, "bfloat16"),
         **{f"student, {slot}": (ours, "engine", str(bundle), slot) for slot in slots},
     }
     if "bf16" not in slots.values():
@@ -297,6 +292,9 @@ def main() -> None:
     parser.add_argument("--pieces", default="overhead,pipeline")
     parser.add_argument("--rounds", type=int, default=6, help="images of each way, and pairs of full-size UNet calls")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--size", type=int, default=512, help="pixels")
+    parser.add_argument("--teacher", default="random:sd15")
+    parser.add_argument("--student", default="random:sd15-tiny")
     parser.add_argument("--without-optimum", action="store_true")
     parser.add_argument("--without-bf16", action="store_true", help="for a CPU that has no such instructions")
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "bench-runtime", help="bundles; re-used")
@@ -309,16 +307,15 @@ def main() -> None:
 
     interop = None if asked.without_optimum or "pipeline" not in pieces else interop_python()
     slots = {name: kind for name, kind in SLOTS.items() if not (asked.without_bf16 and kind == "bf16")}
-    made = bundles(asked.work, slots)
-    size = 512
-    call = {"num_inference_steps": asked.steps, "height": size, "width": size}
+    made = bundles(asked.work, asked.student, slots)
+    call = {"num_inference_steps": asked.steps, "height": asked.size, "width": asked.size}
     found: dict[str, Any] = {
         "schema": 1,
         "machine": machine(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "command": f"python tools/bench_runtime.py --pieces {asked.pieces} --rounds {asked.rounds} "
-        f"--steps {asked.steps}"
+        f"--steps {asked.steps} --size {asked.size} --teacher {asked.teacher} --student {asked.student}"
         + (" --without-bf16" if asked.without_bf16 else "")
         + (" --without-optimum" if asked.without_optimum else ""),
         "environment": environment("cpu"),
@@ -328,12 +325,13 @@ def main() -> None:
     if "overhead" in pieces:
         found["overhead"] = [
             overhead_row(model, slot, measure_overhead(made[name], slot, pairs))
-            for name, model, pairs in (("demo", "demo", 300), ("student", STUDENT, asked.rounds * 2))
+            for name, model, pairs in (("demo", "demo", 300), ("student", asked.student, asked.rounds * 2))
             for slot in slots
         ]
     if "pipeline" in pieces:
         found["pipeline"] = pipeline_rows(
-            measure_pipelines(ways(made["student"], interop, slots), asked.rounds, call), asked.steps
+            measure_pipelines(ways(made["student"], interop, slots, asked.teacher, asked.student), asked.rounds, call),
+            asked.steps,
         )
     check_private(found)
     folder = asked.output / machine()
