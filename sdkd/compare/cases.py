@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.compare.environment import attention_kernel
 from sdkd.compare.measure import Enter, Sample, Timer, Work, interleave
-from sdkd.compare.subjects import Subject, close_subject, count_parameters, native_size, open_subject, size_on_disk
-from sdkd.console import Progress
+from sdkd.compare.subjects import (
+    Subject,
+    close_subject,
+    compiling,
+    count_parameters,
+    native_size,
+    open_subject,
+    size_on_disk,
+)
+from sdkd.console import Progress, within
 from sdkd.contract import check_size, size_multiple
-from sdkd.errors import InputError
+from sdkd.errors import EngineError, InputError
 from sdkd.targets import require
 
 if TYPE_CHECKING:
@@ -23,6 +31,7 @@ UNKNOWN_BYTES = 2_000_000_000  # of weights that are on no disk: a full-size pip
 MEMORY_FACTOR = 3  # float32 in memory from half on disk, activations, packed copies
 MEMORY_SHARE = 0.5  # of what is free: pipelines are kept open together while their weights fit into it
 ROUNDS_ONE_AT_A_TIME = 3  # each round opens every model again
+DRAG: dict[str, Callable[[], object]] = {}  # by label: called in every timed UNet call; tests plant delays here
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,27 @@ class Request:
     guidance_scale: float
     seed: int
     size_px: int
+    batch: int = 1  # images per call
+    scheduler: str | None = None  # as `sdkd generate` takes it; None: each model's own
+
+    @property
+    def guided(self) -> bool:
+        """Whether the conditional and the unconditional half go through the UNet together."""
+        return self.guidance_scale > 1
 
     @property
     def unet_batch(self) -> int:
-        """Latents per UNet call: with guidance the conditional and the unconditional half go together."""
-        return 2 if self.guidance_scale > 1 else 1
+        """Latents per UNet call."""
+        return self.batch * (2 if self.guided else 1)
+
+    @property
+    def image_prompts(self) -> tuple[str, ...]:
+        """The prompt of every image: the first image of each prompt, then the second of each, and so on."""
+        return self.prompts * self.batch
+
+    def numbers(self, prompt: int) -> list[int]:
+        """Numbers of the images that one call makes for prompt number `prompt`; image n starts from `seed + n`."""
+        return list(range(prompt, len(self.image_prompts), len(self.prompts)))
 
 
 @dataclass
@@ -54,6 +79,7 @@ class Case:
     parameters: int = 0
     attention: str | None = None
     repeatable: bool = True
+    failure: str = ""  # why the subject is left out
     images: list[Image] = field(default_factory=list)
     image_samples: list[list[Sample]] = field(default_factory=list)
     step_samples: list[list[Sample]] = field(default_factory=list)
@@ -62,8 +88,8 @@ class Case:
 class Pool:
     """Open pipelines: all of them when `together`, otherwise only the last one asked for."""
 
-    def __init__(self, device: str, together: bool) -> None:
-        self.device, self.together = device, together
+    def __init__(self, device: str, together: bool, scheduler: str | None = None) -> None:
+        self.device, self.together, self.scheduler = device, together, scheduler
         self._open: dict[str, tuple[Subject, Any, dict[str, Work]]] = {}
 
     def get(self, subject: Subject) -> Any:
@@ -81,7 +107,7 @@ class Pool:
         if subject.label not in self._open:
             if not self.together:
                 self.close()
-            self._open[subject.label] = subject, open_subject(subject, self.device), {}
+            self._open[subject.label] = subject, open_subject(subject, self.device, self.scheduler), {}
         return self._open[subject.label]
 
     def close(self) -> None:
@@ -107,34 +133,34 @@ def image_size(pipe: Any, size: int | None) -> int:
     return found
 
 
-def make_image(pipe: Any, request: Request, number: int) -> Image:
-    """The image of prompt `number`, from noise that is equal for every subject: float32 on the CPU, then cast."""
+def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
+    """The images of one prompt, from noise that is equal for every subject: float32 on the CPU, then cast."""
     import torch
 
-    generator = torch.Generator("cpu").manual_seed(request.seed + number)
+    generators = [torch.Generator("cpu").manual_seed(request.seed + number) for number in request.numbers(prompt)]
     side = request.size_px // pipe.vae_scale_factor
-    noise = torch.randn((1, pipe.vae.config.latent_channels, side, side), generator=generator)  # [1, c, h, w]
-    image: Image = pipe(
-        request.prompts[number],
+    shape = (1, pipe.vae.config.latent_channels, side, side)
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])  # [batch, c, h, w]
+    images: list[Image] = pipe(
+        [request.prompts[prompt]] * request.batch,
         height=request.size_px,
         width=request.size_px,
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
-        generator=generator,  # for schedulers that add noise in every step
+        generator=generators,  # for schedulers that add noise in every step
         latents=noise.to(pipe.device, pipe.text_encoder.dtype),
-    ).images[0]
-    return image
+    ).images
+    return images
 
 
 def step_work(pipe: Any, request: Request) -> Work:
     """One UNet call as the pipeline makes it: the first prompt's embeddings, seeded latents, a middle timestep."""
     import torch
 
-    guided = request.unet_batch == 2
     device, unet = pipe.device, pipe.unet
     with torch.no_grad():
-        prompt, negative = pipe.encode_prompt(request.prompts[0], device, 1, guided)[:2]
-    states = torch.cat([negative, prompt]) if guided else prompt  # [batch, sequence, context]
+        prompt, negative = pipe.encode_prompt(request.prompts[0], device, request.batch, request.guided)[:2]
+    states = torch.cat([negative, prompt]) if request.guided else prompt  # [batch, sequence, context]
     side = request.size_px // pipe.vae_scale_factor
     generator = torch.Generator("cpu").manual_seed(request.seed)
     sample = torch.randn((request.unet_batch, unet.config.in_channels, side, side), generator=generator)
@@ -167,7 +193,7 @@ def common_size(subjects: Sequence[Subject], pool: Pool, size: int | None) -> tu
 
 def load(case: Case, pool: Pool, size_px: int) -> None:
     """Open the subject, timed; InputError when it cannot make images of the common size."""
-    if not case.subject.is_eager:
+    if not case.subject.in_torch:
         require(case.subject.target)  # the library's own import is not the engine's load
     case.load_s = Timer().time(lambda: pool.get(case.subject)).wall_s
     pipe = pool.get(case.subject)
@@ -179,41 +205,63 @@ def load(case: Case, pool: Pool, size_px: int) -> None:
     case.unet_parameters, case.parameters = count_parameters(case.subject, pipe)
 
 
-def timed_image(case: Case, pool: Pool, request: Request, number: int) -> tuple[Image, Sample]:
-    """Make one image and time it end to end."""
+def timed_call(case: Case, pool: Pool, request: Request, prompt: int) -> tuple[list[Image], Sample]:
+    """Make the images of one prompt in one call and time it end to end."""
     pipe, made = pool.get(case.subject), list["Image"]()
-    sample = case.timer.time(lambda: made.append(make_image(pipe, request, number)))
-    return made[0], sample
+    sample = case.timer.time(lambda: made.extend(make_images(pipe, request, prompt)))
+    return made, sample
 
 
 def first_images(cases: Sequence[Case], pool: Pool, request: Request, progress: Progress) -> None:
-    """Load each subject and make its images, timing the load and the first image (compilation included)."""
+    """Load each subject and make its images, timing the load and the first call (compilation included).
+
+    A subject that the compiler fails on gets a `failure`, in words, and no images.
+    """
     for place, case in enumerate(cases):
         progress(f"{case.subject.label}: loading", place / len(cases))
-        before = _rss()
-        load(case, pool, request.size_px)
-        for number in range(len(request.prompts)):
-            fraction = (place + number / len(request.prompts)) / len(cases)
-            progress(f"{case.subject.label}: image {number + 1} of {len(request.prompts)}", fraction)
-            image, sample = timed_image(case, pool, request, number)
-            case.images.append(image)
-            if number == 0:
-                case.first_call_s, case.rss_growth_bytes = sample.wall_s, _rss() - before
-        if case.subject.is_eager:
-            case.attention = attention_kernel(step_work(pool.get(case.subject), request))
+        part = within(progress, place / len(cases), (place + 1) / len(cases), f"{case.subject.label}: ")
+        try:
+            _first_images(case, pool, request, part)
+        except EngineError as error:
+            if not case.subject.is_compiled:
+                raise
+            case.failure = f"{case.subject.label} was left out: {error}"
+
+
+def _first_images(case: Case, pool: Pool, request: Request, progress: Progress) -> None:
+    before = _rss()
+    load(case, pool, request.size_px)
+    made: dict[int, Image] = {}
+    for prompt in range(len(request.prompts)):
+        progress(f"image {prompt + 1} of {len(request.prompts)}", prompt / len(request.prompts))
+        with compiling(case.subject):
+            images, sample = timed_call(case, pool, request, prompt)
+        made.update(zip(request.numbers(prompt), images, strict=True))
+        if prompt == 0:
+            case.first_call_s, case.rss_growth_bytes = sample.wall_s, _rss() - before
+    case.images = [made[number] for number in sorted(made)]
+    if case.subject.is_eager:
+        case.attention = attention_kernel(step_work(pool.get(case.subject), request))
 
 
 def time_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:
-    """Time `runs` whole images in rounds over the subjects, and see whether equal seeds give equal images again."""
+    """Time `runs` whole calls in rounds over the subjects, and see whether equal seeds give equal images again."""
     order, shuffle = list(cases), random.Random(request.seed)  # noqa: S311 (an order, not a secret)
     for turn in range(runs):
-        number = turn % len(request.prompts)
+        prompt = turn % len(request.prompts)
         shuffle.shuffle(order)
         for place, case in enumerate(order):
             progress("timing whole images", (turn + place / len(order)) / runs)
-            image, sample = timed_image(case, pool, request, number)
+            images, sample = timed_call(case, pool, request, prompt)
             case.image_samples.append([sample])
-            case.repeatable &= image.tobytes() == case.images[number].tobytes()
+            before = [case.images[number] for number in request.numbers(prompt)]
+            case.repeatable &= [image.tobytes() for image in images] == [image.tobytes() for image in before]
+
+
+def dragged(work: Work, label: str) -> Work:
+    """The work with the delay that a test planted for this subject; the work itself without one."""
+    drag = DRAG.get(label)
+    return work if drag is None else lambda: (drag(), work())
 
 
 def time_steps(
@@ -222,7 +270,7 @@ def time_steps(
     """Time UNet calls in rounds over all subjects."""
 
     def enter(subject: Subject) -> Enter:
-        return lambda: pool.work(subject, "step", lambda pipe: step_work(pipe, request))
+        return lambda: pool.work(subject, "step", lambda pipe: dragged(step_work(pipe, request), subject.label))
 
     samples = interleave(
         {case.subject.label: enter(case.subject) for case in cases},

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdkd.console import progress, show, show_json, within
+from sdkd.errors import InputError
+
+if TYPE_CHECKING:
+    from sdkd.compare.report import Report
 
 DEMO = "demo"
 
@@ -20,7 +24,7 @@ def compare(
     ] = None,
     targets: Annotated[
         str | None,
-        typer.Option(help="E.g. eager,eager-bf16,onnxruntime,openvino-bf16. Default: eager and all that run here."),
+        typer.Option(help="E.g. eager,compile,eager-bf16,onnxruntime. Default: eager and all that run here."),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Precision of engines that are built: fp32, fp16, bf16.")
@@ -31,9 +35,22 @@ def compare(
         float | None, typer.Option(min=0, help="Guidance scale. Default: 7.5, or 4 for the demo's small models.")
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, help="Image side in pixels. Default: the model's own.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="For all subjects, as in sdkd generate. Default: each model's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; image n starts from seed + n.")] = 0,
     runs: Annotated[int, typer.Option(min=1, help="UNet calls timed per subject, at least.")] = 30,
     baseline: Annotated[str | None, typer.Option(help="A subject's label to give one more ratio to.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier report.json: say what became faster, slower or wrong since.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, help="With --against: share that a UNet step may take longer, 0.1 for 10 %.")
+    ] = 0.1,
+    report: Annotated[
+        Path | None, typer.Option(help="With --against: another report.json, compared without measuring.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("artifacts/compare"),
     bundles: Annotated[Path, typer.Option(help="Folder for engines that are built.")] = Path("artifacts/bundles"),
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
@@ -42,24 +59,33 @@ def compare(
     """Compare models and targets: speed, size and likeness.
 
     Writes report.html (one page, images side by side), report.json (raw samples) and report.md. Engines that are
-    missing are built. Status 1 when an engine breaks its rule, after the report is written.
+    missing are built. Status 1, after the report is written, when an engine breaks its rule, or a subject is slower
+    than in the report of --against by more than --threshold.
     """
-    from rich.markup import escape
-
+    if report is not None:
+        compare_reports(models, against, report, threshold, json)
+        return
+    from sdkd.compare.against import check_common, hold_against
     from sdkd.compare.comparison import compare as measure
-    from sdkd.compare.planning import Wish, default_guidance, make_plan, parse_prompts
+    from sdkd.compare.earlier import read_report
+    from sdkd.compare.planning import Wish, check_scheduler, default_guidance, make_plan, parse_prompts
     from sdkd.compare.report import check_report_free, write_report
     from sdkd.files import lock
 
     names = models or [DEMO]
+    earlier = None if against is None else read_report(against)
     check_report_free(output, overwrite)
     kept = parse_prompts(prompts, names)
     guidance = default_guidance(names) if guidance_scale is None else guidance_scale
-    wish = Wish(_targets(targets), precision, size, bundles)
-    command = make_again(names, targets, precision, kept, steps, guidance, size, seed, runs, baseline)
+    if scheduler is not None:
+        check_scheduler(scheduler)
+    wish = Wish(_targets(targets), precision, size, bundles, batch)
+    command = make_again(names, targets, precision, kept, steps, guidance, size, batch, scheduler, seed, runs, baseline)
     with lock(output), progress("compare") as bar:
         plan = make_plan(names, wish, within(bar, 0.0, 0.3))
-        report = measure(
+        if earlier is not None:
+            check_common(earlier, [subject.label for subject in plan.subjects])
+        found = measure(
             plan.subjects,
             prompts=kept,
             steps=steps,
@@ -68,20 +94,49 @@ def compare(
             seed=seed,
             runs=runs,
             baseline=baseline,
+            batch=batch,
+            scheduler=scheduler,
             command=command,
             notes=plan.notes,
             progress=within(bar, 0.3, 1.0),
         )
-        page = write_report(report, output, overwrite)
+        found = found if earlier is None else hold_against(found, earlier, threshold)
+        page = write_report(found, output, overwrite)
+    _show_report(found, page, json)
+    found.check(page)
+
+
+def _show_report(report: Report, page: Path, json: bool) -> None:
+    """The report on standard output, as JSON or as tables."""
+    from rich.markup import escape
+
     if json:
         show_json(report.to_json())
-    else:
-        from sdkd.compare.tables import terminal_table
-        from sdkd.compare.words import noise_note, sentence
+        return
+    from sdkd.compare.tables import terminal_table
+    from sdkd.compare.words import noise_note, sentence
 
-        notes = [note for note in (noise_note(report), *report.notes) if note]
-        show(f"[bold]{escape(sentence(report))}[/]", terminal_table(report), *map(escape, notes), f"Look at {page}")
-    report.check(page)
+    notes = [note for note in (noise_note(report), *report.notes) if note]
+    show(f"[bold]{escape(sentence(report))}[/]", terminal_table(report), *map(escape, notes), f"Look at {page}")
+
+
+def compare_reports(models: list[str] | None, against: Path | None, report: Path, threshold: float, json: bool) -> None:
+    """Compare two reports on disk and print it; InputError for models or a missing --against, then as `problem`."""
+    if against is None or models:
+        raise InputError(
+            f"--report {str(report)!r} compares two reports and measures nothing: give --against earlier.json, no model"
+        )
+    from sdkd.compare.against import compare_files
+
+    found = compare_files(against, report, threshold)
+    if json:
+        show_json(found.to_json())
+    else:
+        from sdkd.compare.against_tables import against_table
+
+        show(against_table(found))
+    if (problem := found.problem()) is not None:
+        raise problem
 
 
 def _targets(text: str | None) -> tuple[str, ...] | None:
@@ -96,6 +151,8 @@ def make_again(
     steps: int,
     guidance_scale: float,
     size: int | None,
+    batch: int,
+    scheduler: str | None,
     seed: int,
     runs: int,
     baseline: str | None,
@@ -108,6 +165,8 @@ def make_again(
         "--steps": steps,
         "--guidance-scale": f"{guidance_scale:g}",
         "--size": size,
+        "--batch": batch,
+        "--scheduler": scheduler,
         "--seed": seed,
         "--runs": runs,
         "--baseline": baseline,

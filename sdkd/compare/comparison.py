@@ -14,7 +14,7 @@ from sdkd.compare.stats import CONFIDENCE, Ratio, Spread, speedup
 from sdkd.compare.subjects import TEACHER, Subject, check_subjects, has_random_weights, size_on_disk
 from sdkd.compare.verdicts import judge_engine
 from sdkd.console import Progress, quiet, within
-from sdkd.errors import InputError
+from sdkd.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +40,8 @@ def compare(
     min_seconds: float = MIN_SECONDS,
     image_runs: int = IMAGE_RUNS,
     baseline: str | None = None,
+    batch: int = 1,
+    scheduler: str | None = None,
     judge: Judge | None = None,
     device: str | None = None,
     command: str | None = None,
@@ -49,19 +51,22 @@ def compare(
     """Measure subjects side by side: speed, size, and how far each one's images are from eager PyTorch's.
 
     `size`: image side in pixels (default: the first model's own). `runs`: UNet calls timed per subject, at least;
-    `image_runs`: whole images timed. `baseline`: label of one more subject to give ratios to. `judge` reads the
-    images (caption accuracy). Image n starts from `seed + n`. Raises InputError, and whatever opening a subject raises.
+    `image_runs`: whole calls timed. `baseline`: label of one more subject to give ratios to. `batch`: images per call.
+    `scheduler`: for all subjects, as `sdkd generate` takes it (default: each model's own). `judge` reads the images
+    (caption accuracy). Image n starts from `seed + n`. Raises InputError, and whatever opening a subject raises.
     """
     check_subjects(subjects)
-    kept = _check_request(prompts, steps, runs, image_runs)
+    kept = _check_request(prompts, steps=steps, runs=runs, image_runs=image_runs, batch=batch)
     _check_baseline(baseline, subjects)
     where, together = device or _default_device(), fit_together(subjects)
-    pool, cases = Pool(where, together), [Case(subject) for subject in subjects]
+    pool, cases = Pool(where, together, scheduler), [Case(subject) for subject in subjects]
     surroundings = environment(where)  # before the measurement loads the machine
     try:
-        side, scheduler = common_size(subjects, pool, size)
-        request = Request(kept, steps, guidance_scale, seed, side)
+        side, used = common_size(subjects, pool, size)
+        request = Request(kept, steps, guidance_scale, seed, side, batch, scheduler)
         _make_images(cases, pool, request, image_runs, within(progress, *SHARES["images"]))
+        left_out = [case.failure for case in cases if case.failure]
+        cases, subjects = keep_measured(cases)
         time_steps(cases, pool, request, runs, min_seconds, within(progress, *SHARES["steps"]))
     finally:
         pool.close()
@@ -75,7 +80,8 @@ def compare(
         unet_batch=request.unet_batch,
         runs=runs,
         min_seconds=min_seconds,
-        scheduler=scheduler,
+        scheduler=used,
+        batch=batch,
         timing=Timer(where).method,
         open_together=together,
         confidence=CONFIDENCE,
@@ -84,12 +90,12 @@ def compare(
     by_label = {case.subject.label: case for case in cases}
     return Report(
         setup=setup,
-        results=tuple(_result(case, by_label, truths, baselines[case.subject.label], judge, kept) for case in cases),
+        results=tuple(_result(case, by_label, truths, baselines[case.subject.label], judge, request) for case in cases),
         environment=surroundings,
         images={case.subject.label: tuple(case.images) for case in cases},
         baselines=baselines,
         command=command,
-        notes=(*random_notes(subjects), *notes, *truths.notes),
+        notes=(*random_notes(subjects), *notes, *left_out, *truths.notes),
     )
 
 
@@ -99,7 +105,15 @@ def _make_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int,
     for place, group in enumerate(groups):
         part = within(progress, place / len(groups), (place + 1) / len(groups))
         first_images(group, pool, request, within(part, 0.0, 0.65))
-        time_images(group, pool, request, runs, within(part, 0.65, 1.0))
+        time_images([case for case in group if not case.failure], pool, request, runs, within(part, 0.65, 1.0))
+
+
+def keep_measured(cases: Sequence[Case]) -> tuple[list[Case], list[Subject]]:
+    """The cases that did not fail, and their subjects; EngineError with the reasons when all failed."""
+    kept = [case for case in cases if not case.failure]
+    if not kept:
+        raise EngineError(f"nothing is left to compare: {'; '.join(case.failure for case in cases)}")
+    return kept, [case.subject for case in kept]
 
 
 def random_notes(subjects: Sequence[Subject]) -> list[str]:
@@ -114,11 +128,11 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _check_request(prompts: Sequence[str], steps: int, runs: int, image_runs: int) -> tuple[str, ...]:
+def _check_request(prompts: Sequence[str], **counts: int) -> tuple[str, ...]:
     kept = tuple(prompts)
     if not kept or not all(prompt.strip() for prompt in kept):
         raise InputError("a comparison needs prompts, none of them empty: give --prompts 'a red star; a blue ring'")
-    for name, value in (("steps", steps), ("runs", runs), ("image_runs", image_runs)):
+    for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} {value} is too few: give at least 1")
     return kept
@@ -138,7 +152,8 @@ def find_baselines(subject: Subject, subjects: Sequence[Subject], baseline: str 
     eager = sorted((other for other in subjects if other.is_eager), key=lambda other: not other.is_truth)
     own = next((other.label for other in eager if other.model_key == subject.model_key), None)
     teacher = next((other.label for other in eager if other.role == TEACHER), None)
-    found = {"eager": own, "teacher": teacher, "baseline": baseline}
+    chosen = baseline if baseline in [other.label for other in subjects] else None  # it may have been left out
+    found = {"eager": own, "teacher": teacher, "baseline": chosen}
     return {name: label for name, label in found.items() if label not in (None, subject.label)}
 
 
@@ -162,7 +177,7 @@ def _result(
     truths: Truths,
     baselines: Mapping[str, str],
     judge: Judge | None,
-    prompts: Sequence[str],
+    request: Request,
 ) -> Result:
     subject = case.subject
     truth, half, teacher = truths.own(subject), truths.half(subject), truths.teacher(subject)
@@ -173,7 +188,7 @@ def _result(
         subject=subject,
         unet_step_ms=Spread.of(_seconds(case.step_samples), 1000),
         unet_step_cpu_ms=Spread.of(_cpu_seconds(case.step_samples), 1000),
-        image_s=Spread.of(_seconds(case.image_samples)),
+        image_s=Spread.of(_seconds(case.image_samples), 1 / request.batch),
         load_s=case.load_s,
         first_call_s=case.first_call_s,
         unet_parameters=case.unet_parameters,
@@ -187,5 +202,6 @@ def _result(
         verdict=judge_engine(subject, against, half_against),
         step_speedup=_ratios({name: other.step_samples for name, other in over.items()}, case.step_samples),
         image_speedup=_ratios({name: other.image_samples for name, other in over.items()}, case.image_samples),
-        judged=None if judge is None else dict(judge(case.images, prompts)),
+        judged=None if judge is None else dict(judge(case.images, request.image_prompts)),
+        image_cpu_s=Spread.of(_cpu_seconds(case.image_samples), 1 / request.batch),
     )

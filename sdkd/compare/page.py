@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from sdkd.compare.against_tables import HEADS, cells, remarks, title
 from sdkd.compare.charts import latency_bars, model_colours, plots, scatter
 from sdkd.compare.quality import Likeness
 from sdkd.compare.report import Report, Result
@@ -94,6 +95,7 @@ def _context(report: Report) -> dict[str, Any]:
         "plots": drawn,
         "columns": shown_columns(report, page=True),
         "rows": _rows(report),
+        "against": _against(report),
         "gallery": _gallery(report),
         "pixelated": report.setup.size_px <= PIXELATED_PX,
         "views": _views(report),
@@ -122,6 +124,21 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     ]
 
 
+def _against(report: Report) -> dict[str, Any] | None:
+    """The comparison with an earlier report; None without one."""
+    if report.against is None:
+        return None
+    rows = [(change.label, cells(change)) for change in report.against.changes]
+    problem = report.against.problem()
+    return {
+        "title": title(report.against),
+        "heads": HEADS,
+        "rows": rows,
+        "remarks": remarks(report.against),
+        "problem": "" if problem is None else str(problem),
+    }
+
+
 def _views(report: Report) -> list[tuple[str, str]]:
     """Ways to look at the images: (value, label)."""
     views = [("image", "Images")]
@@ -137,16 +154,16 @@ def _is_shown(report: Report, label: str) -> bool:
 
 
 def _gallery(report: Report) -> list[tuple[str, list[Shot]]]:
-    """Prompts, each with one shot per subject."""
+    """The prompt of every image, with one shot per subject."""
     return [
         (prompt, [_shot(report, row, index) for row in report.results])
-        for index, prompt in enumerate(report.setup.prompts)
+        for index, prompt in enumerate(report.setup.image_prompts)
     ]
 
 
 def _shot(report: Report, row: Result, index: int) -> Shot:
     slugs = {other.subject.label: other.subject.slug for other in report.results}
-    subject, prompt = row.subject, report.setup.prompts[index]
+    subject, prompt = row.subject, report.setup.image_prompts[index]
     eager = row.against_eager.reference if row.against_eager else ""
     teacher = row.against_teacher.reference if row.against_teacher else ""
     return Shot(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.bundle import Bundle
-from sdkd.compare.subjects import EAGER, STUDENT, TEACHER, Subject
+from sdkd.compare.subjects import EAGER, IN_TORCH, STUDENT, TEACHER, Subject
 from sdkd.console import Progress, quiet, within
 from sdkd.contract import check_precision, vae_scale
 from sdkd.errors import EngineError, InputError, ModelError, SdkdError
@@ -45,12 +45,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wish:
-    """What applies to every model: targets (None: what runs here), precision of new engines, image size, bundles."""
+    """What applies to every model: targets (None: what runs here), precision of new engines, size, bundles, batch."""
 
     targets: tuple[str, ...] | None
     precision: str | None
     size: int | None
     bundles: Path
+    batch: int = 1
 
 
 def parse_prompts(text: str | None, models: Sequence[str]) -> tuple[str, ...]:
@@ -106,18 +107,34 @@ def make_plan(models: Sequence[str], wish: Wish, progress: Progress = quiet) -> 
     return plan
 
 
+def check_scheduler(name: str) -> None:
+    """InputError for a scheduler that `sdkd generate` does not know; said before anything is built."""
+    from types import SimpleNamespace
+
+    from diffusers import PNDMScheduler
+
+    from engines.cli import set_scheduler
+
+    set_scheduler(SimpleNamespace(scheduler=PNDMScheduler()), name)
+
+
 def check_targets(targets: tuple[str, ...] | None) -> None:
-    """InputError for an unknown target, EngineError for one that cannot run here; names eager precisions too."""
+    """InputError for an unknown target, EngineError for one that cannot run here; knows `eager-bf16`, too."""
     for target in targets or ():
-        if target.split("-")[0] == EAGER:
-            _eager_precision(target)
+        if _in_torch(target):
+            _torch_precision(target)
         elif not (here := availability(check_target(target).name)).can_run:
             raise EngineError(f"target {target!r} does not run here: {here.reason}. {here.fix}")
 
 
-def _eager_precision(target: str) -> str:
-    """`eager` -> fp32, `eager-bf16` -> bf16."""
-    return check_precision(target.removeprefix(EAGER).removeprefix("-") or "fp32")
+def _in_torch(target: str) -> bool:
+    """Whether a target is eager or compile, in any precision."""
+    return target.partition("-")[0] in IN_TORCH
+
+
+def _torch_precision(target: str) -> str:
+    """`eager` -> fp32, `eager-bf16` and `compile-bf16` -> bf16."""
+    return check_precision(target.partition("-")[2] or "fp32")
 
 
 def short_names(models: Sequence[str]) -> list[str]:
@@ -156,22 +173,25 @@ def _origin(source: ModelSource) -> ModelSource | None:
     return None if found.kind == "bundle" else found
 
 
-def _eager_subjects(model: str, name: str, role: str, targets: tuple[str, ...] | None) -> list[Subject]:
-    wanted = [EAGER] if targets is None else [target for target in targets if target.split("-")[0] == EAGER]
-    return [Subject(f"{name} {target}", model, EAGER, _eager_precision(target), None, role) for target in wanted]
+def _torch_subjects(model: str, name: str, role: str, targets: tuple[str, ...] | None) -> list[Subject]:
+    wanted = [EAGER] if targets is None else [target for target in targets if _in_torch(target)]
+    return [
+        Subject(f"{name} {target}", model, target.partition("-")[0], _torch_precision(target), None, role)
+        for target in wanted
+    ]
 
 
 def _plan_model(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, progress: Progress) -> None:
     """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
     from sdkd.workflow import prepare
 
-    plan.subjects += _eager_subjects(source.name, name, role, wish.targets)
+    plan.subjects += _torch_subjects(source.name, name, role, wish.targets)
     targets = _engine_targets(wish.targets)
     for place, target in enumerate(targets):
         part = within(progress, place / len(targets), (place + 1) / len(targets), f"{target}: ")
         precision = slot_precision(target) or wish.precision
         made = prepare(
-            source.name, target, wish.bundles / name, precision=precision, ranges=_ranges(wish.size), progress=part
+            source.name, target, wish.bundles / name, precision=precision, ranges=_ranges(wish), progress=part
         )
         plan.subjects.append(_engine_subject(source.name, name, role, made.bundle, made.slot))
 
@@ -179,13 +199,22 @@ def _plan_model(plan: Plan, source: ModelSource, name: str, role: str, wish: Wis
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
     if targets is None:
         return [name for name in TARGETS if (here := availability(name)).can_run and here.can_build]
-    return [target for target in targets if target.split("-")[0] != EAGER]
+    return [target for target in targets if not _in_torch(target)]
 
 
-def _ranges(size: int | None) -> ShapeRanges | None:
-    """Engines for one image of this size, or the bundle's default shapes."""
-    fixed = None if size is None else Range.fixed(size)
-    return None if fixed is None else ShapeRanges(Range.fixed(1), fixed, fixed, Range.fixed(TOKENS))
+def _ranges(wish: Wish) -> ShapeRanges | None:
+    """Engines for one call of this size, or the bundle's default shapes; InputError for a batch beyond those."""
+    if wish.size is not None:
+        fixed = Range.fixed(wish.size)
+        return ShapeRanges(Range.fixed(wish.batch), fixed, fixed, Range.fixed(TOKENS))
+    from export.ranges import BATCH
+
+    if wish.batch not in BATCH:
+        raise InputError(
+            f"batch {wish.batch} is outside {BATCH}, which engines are built for by default: give --size, too, and "
+            "they are built for that size and batch"
+        )
+    return None
 
 
 def _engine_subject(model: str, name: str, role: str, bundle: Path, slot: str) -> Subject:
@@ -198,7 +227,7 @@ def _plan_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wi
     assert source.path is not None
     bundle, origin = Bundle.open(source.path), _origin(source)
     model = source.name if origin is None else origin.name
-    eager = _eager_subjects(model, name, role, wish.targets)
+    eager = _torch_subjects(model, name, role, wish.targets)
     if eager and (why := _why_not_eager(model)):
         plan.notes.append(f"{name}: no eager baseline ({why})")
         eager = []

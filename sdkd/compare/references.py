@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sdkd.compare.cases import Case, Request, make_image
+from sdkd.compare.cases import Case, Request, make_images
 from sdkd.compare.quality import Likeness, likeness
 from sdkd.compare.subjects import STUDENT, TEACHER, Subject, open_subject
 from sdkd.console import Progress
@@ -65,11 +65,12 @@ def find_truths(cases: Sequence[Case], request: Request, device: str, progress: 
     for place, subject in enumerate(missing):
         progress(f"reference images of {subject.label}", place / len(missing))
         try:
-            pipe = open_subject(subject, device)
+            pipe = open_subject(subject, device, request.scheduler)
         except SdkdError as error:
             found.notes.append(f"no reference images of {subject.label}: {error}")
             continue
-        images = [make_image(pipe, request, number) for number in range(len(request.prompts))]
+        calls = [make_images(pipe, request, prompt) for prompt in range(len(request.prompts))]
+        images = [call[place] for place in range(request.batch) for call in calls]
         found.by_key[subject.model_key, subject.precision] = Truth(subject.label, images)
     return found
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.console import ConsoleRenderable
 
-SCHEMA = 1
+    from sdkd.compare.against import Against
+
+SCHEMA = 2
 NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
 PARTS = ("images", "report.md", "report.html", "report.json")  # the JSON last: it is there only when all is
 
@@ -34,13 +36,19 @@ class Setup:
     guidance_scale: float
     size_px: int
     seed: int
-    unet_batch: int  # 2 with guidance: conditional and unconditional in one call
+    unet_batch: int  # twice the images per call with guidance: conditional and unconditional in one call
     runs: int
     min_seconds: float
     scheduler: str
     timing: str
     open_together: bool  # all pipelines in memory at once; otherwise one at a time, opened again for every round
     confidence: float
+    batch: int = 1  # images per call
+
+    @property
+    def image_prompts(self) -> tuple[str, ...]:
+        """The prompt of every image, in the order of a report's images."""
+        return self.prompts * self.batch
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Result:
     subject: Subject
     unet_step_ms: Spread
     unet_step_cpu_ms: Spread
-    image_s: Spread
+    image_s: Spread  # per image: a call's time over its images
     load_s: float
     first_call_s: float
     unet_parameters: int
@@ -65,6 +73,7 @@ class Result:
     step_speedup: Mapping[str, Ratio] = field(default_factory=dict)  # over `eager`, `teacher`, `baseline`
     image_speedup: Mapping[str, Ratio] = field(default_factory=dict)
     judged: Mapping[str, float] | None = None
+    image_cpu_s: Spread | None = None  # CPU time of all threads
 
     @property
     def images_per_s(self) -> float:
@@ -79,7 +88,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole comparison; `images` holds one image per prompt for each subject's label."""
+    """A whole comparison; `images` holds, by label, `batch` images per prompt: first all first ones."""
 
     setup: Setup
     results: tuple[Result, ...]
@@ -88,6 +97,7 @@ class Report:
     baselines: Mapping[str, Mapping[str, str]]  # label -> {"eager": label of its baseline, "teacher": ..., ...}
     command: str | None = None
     notes: tuple[str, ...] = ()
+    against: Against | None = None  # an earlier report
 
     @property
     def broken(self) -> tuple[Result, ...]:
@@ -100,17 +110,28 @@ class Report:
         return not self.broken
 
     def check(self, page: Path | None = None) -> None:
-        """ParityError, in one message, when a rule is broken; `page` is where to look."""
-        if not self.broken:
-            return
+        """Raise one error when a rule is broken or an earlier report was better; `page` is where to look.
+
+        ParityError for a broken rule, otherwise what `Against.problem` gives; both are said in one message.
+        """
+        worse = None if self.against is None else self.against.problem()
+        look = f"See {page}." if page else ""
+        if self.broken:
+            raise ParityError(" ".join(filter(None, (self._broken_rule(), str(worse or ""), look))))
+        if worse is not None:
+            raise type(worse)(f"{worse}. {look}".rstrip())
+
+    def _broken_rule(self) -> str:
         subject, verdict = self.broken[0].subject, self.broken[0].verdict
         assert verdict is not None
-        raise ParityError(
+        return (
             f"{len(self.broken)} of {len(self.results)} subjects broke a rule. {subject.label!r}: {verdict.found}, but "
-            f"the rule is: {verdict.rule}{f'; see {page}' if page else ''}. {self._repair(subject)}"
+            f"the rule is: {verdict.rule}. {self._repair(subject)}."
         )
 
     def _repair(self, subject: Subject) -> str:
+        if subject.is_compiled:
+            return "Leave the target compile out, or try another version of PyTorch"
         again = f"sdkd build-engine {subject.model} --target {subject.target} --output {subject.bundle} --overwrite"
         if subject.precision == "fp32":
             return f"Export and build the engine again, with: {again}"
@@ -142,6 +163,7 @@ class Report:
             "setup": vars(self.setup) | {"prompts": list(self.setup.prompts)},
             "environment": dict(self.environment),
             "results": [_result_json(row, self) for row in self.results],
+            "against": None if self.against is None else self.against.to_json(),
         }
 
 
@@ -162,6 +184,7 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
         "unet_step_ms": _spread_json(row.unet_step_ms),
         "unet_step_cpu_ms": _spread_json(row.unet_step_cpu_ms),
         "image_s": _spread_json(row.image_s),
+        "image_cpu_s": None if row.image_cpu_s is None else _spread_json(row.image_cpu_s),
         "images_per_s": row.images_per_s,
         "load_s": row.load_s,
         "first_call_s": row.first_call_s,
@@ -183,7 +206,8 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
 
 def _spread_json(spread: Spread) -> dict[str, Any]:
     samples = [list(part) for part in spread.samples]
-    return {"median": spread.median, "p10": spread.p10, "p90": spread.p90, "count": spread.count, "samples": samples}
+    figures = {"median": spread.median, "p10": spread.p10, "p90": spread.p90, "p99": spread.p99}
+    return {**figures, "count": spread.count, "samples": samples}
 
 
 def _ratio_json(ratio: Ratio, baseline: str) -> dict[str, Any]:

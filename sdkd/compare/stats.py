@@ -14,6 +14,7 @@ Rounds = Sequence[Sequence[float]]
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 FEWEST_ROUNDS = 3  # fewer say nothing about drift
+FEWEST_FOR_P99 = 100  # below, the 99th percentile is the slowest call
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Spread:
         return sum(len(part) for part in self.samples)
 
     @property
+    def p99(self) -> float | None:
+        """99th percentile of all samples; None for fewer than 100."""
+        if self.count < FEWEST_FOR_P99:
+            return None
+        return float(np.percentile([value for part in self.samples for value in part], 99))
+
+    @property
     def relative_width(self) -> float:
         """(p90 - p10) / median: 0 for a silent machine."""
         return (self.p90 - self.p10) / self.median if self.median else 0.0
@@ -60,19 +68,26 @@ class Ratio:
 
 
 def speedup(
-    baseline: Rounds, subject: Rounds, *, seed: int = 0, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
+    baseline: Rounds,
+    subject: Rounds,
+    *,
+    paired: bool = True,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
 ) -> Ratio | None:
     """How many times faster `subject` is than `baseline`: median(baseline) / median(subject), with its interval.
 
     Two-stage percentile bootstrap (Davison & Hinkley 1997, section 3.8): rounds are drawn with replacement, the
-    same rounds for both sides when they were interleaved (equal numbers of rounds), so that drift of the machine
-    cancels; then samples within each round. None with fewer than three rounds on either side.
+    same rounds for both sides when they were interleaved (`paired`, and equal numbers of rounds), so that drift of
+    the machine cancels; then samples within each round. None with fewer than three rounds on either side.
     """
     if min(len(baseline), len(subject)) < FEWEST_ROUNDS:
         return None
     generator = np.random.default_rng(seed)
     first = _draw_rounds(len(baseline), resamples, generator)
-    second = first if len(subject) == len(baseline) else _draw_rounds(len(subject), resamples, generator)
+    together = paired and len(subject) == len(baseline)
+    second = first if together else _draw_rounds(len(subject), resamples, generator)
     ratios = _medians(baseline, first, generator) / _medians(subject, second, generator)
     tail = 50 * (1 - confidence)
     low, high = (float(value) for value in np.percentile(ratios, (tail, 100 - tail)))

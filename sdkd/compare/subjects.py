@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle import Bundle
 from sdkd.contract import COMPONENTS, DTYPES, check_precision
-from sdkd.errors import InputError, ModelError
+from sdkd.errors import EngineError, InputError, ModelError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-EAGER = "eager"
+EAGER, COMPILE = "eager", "compile"
+IN_TORCH = (EAGER, COMPILE)  # targets that need no bundle
+# `dynamic`: a subject is called with one shape, and must not be compiled otherwise because another model was before it.
+COMPILER: dict[str, Any] = {"dynamic": False}
+MOST_COMPILED = 64  # versions of one function; beyond, PyTorch would run it eagerly without a word
 TEACHER, STUDENT = "teacher", "student"
 WEIGHT_FOLDERS = ("unet", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of a comparison: a model (name or path) on a target, `eager` or an engine slot such as `openvino-bf16`.
+    """One row of a comparison: a model (name or path) on `eager`, `compile` or an engine slot (`openvino-bf16`).
 
     `bundle` holds the engines; `role` says what the model is to the others (`teacher`, `student`, `model`).
     """
@@ -36,13 +41,23 @@ class Subject:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
-        if self.target != EAGER and self.bundle is None:
+        if self.target not in IN_TORCH and self.bundle is None:
             raise InputError(f"subject {self.label!r} runs on {self.target!r}, which needs a bundle: give one")
 
     @property
     def is_eager(self) -> bool:
         """Whether it runs in PyTorch, as loaded."""
         return self.target == EAGER
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs in PyTorch with a UNet that torch.compile compiled."""
+        return self.target == COMPILE
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether it runs in PyTorch, and not on engines."""
+        return self.target in IN_TORCH
 
     @property
     def is_truth(self) -> bool:
@@ -84,27 +99,63 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
             raise InputError(f"subject {what} {twice[0]!r} is used twice: give every subject its own")
 
 
-def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeline:
-    """A pipeline that makes the subject's images: eager in its precision on `device`, or on its bundle's engines."""
-    if subject.is_eager:
+def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = None) -> StableDiffusionPipeline:
+    """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or on its bundle's engines.
+
+    `scheduler`: as `sdkd generate` takes it, None for the model's own; InputError when it is unknown.
+    """
+    if subject.in_torch:
         import torch
 
         from sdkd.models import load_eager
 
         pipe = load_eager(subject.model, torch_dtype=getattr(torch, DTYPES[check_precision(subject.precision)]))
         pipe = pipe if device == "cpu" else pipe.to(device)
+        if subject.is_compiled:
+            _compile_unet(pipe)
     else:
         from engines.pipeline import load_pipeline
 
         assert subject.bundle is not None
         pipe = load_pipeline(subject.bundle, subject.target)
+    if scheduler is not None:
+        from engines.cli import set_scheduler
+
+        set_scheduler(pipe, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def _compile_unet(pipe: Any) -> None:
+    """Have the UNet compiled by torch.compile in its default mode, at its first call."""
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILED)
+    pipe.unet.compile(**COMPILER)
+
+
+@contextlib.contextmanager
+def compiling(subject: Subject) -> Iterator[None]:
+    """EngineError in place of what torch.compile raises when it fails on a compiled subject."""
+    if not subject.is_compiled:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        what = next(line for line in (*str(error).strip().splitlines(), type(error).__name__) if line.strip())
+        raise EngineError(
+            f"torch.compile failed ({what.strip()}). It needs a C++ compiler on a CPU and Triton on a GPU: install one "
+            "(apt install g++), or leave the target out"
+        ) from error
+
+
 def close_subject(subject: Subject, pipe: Any) -> None:
-    """Release the engines behind a pipeline; an eager pipeline goes with its last reference."""
-    if not subject.is_eager:
+    """Release the engines behind a pipeline; one in PyTorch goes with its last reference."""
+    if not subject.in_torch:
         for part in WEIGHT_FOLDERS:
             getattr(pipe, part).close()
 

@@ -114,6 +114,10 @@ def _plain(value: float | None) -> Cell:
 
 COLUMNS: tuple[Column, ...] = (
     Column("step", "UNet step", "ms", "Median of one UNet call; p10–p90 below it.", _spread, "low"),
+    Column("p99", "p99", "ms", "99 of 100 UNet calls are no longer; only with 100 calls or more.",
+           lambda row: _plain(row.unet_step_ms.p99), "low"),
+    Column("cpu", "CPU time", "ms", "Median of one UNet call, summed over all threads.",
+           lambda row: _plain(row.unet_step_cpu_ms.median), "low"),
     Column("eager", "vs own eager", "", "Speed of a UNet step over eager PyTorch of the same model, and its "
            "interval. A tie: the interval holds 1.", lambda row: _ratio(row.step_speedup.get("eager")), "high"),
     Column("teacher", "vs teacher", "", "Speed of a UNet step over the teacher in eager PyTorch.",
@@ -169,6 +173,7 @@ def _inline(cell: Cell) -> str:
 
 def markdown(report: Report) -> str:
     """The table for a README, with what was asked and where it was measured."""
+    from sdkd.compare.against_tables import markdown_lines
     from sdkd.compare.words import machine_line, noise_note, sentence
 
     columns = shown_columns(report)
@@ -180,6 +185,7 @@ def markdown(report: Report) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", *(f"- {column.title}: {column.help}" for column in columns)]
     lines += [f"- Note: {note}." for note in (noise_note(report), *report.notes) if note]
+    lines += [] if report.against is None else ["", *markdown_lines(report.against)]
     if report.command:
         lines += ["", "Made again by:", "", f"    {report.command}"]
     return "\n".join(lines) + "\n"
@@ -208,7 +214,12 @@ def terminal_table(report: Report) -> ConsoleRenderable:
     """Two tables for a terminal of 80 columns: speed and size, then the images; the page has the rest."""
     from rich.console import Group
 
-    return Group(*(table for heads in (_SPEED, _IMAGES) if (table := _part_table(report, heads)) is not None))
+    from sdkd.compare.against_tables import against_table
+
+    tables: list[ConsoleRenderable] = [
+        table for heads in (_SPEED, _IMAGES) if (table := _part_table(report, heads)) is not None
+    ]
+    return Group(*tables, *([] if report.against is None else [against_table(report.against)]))
 
 
 def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> Table | None:

@@ -38,9 +38,10 @@ def models(report: Report) -> str:
 def asked(report: Report) -> str:
     """On what the models ran, and what each was asked for."""
     setup, targets = report.setup, listing(_target_word(row.subject.runs_as) for row in report.results)
+    batch = "" if setup.batch == 1 else f", {setup.batch} images per call"
     return (
         f"on {targets}: {plural(len(setup.prompts), 'prompt')} from the same noise, "
-        f"{setup.size_px} × {setup.size_px} px, {plural(setup.steps, 'step')}, guidance {setup.guidance_scale:g}"
+        f"{setup.size_px} × {setup.size_px} px, {plural(setup.steps, 'step')}, guidance {setup.guidance_scale:g}{batch}"
     )
 
 
@@ -50,7 +51,7 @@ def sentence(report: Report) -> str:
 
 
 def _target_word(target: str) -> str:
-    return target.replace("eager", "eager PyTorch", 1)
+    return target.replace("eager", "eager PyTorch", 1).replace("compile", "torch.compile", 1)
 
 
 def machine_line(report: Report) -> str:
@@ -135,7 +136,7 @@ def method(report: Report) -> list[str]:
     """How the figures came about, for the page."""
     setup = report.setup
     memory = "all pipelines open at once" if setup.open_together else "one pipeline in memory at a time"
-    guided = "guidance: both halves in one call" if setup.unet_batch == 2 else "no guidance"
+    guided = "guidance: both halves in one call" if setup.guidance_scale > 1 else "no guidance"
     fewest = min(row.unet_step_ms.count for row in report.results)
     return [
         f"UNet step: one call with batch {setup.unet_batch} ({guided}), {setup.timing}, at least {fewest} calls each, "

@@ -74,9 +74,10 @@ def test_a_missing_model_is_one_message(tmp_path: Path) -> None:
 
 
 def test_the_command_that_makes_it_again_spells_every_setting_out() -> None:
-    command = make_again(["demo"], "eager", None, ("it's; red",), 25, 4.0, None, 0, 30, None)
+    command = make_again(["demo"], "eager", None, ("it's; red",), 25, 4.0, None, 2, "dpm++", 0, 30, None)
     assert command == (
-        "sdkd compare demo --targets eager --prompts 'it'\"'\"'s; red' --steps 25 --guidance-scale 4 --seed 0 --runs 30"
+        "sdkd compare demo --targets eager --prompts 'it'\"'\"'s; red' --steps 25 --guidance-scale 4 --batch 2 "
+        "--scheduler dpm++ --seed 0 --runs 30"
     )
 
 

@@ -13,7 +13,7 @@ from helpers import tiny_pipeline
 from PIL.Image import Image
 
 from sdkd.compare import Subject, compare
-from sdkd.compare.cases import Request, make_image, step_work
+from sdkd.compare.cases import Request, make_images, step_work
 from sdkd.compare.comparison import find_baselines, random_notes
 from sdkd.compare.report import Report
 from sdkd.errors import InputError, ParityError
@@ -119,7 +119,7 @@ def test_without_guidance_the_unet_runs_at_batch_one() -> None:
     step_work(pipe, Request(("a",), 2, 1.0, 0, 64))()
     step_work(pipe, Request(("a",), 2, 7.5, 0, 64))()
     assert calls == [(1, 4, 8, 8), (2, 4, 8, 8)]
-    assert make_image(pipe, Request(("a",), 2, 1.0, 0, 64), 0).size == (64, 64)
+    assert [image.size for image in make_images(pipe, Request(("a",), 2, 1.0, 0, 64), 0)] == [(64, 64)]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ def test_a_spread_keeps_samples_by_round_and_scales_them() -> None:
     assert spread.relative_width == pytest.approx(3200 / 3000)
 
 
+def test_the_99th_percentile_needs_100_samples() -> None:
+    assert Spread.of([[1.0] * 99]).p99 is None
+    assert Spread.of([[float(n) for n in range(51)], [float(n) for n in range(51, 101)]]).p99 == 99.0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_planted_20_percent_is_called_slower(seed: int) -> None:
     ratio = speedup(planted(1.0, seed), planted(1.2, seed + 100))

@@ -8,7 +8,7 @@ import pytest
 from planted_report import planted_report
 from rich.console import Console
 
-from sdkd.compare.stats import Ratio
+from sdkd.compare.stats import Ratio, Spread
 from sdkd.compare.tables import COLUMNS, best_rows, markdown, number, shown_columns, terminal_table
 from sdkd.compare.words import findings, listing, plural, sentence
 
@@ -50,6 +50,19 @@ def test_columns_without_a_value_are_left_out() -> None:
     assert "memory" not in [column.key for column in shown_columns(planted_report())]
 
 
+def test_p99_is_a_column_where_there_are_100_calls() -> None:
+    report = planted_report(models=("teacher",))
+    assert "p99" not in [column.key for column in shown_columns(report)]
+    many = dataclasses.replace(report.results[0], unet_step_ms=Spread.of([[float(n)] for n in range(101)]))
+    assert BY_KEY["p99"].cell(many).text == "99.0"
+    assert "p99" in [c.key for c in shown_columns(dataclasses.replace(report, results=(many, *report.results[1:])))]
+
+
+def test_cpu_time_stands_beside_the_wall_clock() -> None:
+    result = planted_report().result("tiny openvino")
+    assert BY_KEY["cpu"].cell(result).sort == pytest.approx(1.9 * result.unet_step_ms.median)
+
+
 def test_the_best_of_a_column() -> None:
     rows = planted_report().results
     assert best_rows(BY_KEY["step"], rows) == {"tiny openvino-bf16"}
@@ -66,7 +79,7 @@ def test_the_markdown_table_has_a_row_per_subject_and_the_command() -> None:
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 12
     assert len({line.count("|") for line in table}) == 1
-    assert table[0].startswith("| Subject | UNet step, ms | vs own eager | vs teacher |")
+    assert table[0].startswith("| Subject | UNet step, ms | CPU time, ms | vs own eager | vs teacher |")
     assert lines[0] == f"# {sentence(report)}"
     assert lines[-1] == "    sdkd compare demo --targets eager,onnxruntime"
 
