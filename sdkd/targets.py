@@ -279,6 +279,12 @@ def _version(target: Target) -> str | None:
         return None
 
 
+def cpu_precisions() -> frozenset[str]:
+    """Precisions that OpenVINO has units for on this CPU: some of fp32, fp16 and bf16."""
+    found = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return frozenset(name.lower() for name in found) & {"fp32", "fp16", "bf16"}
+
+
 def openvino_core() -> Any:
     """The `openvino.Core` of this process: one, never closed.
 

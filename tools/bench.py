@@ -26,7 +26,7 @@ from sdkd.compare.tables import markdown
 from sdkd.console import progress
 from sdkd.demo.run import ENGINES
 from sdkd.files import read_json, write_bytes, write_json
-from sdkd.targets import availability, cpu_name, gpu
+from sdkd.targets import availability, cpu_name, cpu_precisions, gpu
 from sdkd.workflow import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def measure_full_size(work: Path) -> dict[str, Any]:
     subjects = [Subject("eager fp32", FULL_SIZE), Subject("eager bf16", FULL_SIZE, precision="bf16")]
     with progress("sd15-tiny") as report:
         for target, precision in ENGINES:
-            if not availability(target).can_build:
+            if not availability(target).can_build or (target == "openvino" and precision not in cpu_precisions()):
                 continue
             made = prepare(FULL_SIZE, target, work / "sd15-tiny", precision=precision, progress=report)
             if availability(target).can_run:

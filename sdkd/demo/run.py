@@ -14,7 +14,7 @@ from sdkd.console import Progress, quiet, within
 from sdkd.errors import InputError
 from sdkd.files import new_folder, read_json, write_json
 from sdkd.profiles import Range, ShapeRanges
-from sdkd.targets import availability
+from sdkd.targets import availability, cpu_precisions
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -173,10 +173,12 @@ def wanted_engines(result: DemoResult) -> list[tuple[str, str]]:
     wanted = []
     for target, precision in ENGINES:
         found = availability(target)
-        if found.can_build:
-            wanted.append((target, precision))
-        else:
+        if not found.can_build:
             result.skipped[target] = f"{found.reason}; {found.fix}"
+        elif target == "openvino" and precision not in cpu_precisions():
+            result.skipped[f"{target}-{precision}"] = f"this CPU has no {precision} units"
+        else:
+            wanted.append((target, precision))
     return wanted
 
 
