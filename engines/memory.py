@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from engines.turns import STAGES
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError, SdkdError
-from sdkd.memory import check_room, free_gpu_memory, free_memory, run_memory, size
+from sdkd.memory import check_room, free_gpu_memory, free_memory, size, workspace
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ def needed(bundle: Bundle, slot: str, components: Iterable[str], name: str) -> i
     """Bytes that engines take together at their profiles' `min` or `max` sizes: all weights, the largest workspace."""
     records = [bundle.engine(slot, component) for component in components]
     weights = sum(record.total_bytes for record in records)
-    return weights + max((run_memory(bundle, record, name) - record.total_bytes for record in records), default=0)
+    return weights + max((workspace(bundle, record, name) for record in records), default=0)
 
 
 def check_memory(bundle: Bundle, slot: str, components: Sequence[str], device: str, low_memory: bool) -> None:

@@ -88,6 +88,7 @@ class EngineModule(torch.nn.Module):
         object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
         object.__setattr__(self, "_weights", None)
         self._announced: set[str] = set()
+        object.__setattr__(self, "_state", (None, {}))  # of the eager module: see _eager_state
 
     @property
     def config(self) -> Any:
@@ -137,9 +138,18 @@ class EngineModule(torch.nn.Module):
         given = {name: value for name, value in arguments.items() if value is not None}
         if method != "forward":
             return getattr(eager, method)(**given)
-        changed = {} if self._weights is None else self._weights.changed()
-        state = {name: tensor.to(self.device, self.dtype) for name, tensor in changed.items()}
-        return functional_call(eager, state, kwargs=given)
+        return functional_call(eager, self._eager_state(), kwargs=given)
+
+    def _eager_state(self) -> dict[str, torch.Tensor]:
+        """The engine's other weights for the eager module, made once for each change of them, device and dtype."""
+        if self._weights is None:
+            return {}
+        key = (self._weights.version, self.device, self.dtype)
+        if key != self._state[0]:
+            made = {name: tensor.to(self.device, self.dtype) for name, tensor in self._weights.changed().items()}
+            object.__setattr__(self, "_state", (key, made))
+        state: dict[str, torch.Tensor] = self._state[1]
+        return state
 
     def close(self) -> None:
         """Release the engines; calling the module afterwards is an EngineError."""

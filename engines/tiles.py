@@ -30,7 +30,7 @@ def fitting_tile(sides: Sequence[tuple[Range, Range]], sizes: tuple[int, int], w
         return min(size, max(side.min, min(wanted, side.max)))
 
     found = [(fit(height, sizes[0]), fit(width, sizes[1])) for height, width in sides]
-    held = [tile for tile, side in zip(found, sides, strict=True) if all(map(Range.__contains__, side, tile))]
+    held = [tile for tile, (height, width) in zip(found, sides, strict=True) if tile[0] in height and tile[1] in width]
     return max(held or found, key=math.prod)
 
 

@@ -33,15 +33,16 @@ class EngineWeights:
         self._deltas: dict[str, Delta] = {}
         self._pending = False
         self._changed = False  # whether the engine holds other weights than the bundle's
+        self.version = 0  # counts what was asked for
 
     def use(self, state: Mapping[str, torch.Tensor]) -> None:
         """Other weights of the same architecture, by state-dict name; none: the bundle's own."""
-        self._checkpoint, self._pending = dict(state), True
+        self._checkpoint, self._pending, self.version = dict(state), True, self.version + 1
 
     def add(self, deltas: Mapping[str, Delta]) -> None:
         """What adapters add; nothing: no adapter."""
         self._pending = self._pending or bool(deltas) or bool(self._deltas)
-        self._deltas = dict(deltas)
+        self._deltas, self.version = dict(deltas), self.version + 1
 
     def settle(self) -> None:
         """Bring the engine to what was asked for; when that fails, it is asked for again at the next run."""

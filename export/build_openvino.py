@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from export.build_job import Built, Job, Run, check_io
 from sdkd.console import Progress
 from sdkd.errors import BuildError, InputError
-from sdkd.targets import openvino_core
+from sdkd.targets import cpu_precisions, openvino_core
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,21 +24,15 @@ def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
     Without it a CPU with bf16 units computes in bf16. Half-precision graphs run in f32 on a CPU without half units,
     where the hint f16 would mean bf16. Raises InputError when bf16 or fp16 is asked for and the CPU has none.
     """
-    capabilities = _capabilities()
-    hint = HINTS[engine_precision]
-    name = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}[hint]
-    if name not in capabilities and engine_precision == onnx_precision:
+    units, hint = cpu_precisions(), HINTS[engine_precision]
+    if engine_precision not in units and engine_precision == onnx_precision:
         hint = "f32"
-    elif name not in capabilities:
+    elif engine_precision not in units:
         raise InputError(
-            f"precision {engine_precision!r} needs a CPU with {name} units, this one has "
-            f"{', '.join(sorted(capabilities & {'FP32', 'FP16', 'BF16'}))}: build with --precision {onnx_precision}"
+            f"precision {engine_precision!r} needs a CPU with {engine_precision.upper()} units, this one has "
+            f"{', '.join(sorted(units)).upper()}: build with --precision {onnx_precision}"
         )
     return {"config": {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}}
-
-
-def _capabilities() -> set[str]:
-    return set(openvino_core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"))
 
 
 def build(job: Job, progress: Progress) -> Built:

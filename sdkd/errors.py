@@ -85,3 +85,7 @@ class EngineError(SdkdError, RuntimeError):
 
 class RangeError(EngineError, ValueError):
     """A request lies outside the shapes that the engine was built for."""
+
+
+class RegressionError(SdkdError, RuntimeError):
+    """A subject is slower than in an earlier report by more than the threshold, or its images became wrong."""

@@ -106,15 +106,20 @@ def corner(bundle: Bundle, record: ComponentRecord, profile: ShapeRanges, name: 
     return {axis: getattr(r, name) for axis, r in axes.items()}
 
 
-def run_memory(bundle: Bundle, record: EngineRecord, name: str = "max") -> int:
-    """Bytes that an engine takes when it runs at its profiles' `max` or `min`: itself and 2 x the largest tensor."""
+def workspace(bundle: Bundle, record: EngineRecord, name: str = "max") -> int:
+    """Bytes that an engine takes beside itself when it runs at its profiles' `max` or `min`: 2 x the largest tensor."""
     component, fused = bundle.component(record.component), fuses(record.target, record.precision)
     tensors = [
         largest_of(bundle, component, corner(bundle, component, profile, name), fused).elements
         for profile in record.profiles
     ]
     pick = max if name == "max" else min
-    return record.total_bytes + 2 * pick(tensors) * BYTES[record.precision]
+    return 2 * pick(tensors) * BYTES[record.precision]
+
+
+def run_memory(bundle: Bundle, record: EngineRecord) -> int:
+    """Bytes that an engine takes when it runs at its largest sizes."""
+    return record.total_bytes + workspace(bundle, record)
 
 
 def check_room(what: str, kind: str, need: int, free: int, advice: str, error: type[SdkdError] = BuildError) -> None:

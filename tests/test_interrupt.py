@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ctrl_c import interrupted
 from helpers import tiny_pipeline
 
 # Each command with a sign (in what it prints) that it is in the middle of its work.
@@ -41,16 +40,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _wait_for(process: subprocess.Popen[str], log: Path, sign: str | None, seconds: float = 90) -> None:
-    """Until the command has printed its sign (None: until it has begun) or has ended."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
-        if sign is None:
-            time.sleep(1.5)
-            return
-        if sign in log.read_text():
-            return
-        time.sleep(0.05)
+def _begun(log: Path, sign: str | None) -> bool:
+    """Whether a command has printed its sign; one without a sign gets a moment instead."""
+    if sign is None:
+        time.sleep(1.5)
+    return sign is None or sign in log.read_text()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -60,22 +54,13 @@ def test_an_interrupted_command_leaves_nothing_half_written(name: str, model: Pa
     work.mkdir()
     arguments = [word.format(model=model, out=work / "out") for word in words]
     log = tmp_path / "log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sdkd.cli", *arguments],
-            stdout=stream,
-            stderr=stream,
-            text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,
-        )
-        try:
-            _wait_for(process, log, sign)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its children
-            status = process.wait(timeout=60)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    status = interrupted(
+        [sys.executable, "-m", "sdkd.cli", *arguments],
+        log,
+        os.environ | {"PYTHONUNBUFFERED": "1"},
+        lambda: _begun(log, sign),
+        seconds=90,
+    )
     printed = log.read_text()
     if status == 0 and sign is None:
         pytest.skip("the command was done before it could be interrupted")

@@ -24,9 +24,9 @@ from sdkd.compare import Subject, compare
 from sdkd.compare.report import Report
 from sdkd.compare.tables import markdown
 from sdkd.console import progress
-from sdkd.demo.run import ENGINES
+from sdkd.demo.run import DemoResult, wanted_engines
 from sdkd.files import read_json, write_bytes, write_json
-from sdkd.targets import availability, cpu_name, cpu_precisions, gpu
+from sdkd.targets import availability, cpu_name, gpu
 from sdkd.workflow import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -64,9 +64,7 @@ def measure_full_size(work: Path) -> dict[str, Any]:
     """SD 1.5-shaped tiny student with random weights: build times of every target, UNet step of those that run here."""
     subjects = [Subject("eager fp32", FULL_SIZE), Subject("eager bf16", FULL_SIZE, precision="bf16")]
     with progress("sd15-tiny") as report:
-        for target, precision in ENGINES:
-            if not availability(target).can_build or (target == "openvino" and precision not in cpu_precisions()):
-                continue
+        for target, precision in wanted_engines(DemoResult(work)):
             made = prepare(FULL_SIZE, target, work / "sd15-tiny", precision=precision, progress=report)
             if availability(target).can_run:
                 subjects.append(Subject(f"{target} {precision}", FULL_SIZE, made.slot, precision, made.bundle))

@@ -16,7 +16,6 @@ and writes into FOLDER alone.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -28,20 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sdkd.bundle import FileRecord
 from sdkd.files import write_bytes, write_json
 
 ROOT = Path(__file__).parent.parent
 INSTALLER = Path(__file__).with_name("gpu_kit_install.py")
 MB = 1_000_000
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One file of a kit."""
-
-    file: str
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class Wheel:
     file: str
     bytes: int
     sha256: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FileRecord, ...]
 
 
 def canonical(name: str) -> str:
@@ -81,10 +72,10 @@ def resolve(packages: Sequence[str], present: Sequence[str], options: Sequence[s
     return [f"{name}=={version}" for name, version in sorted(pins.items()) if name not in left_out]
 
 
-def split(path: Path, limit: int) -> Iterator[Piece]:
+def split(path: Path, limit: int) -> Iterator[FileRecord]:
     """Parts of a file of at most `limit` bytes beside it, the file itself removed; the file when it is small enough."""
     if path.stat().st_size <= limit:
-        yield piece(path)
+        yield FileRecord.of(path.parent, path)
         return
     with path.open("rb") as stream:
         number = 0
@@ -92,15 +83,8 @@ def split(path: Path, limit: int) -> Iterator[Piece]:
             number += 1
             part = path.with_name(f"{path.name}.part{number:02d}")
             write_bytes(part, block)
-            yield piece(part)
+            yield FileRecord.of(part.parent, part)
     path.unlink()
-
-
-def piece(path: Path) -> Piece:
-    """A file's name, size and SHA-256."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Piece(path.name, path.stat().st_size, digest)
 
 
 def build(kit: Path, names: Sequence[str], options: Sequence[str]) -> None:
@@ -118,8 +102,8 @@ def gather(kit: Path, pins: Sequence[str], options: Sequence[str], limit: int) -
     pip("download", "--quiet", "--no-deps", "--dest", str(kit), *options, *pins)
     wheels = []
     for path in sorted(kit.glob("*.whl")):
-        whole = piece(path)
-        wheels.append(Wheel(whole.file, whole.bytes, whole.sha256, tuple(split(path, limit))))
+        whole = FileRecord.of(kit, path)
+        wheels.append(Wheel(whole.path, whole.bytes, whole.sha256, tuple(split(path, limit))))
     return wheels
 
 

@@ -28,9 +28,9 @@ def join(wheel: dict[str, Any], folders: list[Path], work: Path) -> Path:
     digest = hashlib.sha256()
     with target.open("wb") as out:
         for piece in wheel["pieces"]:
-            block = find(piece["file"], folders).read_bytes()
+            block = find(piece["path"], folders).read_bytes()
             if hashlib.sha256(block).hexdigest() != piece["sha256"]:
-                raise SystemExit(f"{piece['file']} is damaged: bring it again")
+                raise SystemExit(f"{piece['path']} is damaged: bring it again")
             digest.update(block)
             out.write(block)
     if digest.hexdigest() != wheel["sha256"]:

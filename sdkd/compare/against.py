@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.compare.earlier import Earlier, Row, parse_report, read_report
 from sdkd.compare.stats import Ratio, speedup
-from sdkd.errors import InputError, SdkdError
+from sdkd.errors import InputError, RegressionError, SdkdError
 
 if TYPE_CHECKING:
     from sdkd.compare.report import Report
@@ -20,10 +20,6 @@ CHANGED_DB = 1.0  # a mean PSNR that moved by more is said
 
 Speed = Literal["faster", "slower", "tie", "not compared"]
 Images = Literal["same", "changed", "worse", "better", "not compared"]
-
-
-class RegressionError(SdkdError, RuntimeError):
-    """A subject is slower than in an earlier report by more than the threshold, or its images became wrong."""
 
 
 @dataclass(frozen=True)

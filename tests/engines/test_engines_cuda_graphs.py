@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from engine_bundles import graph_unet, reference, unet_feeds
+from engine_bundles import reference, unet_feeds
 from onnx import numpy_helper
-from test_engines_gpu import KINDS, on_gpu, real_feeds, real_unet, skip_foreign, usable
+from test_engines_gpu import KINDS, graph_for_gpu, on_gpu, real_feeds, real_unet
 
 from engines.cuda_graphs import CAPACITY, REMEMBERED, Buffers, GraphCache, Key, graph_key
 from engines.runtime_cache import RuntimeCache
@@ -216,10 +216,7 @@ def same(one: torch.Tensor, other: torch.Tensor, kind: str) -> bool:
 @pytest.fixture(scope="module", params=KINDS)
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A hand-written UNet in float16 for this GPU: 32 to 64 px, up to 2 images."""
-    usable(request.param)
-    bundle = graph_unet(tmp_path_factory.mktemp("graphs") / "bundle", "fp16", (request.param,))
-    skip_foreign(bundle, request.param)
-    return bundle
+    return graph_for_gpu(tmp_path_factory.mktemp("graphs") / "bundle", request.param)
 
 
 def run(session: EngineSession, feeds: dict[str, torch.Tensor]) -> torch.Tensor:

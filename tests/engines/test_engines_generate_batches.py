@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from ctrl_c import interrupted
 from PIL import Image
 from small_bundles import small_pipeline
 from typer.testing import CliRunner
@@ -214,18 +214,9 @@ def test_ctrl_c_keeps_finished_images(folder: Path, prompts: Path, tmp_path: Pat
     out = tmp_path / "out"
     words = command(folder, "--prompts", prompts, "--steps", 5, "--count", 1000, "-o", out)
     words += [] if processes == 1 else ["--num-processes", str(processes)]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(words, stdout=log, stderr=log, env=environment(), start_new_session=True)
-    try:
-        end = time.monotonic() + 120
-        while time.monotonic() < end and process.poll() is None and len(numbers(out)) < 3:
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        status = process.wait(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert status == 130, (tmp_path / "log").read_text()
+    log = tmp_path / "log"
+    status = interrupted(words, log, environment(), lambda: len(numbers(out)) >= 3, seconds=120)
+    assert status == 130, log.read_text()
     wait_until_quiet(out)
     found = [row["file_name"] for row in rows(out)]
     there = numbers(out)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ctrl_c import interrupted
 from helpers import tiny_pipeline
 from PIL import Image
 
@@ -260,19 +258,9 @@ def test_ctrl_c_ends_all_processes(model: Path, tmp_path: Path) -> None:
     script = "from sdkd.cli import _command, guarded; from sdkd.distill.cache_cli import cache; " \
         "_command('cache', guarded(cache))()"  # fmt: skip
     words = [str(model), "demo", str(out), "--shard-images", "8", "--precision", "fp32", "--num-processes", "2"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, *words], stdout=stream, stderr=stream, env=os.environ, start_new_session=True
-        )
-        try:
-            end = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < end and len(list(out.glob("latents-*.json"))) < 2:
-                time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGINT)
-            status = process.wait(timeout=60)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    status = interrupted(
+        [sys.executable, "-c", script, *words], log, os.environ, lambda: len(list(out.glob("latents-*.json"))) >= 2
+    )
     printed = log.read_text()
     assert status == 130, printed
     assert "Traceback" not in printed
