@@ -137,8 +137,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _largest(value: Any) -> float:
+    """Largest absolute value; both ends in one pass, since `abs` would write each tensor once more."""
     found = [tensor for tensor in _tensors(value) if tensor.is_floating_point() and tensor.numel()]
-    return max((float(tensor.abs().max()) for tensor in found), default=0.0)
+    ends = [torch.aminmax(tensor) for tensor in found]
+    return max((max(-float(end.min), float(end.max)) for end in ends), default=0.0)
 
 
 def find_islands(flows: Mapping[str, Flow], wanted: Iterable[str] = (), *, automatic: bool = True) -> Islands:

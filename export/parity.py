@@ -16,8 +16,9 @@ from torch import nn
 
 from export.components import axis_sizes, example_inputs
 from export.onnx_run import GraphSession, first_line, open_graph, read_signature, runtime_errors
-from sdkd.contract import Contract, Precision, TensorSpec, split_axis
+from sdkd.contract import DTYPES, Contract, Precision, TensorSpec, split_axis
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
+from sdkd.half_products import has_units, quick_half
 
 # float32: onnxruntime and PyTorch add in another order; what is left is 1e-6 of the output's largest value on tiny
 # models and below 1e-4 on full-size ones, while a wrong weight, mask or approximation of GELU (1e-3) is above.
@@ -33,6 +34,9 @@ COMPUTES: dict[Precision, str] = {
     "fp16": "float16 tensors, operators without such a kernel between casts to float32",
     "bf16": "as the float32 twin of the graph, with the rounded weights",
 }
+
+# How the products of eager half precision were computed, by whether this CPU has units for it.
+PRODUCTS = {True: "by the CPU's half-precision units", False: "in float32, rounded once"}
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,15 @@ def run_eager(
 ) -> list[tuple[torch.Tensor, ...]]:
     """Outputs of a graph module in `dtype` for each case, as float32.
 
-    The scalar timestep stays float32, as the contract says.
+    The scalar timestep stays float32, as the contract says. On a CPU without units for `dtype`, products are computed
+    in float32 and rounded: PyTorch's own loops would take minutes.
     """
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() else tensor
 
-    return [tuple(output.float() for output in module(*map(cast, row))) for row in inputs]
+    with quick_half(dtype):
+        return [tuple(output.float() for output in module(*map(cast, row))) for row in inputs]
 
 
 def check_graph(
@@ -245,4 +251,5 @@ def _summary(
     }
     if precision != "fp32":
         figures |= {"eager_max_abs": worst("eager_max_abs"), "eager_rms": worst("eager_rms")}
+        figures["eager_products"] = PRODUCTS[has_units(getattr(torch, DTYPES[precision]))]
     return figures
