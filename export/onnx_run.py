@@ -50,6 +50,10 @@ class GraphSession:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Half-precision weights are cast to float32 just before their use and let go after it: in the usual order, and
+        # with an arena, half of them lie in memory twice.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self._session = onnxruntime.InferenceSession(str(onnx_file), options, providers=["CPUExecutionProvider"])
