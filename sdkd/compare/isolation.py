@@ -222,6 +222,7 @@ def serve(connection: Connection, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.flush()
     os.dup2(2, 1)  # what libraries print must not stand in the parent's JSON
+    _use_no_semaphores()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     worker = Worker(job)
     while (asked := _next(connection)) is not None:
@@ -232,6 +233,13 @@ def serve(connection: Connection, job: Job) -> None:
             answer = _describe(error)
         connection.send(answer)
     os._exit(0)
+
+
+def _use_no_semaphores() -> None:
+    """Have tqdm lock among threads only: a killed child would leave its lock among processes behind."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
 
 def _next(connection: Connection) -> tuple[str, tuple[Any, ...]] | None:
