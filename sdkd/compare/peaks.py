@@ -101,6 +101,6 @@ def nvml_device(device: str) -> tuple[Any, Any] | None:
     try:
         pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
     except (pynvml.NVMLError, AttributeError):  # no driver, part of a GPU (MIG), or a torch that knows no UUID
         return None

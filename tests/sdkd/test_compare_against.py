@@ -200,6 +200,19 @@ def test_a_report_of_the_first_schema_is_read(base: dict[str, Any]) -> None:
     assert against(old, base).differences == ()
 
 
+def test_a_report_of_the_second_schema_is_read_and_its_one_process_is_noted(base: dict[str, Any]) -> None:
+    old, now = copy.deepcopy(base), copy.deepcopy(base)
+    old["schema"], now["setup"]["isolated"] = 2, True
+    del old["setup"]["isolated"]
+    for result in old["results"]:
+        for name in ("text_encoder_ms", "vae_decode_ms", "unet_calls", "rest_ms", "base_rss_bytes", "peak_rss_bytes"):
+            del result[name]
+    found = against(old, now)
+    assert found.differences == ()
+    assert found.notes == ("all in one process then, every subject in a process of its own now",)
+    assert {change.verdict for change in found.changes} == {"tie"}
+
+
 def test_the_report_says_it_everywhere(base: dict[str, Any], tmp_path: Path) -> None:
     then = changed(base, slower=1 / 1.2)
     del then["results"][0]
