@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sdkd.compare.peaks import Memory
 from sdkd.compare.quality import Likeness, likeness
 from sdkd.compare.report import Report, Result, Setup
 from sdkd.compare.stats import Spread, speedup
@@ -135,4 +136,8 @@ def _result(
         step_speedup={name: ratio for name, ratio in ratios.items() if ratio},
         image_speedup={},
         judged={"shape": 0.9, "colour": 1.0, "background": 1.0} if judged else None,
+        text_encoder_ms=Spread.of([[3.1, 3.0], [3.2, 3.1], [3.0, 3.1]]),
+        vae_decode_ms=Spread.of([[12.0, 12.5], [12.1, 11.9], [12.2, 12.0]]),
+        unet_calls=25,
+        memory=Memory(base_rss=350_000_000, growth=52_000_000, peak_rss=8 * unet + 60_000_000),
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from ctrl_c import interrupted
 from helpers import tiny_pipeline
 
+MARK = "SDKD_TEST_MARK"  # a variable by which processes of a command are known
 # Each command with a sign (in what it prints) that it is in the middle of its work.
 COMMANDS = {
     "student": (["student", "{model}", "{out}", "--student", "tiny"], None),
@@ -40,6 +43,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _marked(mark: str) -> list[str]:
+    """Command lines of the processes that a command of ours has left."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
 def _begun(log: Path, sign: str | None) -> bool:
     """Whether a command has printed its sign; one without a sign gets a moment instead."""
     if sign is None:
@@ -57,7 +70,7 @@ def test_an_interrupted_command_leaves_nothing_half_written(name: str, model: Pa
     status = interrupted(
         [sys.executable, "-m", "sdkd.cli", *arguments],
         log,
-        os.environ | {"PYTHONUNBUFFERED": "1"},
+        os.environ | {"PYTHONUNBUFFERED": "1", MARK: str(tmp_path)},
         lambda: _begun(log, sign),
         seconds=90,
     )
@@ -71,3 +84,7 @@ def test_an_interrupted_command_leaves_nothing_half_written(name: str, model: Pa
     whole = (work / "out" / "bundle.json").exists()  # the export before a build is whole, and stays
     assert left <= ({"out"} if whole else set())
     assert not list(work.rglob("*.partial"))
+    end = time.monotonic() + 30
+    while (running := _marked(str(tmp_path))) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running == []

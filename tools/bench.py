@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 from sdkd.bundle import Bundle
 from sdkd.compare import Subject, compare
+from sdkd.compare.environment import load_average
 from sdkd.compare.report import Report
 from sdkd.compare.tables import markdown
 from sdkd.console import progress
@@ -62,6 +64,7 @@ def measure_demo(work: Path) -> dict[str, Any]:
 
 def measure_full_size(work: Path) -> dict[str, Any]:
     """SD 1.5-shaped tiny student with random weights: build times of every target, UNet step of those that run here."""
+    load = load_average()
     subjects = [Subject("eager fp32", FULL_SIZE), Subject("eager bf16", FULL_SIZE, precision="bf16")]
     with progress("sd15-tiny") as report:
         for target, precision in wanted_engines(DemoResult(work)):
@@ -69,7 +72,15 @@ def measure_full_size(work: Path) -> dict[str, Any]:
             if availability(target).can_run:
                 subjects.append(Subject(f"{target} {precision}", FULL_SIZE, made.slot, precision, made.bundle))
         found = compare(
-            subjects, prompts=["a lighthouse in a storm"], steps=2, runs=6, image_runs=1, min_seconds=1, progress=report
+            subjects,
+            prompts=["a lighthouse in a storm"],
+            steps=2,
+            runs=6,
+            image_runs=1,
+            min_seconds=1,
+            isolate=True,
+            load_before=load,
+            progress=report,
         )
     return _result(found, _builds(work.glob("sd15-tiny/*/bundle.json")))
 
@@ -126,9 +137,10 @@ def keep(name: str, found: dict[str, Any]) -> None:
 
 
 def brief(text: str) -> str:
-    """The sentence, the machine and the table of a comparison's Markdown, without its explanations."""
+    """The sentence, the machine and the first table of a comparison's Markdown, without its explanations."""
     lines = text.splitlines()
-    table = [line for line in lines if line.startswith("|")]
+    first = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
     return "\n".join([f"{lines[0].removeprefix('# ')}. {lines[2]}", "", *table])
 
 

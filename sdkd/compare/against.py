@@ -258,6 +258,9 @@ def _notes(then: Earlier, now: Earlier, labels: list[str]) -> list[str]:
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     found = [f"{name} {old.get(name, 'not there')} then, {new.get(name, 'not there')} now" for name in names]
     models = dict.fromkeys((then.rows[label].model, now.rows[label].model) for label in labels)
+    places = {True: "every subject in a process of its own", False: "all in one process"}
+    if then.setup["isolated"] != now.setup["isolated"]:
+        found.append(f"{places[then.setup['isolated']]} then, {places[now.setup['isolated']]} now")
     return found + [f"model {before!r} then, {after!r} now" for before, after in models if before != after]
 
 

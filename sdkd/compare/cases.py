@@ -1,69 +1,33 @@
-"""The subjects while they are measured: open pipelines, equal images from equal noise, and the timed phases."""
+"""The subjects while they are measured: open seats, and the timed phases."""
 
 from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdkd.compare.environment import attention_kernel
-from sdkd.compare.measure import Enter, Sample, Timer, Work, interleave
-from sdkd.compare.subjects import (
-    Subject,
-    close_subject,
-    compiling,
-    count_parameters,
-    native_size,
-    open_subject,
-    size_on_disk,
-)
+from sdkd.compare.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request
+from sdkd.compare.isolation import Child
+from sdkd.compare.measure import Bench, Enter, Part, Sample, Timed, interleave
+from sdkd.compare.peaks import Memory
+from sdkd.compare.subjects import Subject, size_on_disk
+from sdkd.compare.worker import Drag, Drawn, Job, Opened, Seat, Worker
 from sdkd.console import Progress, within
-from sdkd.contract import check_size, size_multiple
 from sdkd.errors import EngineError, InputError
-from sdkd.targets import require
+from sdkd.memory import free_gpu_memory, free_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 UNKNOWN_BYTES = 2_000_000_000  # of weights that are on no disk: a full-size pipeline in half precision
 MEMORY_FACTOR = 3  # float32 in memory from half on disk, activations, packed copies
-MEMORY_SHARE = 0.5  # of what is free: pipelines are kept open together while their weights fit into it
+PROCESS_BYTES = 400_000_000  # of a process of its own beside the case: libraries' data, a GPU's context
+MEMORY_SHARE = 0.5  # of what is free: subjects are kept open together while they fit into it
 ROUNDS_ONE_AT_A_TIME = 3  # each round opens every model again
-DRAG: dict[str, Callable[[], object]] = {}  # by label: called in every timed UNet call; tests plant delays here
-
-
-@dataclass(frozen=True)
-class Request:
-    """What every subject is asked to do."""
-
-    prompts: tuple[str, ...]
-    steps: int
-    guidance_scale: float
-    seed: int
-    size_px: int
-    batch: int = 1  # images per call
-    scheduler: str | None = None  # as `sdkd generate` takes it; None: each model's own
-
-    @property
-    def guided(self) -> bool:
-        """Whether the conditional and the unconditional half go through the UNet together."""
-        return self.guidance_scale > 1
-
-    @property
-    def unet_batch(self) -> int:
-        """Latents per UNet call."""
-        return self.batch * (2 if self.guided else 1)
-
-    @property
-    def image_prompts(self) -> tuple[str, ...]:
-        """The prompt of every image: the first image of each prompt, then the second of each, and so on."""
-        return self.prompts * self.batch
-
-    def numbers(self, prompt: int) -> list[int]:
-        """Numbers of the images that one call makes for prompt number `prompt`; image n starts from `seed + n`."""
-        return list(range(prompt, len(self.image_prompts), len(self.prompts)))
+COMPONENT_RUNS, COMPONENT_SECONDS, COMPONENT_ROUNDS = 6, 0.3, 3  # of text encoder and VAE: once per image, not per step
+DRAG: dict[str, Drag] = {}  # by label: a delay in every timed UNet call; tests plant some here
 
 
 @dataclass
@@ -71,145 +35,98 @@ class Case:
     """One subject while it is measured."""
 
     subject: Subject
-    timer: Timer = field(default_factory=Timer)
-    load_s: float = 0.0
+    opened: Opened | None = None  # of the first time
     first_call_s: float = 0.0
-    rss_growth_bytes: int = 0
-    unet_parameters: int = 0
-    parameters: int = 0
+    unet_calls: int = 0
+    memory: Memory | None = None
     attention: str | None = None
     repeatable: bool = True
     failure: str = ""  # why the subject is left out
     images: list[Image] = field(default_factory=list)
     image_samples: list[list[Sample]] = field(default_factory=list)
-    step_samples: list[list[Sample]] = field(default_factory=list)
+    parts: Timed = field(default_factory=dict)
+
+    @property
+    def step_samples(self) -> list[list[Sample]]:
+        """Samples of the UNet step, by round."""
+        return self.parts[UNET]
+
+
+@dataclass(frozen=True)
+class House:
+    """Where cases are measured: the device, together or one at a time, each in a process of its own or all in this."""
+
+    device: str
+    together: bool
+    isolated: bool
+    scheduler: str | None = None
 
 
 class Pool:
-    """Open pipelines: all of them when `together`, otherwise only the last one asked for."""
+    """Open seats: all of them when the house has them together, otherwise only the last one asked for."""
 
-    def __init__(self, device: str, together: bool, scheduler: str | None = None) -> None:
-        self.device, self.together, self.scheduler = device, together, scheduler
-        self._open: dict[str, tuple[Subject, Any, dict[str, Work]]] = {}
+    def __init__(self, house: House, size_px: int | None = None) -> None:
+        self.house, self.size_px = house, size_px
+        self._open: dict[str, tuple[Case, Seat]] = {}
 
-    def get(self, subject: Subject) -> Any:
-        """The subject's pipeline, opened if need be."""
-        return self._entry(subject)[1]
+    def seat(self, case: Case) -> Seat:
+        """The case's seat, opened if need be. Raises what opening raises, which names the subject."""
+        label = case.subject.label
+        if label not in self._open:
+            if not self.house.together:
+                self.finish()
+            seat: Seat = (Child if self.house.isolated else Worker)(self._job(case.subject))
+            self._open[label] = case, seat
+            try:
+                opened = seat.open()
+            except InputError as error:
+                raise InputError(f"{label!r}: {error}") from error
+            case.opened = case.opened or opened
+            self.size_px = self.size_px or opened.size_px
+        return self._open[label][1]
 
-    def work(self, subject: Subject, name: str, make: Callable[[Any], Work]) -> Work:
-        """What is timed on the subject's pipeline, made once each time the pipeline is opened."""
-        _, pipe, works = self._entry(subject)
-        if name not in works:
-            works[name] = make(pipe)
-        return works[name]
+    def _job(self, subject: Subject) -> Job:
+        import torch
 
-    def _entry(self, subject: Subject) -> tuple[Subject, Any, dict[str, Work]]:
-        if subject.label not in self._open:
-            if not self.together:
-                self.close()
-            self._open[subject.label] = subject, open_subject(subject, self.device, self.scheduler), {}
-        return self._open[subject.label]
+        house, threads = self.house, torch.get_num_threads()
+        drag = DRAG.get(subject.label)
+        return Job(subject, house.device, house.scheduler, self.size_px, drag, house.isolated, threads)
+
+    def finish(self) -> None:
+        """Note what memory the open cases took, and let go of them."""
+        for case, seat in self._open.values():
+            found = seat.memory()
+            case.memory = found if case.memory is None else case.memory.with_peaks_of(found)
+        self.close()
+
+    def drop(self, case: Case) -> None:
+        """Let go of a case that failed."""
+        if found := self._open.pop(case.subject.label, None):
+            found[1].close()
 
     def close(self) -> None:
-        """Let go of all pipelines."""
-        for subject, pipe, _ in self._open.values():
-            close_subject(subject, pipe)
-        self._open.clear()
+        """Let go of all seats, whatever they are doing."""
+        while self._open:
+            _, (_, seat) = self._open.popitem()
+            seat.close()
         gc.collect()
 
 
-def fit_together(subjects: Sequence[Subject]) -> bool:
+def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bool:
     """Whether all subjects, at MEMORY_FACTOR times their files, fit into MEMORY_SHARE of the free memory."""
-    import psutil
-
-    needed = MEMORY_FACTOR * sum(size_on_disk(subject) or UNKNOWN_BYTES for subject in subjects)
-    return bool(needed < MEMORY_SHARE * psutil.virtual_memory().available)
-
-
-def image_size(pipe: Any, size: int | None) -> int:
-    """The asked image side in pixels, or the model's own; InputError when it does not fit the model's levels."""
-    found = size or native_size(pipe)
-    check_size(found, found, size_multiple(pipe.unet.config, pipe.vae.config))
-    return found
+    sizes = [size_on_disk(subject) or UNKNOWN_BYTES for subject in subjects]
+    needed = MEMORY_FACTOR * sum(sizes) + (PROCESS_BYTES * len(sizes) if isolated else 0)
+    free = free_memory()
+    if device.startswith("cuda"):
+        free = min(free, free_gpu_memory())
+    return needed < MEMORY_SHARE * free
 
 
-def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
-    """The images of one prompt, from noise that is equal for every subject: float32 on the CPU, then cast."""
-    import torch
-
-    generators = [torch.Generator("cpu").manual_seed(request.seed + number) for number in request.numbers(prompt)]
-    side = request.size_px // pipe.vae_scale_factor
-    shape = (1, pipe.vae.config.latent_channels, side, side)
-    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])  # [batch, c, h, w]
-    images: list[Image] = pipe(
-        [request.prompts[prompt]] * request.batch,
-        height=request.size_px,
-        width=request.size_px,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        generator=generators,  # for schedulers that add noise in every step
-        latents=noise.to(pipe.device, pipe.text_encoder.dtype),
-    ).images
-    return images
-
-
-def step_work(pipe: Any, request: Request) -> Work:
-    """One UNet call as the pipeline makes it: the first prompt's embeddings, seeded latents, a middle timestep."""
-    import torch
-
-    device, unet = pipe.device, pipe.unet
-    with torch.no_grad():
-        prompt, negative = pipe.encode_prompt(request.prompts[0], device, request.batch, request.guided)[:2]
-    states = torch.cat([negative, prompt]) if request.guided else prompt  # [batch, sequence, context]
-    side = request.size_px // pipe.vae_scale_factor
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    sample = torch.randn((request.unet_batch, unet.config.in_channels, side, side), generator=generator)
-    sample = sample.to(device, states.dtype)
-    timestep = torch.tensor(500, device=device)
-
-    def work() -> object:
-        with torch.no_grad():
-            return unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0]
-
-    return work
-
-
-def _rss() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def common_size(subjects: Sequence[Subject], pool: Pool, size: int | None) -> tuple[int, str]:
-    """The image side in pixels for all subjects and the scheduler's name, from the first subject's pipeline.
-
-    Opens that pipeline once before anything is timed, so that no subject pays for importing diffusers.
-    """
-    pipe = pool.get(subjects[0])
-    found = image_size(pipe, size), type(pipe.scheduler).__name__
-    pool.close()
-    return found
-
-
-def load(case: Case, pool: Pool, size_px: int) -> None:
-    """Open the subject, timed; InputError when it cannot make images of the common size."""
-    if not case.subject.in_torch:
-        require(case.subject.target)  # the library's own import is not the engine's load
-    case.load_s = Timer().time(lambda: pool.get(case.subject)).wall_s
-    pipe = pool.get(case.subject)
-    try:
-        image_size(pipe, size_px)
-    except InputError as error:
-        raise InputError(f"{case.subject.label!r}: {error}") from error
-    case.timer = Timer(str(pipe.device))
-    case.unet_parameters, case.parameters = count_parameters(case.subject, pipe)
-
-
-def timed_call(case: Case, pool: Pool, request: Request, prompt: int) -> tuple[list[Image], Sample]:
-    """Make the images of one prompt in one call and time it end to end."""
-    pipe, made = pool.get(case.subject), list["Image"]()
-    sample = case.timer.time(lambda: made.extend(make_images(pipe, request, prompt)))
-    return made, sample
+def common_size(case: Case, pool: Pool) -> tuple[int, str]:
+    """The image side in pixels for all subjects and the scheduler's name, from the first subject, which stays open."""
+    pool.seat(case)
+    assert case.opened is not None
+    return case.opened.size_px, case.opened.scheduler
 
 
 def first_images(cases: Sequence[Case], pool: Pool, request: Request, progress: Progress) -> None:
@@ -226,22 +143,21 @@ def first_images(cases: Sequence[Case], pool: Pool, request: Request, progress: 
             if not case.subject.is_compiled:
                 raise
             case.failure = f"{case.subject.label} was left out: {error}"
+            pool.drop(case)
 
 
 def _first_images(case: Case, pool: Pool, request: Request, progress: Progress) -> None:
-    before = _rss()
-    load(case, pool, request.size_px)
+    seat = pool.seat(case)
     made: dict[int, Image] = {}
     for prompt in range(len(request.prompts)):
         progress(f"image {prompt + 1} of {len(request.prompts)}", prompt / len(request.prompts))
-        with compiling(case.subject):
-            images, sample = timed_call(case, pool, request, prompt)
-        made.update(zip(request.numbers(prompt), images, strict=True))
+        drawn = seat.images(request, prompt)
+        made.update(zip(request.numbers(prompt), drawn.images, strict=True))
         if prompt == 0:
-            case.first_call_s, case.rss_growth_bytes = sample.wall_s, _rss() - before
+            case.first_call_s, case.unet_calls = drawn.sample.wall_s, drawn.unet_calls
     case.images = [made[number] for number in sorted(made)]
     if case.subject.is_eager:
-        case.attention = attention_kernel(step_work(pool.get(case.subject), request))
+        case.attention = seat.attention(request)
 
 
 def time_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:
@@ -252,34 +168,48 @@ def time_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, 
         shuffle.shuffle(order)
         for place, case in enumerate(order):
             progress("timing whole images", (turn + place / len(order)) / runs)
-            images, sample = timed_call(case, pool, request, prompt)
-            case.image_samples.append([sample])
-            before = [case.images[number] for number in request.numbers(prompt)]
-            case.repeatable &= [image.tobytes() for image in images] == [image.tobytes() for image in before]
+            drawn = pool.seat(case).images(request, prompt)
+            case.image_samples.append([drawn.sample])
+            case.repeatable &= _same(drawn, [case.images[number] for number in request.numbers(prompt)])
 
 
-def dragged(work: Work, label: str) -> Work:
-    """The work with the delay that a test planted for this subject; the work itself without one."""
-    drag = DRAG.get(label)
-    return work if drag is None else lambda: (drag(), work())
+def _same(drawn: Drawn, before: Sequence[Image]) -> bool:
+    return [image.tobytes() for image in drawn.images] == [image.tobytes() for image in before]
 
 
-def time_steps(
+@dataclass(frozen=True)
+class _Place:
+    """A seat as a Bench: what is timed is the request's."""
+
+    seat: Seat
+    request: Request
+
+    def warm(self, part: str) -> float:
+        return self.seat.warm(part, self.request)
+
+    def burst(self, part: str, count: int) -> list[Sample]:
+        return self.seat.burst(part, self.request, count)
+
+
+def time_parts(
     cases: Sequence[Case], pool: Pool, request: Request, runs: int, min_seconds: float, progress: Progress
 ) -> None:
-    """Time UNet calls in rounds over all subjects."""
+    """Time UNet calls in rounds over all subjects, and in some of the rounds text encoder and VAE, too."""
 
-    def enter(subject: Subject) -> Enter:
-        return lambda: pool.work(subject, "step", lambda pipe: dragged(step_work(pipe, request), subject.label))
+    def enter(case: Case) -> Enter:
+        def place() -> Bench:
+            return _Place(pool.seat(case), request)
 
+        return place
+
+    components = (TEXT_ENCODER, VAE_DECODER)
+    few = min(COMPONENT_RUNS, max(runs, COMPONENT_ROUNDS)), min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS
     samples = interleave(
-        {case.subject.label: enter(case.subject) for case in cases},
-        {case.subject.label: case.timer for case in cases},
-        runs=runs,
-        min_seconds=min_seconds,
-        rounds=None if pool.together else ROUNDS_ONE_AT_A_TIME,
+        {case.subject.label: enter(case) for case in cases},
+        [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in components)],
+        rounds=None if pool.house.together else ROUNDS_ONE_AT_A_TIME,
         seed=request.seed,
         progress=progress,
     )
     for case in cases:
-        case.step_samples = samples[case.subject.label]
+        case.parts = samples[case.subject.label]

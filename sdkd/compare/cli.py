@@ -24,7 +24,7 @@ def compare(
     ] = None,
     targets: Annotated[
         str | None,
-        typer.Option(help="E.g. eager,compile,eager-bf16,onnxruntime. Default: eager and all that run here."),
+        typer.Option(help="E.g. eager,compile-bf16,openvino,openvino-bf16. Default: eager and all that run here."),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Precision of engines that are built: fp32, fp16, bf16.")
@@ -51,6 +51,9 @@ def compare(
     report: Annotated[
         Path | None, typer.Option(help="With --against: another report.json, compared without measuring.")
     ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="All subjects in one process: a crash ends all.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("artifacts/compare"),
     bundles: Annotated[Path, typer.Option(help="Folder for engines that are built.")] = Path("artifacts/bundles"),
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")] = False,
@@ -58,13 +61,17 @@ def compare(
 ) -> None:
     """Compare models and targets: speed, size and likeness.
 
-    Writes report.html (one page, images side by side), report.json (raw samples) and report.md. Engines that are
-    missing are built. Status 1, after the report is written, when an engine breaks its rule, or a subject is slower
-    than in the report of --against by more than --threshold.
+    Every subject is measured in a fresh process of its own, in rounds over all. Writes report.html (one page, images
+    side by side), report.json (raw samples) and report.md. Engines that are missing are built. Status 1, after the
+    report is written, when an engine breaks its rule, or a subject is slower than in the report of --against by more
+    than --threshold.
     """
     if report is not None:
         compare_reports(models, against, report, threshold, json)
         return
+    from sdkd.compare.environment import load_average
+
+    load = load_average()  # before engines are built
     from sdkd.compare.against import check_common, hold_against
     from sdkd.compare.comparison import compare as measure
     from sdkd.compare.earlier import read_report
@@ -81,6 +88,7 @@ def compare(
         check_scheduler(scheduler)
     wish = Wish(_targets(targets), precision, size, bundles, batch)
     command = make_again(names, targets, precision, kept, steps, guidance, size, batch, scheduler, seed, runs, baseline)
+    command += " --in-process" if in_process else ""
     with lock(output), progress("compare") as bar:
         plan = make_plan(names, wish, within(bar, 0.0, 0.3))
         if earlier is not None:
@@ -98,6 +106,8 @@ def compare(
             scheduler=scheduler,
             command=command,
             notes=plan.notes,
+            isolate=not in_process,
+            load_before=load,
             progress=within(bar, 0.3, 1.0),
         )
         found = found if earlier is None else hold_against(found, earlier, threshold)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sdkd.compare.cases import Case, Pool, Request, common_size, first_images, fit_together, time_images, time_steps
-from sdkd.compare.environment import environment
+from sdkd.compare.calls import TEXT_ENCODER, VAE_DECODER, Request
+from sdkd.compare.cases import Case, House, Pool, common_size, first_images, fit_together, time_images, time_parts
+from sdkd.compare.environment import environment, state_after
+from sdkd.compare.isolation import prepare_children
 from sdkd.compare.measure import Sample, Timer
 from sdkd.compare.references import Truths, find_truths
 from sdkd.compare.report import Report, Result, Setup
@@ -46,6 +48,8 @@ def compare(
     device: str | None = None,
     command: str | None = None,
     notes: Sequence[str] = (),
+    isolate: bool = False,
+    load_before: Sequence[float] | None = None,
     progress: Progress = quiet,
 ) -> Report:
     """Measure subjects side by side: speed, size, and how far each one's images are from eager PyTorch's.
@@ -53,24 +57,32 @@ def compare(
     `size`: image side in pixels (default: the first model's own). `runs`: UNet calls timed per subject, at least;
     `image_runs`: whole calls timed. `baseline`: label of one more subject to give ratios to. `batch`: images per call.
     `scheduler`: for all subjects, as `sdkd generate` takes it (default: each model's own). `judge` reads the images
-    (caption accuracy). Image n starts from `seed + n`. Raises InputError, and whatever opening a subject raises.
+    (caption accuracy). Image n starts from `seed + n`. `isolate`: every subject in a fresh process of its own, which
+    tells their memory apart and survives their crashes; a script that asks for it needs `if __name__ == "__main__":`.
+    `load_before`: the machine's load average before work of the caller's own, such as building engines.
+    Raises InputError, EngineError when a process ends by itself, and whatever opening a subject raises.
     """
     check_subjects(subjects)
     kept = _check_request(prompts, steps=steps, runs=runs, image_runs=image_runs, batch=batch)
     _check_baseline(baseline, subjects)
-    where, together = device or _default_device(), fit_together(subjects)
-    pool, cases = Pool(where, together, scheduler), [Case(subject) for subject in subjects]
-    surroundings = environment(where)  # before the measurement loads the machine
+    where, cases = device or _default_device(), [Case(subject) for subject in subjects]
+    surroundings = environment(where, load_before)  # before the measurement loads the machine
+    if isolate:
+        prepare_children()
+    house = House(where, fit_together(subjects, where, isolate), isolate, scheduler)
+    pool = Pool(house, size)
     try:
-        side, used = common_size(subjects, pool, size)
+        side, used = common_size(cases[0], pool)
         request = Request(kept, steps, guidance_scale, seed, side, batch, scheduler)
         _make_images(cases, pool, request, image_runs, within(progress, *SHARES["images"]))
         left_out = [case.failure for case in cases if case.failure]
         cases, subjects = keep_measured(cases)
-        time_steps(cases, pool, request, runs, min_seconds, within(progress, *SHARES["steps"]))
+        time_parts(cases, pool, request, runs, min_seconds, within(progress, *SHARES["steps"]))
+        pool.finish()
+        surroundings |= state_after(where)
+        truths = find_truths(cases, request, pool, within(progress, *SHARES["references"]))
     finally:
         pool.close()
-    truths = find_truths(cases, request, where, within(progress, *SHARES["references"]))
     setup = Setup(
         prompts=kept,
         steps=steps,
@@ -83,8 +95,9 @@ def compare(
         scheduler=used,
         batch=batch,
         timing=Timer(where).method,
-        open_together=together,
+        open_together=house.together,
         confidence=CONFIDENCE,
+        isolated=isolate,
     )
     baselines = {case.subject.label: find_baselines(case.subject, subjects, baseline) for case in cases}
     by_label = {case.subject.label: case for case in cases}
@@ -101,7 +114,7 @@ def compare(
 
 def _make_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:
     """All images of all subjects, then timed ones; one subject after the other where they do not fit together."""
-    groups = [cases] if pool.together else [[case] for case in cases]
+    groups = [cases] if pool.house.together else [[case] for case in cases]
     for place, group in enumerate(groups):
         part = within(progress, place / len(groups), (place + 1) / len(groups))
         first_images(group, pool, request, within(part, 0.0, 0.65))
@@ -184,17 +197,19 @@ def _result(
     against = None if truth is None else truth.distance(case.images)
     half_against = None if truth is None or half is None else truth.distance(half.images)
     over = {name: cases[label] for name, label in baselines.items()}
+    assert case.opened is not None
+    assert case.memory is not None
     return Result(
         subject=subject,
         unet_step_ms=Spread.of(_seconds(case.step_samples), 1000),
         unet_step_cpu_ms=Spread.of(_cpu_seconds(case.step_samples), 1000),
         image_s=Spread.of(_seconds(case.image_samples), 1 / request.batch),
-        load_s=case.load_s,
+        load_s=case.opened.load_s,
         first_call_s=case.first_call_s,
-        unet_parameters=case.unet_parameters,
-        parameters=case.parameters,
+        unet_parameters=case.opened.unet_parameters,
+        parameters=case.opened.parameters,
         bytes_on_disk=size_on_disk(subject),
-        rss_growth_bytes=case.rss_growth_bytes,
+        rss_growth_bytes=case.memory.growth,
         repeatable=case.repeatable,
         attention=case.attention,
         against_eager=against,
@@ -204,4 +219,9 @@ def _result(
         image_speedup=_ratios({name: other.image_samples for name, other in over.items()}, case.image_samples),
         judged=None if judge is None else dict(judge(case.images, request.image_prompts)),
         image_cpu_s=Spread.of(_cpu_seconds(case.image_samples), 1 / request.batch),
+        text_encoder_ms=Spread.of(_seconds(case.parts[TEXT_ENCODER]), 1000),
+        vae_decode_ms=Spread.of(_seconds(case.parts[VAE_DECODER]), 1000),
+        unet_calls=case.unet_calls,
+        images_per_call=request.batch,
+        memory=case.memory,
     )

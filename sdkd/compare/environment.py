@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sdkd.compare.peaks import nvml_device
 from sdkd.targets import TARGETS, cpu_name, gpu, installed_version
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "numpy")
 # What decides whether half precision is fast on a CPU.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "bf16")
+LOOK_SECONDS = 0.1  # for which the CPU is watched while nothing of ours runs
+BUSY_LOAD, BUSY_PERCENT = 0.5, 25.0  # per core, and of all cores: more is other work that disturbs
 KERNELS = {
     "_scaled_dot_product_flash_attention_for_cpu": "SDPA, flash attention (CPU)",
     "_scaled_dot_product_flash_attention": "SDPA, flash attention",
@@ -28,23 +32,23 @@ KERNELS = {
 }
 
 
-def environment(device: str) -> dict[str, Any]:
-    """A JSON-ready account of this machine; no host name, no paths."""
+def environment(device: str, load_before: Sequence[float] | None = None) -> dict[str, Any]:
+    """A JSON-ready account of this machine; no host name, no paths.
+
+    `load_before`: `load_average()` from before work of our own, such as building engines; by default that of now.
+    """
     import psutil
     import torch
 
-    frequency = psutil.cpu_freq()
     return {
         "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "cpu": cpu_name(),
         "cpu_features": _cpu_features(),
-        "cpu_mhz": round(frequency.current) if frequency else None,
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_usable": _usable_cores(),
         "threads_torch": torch.get_num_threads(),
         "threads_environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ},
-        "load_average": _load(),
         "memory_total_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": gpu(),
         "gpu_driver": _driver(),
@@ -52,14 +56,68 @@ def environment(device: str) -> dict[str, Any]:
         "os": _system(),
         "python": platform.python_version(),
         "versions": versions(),
+        **_state(device),
+        **({} if load_before is None else {"load_average": list(load_before)}),
     }
+
+
+def state_after(device: str) -> dict[str, Any]:
+    """What of `environment` moves while it is measured, under names that end in `_after`."""
+    return {f"{name}_after": value for name, value in _state(device).items()}
+
+
+def _state(device: str) -> dict[str, Any]:
+    """Clocks and load now."""
+    import psutil
+
+    frequency = psutil.cpu_freq()
+    return {
+        "cpu_mhz": round(frequency.current) if frequency else None,
+        "cpu_busy_percent": psutil.cpu_percent(LOOK_SECONDS),
+        "load_average": load_average(),
+        "gpu_state": gpu_state(device),
+    }
+
+
+def gpu_state(device: str) -> dict[str, float] | None:
+    """Clocks, power and temperature of a GPU by NVML, what it can tell of them; None on a CPU and without NVML."""
+    if (found := nvml_device(device)) is None:
+        return None
+    nvml, handle = found
+    readings: dict[str, Callable[[], float]] = {
+        "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+        "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "power_limit_w": lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
+        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        "busy_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+    }
+    state = {}
+    for name, read in readings.items():
+        with contextlib.suppress(nvml.NVMLError):  # some GPUs do not tell some
+            state[name] = read()
+    return state
+
+
+def busy(here: Mapping[str, Any]) -> str | None:
+    """In words what other work a machine had when a measurement began, None where it was quiet."""
+    load, cores = (here.get("load_average") or (0,))[0], here.get("cores_usable") or 1
+    gpu_percent = (here.get("gpu_state") or {}).get("busy_percent", 0)
+    found = []
+    if load > BUSY_LOAD * cores:
+        found.append(f"its load average was {load:g} on {cores} core{'' if cores == 1 else 's'}")
+    if (percent := here.get("cpu_busy_percent") or 0) > BUSY_PERCENT:
+        found.append(f"other work kept {percent:.0f}% of its CPU busy")
+    if gpu_percent > BUSY_PERCENT:
+        found.append(f"other work kept its GPU busy {gpu_percent:.0f}% of the time")
+    return " and ".join(found) or None
 
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _load() -> list[float] | None:
+def load_average() -> list[float] | None:
     """Load average over 1, 5 and 15 minutes."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from sdkd.console import Progress, quiet
 
 Work = Callable[[], object]
-Enter = Callable[[], Work]
-"""Makes a case ready (opens its model if need be) and gives what is timed."""
 
 BURST = 3  # timed calls in a row, after one that is thrown away: caches and threads belong to the case again
 FEWEST_ROUNDS = 3
@@ -84,6 +83,41 @@ def warm_up(work: Work, timer: Timer, most: int = MOST_WARM_CALLS) -> list[float
     return spent
 
 
+@dataclass(frozen=True)
+class Part:
+    """One thing that is timed of every case: at least `runs` calls and `min_seconds` over `rounds` (None: all)."""
+
+    name: str
+    runs: int
+    min_seconds: float
+    rounds: int | None = None
+
+    def is_due(self, number: int, rounds: int) -> bool:
+        """Whether it is timed in this round, so that its own rounds are spread over all."""
+        own = self.rounds_of(rounds)
+        return number * own // rounds != (number - 1) * own // rounds
+
+    def rounds_of(self, rounds: int) -> int:
+        """In how many of so many rounds it is timed."""
+        return min(self.rounds or rounds, rounds)
+
+
+class Bench(Protocol):
+    """One case, ready to be timed; its parts go by name."""
+
+    def warm(self, part: str) -> float:
+        """Call until it is stable; seconds of the last call."""
+
+    def burst(self, part: str, count: int) -> list[Sample]:
+        """One call that is thrown away (a warm-up where there was none yet), and `count` that are timed."""
+
+
+Enter = Callable[[], Bench]
+"""Makes a case ready: opens its model if need be."""
+Timed = dict[str, list[list[Sample]]]
+"""Samples of one case by part and round."""
+
+
 def rounds_for(runs: int) -> int:
     """Number of rounds that spread `runs` calls in bursts."""
     return max(FEWEST_ROUNDS, math.ceil(runs / BURST))
@@ -97,33 +131,53 @@ def burst_length(runs: int, rounds: int, min_seconds: float, call_s: float) -> i
 
 def interleave(
     cases: Mapping[str, Enter],
-    timers: Mapping[str, Timer],
+    parts: Sequence[Part],
     *,
-    runs: int,
-    min_seconds: float,
     rounds: int | None = None,
     seed: int = 0,
     progress: Progress = quiet,
-) -> dict[str, list[list[Sample]]]:
+) -> dict[str, Timed]:
     """Time all cases in rounds, each round in a new (seeded) order, so that drift of the machine hits all alike.
 
-    Per case: warm-up until stable, then in every round one call that is thrown away and a burst of timed calls; at
-    least `runs` calls, and `min_seconds` where the burst limit allows. Gives samples per case and round.
+    Per case and part: warm-up until stable in its first round, then in every round that is its own one call that is
+    thrown away and a burst of timed calls; at least `runs` calls, and `min_seconds` where the burst limit allows.
     """
-    rounds = rounds or rounds_for(runs)
+    rounds = rounds or rounds_for(parts[0].runs)
     order, shuffle = list(cases), random.Random(seed)  # noqa: S311 (an order, not a secret)
-    bursts: dict[str, int] = {}
-    for name in order:
-        progress("warming up", 0.0)
-        call_s = warm_up(cases[name](), timers[name])[-1]
-        bursts[name] = burst_length(runs, rounds, min_seconds, call_s)
-    samples: dict[str, list[list[Sample]]] = {name: [] for name in cases}
+    bursts: dict[tuple[str, str], int] = {}
+    samples: dict[str, Timed] = {name: {part.name: [] for part in parts} for name in cases}
     for number in range(rounds):
         shuffle.shuffle(order)
+        due = [part for part in parts if part.is_due(number, rounds)]
         for place, name in enumerate(order):
             progress("timing UNet steps", (number + place / len(order)) / rounds)
-            work = cases[name]()
-            work()
-            samples[name].append([timers[name].time(work) for _ in range(bursts[name])])
+            bench = cases[name]()
+            for part in due:
+                if (key := (name, part.name)) not in bursts:
+                    call_s = bench.warm(part.name)
+                    bursts[key] = burst_length(part.runs, part.rounds_of(rounds), part.min_seconds, call_s)
+                samples[name][part.name].append(bench.burst(part.name, bursts[key]))
     progress("timed", 1.0)
     return samples
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A bench of plain work in this process."""
+
+    works: dict[str, Work]
+    timer: Timer
+    warmed: set[str] = field(default_factory=set)
+
+    def warm(self, part: str) -> float:
+        """As a Bench."""
+        self.warmed.add(part)
+        return warm_up(self.works[part], self.timer)[-1]
+
+    def burst(self, part: str, count: int) -> list[Sample]:
+        """As a Bench."""
+        if part in self.warmed:
+            self.works[part]()
+        else:
+            self.warm(part)
+        return [self.timer.time(self.works[part]) for _ in range(count)]

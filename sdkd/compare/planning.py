@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.bundle import Bundle
-from sdkd.compare.subjects import EAGER, IN_TORCH, STUDENT, TEACHER, Subject
+from sdkd.compare.subjects import EAGER, IN_TORCH, OPTIMUM, STUDENT, TEACHER, Subject, optimum_problem
 from sdkd.console import Progress, quiet, within
 from sdkd.contract import check_precision, vae_scale
 from sdkd.errors import EngineError, InputError, ModelError, SdkdError
@@ -17,6 +17,7 @@ from sdkd.models import ModelSource, provenance, resolve
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import TARGETS, availability, check_target, slot_precision
 
+ONNX_ENGINE = "onnxruntime"  # whose bundle Optimum gets: the ONNX files that this engine was built from
 TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models
 SMALL_PX = 64  # models of at most this size are trained on drawn shapes, like the demo's
 SHAPES = (
@@ -123,6 +124,9 @@ def check_targets(targets: tuple[str, ...] | None) -> None:
     for target in targets or ():
         if _in_torch(target):
             _torch_precision(target)
+        elif target == OPTIMUM:
+            if problem := optimum_problem():
+                raise EngineError(f"target 'optimum' does not run here: {problem}")
         elif not (here := availability(check_target(target).name)).can_run:
             raise EngineError(f"target {target!r} does not run here: {here.reason}. {here.fix}")
 
@@ -189,11 +193,13 @@ def _plan_model(plan: Plan, source: ModelSource, name: str, role: str, wish: Wis
     targets = _engine_targets(wish.targets)
     for place, target in enumerate(targets):
         part = within(progress, place / len(targets), (place + 1) / len(targets), f"{target}: ")
-        precision = slot_precision(target) or wish.precision
+        built = ONNX_ENGINE if target == OPTIMUM else target
+        precision = slot_precision(built) or wish.precision
         made = prepare(
-            source.name, target, wish.bundles / name, precision=precision, ranges=_ranges(wish), progress=part
+            source.name, built, wish.bundles / name, precision=precision, ranges=_ranges(wish), progress=part
         )
-        plan.subjects.append(_engine_subject(source.name, name, role, made.bundle, made.slot))
+        slot = OPTIMUM if target == OPTIMUM else made.slot
+        plan.subjects.append(_engine_subject(source.name, name, role, made.bundle, slot))
 
 
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
@@ -218,7 +224,9 @@ def _ranges(wish: Wish) -> ShapeRanges | None:
 
 
 def _engine_subject(model: str, name: str, role: str, bundle: Path, slot: str) -> Subject:
-    precision = Bundle.open(bundle).engine(slot, "unet").precision
+    opened = Bundle.open(bundle)
+    unet = opened.component("unet") if slot == OPTIMUM else opened.engine(slot, "unet")
+    precision = unet.precision
     return Subject(f"{name} {slot}", model, slot, precision, bundle, role)
 
 
@@ -234,8 +242,8 @@ def _plan_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wi
     plan.subjects += eager
     asked = None if wish.targets is None else _engine_targets(wish.targets)
     for slot in bundle.slots() if asked is None else asked:
-        here = availability(check_target(slot).name)
-        if here.can_run:
+        here = None if slot == OPTIMUM else availability(check_target(slot).name)
+        if here is None or here.can_run:
             plan.subjects.append(_engine_subject(model, name, role, bundle.path, slot))
         else:
             plan.notes.append(f"{name}: {slot} was left out ({here.reason}; {here.fix})")

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sdkd.compare.cases import Case, Request, make_images
+from sdkd.compare.calls import Request
+from sdkd.compare.cases import Case, Pool
 from sdkd.compare.quality import Likeness, likeness
-from sdkd.compare.subjects import STUDENT, TEACHER, Subject, open_subject
+from sdkd.compare.subjects import STUDENT, TEACHER, Subject
 from sdkd.console import Progress
 from sdkd.errors import SdkdError
 
@@ -53,7 +54,7 @@ class Truths:
         return self.by_key.get((self.teacher_key, "fp32"))
 
 
-def find_truths(cases: Sequence[Case], request: Request, device: str, progress: Progress) -> Truths:
+def find_truths(cases: Sequence[Case], request: Request, pool: Pool, progress: Progress) -> Truths:
     """Take the references from the measured subjects, and make those that are missing (untimed, after all timing)."""
     teacher = next((case.subject.model_key for case in cases if case.subject.role == TEACHER), None)
     found = Truths(teacher_key=teacher)
@@ -65,14 +66,22 @@ def find_truths(cases: Sequence[Case], request: Request, device: str, progress: 
     for place, subject in enumerate(missing):
         progress(f"reference images of {subject.label}", place / len(missing))
         try:
-            pipe = open_subject(subject, device, request.scheduler)
+            images = _images(Case(subject), pool, request)
         except SdkdError as error:
             found.notes.append(f"no reference images of {subject.label}: {error}")
             continue
-        calls = [make_images(pipe, request, prompt) for prompt in range(len(request.prompts))]
-        images = [call[place] for place in range(request.batch) for call in calls]
         found.by_key[subject.model_key, subject.precision] = Truth(subject.label, images)
     return found
+
+
+def _images(case: Case, pool: Pool, request: Request) -> list[Image]:
+    """All images of a subject, which is closed again."""
+    try:
+        seat = pool.seat(case)
+        calls = [seat.images(request, prompt).images for prompt in range(len(request.prompts))]
+    finally:
+        pool.drop(case)
+    return [call[place] for place in range(request.batch) for call in calls]
 
 
 def _missing(cases: Sequence[Case], found: Truths) -> list[Subject]:

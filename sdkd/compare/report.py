@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.compare.environment import busy
+from sdkd.compare.peaks import Memory
 from sdkd.compare.quality import Likeness
 from sdkd.compare.stats import Ratio, Spread
 from sdkd.compare.subjects import Subject
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from sdkd.compare.against import Against
 
-SCHEMA = 2
+SCHEMA = 3
 NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
 PARTS = ("images", "report.md", "report.html", "report.json")  # the JSON last: it is there only when all is
 
@@ -44,6 +46,7 @@ class Setup:
     open_together: bool  # all pipelines in memory at once; otherwise one at a time, opened again for every round
     confidence: float
     batch: int = 1  # images per call
+    isolated: bool = False  # every subject in a process of its own
 
     @property
     def image_prompts(self) -> tuple[str, ...]:
@@ -74,6 +77,19 @@ class Result:
     image_speedup: Mapping[str, Ratio] = field(default_factory=dict)
     judged: Mapping[str, float] | None = None
     image_cpu_s: Spread | None = None  # CPU time of all threads
+    text_encoder_ms: Spread | None = None  # of one pipeline call: its prompts to embeddings
+    vae_decode_ms: Spread | None = None  # of one pipeline call: its latents to pixels
+    unet_calls: int = 0  # of one pipeline call; a scheduler may make more than steps
+    images_per_call: int = 1
+    memory: Memory = field(default_factory=Memory)
+
+    @property
+    def rest_ms(self) -> float | None:
+        """What one pipeline call takes beside its timed parts: loop, scheduler, pixels to images; from medians."""
+        if self.text_encoder_ms is None or self.vae_decode_ms is None:
+            return None
+        parts = self.text_encoder_ms.median + self.unet_calls * self.unet_step_ms.median + self.vae_decode_ms.median
+        return 1000 * self.images_per_call * self.image_s.median - parts
 
     @property
     def images_per_s(self) -> float:
@@ -141,6 +157,11 @@ class Report:
         )
 
     @property
+    def busy_before(self) -> str | None:
+        """In words how busy the machine was with other work when it began, None when it was quiet; see `busy`."""
+        return busy(self.environment)
+
+    @property
     def noisy(self) -> tuple[str, ...]:
         """Labels whose step latency spread so widely that the machine was not quiet."""
         return tuple(row.subject.label for row in self.results if row.unet_step_ms.relative_width > NOISY_WIDTH)
@@ -159,6 +180,7 @@ class Report:
             "command": self.command,
             "ok": self.ok,
             "noisy": list(self.noisy),
+            "busy_before": self.busy_before,
             "notes": list(self.notes),
             "setup": vars(self.setup) | {"prompts": list(self.setup.prompts)},
             "environment": dict(self.environment),
@@ -184,7 +206,11 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
         "unet_step_ms": _spread_json(row.unet_step_ms),
         "unet_step_cpu_ms": _spread_json(row.unet_step_cpu_ms),
         "image_s": _spread_json(row.image_s),
-        "image_cpu_s": None if row.image_cpu_s is None else _spread_json(row.image_cpu_s),
+        "image_cpu_s": _maybe_spread(row.image_cpu_s),
+        "text_encoder_ms": _maybe_spread(row.text_encoder_ms),
+        "vae_decode_ms": _maybe_spread(row.vae_decode_ms),
+        "unet_calls": row.unet_calls,
+        "rest_ms": row.rest_ms,
         "images_per_s": row.images_per_s,
         "load_s": row.load_s,
         "first_call_s": row.first_call_s,
@@ -192,6 +218,10 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
         "parameters": row.parameters,
         "bytes_on_disk": row.bytes_on_disk,
         "rss_growth_bytes": row.rss_growth_bytes,
+        "base_rss_bytes": row.memory.base_rss,
+        "peak_rss_bytes": row.memory.peak_rss,
+        "peak_gpu_bytes": row.memory.peak_gpu,
+        "peak_torch_bytes": row.memory.peak_torch,
         "repeatable": row.repeatable,
         "attention": row.attention,
         "step_speedup": {name: _ratio_json(ratio, baselines[name]) for name, ratio in row.step_speedup.items()},
@@ -208,6 +238,10 @@ def _spread_json(spread: Spread) -> dict[str, Any]:
     samples = [list(part) for part in spread.samples]
     figures = {"median": spread.median, "p10": spread.p10, "p90": spread.p90, "p99": spread.p99}
     return {**figures, "count": spread.count, "samples": samples}
+
+
+def _maybe_spread(spread: Spread | None) -> dict[str, Any] | None:
+    return None if spread is None else _spread_json(spread)
 
 
 def _ratio_json(ratio: Ratio, baseline: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sdkd.errors import EngineError, InputError, ModelError
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-EAGER, COMPILE = "eager", "compile"
+EAGER, COMPILE, OPTIMUM = "eager", "compile", "optimum"
 IN_TORCH = (EAGER, COMPILE)  # targets that need no bundle
 # `dynamic`: a subject is called with one shape, and must not be compiled otherwise because another model was before it.
 COMPILER: dict[str, Any] = {"dynamic": False}
@@ -27,9 +27,10 @@ WEIGHT_FOLDERS = ("unet", "vae", "text_encoder")
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of a comparison: a model (name or path) on `eager`, `compile` or an engine slot (`openvino-bf16`).
+    """One row of a comparison: a model (name or path) on `eager`, `compile`, `optimum` or an engine slot.
 
-    `bundle` holds the engines; `role` says what the model is to the others (`teacher`, `student`, `model`).
+    A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for `optimum` the ONNX files; `role` says
+    what the model is to the others (`teacher`, `student`, `model`).
     """
 
     label: str
@@ -56,8 +57,13 @@ class Subject:
 
     @property
     def in_torch(self) -> bool:
-        """Whether it runs in PyTorch, and not on engines."""
+        """Whether it runs in PyTorch, and needs no bundle."""
         return self.target in IN_TORCH
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether it runs on engines of its bundle."""
+        return not self.in_torch and self.target != OPTIMUM
 
     @property
     def is_truth(self) -> bool:
@@ -100,7 +106,7 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
 
 
 def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = None) -> StableDiffusionPipeline:
-    """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or on its bundle's engines.
+    """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or from its bundle.
 
     `scheduler`: as `sdkd generate` takes it, None for the model's own; InputError when it is unknown.
     """
@@ -113,6 +119,8 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
         pipe = pipe if device == "cpu" else pipe.to(device)
         if subject.is_compiled:
             _compile_unet(pipe)
+    elif subject.target == OPTIMUM:
+        pipe = _optimum_pipeline(subject, device)
     else:
         from engines.pipeline import load_pipeline
 
@@ -124,6 +132,29 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
         set_scheduler(pipe, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _optimum_pipeline(subject: Subject, device: str) -> Any:
+    """Optimum's pipeline of the bundle's ONNX files, as Optimum's documentation opens it."""
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    return ORTStableDiffusionPipeline.from_pretrained(str(subject.bundle), provider=provider)
+
+
+def optimum_problem() -> str | None:
+    """Why Optimum's ONNX pipelines cannot be imported here, and what to do; None where they can."""
+    advice = (
+        "it needs transformers older than 4.58, so an environment of its own: pip install 'sdkd[optimum]' there, or "
+        "make interop in a checkout"
+    )
+    try:
+        from optimum.onnxruntime import ORTStableDiffusionPipeline  # noqa: F401
+    except ImportError as error:
+        return f"optimum.onnxruntime cannot be imported ({error}); {advice}"
+    except RuntimeError as error:  # its lazy modules turn an ImportError within into this
+        return f"optimum.onnxruntime cannot be imported ({str(error).splitlines()[0]}); {advice}"
+    return None
 
 
 def _compile_unet(pipe: Any) -> None:
@@ -155,7 +186,7 @@ def compiling(subject: Subject) -> Iterator[None]:
 
 def close_subject(subject: Subject, pipe: Any) -> None:
     """Release the engines behind a pipeline; one in PyTorch goes with its last reference."""
-    if not subject.in_torch:
+    if subject.has_engines:
         for part in WEIGHT_FOLDERS:
             getattr(pipe, part).close()
 
@@ -170,10 +201,13 @@ def count_parameters(subject: Subject, pipe: Any) -> tuple[int, int]:
 
 
 def size_on_disk(subject: Subject) -> int | None:
-    """Bytes of the weights (eager) or of the engine files; None where there is no file (random weights)."""
+    """Bytes of the weights (eager), engine or ONNX files; None where there is no file (random weights)."""
     if subject.bundle is not None:
         bundle = Bundle.open(subject.bundle)
-        records = [bundle.engine(subject.target, name) for name in COMPONENTS if name in bundle.manifest.components]
+        names = [name for name in COMPONENTS if name in bundle.manifest.components]
+        records = [
+            bundle.engine(subject.target, name) if subject.has_engines else bundle.component(name) for name in names
+        ]
         return sum(record.total_bytes for record in records)
     from sdkd.models import resolve
 

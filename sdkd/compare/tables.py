@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sdkd.compare.report import Report, Result
-from sdkd.compare.stats import Ratio
+from sdkd.compare.stats import Ratio, Spread
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
@@ -42,6 +42,7 @@ class Column:
     cell: Callable[[Result], Cell]
     better: Literal["", "low", "high"] = ""
     page_only: bool = False
+    parts: bool = False  # shown in a table of its own, with the parts of an image
 
 
 def number(value: float) -> str:
@@ -112,6 +113,14 @@ def _plain(value: float | None) -> Cell:
     return EMPTY if value is None else Cell(number(value), "", value)
 
 
+def _part(spread: Spread | None) -> Cell:
+    return _plain(None if spread is None else spread.median)
+
+
+def _bytes(count: int | None) -> Cell:
+    return _plain(None if count is None else count / MB)
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("step", "UNet step", "ms", "Median of one UNet call; p10–p90 below it.", _spread, "low"),
     Column("p99", "p99", "ms", "99 of 100 UNet calls are no longer; only with 100 calls or more.",
@@ -143,14 +152,26 @@ COLUMNS: tuple[Column, ...] = (
            lambda row: _plain(row.load_s), "low", page_only=True),
     Column("first", "First image", "s", "The first whole image after loading, compilation included.",
            lambda row: _plain(row.first_call_s), "low", page_only=True),
-    Column("memory", "Memory", "+MB", "Growth of the process from before loading to after the first image.",
-           lambda row: _plain(row.rss_growth_bytes / MB), "low", page_only=True),
+    Column("text", "Text encoder", "ms", "Median: the prompts of one call to embeddings, tokenizer included.",
+           lambda row: _part(row.text_encoder_ms), "low", parts=True),
+    Column("calls", "UNet calls", "× step", "UNet calls of one call of the pipeline; a scheduler may make more than "
+           "steps.", lambda row: _plain(row.unet_calls or None), parts=True),
+    Column("vae", "VAE", "ms", "Median: the latents of one call to pixels.",
+           lambda row: _part(row.vae_decode_ms), "low", parts=True),
+    Column("rest", "Rest", "ms", "What a whole call takes beside those: loop, scheduler, pixels to images; from "
+           "medians, so that noise can make it negative.", lambda row: _plain(row.rest_ms), "low", parts=True),
+    Column("memory", "Peak RAM", "+MB", "Growth of the case's process from its start, libraries imported, to its peak.",
+           lambda row: _bytes(row.memory.peak_rss), "low", parts=True),
+    Column("gpu", "Peak GPU", "MB", "The case's process on the GPU at its peak, context included (NVML).",
+           lambda row: _bytes(row.memory.peak_gpu), "low", parts=True),
+    Column("torch", "PyTorch on GPU", "MB", "PyTorch's tensors on the GPU at their peak.",
+           lambda row: _bytes(row.memory.peak_torch), "low", parts=True),
 )  # fmt: skip
 
 
-def shown_columns(report: Report, page: bool = False) -> list[Column]:
-    """The columns in which any subject has a value."""
-    kept = [column for column in COLUMNS if page or not column.page_only]
+def shown_columns(report: Report, page: bool = False, parts: bool = False) -> list[Column]:
+    """The columns in which any subject has a value: of the main table, of the parts', or all for the page."""
+    kept = [column for column in COLUMNS if page or (column.parts == parts and not column.page_only)]
     return [column for column in kept if any(column.cell(row) != EMPTY for row in report.results)]
 
 
@@ -176,19 +197,24 @@ def markdown(report: Report) -> str:
     from sdkd.compare.against_tables import markdown_lines
     from sdkd.compare.words import machine_line, noise_note, sentence
 
-    columns = shown_columns(report)
-    head = ["Subject", *(_title(column) for column in columns)]
-    lines = [f"# {sentence(report)}", "", f"Measured on {machine_line(report)}.", ""]
-    lines += [f"| {' | '.join(head)} |", f"|{'|'.join(['---', *['---:'] * len(columns)])}|"]
-    for row in report.results:
-        cells = [row.subject.label, *(_inline(column.cell(row)) for column in columns)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", *(f"- {column.title}: {column.help}" for column in columns)]
+    columns, parts = shown_columns(report), shown_columns(report, parts=True)
+    lines = [f"# {sentence(report)}", "", f"Measured on {machine_line(report)}.", "", *_markdown_table(report, columns)]
+    lines += ["", *_markdown_table(report, parts)] if parts else []
+    lines += ["", *(f"- {column.title}: {column.help}" for column in (*columns, *parts))]
     lines += [f"- Note: {note}." for note in (noise_note(report), *report.notes) if note]
     lines += [] if report.against is None else ["", *markdown_lines(report.against)]
     if report.command:
         lines += ["", "Made again by:", "", f"    {report.command}"]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(report: Report, columns: Sequence[Column]) -> list[str]:
+    head = ["Subject", *(_title(column) for column in columns)]
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---', *['---:'] * len(columns)])}|"]
+    for row in report.results:
+        cells = [row.subject.label, *(_inline(column.cell(row)) for column in columns)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
 
 
 # What fits a terminal of 80 columns: a heading of two lines, and whether the remark is shown.
@@ -201,6 +227,14 @@ _SPEED = {
     "unet": ("UNet", "M", False),
     "disk": ("disk", "MB", False),
 }
+_PARTS = {
+    "text": ("text", "ms", False),
+    "calls": ("UNet", "calls", False),
+    "vae": ("VAE", "ms", False),
+    "rest": ("rest", "ms", False),
+    "memory": ("peak RAM", "+MB", False),
+    "gpu": ("peak GPU", "MB", False),
+}
 _IMAGES = {
     "psnr": ("own eager", "dB (worst)", True),
     "verdict": ("", "verdict", False),
@@ -211,13 +245,13 @@ _STYLES = {"good": "green", "bad": "bold red", "muted": "dim", "": ""}
 
 
 def terminal_table(report: Report) -> ConsoleRenderable:
-    """Two tables for a terminal of 80 columns: speed and size, then the images; the page has the rest."""
+    """Tables for a terminal of 80 columns: speed and size, parts and memory, then the images; the page has the rest."""
     from rich.console import Group
 
     from sdkd.compare.against_tables import against_table
 
     tables: list[ConsoleRenderable] = [
-        table for heads in (_SPEED, _IMAGES) if (table := _part_table(report, heads)) is not None
+        table for heads in (_SPEED, _PARTS, _IMAGES) if (table := _part_table(report, heads)) is not None
     ]
     return Group(*tables, *([] if report.against is None else [against_table(report.against)]))
 
@@ -227,7 +261,8 @@ def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> T
     from rich.table import Table
     from rich.text import Text
 
-    columns = [column for column in shown_columns(report) if column.key in heads]
+    shown = (*shown_columns(report), *shown_columns(report, parts=True))
+    columns = [column for column in shown if column.key in heads]
     if not columns:
         return None
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))

@@ -62,7 +62,13 @@ def machine_line(report: Report) -> str:
 
 
 def noise_note(report: Report) -> str | None:
-    """A warning when calls spread so widely that something else must have been running."""
+    """A warning when the machine had other work when it began, or calls spread so widely that it had some later."""
+    busy = report.busy_before
+    began = None if busy is None else f"The machine was not quiet when this began: {busy}"
+    return ". ".join(filter(None, (_spread_note(report), began))) or None
+
+
+def _spread_note(report: Report) -> str | None:
     if not report.noisy:
         return None
     return (
@@ -136,6 +142,7 @@ def method(report: Report) -> list[str]:
     """How the figures came about, for the page."""
     setup = report.setup
     memory = "all pipelines open at once" if setup.open_together else "one pipeline in memory at a time"
+    place = "every subject in a fresh one of its own" if setup.isolated else "all subjects in one"
     guided = "guidance: both halves in one call" if setup.guidance_scale > 1 else "no guidance"
     fewest = min(row.unet_step_ms.count for row in report.results)
     return [
@@ -145,6 +152,9 @@ def method(report: Report) -> list[str]:
         f"a drifting machine hits all alike ({memory}).",
         f"Ratios: medians, with a {setup.confidence:.0%} bootstrap interval over rounds and samples; a tie is an "
         "interval that holds 1.",
+        f"Processes: {place}; load, first image and steady state are timed apart.",
+        "Parts: text encoder and VAE are timed like UNet steps, in fewer rounds; the rest of an image is what the "
+        "medians of its parts leave of its own.",
         "Images: equal noise for every subject, drawn on the CPU in float32; whole images are timed again in rounds.",
         "Likeness: PSNR of 8-bit images; an identical image counts as 100 dB in a mean. An engine is compared with "
         "eager fp32 of its own model; a student with its teacher in a column of its own.",

@@ -78,13 +78,18 @@ def digest(*parts: object) -> str:
 
 
 def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progress = quiet) -> DemoResult:
-    """The whole way into `folder`; re-uses what is fresh. Raises what any step raises, losing nothing finished."""
-    settings = settings or DemoSettings()
+    """The whole way into `folder`; re-uses what is fresh. Raises what any step raises, losing nothing finished.
+
+    Every subject is measured in a process of its own: a script that calls this needs `if __name__ == "__main__":`.
+    """
+    from sdkd.compare.environment import load_average
+
+    load, settings = load_average(), settings or DemoSettings()
     folder.mkdir(parents=True, exist_ok=True)
     result = DemoResult(folder)
     make_students(folder, settings, result, within(progress, *SHARES["students"]))
     subjects = make_engines(folder, result, within(progress, *SHARES["engines"]))
-    compare_all(subjects, folder, settings, result, within(progress, *SHARES["comparison"]))
+    compare_all(subjects, folder, settings, result, within(progress, *SHARES["comparison"]), load)
     return result
 
 
@@ -234,9 +239,17 @@ def judge(images: Sequence[Any], prompts: Sequence[str]) -> dict[str, float]:
 
 
 def compare_all(
-    subjects: list[Subject], folder: Path, settings: DemoSettings, result: DemoResult, progress: Progress
+    subjects: list[Subject],
+    folder: Path,
+    settings: DemoSettings,
+    result: DemoResult,
+    progress: Progress,
+    load: Sequence[float] | None = None,
 ) -> None:
-    """Generate the same prompts with each subject, measure, and write the report into `folder`."""
+    """Generate the same prompts with each subject, measure, and write the report into `folder`.
+
+    `load`: the machine's load average before anything was trained or built.
+    """
     from sdkd.compare import compare, write_report
 
     result.report = compare(
@@ -247,6 +260,8 @@ def compare_all(
         seed=settings.seed,
         runs=settings.runs,
         judge=judge,
+        isolate=True,
+        load_before=load,
         progress=progress,
     )
     write_report(result.report, folder, overwrite=True)

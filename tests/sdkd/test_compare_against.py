@@ -170,7 +170,7 @@ def test_other_versions_are_a_note(base: dict[str, Any]) -> None:
 
 
 def test_reports_that_cannot_be_compared_are_refused(base: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="report 'x' has schema 9, this sdkd reads 1, 2: measure again"):
+    with pytest.raises(InputError, match="report 'x' has schema 9, this sdkd reads 1, 2, 3: measure again"):
         parse_report({**base, "schema": 9}, "x")
     with pytest.raises(InputError, match="report 'x' is not one of `sdkd compare`"):
         parse_report({"loss": 1}, "x")
@@ -198,6 +198,19 @@ def test_a_report_of_the_first_schema_is_read(base: dict[str, Any]) -> None:
     del old["against"]
     old["setup"].pop("batch", None)
     assert against(old, base).differences == ()
+
+
+def test_a_report_of_the_second_schema_is_read_and_its_one_process_is_noted(base: dict[str, Any]) -> None:
+    old, now = copy.deepcopy(base), copy.deepcopy(base)
+    old["schema"], now["setup"]["isolated"] = 2, True
+    del old["setup"]["isolated"]
+    for result in old["results"]:
+        for name in ("text_encoder_ms", "vae_decode_ms", "unet_calls", "rest_ms", "base_rss_bytes", "peak_rss_bytes"):
+            del result[name]
+    found = against(old, now)
+    assert found.differences == ()
+    assert found.notes == ("all in one process then, every subject in a process of its own now",)
+    assert {change.verdict for change in found.changes} == {"tie"}
 
 
 def test_the_report_says_it_everywhere(base: dict[str, Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from sdkd import cli
 from sdkd.compare.cli import make_again
 
-QUICK = ["--prompts", "a red star;a blue ring", "--steps", "2", "--runs", "3"]
+QUICK = ["--in-process", "--prompts", "a red star;a blue ring", "--steps", "2", "--runs", "3"]
 
 
 def call(*words: str) -> Result:

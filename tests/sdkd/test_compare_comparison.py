@@ -13,7 +13,7 @@ from helpers import tiny_pipeline
 from PIL.Image import Image
 
 from sdkd.compare import Subject, compare
-from sdkd.compare.cases import Request, make_images, step_work
+from sdkd.compare.calls import Request, make_images, step_work
 from sdkd.compare.comparison import find_baselines, random_notes
 from sdkd.compare.report import Report
 from sdkd.errors import InputError, ParityError

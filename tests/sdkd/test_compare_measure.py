@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 import pytest
 
-from sdkd.compare.measure import MOST_WARM_CALLS, Sample, Timer, burst_length, interleave, rounds_for, warm_up
+from sdkd.compare.measure import (
+    MOST_WARM_CALLS,
+    Part,
+    Sample,
+    Stand,
+    Timer,
+    burst_length,
+    interleave,
+    rounds_for,
+    warm_up,
+)
 from sdkd.compare.stats import speedup
 
 
@@ -76,31 +86,50 @@ def test_a_burst_lasts_long_enough_within_reason(
     assert burst_length(runs, rounds, min_seconds, call_s) == burst
 
 
+def logged(clock: Clock, log: list[str], name: str) -> Callable[[], object]:
+    """Work that takes a second and writes its name."""
+
+    def work() -> object:
+        log.append(name)
+        clock.now += 1.0
+        return None
+
+    return work
+
+
 def test_rounds_are_interleaved_and_the_first_call_of_a_burst_is_thrown_away() -> None:
-    clock, log = Clock(), []
-
-    def case(name: str) -> Callable[[], Callable[[], object]]:
-        def work() -> object:
-            log.append(name)
-            clock.now += 1.0
-            return None
-
-        return lambda: work
-
-    names = ["a", "b", "c"]
+    clock, log, names = Clock(), list[str](), ["a", "b", "c"]
+    stands = {name: Stand({"step": logged(clock, log, name)}, timer(clock)) for name in names}
     samples = interleave(
-        {name: case(name) for name in names}, dict.fromkeys(names, timer(clock)), runs=6, min_seconds=0.0, seed=3
+        {name: lambda stand=stand: stand for name, stand in stands.items()}, [Part("step", 6, 0.0)], seed=3
     )
-    assert {name: [len(part) for part in parts] for name, parts in samples.items()} == {
+    assert {name: [len(part) for part in parts["step"]] for name, parts in samples.items()} == {
         name: [2, 2, 2] for name in names
     }
-    warm, timed = log[:9], log[9:]
-    assert warm == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
-    rounds = [timed[start : start + 9] for start in (0, 9, 18)]
-    for part in rounds:
+    first, later = log[:18], [log[18:27], log[27:]]
+    assert sorted(first) == ["a"] * 6 + ["b"] * 6 + ["c"] * 6  # three to warm up, one thrown away, two timed
+    assert [len(set(first[start : start + 6])) for start in (0, 6, 12)] == [1, 1, 1]
+    for part in later:
         assert sorted(part) == ["a"] * 3 + ["b"] * 3 + ["c"] * 3  # one call thrown away, two timed
         assert part[0:3] == [part[0]] * 3
-    assert len({tuple(part) for part in rounds}) > 1  # not always the same order
+    assert len({tuple(dict.fromkeys(part)) for part in (first, *later)}) > 1  # not always the same order
+
+
+def test_a_part_with_rounds_of_its_own_is_timed_in_so_many_spread_over_all() -> None:
+    clock, log = Clock(), list[str]()
+    stand = Stand({name: logged(clock, log, name) for name in ("step", "vae")}, timer(clock))
+    found = interleave({"a": lambda: stand}, [Part("step", 30, 0.0), Part("vae", 6, 0.0, rounds=3)])["a"]
+    assert [len(part) for part in found["step"]] == [3] * 10
+    assert [len(part) for part in found["vae"]] == [2] * 3
+    assert [number for number in range(10) if Part("vae", 6, 0.0, 3).is_due(number, 10)] == [0, 4, 7]
+    assert log.count("vae") == 3 + 3 * (1 + 2)
+
+
+def test_a_bench_that_was_opened_again_is_warmed_up_before_its_burst() -> None:
+    clock, log = Clock(), list[str]()
+    samples = interleave({"a": lambda: Stand({"step": logged(clock, log, "a")}, timer(clock))}, [Part("step", 6, 0.0)])
+    assert [len(part) for part in samples["a"]["step"]] == [2, 2, 2]
+    assert len(log) == (3 + 1 + 2) + 2 * (3 + 2)
 
 
 @pytest.mark.parametrize(("slower", "tie"), [(1.2, False), (1.0, True)])
@@ -112,13 +141,9 @@ def test_a_planted_slowdown_is_found_under_drift_and_no_slowdown_is_a_tie(slower
         return lambda n: 0.1 * scale * (1 + 0.02 * clock.now) * (1 + 0.03 * noise.random())
 
     cases = {"base": clock.work(seconds(1.0, 0)), "subject": clock.work(seconds(slower, 1))}
-    samples = interleave(
-        {name: lambda work=work: work for name, work in cases.items()},
-        dict.fromkeys(cases, timer(clock)),
-        runs=30,
-        min_seconds=0.0,
-    )
-    times = {name: [[sample.seconds for sample in part] for part in parts] for name, parts in samples.items()}
+    stands = {name: Stand({"step": work}, timer(clock)) for name, work in cases.items()}
+    samples = interleave({name: lambda stand=stand: stand for name, stand in stands.items()}, [Part("step", 30, 0.0)])
+    times = {name: [[sample.seconds for sample in part] for part in parts["step"]] for name, parts in samples.items()}
     ratio = speedup(times["base"], times["subject"])
     assert ratio is not None
     assert ratio.tie is tie

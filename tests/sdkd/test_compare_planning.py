@@ -11,6 +11,7 @@ import pytest
 from compare_models import engine_models
 from helpers import tiny_pipeline
 
+import sdkd.compare.planning as planning
 from sdkd.bundle import Bundle
 from sdkd.compare.planning import (
     PHOTOGRAPHS,
@@ -23,6 +24,7 @@ from sdkd.compare.planning import (
     parse_prompts,
     short_names,
 )
+from sdkd.compare.subjects import optimum_problem, size_on_disk
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
 from sdkd.targets import availability
 
@@ -126,3 +128,23 @@ def test_unknown_names_are_refused(models: Path, tmp_path: Path) -> None:
 def test_a_target_that_was_asked_for_must_run_here() -> None:
     with pytest.raises(EngineError, match=r"target 'tensorrt' does not run here: .*(pip install|NVIDIA GPU)"):
         check_targets(("eager", "tensorrt"))
+
+
+def test_optimum_is_refused_where_it_cannot_be_imported_with_the_command_that_installs_it() -> None:
+    if optimum_problem() is None:
+        pytest.skip("Optimum is installed")
+    with pytest.raises(
+        EngineError,
+        match=r"target 'optimum' does not run here: optimum.onnxruntime cannot be imported \(.*pip install 'sdkd\[opt",
+    ):
+        check_targets(("eager", "optimum"))
+
+
+def test_optimum_takes_the_onnx_files_of_a_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(planning, "optimum_problem", lambda: None)
+    bundle = engine_models() / "bundle"
+    row = make_plan([str(bundle)], wish(tmp_path, "eager", "optimum")).subjects[1]
+    assert (row.label, row.target, row.precision, row.bundle) == ("bundle optimum", "optimum", "fp32", bundle)
+    assert row.has_engines is False
+    files = sum(file.stat().st_size for file in bundle.glob("*/model.onnx*"))
+    assert size_on_disk(row) == files

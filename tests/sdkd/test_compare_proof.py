@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import sdkd.compare.cases as cases
 import sdkd.compare.subjects as kinds
+import sdkd.compare.worker as worker
 from sdkd import cli
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure import Timer
@@ -51,7 +52,17 @@ class Clock:
 
 
 def call(*words: str) -> Result:
-    settings = ["--prompts", "a red star", "--steps", "1", "--runs", "9", "--targets", "eager,onnxruntime"]
+    settings = [
+        "--in-process",
+        "--prompts",
+        "a red star",
+        "--steps",
+        "1",
+        "--runs",
+        "9",
+        "--targets",
+        "eager,onnxruntime",
+    ]
     return CliRunner().invoke(cli.app, ["compare", str(engine_models() / "bundle"), *settings, *words])
 
 
@@ -62,7 +73,7 @@ def verdicts(folder: Path) -> dict[str, str]:
 
 def test_a_planted_slowdown_is_found_and_none_is_a_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, labels = Clock(), ("bundle eager", "bundle onnxruntime")
-    monkeypatch.setattr(cases, "Timer", functools.partial(Timer, clock=clock, cpu_clock=clock))
+    monkeypatch.setattr(worker, "Timer", functools.partial(Timer, clock=clock, cpu_clock=clock))
     for seed, label in enumerate(labels):
         monkeypatch.setitem(cases.DRAG, label, clock.drag(seed))
     assert call("--output", str(tmp_path / "old")).exit_code == 0

@@ -105,6 +105,14 @@ def test_a_noisy_machine_is_called_noisy() -> None:
     assert note.startswith("The machine was busy: calls of 1 of 12 subjects spread widely")
 
 
+def test_a_machine_that_was_busy_before_is_said() -> None:
+    report = planted_report()
+    assert report.to_json()["busy_before"] is None
+    busy = dataclasses.replace(report, environment={**report.environment, "load_average": [1.5, 0.2, 0.1]})
+    assert busy.to_json()["busy_before"] == "its load average was 1.5 on 2 cores"
+    assert noise_note(busy) == "The machine was not quiet when this began: its load average was 1.5 on 2 cores"
+
+
 def test_a_right_report_passes_its_check() -> None:
     assert planted_report().ok
     planted_report().check()

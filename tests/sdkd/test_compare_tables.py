@@ -63,13 +63,23 @@ def test_cpu_time_stands_beside_the_wall_clock() -> None:
     assert BY_KEY["cpu"].cell(result).sort == pytest.approx(1.9 * result.unet_step_ms.median)
 
 
+def test_the_rest_of_an_image_is_what_its_parts_leave() -> None:
+    result = planted_report().result("tiny openvino")
+    parts = result.unet_step_ms.median * 25 + 3.1 + 12.05
+    assert result.rest_ms == pytest.approx(1000 * result.image_s.median - parts)
+    assert BY_KEY["rest"].cell(result).sort == result.rest_ms
+    assert dataclasses.replace(result, vae_decode_ms=None).rest_ms is None
+    two = dataclasses.replace(result, images_per_call=2)
+    assert two.rest_ms == pytest.approx(2000 * result.image_s.median - parts)
+
+
 def test_the_best_of_a_column() -> None:
     rows = planted_report().results
     assert best_rows(BY_KEY["step"], rows) == {"tiny openvino-bf16"}
     assert best_rows(BY_KEY["unet"], rows) == {
         f"tiny {name}" for name in ("eager", "onnxruntime", "openvino", "openvino-bf16")
     }
-    assert best_rows(BY_KEY["memory"], rows) == set()  # all equal
+    assert best_rows(BY_KEY["vae"], rows) == set()  # all equal
     assert best_rows(BY_KEY["verdict"], rows) == set()  # nothing to win
 
 
@@ -77,8 +87,9 @@ def test_the_markdown_table_has_a_row_per_subject_and_the_command() -> None:
     report = planted_report()
     lines = markdown(report).splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 2 + 12
-    assert len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 * (2 + 12)
+    assert [len({line.count("|") for line in part}) for part in (table[:14], table[14:])] == [1, 1]
+    assert table[14] == "| Subject | Text encoder, ms | UNet calls, × step | VAE, ms | Rest, ms | Peak RAM, +MB |"
     assert table[0].startswith("| Subject | UNet step, ms | CPU time, ms | vs own eager | vs teacher |")
     assert lines[0] == f"# {sentence(report)}"
     assert lines[-1] == "    sdkd compare demo --targets eager,onnxruntime"
