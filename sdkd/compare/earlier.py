@@ -12,7 +12,7 @@ from sdkd.compare.quality import IDENTICAL_DB
 from sdkd.compare.stats import Spread
 from sdkd.errors import InputError
 
-READABLE = (1, 2)  # schemas; 1 had one image per call and no comparison with an earlier report
+READABLE = (1, 2, 3)  # schemas; 1 had one image per call and no comparison with an earlier report
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_other_versions_are_a_note(base: dict[str, Any]) -> None:
 
 
 def test_reports_that_cannot_be_compared_are_refused(base: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="report 'x' has schema 9, this sdkd reads 1, 2: measure again"):
+    with pytest.raises(InputError, match="report 'x' has schema 9, this sdkd reads 1, 2, 3: measure again"):
         parse_report({**base, "schema": 9}, "x")
     with pytest.raises(InputError, match="report 'x' is not one of `sdkd compare`"):
         parse_report({"loss": 1}, "x")
