@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sdkd.compare.limits import EXPLAINED
 from sdkd.compare.report import Report, Result
 from sdkd.compare.subjects import STUDENT
 
@@ -146,6 +147,8 @@ def method(report: Report) -> list[str]:
         f"Ratios: medians, with a {setup.confidence:.0%} bootstrap interval over rounds and samples; a tie is an "
         "interval that holds 1.",
         "Images: equal noise for every subject, drawn on the CPU in float32; whole images are timed again in rounds.",
-        "Likeness: PSNR of 8-bit images; an identical image counts as 100 dB in a mean. An engine is compared with "
-        "eager fp32 of its own model; a student with its teacher in a column of its own.",
+        "Likeness: PSNR and SSIM of 8-bit images; an identical image counts as 100 dB in a mean. An engine is compared "
+        "with eager fp32 of its own model; a student with its teacher in columns of their own.",
+        *([f"Limit: {EXPLAINED}"] if report.ceilings else []),
+        *(f"Not measured: {what}." for what in report.not_measured),
     ]
