@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sdkd import single_file
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.clip_tokenizer import clip_tokenizer
-from sdkd.contract import CONFIG_FOLDERS
+from sdkd.contract import CONFIG_FOLDERS, vae_scale
 from sdkd.errors import ModelError
 from sdkd.families import FAMILIES, HEAVY, student_names
 from sdkd.files import read_json, sha256
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelSource",
     "check_pipeline_folder",
+    "latent_scale",
     "load_component",
     "load_eager",
     "load_rest",
@@ -180,9 +181,24 @@ def unet_config(model: str | Path) -> dict[str, Any]:
     if source.kind == "single-file":
         assert source.path is not None
         return full_config(single_file.open_checkpoint(source.path).unet_config)
-    if source.path is not None and (source.path / "unet" / "config.json").is_file():
-        return dict(read_json(source.path / "unet" / "config.json"))
-    return dict(load_component(model, "unet").config)
+    return dict(read_json(_folder_of(source) / "unet" / "config.json"))
+
+
+def latent_scale(model: str | Path) -> int:
+    """Pixels of an image side per latent, without loading weights; ModelError as for `load_eager`."""
+    source = resolve(model)
+    if source.kind in ("random", "single-file"):
+        return vae_scale(FAMILIES["sd15"].vae)  # every family has this VAE
+    part = "vae_decoder" if source.kind == "bundle" else "vae"
+    return vae_scale(read_json(_folder_of(source) / part / "config.json"))
+
+
+def _folder_of(source: ModelSource) -> Path:
+    """Where a folder's, a bundle's or a hub model's files are; ModelError when the hub does not give it."""
+    if source.path is not None:
+        return source.path
+    with _as_model_error(source), quiet_libraries():
+        return _downloaded(source)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sdkd.compare.limits import Ceilings, Work, fraction
 from sdkd.compare.peaks import Memory
 from sdkd.compare.quality import Likeness, likeness
 from sdkd.compare.report import Report, Result, Setup
@@ -37,6 +38,10 @@ TARGETS = {
     "onnxruntime": ("fp32", 1.6, 0.4, 4),
     "openvino": ("fp32", 1.9, 0.5, 4),
     "openvino-bf16": ("bf16", 2.9, 4.0, 4),
+}
+CEILINGS = {
+    "fp32": Ceilings(80e9, 12e9, "product of 1024 × 1024 matrices in float32; copy of 256 MiB, 2 threads"),
+    "bf16": Ceilings(210e9, 12e9, "product of 2048 × 2048 matrices in bfloat16; copy of 256 MiB, 2 threads"),
 }
 
 
@@ -91,7 +96,8 @@ def planted_report(
     baselines = {row.label: _baselines(row) for row in rows}
     results = tuple(_result(row, steps, images, baselines[row.label], judged) for row in rows)
     setup = Setup(PROMPTS, 25, 4.0, size, 0, 2, 30, 1.0, "PNDMScheduler", "wall clock", True, 0.95)
-    return Report(setup, results, ENVIRONMENT, images, baselines, "sdkd compare demo --targets eager,onnxruntime")
+    command = "sdkd compare demo --targets eager,onnxruntime"
+    return Report(setup, results, ENVIRONMENT, images, baselines, command, ceilings=CEILINGS)
 
 
 def _baselines(subject: Subject) -> dict[str, str]:
@@ -116,6 +122,7 @@ def _result(
     eager_half = likeness(half, images[f"{model} eager"], f"{model} eager")
     samples = steps[subject.label]
     ratios = {name: speedup(steps[label], samples) for name, label in baselines.items()}
+    work = Work(flops=340 * unet, bytes=4 * unet)
     whole = [[25.4 * value for value in part[:1]] for part in samples[:6]]
     return Result(
         subject=subject,
@@ -135,6 +142,8 @@ def _result(
         verdict=judge_engine(subject, own, eager_half),
         step_speedup={name: ratio for name, ratio in ratios.items() if ratio},
         image_speedup={},
+        work=work,
+        limit=fraction(work, CEILINGS[subject.precision], Spread.of(samples).median),
         judged={"shape": 0.9, "colour": 1.0, "background": 1.0} if judged else None,
         text_encoder_ms=Spread.of([[3.1, 3.0], [3.2, 3.1], [3.0, 3.1]]),
         vae_decode_ms=Spread.of([[12.0, 12.5], [12.1, 11.9], [12.2, 12.0]]),

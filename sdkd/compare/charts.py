@@ -1,4 +1,4 @@
-"""The page's drawings as data and inline SVG: latency bars and scatter plots; no library, no script."""
+"""The page's scatter plots as data and inline SVG; no library, no script."""
 
 from __future__ import annotations
 
@@ -7,90 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from sdkd.compare.bars import FEW_TICKS, model_colours, nice_ceiling, tick
+from sdkd.compare.quality import Likeness
 from sdkd.compare.report import Report, Result
-from sdkd.compare.tables import number
+from sdkd.compare.tables import MB, number
 
-COLOURS = 6  # custom properties --c0 to --c5 of the style sheet
 CHARACTER_PX = 6.4  # width of a 12 px letter, for placing labels
 LINE_PX = 14.0
-FEW_TICKS = 5
-
-
-def model_colours(report: Report) -> dict[str, int]:
-    """A colour number per model, in the order of the subjects."""
-    keys = list(dict.fromkeys(row.subject.model_key for row in report.results))
-    return {key: index % COLOURS for index, key in enumerate(keys)}
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One latency bar, in percent of the track: median, p10, p90 and every sample."""
-
-    label: str
-    target: str
-    eager: bool
-    text: str
-    note: str
-    width: float
-    low: float
-    high: float
-    samples: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class BarGroup:
-    """The bars of one model, on the scale of all."""
-
-    model: str
-    colour: int
-    about: str
-    bars: tuple[Bar, ...]
-
-
-def nice_ceiling(value: float) -> float:
-    """The smallest of 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 times a power of ten that is at least `value`."""
-    if value <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
-    return next((step * power for step in steps if step * power >= value * 0.999999), 10 * power)
-
-
-def tick(value: float) -> str:
-    """A tick's number, as short as it goes: 0, 2.5, 10, 1,500."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def latency_bars(report: Report) -> tuple[list[BarGroup], list[tuple[float, str]]]:
-    """Bars grouped by model, and the axis' ticks as (percent, text); samples beyond the axis are left out."""
-    longest = max(row.unet_step_ms.p90 for row in report.results)
-    top = nice_ceiling(longest)
-    colours, groups = model_colours(report), []
-    for key, colour in colours.items():
-        rows = [row for row in report.results if row.subject.model_key == key]
-        role = f"{subject.role}, " if (subject := rows[0].subject).role not in ("model", subject.model_label) else ""
-        about = f"{role}{rows[0].unet_parameters / 1e6:,.1f} M UNet parameters"
-        groups.append(BarGroup(subject.model_label, colour, about, tuple(_bar(row, top) for row in rows)))
-    ticks = [(25.0 * part, tick(top * part / 4)) for part in range(5)]
-    return groups, ticks
-
-
-def _bar(row: Result, top: float) -> Bar:
-    step = row.unet_step_ms
-    ratio = row.step_speedup.get("teacher") or row.step_speedup.get("eager") or row.step_speedup.get("baseline")
-    note = "" if ratio is None else "tie" if ratio.tie else f"{ratio.value:.2f}×"
-    every = [sample / top * 100 for part in step.samples for sample in part]
-    return Bar(
-        label=row.subject.label,
-        target=row.subject.runs_as,
-        eager=row.subject.is_eager,
-        text=f"{number(step.median)} ms",
-        note=note,
-        width=step.median / top * 100,
-        low=step.p10 / top * 100,
-        high=step.p90 / top * 100,
-        samples=tuple(round(value, 2) for value in every if value <= 100)[:200],
-    )
 
 
 @dataclass(frozen=True)
@@ -117,29 +40,43 @@ class Plot:
 
 
 def plots(report: Report) -> list[Plot]:
-    """Speed against size on disk, and against caption accuracy where there was a judge."""
+    """Speed against likeness to own eager, likeness to the teacher, size on disk, and caption accuracy.
+
+    Each only where two subjects have a value; the two kinds of likeness never share a plot.
+    """
     colours = model_colours(report)
 
     def points(value: Callable[[Result], float | None]) -> tuple[Point, ...]:
-        found = []
-        for row in report.results:
-            y = value(row)
-            if y is not None:
-                colour, hollow = colours[row.subject.model_key], row.subject.is_eager
-                found.append(Point(row.images_per_s, y, row.subject.runs_as, colour, hollow))
-        return tuple(found)
+        values = [(row, value(row)) for row in report.results]
+        return tuple(
+            Point(row.images_per_s, y, row.subject.runs_as, colours[row.subject.model_key], row.subject.is_eager)
+            for row, y in values
+            if y is not None
+        )
 
-    size = points(lambda row: None if row.bytes_on_disk is None else row.bytes_on_disk / 1e6)
+    def likenesses(pick: Callable[[Result], Likeness | None]) -> tuple[Point, ...]:
+        return points(lambda row: None if (found := pick(row)) is None else found.psnr_mean_db)
+
+    size = points(lambda row: None if row.bytes_on_disk is None else row.bytes_on_disk / MB)
+    own, teacher = likenesses(lambda row: row.against_eager), likenesses(lambda row: row.against_teacher)
     right = points(lambda row: row.judged_mean)
-    drawn = []
-    if len(size) > 1:
-        top = nice_ceiling(max(point.y for point in size))
-        drawn.append(Plot("Speed and size", "images per second →", "MB on disk", tick, size, (0.0, top)))
-    if len(right) > 1:
-        low = max(0.0, math.floor(min(point.y for point in right) * 5 - 0.5) / 5)  # fractions: no zero needed
-        title = "Speed and captions"
-        drawn.append(Plot(title, "images per second →", "caption attributes right", "{:.0%}".format, right, (low, 1.0)))
-    return drawn
+    speed, top = "images per second →", nice_ceiling(max((point.y for point in size), default=1.0))
+    low = max(0.0, math.floor(min((point.y for point in right), default=1.0) * 5 - 0.5) / 5)  # fractions: no zero
+    drawn = [
+        Plot("Speed and likeness to own eager", speed, "dB PSNR, 100 is identical", tick, own, _decibels(own)),
+        Plot("Speed and likeness to the teacher", speed, "dB PSNR", tick, teacher, _decibels(teacher)),
+        Plot("Speed and size", speed, "MB on disk", tick, size, (0.0, top)),
+        Plot("Speed and captions", speed, "caption attributes right", "{:.0%}".format, right, (low, 1.0)),
+    ]
+    return [plot for plot in drawn if len(plot.points) > 1]
+
+
+def _decibels(points: Sequence[Point]) -> tuple[float, float]:
+    """An axis for PSNR, in steps of 20 dB (5 where all lie closer): decibels need no zero."""
+    values = [point.y for point in points] or [0.0]
+    step = 20.0 if max(values) - min(values) > 15 else 5.0
+    low = math.floor((min(values) - 1) / step) * step
+    return max(0.0, low), max(math.ceil(max(values) / step) * step, low + step)
 
 
 def scatter(plot: Plot, width: int, height: int) -> str:

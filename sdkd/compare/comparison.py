@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from sdkd.compare.beside import complete
 from sdkd.compare.calls import TEXT_ENCODER, VAE_DECODER, Request
 from sdkd.compare.cases import Case, House, Pool, common_size, first_images, fit_together, time_images, time_parts
 from sdkd.compare.environment import environment, state_after
@@ -101,7 +102,7 @@ def compare(
     )
     baselines = {case.subject.label: find_baselines(case.subject, subjects, baseline) for case in cases}
     by_label = {case.subject.label: case for case in cases}
-    return Report(
+    report = Report(
         setup=setup,
         results=tuple(_result(case, by_label, truths, baselines[case.subject.label], judge, request) for case in cases),
         environment=surroundings,
@@ -110,6 +111,7 @@ def compare(
         command=command,
         notes=(*random_notes(subjects), *notes, *left_out, *truths.notes),
     )
+    return complete(report, where)
 
 
 def _make_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:

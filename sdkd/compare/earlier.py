@@ -13,7 +13,7 @@ from sdkd.compare.stats import Spread
 from sdkd.errors import InputError
 
 # Schemas: 1 had one image per call and no comparison with an earlier report, 2 no memory at its peak, no times of text
-# encoder and VAE, and all subjects in one process.
+# encoder and VAE, all subjects in one process, no limits and no SSIM.
 READABLE = (1, 2, 3)
 
 

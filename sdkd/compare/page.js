@@ -30,57 +30,77 @@
     });
   });
 
-  // The images: the picture itself, or its difference from another one, made by blending in the browser.
+  // The images: the picture itself, its reference in its place, or their difference, made brighter by the browser.
   const gallery = one("gallery");
   const shots = all(".shot", gallery);
-  const source = (key) => {
-    const found = shots.find((shot) => shot.dataset.key === key);
-    return found ? found.querySelector("img").src : null;
+  const differences = JSON.parse(one("differences").textContent);
+  const choices = all(".choices");
+  const inputs = (name) => all("input", choices.find((choice) => choice.dataset.choice === name));
+  const known = (name) => choices.some((choice) => choice.dataset.choice === name);
+  const state = { show: "image", against: known("against") ? inputs("against")[0].value : "eager" };
+  const original = (shot) => shot.querySelector("img:not(.over)");
+  const overlay = (shot) => {
+    const key = shot.dataset[state.against];
+    if (state.show === "image" || !key) return null;
+    const other = shots.find((one) => one.dataset.key === key);
+    const image = new Image();
+    image.className = "over";
+    if (state.show === "reference") {
+      image.src = original(other).src;
+      image.alt = original(other).alt;
+    } else {
+      image.src = differences[shot.dataset.key][state.against];
+      image.alt = `Difference of ${shot.dataset.label} from ${other.dataset.label}, ${state.show} times as bright`;
+      image.style.filter = `brightness(${state.show})`;
+    }
+    return image;
   };
   const paint = (place, shot) => {
-    const view = gallery.dataset.view;
-    const other = view === "image" ? null : source(shot.dataset[view]);
+    const over = overlay(shot);
     all(".over", place).forEach((image) => image.remove());
-    place.classList.toggle("amplified", other !== null);
-    if (other !== null) {
-      const image = new Image();
-      image.src = other;
-      image.alt = "";
-      image.className = "over";
-      place.append(image);
-    }
-    return view === "image" || other !== null;
+    if (over) place.append(over);
+    const without = state.show !== "image" && !over;
+    place.dataset.without = state.against === "teacher" ? "not compared with the teacher" : "no reference";
+    place.classList.toggle("without", without);
+    original(place).toggleAttribute("hidden", Boolean(over));
   };
-  const caption = (shot) => gallery.dataset.view === "teacher" ? shot.dataset.captionTeacher : shot.dataset.caption;
-  const paintAll = () => shots.forEach((shot) => {
-    const shown = paint(shot, shot);
-    shot.dataset.without = gallery.dataset.view === "eager" ? "no other to subtract" : "not a student";
-    shot.classList.toggle("without", !shown);
-    shot.closest("figure").querySelector("figcaption").textContent = caption(shot) || "\u00a0";
-  });
-  all("#views input").forEach((input) => input.addEventListener("change", () => {
-    gallery.dataset.view = input.value;
+  const caption = (shot) => (state.against === "teacher" ? shot.dataset.captionTeacher : shot.dataset.captionEager) || "";
+  const paintAll = () => {
+    shots.forEach((shot) => {
+      paint(shot, shot);
+      shot.closest("figure").querySelector("figcaption").textContent = caption(shot) || "\u00a0";
+    });
+    choices.forEach((choice) => all("input", choice).forEach((input) => {
+      input.checked = input.value === state[choice.dataset.choice];
+    }));
+    if (current) show(current);
+  };
+  const choose = (name, to) => {
+    state[name] = to;
     paintAll();
+    one("view-status").textContent = choices.map((choice) => all("input", choice).find((input) => input.checked))
+      .map((input) => input.getAttribute("aria-label")).slice(0, known("against") ? 2 : 1).join(", against ");
+  };
+  choices.forEach((choice) => all("input", choice).forEach((input) => {
+    input.addEventListener("change", () => choose(choice.dataset.choice, input.value));
   }));
 
-  // One image, large; the arrow keys show the same prompt of the other subjects in its place.
+  // One image, large. Left and right: other subjects in its place; up and down: image, reference, difference.
   const zoom = one("zoom");
   const stage = zoom.querySelector(".stage");
   let current = null;
-  const row = () => all(".shot", current.closest(".shots"));
   const show = (shot) => {
     current = shot;
-    const image = shot.querySelector("img").cloneNode();
+    const image = original(shot).cloneNode();
     stage.replaceChildren(image);
     paint(stage, shot);
     one("zoom-label").textContent = shot.dataset.label;
     one("zoom-caption").textContent = caption(shot);
     one("zoom-prompt").textContent = shot.dataset.prompt;
   };
-  const step = (by) => {
-    const every = row();
-    show(every[(every.indexOf(current) + by + every.length) % every.length]);
-  };
+  const turn = (every, now, by) => every[(every.indexOf(now) + by + every.length) % every.length];
+  const step = (by) => show(turn(all(".shot", current.closest(".shots")), current, by));
+  const flip = (by) => known("show") && choose("show", turn(inputs("show").map((input) => input.value), state.show, by));
   shots.forEach((shot) => shot.addEventListener("click", () => {
     show(shot);
     zoom.showModal();
@@ -88,13 +108,20 @@
   one("previous").addEventListener("click", () => step(-1));
   one("next").addEventListener("click", () => step(1));
   zoom.addEventListener("keydown", (event) => {
-    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (by) step(by);
+    const act = {
+      ArrowLeft: () => step(-1), ArrowRight: () => step(1), ArrowUp: () => flip(-1), ArrowDown: () => flip(1),
+    }[event.key];
+    if (!act) return;
+    event.preventDefault();
+    act();
   });
   zoom.addEventListener("click", (event) => {
     if (event.target === zoom) zoom.close();
   });
-  zoom.addEventListener("close", () => current && current.focus());
+  zoom.addEventListener("close", () => {
+    current.focus();
+    current = null;
+  });
 
   // The command: copied where the browser allows it.
   const copy = one("copy");

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdkd.compare.against_tables import HEADS, cells, remarks, title
-from sdkd.compare.charts import latency_bars, model_colours, plots, scatter
-from sdkd.compare.quality import Likeness
-from sdkd.compare.report import Report, Result
-from sdkd.compare.tables import EMPTY, best_rows, shown_columns
+from sdkd.compare.bars import latency_bars, latency_ridges, memory_bars, model_colours
+from sdkd.compare.charts import plots, scatter
+from sdkd.compare.gallery import GAINS, PIXELATED_PX, differences, gallery, kinds, worst_images
+from sdkd.compare.report import Report
+from sdkd.compare.tables import COLUMNS, EMPTY, GIGA, best_rows, full_title, number, shown_columns
 from sdkd.compare.words import asked, findings, machine_line, method, models, noise_note
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-LARGEST_EMBEDDED_PX = 320  # larger images are shown smaller on the page; the originals are beside it
-PIXELATED_PX = 160  # up to this side an image is enlarged with square pixels
+# What the gallery can show: value, name, and a short name for a narrow screen.
+SHOWS = (
+    ("image", "Image", "Image"),
+    ("reference", "Reference", "Reference"),
+    *((gain, f"Difference × {gain}", f"Difference × {gain}" if gain == GAINS[0] else f"× {gain}") for gain in GAINS),
+)
 WIDE, NARROW = (540, 340), (350, 330)
 _NAMES = {
     "cpu": "CPU",
@@ -46,30 +45,6 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One image of the gallery: its data URI, its key, and the keys of the images it can be subtracted from."""
-
-    key: str
-    source: str
-    alt: str
-    label: str
-    caption: str
-    caption_teacher: str
-    eager: str
-    teacher: str
-
-
-def data_uri(image: Image) -> str:
-    """A PNG data URI, at most LARGEST_EMBEDDED_PX on a side."""
-    shown = image.copy()
-    if max(shown.size) > LARGEST_EMBEDDED_PX:
-        shown.thumbnail((LARGEST_EMBEDDED_PX, LARGEST_EMBEDDED_PX))
-    stream = io.BytesIO()
-    shown.save(stream, "PNG", optimize=max(shown.size) <= PIXELATED_PX)  # minutes for many large ones
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
 def html_page(report: Report) -> str:
     """The whole page; nothing in it refers to anything outside it."""
     from jinja2 import Environment, StrictUndefined
@@ -85,7 +60,6 @@ def html_page(report: Report) -> str:
 
 
 def _context(report: Report) -> dict[str, Any]:
-    groups, ticks = latency_bars(report)
     drawn = [{"title": plot.title, "wide": scatter(plot, *WIDE), "narrow": scatter(plot, *NARROW)}
              for plot in plots(report)]  # fmt: skip
     return {
@@ -95,18 +69,26 @@ def _context(report: Report) -> dict[str, Any]:
         "machine": machine_line(report),
         "notes": [note for note in (noise_note(report), *report.notes) if note],
         "findings": findings(report),
-        "groups": groups,
-        "ticks": ticks,
+        "latency": latency_bars(report),
+        "ridges": latency_ridges(report),
+        "memory": memory_bars(report),
+        "memory_help": next(column.help for column in COLUMNS if column.key == "memory"),
+        "title": full_title,
         "plots": drawn,
         "columns": shown_columns(report, page=True),
         "rows": _rows(report),
         "against": _against(report),
-        "gallery": _gallery(report),
+        "gallery": gallery(report),
+        "differences": differences(report),
+        "worst": worst_images(report),
+        "kinds": kinds(report),
+        "shows": SHOWS,
+        "againsts": [(kind, name, name) for kind, name in kinds(report).items()],
         "pixelated": report.setup.size_px <= PIXELATED_PX,
-        "views": _views(report),
         "environment": _environment(report.environment),
         "versions": report.environment["versions"],
         "attention": _attention(report),
+        "ceilings": _ceilings(report),
         "method": method(report),
         "rules": list(dict.fromkeys(row.verdict.rule for row in report.results if row.verdict)),
     }
@@ -144,52 +126,6 @@ def _against(report: Report) -> dict[str, Any] | None:
     }
 
 
-def _views(report: Report) -> list[tuple[str, str]]:
-    """Ways to look at the images: (value, label)."""
-    views = [("image", "Images")]
-    if any(row.against_eager and _is_shown(report, row.against_eager.reference) for row in report.results):
-        views.append(("eager", "Difference from own eager, ×8"))
-    if any(row.against_teacher and _is_shown(report, row.against_teacher.reference) for row in report.results):
-        views.append(("teacher", "Difference from the teacher, ×8"))
-    return views
-
-
-def _is_shown(report: Report, label: str) -> bool:
-    return label in report.images
-
-
-def _gallery(report: Report) -> list[tuple[str, list[Shot]]]:
-    """The prompt of every image, with one shot per subject."""
-    return [
-        (prompt, [_shot(report, row, index) for row in report.results])
-        for index, prompt in enumerate(report.setup.image_prompts)
-    ]
-
-
-def _shot(report: Report, row: Result, index: int) -> Shot:
-    slugs = {other.subject.label: other.subject.slug for other in report.results}
-    subject, prompt = row.subject, report.setup.image_prompts[index]
-    eager = row.against_eager.reference if row.against_eager else ""
-    teacher = row.against_teacher.reference if row.against_teacher else ""
-    return Shot(
-        key=f"{subject.slug}-{index}",
-        source=data_uri(report.images[subject.label][index]),
-        alt=f"{subject.label}: {prompt}",
-        label=subject.label,
-        caption=_caption(row.against_eager, index),
-        caption_teacher=_caption(row.against_teacher, index),
-        eager=f"{slugs[eager]}-{index}" if eager in slugs else "",
-        teacher=f"{slugs[teacher]}-{index}" if teacher in slugs else "",
-    )
-
-
-def _caption(found: Likeness | None, index: int) -> str:
-    if found is None:
-        return ""
-    value = found.per_image[index].psnr_db
-    return "identical" if value is None else f"{value:.1f} dB"
-
-
 def _environment(here: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values for people, in a fixed order; what is not there is left out."""
     shown = {**here, "date_utc": here["date_utc"].removesuffix("+00:00").replace("T", " ")}
@@ -209,3 +145,14 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
+
+
+def _ceilings(report: Report) -> list[tuple[str, str]]:
+    """What the machine was seen to do, by precision: rates and how they were measured."""
+    return [
+        (
+            f"Ceilings, {precision}",
+            f"{number(found.flops_per_s / GIGA)} GFLOP/s, {number(found.bytes_per_s / GIGA)} GB/s ({found.how})",
+        )
+        for precision, found in report.ceilings.items()
+    ]

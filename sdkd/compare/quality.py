@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Perceptual = Callable[["Image", "Image"], float]
+"""A distance of an image to its reference, such as LPIPS: 0 when they are equal."""
+
 # What an identical image counts in a mean: one grey level in one channel of one 512x512 pixel is 107 dB, of one
 # 64x64 pixel 89 dB.
 IDENTICAL_DB = 100.0
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels
+SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 @dataclass(frozen=True)
 class ImageLikeness:
-    """One image against its reference: PSNR in dB (None when identical) and the largest difference in grey levels."""
+    """One image against its reference: PSNR in dB (None when identical) and the largest difference in grey levels.
+
+    `ssim`: at most 1, which an identical image has; `lpips`: None where it was not measured.
+    """
 
     psnr_db: float | None
     identical: bool
     max_abs: int
+    ssim: float = 1.0
+    lpips: float | None = None
 
     @property
     def counted_db(self) -> float:
@@ -56,24 +67,91 @@ class Likeness:
         return min(image.counted_db for image in self.per_image)
 
     @property
+    def worst(self) -> int:
+        """Number of the image that is furthest from its reference by PSNR; the first of several."""
+        return min(range(len(self.per_image)), key=lambda number: self.per_image[number].counted_db)
+
+    @property
+    def ssim_mean(self) -> float:
+        """Mean over prompts."""
+        return sum(image.ssim for image in self.per_image) / len(self.per_image)
+
+    @property
+    def ssim_min(self) -> float:
+        """The worst image by SSIM."""
+        return min(image.ssim for image in self.per_image)
+
+    @property
+    def lpips_mean(self) -> float | None:
+        """Mean over prompts; None where it was not measured."""
+        found = [image.lpips for image in self.per_image if image.lpips is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def lpips_max(self) -> float | None:
+        """The worst image by LPIPS; None where it was not measured."""
+        return max((image.lpips for image in self.per_image if image.lpips is not None), default=None)
+
+    @property
     def max_abs(self) -> int:
         """Largest difference of any pixel, in grey levels of 255."""
         return max(image.max_abs for image in self.per_image)
 
 
-def _pixels(image: Image) -> np.ndarray[tuple[int, ...], np.dtype[np.int16]]:
+def pixels(image: Image) -> NDArray[np.int16]:
+    """RGB [height, width, 3] of 0 to 255, signed, so that differences do not wrap around."""
     return np.asarray(image.convert("RGB"), dtype=np.uint8).astype(np.int16)
 
 
-def image_likeness(image: Image, reference: Image) -> ImageLikeness:
-    """PSNR over the uint8 RGB pixels of two images of equal size, peak 255; InputError when sizes differ."""
+def image_likeness(image: Image, reference: Image, perceptual: Perceptual | None = None) -> ImageLikeness:
+    """PSNR over the uint8 RGB pixels of two images of equal size, peak 255, and SSIM; InputError when sizes differ."""
     if image.size != reference.size:
         raise InputError(f"images of {image.size} and {reference.size} pixels cannot be compared: use one size")
-    difference = _pixels(image) - _pixels(reference)
+    own, other = pixels(image), pixels(reference)
+    difference = own - other
     error = float(np.mean(np.square(difference, dtype=np.int64)))
+    lpips = None if perceptual is None else 0.0 if error == 0 else perceptual(image, reference)
     if error == 0:
-        return ImageLikeness(None, True, 0)
-    return ImageLikeness(10 * math.log10(255**2 / error), False, int(np.abs(difference).max()))
+        return ImageLikeness(None, True, 0, 1.0, lpips)
+    return ImageLikeness(10 * math.log10(255**2 / error), False, int(np.abs(difference).max()), ssim(own, other), lpips)
+
+
+def ssim(image: NDArray[np.int16], reference: NDArray[np.int16]) -> float:
+    """Structural similarity of two RGB images [height, width, 3] of 0 to 255 (Wang et al. 2004, equation 13).
+
+    Mean over channels and over the places where the whole Gaussian window (11 pixels, sigma 1.5) lies inside the
+    image; over all places, with the image mirrored at its edges, where it is smaller than the window.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    def blur(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        result: NDArray[np.float64] = gaussian_filter(values, SSIM_SIGMA, radius=SSIM_RADIUS, axes=(0, 1))
+        return result
+
+    x, y = image.astype(np.float64), reference.astype(np.float64)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, cov = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+    means = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
+    found = means * (2 * cov + SSIM_C2) / (var_x + var_y + SSIM_C2)
+    edge = SSIM_RADIUS if min(found.shape[:2]) > 2 * SSIM_RADIUS else 0
+    return float(found[edge : found.shape[0] - edge, edge : found.shape[1] - edge].mean())
+
+
+def difference_image(image: Image, reference: Image, largest_px: int | None = None) -> Image:
+    """The absolute difference of two images of equal size, channel by channel, not amplified.
+
+    Where a side is longer than `largest_px`, each pixel of the smaller image is the largest difference below it.
+    """
+    from PIL.Image import fromarray
+
+    found = np.abs(pixels(image) - pixels(reference)).astype(np.uint8)
+    block = 1 if largest_px is None else math.ceil(max(found.shape[:2]) / largest_px)
+    if block > 1:
+        high, wide = (math.ceil(side / block) * block for side in found.shape[:2])
+        padded = np.zeros((high, wide, 3), np.uint8)
+        padded[: found.shape[0], : found.shape[1]] = found
+        found = padded.reshape(high // block, block, wide // block, block, 3).max(axis=(1, 3))
+    return fromarray(found)
 
 
 def psnr_db(image: Image, reference: Image) -> float:
@@ -82,8 +160,11 @@ def psnr_db(image: Image, reference: Image) -> float:
     return math.inf if found.psnr_db is None else found.psnr_db
 
 
-def likeness(images: Sequence[Image], references: Sequence[Image], reference: str) -> Likeness:
+def likeness(
+    images: Sequence[Image], references: Sequence[Image], reference: str, perceptual: Perceptual | None = None
+) -> Likeness:
     """Compare images pairwise with the references of the subject labelled `reference`."""
     if len(images) != len(references) or not images:
         raise InputError(f"{len(images)} images against {len(references)} references: give as many of each, at least 1")
-    return Likeness(reference, tuple(map(image_likeness, images, references)))
+    pairs = zip(images, references, strict=True)
+    return Likeness(reference, tuple(image_likeness(*pair, perceptual) for pair in pairs))

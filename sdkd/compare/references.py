@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sdkd.compare.beside import perceptual
 from sdkd.compare.calls import Request
 from sdkd.compare.cases import Case, Pool
 from sdkd.compare.quality import Likeness, likeness
@@ -26,7 +27,7 @@ class Truth:
 
     def distance(self, images: Sequence[Image]) -> Likeness:
         """How far images of the same prompts and seeds are from these."""
-        return likeness(images, self.images, self.label)
+        return likeness(images, self.images, self.label, perceptual())
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.compare.environment import busy
+from sdkd.compare.limits import Ceilings, Limit, Work
 from sdkd.compare.peaks import Memory
 from sdkd.compare.quality import Likeness
 from sdkd.compare.stats import Ratio, Spread
@@ -82,6 +83,9 @@ class Result:
     unet_calls: int = 0  # of one pipeline call; a scheduler may make more than steps
     images_per_call: int = 1
     memory: Memory = field(default_factory=Memory)
+    work: Work | None = None  # of one UNet call
+    limit: Limit | None = None  # what that call reached
+    clip_scores: tuple[float, ...] | None = None  # per image, with its prompt
 
     @property
     def rest_ms(self) -> float | None:
@@ -101,6 +105,11 @@ class Result:
         """Mean of the judge's fractions."""
         return sum(self.judged.values()) / len(self.judged) if self.judged else None
 
+    @property
+    def clip_mean(self) -> float | None:
+        """Mean CLIP score of the images with their prompts."""
+        return sum(self.clip_scores) / len(self.clip_scores) if self.clip_scores else None
+
 
 @dataclass(frozen=True)
 class Report:
@@ -114,6 +123,8 @@ class Report:
     command: str | None = None
     notes: tuple[str, ...] = ()
     against: Against | None = None  # an earlier report
+    ceilings: Mapping[str, Ceilings] = field(default_factory=dict)  # by precision
+    not_measured: tuple[str, ...] = ()  # scores that lack weights here, and how to get them
 
     @property
     def broken(self) -> tuple[Result, ...]:
@@ -184,6 +195,8 @@ class Report:
             "notes": list(self.notes),
             "setup": vars(self.setup) | {"prompts": list(self.setup.prompts)},
             "environment": dict(self.environment),
+            "ceilings": {precision: vars(found) for precision, found in self.ceilings.items()},
+            "not_measured": list(self.not_measured),
             "results": [_result_json(row, self) for row in self.results],
             "against": None if self.against is None else self.against.to_json(),
         }
@@ -230,6 +243,8 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
         "against_teacher": _likeness_json(row.against_teacher),
         "verdict": None if row.verdict is None else vars(row.verdict),
         "judged": None if row.judged is None else dict(row.judged),
+        "clip_scores": None if row.clip_scores is None else {"mean": row.clip_mean, "per_image": list(row.clip_scores)},
+        "limit": _limit_json(row),
         "images": [image_name(subject, number) for number in range(len(report.images[subject.label]))],
     }
 
@@ -248,6 +263,12 @@ def _ratio_json(ratio: Ratio, baseline: str) -> dict[str, Any]:
     return {**vars(ratio), "tie": ratio.tie, "over": baseline}
 
 
+def _limit_json(row: Result) -> dict[str, Any] | None:
+    if row.work is None or row.limit is None:
+        return None
+    return {**vars(row.work), **vars(row.limit)}
+
+
 def _likeness_json(found: Likeness | None) -> dict[str, Any] | None:
     if found is None:
         return None
@@ -257,6 +278,10 @@ def _likeness_json(found: Likeness | None) -> dict[str, Any] | None:
         "psnr_mean_db": None if found.identical else found.psnr_mean_db,
         "psnr_min_db": None if found.identical else found.psnr_min_db,
         "max_abs_levels": found.max_abs,
+        "ssim_mean": found.ssim_mean,
+        "ssim_min": found.ssim_min,
+        "lpips_mean": found.lpips_mean,
+        "lpips_max": found.lpips_max,
         "per_image": [vars(image) for image in found.per_image],
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sdkd.compare.quality import Likeness
 from sdkd.compare.report import Report, Result
 from sdkd.compare.stats import Ratio, Spread
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 MB = 1e6
 MILLION = 1e6
+GIGA = 1e9
 Tone = Literal["", "good", "bad", "muted"]
 
 
@@ -101,6 +103,37 @@ def _teacher(row: Result) -> Cell:
     return EMPTY if found is None else Cell(f"{found.psnr_mean_db:.1f}", "", found.psnr_mean_db)
 
 
+def _ssim(found: Likeness | None) -> Cell:
+    if found is None:
+        return EMPTY
+    if found.identical:
+        return Cell("identical", "", 1.0)
+    return Cell(similarity(found.ssim_mean), f"worst {similarity(found.ssim_min)}", found.ssim_mean)
+
+
+def similarity(value: float) -> str:
+    """SSIM with three decimals, never rounded up to the 1 that only equal images have."""
+    text = f"{value:.3f}"
+    return text if value == 1 or float(text) < 1 else "> 0.999"
+
+
+def _lpips(found: Likeness | None) -> Cell:
+    if found is None or found.lpips_mean is None:
+        return EMPTY
+    return Cell(f"{found.lpips_mean:.3f}", f"worst {found.lpips_max:.3f}", found.lpips_mean)
+
+
+def _limit(row: Result) -> Cell:
+    if row.limit is None:
+        return EMPTY
+    return Cell(f"{row.limit.fraction:.0%}", f"{number(row.limit.flops_per_s / GIGA)} GFLOP/s", row.limit.fraction)
+
+
+def memory_bytes(row: Result) -> int:
+    """The memory that drawings show: the peak of the case's own process, or how much a shared one had grown."""
+    return row.rss_growth_bytes if row.memory.peak_rss is None else row.memory.peak_rss
+
+
 def _judged(row: Result) -> Cell:
     if not row.judged:
         return EMPTY
@@ -135,17 +168,30 @@ COLUMNS: tuple[Column, ...] = (
            lambda row: _ratio(row.step_speedup.get("baseline")), "high"),
     Column("images", "Images", "per s", "End to end: text encoder, all steps, scheduler and VAE.",
            lambda row: _plain(row.images_per_s), "high"),
-    Column("unet", "UNet", "M params", "Parameters of the UNet.",
-           lambda row: _plain(row.unet_parameters / MILLION), "low"),
-    Column("disk", "On disk", "MB", "Weight files (eager) or engine files.",
-           lambda row: _plain(None if row.bytes_on_disk is None else row.bytes_on_disk / MB), "low"),
+    Column("limit", "Of limit", "", "The least time of a UNet step over its measured time: its arithmetic at "
+           "the rate of a matrix product, or its traffic at that of a copy, both measured in the same run.",
+           _limit, "high"),
     Column("psnr", "To own eager", "dB PSNR", "Images against eager fp32 of the same model, prompt and noise: mean "
            "over prompts, and the worst.", _against_eager, "high"),
     Column("verdict", "Verdict", "", "Whether the engine keeps the rule below.", _verdict),
     Column("agreement", "To teacher", "dB PSNR", "A student's images against the teacher's of the same prompt and "
            "noise. A student is another model: this is likeness, not an error.", _teacher, "high"),
+    Column("clip", "CLIP score", "", "100 times the cosine of an image's and its prompt's CLIP embeddings, mean.",
+           lambda row: _plain(row.clip_mean), "high"),
     Column("judged", "Captions", "right", "Attributes that a reader finds in the image as the caption says.",
            _judged, "high"),
+    Column("unet", "UNet", "M params", "Parameters of the UNet.",
+           lambda row: _plain(row.unet_parameters / MILLION), "low"),
+    Column("disk", "On disk", "MB", "Weight files (eager) or engine files.",
+           lambda row: _plain(None if row.bytes_on_disk is None else row.bytes_on_disk / MB), "low"),
+    Column("ssim", "To own eager", "SSIM", "Structural similarity to the same images; 1 is equal.",
+           lambda row: _ssim(row.against_eager), "high", page_only=True),
+    Column("lpips", "To own eager", "LPIPS", "Perceptual distance from the same images; 0 is equal.",
+           lambda row: _lpips(row.against_eager), "low", page_only=True),
+    Column("agreement-ssim", "To teacher", "SSIM", "Structural similarity of a student's images to the teacher's.",
+           lambda row: _ssim(row.against_teacher), "high", page_only=True),
+    Column("agreement-lpips", "To teacher", "LPIPS", "Perceptual distance of a student's images from the teacher's.",
+           lambda row: _lpips(row.against_teacher), "low", page_only=True),
     Column("whole", "Pipeline", "M params", "Parameters of text encoder, UNet and VAE.",
            lambda row: _plain(row.parameters / MILLION), "low", page_only=True),
     Column("load", "Load", "s", "Opening the pipeline, libraries already imported.",
@@ -184,7 +230,8 @@ def best_rows(column: Column, rows: Sequence[Result]) -> set[str]:
     return {label for label, value in values.items() if value == best}
 
 
-def _title(column: Column) -> str:
+def full_title(column: Column) -> str:
+    """Title and unit."""
     return f"{column.title}, {column.unit}" if column.unit else column.title
 
 
@@ -209,7 +256,7 @@ def markdown(report: Report) -> str:
 
 
 def _markdown_table(report: Report, columns: Sequence[Column]) -> list[str]:
-    head = ["Subject", *(_title(column) for column in columns)]
+    head = ["Subject", *(full_title(column) for column in columns)]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---', *['---:'] * len(columns)])}|"]
     for row in report.results:
         cells = [row.subject.label, *(_inline(column.cell(row)) for column in columns)]
@@ -224,6 +271,7 @@ _SPEED = {
     "teacher": ("over", "teacher", False),
     "baseline": ("over", "baseline", False),
     "images": ("images", "per s", False),
+    "limit": ("of", "limit", False),
     "unet": ("UNet", "M", False),
     "disk": ("disk", "MB", False),
 }
@@ -239,6 +287,7 @@ _IMAGES = {
     "psnr": ("own eager", "dB (worst)", True),
     "verdict": ("", "verdict", False),
     "agreement": ("teacher", "dB PSNR", False),
+    "clip": ("CLIP", "score", False),
     "judged": ("caption", "right", False),
 }
 _STYLES = {"good": "green", "bad": "bold red", "muted": "dim", "": ""}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sdkd.compare.limits import EXPLAINED
 from sdkd.compare.report import Report, Result
 from sdkd.compare.subjects import STUDENT
 
@@ -156,6 +157,8 @@ def method(report: Report) -> list[str]:
         "Parts: text encoder and VAE are timed like UNet steps, in fewer rounds; the rest of an image is what the "
         "medians of its parts leave of its own.",
         "Images: equal noise for every subject, drawn on the CPU in float32; whole images are timed again in rounds.",
-        "Likeness: PSNR of 8-bit images; an identical image counts as 100 dB in a mean. An engine is compared with "
-        "eager fp32 of its own model; a student with its teacher in a column of its own.",
+        "Likeness: PSNR and SSIM of 8-bit images; an identical image counts as 100 dB in a mean. An engine is compared "
+        "with eager fp32 of its own model; a student with its teacher in columns of their own.",
+        *([f"Limit: {EXPLAINED}"] if report.ceilings else []),
+        *(f"Not measured: {what}." for what in report.not_measured),
     ]

@@ -111,7 +111,7 @@ def _captions(settings: Settings) -> tuple[str, ...]:
 
 def _check_files(settings: Settings) -> None:
     """InputError for weights that were given and are not there: before any image is drawn."""
-    from sdkd.evaluate.scores import find_clip, find_inception
+    from sdkd.scores import find_clip, find_inception
 
     if settings.clip is not None:
         find_clip(settings.clip, "")
@@ -185,7 +185,7 @@ def _versions() -> dict[str, str]:
 
 
 def _notes(plan: Plan, real: Sequence[Image] | None) -> tuple[str, ...]:
-    from sdkd.evaluate.scores import FEATURES
+    from sdkd.scores import FEATURES
 
     if real is not None and min(len(plan.prompts), len(real)) < FEATURES:
         return (

@@ -84,7 +84,7 @@ def measure(
 
 def _or_why(measure: Callable[[], Mapping[str, Any] | str]) -> Metric:
     """The metric, or why there is none: a message of ours is a reason, anything else a bug."""
-    from sdkd.evaluate.scores import NotMeasuredError
+    from sdkd.scores import NotMeasuredError
 
     try:
         found = measure()
@@ -137,7 +137,7 @@ def _accuracy(images: Sequence[Image], plan: Plan) -> Mapping[str, Any] | str:
 
 
 def _clip(images: Sequence[Image], prompts: Sequence[str], settings: Settings) -> Mapping[str, Any]:
-    from sdkd.evaluate.scores import CLIP_SCORE_MODEL, clip_scores, find_clip, load_clip
+    from sdkd.scores import CLIP_SCORE_MODEL, clip_scores, find_clip, load_clip
 
     model, processor = load_clip(find_clip(settings.clip, CLIP_SCORE_MODEL), settings.device)
     scores = clip_scores(model, processor, images, prompts)
@@ -146,7 +146,7 @@ def _clip(images: Sequence[Image], prompts: Sequence[str], settings: Settings) -
 
 
 def _fid(images: Sequence[Image], real: Sequence[Image] | None, settings: Settings) -> Mapping[str, Any] | str:
-    from sdkd.evaluate.scores import find_inception, frechet_distance
+    from sdkd.scores import find_inception, frechet_distance
 
     if real is None:
         return _NO_REAL
@@ -158,7 +158,7 @@ def _fid(images: Sequence[Image], real: Sequence[Image] | None, settings: Settin
 
 def _cmmd(images: Sequence[Image], real: Sequence[Image] | None, settings: Settings) -> Mapping[str, Any] | str:
     from sdkd.evaluate.cmmd import clip_embeddings, cmmd
-    from sdkd.evaluate.scores import CMMD_MODEL, find_clip, load_clip
+    from sdkd.scores import CMMD_MODEL, find_clip, load_clip
 
     if real is None:
         return _NO_REAL

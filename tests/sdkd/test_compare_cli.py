@@ -52,7 +52,19 @@ def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "1 of 2 subjects broke a rule. 'bundle onnxruntime': worst image" in result.stderr
     assert json.loads(result.stdout)["ok"] is False
-    assert json.loads((output / "report.json").read_text())["ok"] is False
+    report = json.loads((output / "report.json").read_text())
+    assert report["ok"] is False
+    engine = report["results"][1]
+    assert engine["verdict"]["ok"] is False
+    assert engine["against_eager"]["psnr_mean_db"] < 40
+    assert engine["against_eager"]["ssim_min"] <= engine["against_eager"]["ssim_mean"] < 0.9
+    assert engine["limit"]["flops"] == report["results"][0]["limit"]["flops"] > 0
+    assert "✗ differs" in next(
+        line for line in (output / "report.md").read_text().splitlines() if line.startswith("| bundle onnxr")
+    )
+    page = " ".join((output / "report.html").read_text().split())
+    assert "1 of 2 subjects broke a rule." in page
+    assert '<h3>Furthest from own eager</h3><p class="sub">bundle onnxruntime, ' in page
 
 
 def test_a_report_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_identical_images_are_null_and_say_so() -> None:
         None,
         0,
     )
-    assert same["per_image"][0] == {"psnr_db": None, "identical": True, "max_abs": 0}
+    assert same["per_image"][0] == {"psnr_db": None, "identical": True, "max_abs": 0, "ssim": 1.0, "lpips": None}
 
 
 def test_a_wrong_engine_is_called_wrong() -> None:

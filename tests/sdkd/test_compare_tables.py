@@ -9,7 +9,7 @@ from planted_report import planted_report
 from rich.console import Console
 
 from sdkd.compare.stats import Ratio, Spread
-from sdkd.compare.tables import COLUMNS, best_rows, markdown, number, shown_columns, terminal_table
+from sdkd.compare.tables import COLUMNS, best_rows, markdown, number, shown_columns, similarity, terminal_table
 from sdkd.compare.words import findings, listing, plural, sentence
 
 BY_KEY = {column.key: column for column in COLUMNS}
@@ -71,6 +71,34 @@ def test_the_rest_of_an_image_is_what_its_parts_leave() -> None:
     assert dataclasses.replace(result, vae_decode_ms=None).rest_ms is None
     two = dataclasses.replace(result, images_per_call=2)
     assert two.rest_ms == pytest.approx(2000 * result.image_s.median - parts)
+
+
+def test_the_limit_is_a_share_with_its_rate() -> None:
+    report = planted_report()
+    row = report.result("tiny openvino-bf16")
+    assert row.limit is not None
+    cell = BY_KEY["limit"].cell(row)
+    assert (cell.text, cell.note) == (f"{row.limit.fraction:.0%}", f"{number(row.limit.flops_per_s / 1e9)} GFLOP/s")
+    assert BY_KEY["limit"].cell(dataclasses.replace(row, limit=None)).text == "–"
+    assert "| Of limit |" in markdown(report)
+
+
+def test_scores_of_engines_and_of_students_have_columns_of_their_own() -> None:
+    report = planted_report()
+    texts = {key: BY_KEY[key].cell(report.result("tiny openvino")).text for key in ("ssim", "agreement-ssim")}
+    assert float(texts["agreement-ssim"]) < 0.7 < 0.99 < float(texts["ssim"])
+    assert BY_KEY["agreement-ssim"].cell(report.result("teacher openvino")).text == "–"
+    keys = {column.key for column in shown_columns(report, page=True)}
+    assert not keys & {"lpips", "agreement-lpips", "clip"}  # no weights, no column
+    likeness = report.result("tiny openvino").against_eager
+    assert likeness is not None
+    images = tuple(dataclasses.replace(image, lpips=0.01 * n) for n, image in enumerate(likeness.per_image))
+    row = dataclasses.replace(
+        report.results[0], against_eager=dataclasses.replace(likeness, per_image=images), clip_scores=(20.0, 25.0)
+    )
+    assert (BY_KEY["lpips"].cell(row).text, BY_KEY["lpips"].cell(row).note) == ("0.010", "worst 0.020")
+    assert BY_KEY["clip"].cell(row).text == "22.5"
+    assert [similarity(value) for value in (1.0, 0.99999, 0.98765)] == ["1.000", "> 0.999", "0.988"]
 
 
 def test_the_best_of_a_column() -> None:

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from small_clip import SIZE, save_small_clip, small_clip
 
+from sdkd import scores
 from sdkd.errors import InputError
-from sdkd.evaluate import scores
 from sdkd.evaluate.cmmd import clip_embeddings, cmmd
-from sdkd.evaluate.scores import (
+from sdkd.scores import (
     NotMeasuredError,
     accumulate,
     clip_scores,
@@ -154,3 +154,16 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(NotMeasuredError, match="FID needs the package torch-fidelity; get it with: pip install"):
         frechet_distance(images(2), images(2), tmp_path / "weights.pth")
+
+
+def test_lpips_names_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NotMeasuredError, match="LPIPS needs the package torchmetrics; get it with: pip install"):
+        scores.lpips_distance()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "torchmetrics" else None)
+    with pytest.raises(NotMeasuredError, match="LPIPS needs the package torchvision; get it with: pip install torchv"):
+        scores.lpips_distance()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(NotMeasuredError, match="the weights of AlexNet are not on this disk; get them with"):
+        scores.lpips_distance()

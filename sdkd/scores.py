@@ -1,4 +1,4 @@
-"""CLIP score and FID by torchmetrics, on weights that are on this disk: nothing is ever downloaded.
+"""CLIP score, FID and LPIPS by torchmetrics, on weights that are on this disk: nothing is ever downloaded.
 
 What a score needs and does not find is said as `NotMeasuredError`: what it is, and how to get it.
 """
@@ -6,7 +6,7 @@ What a score needs and does not find is said as `NotMeasuredError`: what it is, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ CLIP_SCORE_MODEL = "openai/clip-vit-large-patch14"
 CMMD_MODEL = "openai/clip-vit-large-patch14-336"
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+ALEXNET = "alexnet-owt-7be5be79.pth"  # under LPIPS, as its authors evaluate it; torchmetrics holds the rest
 FEATURES = 2048  # of the Inception network; fewer images than this leave its covariance without full rank
 
 
@@ -165,6 +166,30 @@ def accumulate(
         for batch in _batches(images, batch_size):
             metric.update(batch.to(device), real=is_real)
     return float(metric.compute())
+
+
+def lpips_distance(device: str = "cpu") -> Callable[[Image, Image], float]:
+    """LPIPS of two images of equal size on AlexNet (Zhang et al. 2018): 0 for equal images, larger is further.
+
+    NotMeasuredError without torchmetrics, torchvision, or AlexNet's weights in torch's cache.
+    """
+    _need("torchmetrics", "LPIPS")
+    _need("torchvision", "LPIPS", "pip install torchvision")
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).is_file():
+        raise NotMeasuredError(
+            "the weights of AlexNet are not on this disk; get them with "
+            "`python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\"`"
+        )
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+
+    @torch.no_grad()
+    def distance(image: Image, reference: Image) -> float:
+        metric.reset()
+        return float(metric(*(_bytes(one)[None].to(device) / 255 for one in (image, reference))))
+
+    return distance
 
 
 def _need(package: str, metric: str, command: str = "pip install 'sdkd[train]'") -> None:
