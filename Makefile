@@ -35,8 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## The whole way on this machine: students, distillation, engines, comparison -> artifacts/demo
 	@$(BIN)/sdkd demo $(ARGS)
 
+# Two processes at most, each with one thread: tests wait on Python more than on arithmetic, and each holds up to 2 GB.
 test: install ## The fast tests (CPU)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: install ## Full-size models: minutes and gigabytes
 	@$(BIN)/python -m pytest -m slow $(ARGS)

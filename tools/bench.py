@@ -1,8 +1,9 @@
 """Measure on this machine and keep the results: benchmarks/<machine>/<piece>.json and .md, and the table in README.md.
 
-    python tools/bench.py                       # all pieces; about 20 minutes on two CPU cores
+    python tools/bench.py                       # all pieces; more than an hour on two CPU cores
     python tools/bench.py --pieces demo         # the embedded models: teacher and students, eager and engines
     python tools/bench.py --pieces sd15-tiny    # full-size SD 1.5 shapes with random weights: builds and latency
+    python tools/bench.py --pieces sd15-small,sd15    # the same of the small student, and of the teacher
 
 Raw samples stay in the JSON. Run it on a quiet machine.
 """
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,17 +27,19 @@ from sdkd.bundle import Bundle
 from sdkd.compare import Subject, compare
 from sdkd.compare.environment import load_average
 from sdkd.compare.report import Report
+from sdkd.compare.subjects import COMPILE
 from sdkd.compare.tables import markdown
 from sdkd.console import progress
 from sdkd.demo.run import DemoResult, wanted_engines
 from sdkd.files import read_json, write_bytes, write_json
+from sdkd.half_products import has_units
 from sdkd.targets import availability, cpu_name, gpu
 from sdkd.workflow import prepare
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
-FULL_SIZE = "random:sd15-tiny"
+FULL_SIZE = ("sd15-tiny", "sd15-small", "sd15")  # random weights
 
 
 def machine() -> str:
@@ -62,15 +67,16 @@ def measure_demo(work: Path) -> dict[str, Any]:
     return _result(result.report, _builds(work.glob("demo/bundles/*/*/bundle.json")))
 
 
-def measure_full_size(work: Path) -> dict[str, Any]:
-    """SD 1.5-shaped tiny student with random weights: build times of every target, UNet step of those that run here."""
-    load = load_average()
-    subjects = [Subject("eager fp32", FULL_SIZE), Subject("eager bf16", FULL_SIZE, precision="bf16")]
-    with progress("sd15-tiny") as report:
-        for target, precision in wanted_engines(DemoResult(work)):
-            made = prepare(FULL_SIZE, target, work / "sd15-tiny", precision=precision, progress=report)
-            if availability(target).can_run:
-                subjects.append(Subject(f"{target} {precision}", FULL_SIZE, made.slot, precision, made.bundle))
+def measure_full_size(name: str, work: Path) -> dict[str, Any]:
+    """A model of SD 1.5's shapes with random weights: build times and UNet step of every target that runs here."""
+    load, model, plan = load_average(), f"random:{name}", DemoResult(work)
+    subjects = [Subject("eager fp32", model), *_half_and_compiled(model, plan)]
+    with progress(name) as report:
+        for target, precision in wanted_engines(plan):
+            if not availability(target).can_run:  # tools/bench_build.py builds those
+                continue
+            made = prepare(model, target, work / name, precision=precision, progress=report)
+            subjects.append(Subject(f"{target} {precision}", model, made.slot, precision, made.bundle))
         found = compare(
             subjects,
             prompts=["a lighthouse in a storm"],
@@ -80,9 +86,26 @@ def measure_full_size(work: Path) -> dict[str, Any]:
             min_seconds=1,
             isolate=True,
             load_before=load,
+            notes=[f"{left_out}: {why}" for left_out, why in plan.skipped.items()],
             progress=report,
         )
-    return _result(found, _builds(work.glob("sd15-tiny/*/bundle.json")))
+    return _result(found, _builds(work.glob(f"{name}/*/bundle.json")))
+
+
+def _half_and_compiled(model: str, plan: DemoResult) -> list[Subject]:
+    """Eager in bf16 where the CPU has units for it (minutes a step elsewhere), and torch.compile where it can work."""
+    import torch
+
+    found = []
+    if has_units(torch.bfloat16):
+        found.append(Subject("eager bf16", model, precision="bf16"))
+    else:
+        plan.skipped["eager bf16"] = "this CPU has no bf16 units"
+    if shutil.which("g++"):
+        found.append(Subject("compile fp32", model, COMPILE))
+    else:
+        plan.skipped["compile"] = "no C++ compiler here"
+    return found
 
 
 def _result(report: Report, builds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -116,7 +139,10 @@ def builds_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-PIECES: dict[str, Callable[[Path], dict[str, Any]]] = {"demo": measure_demo, "sd15-tiny": measure_full_size}
+PIECES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "demo": measure_demo,
+    **{name: functools.partial(measure_full_size, name) for name in FULL_SIZE},
+}
 
 
 def keep(name: str, found: dict[str, Any]) -> None:
