@@ -18,9 +18,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from small_exports import small_pipeline
 
-from engines import load_pipeline, plug, unplug
+from engines import load_pipeline, plug, session_onnxruntime, unplug
 from engines.weights import swap_weights
 from export import build_engine, export_pipeline
+from sdkd import onnx_attention
 from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.students import build_student, recognised, remap_lora, teacher_layout
@@ -207,6 +208,20 @@ def test_a_fine_tuned_checkpoint_runs_in_the_same_engine(
     pipe.unload_lora_weights()
     swap_weights(pipe, None)
     np.testing.assert_array_equal(draw(pipe), before)
+
+
+def test_onnxruntime_s_own_attention_stays_when_weights_change(
+    engine_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
+    assert pipe.unet.session.checked.record.flags["attention"] == "MultiHeadAttention"
+    fused: list[int] = []
+    monkeypatch.setattr(
+        session_onnxruntime, "fuse_attention", lambda model: fused.append(onnx_attention.fuse_attention(model))
+    )
+    swap_weights(pipe, fixed_weights(small_pipeline().unet, seed=9).state_dict())
+    draw(pipe)
+    assert fused == [6]
 
 
 def test_a_checkpoint_by_name(engine_bundle: Path, tmp_path: Path) -> None:
