@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -90,5 +92,14 @@ class TurnSession:
 
     def close(self) -> None:
         """Release the engine; running it afterwards is an EngineError."""
-        self.pause()
-        self._closed = True
+        with self._turns.lock:
+            self.pause()
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

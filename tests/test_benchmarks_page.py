@@ -166,7 +166,7 @@ def test_every_result_has_its_figures_device_versions_date_commit_command_and_fi
     assert "| tiny | onnx-fp32 | 24.8 | 6.0 |" in demo
     assert "| sdkd fp32 | 45.0 | 2.00x (2.00 to 2.00) | 4.00 | 3.00 | 28 | 4,800 |" in export
     assert "- Optimum's environment: optimum-onnx 0.1.0, transformers 4.57.1\n" in export
-    assert "| demo | onnxruntime | 10.50 | 10.80 | 0.250 (0.100 to 0.300) | 2.38% | 1.10 | 12.86% |" in runtime
+    assert "| demo | onnxruntime | 10.50 | 10.80 | 0.250 (0.100 to 0.300) | 2.38% | 1.10 | 12.38% |" in runtime
     assert "| student, onnxruntime | 1.55 | 1,050 | " in runtime
     assert "| 2.00x (2.00 to 2.00) | 2.00x (2.00 to 2.00) | 61.2 |" in runtime
     assert "| tiny | Trainer.step | 2.50 | 0.800 | 2.00x (1.80 to 2.20) |" in train

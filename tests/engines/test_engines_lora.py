@@ -15,7 +15,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import fixed_weights, tiny_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_exports import small_pipeline
 
 from engines import load_pipeline, plug, session_onnxruntime, unplug
@@ -138,6 +138,28 @@ def test_any_scale_and_none(engine_bundle: Path, loras: dict[str, Path]) -> None
     agree(draw(pipe), eagerly(scaled))
     pipe.set_adapters("a", 0.0)
     agree(draw(pipe), eagerly(lambda it: None))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_kohya_file_does_what_it_does_eagerly(
+    engine_bundle: Path, loras: dict[str, Path], base: np.ndarray, tmp_path: Path, target: str
+) -> None:
+    state = load_file(loras["b"] / LORA_FILE)
+    names = {f"{part}.": f"lora_{kohya}_" for part, kohya in (("unet", "unet"), ("text_encoder", "te"))}
+    kohya = {}
+    for name, tensor in state.items():
+        prefix = next(one for one in names if name.startswith(one))
+        path, _, kind = name.removeprefix(prefix).removesuffix(".weight").rpartition(".lora")
+        module = names[prefix] + path.replace(".", "_")
+        kohya[f"{module}.lora_{'down' if kind in ('_A', '.down') else 'up'}.weight"] = tensor
+        kohya[f"{module}.alpha"] = torch.tensor(2.0)  # half of the rank
+    file = tmp_path / "style.safetensors"
+    save_file(kohya, file)
+    pipe = load_pipeline(engine_bundle, target)
+    pipe.load_lora_weights(file)
+    found = draw(pipe)
+    agree(found, eagerly(lambda it: it.load_lora_weights(file)))
+    differ(found, base)
 
 
 def test_weights_change_once_however_often_adapters_do(
