@@ -166,7 +166,23 @@ def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
     return {axis: step for axis, step in steps.items() if axis in contract.axis_names()}
 
 
-class EngineSession(ABC):
+class Closing:
+    """A context manager that closes what it stands for."""
+
+    def close(self) -> None:
+        """Release what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EngineSession(Closing, ABC):
     """What all targets share: the checks of every call, one lock, and the way in and out.
 
     Thread-safe: calls of one session wait for one another, and one that was closed meanwhile says so. A CPU target
@@ -271,14 +287,6 @@ class EngineSession(ABC):
             if self._open:
                 self._open = False
                 self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def torch_dtype(name: str) -> torch.dtype:

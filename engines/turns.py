@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import torch
 
-from engines.session import Checked, EngineSession, Rebuild, check_engine, expected_device, open_session
+from engines.session import Checked, Closing, EngineSession, Rebuild, check_engine, expected_device, open_session
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
 
@@ -46,7 +44,7 @@ class Turns:
                 session.pause()
 
 
-class TurnSession:
+class TurnSession(Closing):
     """An engine that is open while its stage runs; weights that it was given are given again when it is opened."""
 
     def __init__(self, turns: Turns, checked: Checked) -> None:
@@ -95,11 +93,3 @@ class TurnSession:
         with self._turns.lock:
             self.pause()
             self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -144,14 +144,11 @@ def test_any_scale_and_none(engine_bundle: Path, loras: dict[str, Path]) -> None
 def test_a_kohya_file_does_what_it_does_eagerly(
     engine_bundle: Path, loras: dict[str, Path], base: np.ndarray, tmp_path: Path, target: str
 ) -> None:
-    state = load_file(loras["b"] / LORA_FILE)
-    names = {f"{part}.": f"lora_{kohya}_" for part, kohya in (("unet", "unet"), ("text_encoder", "te"))}
     kohya = {}
-    for name, tensor in state.items():
-        prefix = next(one for one in names if name.startswith(one))
-        path, _, kind = name.removeprefix(prefix).removesuffix(".weight").rpartition(".lora")
-        module = names[prefix] + path.replace(".", "_")
-        kohya[f"{module}.lora_{'down' if kind in ('_A', '.down') else 'up'}.weight"] = tensor
+    for name, tensor in load_file(loras["a"] / LORA_FILE).items():
+        path, _, kind = name.removeprefix("unet.").removesuffix(".weight").rpartition(".")
+        module = f"lora_unet_{path.removesuffix('.lora').replace('.', '_')}"
+        kohya[f"{module}.lora_{'down' if kind in ('lora_A', 'down') else 'up'}.weight"] = tensor
         kohya[f"{module}.alpha"] = torch.tensor(2.0)  # half of the rank
     file = tmp_path / "style.safetensors"
     save_file(kohya, file)
