@@ -41,7 +41,7 @@ Rebuild = Callable[[Bundle, EngineRecord, "Mapping[str, np.ndarray]"], Bundle]
 
 
 class Session(Protocol):
-    """An opened engine of one component."""
+    """An opened engine of one component: thread-safe, and a context manager that closes it."""
 
     checked: Checked
     contract: Contract
@@ -63,6 +63,12 @@ class Session(Protocol):
     def close(self) -> None:
         """Release the engine; running it afterwards is an EngineError."""
         ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -160,10 +166,27 @@ def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
     return {axis: step for axis, step in steps.items() if axis in contract.axis_names()}
 
 
-class EngineSession(ABC):
+class Closing:
+    """A context manager that closes what it stands for."""
+
+    def close(self) -> None:
+        """Release what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EngineSession(Closing, ABC):
     """What all targets share: the checks of every call, one lock, and the way in and out.
 
-    Thread-safe: calls of one session wait for one another.
+    Thread-safe: calls of one session wait for one another, and one that was closed meanwhile says so. A CPU target
+    reads and writes torch's memory as it is: inputs are copied only where they are not contiguous.
     """
 
     device = torch.device("cpu")
@@ -194,8 +217,7 @@ class EngineSession(ABC):
         on that device that never share memory with an input or with a later call. EngineError names a tensor that does
         not fit the contract; RangeError shows the asked and the built sizes and the command that covers them.
         """
-        if not self._open:
-            raise EngineError(f"{self.checked.label} is closed: open it again with engines.session.open_session")
+        self._check_open()
         sizes = self._sizes(feeds)
         check_sizes(self.checked, sizes)
         origin = next(iter(feeds.values())).device
@@ -206,8 +228,13 @@ class EngineSession(ABC):
             for spec in self.contract.outputs
         }
         with self._lock:
+            self._check_open()  # another thread may have closed it meanwhile
             self._execute(ready, outputs)
         return {name: tensor.to(origin) for name, tensor in outputs.items()}
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise EngineError(f"{self.checked.label} is closed: open it again with engines.session.open_session")
 
     def _sizes(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Size of each dynamic axis, after names, dtypes, ranks and fixed axes were found right."""
@@ -242,11 +269,13 @@ class EngineSession(ABC):
         Raises BundleError for names that the graph lacks, ModelError for other shapes, EngineError where this engine
         cannot change its weights.
         """
+        self._check_open()
         component = self.checked.bundle.component(self.checked.record.component)
         verify_once(self.checked.bundle, component)
         file = self.checked.bundle.path / component.files[0].path
         stored = stored_weights(file, state_arrays(weights))
         with self._lock:
+            self._check_open()
             self._swap(file, stored)
 
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
@@ -258,14 +287,6 @@ class EngineSession(ABC):
             if self._open:
                 self._open = False
                 self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def torch_dtype(name: str) -> torch.dtype:

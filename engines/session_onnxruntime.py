@@ -11,6 +11,7 @@ import torch
 
 from engines.session import Checked, EngineSession, check_names, verify_once
 from sdkd.errors import EngineError
+from sdkd.onnx_attention import FUSED, fuse_attention
 from sdkd.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class OnnxRuntimeSession(EngineSession):
             self._session = self._opened(str(_graph(self.checked, self._providers[0])))
             return
         model = replaced(onnx_file, stored)
+        if self.checked.record.flags.get("attention") == FUSED and self._providers[0] == CPU:
+            fuse_attention(model)  # as in the engine's file
         if model.ByteSize() < LARGEST_PROTOBUF:
             self._session = self._opened(model.SerializeToString(), onnx_file.parent)
             return

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from engines.session import Checked, EngineSession, Rebuild, check_engine, expected_device, open_session
+from engines.session import Checked, Closing, EngineSession, Rebuild, check_engine, expected_device, open_session
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
 
@@ -44,7 +44,7 @@ class Turns:
                 session.pause()
 
 
-class TurnSession:
+class TurnSession(Closing):
     """An engine that is open while its stage runs; weights that it was given are given again when it is opened."""
 
     def __init__(self, turns: Turns, checked: Checked) -> None:
@@ -90,5 +90,6 @@ class TurnSession:
 
     def close(self) -> None:
         """Release the engine; running it afterwards is an EngineError."""
-        self.pause()
-        self._closed = True
+        with self._turns.lock:
+            self.pause()
+            self._closed = True

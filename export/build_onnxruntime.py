@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.build_job import Built, Job, Run, check_io
 from sdkd.console import Progress
+from sdkd.onnx_attention import FUSED, fuse_attention
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,9 +28,12 @@ DTYPES = {
 def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
     """Options of the build. Level `extended` leaves out layouts that only this machine's CPU knows.
 
-    The saved graph belongs to its provider: for the CPU, half-precision nodes are wrapped in casts to float.
+    The saved graph belongs to its provider: for the CPU, half-precision nodes are wrapped in casts to float, and a
+    float32 graph's attention becomes the library's own.
     """
-    return {"optimization": "extended", "provider": _provider()}
+    found = {"optimization": "extended", "provider": _provider()}
+    own = found["provider"] == "cpu" and onnx_precision == "fp32"
+    return found | ({"attention": FUSED} if own else {})
 
 
 def _provider() -> str:
@@ -60,12 +65,25 @@ def build(job: Job, progress: Progress) -> Built:
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights.name)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", SMALL_BYTES)
     progress("optimising the graph", 0.1)
-    _session(job.onnx, levels.ORT_ENABLE_EXTENDED, provider, options)
+    _session(_graph(job, options), levels.ORT_ENABLE_EXTENDED, provider, options)
     progress("opening the saved graph", 0.8)
     saved = _session(str(file), levels.ORT_ENABLE_ALL, provider)
     external = weights.is_file()  # not when every weight is small
     names = (file.name, weights.name) if external else (file.name,)
     return Built(names, {"external_data": external}, run=_runner(saved))
+
+
+def _graph(job: Job, options: Any) -> str | bytes:
+    """The exported graph's path, or the graph itself with other attention nodes; weights beside it are found still."""
+    if job.flags.get("attention") != FUSED:
+        return job.onnx
+    import onnx
+
+    model = onnx.load(job.onnx, load_external_data=False)
+    if not fuse_attention(model):
+        return job.onnx
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(job.onnx).parent))
+    return model.SerializeToString()
 
 
 def open_reference(path: str) -> Run:
@@ -75,7 +93,7 @@ def open_reference(path: str) -> Run:
     return _runner(_session(path, ort.GraphOptimizationLevel.ORT_DISABLE_ALL))
 
 
-def _session(path: str, level: Any, provider: str = "cpu", options: Any = None) -> InferenceSession:
+def _session(path: str | bytes, level: Any, provider: str = "cpu", options: Any = None) -> InferenceSession:
     import onnxruntime as ort
 
     options = options or ort.SessionOptions()

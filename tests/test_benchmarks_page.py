@@ -93,9 +93,31 @@ def build_file() -> dict[str, Any]:
 
 def runtime_file() -> dict[str, Any]:
     """A result of tools/bench_runtime.py."""
-    samples = {"bare": [0.010, 0.011, 0.012, 0.010], "runtime": [0.0102, 0.0113, 0.0121, 0.0103]}
-    words: dict[str, Any] = {"command": "python tools/bench_runtime.py --pieces overhead", "optimum": None, "call": {}}
-    return {**HEAD, **words, "overhead": [bench_runtime.overhead_row("demo", "onnxruntime", samples)]}
+    samples = {
+        "bare": [0.010, 0.011, 0.012, 0.010],
+        "runtime": [0.0102, 0.0113, 0.0121, 0.0103],
+        "loop": [0.001, 0.0012, 0.0011, 0.0011],
+    }
+    words: dict[str, Any] = {"command": "python tools/bench_runtime.py --pieces overhead", "optimum": None}
+    words |= {"settings": {"steps": 4, "size": 512}, "schema": bench_runtime.SCHEMA}
+    rows = [bench_runtime.overhead_row("demo", "onnxruntime", samples)]
+    found = bench_runtime.merged({}, {**HEAD, **words}, "overhead", rows)
+    drawn = [{"seconds": each + 1.0, "unet": [each], "vae": [0.5], "text": [0.1]} for each in (2.0, 2.1, 2.2)]
+    quick = [{**one, "seconds": one["seconds"] / 2, "unet": [one["unet"][0] / 2]} for one in drawn]
+    images = [
+        bench_runtime.pipeline_row("student, eager fp32", drawn, drawn, None),
+        bench_runtime.pipeline_row("student, onnxruntime", quick, drawn, 61.25),
+    ]
+    return bench_runtime.merged(found, {**HEAD, **words}, "onnxruntime", images)
+
+
+def test_pieces_of_a_runtime_result_are_measured_apart_and_of_one_setting(tmp_path: Path) -> None:
+    found = runtime_file()
+    assert set(found["runs"]) == {"overhead", "onnxruntime"}
+    assert "overhead" in bench_runtime.merged(found, {**found, "commit": "def5678"}, "peer", [])
+    other = bench_runtime.merged(found, {**HEAD, **found, "settings": {"steps": 8, "size": 512}}, "peer", [])
+    assert "of 2026" not in bench_runtime.markdown(found).lower()
+    assert set(other["runs"]) == {"peer"}
 
 
 def put(root: Path, **files: dict[str, Any]) -> Path:
@@ -144,7 +166,9 @@ def test_every_result_has_its_figures_device_versions_date_commit_command_and_fi
     assert "| tiny | onnx-fp32 | 24.8 | 6.0 |" in demo
     assert "| sdkd fp32 | 45.0 | 2.00x (2.00 to 2.00) | 4.00 | 3.00 | 28 | 4,800 |" in export
     assert "- Optimum's environment: optimum-onnx 0.1.0, transformers 4.57.1\n" in export
-    assert "| demo | onnxruntime | 10.50 | 10.80 |" in runtime
+    assert "| demo | onnxruntime | 10.50 | 10.80 | 0.250 (0.100 to 0.300) | 2.38% | 1.10 | 12.38% |" in runtime
+    assert "| student, onnxruntime | 1.55 | 1,050 | " in runtime
+    assert "| 2.00x (2.00 to 2.00) | 2.00x (2.00 to 2.00) | 61.2 |" in runtime
     assert "| tiny | Trainer.step | 2.50 | 0.800 | 2.00x (1.80 to 2.20) |" in train
 
 

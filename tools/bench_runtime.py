@@ -1,116 +1,88 @@
 """The runtime against what runs inside it, against eager PyTorch, and against Optimum's pipeline: paired, samples kept.
 
-    python tools/bench_runtime.py                                    # everything; about 40 minutes on two CPU cores
-    python tools/bench_runtime.py --pieces overhead --rounds 10
+    python tools/bench_runtime.py                                         # everything that this machine can run
+    python tools/bench_runtime.py --pieces overhead,onnxruntime           # some pieces; the others' results stay
 
-overhead   one UNet call through EngineUNet and the library's bare call on the same tensors, one after the other
-pipeline   whole images, each way in a process of its own that stays loaded, in rotating order: teacher and student
-           eager, the student's engines, and Optimum's ORTStableDiffusionPipeline on the very same ONNX files
+overhead        denoising steps inside a pipeline; in each, the library's bare call on the same tensors before or after
+onnxruntime     whole images of the student: eager fp32 and this engine in turn; the same for openvino, openvino-bf16
+peer            whole images: our onnxruntime engines and Optimum's ORTStableDiffusionPipeline on the same ONNX files
+teacher         whole images: the eager teacher and the student's engines
+attention       forms of attention in ONNX Runtime: see tools/bench_attention.py
 
-By default models have the shapes of Stable Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json
-and .md. Run it on a quiet machine.
+Ways of a piece take turns, each in a process of its own that stays loaded. By default models have the shapes of Stable
+Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json and .md. Run it on a quiet machine; with two
+cores and 24 GB one piece at a time fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import ROOT, commit, machine
+from bench_attention import attention_lines, measure_attention
 from bench_export import check_private, interop_python, optimum_versions
+from runtime_ways import Way, take_turns
 
 from sdkd.compare.stats import speedup
-from sdkd.files import write_bytes, write_json
+from sdkd.files import read_json, write_bytes, write_json
 
+SCHEMA = 2
 SLOTS = {"onnxruntime": "fp32", "openvino": "fp32", "openvino-bf16": "bf16"}
-WORKER = """
-import json, sys, time
-kind, model, slot = sys.argv[1:4]
-import torch
-torch.manual_seed(0)
-if kind == "optimum":
-    from optimum.onnxruntime import ORTStableDiffusionPipeline
-    pipe = ORTStableDiffusionPipeline.from_pretrained(model, provider="CPUExecutionProvider")
-elif kind == "engine":
-    from engines import load_pipeline
-    pipe = load_pipeline(model, slot)
-else:
-    from sdkd.models import load_eager
-    pipe = load_eager(model, getattr(torch, slot))
-pipe.set_progress_bar_config(disable=True)
-spent = {}
-def timed(name, call):
-    def run(*arguments, **options):
-        start = time.perf_counter()
-        try:
-            return call(*arguments, **options)
-        finally:
-            spent.setdefault(name, []).append(time.perf_counter() - start)
-    return run
-for name, part, method in (("unet", "unet", "forward"), ("vae", "vae", "decode"), ("text", "text_encoder", "forward")):
-    module = getattr(pipe, part)
-    setattr(module, method, timed(name, getattr(module, method)))
-print("ready", flush=True)
-for line in sys.stdin:
-    spent.clear()
-    start = time.perf_counter()
-    pipe("a lighthouse in a storm", generator=torch.Generator().manual_seed(1), output_type="np", **json.loads(line))
-    print(json.dumps({"seconds": time.perf_counter() - start, **spent}), flush=True)
-"""
+PIECES = ("overhead", *SLOTS, "peer", "teacher", "attention")
+DEMO_SIZE, DEMO_STEPS, DEMO_IMAGES = 64, 30, 10
+SETTINGS = ("steps", "size", "teacher", "student")  # results of other settings are not mixed
 
 
-class Way:
-    """A pipeline in a process of its own, which draws when it is asked to."""
+class Bench:
+    """What was asked for, and the bundles that its pieces share."""
 
-    def __init__(self, python: Path, kind: str, model: str, slot: str) -> None:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(
-            [python, "-c", WORKER, kind, model, slot],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        )  # fmt: skip
-        self._read(until="ready")
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        self.call = {"num_inference_steps": asked.steps, "height": asked.size, "width": asked.size}
+        self.ours = Path(sys.executable)
+        self._interop: Path | None = None
 
-    def _read(self, until: str) -> str:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:  # libraries print, too
-            if line.startswith(until):
-                return line
-        raise SystemExit(f"a pipeline's process ended with status {self.process.wait()}: see its message above")
+    @property
+    def interop(self) -> Path:
+        """Python of Optimum's environment."""
+        self._interop = self._interop or interop_python()
+        return self._interop
 
-    def draw(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Seconds of one image, and those of each call of its modules."""
-        assert self.process.stdin is not None
-        print(json.dumps(call), file=self.process.stdin, flush=True)
-        found: dict[str, Any] = json.loads(self._read(until="{"))
-        return found
+    def bundle(self, model: str, slot: str, size: int) -> Path:
+        """A model's bundle with the engines of one slot for single images of one size, made where they are missing."""
+        from sdkd.profiles import Range, ShapeRanges
+        from sdkd.workflow import prepare
 
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        side, folder = Range.fixed(size), self.asked.work / f"{model.replace(':', '-').replace('/', '-')}-{size}"
+        ranges = ShapeRanges(Range.fixed(1), side, side, Range.fixed(77))
+        target = slot.removesuffix("-bf16")
+        return prepare(model, target, folder, precision=SLOTS[slot], ranges=ranges).bundle
+
+    def engine(self, slot: str) -> Way:
+        """The student on a slot's engines."""
+        return Way(self.ours, "engine", str(self.bundle(self.asked.student, slot, self.asked.size)), slot)
+
+    def eager(self, model: str, dtype: str = "float32") -> Way:
+        """A model in PyTorch."""
+        return Way(self.ours, "eager", model, dtype)
 
 
-def bundles(work: Path, student: str, slots: Mapping[str, str]) -> dict[str, Path]:
-    """The student's and the demo model's bundles with the engines of every slot, made where they are missing."""
-    from sdkd.workflow import prepare
+def slots() -> list[str]:
+    """Slots that this CPU has units for."""
+    from sdkd.targets import cpu_precisions
 
-    found = {}
-    for name, model in (("student", student), ("demo", "demo")):
-        for slot, precision in slots.items():
-            made = prepare(model, slot.removesuffix("-bf16"), work / name, precision=precision)
-            found[name] = made.bundle
-    return found
+    return [name for name, kind in SLOTS.items() if kind in cpu_precisions() | {"fp32"}]
+
+
+# Overhead
 
 
 def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], object]:
@@ -129,214 +101,291 @@ def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]
     return partial(session._session.run_with_iobinding, binding)
 
 
-def measure_overhead(bundle: Path, slot: str, pairs: int) -> dict[str, Any]:
-    """Seconds of the bare call and of EngineUNet on the same tensors, in turn, the first of each pair changing."""
-    import torch
+class Steps:
+    """Stands for a pipeline's UNet: runs it, and the library's bare call on the same tensors before or after."""
 
-    from engines import load_pipeline
-    from engines.module import cast_feeds
+    def __init__(self, unet: Any) -> None:
+        self.unet, self.forward = unet, unet.forward
+        self.samples: dict[str, list[float]] = {"bare": [], "runtime": [], "loop": []}
+        self.turn = 0
+        self.ended = 0.0  # when the last step's calls were done; 0 at the beginning of an image
+        unet.forward = self
 
-    unet: Any = load_pipeline(bundle, slot).unet
-    size, width = unet.config.sample_size, unet.config.cross_attention_dim
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "sample": torch.randn(2, unet.config.in_channels, size, size, generator=generator),
-        "timestep": torch.tensor(500.0),
-        "encoder_hidden_states": torch.randn(2, 77, width, generator=generator),
-    }
-    feeds = {name: tensor.contiguous() for name, tensor in cast_feeds(unet.session, tensors).items()}
-    outputs = {name: torch.empty_like(tensor) for name, tensor in unet.session.run(feeds).items()}
-    samples: dict[str, list[float]] = {"bare": [], "runtime": []}
-    for turn in range(pairs + 1):
-        for name in sorted(samples, reverse=bool(turn % 2)):
+    def __call__(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **options: Any) -> Any:
+        """Run the UNet as the pipeline asks; what it answers is the runtime's own answer."""
+        import torch
+
+        from engines.module import cast_feeds
+
+        started, session = time.perf_counter(), self.unet.session
+        tensors = {
+            "sample": sample,
+            "timestep": torch.tensor(float(timestep)),
+            "encoder_hidden_states": encoder_hidden_states,
+        }
+        feeds = {name: tensor.contiguous() for name, tensor in cast_feeds(session, tensors).items()}
+        outputs = {"out_sample": torch.empty_like(feeds["sample"])}
+        calls = {"runtime": partial(self.forward, sample, timestep, encoder_hidden_states, **options), "bare": None}
+        spent, results = {}, {}
+        for name in sorted(calls, reverse=bool(self.turn % 2)):
             # Bound anew each time: the runtime's own call leaves the library with memory that is free by now.
-            call = partial(unet, **tensors) if name == "runtime" else bare_call(unet.session, feeds, outputs)
+            call = calls[name] or bare_call(session, feeds, outputs)
             start = time.perf_counter()
-            call()
-            if turn:  # the first pair warms up
-                samples[name].append(time.perf_counter() - start)
-    unet.close()
-    return samples
+            results[name] = call()
+            spent[name] = time.perf_counter() - start
+        if self.ended:  # the first step of an image follows on the text encoder
+            for name, seconds in {**spent, "loop": started - self.ended}.items():
+                self.samples[name].append(seconds)
+        self.turn += 1
+        self.ended = time.perf_counter()
+        return results["runtime"]
 
 
-def overhead_row(model: str, slot: str, samples: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians, and the overhead: the median of the pairs' differences, with a 95 % interval by order statistics."""
-    differences = sorted(r - b for r, b in zip(samples["runtime"], samples["bare"], strict=True))
+def measure_overhead(bundle: Path, slot: str, images: int, call: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Seconds of each denoising step's bare call, EngineUNet, and the rest: guidance, scheduler, diffusers' loop."""
+    from engines import load_pipeline
+
+    pipe: Any = load_pipeline(bundle, slot)
+    pipe.set_progress_bar_config(disable=True)
+    pipe("warm up", output_type="latent", **{**call, "num_inference_steps": 1})
+    steps = Steps(pipe.unet)
+    for _ in range(images):
+        steps.ended = 0.0
+        pipe("a lighthouse in a storm", output_type="latent", **call)
+    pipe.unet.close()
+    return steps.samples
+
+
+def overhead_row(model: str, slot: str, samples: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Medians; the runtime's overhead and the whole step's as medians of pairs' differences, with 95 % intervals."""
     bare = statistics.median(samples["bare"])
-    low, high = _median_interval(differences)
+    runtime = [r - b for r, b in zip(samples["runtime"], samples["bare"], strict=True)]
+    whole = [own + loop for own, loop in zip(runtime, samples["loop"], strict=True)]
     return {
         "model": model,
         "slot": slot,
         "bare_seconds": bare,
         "runtime_seconds": statistics.median(samples["runtime"]),
-        "overhead_seconds": [statistics.median(differences), low, high],
-        "overhead_share": [value / bare for value in (statistics.median(differences), low, high)],
-        "samples": samples,
+        "loop_seconds": statistics.median(samples["loop"]),
+        "overhead_seconds": interval(runtime),
+        "step_overhead_seconds": interval(whole),
+        "overhead_share": [value / bare for value in interval(runtime)],
+        "step_overhead_share": [value / bare for value in interval(whole)],
+        "samples": dict(samples),
     }
 
 
-def _median_interval(ordered: list[float]) -> tuple[float, float]:
-    """95 % interval of a median from the binomial's order statistics (normal approximation)."""
-    count = len(ordered)
-    reach = 0.98 * count**0.5
-    return ordered[max(0, int(count / 2 - reach))], ordered[min(count - 1, int(count / 2 + reach))]
+def interval(values: Sequence[float]) -> list[float]:
+    """Median and its 95 % interval from the binomial's order statistics (normal approximation)."""
+    ordered, reach = sorted(values), 0.98 * len(values) ** 0.5
+    low, high = max(0, int(len(ordered) / 2 - reach)), min(len(ordered) - 1, int(len(ordered) / 2 + reach))
+    return [statistics.median(ordered), ordered[low], ordered[high]]
 
 
-def ways(
-    bundle: Path, interop: Path | None, slots: Mapping[str, str], teacher: str, student: str
-) -> dict[str, tuple[Path, str, str, str]]:
-    """Name -> Python, kind, model and slot or dtype of every way."""
-    ours = Path(sys.executable)
-    found = {
-        "teacher, eager fp32": (ours, "eager", teacher, "float32"),
-        "student, eager fp32": (ours, "eager", student, "float32"),
-        "student, eager bf16": (ours, "eager", student, "bfloat16"),
-        **{f"student, {slot}": (ours, "engine", str(bundle), slot) for slot in slots},
-    }
-    if "bf16" not in slots.values():
-        del found["student, eager bf16"]
-    if interop:
-        found["student, Optimum (same ONNX)"] = (interop, "optimum", str(bundle), "")
-    return found
-
-
-def measure_pipelines(
-    chosen: Mapping[str, tuple[Path, str, str, str]], rounds: int, call: Mapping[str, Any]
-) -> dict[str, list[dict[str, Any]]]:
-    """One image of every way a round, in rotating order, after one that warms up."""
-    running = {name: Way(*where) for name, where in chosen.items()}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-    try:
-        for turn in range(rounds + 1):
-            names = list(running)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                drawn = running[name].draw(call)
-                if turn:
-                    found[name].append(drawn)
-                print(f"round {turn} of {rounds}, {name}: {drawn['seconds']:.2f} s", flush=True)
-    finally:
-        for way in running.values():
-            way.close()
-    return found
-
-
-def pipeline_rows(found: Mapping[str, list[dict[str, Any]]], steps: int) -> list[dict[str, Any]]:
-    """Medians of each way; its speed over the teacher, its own eager model and Optimum, by paired rounds."""
+def piece_overhead(bench: Bench) -> list[dict[str, Any]]:
+    """The demo model, whose steps are so short that overhead shows, and the student."""
+    demo = {"num_inference_steps": DEMO_STEPS, "height": DEMO_SIZE, "width": DEMO_SIZE}
     rows = []
-    for name, drawn in found.items():
-        own = [(one["seconds"] - sum(one["unet"]) - sum(one["vae"]) - sum(one["text"])) / steps for one in drawn]
-        rows.append(
-            {
-                "way": name,
-                "seconds": statistics.median(one["seconds"] for one in drawn),
-                "unet_step_seconds": statistics.median(each for one in drawn for each in one["unet"]),
-                "outside_per_step_seconds": statistics.median(own),
-                "faster": {base: _faster(found, base, name) for base in found if base != name},
-                "samples": drawn,
-            }
-        )
+    for model, images, call in (
+        ("demo", DEMO_IMAGES, demo),
+        (bench.asked.student, bench.asked.rounds, {**bench.call, "num_inference_steps": 2 * bench.asked.steps}),
+    ):
+        for slot in slots():
+            samples = measure_overhead(bench.bundle(model, slot, call["height"]), slot, images, call)
+            rows.append(overhead_row(model, slot, samples))
     return rows
 
 
-def _faster(found: Mapping[str, list[dict[str, Any]]], base: str, name: str) -> list[float] | None:
-    ratio = speedup([[one["seconds"]] for one in found[base]], [[one["seconds"]] for one in found[name]])
+# Whole images
+
+
+def piece_slot(bench: Bench, slot: str) -> list[dict[str, Any]]:
+    """The student: eager, and one target's engines."""
+    return rows_of(
+        bench, {"student, eager fp32": bench.eager(bench.asked.student), f"student, {slot}": bench.engine(slot)}
+    )
+
+
+def piece_peer(bench: Bench) -> list[dict[str, Any]]:
+    """The same ONNX files by us and by Optimum, each with its own settings of ONNX Runtime."""
+    ours = bench.engine("onnxruntime")
+    return rows_of(bench, {"Optimum (same ONNX)": Way(bench.interop, "optimum", ours.model, ""), "onnxruntime": ours})
+
+
+def piece_teacher(bench: Bench) -> list[dict[str, Any]]:
+    """From the eager teacher to the student's engines: the fastest of OpenVINO's, and ONNX Runtime's."""
+    chosen = {slot: bench.engine(slot) for slot in ("onnxruntime", slots()[-1])}
+    return rows_of(
+        bench,
+        {"teacher, eager fp32": bench.eager(bench.asked.teacher)}
+        | {f"student, {slot}": way for slot, way in chosen.items()},
+        quality=False,
+    )
+
+
+def rows_of(bench: Bench, chosen: Mapping[str, Way], quality: bool = True) -> list[dict[str, Any]]:
+    """Measure ways in turn: medians, and speed over the first way by paired rounds."""
+    found, likeness = take_turns(chosen, bench.asked.rounds, bench.call)
+    base, *_ = found
+    return [pipeline_row(name, found[name], found[base], likeness[name] if quality else None) for name in found]
+
+
+def pipeline_row(
+    name: str, drawn: list[dict[str, Any]], base: list[dict[str, Any]], likeness: float | None
+) -> dict[str, Any]:
+    """Medians of one way; how many times faster than `base` a UNet call and a whole image are."""
+    outside = [(one["seconds"] - sum(map(sum, _modules(one)))) / len(one["unet"]) for one in drawn]
+    return {
+        "way": name,
+        "seconds": statistics.median(one["seconds"] for one in drawn),
+        "unet_step_seconds": statistics.median(each for one in drawn for each in one["unet"]),
+        "outside_per_step_seconds": statistics.median(outside),
+        "image_faster": _faster([[one["seconds"]] for one in base], [[one["seconds"]] for one in drawn]),
+        "unet_faster": _faster([one["unet"] for one in base], [one["unet"] for one in drawn]),
+        "psnr_db": likeness,
+        "samples": drawn,
+    }
+
+
+def _modules(one: Mapping[str, Any]) -> list[list[float]]:
+    return [one[name] for name in ("unet", "vae", "text")]
+
+
+def _faster(base: list[list[float]], other: list[list[float]]) -> list[float] | None:
+    ratio = speedup(base, other) if base is not other else None
     return [ratio.value, ratio.low, ratio.high] if ratio else None
+
+
+# Tables
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The tables for people."""
     lines = ["# The runtime", "", f"Measured on {found['machine']}, {found['date']}, commit {found['commit']}."]
-    if rows := found.get("overhead"):
-        lines += ["", "## One UNet call, batch 2 (guidance): the runtime against the library's bare call", ""]
-        lines += [
-            "| model | target | bare, ms | through EngineUNet, ms | overhead, ms (95 %) | share |",
-            "|---|---|---:|---:|---:|---:|",
-        ]
-        lines += [_overhead_line(row) for row in rows]
-    if rows := found.get("pipeline"):
-        call = found["call"]
-        lines += ["", f"## Whole images, {call['num_inference_steps']} steps, {call['height']} px, guidance 7.5", ""]
-        lines += ["| way | s | UNet step, ms | outside, ms per step | over teacher | over student | over Optimum |"]
-        lines += ["|---|---:|---:|---:|---:|---:|---:|"]
-        bases = ("teacher, eager fp32", "student, eager fp32", "student, Optimum (same ONNX)")
-        for row in rows:
-            cells = " | ".join(_cell(row["faster"].get(base)) for base in bases)
-            lines.append(
-                f"| {row['way']} | {row['seconds']:.2f} | {row['unet_step_seconds'] * 1e3:,.0f} | "
-                f"{row['outside_per_step_seconds'] * 1e3:.1f} | {cells} |"
-            )
-        lines += [
-            "",
-            "Speed over the eager teacher, the eager student and Optimum: ratios of medians with a 95 % bootstrap",
-            "interval over rounds. Outside: scheduler, guidance and diffusers' own loop.",
-        ]
-        lines += ["Optimum runs the bundle's ONNX files in its own environment."]
+    for name in [name for name in PIECES if name in found]:
+        write = {"overhead": _overhead_lines, "attention": attention_lines}.get(name, partial(_image_lines, name))
+        lines += ["", *write(found[name], found)]
+        run = found["runs"].get(name, {})
+        if run and (run["commit"], run["date"]) != (found["commit"], found["date"]):
+            lines += ["", f"Of {run['date']}, commit {run['commit']}."]
     return "\n".join([*lines, "", "Made again by:", "", f"    {found['command']}", ""])
+
+
+def _overhead_lines(rows: list[dict[str, Any]], _: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Denoising steps in a pipeline, with guidance: the library's bare call on the same tensors, and the rest",
+        "",
+        "| model | target | bare, ms | EngineUNet, ms | overhead, ms (95 %) | share | loop, ms | whole step's share |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *map(_overhead_line, rows),
+        "",
+        "Overhead: median of the differences of pairs. Loop: guidance, scheduler and diffusers' own Python between two",
+        "UNet calls. Share: of the bare call; the whole step's adds the loop.",
+    ]
 
 
 def _overhead_line(row: Mapping[str, Any]) -> str:
     times = f"{row['bare_seconds'] * 1e3:,.2f} | {row['runtime_seconds'] * 1e3:,.2f}"
     overhead = "{:.3f} ({:.3f} to {:.3f})".format(*(value * 1e3 for value in row["overhead_seconds"]))
-    return f"| {row['model']} | {row['slot']} | {times} | {overhead} | {row['overhead_share'][0]:.2%} |"
+    shares = f"{row['overhead_share'][0]:.2%} | {row['loop_seconds'] * 1e3:.2f} | {row['step_overhead_share'][0]:.2%}"
+    return f"| {row['model']} | {row['slot']} | {times} | {overhead} | {shares} |"
+
+
+def _image_lines(piece: str, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> list[str]:
+    settings = found["settings"]
+    return [
+        f"## Whole images, {piece}: {settings['steps']} steps, {settings['size']} px, guidance 7.5",
+        "",
+        "| way | image, s | UNet call, ms | outside, ms per step | UNet call | image | PSNR, dB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *map(_image_line, rows),
+        "",
+        f"Times faster than {rows[0]['way']}: ratios of medians with a 95 % bootstrap interval over paired rounds.",
+        "PSNR: of the image, to the first way's. Outside: what is neither UNet, VAE nor text encoder.",
+    ]
+
+
+def _image_line(row: Mapping[str, Any]) -> str:
+    likeness = "-" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+    return (
+        f"| {row['way']} | {row['seconds']:.2f} | {row['unet_step_seconds'] * 1e3:,.0f} | "
+        f"{row['outside_per_step_seconds'] * 1e3:.1f} | {_cell(row['unet_faster'])} | {_cell(row['image_faster'])} | "
+        f"{likeness} |"
+    )
 
 
 def _cell(ratio: list[float] | None) -> str:
-    if ratio is None:
-        return "-"
-    return f"{ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})"
+    return "-" if ratio is None else f"{ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})"
 
 
-def main() -> None:
-    """Parse, measure, write."""
+# Running
+
+
+def measure(bench: Bench, piece: str) -> list[dict[str, Any]]:
+    """The rows of one piece."""
+    known: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "overhead": partial(piece_overhead, bench),
+        "peer": partial(piece_peer, bench),
+        "teacher": partial(piece_teacher, bench),
+        "attention": measure_attention,
+    }
+    return known.get(piece, partial(piece_slot, bench, piece))()
+
+
+def merged(
+    before: Mapping[str, Any], head: Mapping[str, Any], piece: str, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A result with one more piece; pieces measured with other settings go."""
+    same = before.get("schema") == SCHEMA and before.get("settings") == head["settings"]
+    kept = dict(before) if same else {}
+    optimum = head["optimum"] or kept.get("optimum")
+    run = {name: head[name] for name in ("date", "commit", "command")}
+    return {**kept, **head, "optimum": optimum, "runs": {**kept.get("runs", {}), piece: run}, piece: rows}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pieces", default="overhead,pipeline")
-    parser.add_argument("--rounds", type=int, default=6, help="images of each way, and pairs of full-size UNet calls")
+    parser.add_argument("--pieces", default="", help=f"of {','.join(PIECES)}; all that run here by default")
+    parser.add_argument("--rounds", type=int, default=3, help="images of each way")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--teacher", default="random:sd15")
     parser.add_argument("--student", default="random:sd15-tiny")
-    parser.add_argument("--without-optimum", action="store_true")
-    parser.add_argument("--without-bf16", action="store_true", help="for a CPU that has no such instructions")
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "bench-runtime", help="bundles; re-used")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
     asked = parser.parse_args()
-    pieces = asked.pieces.split(",")
-    if unknown := set(pieces) - {"overhead", "pipeline"}:
-        parser.error(f"piece {min(unknown)!r} is unknown: choose overhead, pipeline")
+    runs_here = [piece for piece in PIECES if piece not in SLOTS or piece in slots()]
+    asked.chosen = asked.pieces.split(",") if asked.pieces else runs_here
+    if unknown := set(asked.chosen) - set(runs_here):
+        parser.error(f"piece {min(unknown)!r} is unknown or cannot run here: choose of {', '.join(runs_here)}")
+    return asked
+
+
+def main() -> None:
+    """Measure and write, piece by piece: what is done stays when the rest is interrupted."""
     from sdkd.compare.environment import environment
 
-    interop = None if asked.without_optimum or "pipeline" not in pieces else interop_python()
-    slots = {name: kind for name, kind in SLOTS.items() if not (asked.without_bf16 and kind == "bf16")}
-    made = bundles(asked.work, asked.student, slots)
-    call = {"num_inference_steps": asked.steps, "height": asked.size, "width": asked.size}
-    found: dict[str, Any] = {
-        "schema": 1,
-        "machine": machine(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "command": f"python tools/bench_runtime.py --pieces {asked.pieces} --rounds {asked.rounds} "
-        f"--steps {asked.steps} --size {asked.size} --teacher {asked.teacher} --student {asked.student}"
-        + (" --without-bf16" if asked.without_bf16 else "")
-        + (" --without-optimum" if asked.without_optimum else ""),
-        "environment": environment("cpu"),
-        "optimum": optimum_versions(interop) if interop else None,
-        "call": call,
-    }
-    if "overhead" in pieces:
-        found["overhead"] = [
-            overhead_row(model, slot, measure_overhead(made[name], slot, pairs))
-            for name, model, pairs in (("demo", "demo", 300), ("student", asked.student, asked.rounds * 2))
-            for slot in slots
-        ]
-    if "pipeline" in pieces:
-        found["pipeline"] = pipeline_rows(
-            measure_pipelines(ways(made["student"], interop, slots, asked.teacher, asked.student), asked.rounds, call),
-            asked.steps,
-        )
-    check_private(found)
-    folder = asked.output / machine()
-    write_json(folder / "runtime.json", found)
-    write_bytes(folder / "runtime.md", markdown(found).encode())
+    asked = parse()
+    bench, folder = Bench(asked), asked.output / machine()
+    for piece in asked.chosen:
+        rows = measure(bench, piece)
+        options = " ".join(f"--{name} {getattr(asked, name)}" for name in ("rounds", *SETTINGS))
+        head = {
+            "schema": SCHEMA,
+            "machine": machine(),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            "commit": commit(),
+            "command": f"python tools/bench_runtime.py --pieces {','.join(asked.chosen)} {options}",
+            "settings": {name: getattr(asked, name) for name in SETTINGS},
+            "environment": environment("cpu"),
+            "optimum": optimum_versions(bench.interop) if piece == "peer" else None,
+        }
+        file = folder / "runtime.json"
+        found = merged(read_json(file) if file.is_file() else {}, head, piece, rows)
+        check_private(found)
+        write_json(file, found)
+        write_bytes(folder / "runtime.md", markdown(found).encode())
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import fixed_weights, tiny_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_exports import small_pipeline
 
-from engines import load_pipeline, plug, unplug
+from engines import load_pipeline, plug, session_onnxruntime, unplug
 from engines.weights import swap_weights
 from export import build_engine, export_pipeline
+from sdkd import onnx_attention
 from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.students import build_student, recognised, remap_lora, teacher_layout
@@ -139,6 +140,25 @@ def test_any_scale_and_none(engine_bundle: Path, loras: dict[str, Path]) -> None
     agree(draw(pipe), eagerly(lambda it: None))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_kohya_file_does_what_it_does_eagerly(
+    engine_bundle: Path, loras: dict[str, Path], base: np.ndarray, tmp_path: Path, target: str
+) -> None:
+    kohya = {}
+    for name, tensor in load_file(loras["a"] / LORA_FILE).items():
+        path, _, kind = name.removeprefix("unet.").removesuffix(".weight").rpartition(".")
+        module = f"lora_unet_{path.removesuffix('.lora').replace('.', '_')}"
+        kohya[f"{module}.lora_{'down' if kind in ('lora_A', 'down') else 'up'}.weight"] = tensor
+        kohya[f"{module}.alpha"] = torch.tensor(2.0)  # half of the rank
+    file = tmp_path / "style.safetensors"
+    save_file(kohya, file)
+    pipe = load_pipeline(engine_bundle, target)
+    pipe.load_lora_weights(file)
+    found = draw(pipe)
+    agree(found, eagerly(lambda it: it.load_lora_weights(file)))
+    differ(found, base)
+
+
 def test_weights_change_once_however_often_adapters_do(
     engine_bundle: Path, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +227,20 @@ def test_a_fine_tuned_checkpoint_runs_in_the_same_engine(
     pipe.unload_lora_weights()
     swap_weights(pipe, None)
     np.testing.assert_array_equal(draw(pipe), before)
+
+
+def test_onnxruntime_s_own_attention_stays_when_weights_change(
+    engine_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
+    assert pipe.unet.session.checked.record.flags["attention"] == "MultiHeadAttention"
+    fused: list[int] = []
+    monkeypatch.setattr(
+        session_onnxruntime, "fuse_attention", lambda model: fused.append(onnx_attention.fuse_attention(model))
+    )
+    swap_weights(pipe, fixed_weights(small_pipeline().unet, seed=9).state_dict())
+    draw(pipe)
+    assert fused == [6]
 
 
 def test_a_checkpoint_by_name(engine_bundle: Path, tmp_path: Path) -> None:

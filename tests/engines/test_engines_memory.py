@@ -74,7 +74,8 @@ def test_a_turn_session_is_checked_at_once_and_closed_for_good(
     plug(eager, bundle_copy, "onnxruntime", low_memory=True)
     session = eager.unet.session
     assert isinstance(session, TurnSession)
-    eager.unet.close()
+    with session:
+        eager.unet(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, 77, 32))
     with pytest.raises(EngineError, match=r"the onnxruntime engine of unet in .* is closed: open it again"):
         session.run({})
     bundle = Bundle.open(bundle_copy)

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import small_bundles
 import torch
 from diffusers import (
     AutoPipelineForImage2Image,
@@ -18,8 +19,9 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from engine_bundles import edit_engine
-from helpers import tiny_unet, tiny_vae
+from helpers import fixed_weights, tiny_unet, tiny_vae
 from PIL import Image
 from small_bundles import small_pipeline
 
@@ -27,6 +29,7 @@ from engines.modules import EngineTextEncoder, EngineUNet
 from engines.pipeline import load_pipeline, plug, unplug
 from engines.slots import best_slot
 from engines.vae import EngineVAE
+from export import build_engine, export_pipeline
 from sdkd.bundle import Bundle
 from sdkd.errors import (
     BundleError,
@@ -37,26 +40,20 @@ from sdkd.errors import (
     RangeError,
     StaleEngineError,
 )
+from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import built_environment
 
 TARGETS = ("onnxruntime", "openvino")
 PROMPT = "a red star"
 MIN_PSNR = 60.0  # dB; bf16 in place of fp32 is about 45 here
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
+# What StableDiffusionPipeline names, whatever diffusers adds there, and others that it runs.
+SCHEDULERS = sorted(
+    {scheduler.name for scheduler in KarrasDiffusionSchedulers}
+    | {"DDIMParallelScheduler", "DDPMParallelScheduler", "EDMDPMSolverMultistepScheduler", "IPNDMScheduler"}
+    | {"LCMScheduler", "SASolverScheduler", "TCDScheduler"}
 )
+SDE = "DPMSolverSDEScheduler"
+SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {"PNDMScheduler": {"skip_prk_steps": True}}  # else more than 3 steps
 
 
 def psnr(a: Any, b: Any) -> float:
@@ -108,12 +105,21 @@ def test_images_equal_eager(
     assert psnr(found, expected) > MIN_PSNR
 
 
+@pytest.fixture(scope="module")
+def scheduled(engine_bundle: Path) -> tuple[StableDiffusionPipeline, StableDiffusionPipeline]:
+    """An eager and a plugged pipeline, whose schedulers tests exchange."""
+    return small_pipeline(), plug(small_pipeline(), engine_bundle, "onnxruntime")
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_any_scheduler(engine_bundle: Path, name: str) -> None:
-    eager, engine = small_pipeline(), plug(small_pipeline(), engine_bundle, "onnxruntime")
-    for pipe in (eager, engine):
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    assert psnr(draw(engine, steps=4), draw(eager, steps=4)) > MIN_PSNR
+def test_any_scheduler(scheduled: tuple[StableDiffusionPipeline, StableDiffusionPipeline], name: str) -> None:
+    if name == SDE:
+        pytest.importorskip("torchsde", reason="diffusers' SDE scheduler needs torchsde")
+    for pipe in scheduled:
+        config = dict(small_pipeline().scheduler.config) | SCHEDULER_OPTIONS.get(name, {})
+        pipe.scheduler = getattr(diffusers, name).from_config(config)
+    eager, engine = scheduled
+    assert psnr(draw(engine), draw(eager)) > MIN_PSNR
 
 
 def test_image_to_image(engines: StableDiffusionPipeline, plain: StableDiffusionPipeline) -> None:
@@ -296,6 +302,31 @@ def test_clip_skip_and_lora_scale_are_refused(engines: StableDiffusionPipeline) 
         draw(engines, clip_skip=1)
     with pytest.raises(EngineError, match=r"cannot take cross_attention_kwargs"):
         draw(engines, cross_attention_kwargs={"something": 1})
+
+
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_is_refused_and_the_pipeline_still_draws(
+    engine_bundle: Path, plain: StableDiffusionPipeline, method: str
+) -> None:
+    pipe = plug(small_pipeline(), engine_bundle, "onnxruntime")
+    with pytest.raises(EngineError, match=r"cannot be offloaded: its weights live inside the engine.*low_memory=True"):
+        getattr(pipe, method)(device="cpu")
+    assert psnr(draw(pipe), draw(plain)) > MIN_PSNR
+
+
+def test_inpainting_with_nine_channels(tmp_path: Path) -> None:
+    parts = small_pipeline().components
+    parts["unet"] = fixed_weights(diffusers.UNet2DConditionModel(**(small_bundles.UNET | {"in_channels": 9})))
+    eager = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    bundle = export_pipeline(eager, tmp_path / "bundle", verify=False)
+    sizes = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
+    pipe = load_pipeline(build_engine(bundle, "onnxruntime", ranges=sizes), "onnxruntime")
+    assert type(pipe) is StableDiffusionInpaintPipeline
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (8, 8, 24, 24))
+    image = Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    call = {"image": image, "mask_image": mask, "strength": 1.0, "height": 32, "width": 32}
+    assert psnr(draw(pipe, **call), draw(eager, **call)) > MIN_PSNR
 
 
 # Loading from a bundle alone

@@ -320,6 +320,46 @@ def test_closed_sessions_say_so(graph: Bundle) -> None:
         session.run(unet_feeds())
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_closing_under_another_thread_s_calls_is_said(graph: Bundle, target: str) -> None:
+    session, begun, errors = open_session(graph, target, "unet"), threading.Event(), list[EngineError]()
+
+    def work() -> None:
+        try:
+            while True:
+                run(session, unet_feeds())
+                begun.set()
+        except EngineError as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert begun.wait(60)
+    session.close()
+    worker.join(60)
+    assert ["is closed: open it again" in str(error) for error in errors] == [True]
+    with pytest.raises(EngineError, match=r"is closed: open it again"):
+        session.swap({})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_inputs_and_outputs_are_torch_s_own_memory(graph: Bundle, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    feeds, seen = unet_feeds(), dict[str, int]()
+    with open_session(graph, target, "unet") as session:
+        execute = session._execute
+
+        def look(ready: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+            seen.update({name: tensor.data_ptr() for name, tensor in {**ready, **outputs}.items()})
+            execute(ready, outputs)
+
+        monkeypatch.setattr(session, "_execute", look)
+        result = run(session, feeds)
+        if target == "openvino":  # ONNX Runtime is given the addresses themselves
+            shared = {name: session._shared(tensor).data.ctypes.data for name, tensor in feeds.items()}  # type: ignore[attr-defined]
+            assert shared == {name: tensor.data_ptr() for name, tensor in feeds.items()}
+    assert seen == {name: tensor.data_ptr() for name, tensor in {**feeds, "out_sample": result}.items()}
+
+
 def test_environment_is_part_of_every_record(graph: Bundle) -> None:
     for target in TARGETS:
         assert graph.stale_reasons(graph.engine(target, "unet"), environment(target)) == []

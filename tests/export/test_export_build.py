@@ -18,12 +18,13 @@ import onnx
 import pytest
 from graph_bundles import graph_bundle, graph_model, replace_component
 from onnx import helper, numpy_helper
+from small_exports import bundle_copy
 
 from export import build_engine
 from export.build_job import Job
 from export.build_parity import compare
 from export.ranges import default_ranges
-from sdkd.bundle import Bundle, EngineRecord
+from sdkd.bundle import Bundle, EngineRecord, FileRecord
 from sdkd.errors import BuildError, BundleError, BusyError, InputError, MissingExtraError, ValuesError
 from sdkd.files import lock
 from sdkd.profiles import Range
@@ -90,7 +91,7 @@ def test_all_components_are_built_checked_and_recorded(bundle: Bundle, target: s
 def test_flags_say_how_the_engine_was_made(bundle: Bundle) -> None:
     build_engine(bundle, "onnxruntime", components=["unet", "text_encoder"])
     result = build_engine(bundle, "openvino", components=["unet"])
-    flags = {"optimization": "extended", "provider": "cpu"}
+    flags = {"optimization": "extended", "provider": "cpu", "attention": "MultiHeadAttention"}
     assert result.engine("onnxruntime", "text_encoder").flags == {**flags, "external_data": True}
     assert result.engine("onnxruntime", "unet").flags == {**flags, "external_data": False}  # only small weights
     assert result.engine("openvino", "unet").flags == {
@@ -449,3 +450,20 @@ def test_importing_the_builders_loads_no_heavy_library() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_attention_of_a_float_graph_becomes_onnxruntime_s_own(tmp_path: Path, external: bool) -> None:
+    bundle = bundle_copy(tmp_path / "bundle")
+    if external:
+        file = bundle.path / "unet/model.onnx"
+        onnx.save(onnx.load(file), file, save_as_external_data=True, location="model.onnx.data", size_threshold=1024)
+        files = tuple(FileRecord.of(bundle.path, file.with_name(name)) for name in ("model.onnx", "model.onnx.data"))
+        changed = {**bundle.manifest.components, "unet": replace(bundle.component("unet"), files=files)}
+        bundle = Bundle(bundle.path, replace(bundle.manifest, components=changed))
+        bundle.save()
+    record = build_engine(bundle, "onnxruntime", components=["unet"]).engine("onnxruntime", "unet")
+    nodes = onnx.load(bundle.path / record.files[0].path, load_external_data=False).graph.node
+    assert [node.op_type for node in nodes if "Attention" in node.op_type] == ["MultiHeadAttention"] * 6
+    assert record.flags["attention"] == "MultiHeadAttention"
+    assert record.parity["relative"] < 1e-5  # type: ignore[index]
