@@ -16,7 +16,7 @@ from sdkd.errors import SdkdError
 def complete(report: Report, device: str) -> Report:
     """The report with limits reached, CLIP scores where CLIP is on this disk, and the names of what is not."""
     lpips = lpips_or_why()
-    missing = (f"LPIPS: {lpips}",) if isinstance(lpips, str) else ()
+    missing = (_named("LPIPS", lpips),) if isinstance(lpips, str) else ()
     report = dataclasses.replace(report, not_measured=(*report.not_measured, *missing))
     return with_clip_scores(with_limits(report, device), device)
 
@@ -69,6 +69,10 @@ def lpips_or_why() -> Perceptual | str:
         return str(error)
 
 
+def _named(score: str, reason: str) -> str:
+    return reason if reason.startswith(score) else f"{score}: {reason}"
+
+
 def perceptual() -> Perceptual | None:
     """LPIPS where its weights are on this disk."""
     found = lpips_or_why()
@@ -86,6 +90,6 @@ def with_clip_scores(report: Report, device: str) -> Report:
             tuple(clip_scores(model, processor, report.images[row.subject.label], prompts)) for row in report.results
         ]
     except SdkdError as error:
-        return dataclasses.replace(report, not_measured=(*report.not_measured, f"CLIP score: {error}"))
+        return dataclasses.replace(report, not_measured=(*report.not_measured, _named("CLIP score", str(error))))
     results = [dataclasses.replace(row, clip_scores=found) for row, found in zip(report.results, scores, strict=True)]
     return dataclasses.replace(report, results=tuple(results))
