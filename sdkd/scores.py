@@ -22,6 +22,7 @@ CMMD_MODEL = "openai/clip-vit-large-patch14-336"
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 ALEXNET = "alexnet-owt-7be5be79.pth"  # under LPIPS, as its authors evaluate it; torchmetrics holds the rest
+LPIPS_LEAST_PX = 32  # smaller images vanish in AlexNet's poolings
 FEATURES = 2048  # of the Inception network; fewer images than this leave its covariance without full rank
 
 
@@ -168,24 +169,33 @@ def accumulate(
     return float(metric.compute())
 
 
-def lpips_distance(device: str = "cpu") -> Callable[[Image, Image], float]:
+def lpips_distance(device: str = "cpu") -> Callable[[Image, Image], float | None]:
     """LPIPS of two images of equal size on AlexNet (Zhang et al. 2018): 0 for equal images, larger is further.
 
-    NotMeasuredError without torchmetrics, torchvision, or AlexNet's weights in torch's cache.
+    None for images below LPIPS_LEAST_PX. NotMeasuredError without torchmetrics, torchvision, or AlexNet's weights in
+    torch's cache; InputError when those are damaged.
     """
     _need("torchmetrics", "LPIPS")
     _need("torchvision", "LPIPS", "pip install torchvision")
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).is_file():
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    if not weights.is_file():
         raise NotMeasuredError(
             "the weights of AlexNet are not on this disk; get them with "
             "`python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\"`"
         )
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+    try:
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+    except Exception as error:  # whatever reading a foreign file raises
+        raise InputError(
+            f"AlexNet's weights cannot be loaded ({error}): delete {weights} and get them again"
+        ) from error
 
     @torch.no_grad()
-    def distance(image: Image, reference: Image) -> float:
+    def distance(image: Image, reference: Image) -> float | None:
+        if min(image.size) < LPIPS_LEAST_PX:
+            return None
         metric.reset()
         return float(metric(*(_bytes(one)[None].to(device) / 255 for one in (image, reference))))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
-from sdkd.compare.limits import Work, element_bytes, fraction, measure_ceilings, unet_work
+from sdkd.compare.limits import Ceilings, Work, element_bytes, fraction, measure_ceilings, unet_work
 from sdkd.compare.quality import Perceptual
 from sdkd.compare.report import Report, Result, Setup
 from sdkd.compare.subjects import Subject
@@ -14,29 +15,38 @@ from sdkd.errors import SdkdError
 
 def complete(report: Report, device: str) -> Report:
     """The report with limits reached, CLIP scores where CLIP is on this disk, and the names of what is not."""
-    missing = f"LPIPS: {lpips_or_why()}" if isinstance(lpips_or_why(), str) else None
-    found = with_clip_scores(with_limits(report, device), device)
-    return dataclasses.replace(found, not_measured=(*([missing] if missing else []), *found.not_measured))
+    lpips = lpips_or_why()
+    missing = (_named("LPIPS", lpips),) if isinstance(lpips, str) else ()
+    report = dataclasses.replace(report, not_measured=(*report.not_measured, *missing))
+    return with_clip_scores(with_limits(report, device), device)
 
 
 def with_limits(report: Report, device: str) -> Report:
     """Every UNet call against a matrix product in its precision and a copy, both measured now on `device`.
 
-    A subject whose model is gone gets no limit, and the report a note.
+    Where a ceiling cannot be measured or a model is gone, there is no limit, and the report gets a note: what was
+    timed before is not lost for it.
     """
-    precisions = dict.fromkeys(row.subject.precision for row in report.results)
-    ceilings = {precision: measure_ceilings(device, precision) for precision in precisions}
-    results, notes = list[Result](), list[str]()
+    ceilings, results, notes = dict[str, Ceilings](), list[Result](), list[str]()
+    for precision in dict.fromkeys(row.subject.precision for row in report.results):
+        try:
+            ceilings[precision] = measure_ceilings(device, precision)
+        except RuntimeError as error:  # PyTorch's: no memory left, or no such product on this device
+            notes.append(f"{precision}: the machine's limit could not be measured ({str(error).splitlines()[0]})")
     for row in report.results:
         try:
-            work = subject_work(row.subject, report.setup)
+            results.append(_with_limit(row, report.setup, ceilings))
         except SdkdError as error:
             notes.append(f"{row.subject.label}: its limit is not known ({error})")
             results.append(row)
-            continue
-        limit = fraction(work, ceilings[row.subject.precision], row.unet_step_ms.median / 1000)
-        results.append(dataclasses.replace(row, work=work, limit=limit))
     return dataclasses.replace(report, results=tuple(results), ceilings=ceilings, notes=(*report.notes, *notes))
+
+
+def _with_limit(row: Result, setup: Setup, ceilings: Mapping[str, Ceilings]) -> Result:
+    if (found := ceilings.get(row.subject.precision)) is None:
+        return row
+    work = subject_work(row.subject, setup)
+    return dataclasses.replace(row, work=work, limit=fraction(work, found, row.unet_step_ms.median / 1000))
 
 
 def subject_work(subject: Subject, setup: Setup) -> Work:
@@ -51,12 +61,16 @@ def subject_work(subject: Subject, setup: Setup) -> Work:
 @functools.cache
 def lpips_or_why() -> Perceptual | str:
     """LPIPS, loaded once, or why it cannot be measured here."""
-    from sdkd.scores import NotMeasuredError, lpips_distance
+    from sdkd.scores import lpips_distance
 
     try:
         return lpips_distance()
-    except NotMeasuredError as error:
+    except SdkdError as error:
         return str(error)
+
+
+def _named(score: str, reason: str) -> str:
+    return reason if reason.startswith(score) else f"{score}: {reason}"
 
 
 def perceptual() -> Perceptual | None:
@@ -76,6 +90,6 @@ def with_clip_scores(report: Report, device: str) -> Report:
             tuple(clip_scores(model, processor, report.images[row.subject.label], prompts)) for row in report.results
         ]
     except SdkdError as error:
-        return dataclasses.replace(report, not_measured=(*report.not_measured, f"CLIP score: {error}"))
+        return dataclasses.replace(report, not_measured=(*report.not_measured, _named("CLIP score", str(error))))
     results = [dataclasses.replace(row, clip_scores=found) for row, found in zip(report.results, scores, strict=True)]
     return dataclasses.replace(report, results=tuple(results))

@@ -54,7 +54,8 @@ class Limit:
     """A measured call against the ceilings.
 
     `least_s`: the time that arithmetic or traffic takes at least, `bound` which of the two; `fraction`: that time
-    over the measured one. 1 is the ceiling; above it convolutions took fewer operations than counted (Winograd).
+    over the measured one. 1 is the ceiling; above it convolutions took fewer operations than counted (Winograd), or
+    the weights of a small model stayed in the caches.
     """
 
     flops_per_s: float

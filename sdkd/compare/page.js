@@ -37,7 +37,7 @@
   const choices = all(".choices");
   const inputs = (name) => all("input", choices.find((choice) => choice.dataset.choice === name));
   const known = (name) => choices.some((choice) => choice.dataset.choice === name);
-  const state = { show: "image", against: known("against") ? inputs("against")[0].value : "eager" };
+  const state = { show: "image", against: gallery.dataset.against };
   const original = (shot) => shot.querySelector("img:not(.over)");
   const overlay = (shot) => {
     const key = shot.dataset[state.against];

@@ -82,6 +82,7 @@ def _context(report: Report) -> dict[str, Any]:
         "differences": differences(report),
         "worst": worst_images(report),
         "kinds": kinds(report),
+        "first_kind": next(iter(kinds(report)), "eager"),
         "shows": SHOWS,
         "againsts": [(kind, name, name) for kind, name in kinds(report).items()],
         "pixelated": report.setup.size_px <= PIXELATED_PX,

@@ -15,8 +15,8 @@ from sdkd.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Perceptual = Callable[["Image", "Image"], float]
-"""A distance of an image to its reference, such as LPIPS: 0 when they are equal."""
+Perceptual = Callable[["Image", "Image"], float | None]
+"""A distance of an image to its reference, such as LPIPS: 0 when they are equal, None when they are too small."""
 
 # What an identical image counts in a mean: one grey level in one channel of one 512x512 pixel is 107 dB, of one
 # 64x64 pixel 89 dB.

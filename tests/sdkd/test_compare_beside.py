@@ -21,8 +21,9 @@ from sdkd.models import latent_scale, unet_config
 def one(subject: Subject) -> Report:
     """A planted report of the teacher in eager, as if it were of this subject."""
     report = planted_report(models=("teacher",))
-    row = dataclasses.replace(report.results[0], subject=subject)
-    return dataclasses.replace(report, results=(row,), images={subject.label: report.images["teacher eager"]})
+    row = dataclasses.replace(report.results[0], subject=subject, work=None, limit=None)
+    images = {subject.label: report.images["teacher eager"]}
+    return dataclasses.replace(report, results=(row,), images=images, ceilings={})
 
 
 def test_a_report_gets_the_limit_of_each_call() -> None:
@@ -38,13 +39,24 @@ def test_a_report_gets_the_limit_of_each_call() -> None:
     data = found.to_json()
     assert data["ceilings"]["fp32"] == vars(ceilings)
     assert data["results"][0]["limit"] == {**vars(row.work), **vars(row.limit)}
-    assert planted_report().to_json()["results"][0]["limit"] is None
+    assert report.to_json()["results"][0]["limit"] is None
 
 
 def test_a_model_that_is_gone_has_no_limit_and_a_note(tmp_path: Path) -> None:
     found = beside.with_limits(one(Subject("gone eager", tmp_path / "gone")), "cpu")
     assert found.results[0].limit is None
     assert found.notes[-1].startswith("gone eager: its limit is not known (model '")
+
+
+def test_what_was_timed_is_not_lost_when_a_ceiling_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: str, precision: str) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    monkeypatch.setattr(beside, "measure_ceilings", fail)
+    found = beside.with_limits(one(Subject("demo eager", "demo")), "cpu")
+    assert found.results[0].limit is None
+    assert found.ceilings == {}
+    assert found.notes[-1] == "fp32: the machine's limit could not be measured (CUDA out of memory.)"
 
 
 def test_work_is_read_from_configs_alone() -> None:
@@ -65,7 +77,7 @@ def test_what_needs_weights_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch
     assert found.results[0].clip_scores is None
     assert found.not_measured[-1] == f"CLIP score: the weights of {scores.CLIP_SCORE_MODEL} are not on this disk"
     assert found.to_json()["not_measured"] == list(found.not_measured)
-    assert [line.partition(":")[0] for line in found.not_measured][:1] in (["LPIPS"], ["CLIP score"])
+    assert beside._named("LPIPS", "LPIPS needs a package") == "LPIPS needs a package"
 
 
 def test_clip_scores_come_from_weights_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

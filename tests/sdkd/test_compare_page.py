@@ -140,6 +140,17 @@ def test_limits_and_what_is_missing_are_explained() -> None:
     assert "Not measured. LPIPS: it needs the package torchvision." in text
 
 
+def test_students_alone_are_held_against_their_teacher() -> None:
+    report = planted_report()
+    eager = dataclasses.replace(report, results=tuple(row for row in report.results if row.subject.is_eager))
+    page = Page(html_page(eager))
+    assert [div["data-against"] for div in page.all("div") if div.get("id") == "gallery"] == ["teacher"]
+    assert {radio["name"] for radio in page.all("input")} == {"show-gallery", "show-zoom"}
+    assert "Below an image: its PSNR against the teacher." in "".join(page.text)
+    lone = Page(html_page(dataclasses.replace(report, results=report.results[:1])))
+    assert not lone.all("input")  # nothing to switch to
+
+
 def test_choices_are_labelled_radio_buttons(page: Page) -> None:
     radios = [attributes for attributes in page.all("input") if attributes.get("type") == "radio"]
     assert {radio["name"] for radio in radios} == {"show-gallery", "against-gallery", "show-zoom", "against-zoom"}
