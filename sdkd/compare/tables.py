@@ -130,8 +130,9 @@ def _limit(row: Result) -> Cell:
 
 
 def memory_bytes(row: Result) -> int:
-    """The memory that drawings show: the peak of the case's own process, or how much a shared one had grown."""
-    return row.rss_growth_bytes if row.memory.peak_rss is None else row.memory.peak_rss
+    """The memory that drawings show: the peak on the GPU, else in RAM, else how much a shared process had grown."""
+    peaks = (row.memory.peak_gpu, row.memory.peak_rss, row.rss_growth_bytes)
+    return next(peak for peak in peaks if peak is not None)
 
 
 def _judged(row: Result) -> Cell:
