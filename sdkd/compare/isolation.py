@@ -218,7 +218,7 @@ def _no_interrupts() -> Iterator[None]:
 
 
 def serve(connection: Connection, job: Job) -> None:
-    """The child: answer what is asked until the parent says None or is gone, and leave without libraries' clean-up."""
+    """The child: answer what is asked until the parent says None or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.flush()
     os.dup2(2, 1)  # what libraries print must not stand in the parent's JSON
@@ -232,7 +232,7 @@ def serve(connection: Connection, job: Job) -> None:
         except Exception as error:  # noqa: BLE001 - whatever a library raises, the parent must hear of it
             answer = _describe(error)
         connection.send(answer)
-    os._exit(0)
+    worker.close()
 
 
 def _use_no_semaphores() -> None:

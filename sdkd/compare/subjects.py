@@ -138,8 +138,11 @@ def _optimum_pipeline(subject: Subject, device: str) -> Any:
     """Optimum's pipeline of the bundle's ONNX files, as Optimum's documentation opens it."""
     from optimum.onnxruntime import ORTStableDiffusionPipeline
 
+    from sdkd.pipelines import quiet_libraries
+
     provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-    return ORTStableDiffusionPipeline.from_pretrained(str(subject.bundle), provider=provider)
+    with quiet_libraries():
+        return ORTStableDiffusionPipeline.from_pretrained(str(subject.bundle), provider=provider)
 
 
 def optimum_problem() -> str | None:

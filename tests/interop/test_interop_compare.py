@@ -36,7 +36,7 @@ def test_optimum_is_compared_with_eager(tmp_path: Path) -> None:
     eager, optimum = report["results"]
     assert (eager["target"], optimum["target"], optimum["precision"]) == ("eager", "optimum", "fp32")
     assert optimum["verdict"]["ok"] is True, optimum["verdict"]
-    assert optimum["against_eager"]["psnr_min_db"] is None or optimum["against_eager"]["psnr_min_db"] > 80
+    assert optimum["against_eager"]["psnr_min_db"] is None or optimum["against_eager"]["psnr_min_db"] > 60
     assert optimum["unet_parameters"] == eager["unet_parameters"]
     assert optimum["bytes_on_disk"] == sum(file.stat().st_size for file in bundle.glob("*/model.onnx*"))
     assert optimum["repeatable"] is True
