@@ -23,6 +23,7 @@ from engines.runtime_cache import RuntimeCache
 from engines.session import Checked, EngineSession, check_engine, check_names, verify_once
 from engines.tensorrt_context import BoundContext, Call, failure, pick_profile, read_spans, said
 from sdkd.errors import EngineError
+from sdkd.gpu_trial import reasons
 from sdkd.onnx_weights import exported_weights
 from sdkd.targets import require
 
@@ -338,11 +339,3 @@ class TensorRTSession(EngineSession):
         self._drop_graphs()
         self._kernels.save()
         del self._main, self._engine, self._kernels
-
-
-def reasons(trt: ModuleType, diagnostics: Any) -> list[str]:
-    """Names of the bits that TensorRT-RTX sets when it finds an engine invalid."""
-    members = trt.EngineInvalidityDiagnostics.__members__
-    bits = int(getattr(diagnostics, "value", diagnostics))
-    found = [name.lower().replace("_", " ") for name, member in members.items() if bits & int(member.value)]
-    return found or ["invalid"]
