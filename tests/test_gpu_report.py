@@ -107,7 +107,7 @@ def test_images_vae_compile_and_training(pieces: dict[str, Any]) -> None:
         *["eager, channels_last"] * 2, *["onnxruntime"] * 2
     ]  # fmt: skip
     (step,) = rows(pieces["compile/tiny"], "UNet step")
-    assert step["way"] == "compile, aot_eager"
+    assert step["way"] == "compile, eager"
     steps = rows(pieces["train/tiny"], "training step")
     assert [row["way"] for row in steps] == ["reference", "+ channels_last", "Trainer.step"]
     assert {(row["student"], row["batch"], len(row["seconds"])) for row in steps} == {("tiny", 2, 3)}
