@@ -76,11 +76,16 @@ def built(
 
 
 def runnable(settings: Settings) -> list[str]:
-    """The targets of the report that build and run on this machine."""
+    """The targets of the report that build here and run on its device."""
+    from engines.session import expected_device
     from sdkd.targets import availability
 
     found = {target: availability(target) for target in settings.targets}
-    return [target for target, here in found.items() if here.can_build and here.can_run]
+    return [
+        target
+        for target, here in found.items()
+        if here.can_build and here.can_run and expected_device(target).type == settings.device
+    ]
 
 
 def copy_of(bundle: Bundle, name: str) -> Bundle:

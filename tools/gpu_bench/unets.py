@@ -14,6 +14,8 @@ from gpu_bench.bundles import built, exported, unet_profiles
 from gpu_bench.device import Device, Work, sampled
 from gpu_bench.record import Record
 from gpu_bench.settings import Settings
+from sdkd.errors import EngineError
+from sdkd.targets import installed_version
 
 if TYPE_CHECKING:
     import torch
@@ -181,8 +183,12 @@ def compiled(settings: Settings, device: Device, record: Record, model: str) -> 
 
 def engine(settings: Settings, device: Device, record: Record, model: str, target: str) -> None:
     """A target's engine: exported, built, opened, with CUDA graphs and without; the bare library beside the runtime."""
+    from engines.session import expected_device
+
     steps = Steps(settings, device, record, model)
     with record.part("export"):
+        if target == "onnxruntime" and expected_device(target).type != device.name:
+            raise EngineError(f"ONNX Runtime has no CUDA here, and its CPU is not asked: {installed_version(target)}")
         bundle = exported(settings, model, record)
     if "export" in record.errors:
         return
@@ -252,7 +258,9 @@ def bare_rows(steps: Steps, session: EngineSession, target: str) -> None:
             graph._enqueue(side.cuda_stream)  # type: ignore[misc]
         side.synchronize()
         calls: dict[str, Work] = {"bare call": lambda: graph._enqueue(side.cuda_stream)}  # type: ignore[misc]
-        if not trt_session._native:
+        if trt_session._native:  # the call itself is a replay, by the library
+            calls = {"bare replay": calls["bare call"]}
+        else:
             graph.capture(side)
             calls["bare replay"] = graph._graph.replay  # type: ignore[union-attr]
         for name, call in calls.items():
