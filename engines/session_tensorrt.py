@@ -69,7 +69,6 @@ class TensorRTSession(EngineSession):
         super().__init__(checked)
         self._trt: ModuleType = require(checked.record.target)
         self._log = recorder(checked.record.target)
-        self._log.messages.clear()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._side = torch.cuda.Stream(self.device)
         self._done = torch.cuda.Event()
@@ -97,6 +96,7 @@ class TensorRTSession(EngineSession):
 
     def _deserialize(self) -> Any:
         trt = self._trt
+        self._log.messages.clear()  # what was said before is no reason for what happens now
         plan = self.checked.path.read_bytes()
         runtime = trt.Runtime(self._log)
         if hasattr(runtime, "get_engine_validity"):

@@ -186,6 +186,7 @@ def _try_all() -> list[Trial]:
 def _show_support(found: Sequence[Support], trials: Sequence[Trial]) -> None:
     """What is known and what was measured of GPU targets; what was tried where there is no GPU to remember it for."""
     for one in found:
-        show(f"{one.target} on compute capability {one.compute_capability}: {one.known}.", f"  Here: {one.measured}.")
+        known = f"{one.target} on compute capability {one.compute_capability}: {one.known}."
+        show(escape(known), escape(f"  {one.measured[0].upper()}{one.measured[1:]}."))
     for trial in trials if not found else ():
         show(escape(f"{trial.target}: {trial.words()}"))

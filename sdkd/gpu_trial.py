@@ -93,7 +93,7 @@ def support(target: str, capability: str, trials: Sequence[Trial] = ()) -> Suppo
         answer, known = True, f"compute capability {capability} is one that {name} names"
     else:
         answer, known = False, f"{name} names {', '.join(named)}, and not {capability}"
-    measured = "; ".join(trial.words() for trial in trials) or "not measured: sdkd doctor --try finds out"
+    measured = "; ".join(trial.words() for trial in trials) or "not measured: sdkd doctor --try finds out on such a GPU"
     return Support(check_target(target).name, capability, answer, known, measured)
 
 

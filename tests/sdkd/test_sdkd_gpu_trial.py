@@ -80,7 +80,7 @@ def test_what_a_library_names_is_known_and_what_it_does_not_is_to_be_measured() 
     assert (named.named, other.named) == (True, False)
     assert "compute capability 8.9 is one that tensorrt_rtx" in named.known
     assert "and not 9.0" in other.known
-    assert other.measured == "not measured: sdkd doctor --try finds out"
+    assert other.measured == "not measured: sdkd doctor --try finds out on such a GPU"
     answered = support("tensorrt-rtx", "9.0", [trial(), trial("open", plan="current", message="no such GPU")])
     assert answered.measured == (
         "as sdkd builds it, ran, values right; Example GPU (driver 580.10); "
@@ -130,7 +130,7 @@ def test_doctor_shows_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CliRunner()
     told = runner.invoke(app, ["--gpu", "9.0"], catch_exceptions=False).stdout
     assert "tensorrt-rtx on compute capability 9.0: tensorrt_rtx" in told
-    assert "not measured: sdkd doctor --try finds out" in told
+    assert "Not measured: sdkd doctor --try finds out on such a GPU." in told
     monkeypatch.setattr(sdkd.doctor, "try_target", lambda name, _: [trial("open", message="[wrong]", target=name)])
     found = json.loads(runner.invoke(app, ["--try", "--json"], catch_exceptions=False).stdout)
     assert {"target": "tensorrt-rtx", "step": "open"}.items() <= found["trials"][-1].items()
