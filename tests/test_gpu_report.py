@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 import small_exports
 from helpers import tiny_pipeline
 
+from sdkd import gpu_trial
 from sdkd.errors import InputError
 from sdkd.files import read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import gpu_report
-from gpu_bench import bundles, page, runner
+from gpu_bench import bundles, page, runner, unets
+from gpu_bench.device import Device
 from gpu_bench.goals import goals
 from gpu_bench.record import Record
 from gpu_bench.settings import ENGINES, Piece, Settings, all_pieces, chosen, dry
@@ -144,6 +147,25 @@ def test_every_row_with_work_has_its_limit_and_the_page_shows_all(pieces: dict[s
     assert text == page.markdown(json.loads(json.dumps(found)))
     for line in text.splitlines():
         assert "nan" not in line.split("|")
+
+
+def test_a_kind_that_a_trial_refused_is_measured_no_further(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = {"version": "1.7", "gpu": "Example GPU", "compute_capability": "9.0", "driver": "580.10"}
+    monkeypatch.setattr(gpu_trial, "identity", lambda _: dict(here))
+    on_gpu = replace(settings, device="cuda")
+    failed = gpu_trial.Trial("tensorrt-rtx", "portable", "open", "unsupported cc", **here)  # type: ignore[arg-type]
+    gpu_trial.remember([failed])
+    assert bundles.refused(settings, "tensorrt-rtx") == ""  # the CPU of a dry run is asked nothing
+    assert "failed at 'open': unsupported cc" in bundles.refused(on_gpu, "tensorrt-rtx")
+    device, record = Device(settings), Record()
+    unets.engine(on_gpu, device, record, "teacher", "tensorrt-rtx")
+    assert "failed at 'open': unsupported cc" in record.errors["export"]
+    gpu_trial.remember([replace(failed, step="ran")])
+    assert bundles.refused(on_gpu, "tensorrt-rtx") == ""
 
 
 # Pieces, settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_bench.record import Record
-from gpu_bench.settings import Settings
+from gpu_bench.settings import TENSORRT, Settings
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError
 from sdkd.profiles import Range, ShapeRanges
@@ -68,11 +68,24 @@ def built(
     from export import build_engine
     from export.build_options import BuildOptions
 
+    refused(settings, target)  # what a trial showed is part of what an engine records
     several = profiles if isinstance(profiles, tuple) else (profiles,)
     return build_engine(
         bundle, target, precision=settings.precision, ranges=several, components=components,
         options=options or BuildOptions(),
     )  # fmt: skip
+
+
+def refused(settings: Settings, target: str) -> str:
+    """Why a TensorRT kind does not run on this GPU, by a trial made before or now; empty where it does."""
+    if settings.device != "cuda" or target not in TENSORRT:
+        return ""
+    from sdkd.doctor import try_target
+    from sdkd.gpu_trial import PORTABLE, remembered
+
+    trials = remembered(target) or try_target(target)
+    ran = any(trial.ran and trial.plan == PORTABLE for trial in trials)
+    return "" if ran else "; ".join(trial.words() for trial in trials)
 
 
 def runnable(settings: Settings) -> list[str]:
@@ -85,6 +98,7 @@ def runnable(settings: Settings) -> list[str]:
         target
         for target, here in found.items()
         if here.can_build and here.can_run and expected_device(target).type == settings.device
+        if not refused(settings, target)
     ]
 
 

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_bench.bundles import built, exported, unet_profiles
+from gpu_bench.bundles import built, exported, refused, unet_profiles
 from gpu_bench.device import Device, Work, sampled
 from gpu_bench.record import Record
 from gpu_bench.settings import Settings
 from sdkd.errors import EngineError
-from sdkd.targets import installed_version
+from sdkd.targets import installed_version, require
 
 if TYPE_CHECKING:
     import torch
@@ -187,6 +187,9 @@ def engine(settings: Settings, device: Device, record: Record, model: str, targe
 
     steps = Steps(settings, device, record, model)
     with record.part("export"):
+        require(target)
+        if (why := refused(settings, target)) and model != next(iter(settings.models)):
+            raise EngineError(why)  # the first model is built all the same: how long that takes is worth knowing
         if target == "onnxruntime" and expected_device(target).type != device.name:
             raise EngineError(f"ONNX Runtime has no CUDA here, and its CPU is not asked: {installed_version(target)}")
         bundle = exported(settings, model, record)
