@@ -21,6 +21,7 @@ from sdkd.files import read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
+import bench_train
 import gpu_report
 from gpu_bench import bundles, page, runner, unets
 from gpu_bench.device import Device
@@ -124,6 +125,18 @@ def test_a_lora_goes_on_and_comes_off_exactly(pieces: dict[str, Any]) -> None:
     assert row["moved"] > 1e-4
     assert row["exact_back"] is True
     assert len(row["seconds"]) == 2
+
+
+def test_a_steps_memory_leaves_out_the_teacher_of_the_other_steps() -> None:
+    pipe = tiny_pipeline()
+    count = sum(parameter.numel() for parameter in pipe.unet.parameters())
+    bench = bench_train.Bench("tiny", 64, 2, "cpu", "bf16", pipe=pipe)
+    try:
+        assert bench.parked("reference") == 2 * count  # the half-precision one lies there for the others
+        assert bench.parked("+ teacher in half precision") == bench.parked(bench_train.OURS) == 4 * count
+    finally:
+        bench.close()
+    assert not any(module._forward_hooks for module in pipe.unet.modules())
 
 
 def report_of(pieces: dict[str, Any], settings: Settings) -> dict[str, Any]:
