@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import sdkd.compare.limits as limits
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).parent))
+limits.BUDGET_S, limits.COPY_BYTES = 0.01, 2**20  # every comparison measures them; only tools need good figures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,7 +54,8 @@ class Limit:
     """A measured call against the ceilings.
 
     `least_s`: the time that arithmetic or traffic takes at least, `bound` which of the two; `fraction`: that time
-    over the measured one. 1 is the ceiling; above it convolutions took fewer operations than counted (Winograd).
+    over the measured one. 1 is the ceiling; above it convolutions took fewer operations than counted (Winograd), or
+    the weights of a small model stayed in the caches.
     """
 
     flops_per_s: float
@@ -97,10 +98,10 @@ def element_bytes(precision: str) -> int:
     return 4 if check_precision(precision) == "fp32" else 2
 
 
-def measure_ceilings(device: str, precision: str, budget_s: float = BUDGET_S) -> Ceilings:
+def measure_ceilings(device: str, precision: str) -> Ceilings:
     """The largest rate of a square matrix product in this precision, and of a copy, seen on the device just now.
 
-    Takes about `budget_s` for each. PyTorch's threads as they are. In float32 on CUDA the products may use TF32, as
+    Takes about BUDGET_S for each. PyTorch's threads as they are. In float32 on CUDA the products may use TF32, as
     convolutions do there by default: the ceiling is what the hardware offers to float32 tensors.
     """
     import torch
@@ -110,8 +111,8 @@ def measure_ceilings(device: str, precision: str, budget_s: float = BUDGET_S) ->
     on_cuda = device.startswith("cuda")
     timer, sides = Timer(device), CUDA_SIDES if on_cuda else CPU_SIDES
     with _fastest_float32(on_cuda):
-        side, flops_per_s = _fastest_product(timer, sides, dtype, budget_s)
-    bytes_per_s = _copy_rate(timer, budget_s)
+        side, flops_per_s = _fastest_product(timer, sides, dtype)
+    bytes_per_s = _copy_rate(timer)
     if on_cuda:
         torch.cuda.empty_cache()
     remark = ", TF32 allowed" if on_cuda and precision == "fp32" else ""
@@ -150,7 +151,7 @@ def _fastest_float32(on_cuda: bool) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _fastest_product(timer: Timer, sides: Sequence[int], dtype: torch.dtype, budget_s: float) -> tuple[int, float]:
+def _fastest_product(timer: Timer, sides: Sequence[int], dtype: torch.dtype) -> tuple[int, float]:
     """The side of the square matrices whose product ran at the largest rate, and the rate in FLOP/s.
 
     Larger ones are tried while time is left: a CPU without units for a half precision needs seconds for them.
@@ -158,7 +159,7 @@ def _fastest_product(timer: Timer, sides: Sequence[int], dtype: torch.dtype, bud
     import torch
 
     rates: dict[int, float] = {}
-    left = budget_s
+    left = BUDGET_S
     for side in sides:
         a, b = (torch.randn(side, side, device=timer.device).to(dtype) for _ in range(2))
         best, spent = _fastest_call(timer, functools.partial(torch.mm, a, b, out=torch.empty_like(a)), left / 2)
@@ -169,13 +170,13 @@ def _fastest_product(timer: Timer, sides: Sequence[int], dtype: torch.dtype, bud
     return max(rates.items(), key=lambda item: item[1])
 
 
-def _copy_rate(timer: Timer, budget_s: float) -> float:
+def _copy_rate(timer: Timer) -> float:
     """Bytes read and written per second by a copy of COPY_BYTES from memory to memory of the device."""
     import torch
 
     source = torch.ones(COPY_BYTES // 4, device=timer.device)  # float32
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _fastest_call(timer, lambda: target.copy_(source), budget_s)[0]
+    return 2 * COPY_BYTES / _fastest_call(timer, lambda: target.copy_(source), BUDGET_S)[0]
 
 
 def _fastest_call(timer: Timer, work: Callable[[], object], budget_s: float) -> tuple[float, float]:

@@ -29,5 +29,5 @@ def ceilings(settings: Settings, device: Device, record: Record, model: str) -> 
 
     for precision in dict.fromkeys((settings.precision, settings.train_precision)):
         with record.part(precision):
-            found = measure_ceilings(device.name, precision, max(settings.seconds, 0.2))
+            found = measure_ceilings(device.name, precision)
             record.row(what="ceilings", precision=precision, **dataclasses.asdict(found))
