@@ -17,7 +17,7 @@ ifneq ($(shell command -v nvidia-smi),)
 EXTRAS := $(EXTRAS),tensorrt,gpu
 endif
 
-.PHONY: help install demo test test-slow test-browser test-gpu interop lint format bench benchmarks-page clean
+.PHONY: help install demo test test-slow test-browser test-gpu gpu-report interop lint format bench benchmarks-page clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ test-browser: install ## The HTML report in headless Chromium
 
 test-gpu: install ## Tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-report: install ## Measure everything on a CUDA machine, in 9 minutes -> benchmarks/
+	@$(BIN)/python tools/gpu_report.py $(ARGS)
 
 interop: install ## Optimum runs our bundles, in .venv-interop (1.3 GB, made once)
 	@$(BIN)/python -m pytest -m interop $(ARGS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,22 +61,33 @@ def plug(
     slot = target or best_slot(opened, parts)
     open_one = _opener(opened, slot, parts, low_memory)
     pipeline: Any = pipe
-    modules: dict[str, EngineModule] = {}
-    try:
+
+    def stand_in(name: str) -> EngineModule:
+        eager = getattr(pipeline, name)
+        kept = _eager(eager) if keep_eager or eager_fallback else None
+        return build_module(opened, slot, name, eager.dtype, eager.device, kept, open_one)
+
+    with _all_or_none() as modules:
         for name in parts:
-            eager = getattr(pipeline, name)
-            kept = _eager(eager) if keep_eager or eager_fallback else None
-            modules[name] = build_module(opened, slot, name, eager.dtype, eager.device, kept, open_one)
+            modules[name] = stand_in(name)
             modules[name].falls_back = eager_fallback
         check_devices(pipeline, modules)
-    except BaseException:
-        for module in modules.values():
-            module.close()
-        raise
     for name, module in modules.items():
         setattr(pipeline, name, module)
     _install(pipe, modules, rebuild)
     return pipe
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[dict[str, EngineModule]]:
+    """Modules by name, to be filled; those that are there are closed when the next one cannot be opened."""
+    modules: dict[str, EngineModule] = {}
+    try:
+        yield modules
+    except BaseException:
+        for module in modules.values():
+            module.close()
+        raise
 
 
 def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -> Opener:
@@ -147,10 +159,12 @@ def load_pipeline(
     dtype, device = torch_dtype or torch.float32, torch.device("cpu")
     names = (*BASE_PARTS, "controlnet") if controlled else BASE_PARTS
     open_one = _opener(opened, slot, names, low_memory)
-    modules = {name: build_module(opened, slot, name, dtype, device, None, open_one) for name in names}
-    pipe: StableDiffusionPipeline = pipeline_class(
-        **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    with _all_or_none() as modules:
+        for name in names:
+            modules[name] = build_module(opened, slot, name, dtype, device, None, open_one)
+        pipe: StableDiffusionPipeline = pipeline_class(
+            **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     _install(pipe, modules, rebuild)
     return pipe
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
+from engines.out_of_memory import once_more, told_of_memory
 from engines.ranges import check_sizes, output_sizes
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.contract import Contract, TensorSpec, axis_ranges
@@ -36,6 +37,8 @@ OPENERS = {
 }
 
 
+ROOM = "Close other programs, or open the engines in turn: low_memory=True"
+SMALLER = "Ask for fewer images at once or a smaller size, or close other programs"
 Rebuild = Callable[[Bundle, EngineRecord, "Mapping[str, np.ndarray]"], Bundle]
 """Builds an engine again from other weights, as the graph stores them: a bundle that holds it in the same slot."""
 
@@ -136,13 +139,15 @@ def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
 def open_session(bundle: Bundle | str | Path, slot: str, component: str, **options: Any) -> EngineSession:
     """Check and open one engine of a bundle; `options` are the target's own (e.g. `threads`).
 
-    Raises what `check_engine` raises, and EngineError when the target's library refuses the engine after all.
+    Raises what `check_engine` raises, and EngineError when the target's library refuses the engine after all:
+    OutOfMemoryError where that is for want of memory, after what torch keeps in store was given back.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     checked = check_engine(opened, slot, component)
     module, name = OPENERS[checked.record.target]
-    session: EngineSession = getattr(importlib.import_module(module), name)(checked, **options)
-    return session
+    kind: Callable[..., EngineSession] = getattr(importlib.import_module(module), name)
+    with told_of_memory(f"opening {checked.label}", ROOM, on_gpu=expected_device(checked.record.target).type == "cuda"):
+        return once_more(lambda: kind(checked, **options))
 
 
 def verify_once(bundle: Bundle, record: ComponentRecord | EngineRecord) -> None:
@@ -215,11 +220,17 @@ class EngineSession(Closing, ABC):
 
         `feeds`: tensors by contract name, in the contract's dtypes and axes, all on one device. Returns fresh tensors
         on that device that never share memory with an input or with a later call. EngineError names a tensor that does
-        not fit the contract; RangeError shows the asked and the built sizes and the command that covers them.
+        not fit the contract; RangeError shows the asked and the built sizes and the command that covers them;
+        OutOfMemoryError leaves the session as it was, for smaller calls.
         """
         self._check_open()
         sizes = self._sizes(feeds)
         check_sizes(self.checked, sizes)
+        asked = ", ".join(f"{axis} {count}" for axis, count in sizes.items()) or "its fixed sizes"
+        with told_of_memory(f"{self.checked.label}, run at {asked},", SMALLER, on_gpu=self.device.type == "cuda"):
+            return self._run(feeds, sizes)
+
+    def _run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         origin = next(iter(feeds.values())).device
         ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
         every = output_sizes(self.contract, sizes, self.checked.scale)
@@ -274,7 +285,8 @@ class EngineSession(Closing, ABC):
         verify_once(self.checked.bundle, component)
         file = self.checked.bundle.path / component.files[0].path
         stored = stored_weights(file, state_arrays(weights))
-        with self._lock:
+        words = f"{self.checked.label}, given other weights,"
+        with self._lock, told_of_memory(words, ROOM, on_gpu=self.device.type == "cuda"):
             self._check_open()
             self._swap(file, stored)
 

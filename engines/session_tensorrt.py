@@ -23,6 +23,7 @@ from engines.runtime_cache import RuntimeCache
 from engines.session import Checked, EngineSession, check_engine, check_names, verify_once
 from engines.tensorrt_context import BoundContext, Call, failure, pick_profile, read_spans, said
 from sdkd.errors import EngineError
+from sdkd.gpu_trial import reasons
 from sdkd.onnx_weights import exported_weights
 from sdkd.targets import require
 
@@ -68,7 +69,6 @@ class TensorRTSession(EngineSession):
         super().__init__(checked)
         self._trt: ModuleType = require(checked.record.target)
         self._log = recorder(checked.record.target)
-        self._log.messages.clear()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._side = torch.cuda.Stream(self.device)
         self._done = torch.cuda.Event()
@@ -96,6 +96,7 @@ class TensorRTSession(EngineSession):
 
     def _deserialize(self) -> Any:
         trt = self._trt
+        self._log.messages.clear()  # what was said before is no reason for what happens now
         plan = self.checked.path.read_bytes()
         runtime = trt.Runtime(self._log)
         if hasattr(runtime, "get_engine_validity"):
@@ -338,11 +339,3 @@ class TensorRTSession(EngineSession):
         self._drop_graphs()
         self._kernels.save()
         del self._main, self._engine, self._kernels
-
-
-def reasons(trt: ModuleType, diagnostics: Any) -> list[str]:
-    """Names of the bits that TensorRT-RTX sets when it finds an engine invalid."""
-    members = trt.EngineInvalidityDiagnostics.__members__
-    bits = int(getattr(diagnostics, "value", diagnostics))
-    found = [name.lower().replace("_", " ") for name, member in members.items() if bits & int(member.value)]
-    return found or ["invalid"]

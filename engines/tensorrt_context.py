@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,11 @@ class BoundContext:
             raise self._failed("queueing the engine")
 
 
-def failure(label: str, library: str, messages: Collection[str], what: str) -> EngineError:
-    """The error for a step that failed, with what the library logged last."""
-    return EngineError(f"{label}: {what} failed{said(library, messages)}")
+def failure(label: str, library: str, messages: MutableSequence[str], what: str) -> EngineError:
+    """The error for a step that failed, with what the library logged last, which is then forgotten."""
+    error = EngineError(f"{label}: {what} failed{said(library, messages)}")
+    messages.clear()
+    return error
 
 
 def said(library: str, messages: Collection[str]) -> str:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from sdkd.errors import InputError
+from sdkd.gpu_trial import capabilities
 
 REFIT = ("none", "lora", "all")
 HARDWARE = {"none": "NONE", "ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
@@ -168,13 +169,6 @@ def has(library: ModuleType, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def capabilities(library: ModuleType) -> tuple[str, ...]:
-    """Compute capabilities that an ahead-of-time library knows, in order; () for a library without them."""
-    members = getattr(getattr(library, "ComputeCapability", None), "__members__", {})
-    names = [re.fullmatch(r"SM(\d+)(\d)", name) for name in members]
-    return _sorted_capabilities(tuple(f"{name[1]}.{name[2]}" for name in names if name))
 
 
 def lean_runtime(module: str) -> Path | None:

@@ -21,12 +21,13 @@ from typing import Any
 
 from export.build_errors import advice_for
 from export.build_job import Built, Job, check_io
-from export.build_options import GIB, HARDWARE, RTX, BuildOptions, capabilities, lean_runtime
+from export.build_options import GIB, HARDWARE, RTX, BuildOptions, lean_runtime
 from export.build_parser import parser_errors
 from export.build_progress import progress_monitor
 from export.build_refit import has_marks, lora_weights, mark_weights
 from sdkd.console import Progress
 from sdkd.errors import BuildError, MissingExtraError
+from sdkd.gpu_trial import capabilities, runs_portably
 
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
@@ -191,12 +192,15 @@ def _create_config(target: str) -> Any:
 
 def _built_for(trt: ModuleType, target: str, options: BuildOptions) -> tuple[str, ...]:
     """Compute capabilities that an ahead-of-time plan runs on: those asked for, or all later ones that this library
-    knows; () for one GPU's plan.
+    knows, and this GPU's where `sdkd doctor --try` has shown that such a plan runs; () for one GPU's plan.
     """
     if target != RTX:
         return ()
+    if options.compute_capabilities:
+        return options.compute_capabilities
     portable = [one for one in capabilities(trt) if tuple(map(int, one.split("."))) >= PORTABLE_FROM]
-    return options.compute_capabilities or tuple(portable)
+    tried = runs_portably(target)
+    return tuple(portable if not tried or tried in portable else (*portable, tried))
 
 
 def _plan_facts(plan: memoryview) -> dict[str, Any]:

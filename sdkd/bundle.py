@@ -284,7 +284,8 @@ class Bundle:
                 reasons.append(f"built with {key.replace('_', ' ')} {built}, here it is {here}")
         gpu = (environment or {}).get("compute_capability")
         if gpu and record.built_for and gpu not in record.built_for:
-            reasons.append(f"built for compute capability {', '.join(record.built_for)}, here it is {gpu}")
+            names = ", ".join(record.built_for)
+            reasons.append(f"built for compute capability {names}, here it is {gpu} (sdkd doctor --try tries that one)")
         return reasons
 
     def check_fresh(self, record: EngineRecord, environment: Mapping[str, str]) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from sdkd import __version__
-from sdkd.console import show, show_json, table
+from sdkd.console import Progress, progress, quiet, show, show_json, table, within
+from sdkd.errors import BuildError, InputError, MissingExtraError
+from sdkd.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
 from sdkd.targets import (
     TARGETS,
     Availability,
@@ -48,7 +54,43 @@ def examine() -> dict[str, Any]:
         "libraries": {name: installed_version(name) for name in LIBRARIES},
         "onnxruntime_providers": _providers(),
         "targets": [asdict(availability(name)) for name in TARGETS],
+        "gpu_support": [asdict(one) for one in gpu_support()],
     }
+
+
+def gpu_targets() -> list[str]:
+    """The targets that run on GPUs alone."""
+    return [name for name, target in TARGETS.items() if target.runs_on_gpu]
+
+
+def gpu_support(capability: str = "") -> list[Support]:
+    """What is known and what was measured of each installed GPU target on this GPU, or on one of that capability."""
+    device = gpu()
+    here = device["compute_capability"] if device else ""
+    found = []
+    for name in gpu_targets() if capability or here else ():
+        with contextlib.suppress(MissingExtraError):
+            trials = remembered(name) if (capability or here) == here else ()
+            found.append(support(name, capability or here, trials))
+    return found
+
+
+def try_target(target: str, progress: Progress = quiet) -> list[Trial]:
+    """Build, open and run a small engine of a target in child processes, and remember the answers for this GPU."""
+    from export.worker import run_in_child
+
+    trials, names = [], plans(target)
+    for index, plan in enumerate(names):
+        part = within(progress, index / len(names), (index + 1) / len(names), f"{target}, {plan}: ")
+        asked = {"target": target, "plan": plan}
+        try:
+            trials.append(Trial(**run_in_child(f"{attempt.__module__}:attempt", asked, part)))
+        except BuildError as error:  # the library crashed
+            said = " ".join([str(error), *getattr(error, "tail", ())[-4:]])
+            here: dict[str, Any] = dict(identity(target))
+            trials.append(Trial(target, plan, "crash", said, **here))
+    remember(trials)
+    return trials
 
 
 def _gpu() -> dict[str, Any]:
@@ -95,10 +137,23 @@ def _facts(found: dict[str, Any], details: bool) -> list[list[Any]]:
 
 def doctor(
     details: Annotated[bool, typer.Option("--details", help="Show every library, too.")] = False,
+    try_gpu: Annotated[
+        bool, typer.Option("--try", help="Build, open and run a small engine of each GPU target; remembers the answer.")
+    ] = False,
+    capability: Annotated[
+        str, typer.Option("--gpu", help="Say what is known of another GPU, by compute capability: 9.0.")
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what this machine can build and run, and what to install."""
+    if capability and not re.fullmatch(r"\d+\.\d", capability):
+        raise InputError(f"compute capability {capability!r} is not understood: give one such as 9.0")
+    trials = _try_all() if try_gpu else []
     found = examine()
+    if capability:
+        found["gpu_support"] = [asdict(one) for one in gpu_support(capability)]
+    if try_gpu:
+        found["trials"] = [asdict(trial) for trial in trials]
     if json:
         show_json(found)
         return
@@ -112,6 +167,26 @@ def doctor(
         for one in targets
     ]
     show(table("Targets", ["target", "version", "builds here", "runs here", "why"], rows))
+    _show_support([Support(**row) for row in found["gpu_support"]], trials)
     for one in targets:
         if one.fix:
             show(f"  {one.target}: {one.fix}".replace("[", r"\["))
+
+
+def _try_all() -> list[Trial]:
+    """A trial of every GPU target whose library is installed."""
+    names = [name for name in gpu_targets() if availability(name).version]
+    trials: list[Trial] = []
+    with progress("doctor") as report:
+        for index, name in enumerate(names):
+            trials += try_target(name, within(report, index / len(names), (index + 1) / len(names)))
+    return trials
+
+
+def _show_support(found: Sequence[Support], trials: Sequence[Trial]) -> None:
+    """What is known and what was measured of GPU targets; what was tried where there is no GPU to remember it for."""
+    for one in found:
+        known = f"{one.target} on compute capability {one.compute_capability}: {one.known}."
+        show(escape(known), escape(f"  {one.measured[0].upper()}{one.measured[1:]}."))
+    for trial in trials if not found else ():
+        show(escape(f"{trial.target}: {trial.words()}"))

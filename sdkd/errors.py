@@ -83,6 +83,10 @@ class EngineError(SdkdError, RuntimeError):
     """An engine could not be loaded or run."""
 
 
+class OutOfMemoryError(EngineError):
+    """Memory of the GPU or the host ran out while an engine was opened, run or given other weights."""
+
+
 class RangeError(EngineError, ValueError):
     """A request lies outside the shapes that the engine was built for."""
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_pieces_of_a_runtime_result_are_measured_apart_and_of_one_setting(tmp_pa
     other = bench_runtime.merged(found, {**HEAD, **found, "settings": {"steps": 8, "size": 512}}, "peer", [])
     assert "of 2026" not in bench_runtime.markdown(found).lower()
     assert set(other["runs"]) == {"peer"}
+
+
+def gpu_report_file(pieces: Sequence[str], dry_run: bool = False) -> dict[str, Any]:
+    """A result of tools/gpu_report.py."""
+    row = {"what": "ceilings", "precision": "fp16", "flops_per_s": 8e14, "bytes_per_s": 4e12, "how": "a product"}
+    found = {"state": "done", "rows": [row], "facts": {}, "errors": {}}
+    settings = {"models": {"tiny": "random:sd15-tiny"}, "precision": "fp16", "sizes": [512], "batches": [2]}
+    words = {"command": "python tools/gpu_report.py", "settings": settings, "dry_run": dry_run}
+    return {**HEAD, **words, "environment": GPU, "pieces": dict.fromkeys(pieces, found)}
+
+
+def test_a_dry_run_is_no_result(tmp_path: Path) -> None:
+    found = {"2026-01-02": gpu_report_file(["ceilings"], dry_run=True)}
+    with pytest.raises(InputError, match=r"a dry run of tools/gpu_report\.py measures nothing: keep it elsewhere"):
+        benchmarks_page.whole_page(put(tmp_path, **found))
 
 
 def put(root: Path, **files: dict[str, Any]) -> Path:
@@ -253,7 +269,11 @@ def test_what_no_gpu_has_measured_is_not_measured_yet(tmp_path: Path) -> None:
 
 def test_what_a_gpu_has_measured_leaves_that_table(tmp_path: Path) -> None:
     put(tmp_path, demo=comparison_file(GPU), train_256_tiny=train_file(environment=GPU))
-    text = benchmarks_page.whole_page(tmp_path)
+    pieces = ("onnxruntime/tiny", "compile/tiny", "images/tiny", "vae/tiny", "lora/tiny", "ceilings")
+    report = gpu_report_file(pieces)
+    name = "2026-01-02"
+    text = benchmarks_page.whole_page(put(tmp_path, **{name: report}))
+    assert "### Everything on Example GPU\n" in text
     assert "- Device: Example GPU, driver 580.10, CUDA 13.0, Example CPU @ 2.10GHz" in text
     rows = tables(text.split("## On a GPU\n")[1])[0].splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [

@@ -16,7 +16,7 @@ import argparse
 import datetime
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,18 @@ COMPILED = "Trainer.step, torch.compile"
 
 
 class Bench:
-    """Models of one student, and a step for each row; all rows train the same student with the same optimizer."""
+    """Models of one student, and a step for each row; all rows train the same student with the same optimizer.
 
-    def __init__(self, student: str, size: int, batch_size: int, device: str, precision: str) -> None:
+    `pipe`: the teacher's pipeline, SD 1.5's shapes with random weights when there is none.
+    """
+
+    def __init__(self, student: str, size: int, batch_size: int, device: str, precision: str, pipe: Any = None) -> None:
         self.config = TrainConfig(
             student=student, batch_size=batch_size, device=device, precision=precision, steps=10_000, resolution=size
         )
-        self.pipe = load_eager("random:sd15")
+        self.pipe = pipe or load_eager("random:sd15")
         images = [{"image": _picture(index, size), "caption": CAPTIONS[index % 4]} for index in range(2 * batch_size)]
+        self.pipe.vae.to(device)  # it encodes there
         latents = encode_images(self.pipe.vae, images, size=size)
         self.trainer = Trainer(self.pipe, build_student(self.pipe.unet, student), latents, self.config)
         self.device, self.dtype = self.trainer.device, self.trainer.dtype
@@ -114,9 +118,25 @@ class Bench:
         scaled = latents.float() * trainer.vae.config.scaling_factor
         return Batch(scaled, batch.noise, batch.timesteps, text[: len(latents)], batch.matching)
 
+    def parked(self, row: str) -> int:
+        """Bytes of the teacher that a row does not use, and that lies on the device all the same."""
+        other = self.teachers[not self._measures(row).half_teacher].unet
+        if other is self.teachers[self._measures(row).half_teacher].unet:
+            return 0
+        return sum(one.numel() * one.element_size() for one in other.parameters())
+
+    def close(self) -> None:
+        """Take the hooks off the models, and the pipeline's UNet off the device."""
+        self.trainer.close()
+        self.teachers[False].close()
+        self.pipe.unet.to("cpu")
+
+    def _measures(self, row: str) -> Measures:
+        return ROWS.get(row, ROWS["+ fused AdamW"])
+
     def prepare(self, row: str) -> Callable[[], Any]:
         """Whatever a row needs outside its timing; returns the work to time."""
-        chosen = ROWS.get(row, ROWS["+ fused AdamW"])
+        chosen = self._measures(row)
         teacher: Any = self.teachers[chosen.half_teacher]
         layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
         for unet in (self.trainer.unet, teacher.unet):
@@ -147,9 +167,14 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str, float], float]:
-    """Seconds of every step by row after a first round, peak memory in GB by row on a GPU, seconds to compile."""
-    names = [*ROWS, *bench.calls]
+def measure(
+    bench: Bench, rounds: int, rows: Sequence[str] = ()
+) -> tuple[dict[str, list[float]], dict[str, float], float]:
+    """Seconds of every step by row after a first round, peak memory in GB by row on a GPU, seconds to compile.
+
+    `rows`: some of them. Memory is that of a row alone: the teacher that another row uses does not count.
+    """
+    names = list(rows or (*ROWS, *bench.calls))
     samples: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, float] = {}
     compiling = 0.0
@@ -160,7 +185,7 @@ def measure(bench: Bench, rounds: int) -> tuple[dict[str, list[float]], dict[str
             if bench.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = timed(work, bench.device)
-            memory[name] = peak_memory(bench.device) / 1e9
+            memory[name] = (peak_memory(bench.device) - bench.parked(name)) / 1e9
             if turn:
                 samples[name].append(seconds)
             elif name == COMPILED:

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from bench import PIECES, ROOT, brief
+from gpu_bench.missing import GPU_COMMAND, GPU_ROWS, environment_of, on_gpu
 
 from sdkd.errors import InputError, SdkdError
 from sdkd.files import read_json, write_bytes
@@ -88,6 +89,13 @@ def of_tool(module: str) -> Callable[[Json], tuple[str, str]]:
         return title.removeprefix("# "), "\n".join(lines)
 
     return show
+
+
+def gpu_report(found: Json) -> tuple[str, str]:
+    """A report of tools/gpu_report.py; InputError for a dry run, which measures nothing."""
+    if found["dry_run"]:
+        raise InputError("a dry run of tools/gpu_report.py measures nothing: keep it elsewhere, with --out")
+    return of_tool("gpu_bench.page")(found)
 
 
 def _range(values: Sequence[float], form: str) -> str:
@@ -158,6 +166,7 @@ KINDS = (
     Kind("*/export.json", of_tool("bench_export")),
     Kind("*/build.json", of_tool("bench_build")),
     Kind("*/runtime.json", of_tool("bench_runtime")),
+    Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].json", gpu_report),
     Kind("ablation-demo/ablation.json", ablation, ABLATE),
     Kind("ablation-demo/runs/*.json", None),
     Kind("ablation-demo/why.json", conditioning, f"{ABLATE} --why"),
@@ -174,12 +183,6 @@ def kind_of(path: Path) -> Kind:
         f"file 'benchmarks/{path.as_posix()}' is of a kind that {PAGE} does not show: add a row for it to KINDS in "
         "tools/benchmarks_page.py"
     )
-
-
-def environment_of(found: Json) -> Json:
-    """Where it was measured, empty when the file does not say."""
-    environment: Json = found.get("environment") or found.get("comparison", {}).get("environment") or {}
-    return environment
 
 
 def device(environment: Json) -> str:
@@ -234,38 +237,18 @@ def section(path: Path, kind: Kind, found: Json, root: Path) -> str:
         ) from error
 
 
-# What a GPU would say: words, what shows that it was measured there (a comparison's target, or "train"), command.
-GPU_ROWS = (
-    ("teacher and students in eager PyTorch: UNet step, whole image", "eager", None),
-    ("the same as TensorRT engines", "tensorrt", None),
-    ("the same as TensorRT-RTX engines", "tensorrt-rtx", None),
-    (
-        "a distillation step",
-        "train",
-        "python tools/bench_train.py --students tiny --size 512 --batch-size 8 --device cuda",
-    ),
-)
-
-
-def on_gpu(results: Sequence[Json]) -> set[str]:
-    """What the results measured on a GPU."""
-    there = [found for found in results if environment_of(found).get("gpu")]
-    compared = [row for found in there if "comparison" in found for row in found["comparison"]["results"]]
-    trained = {"train" for found in there if "students" in found}
-    return trained | {row["target"].removesuffix(f"-{row['precision']}") for row in compared}
-
-
 def gpu_section(results: Sequence[Json]) -> str:
     """What is not measured on a GPU yet; empty when all is."""
     measured = on_gpu(results)
     rows = [
-        [words, "not measured yet", f"`{command}`" if command else "no command yet"]
-        for words, name, command in GPU_ROWS
+        [words, "not measured yet", f"`{GPU_COMMAND} --pieces {name}`"]
+        for words, name in GPU_ROWS
         if name not in measured
     ]
     if not rows:
         return ""
-    return "## On a GPU\n\n" + table(("what", "figure", "measured by"), rows, left=3)
+    words = f"One call measures all of it: `{GPU_COMMAND}` ([gpu.md](gpu.md))."
+    return f"## On a GPU\n\n{words}\n\n" + table(("what", "figure", "measured by"), rows, left=3)
 
 
 def peers_section(peers: Path) -> str:

@@ -1,0 +1,219 @@
+"""The page for people, made from a report's JSON alone, and the limits that are worked out from its own ceilings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from gpu_bench.goals import EAGER, goals
+from sdkd.compare.limits import EXPLAINED, Ceilings, Work, fraction
+
+Json = Mapping[str, Any]
+NONE = "–"
+
+
+def all_rows(found: Json, what: str) -> Iterator[tuple[str, Json]]:
+    """Label of the model (or student) and row, for every row of a kind."""
+    for name, piece in found["pieces"].items():
+        for row in piece["rows"]:
+            if row["what"] == what:
+                yield name.partition("/")[2], row
+
+
+def add_limits(found: dict[str, Any]) -> None:
+    """Give every row whose work is known its `limit`, from the ceilings of the same precision in the report."""
+    ceilings = {
+        row["precision"]: Ceilings(row["flops_per_s"], row["bytes_per_s"], row["how"])
+        for _, row in all_rows(found, "ceilings")
+    }
+    for piece in found["pieces"].values():
+        for row in piece["rows"]:
+            ceiling = ceilings.get(row.get("precision"))
+            if "work" in row and ceiling and row["median_s"] > 0:
+                row["limit"] = dataclasses.asdict(fraction(Work(**row["work"]), ceiling, row["median_s"]))
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Lines of a Markdown table; none without rows."""
+    lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left)]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (*lines, *cells)] if rows else []
+
+
+def _limit(row: Json) -> list[str]:
+    limit = row.get("limit")
+    if not limit:
+        return [NONE, NONE]
+    return [f"{limit['flops_per_s'] / 1e12:,.3g}", f"{limit['fraction']:.0%} ({limit['bound']})"]
+
+
+def _bytes(row: Json, key: str) -> str:
+    return f"{row[key] / 1e9:,.2f}" if row.get(key) else NONE
+
+
+def _seconds(value: float | None) -> str:
+    return NONE if value is None else f"{value:,.1f}"
+
+
+def what_runs(found: Json) -> list[str]:
+    """First of all: which TensorRT kinds build, open and run here, in the library's own words."""
+    facts = found["pieces"].get("doctor", {}).get("facts", {})
+    rows = [
+        [one["target"], one["plan"], one["version"] or NONE, "yes" if one["step"] == "ran" else f"no: {one['step']}",
+         one["message"] or NONE]
+        for one in facts.get("trials", ())
+    ]  # fmt: skip
+    return table(("target", "plan", "version", "runs", "what the library said"), rows, left=5)
+
+
+def machine_limits(found: Json) -> list[str]:
+    """The ceilings."""
+    rows = [
+        [row["precision"], row["how"], f"{row['flops_per_s'] / 1e12:,.3g}", f"{row['bytes_per_s'] / 1e9:,.1f}"]
+        for _, row in all_rows(found, "ceilings")
+    ]
+    return table(("precision", "how", "TFLOP/s", "GB/s"), rows)
+
+
+def unet_steps(found: Json) -> list[str]:
+    """UNet steps, against eager with channels-last at the same shape."""
+    every = list(all_rows(found, "UNet step"))
+    base = {(label, row["batch"], row["size"]): row["median_s"] for label, row in every if row["way"] == EAGER}
+    rows = []
+    for label, row in every:
+        eager = base.get((label, row["batch"], row["size"]))
+        times = f"{eager / row['median_s']:.2f}x" if eager and row["way"] != EAGER else NONE
+        rows.append(
+            [label, row["way"], str(row["batch"]), str(row["size"]), f"{row['median_s'] * 1e3:,.3f}",
+             f"{median(row['wall_seconds']) * 1e3:,.3f}", times, *_limit(row), _bytes(row, "taken_bytes")]
+        )  # fmt: skip
+    heads = ("model", "way", "batch", "px", "ms", "wall, ms", "over eager", "TFLOP/s", "of the limit", "GB taken")
+    return table(heads, rows)
+
+
+def engines(found: Json) -> list[str]:
+    """Builds, sizes, loading, and how far each engine is from float32."""
+    rows = []
+    for name, piece in found["pieces"].items():
+        facts, (target, _, label) = piece["facts"], name.partition("/")
+        if "engine_bytes" in facts:
+            first: Json = next((row for row in piece["rows"] if "load_s" in row), {})
+            rows.append(
+                [label, target, _seconds(facts.get("export_s")), _seconds(facts.get("builder_s")),
+                 f"{facts['engine_bytes'] / 1e6:,.0f}", _seconds(first.get("load_s")),
+                 _seconds(first.get("first_call_s"))]
+            )  # fmt: skip
+    return table(("model", "target", "export, s", "build, s", "MB", "load, s", "first call, s"), rows)
+
+
+def parity(found: Json) -> list[str]:
+    """Relative distance to eager float32 of the first, second and third call."""
+    rows = [
+        [label, row["way"], *(NONE if one is None else f"{one:.2e}" for one in row["errors"])]
+        for label, row in all_rows(found, "parity")
+    ]
+    return table(("model", "way", "first call", "second", "third"), rows)
+
+
+def overhead(found: Json) -> list[str]:
+    """What the runtime adds to the library's own call, on the device's clock and on the wall's."""
+    rows = []
+    runs = {(label, row["way"]): row for label, row in reversed(list(all_rows(found, "UNet step")))}
+    for label, row in all_rows(found, "bare"):
+        target, _, call = row["way"].partition(", ")
+        whole = runs.get((label, f"{target}, CUDA graphs"))
+        if whole:
+            added = whole["median_s"] - row["median_s"]
+            rows.append(
+                [label, target, call, f"{row['median_s'] * 1e3:,.3f}", f"{whole['median_s'] * 1e3:,.3f}",
+                 f"{added * 1e6:,.0f}", f"{added / row['median_s']:.2%}"]
+            )  # fmt: skip
+    return table(("model", "target", "bare", "ms", "through the runtime, ms", "added, us", "share"), rows, left=3)
+
+
+def whole_images(found: Json) -> list[str]:
+    """VAE decoding and images end to end."""
+    rows = [
+        [label, row["way"], what, str(row["size"]), f"{row['median_s'] * 1e3:,.1f}", *_limit(row),
+         _bytes(row, "taken_bytes")]
+        for what in ("image", "VAE decode")
+        for label, row in all_rows(found, what)
+    ]  # fmt: skip
+    return table(("model", "way", "what", "px", "ms", "TFLOP/s", "of the limit", "GB taken"), rows, left=3)
+
+
+def loras(found: Json) -> list[str]:
+    """Changes of weights, and what they cost each step."""
+    rows = []
+    steps = {(label, row["way"]): row["median_s"] for label, row in all_rows(found, "UNet step")}
+    for label, row in all_rows(found, "LoRA"):
+        before, after = (steps.get((label, f"{row['way']}: {when}")) for when in ("before", "LoRA"))
+        rows.append(
+            [label, row["way"], *(f"{one:,.2f}" for one in row["seconds"]),
+             *(NONE if one is None else f"{one * 1e3:,.3f}" for one in (before, after)),
+             "exact" if row["exact_back"] else f"{row['back']:.1e}" if row["back"] is not None else NONE]
+        )  # fmt: skip
+    heads = ("model", "way", "LoRA on, s", "off, s", "step before, ms", "with it, ms", "after it was taken off")
+    return table(heads, rows)
+
+
+def training(found: Json) -> list[str]:
+    """Distillation steps."""
+    rows = [
+        [row["student"], row["way"], str(row["batch"]), f"{row['batch'] / row['median_s']:,.2f}",
+         f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})",
+         NONE if row["memory_gb"] is None else f"{row['memory_gb']:,.2f}", *_limit(row)]
+        for _, row in all_rows(found, "training step")
+    ]  # fmt: skip
+    heads = ("student", "step", "batch", "images/s", "over the reference (95 %)", "GB", "TFLOP/s", "of the limit")
+    return table(heads, rows)
+
+
+def against_goals(found: Json) -> list[str]:
+    """What was to be reached, and what was."""
+    rows = []
+    for goal in goals(found):
+        value = "not measured" if goal.value is None else f"{goal.value:,.2f}{goal.unit}"
+        met = "" if goal.value is None else "yes" if goal.met else f"no, {goal.gap}"
+        rows.append([goal.words, goal.wanted, value, met])
+    return table(("goal", "wanted", "measured", "reached"), rows, left=1)
+
+
+def not_measured(found: Json) -> list[str]:
+    """Pieces that are missing or went wrong, in their own words."""
+    rows = []
+    for name, piece in found["pieces"].items():
+        if piece["state"] != "done" or piece["errors"]:
+            said = "; ".join(f"{part}: {text}" for part, text in piece["errors"].items())
+            rows.append([name, piece["state"], said[:1500] or NONE])
+    return table(("piece", "state", "why"), rows, left=3)
+
+
+SECTIONS: tuple[tuple[str, Callable[[Json], list[str]]], ...] = (
+    ("What runs here", what_runs), ("The machine's limits", machine_limits), ("UNet steps", unet_steps),
+    ("Engines", engines), ("Distance to eager float32", parity), ("The runtime over the bare library", overhead),
+    ("Whole images, and the VAE", whole_images), ("LoRA", loras), ("Distillation steps", training),
+    ("Goals", against_goals), ("Missing, failed, or in part", not_measured),
+)  # fmt: skip
+
+
+def markdown(found: Json) -> str:
+    """The page for people."""
+    environment, settings = found["environment"], found["settings"]
+    device = environment["gpu"]["gpu"] if environment["gpu"] else environment["cpu"]
+    models = ", ".join(f"{label} = `{model}`" for label, model in settings["models"].items())
+    lines = [
+        f"# Everything on {device}",
+        "",
+        f"Measured on {found['machine']}, {found['date']}, commit {found.get('commit') or 'unknown'}; {models}; "
+        f"{settings['precision']}, medians.",
+    ]
+    if found["dry_run"]:
+        lines += ["", "**A dry run: tiny models on a CPU, few calls. No figure here is a measurement.**"]
+    lines += ["", f"{EXPLAINED} Of the limit: the least time that arithmetic or traffic takes, over the time measured."]
+    for title, show in SECTIONS:
+        if shown := show(found):
+            lines += ["", f"## {title}", "", *shown]
+    return "\n".join([*lines, "", "Made again by:", "", f"    {found['command']}", ""])

@@ -1,0 +1,56 @@
+"""A distillation step of the reference trainers against ours, by tools/bench_train.py: images per second and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from typing import Any
+
+from gpu_bench.device import Device
+from gpu_bench.record import Record
+from gpu_bench.settings import TEACHER, Settings
+
+
+def train(settings: Settings, device: Device, record: Record, model: str) -> None:
+    """A student (`model` is its name) from the report's teacher at every batch; a batch that fails is its own error."""
+    import bench_train
+
+    from sdkd.models import load_eager
+
+    pipe = load_eager(settings.models[TEACHER])
+    for batch in settings.train_batches:
+        with record.part(f"batch {batch}"):
+            bench = bench_train.Bench(
+                model, settings.train_size, batch, device.name, settings.train_precision, pipe=pipe
+            )
+            try:
+                names = ("reference", "+ channels_last", bench_train.OURS)
+                samples, memory, _ = bench_train.measure(bench, settings.train_rounds, names)
+                found = bench_train.result(model, samples, batch, memory)
+                work = step_work(settings, pipe, bench.trainer.unet, batch)
+                for row in found["rows"]:
+                    record.row(
+                        what="training step", way=row["step"], batch=batch, size=settings.train_size,
+                        precision=settings.train_precision, median_s=row["seconds_median"],
+                        seconds=row["seconds_samples"], work=work, student=model, speedup=row["speedup"],
+                        speedup_low=row["speedup_low"], speedup_high=row["speedup_high"],
+                        memory_gb=row["memory_gb"],
+                    )  # fmt: skip
+            finally:
+                bench.close()
+                del bench
+                gc.collect()
+                device.wait()
+
+
+def step_work(settings: Settings, pipe: Any, student: Any, batch: int) -> dict[str, int]:
+    """FLOPs and least bytes of a step: the teacher forward, the student forward and twice as much backward."""
+    from sdkd.compare.limits import element_bytes, unet_work
+
+    scale = int(pipe.vae_scale_factor)
+    side, width = settings.train_size // scale, element_bytes(settings.train_precision)
+    own, other = (
+        dataclasses.asdict(unet_work(dict(unet.config), batch, side, side, element_bytes=width))
+        for unet in (student, pipe.unet)
+    )
+    return {name: other[name] + 3 * own[name] for name in own}

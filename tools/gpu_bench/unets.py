@@ -1,0 +1,272 @@
+"""UNet steps: eagerly, compiled, and on engines, with the same inputs and against the same float32 answer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpu_bench.bundles import built, exported, refused, unet_profiles
+from gpu_bench.device import Device, Work, sampled
+from gpu_bench.record import Record
+from gpu_bench.settings import Settings
+from sdkd.errors import EngineError
+from sdkd.targets import installed_version, require
+
+if TYPE_CHECKING:
+    import torch
+
+    from engines.session import EngineSession
+
+TOKENS = 77
+TIMESTEP = 500.0
+
+
+def scale_of(model: str) -> int:
+    """Pixels per latent of a model's VAE, from its config."""
+    from sdkd.contract import vae_scale
+    from sdkd.families import FAMILIES
+    from sdkd.files import read_json
+    from sdkd.models import resolve
+    from sdkd.random_models import parse
+
+    path = resolve(model).path
+    return vae_scale(FAMILIES[parse(model).family].vae if path is None else read_json(path / "vae" / "config.json"))
+
+
+def inputs(config: Any, batch: int, side: int, device: Device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same latents [batch, channels, side, side], timestep [] and states [batch, 77, context] for every way."""
+    import torch
+
+    generator = torch.Generator().manual_seed(batch * side)
+    sample = torch.randn(batch, config["in_channels"], side, side, generator=generator)
+    states = torch.randn(batch, TOKENS, config["cross_attention_dim"], generator=generator)
+    placed = {"sample": sample, "encoder_hidden_states": states}
+    found = {name: tensor.to(device.name, dtype) for name, tensor in placed.items()}
+    return {**found, "timestep": torch.tensor(TIMESTEP, device=device.name)}
+
+
+def step(unet: Any, feeds: dict[str, torch.Tensor]) -> Work:
+    """One call as a pipeline makes it."""
+    sample, timestep, states = (feeds[name] for name in ("sample", "timestep", "encoder_hidden_states"))
+    return lambda: unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0]
+
+
+def work_of(settings: Settings, config: Any, batch: int, side: int) -> dict[str, int]:
+    """FLOPs and least bytes of one call, for the limit."""
+    from sdkd.compare.limits import element_bytes, unet_work
+
+    return dataclasses.asdict(unet_work(dict(config), batch, side, side, TOKENS, element_bytes(settings.precision)))
+
+
+class Steps:
+    """Times a UNet at all shapes of a report, and says how far its answer is from float32's."""
+
+    def __init__(self, settings: Settings, device: Device, record: Record, model: str) -> None:
+        self.settings, self.device, self.record, self.model = settings, device, record, model
+        self.scale = scale_of(settings.models[model])
+
+    def rows(self, unet: Any, way: str, shapes: list[tuple[int, int]] | None = None, **facts: Any) -> None:
+        """One row per shape; a shape that fails is an error of its own."""
+        dtype = getattr(unet, "dtype", self.device.dtype)
+        for batch, size in self.settings.shapes if shapes is None else shapes:
+            side = size // self.scale
+            with self.record.part(f"{way}, batch {batch}, {size} px"):
+                self.device.reset_peak()
+                work = step(unet, inputs(unet.config, batch, side, self.device, dtype))
+                samples = self.device.samples(work)
+                counted = work_of(self.settings, unet.config, batch, side)
+                self.record.row(
+                    **sampled(samples, what="UNet step", way=way, batch=batch, size=size, **facts),
+                    precision=self.settings.precision, work=counted, **self.device.memory(),
+                )  # fmt: skip
+
+    def parity(self, unet: Any, way: str) -> None:
+        """The relative distance to float32, ||x - x32|| / ||x32||, at the first shape."""
+        import torch
+
+        truth = self.truth()
+        feeds = self.first(unet.config, getattr(unet, "dtype", self.device.dtype))
+        with torch.inference_mode():
+            answers = [step(unet, feeds)().float().cpu() for _ in range(3)]  # plainly, captured, replayed
+        errors = [float((answer - truth).norm() / truth.norm()) for answer in answers]
+        self.record.row(what="parity", way=way, errors=errors, precision=self.settings.precision)
+
+    def first(self, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Inputs of the first shape."""
+        batch, size = self.settings.shapes[0]
+        return inputs(config, batch, size // self.scale, self.device, dtype)
+
+    def truth(self) -> torch.Tensor:
+        """Eager float32's answer at the first shape, made once for each model and kept in the work folder."""
+        import torch
+
+        file = Path(self.settings.work, f"truth-{self.model}.pt")
+        if file.is_file():
+            return torch.load(file, weights_only=True)
+        from sdkd.models import load_component
+
+        unet = load_component(self.settings.models[self.model], "unet").to(self.device.name)
+        return self.make_truth(unet)
+
+    def make_truth(self, unet: Any) -> torch.Tensor:
+        """`truth`, by a UNet in float32 on the device."""
+        import torch
+
+        file = Path(self.settings.work, f"truth-{self.model}.pt")
+        with torch.inference_mode(), exact_float32():
+            answer: torch.Tensor = step(unet, self.first(unet.config, torch.float32))().cpu()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(answer, file)
+        return answer
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Convolutions and products in float32 itself, not in TF32."""
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def eager(settings: Settings, device: Device, record: Record, model: str) -> None:
+    """PyTorch as it is: SDPA, first in torch's own layout at one shape, then channels-last at all."""
+    import torch
+
+    from sdkd.compare.environment import attention_kernel
+    from sdkd.models import load_component
+
+    steps = Steps(settings, device, record, model)
+    unet = load_component(settings.models[model], "unet").to(device.name)
+    record.fact(parameters=sum(one.numel() for one in unet.parameters()))
+    with record.part("float32"):
+        steps.make_truth(unet)
+    unet = torch.nn.Module.to(unet, dtype=device.dtype)
+    device.wait()
+    steps.rows(unet, "eager", settings.shapes[:1])
+    unet = unet.to(memory_format=torch.channels_last)
+    with record.part("attention"), torch.no_grad():
+        record.fact(attention=attention_kernel(step(unet, steps.first(unet.config, device.dtype))))
+    steps.rows(unet, "eager, channels_last")
+    with record.part("parity"):
+        steps.parity(unet, "eager, channels_last")
+
+
+def compiled(settings: Settings, device: Device, record: Record, model: str) -> None:
+    """torch.compile with each of the settings' options at the first shape; `first_call_s` is what compiling takes."""
+    import torch
+
+    from sdkd.models import load_component
+
+    steps = Steps(settings, device, record, model)
+    unet = load_component(settings.models[model], "unet", device.dtype).to(device.name)
+    unet = unet.to(memory_format=torch.channels_last)
+    for options in settings.compile_options:
+        way = "compile, " + ", ".join(map(str, options.values()))
+        with record.part(way):
+            torch._dynamo.reset()
+            fast = torch.compile(unet, dynamic=False, **options)
+            with torch.inference_mode():
+                first = device.seconds(step(fast, steps.first(unet.config, device.dtype)))
+            steps.rows(fast, way, settings.shapes[:1], first_call_s=first)
+            steps.parity(fast, way)
+
+
+def engine(settings: Settings, device: Device, record: Record, model: str, target: str) -> None:
+    """A target's engine: exported, built, opened, with CUDA graphs and without; the bare library beside the runtime."""
+    from engines.session import expected_device
+
+    steps = Steps(settings, device, record, model)
+    with record.part("export"):
+        require(target)
+        if (why := refused(settings, target)) and model != next(iter(settings.models)):
+            raise EngineError(why)  # the first model is built all the same: how long that takes is worth knowing
+        if target == "onnxruntime" and expected_device(target).type != device.name:
+            raise EngineError(f"ONNX Runtime has no CUDA here, and its CPU is not asked: {installed_version(target)}")
+        bundle = exported(settings, model, record)
+    if "export" in record.errors:
+        return
+    with record.part("build"):
+        start = time.perf_counter()
+        bundle = built(settings, bundle, target, ("unet",), unet_profiles(settings))
+        made = bundle.engine(target, "unet")
+        record.fact(
+            build_s=time.perf_counter() - start, builder_s=made.seconds, engine_bytes=made.total_bytes,
+            flags=dict(made.flags), built_for=list(made.built_for),
+        )  # fmt: skip
+    if "build" in record.errors:
+        return
+    ways: dict[str, dict[str, Any]] = {target: {}}
+    if target.startswith("tensorrt"):
+        ways = {f"{target}, CUDA graphs": {}, f"{target}, no graphs": {"cuda_graphs": False}}
+    for way, options in ways.items():
+        with record.part(way):
+            run_engine(steps, bundle, target, way, options)
+
+
+def run_engine(steps: Steps, bundle: Any, target: str, way: str, options: dict[str, Any]) -> None:
+    """Rows of one way to run an engine: first call, all shapes, parity, and for TensorRT the library's bare call."""
+    import torch
+
+    from engines.pipeline import build_module
+    from engines.session import open_session
+
+    opened = partial(open_session, bundle, target, **options)
+    start = time.perf_counter()
+    unet: Any = build_module(bundle, target, "unet", steps.device.dtype, torch.device(steps.device.name), None, opened)
+    load_s = time.perf_counter() - start
+    try:
+        with torch.inference_mode():
+            first = steps.device.seconds(step(unet, steps.first(unet.config, unet.dtype)))
+        steps.rows(unet, way, load_s=load_s, first_call_s=first)
+        steps.parity(unet, way)
+        if target.startswith("tensorrt") and not options:
+            with steps.record.part(f"{target}, bare"):
+                bare_rows(steps, unet.session, target)
+    finally:
+        unet.close()
+        steps.device.wait()
+
+
+def bare_rows(steps: Steps, session: EngineSession, target: str) -> None:
+    """The library's own call on bound memory, and the replay of its CUDA graph: what the runtime adds is the rest."""
+    import torch
+
+    from engines.cuda_graphs import ShapeGraph
+    from engines.tensorrt_context import Call, pick_profile
+
+    batch, size = steps.settings.shapes[0]
+    trt_session: Any = session
+    config = session.checked.bundle.config("unet")
+    dtype = {spec.name: getattr(torch, spec.dtype) for spec in session.contract.inputs}
+    feeds = {k: t.to(dtype[k]).contiguous() for k, t in steps.first(config, steps.device.dtype).items()}
+    outputs = session.run(feeds)
+    shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
+    profile = pick_profile(trt_session._spans, shapes)
+    assert profile is not None
+    graph: ShapeGraph = trt_session._make_graph(Call(feeds, outputs, profile, shapes))
+    side = trt_session._side
+    with torch.cuda.stream(side):
+        graph.buffers.fill(feeds)
+        for _ in range(3):
+            graph._enqueue(side.cuda_stream)  # type: ignore[misc]
+        side.synchronize()
+        calls: dict[str, Work] = {"bare call": lambda: graph._enqueue(side.cuda_stream)}  # type: ignore[misc]
+        if trt_session._native:  # the call itself is a replay, by the library
+            calls = {"bare replay": calls["bare call"]}
+        else:
+            graph.capture(side)
+            calls["bare replay"] = graph._graph.replay  # type: ignore[union-attr]
+        for name, call in calls.items():
+            samples = steps.device.samples(call)
+            steps.record.row(**sampled(samples, what="bare", way=f"{target}, {name}", batch=batch, size=size))
+    graph.close()
