@@ -13,6 +13,7 @@ from sdkd.console import Progress, progress, quiet
 from sdkd.errors import InputError
 from sdkd.targets import check_target
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = timedelta(days=30)  # a process waits for the slowest, which may have hours to go; torchrun ends orphans
 
 
@@ -56,13 +57,22 @@ def main_progress(title: str, state: Any) -> Iterator[Progress]:
 def ended_like_ctrl_c(state: Any) -> Iterator[None]:
     """Let SIGTERM, by which a launcher ends the other processes when one fails, clean up as Ctrl-C does.
 
-    Not for waiting: a process that waits for others hears nothing, and the launcher would wait for it.
+    Only the first of all signals is heard: Ctrl-C reaches processes and launcher alike, and the launcher's SIGTERM then
+    comes while they clean up. Not for waiting: a process that waits for others hears nothing, and the launcher would
+    wait for it.
     """
     if state.num_processes == 1:
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, _interrupt_once) for number in ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt_once(number: int, frame: object) -> None:
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    raise KeyboardInterrupt

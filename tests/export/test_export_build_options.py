@@ -147,7 +147,7 @@ def test_a_plan_for_named_generations(bundle: Bundle, trt: ModuleType) -> None:
     assert record.flags["plan_accelerators"] == ["sm86", "sm120"]
     assert record.flags["options"] == options.changed()
     assert bundle.stale_reasons(record, {"compute_capability": "8.9"}) == [
-        "built for compute capability 8.6, 12.0, here it is 8.9"
+        "built for compute capability 8.6, 12.0, here it is 8.9 (sdkd doctor --try tries that one)"
     ]
 
 

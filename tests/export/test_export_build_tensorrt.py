@@ -142,10 +142,11 @@ def test_ctrl_c_ends_the_builder(bundle: Bundle) -> None:
         if message == "vae_decoder: building engine":
             raise KeyboardInterrupt
 
+    before = psutil.Process().children()  # other tests' that nobody has waited for yet
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         build_engine(bundle, RTX, progress=interrupt)
     assert not (bundle.path / "engines").exists()
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def _attention_job(folder: Path, width: int, precision: str) -> Job:

@@ -10,7 +10,9 @@ from planted_report import planted_report
 
 from sdkd.compare.bars import RIDGE_BINS, latency_bars, latency_ridges, memory_bars, nice_ceiling, tick
 from sdkd.compare.charts import place_labels, plots, scatter
+from sdkd.compare.peaks import Memory
 from sdkd.compare.stats import Spread
+from sdkd.compare.tables import memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -74,12 +76,15 @@ def test_ridges_are_histograms_around_the_median() -> None:
 
 def test_memory_is_drawn_on_one_scale() -> None:
     report = planted_report()
-    half = dataclasses.replace(report.results[0], rss_growth_bytes=26_000_000)
-    chart = memory_bars(dataclasses.replace(report, results=(half, *report.results[1:])))
+    shared = [dataclasses.replace(row, memory=Memory()) for row in report.results]  # all in one process
+    half = dataclasses.replace(shared[0], rss_growth_bytes=26_000_000)
+    chart = memory_bars(dataclasses.replace(report, results=(half, *shared[1:])))
     assert chart.ticks[-1] == (100.0, "60 MB")
     first, second = chart.groups[0].bars[:2]
     assert (first.text, second.text) == ("26.0 MB", "52.0 MB")
     assert second.width == pytest.approx(2 * first.width)
+    assert memory_bytes(report.results[0]) == report.results[0].memory.peak_rss  # in a process of its own
+    assert memory_bytes(dataclasses.replace(half, memory=Memory(peak_rss=5, peak_gpu=7))) == 7
 
 
 def test_one_mark_and_one_label_per_subject() -> None:

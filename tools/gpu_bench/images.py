@@ -74,7 +74,7 @@ def images(settings: Settings, device: Device, record: Record, model: str) -> No
 
 def draw_rows(settings: Settings, device: Device, record: Record, model: str, subject: Any) -> None:
     """Whole images of one subject."""
-    from sdkd.compare.cases import Request, make_images
+    from sdkd.compare.calls import Request, make_images
     from sdkd.compare.subjects import close_subject, open_subject
 
     size, batch = settings.sizes[0], settings.batches[0]
