@@ -100,15 +100,21 @@ def _check_components(components: Sequence[str] | None) -> None:
 def _export_all(
     source: Source, names: Sequence[str], options: ExportOptions, folder: Path, progress: Progress
 ) -> dict[str, ComponentRecord]:
+    """The records in the order of `names`.
+
+    The largest is exported first: its float32 weights are the peak of memory, and the exporter's libraries, which stay
+    loaded, are not there yet.
+    """
     total, done = sum(SHARES[name] for name in names), 0
     records: dict[str, ComponentRecord] = {}
     about: dict[str, Any] = versions()
-    for index, name in enumerate(names):
+    order = sorted(names, key=SHARES.__getitem__, reverse=True)
+    for index, name in enumerate(order):
         step = within(progress, done / total, (done + SHARES[name]) / total, f"{name}: ")
-        last = not any(CONFIG_FOLDERS[other] == CONFIG_FOLDERS[name] for other in names[index + 1 :])
+        last = not any(CONFIG_FOLDERS[other] == CONFIG_FOLDERS[name] for other in order[index + 1 :])
         records[name] = export_component(source, name, options, about, folder, last, step)
         if last:
             source.release(name)
         gc.collect()
         done += SHARES[name]
-    return records
+    return {name: records[name] for name in names}

@@ -34,7 +34,7 @@ import psutil
 from bench import ROOT, commit, machine
 
 from sdkd.compare.stats import speedup
-from sdkd.files import write_bytes, write_json
+from sdkd.files import read_json, write_bytes, write_json
 
 SAMPLES_PER_SECOND = 20
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -151,10 +151,11 @@ def command_of(way: str, folder: Path, output: Path, interop: Path) -> list[str]
 
 
 def inspect(output: Path) -> dict[str, Any]:
-    """Nodes, opset and bytes of every component that an exporter wrote."""
+    """Nodes, opset and bytes of every component that an exporter wrote; of ours also seconds, from weights to graph."""
     import onnx
 
-    found = {}
+    found, manifest = {}, output / "bundle.json"
+    seconds = read_json(manifest)["components"] if manifest.is_file() else {}
     for name in COMPONENTS:
         graph = onnx.load(str(output / name / "model.onnx"), load_external_data=False)
         files = [file for file in (output / name).iterdir() if ".onnx" in file.name]
@@ -162,6 +163,7 @@ def inspect(output: Path) -> dict[str, Any]:
             "nodes": _count(graph.graph) + sum(len(function.node) for function in graph.functions),
             "opset": next(entry.version for entry in graph.opset_import if not entry.domain),
             "bytes": sum(file.stat().st_size for file in files),
+            "seconds": seconds[name]["details"]["export_seconds"] if name in seconds else None,
         }
     return found
 
@@ -237,14 +239,15 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ["", f"## {part['model']}", ""]
         lines += ["| way | s | faster (95 % interval) | peak memory, GB | of it anonymous, GB | files, MB | nodes |"]
         lines += ["|---|---:|---:|---:|---:|---:|---:|", *(_row(row) for row in part["rows"])]
-        lines += ["", "| nodes (opset) |" + "".join(f" {name} |" for name in COMPONENTS), "|---" * 5 + "|"]
-        lines += [_nodes(row) for row in part["rows"] if "not checked" not in row["way"]]
+        lines += ["", "| nodes (opset, seconds) |" + "".join(f" {name} |" for name in COMPONENTS), "|---" * 5 + "|"]
+        lines += [_nodes(row) for row in part["rows"]]
     lines += [
         "",
         "Faster than Optimum's export of the same precision: checked against checked, not checked against not checked.",
         "Optimum's check is its own validation of one input, sdkd's parity of every graph at several batches, shapes",
-        "and timesteps. Nodes are those of the last run's graphs, the ones inside other nodes included. Peak memory",
-        "counts mapped pages of weight files, anonymous memory does not.",
+        "and timesteps. Nodes are those of the last run's graphs, those inside other nodes included; seconds go from",
+        "opening the weights to the written graph, PyTorch's answers for the check included where there is one. Peak",
+        "memory counts mapped pages of weight files, anonymous memory does not.",
         "",
         "Made again by:",
     ]
@@ -261,8 +264,12 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def _nodes(row: dict[str, Any]) -> str:
-    cells = [f"{row['components'][name]['nodes']:,} ({row['components'][name]['opset']})" for name in COMPONENTS]
-    return f"| {row['way']} | " + " | ".join(cells) + " |"
+    return f"| {row['way']} | " + " | ".join(_cell(row["components"][name]) for name in COMPONENTS) + " |"
+
+
+def _cell(part: dict[str, Any]) -> str:
+    seconds = "" if part.get("seconds") is None else f", {part['seconds']:.0f} s"
+    return f"{part['nodes']:,} ({part['opset']}{seconds})"
 
 
 @contextlib.contextmanager
