@@ -16,7 +16,8 @@ from torch import nn
 
 from export.components import axis_sizes, example_inputs
 from export.onnx_run import GraphSession, first_line, open_graph, read_signature, runtime_errors
-from sdkd.contract import DTYPES, Contract, Precision, TensorSpec, split_axis
+from export.precision import torch_dtype
+from sdkd.contract import Contract, Precision, TensorSpec, split_axis
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
 from sdkd.half_products import has_units, quick_half
 
@@ -251,5 +252,5 @@ def _summary(
     }
     if precision != "fp32":
         figures |= {"eager_max_abs": worst("eager_max_abs"), "eager_rms": worst("eager_rms")}
-        figures["eager_products"] = PRODUCTS[has_units(getattr(torch, DTYPES[precision]))]
+        figures["eager_products"] = PRODUCTS[has_units(torch_dtype(precision))]
     return figures

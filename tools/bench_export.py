@@ -154,8 +154,8 @@ def inspect(output: Path) -> dict[str, Any]:
     """Nodes, opset and bytes of every component that an exporter wrote; of ours also seconds, from weights to graph."""
     import onnx
 
-    found, manifest = {}, output / "bundle.json"
-    seconds = read_json(manifest)["components"] if manifest.is_file() else {}
+    found, ours = {}, (output / "bundle.json").is_file()
+    records = read_json(output / "bundle.json")["components"] if ours else {}
     for name in COMPONENTS:
         graph = onnx.load(str(output / name / "model.onnx"), load_external_data=False)
         files = [file for file in (output / name).iterdir() if ".onnx" in file.name]
@@ -163,7 +163,7 @@ def inspect(output: Path) -> dict[str, Any]:
             "nodes": _count(graph.graph) + sum(len(function.node) for function in graph.functions),
             "opset": next(entry.version for entry in graph.opset_import if not entry.domain),
             "bytes": sum(file.stat().st_size for file in files),
-            "seconds": seconds[name]["details"]["export_seconds"] if name in seconds else None,
+            "seconds": records[name]["details"]["export_seconds"] if ours else None,
         }
     return found
 
@@ -232,9 +232,8 @@ def _middle(values: list[Any]) -> float:
 def markdown(found: dict[str, Any]) -> str:
     """The tables for people."""
     lines = ["# Export to ONNX, sdkd and Optimum", "", f"Measured on {found['machine']}, {found['date']}, "]
-    lines[-1] += (
-        f"commit {found['commit']}, medians of {found['rounds']} round(s), Optimum {found['optimum']['optimum-onnx']}."
-    )
+    how = f"medians of {found['rounds']} round(s), Optimum {found['optimum']['optimum-onnx']}"
+    lines[-1] += f"commit {found['commit']}, {how}."
     for part in found["models"]:
         lines += ["", f"## {part['model']}", ""]
         lines += ["| way | s | faster (95 % interval) | peak memory, GB | of it anonymous, GB | files, MB | nodes |"]
