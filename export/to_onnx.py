@@ -19,6 +19,8 @@ from torch import nn
 from export.components import component_state, dynamic_shapes, example_inputs, example_sizes, graph_module
 from export.initializers import fold_transposes, merge_constants, name_initializers, opaque_weights, strip_prefix
 from export.precision import float_nodes, float_softmax
+from export.quick_program import QuickProgram, is_functional, paused_gc
+from export.twins import trace
 from sdkd.contract import Contract
 from sdkd.errors import ExportError, InputError
 from sdkd.targets import check_target
@@ -102,14 +104,8 @@ def to_onnx(module: nn.Module, contract: Contract, config: Mapping[str, Any], op
     tokens = min(int(config.get("vocab_size", 256)), 256)
     inputs = example_inputs(contract, example_sizes(contract, config), tokens=tokens)
     try:
-        with silence(), torch.no_grad():
-            program = torch.export.export(
-                graph_module(contract, module),
-                inputs,
-                dynamic_shapes=dynamic_shapes(contract, config),
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+        with silence(), paused_gc(), torch.no_grad():
+            program = trace(graph_module(contract, module), inputs, dynamic_shapes(contract, config))
             model = _translate(program, contract, version)
     except Exception as error:
         raise ExportError(
@@ -120,20 +116,34 @@ def to_onnx(module: nn.Module, contract: Contract, config: Mapping[str, Any], op
 
 
 def _translate(program: torch.export.ExportedProgram, contract: Contract, opset: int) -> Any:
+    model = _quickly(program, contract, opset) or _to_ir(program, contract, opset)
+    strip_prefix(model)
+    fold_transposes(model)
+    with opaque_weights(model):
+        _simplify(model)
+    return model
+
+
+def _quickly(program: torch.export.ExportedProgram, contract: Contract, opset: int) -> Any:
+    """The graph without torch's decompositions, which take as long as the trace; None where it needs some."""
+    if not is_functional(program):
+        return None
+    with contextlib.suppress(torch.onnx.OnnxExporterError):
+        return _to_ir(QuickProgram(program), contract, opset)
+    return None
+
+
+def _to_ir(program: torch.export.ExportedProgram, contract: Contract, opset: int) -> Any:
     exported = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=opset,
         input_names=[spec.name for spec in contract.inputs],
         output_names=[spec.name for spec in contract.outputs],
-        optimize=False,  # done below: torch's own way merges equal weights, which no weight swap could undo
+        optimize=False,  # done by `_simplify`: torch's own way merges equal weights, which no weight swap could undo
         verbose=False,
     )
     assert exported is not None
-    strip_prefix(exported.model)
-    fold_transposes(exported.model)
-    with opaque_weights(exported.model):
-        _simplify(exported.model)
     return exported.model
 
 
@@ -142,10 +152,13 @@ def _simplify(model: Any) -> None:
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer, rewriter
 
+    # All of the library's rules but one, which looks through the whole graph at every node, for pairs of Slices that
+    # make a Split: torch's own chunk is a Split already.
+    rules = [rule for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()) if rule.name != "SlicesSplit"]
     passes.InlinePass()(model)
     for _ in range(2):
         optimizer.fold_constants_ir(model, onnx_shape_inference=True)
-        rewriter.rewrite(model)
+        rewriter.rewrite(model, rules or None)
     passes.RemoveUnusedNodesPass()(model)
     passes.OutputFixPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
