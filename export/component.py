@@ -7,8 +7,8 @@ import copy
 import ctypes
 import gc
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from export.precision import cast, torch_dtype
 from export.reuse import Wanted, find, take
 from export.source import Source
 from export.to_onnx import OnnxGraph, choose_opset, forget_weights, save, to_onnx
-from sdkd.bundle import ComponentRecord, FileRecord
+from sdkd.bundle import Bundle, ComponentRecord, FileRecord
 from sdkd.console import Progress
 from sdkd.contract import COMPONENTS, Contract, Extras, Precision, check_size, static_contract
 from sdkd.errors import InputError
@@ -61,6 +61,18 @@ class ExportOptions:
             why = "everything is float32 already" if self.precision == "fp32" else "that needs the float32 weights"
             raise InputError(f"blocks to keep in float32 ({', '.join(self.keep_float)}): {why}; leave the option out")
 
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_json` reads it back."""
+        static = self.static.to_json() if self.static else None
+        return {**asdict(self), "static": static, "reuse": [str(path) for path in self.reuse]}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ExportOptions:
+        """The inverse of `to_json`."""
+        static = ShapeRanges.from_json(data["static"]) if data["static"] else None
+        lists = {name: tuple(data[name]) for name in ("keep_float", "reuse")}
+        return ExportOptions(**{**data, **lists, "static": static})
+
     def extras(self, component: str, config: Mapping[str, Any], controlled: bool) -> Extras:
         """What the component has beyond the usual: hidden states as asked or configured, residuals for a ControlNet."""
         if component == "text_encoder":
@@ -86,20 +98,21 @@ def export_component(
     folder: Path,
     in_place: bool,
     progress: Progress,
+    lighter: Callable[[], None] = lambda: None,
 ) -> ComponentRecord:
     """Export and check one component into `folder`; its record.
 
-    PyTorch answers first, so that its weights can go before onnxruntime opens the graph. Raises what `export_pipeline`
-    says.
+    PyTorch answers first, so that its weights can go before onnxruntime opens the graph; `lighter` is called when the
+    float32 weights are gone. Raises what `export_pipeline` says.
     """
     start = time.perf_counter()
-    digest, wanted = source.digest(name), _wanted_options(options, name, "controlnet" in source.components)
-    opset = choose_opset(name, options.opset, options.target)
-    found = find(options.reuse, Wanted(name, digest, options.precision, opset, versions, options.verify, wanted))
+    found = reusable(source, name, options, versions)
     if found:
         progress(f"the same as in {found[0].path.name}, re-used", 1.0)
         return take(*found, folder)
+    digest, opset = source.digest(name), choose_opset(name, options.opset, options.target)
     ready = _prepare(source, name, options, in_place, progress)
+    lighter()
     config = component_config(ready.module)
     parameters = sum(tensor.numel() for tensor in component_state(name, ready.module).values())
     progress("exporting to ONNX", 0.3)
@@ -112,7 +125,7 @@ def export_component(
     files = save(graph, folder / name)
     write_json(folder / name / TRANSFORMS_FILE, dict(graph.transforms))
     write_json(folder / name / "config.json", _plain(config))
-    details = _details(graph) | {"islands": islands.to_json(), "options": wanted}
+    details = _details(graph) | {"islands": islands.to_json(), "options": _wanted_options(options, name, source)}
     forget_weights(graph)
     del graph
     release_memory()
@@ -135,6 +148,17 @@ def export_component(
     )
 
 
+def reusable(
+    source: Source, name: str, options: ExportOptions, versions: Mapping[str, str]
+) -> tuple[Bundle, ComponentRecord] | None:
+    """Where the same component was exported before, among the bundles that `options` names."""
+    if not options.reuse:
+        return None
+    opset, wanted = choose_opset(name, options.opset, options.target), _wanted_options(options, name, source)
+    asked = Wanted(name, source.digest(name), options.precision, opset, versions, options.verify, wanted)
+    return find(options.reuse, asked)
+
+
 def release_memory() -> None:
     """Give back to the system what was freed: glibc keeps it, and onnxruntime's weights would come on top."""
     gc.collect()
@@ -142,11 +166,11 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _wanted_options(options: ExportOptions, name: str, controlled: bool) -> dict[str, Any]:
+def _wanted_options(options: ExportOptions, name: str, source: Source) -> dict[str, Any]:
     """The options that change a component's graph, as its record keeps them."""
     return {
         "hidden_states": name == "text_encoder" and options.hidden_states,
-        "residuals": name == "unet" and controlled,
+        "residuals": name == "unet" and "controlnet" in source.components,
         "keep_float": list(options.islands(name)),
         "static": options.static.to_json() if options.static else None,
     }

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from export.component import ExportOptions, export_component
-from export.precision import torch_dtype
-from export.source import Source, open_source
+from export.component import ExportOptions
+from export.side_by_side import export_components, source_for
 from export.to_onnx import choose_opset
 from sdkd import __version__
-from sdkd.bundle import Bundle, ComponentRecord, Manifest
-from sdkd.console import Progress, quiet, within
-from sdkd.contract import COMPONENTS, CONFIG_FOLDERS, check_precision
+from sdkd.bundle import Bundle, Manifest
+from sdkd.console import Progress, quiet
+from sdkd.contract import COMPONENTS, check_precision
 from sdkd.errors import InputError
 from sdkd.files import check_free, lock, new_folder
 from sdkd.profiles import ShapeRanges
@@ -26,7 +22,6 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")
-SHARES = {"text_encoder": 1, "unet": 9, "vae_decoder": 2, "vae_encoder": 2, "controlnet": 4}  # of the time
 
 
 def export_pipeline(
@@ -75,11 +70,10 @@ def export_pipeline(
     check_free(path, overwrite)
     with lock(path), new_folder(path, overwrite) as folder:
         progress("loading the model", 0.0)
-        # The comparison needs the float32 weights; without it half of the memory will do.
-        source = open_source(model, replaced, torch.float32 if verify else torch_dtype(options.precision))
+        source = source_for(model, replaced, options)
         names = tuple(name for name in source.components if components is None or name in components)
         source.write_rest(folder)
-        records = _export_all(source, names, options, folder, progress)
+        records = export_components(source, names, options, versions(), folder, progress)
         about = {**source.about, "sha256": {name: record.source_sha256 for name, record in records.items()}}
         Bundle(folder, Manifest(about, versions(), records)).save()
         progress("exported", 1.0)
@@ -95,26 +89,3 @@ def _check_components(components: Sequence[str] | None) -> None:
     unknown = [name for name in components or () if name not in COMPONENTS]
     if unknown or (components is not None and not components):
         raise InputError(f"components {', '.join(unknown) or 'none'!r}: choose from {', '.join(COMPONENTS)}")
-
-
-def _export_all(
-    source: Source, names: Sequence[str], options: ExportOptions, folder: Path, progress: Progress
-) -> dict[str, ComponentRecord]:
-    """The records in the order of `names`.
-
-    The largest is exported first: its float32 weights are the peak of memory, and the exporter's libraries, which stay
-    loaded, are not there yet.
-    """
-    total, done = sum(SHARES[name] for name in names), 0
-    records: dict[str, ComponentRecord] = {}
-    about: dict[str, Any] = versions()
-    order = sorted(names, key=SHARES.__getitem__, reverse=True)
-    for index, name in enumerate(order):
-        step = within(progress, done / total, (done + SHARES[name]) / total, f"{name}: ")
-        last = not any(CONFIG_FOLDERS[other] == CONFIG_FOLDERS[name] for other in order[index + 1 :])
-        records[name] = export_component(source, name, options, about, folder, last, step)
-        if last:
-            source.release(name)
-        gc.collect()
-        done += SHARES[name]
-    return {name: records[name] for name in names}

@@ -113,9 +113,14 @@ class Source:
 
 
 def open_source(
-    model: str | Path | StableDiffusionPipeline, replaced: Mapping[str, str], dtype: torch.dtype = torch.float32
+    model: str | Path | StableDiffusionPipeline,
+    replaced: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+    digests: Mapping[str, str] | None = None,
 ) -> Source:
     """What `model` and its replaced parts are; nothing heavy is loaded yet. `dtype`: of the modules when loaded.
+
+    `digests` of the weights, where they are known already: hashing reads all of them.
 
     Raises ModelError or InputError for what is no model, no VAE or no ControlNet.
     """
@@ -130,7 +135,7 @@ def open_source(
     name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file") else found.name
     about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
     about |= {"notes": list(found.notes)} if found.notes else {}
-    return Source(about, load_rest(model), model, dtype, replaced, source_digests(model))
+    return Source(about, load_rest(model), model, dtype, replaced, digests or source_digests(model))
 
 
 def replacement_class(part: str, name: str) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import os
+import queue
 import signal
 import site
 import subprocess
@@ -53,11 +54,62 @@ def run_in_child(function: str, arguments: Mapping[str, Any], progress: Progress
         answer = _converse(process, {"function": function, "arguments": dict(arguments)}, progress, tail)
         process.wait()
         listener.join(GRACE_SECONDS)
+    return _result(answer, process.returncode, tuple(tail))
+
+
+def _result(answer: Mapping[str, Any] | None, status: int, tail: tuple[str, ...]) -> Any:
     if answer is None:
-        raise _ended(process.returncode, tuple(tail))
+        raise _ended(status, tail)
     if "error" in answer:
-        raise _error(answer["error"], tuple(tail))
+        raise _error(answer["error"], tail)
     return answer["result"]
+
+
+class Aside:
+    """A function at work in a child process, while this one does something else."""
+
+    def __init__(self, process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
+        self._process, self._job = process, job
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._said: queue.SimpleQueue[tuple[str, float | None] | None] = queue.SimpleQueue()
+        self._answer: dict[str, Any] | None = None
+        self._threads = [
+            threading.Thread(target=_collect, args=(process.stderr, self._tail), daemon=True),
+            threading.Thread(target=self._listen, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _listen(self) -> None:
+        try:
+            self._answer = _converse(self._process, self._job, lambda *said: self._said.put(said), self._tail)
+        finally:
+            self._said.put(None)
+
+    def result(self, progress: Progress = quiet) -> Any:
+        """Wait for the result; raises as `run_in_child` says."""
+        while (said := self._said.get()) is not None:
+            progress(*said)
+        self._process.wait()
+        self.join()
+        return _result(self._answer, self._process.returncode, tuple(self._tail))
+
+    def join(self) -> None:
+        """Wait for the threads that listen to a process which has ended."""
+        for thread in self._threads:
+            thread.join(GRACE_SECONDS)
+
+
+@contextlib.contextmanager
+def aside(function: str, arguments: Mapping[str, Any]) -> Iterator[Aside]:
+    """Begin what `run_in_child` does, and go on; the child ends with the block."""
+    with _child() as process:
+        child = Aside(process, {"function": function, "arguments": dict(arguments)})
+        try:
+            yield child
+        finally:
+            _stop(process)
+            child.join()
 
 
 @contextlib.contextmanager
@@ -71,7 +123,7 @@ def _child() -> Iterator[subprocess.Popen[bytes]]:
         _end(process)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
@@ -79,6 +131,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    _stop(process)
     for stream in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):
             if stream:

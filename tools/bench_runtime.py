@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import ROOT, commit, machine
-from bench_attention import attention_lines, measure_attention
+from bench_attention import measure_attention
 from bench_export import check_private, interop_python, optimum_versions
+from runtime_tables import markdown
 from runtime_ways import Way, take_turns
 
 from sdkd.compare.stats import speedup
@@ -256,68 +257,6 @@ def _faster(base: list[list[float]], other: list[list[float]]) -> list[float] | 
     return [ratio.value, ratio.low, ratio.high] if ratio else None
 
 
-# Tables
-
-
-def markdown(found: Mapping[str, Any]) -> str:
-    """The tables for people."""
-    lines = ["# The runtime", "", f"Measured on {found['machine']}, {found['date']}, commit {found['commit']}."]
-    for name in [name for name in PIECES if name in found]:
-        write = {"overhead": _overhead_lines, "attention": attention_lines}.get(name, partial(_image_lines, name))
-        lines += ["", *write(found[name], found)]
-        run = found["runs"].get(name, {})
-        if run and (run["commit"], run["date"]) != (found["commit"], found["date"]):
-            lines += ["", f"Of {run['date']}, commit {run['commit']}."]
-    return "\n".join([*lines, "", "Made again by:", "", f"    {found['command']}", ""])
-
-
-def _overhead_lines(rows: list[dict[str, Any]], _: Mapping[str, Any]) -> list[str]:
-    return [
-        "## Denoising steps in a pipeline, with guidance: the library's bare call on the same tensors, and the rest",
-        "",
-        "| model | target | bare, ms | EngineUNet, ms | overhead, ms (95 %) | share | loop, ms | whole step's share |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-        *map(_overhead_line, rows),
-        "",
-        "Overhead: median of the differences of pairs. Loop: guidance, scheduler and diffusers' own Python between two",
-        "UNet calls. Share: of the bare call; the whole step's adds the loop.",
-    ]
-
-
-def _overhead_line(row: Mapping[str, Any]) -> str:
-    times = f"{row['bare_seconds'] * 1e3:,.2f} | {row['runtime_seconds'] * 1e3:,.2f}"
-    overhead = "{:.3f} ({:.3f} to {:.3f})".format(*(value * 1e3 for value in row["overhead_seconds"]))
-    shares = f"{row['overhead_share'][0]:.2%} | {row['loop_seconds'] * 1e3:.2f} | {row['step_overhead_share'][0]:.2%}"
-    return f"| {row['model']} | {row['slot']} | {times} | {overhead} | {shares} |"
-
-
-def _image_lines(piece: str, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> list[str]:
-    settings = found["settings"]
-    return [
-        f"## Whole images, {piece}: {settings['steps']} steps, {settings['size']} px, guidance 7.5",
-        "",
-        "| way | image, s | UNet call, ms | outside, ms per step | UNet call | image | PSNR, dB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        *map(_image_line, rows),
-        "",
-        f"Times faster than {rows[0]['way']}: ratios of medians with a 95 % bootstrap interval over paired rounds.",
-        "PSNR: of the image, to the first way's. Outside: what is neither UNet, VAE nor text encoder.",
-    ]
-
-
-def _image_line(row: Mapping[str, Any]) -> str:
-    likeness = "-" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
-    return (
-        f"| {row['way']} | {row['seconds']:.2f} | {row['unet_step_seconds'] * 1e3:,.0f} | "
-        f"{row['outside_per_step_seconds'] * 1e3:.1f} | {_cell(row['unet_faster'])} | {_cell(row['image_faster'])} | "
-        f"{likeness} |"
-    )
-
-
-def _cell(ratio: list[float] | None) -> str:
-    return "-" if ratio is None else f"{ratio[0]:.2f}x ({ratio[1]:.2f} to {ratio[2]:.2f})"
-
-
 # Running
 
 
@@ -385,7 +324,7 @@ def main() -> None:
         found = merged(read_json(file) if file.is_file() else {}, head, piece, rows)
         check_private(found)
         write_json(file, found)
-        write_bytes(folder / "runtime.md", markdown(found).encode())
+        write_bytes(folder / "runtime.md", markdown(found, PIECES).encode())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from export.worker import ChildError, run_in_child
+from export.worker import ChildError, aside, run_in_child
 from sdkd.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -159,3 +159,36 @@ def test_the_child_goes_when_the_parent_is_killed() -> None:
     parent.kill()
     parent.wait()
     assert _gone(pid)
+
+
+def test_an_aside_works_while_we_do_and_tells_its_progress_when_asked() -> None:
+    seen: list[tuple[str, float | None]] = []
+    with aside("jobs:add", {"a": 2, "b": 3}) as child:
+        assert child.result(lambda message, fraction: seen.append((message, fraction)))["sum"] == 5
+    assert seen == [("adding", 0.5)]
+
+
+def test_an_asides_error_keeps_its_class() -> None:
+    with aside("jobs:refuse", {}) as child, pytest.raises(InputError, match=r"^height 500 is not good: use 512$"):
+        child.result()
+
+
+def test_an_aside_ends_with_its_block() -> None:
+    pids: list[int] = []
+    with aside("jobs:sleep", {}) as child:
+        pids.append(child._process.pid)
+        assert not _gone(pids[0], seconds=0.3)
+    assert _gone(pids[0])
+    assert not [thread for thread in child._threads if thread.is_alive()]
+
+
+def test_ctrl_c_while_waiting_for_an_aside_ends_it() -> None:
+    main = threading.main_thread().ident
+    assert main
+    start = time.monotonic()
+    with aside("jobs:sleep", {}) as child:
+        threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            child.result()
+    assert time.monotonic() - start < 30
+    assert _gone(child._process.pid)

@@ -1,0 +1,149 @@
+"""A pipeline's components in two processes: the UNet here, the others in a child while its graph is traced.
+
+A trace is Python on one core; the UNet's takes about as long as everything of the other components together. The child
+starts when the UNet's float32 weights are gone, which are the peak of memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from export.component import ExportOptions, export_component, reusable
+from export.precision import torch_dtype
+from export.source import Source, open_source
+from export.worker import Aside, aside
+from sdkd.bundle import ComponentRecord, Manifest
+from sdkd.console import Progress, quiet, within
+from sdkd.contract import CONFIG_FOLDERS
+from sdkd.memory import free_memory
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+SHARES = {"text_encoder": 1, "unet": 9, "vae_decoder": 2, "vae_encoder": 2, "controlnet": 4}  # of the time
+CHILD_BYTES = 3e9  # what a child needs at most: libraries, one component in float32, its graph and check
+
+
+def source_for(
+    model: str | Path | StableDiffusionPipeline,
+    replaced: Mapping[str, str],
+    options: ExportOptions,
+    digests: Mapping[str, str] | None = None,
+) -> Source:
+    """`open_source` with the dtype that an export needs.
+
+    The comparison needs the float32 weights; without it half of the memory will do.
+    """
+    dtype = torch.float32 if options.verify else torch_dtype(options.precision)
+    return open_source(model, replaced, dtype, digests)
+
+
+def export_components(
+    source: Source,
+    names: Sequence[str],
+    options: ExportOptions,
+    versions: Mapping[str, str],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, ComponentRecord]:
+    """Export components into `folder`; their records in the order of `names`.
+
+    The largest is exported first: its float32 weights are the peak of memory, and the exporter's libraries, which stay
+    loaded, are not there yet.
+    """
+    order = sorted(names, key=SHARES.__getitem__, reverse=True)
+    first, rest = (order[:1], order[1:]) if order[0] == "unet" else (order, [])
+    end = _share(first) / _share(order)
+    with contextlib.ExitStack() as stack:
+        others: list[Aside] = []
+
+        def begin() -> None:
+            if rest and _worth_a_child(source, rest, options, versions):
+                others.append(stack.enter_context(aside(CHILD, _arguments(source, rest, options, versions, folder))))
+
+        records = _in_turn(source, first, options, versions, folder, within(progress, 0.0, end), begin)
+        after = within(progress, end, 1.0)
+        if others:
+            data = others[0].result(after)
+            records |= Manifest.from_json(data).components
+        else:
+            records |= _in_turn(source, rest, options, versions, folder, after)
+    return {name: records[name] for name in names}
+
+
+def _share(names: Sequence[str]) -> int:
+    return sum(SHARES[name] for name in names)
+
+
+def _in_turn(
+    source: Source,
+    order: Sequence[str],
+    options: ExportOptions,
+    versions: Mapping[str, str],
+    folder: Path,
+    progress: Progress,
+    lighter: Callable[[], None] = lambda: None,
+) -> dict[str, ComponentRecord]:
+    total, done = _share(order), 0
+    records: dict[str, ComponentRecord] = {}
+    for index, name in enumerate(order):
+        step = within(progress, done / total, (done + SHARES[name]) / total, f"{name}: ")
+        last = not any(CONFIG_FOLDERS[other] == CONFIG_FOLDERS[name] for other in order[index + 1 :])
+        records[name] = export_component(source, name, options, versions, folder, last, step, lighter)
+        if last:
+            source.release(name)
+        gc.collect()
+        done += SHARES[name]
+    return records
+
+
+# The child
+
+CHILD = "export.side_by_side:export_named"
+
+
+def _worth_a_child(source: Source, names: Sequence[str], options: ExportOptions, versions: Mapping[str, str]) -> bool:
+    """Whether a child can load the model, a core and memory are there for it, and there is work to do."""
+    return (
+        source.model is not None
+        and torch.get_num_threads() > 1
+        and free_memory() > CHILD_BYTES
+        and any(reusable(source, name, options, versions) is None for name in names)
+    )
+
+
+def _arguments(
+    source: Source, names: Sequence[str], options: ExportOptions, versions: Mapping[str, str], folder: Path
+) -> dict[str, Any]:
+    return {
+        "model": str(source.model),
+        "replaced": dict(source.replaced),
+        "digests": dict(source.digests),
+        "names": list(names),
+        "options": options.to_json(),
+        "versions": dict(versions),
+        "folder": str(folder),
+    }
+
+
+def export_named(
+    model: str,
+    replaced: Mapping[str, str],
+    digests: Mapping[str, str],
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    versions: Mapping[str, str],
+    folder: str,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """What the child does: export components of a named model in turn; their records as a manifest's JSON."""
+    wanted = ExportOptions.from_json(options)
+    source = source_for(model, replaced, wanted, digests)
+    records = _in_turn(source, names, wanted, versions, Path(folder), progress)
+    return Manifest({}, {}, records).to_json()

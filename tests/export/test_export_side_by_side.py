@@ -1,0 +1,140 @@
+"""Components in two processes: the same bundle as in one, typed errors, and when one process does it all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from small_exports import small_pipeline
+
+from export import export_pipeline, side_by_side
+from export.component import ExportOptions
+from sdkd.bundle import Bundle
+from sdkd.errors import ValuesError
+from sdkd.profiles import Range, ShapeRanges
+
+PARTS = ("text_encoder", "unet")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-level pipeline in a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    small_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_turn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Its bundle, made in one process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return export_pipeline(model, tmp_path_factory.mktemp("one") / "bundle", components=PARTS)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The components that children were asked for."""
+    found: list[list[str]] = []
+    original = side_by_side.aside
+
+    def aside(function: str, arguments: dict[str, Any]) -> Any:
+        found.append(arguments["names"])
+        return original(function, arguments)
+
+    monkeypatch.setattr(side_by_side, "aside", aside)
+    return found
+
+
+def test_two_processes_make_the_bundle_of_one(
+    model: Path, in_turn: Bundle, begun: list[list[str]], tmp_path: Path
+) -> None:
+    said: list[tuple[str, float | None]] = []
+    bundle = export_pipeline(model, tmp_path / "bundle", components=PARTS, progress=lambda *one: said.append(one))
+    assert begun == [["text_encoder"]]
+    assert list(bundle.manifest.components) == list(in_turn.manifest.components)
+    for name, record in bundle.manifest.components.items():
+        other = in_turn.component(name)
+        assert (record.files, record.contract, record.source_sha256) == (
+            other.files, other.contract, other.source_sha256,
+        )  # fmt: skip
+        assert record.parity is not None
+        assert set(record.parity) == set(other.parity or {})
+    assert [message for message, _ in said if message.startswith("text_encoder: ")]
+    fractions = [fraction for _, fraction in said if fraction is not None]
+    assert fractions == sorted(fractions)
+
+
+def test_an_error_of_the_child_is_the_exports_own(begun: list[list[str]], tmp_path: Path) -> None:
+    pipe = small_pipeline()
+    pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValuesError, match=r"vae_decoder .*weights are damaged"):
+        export_pipeline(tmp_path / "model", tmp_path / "bundle", components=("unet", "vae_decoder"))
+    assert begun == [["vae_decoder"]]
+    assert not (tmp_path / "bundle").exists()
+    assert not [one for one in psutil.Process().children() if "export.worker" in " ".join(one.cmdline())]
+
+
+def test_an_error_here_ends_the_child(begun: list[list[str]], tmp_path: Path) -> None:
+    pipe = small_pipeline()
+    pipe.unet.conv_out.bias.data.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValuesError, match=r"unet .*weights are damaged"):
+        export_pipeline(tmp_path / "model", tmp_path / "bundle", components=PARTS)
+    assert begun == [["text_encoder"]]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".bundle.lock"}
+    assert not [one for one in psutil.Process().children() if "export.worker" in " ".join(one.cmdline())]
+
+
+def test_what_is_there_already_needs_no_child(in_turn: Bundle, begun: list[list[str]], tmp_path: Path) -> None:
+    other = small_pipeline(seed=7)
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        setattr(other, part, getattr(small_pipeline(), part))
+    other.save_pretrained(tmp_path / "model")
+    bundle = export_pipeline(tmp_path / "model", tmp_path / "bundle", components=PARTS, reuse=[in_turn.path])
+    assert begun == []
+    assert [bundle.component(name).details.get("reused") for name in PARTS] == [True, None]
+
+
+def test_one_process_for_modules_in_memory_one_thread_or_little_memory(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worth(source: Any) -> bool:
+        return side_by_side._worth_a_child(source, ["text_encoder"], ExportOptions("fp32"), {})
+
+    named = side_by_side.source_for(model, {}, ExportOptions("fp32"))
+    monkeypatch.setattr(side_by_side, "free_memory", lambda: 4 * 10**9)
+    assert worth(named)
+    assert not worth(side_by_side.source_for(small_pipeline(), {}, ExportOptions("fp32")))
+    monkeypatch.setattr(side_by_side, "free_memory", lambda: 2 * 10**9)
+    assert not worth(named)
+    monkeypatch.setattr(side_by_side, "free_memory", lambda: 4 * 10**9)
+    torch.set_num_threads(1)
+    assert not worth(named)
+
+
+def test_options_survive_json() -> None:
+    side = Range(64, 64, 128)
+    options = ExportOptions(
+        "fp16", 18, "onnxruntime", True, ("vae_decoder.decoder.mid_block",),
+        ShapeRanges(Range.fixed(1), side, side, Range.fixed(77)), False, ("one", Path("two")),
+    )  # fmt: skip
+    read = ExportOptions.from_json(json.loads(json.dumps(options.to_json())))
+    assert read == ExportOptions(**{**vars(options), "reuse": ("one", "two")})
