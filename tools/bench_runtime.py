@@ -235,14 +235,15 @@ def pipeline_row(
     name: str, drawn: list[dict[str, Any]], base: list[dict[str, Any]], likeness: float | None
 ) -> dict[str, Any]:
     """Medians of one way; how many times faster than `base` a UNet call and a whole image are."""
+    first = drawn is base
     outside = [(one["seconds"] - sum(map(sum, _modules(one)))) / len(one["unet"]) for one in drawn]
     return {
         "way": name,
         "seconds": statistics.median(one["seconds"] for one in drawn),
         "unet_step_seconds": statistics.median(each for one in drawn for each in one["unet"]),
         "outside_per_step_seconds": statistics.median(outside),
-        "image_faster": _faster([[one["seconds"]] for one in base], [[one["seconds"]] for one in drawn]),
-        "unet_faster": _faster([one["unet"] for one in base], [one["unet"] for one in drawn]),
+        "image_faster": None if first else _faster(*([[one["seconds"]] for one in way] for way in (base, drawn))),
+        "unet_faster": None if first else _faster(*([one["unet"] for one in way] for way in (base, drawn))),
         "psnr_db": likeness,
         "samples": drawn,
     }
@@ -253,7 +254,7 @@ def _modules(one: Mapping[str, Any]) -> list[list[float]]:
 
 
 def _faster(base: list[list[float]], other: list[list[float]]) -> list[float] | None:
-    ratio = speedup(base, other) if base is not other else None
+    ratio = speedup(base, other)
     return [ratio.value, ratio.low, ratio.high] if ratio else None
 
 
