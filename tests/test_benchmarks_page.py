@@ -117,7 +117,7 @@ def test_pieces_of_a_runtime_result_are_measured_apart_and_of_one_setting(tmp_pa
     assert set(found["runs"]) == {"overhead", "onnxruntime"}
     assert "overhead" in bench_runtime.merged(found, {**found, "commit": "def5678"}, "peer", [])
     other = bench_runtime.merged(found, {**HEAD, **found, "settings": {"steps": 8, "size": 512}}, "peer", [])
-    assert "of 2026" not in bench_runtime.markdown(found, bench_runtime.PIECES).lower()
+    assert "of 2026" not in bench_runtime.markdown(found).lower()
     base, engine = found["onnxruntime"]
     assert (base["image_faster"], base["unet_faster"]) == (None, None)
     assert engine["unet_faster"][0] == pytest.approx(2.0)

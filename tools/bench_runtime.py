@@ -29,15 +29,13 @@ from typing import Any
 from bench import ROOT, commit, machine
 from bench_attention import measure_attention
 from bench_export import check_private, interop_python, optimum_versions
-from runtime_tables import markdown
+from runtime_tables import PIECES, SLOTS, markdown
 from runtime_ways import Way, take_turns
 
 from sdkd.compare.stats import speedup
 from sdkd.files import read_json, write_bytes, write_json
 
 SCHEMA = 2
-SLOTS = {"onnxruntime": "fp32", "openvino": "fp32", "openvino-bf16": "bf16"}
-PIECES = ("overhead", *SLOTS, "peer", "teacher", "attention")
 DEMO_SIZE, DEMO_STEPS, DEMO_IMAGES = 64, 30, 10
 SETTINGS = ("steps", "size", "teacher", "student")  # results of other settings are not mixed
 
@@ -325,7 +323,7 @@ def main() -> None:
         found = merged(read_json(file) if file.is_file() else {}, head, piece, rows)
         check_private(found)
         write_json(file, found)
-        write_bytes(folder / "runtime.md", markdown(found, PIECES).encode())
+        write_bytes(folder / "runtime.md", markdown(found).encode())
 
 
 if __name__ == "__main__":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from bench_attention import attention_lines
 
+SLOTS = {"onnxruntime": "fp32", "openvino": "fp32", "openvino-bf16": "bf16"}
+PIECES = ("overhead", *SLOTS, "peer", "teacher", "attention")
 
-def markdown(found: Mapping[str, Any], pieces: Sequence[str]) -> str:
-    """The tables for people, in the order of `pieces`."""
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The tables for people."""
     lines = ["# The runtime", "", f"Measured on {found['machine']}, {found['date']}, commit {found['commit']}."]
-    for name in [name for name in pieces if name in found]:
+    for name in [name for name in PIECES if name in found]:
         write = {"overhead": _overhead_lines, "attention": attention_lines}.get(name, partial(_image_lines, name))
         lines += ["", *write(found[name], found)]
         run = found["runs"].get(name, {})
