@@ -112,7 +112,6 @@ def export_component(
         return take(*found, folder)
     digest, opset = source.digest(name), choose_opset(name, options.opset, options.target)
     ready = _prepare(source, name, options, in_place, progress)
-    release_memory()
     lighter()
     config = component_config(ready.module)
     parameters = sum(tensor.numel() for tensor in component_state(name, ready.module).values())

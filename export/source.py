@@ -45,6 +45,7 @@ class Source:
     replaced: Mapping[str, str] = field(default_factory=dict)  # part -> folder or hub id
     digests: Mapping[str, str] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
+    _hashed: dict[str, str] = field(default_factory=dict)
 
     @property
     def owned(self) -> bool:
@@ -94,7 +95,9 @@ class Source:
         """SHA-256 of the weights at their source, or of the module's state where they have no file."""
         if CONFIG_FOLDERS[component] not in self.replaced and component in self.digests:
             return self.digests[component]
-        return state_digest(component_state(component, self.module(component)))
+        if component not in self._hashed:  # asked for twice, and all of the weights are read
+            self._hashed[component] = state_digest(component_state(component, self.module(component)))
+        return self._hashed[component]
 
     def write_rest(self, folder: Path) -> None:
         """What runs beside the graphs, as diffusers writes it: model_index.json, scheduler, tokenizer."""

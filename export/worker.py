@@ -47,14 +47,8 @@ def run_in_child(function: str, arguments: Mapping[str, Any], progress: Progress
     An SdkdError or OSError of the child is raised here as itself; anything else, a crash included, as ChildError
     (a BuildError). KeyboardInterrupt here ends the child before it goes on.
     """
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    with _child() as process:
-        listener = threading.Thread(target=_collect, args=(process.stderr, tail), daemon=True)
-        listener.start()
-        answer = _converse(process, {"function": function, "arguments": dict(arguments)}, progress, tail)
-        process.wait()
-        listener.join(GRACE_SECONDS)
-    return _result(answer, process.returncode, tuple(tail))
+    with aside(function, arguments) as child:
+        return child.result(progress)
 
 
 def _result(answer: Mapping[str, Any] | None, status: int, tail: tuple[str, ...]) -> Any:
