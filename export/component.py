@@ -18,7 +18,7 @@ from torch import nn
 from export.components import component_config, component_state, graph_module, module_contract, standard_attention
 from export.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
 from export.parity import Reference, case_inputs, check_graph, parity_cases, run_eager
-from export.precision import cast, torch_dtype
+from export.precision import cast, check_finite, torch_dtype
 from export.reuse import Wanted, find, take
 from export.source import Source
 from export.to_onnx import OnnxGraph, choose_opset, forget_weights, save, to_onnx
@@ -186,7 +186,7 @@ def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, 
     extras = options.extras(name, config, "controlnet" in source.components)
     contract = _shaped(module_contract(name, ready, precision, extras), config, source, options)
     if not options.verify:
-        return _Ready(cast(ready, precision), contract, [], Islands())
+        return _Ready(check_finite(cast(ready, precision), precision), contract, [], Islands())
     ready = cast(ready, "fp32")
     cases = parity_cases(contract, config)
     inputs = [case_inputs(contract, case, config) for case in cases]

@@ -46,6 +46,27 @@ def cast(module: nn.Module, precision: Precision, keep: Mapping[str, torch.Tenso
     return module
 
 
+def check_finite(module: nn.Module, precision: Precision) -> nn.Module:
+    """The module, unchanged, for an export that nothing compares with PyTorch.
+
+    Raises ExportError when a weight is NaN or infinite: the checkpoint is damaged, or was too large for half precision
+    when it was loaded in it.
+    """
+    broken = [name for name, tensor in module.state_dict().items() if not _is_finite(tensor)]
+    if broken:
+        raise ExportError(
+            f"{len(broken)} weights are NaN or infinite in {precision} (first: {broken[0]}): the checkpoint is damaged "
+            "or its numbers are too large for this precision; try --precision fp32"
+        )
+    return module
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def _overflows(tensor: torch.Tensor, limit: float) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return False

@@ -1,7 +1,8 @@
 """A pipeline's components in two processes: the UNet here, the others in a child while its graph is traced.
 
-A trace is Python on one core; the UNet's takes about as long as everything of the other components together. The child
-starts when the UNet's float32 weights are gone, which are the peak of memory.
+A trace is Python on one core; the UNet's takes about as long as everything of the other components together. The check
+against PyTorch has work for every core and its own peak of memory, so that a second process gains little beside it:
+with it, all is done in turn.
 """
 
 from __future__ import annotations
@@ -109,9 +110,10 @@ CHILD = "export.side_by_side:export_named"
 
 
 def _worth_a_child(source: Source, names: Sequence[str], options: ExportOptions, versions: Mapping[str, str]) -> bool:
-    """Whether a child can load the model, a core and memory are there for it, and there is work to do."""
+    """Whether a child can load the model, nothing is checked, a core and memory are free, and there is work to do."""
     return (
         source.model is not None
+        and not options.verify
         and torch.get_num_threads() > 1
         and free_memory() > CHILD_BYTES
         and any(reusable(source, name, options, versions) is None for name in names)

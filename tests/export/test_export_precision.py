@@ -8,7 +8,7 @@ from helpers import tiny_unet
 from small_exports import half_unet, small_graph, small_pipeline
 
 from export.components import component_config, module_contract
-from export.precision import cast, torch_dtype
+from export.precision import cast, check_finite, torch_dtype
 from export.to_onnx import to_onnx
 from sdkd.errors import ExportError, InputError
 
@@ -38,6 +38,15 @@ def test_a_weight_that_half_cannot_hold_is_named() -> None:
         cast(encoder, "fp16")
     assert encoder.final_layer_norm.weight.dtype == torch.float32
     assert cast(encoder, "bf16").final_layer_norm.weight[3] == -70144.0  # the nearest bfloat16
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_not_finite_are_refused_where_nothing_is_compared(value: float) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).half()
+    assert check_finite(module, "fp16") is module
+    module[1].bias.data[1] = value
+    with pytest.raises(ExportError, match=r"1 weights are NaN or infinite in fp16 \(first: 1\.bias\)"):
+        check_finite(module, "fp16")
 
 
 def test_norm_statistics_and_timestep_embedding_stay_float32() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from small_exports import small_pipeline
 from export import export_pipeline, side_by_side
 from export.component import ExportOptions
 from sdkd.bundle import Bundle
-from sdkd.errors import ValuesError
+from sdkd.errors import ExportError
 from sdkd.profiles import Range, ShapeRanges
 
 PARTS = ("text_encoder", "unet")
@@ -43,7 +44,7 @@ def in_turn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return export_pipeline(model, tmp_path_factory.mktemp("one") / "bundle", components=PARTS)
+        return export_pipeline(model, tmp_path_factory.mktemp("one") / "bundle", components=PARTS, verify=False)
     finally:
         torch.set_num_threads(before)
 
@@ -66,7 +67,9 @@ def test_two_processes_make_the_bundle_of_one(
     model: Path, in_turn: Bundle, begun: list[list[str]], tmp_path: Path
 ) -> None:
     said: list[tuple[str, float | None]] = []
-    bundle = export_pipeline(model, tmp_path / "bundle", components=PARTS, progress=lambda *one: said.append(one))
+    bundle = export_pipeline(
+        model, tmp_path / "bundle", components=PARTS, verify=False, progress=lambda *one: said.append(one)
+    )
     assert begun == [["text_encoder"]]
     assert list(bundle.manifest.components) == list(in_turn.manifest.components)
     for name, record in bundle.manifest.components.items():
@@ -74,8 +77,7 @@ def test_two_processes_make_the_bundle_of_one(
         assert (record.files, record.contract, record.source_sha256) == (
             other.files, other.contract, other.source_sha256,
         )  # fmt: skip
-        assert record.parity is not None
-        assert set(record.parity) == set(other.parity or {})
+        assert record.parity is None
     assert [message for message, _ in said if message.startswith("text_encoder: ")]
     fractions = [fraction for _, fraction in said if fraction is not None]
     assert fractions == sorted(fractions)
@@ -83,24 +85,46 @@ def test_two_processes_make_the_bundle_of_one(
 
 def test_an_error_of_the_child_is_the_exports_own(begun: list[list[str]], tmp_path: Path) -> None:
     pipe = small_pipeline()
-    pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    pipe.vae.decoder.conv_out.bias.data.fill_(1e6)
     pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValuesError, match=r"vae_decoder .*weights are damaged"):
-        export_pipeline(tmp_path / "model", tmp_path / "bundle", components=("unet", "vae_decoder"))
+    with pytest.raises(ExportError, match=r"1 weights are NaN or infinite in fp16 \(first: .*conv_out\.bias\)"):
+        _unchecked(tmp_path, components=("unet", "vae_decoder"), precision="fp16")
     assert begun == [["vae_decoder"]]
     assert not (tmp_path / "bundle").exists()
-    assert not [one for one in psutil.Process().children() if "export.worker" in " ".join(one.cmdline())]
+    assert _children() == []
 
 
-def test_an_error_here_ends_the_child(begun: list[list[str]], tmp_path: Path) -> None:
-    pipe = small_pipeline()
-    pipe.unet.conv_out.bias.data.fill_(float("nan"))
-    pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValuesError, match=r"unet .*weights are damaged"):
-        export_pipeline(tmp_path / "model", tmp_path / "bundle", components=PARTS)
+def test_an_error_here_ends_the_child(model: Path, begun: list[list[str]], tmp_path: Path) -> None:
+    def fail(message: str, fraction: float | None) -> None:
+        if message == "unet: not compared with PyTorch":
+            raise ValueError("no terminal")
+
+    (tmp_path / "model").symlink_to(model)
+    with pytest.raises(ValueError, match="no terminal"):
+        _unchecked(tmp_path, components=PARTS, progress=fail)
     assert begun == [["text_encoder"]]
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".bundle.lock"}
-    assert not [one for one in psutil.Process().children() if "export.worker" in " ".join(one.cmdline())]
+    assert _children() == []
+
+
+def _unchecked(folder: Path, **options: Any) -> Bundle:
+    return export_pipeline(folder / "model", folder / "bundle", verify=False, **options)
+
+
+def _children() -> list[psutil.Process]:
+    """Exports still at work for us; the dead of other tests that nobody has waited for yet have no command."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is one
+            if "export.worker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def test_the_check_is_done_in_turn(model: Path, begun: list[list[str]], tmp_path: Path) -> None:
+    bundle = export_pipeline(model, tmp_path / "bundle", components=PARTS)
+    assert begun == []
+    assert all(record.parity for record in bundle.manifest.components.values())
 
 
 def test_what_is_there_already_needs_no_child(in_turn: Bundle, begun: list[list[str]], tmp_path: Path) -> None:
@@ -108,7 +132,7 @@ def test_what_is_there_already_needs_no_child(in_turn: Bundle, begun: list[list[
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         setattr(other, part, getattr(small_pipeline(), part))
     other.save_pretrained(tmp_path / "model")
-    bundle = export_pipeline(tmp_path / "model", tmp_path / "bundle", components=PARTS, reuse=[in_turn.path])
+    bundle = _unchecked(tmp_path, components=PARTS, reuse=[in_turn.path])
     assert begun == []
     assert [bundle.component(name).details.get("reused") for name in PARTS] == [True, None]
 
@@ -116,13 +140,15 @@ def test_what_is_there_already_needs_no_child(in_turn: Bundle, begun: list[list[
 def test_one_process_for_modules_in_memory_one_thread_or_little_memory(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def worth(source: Any) -> bool:
-        return side_by_side._worth_a_child(source, ["text_encoder"], ExportOptions("fp32"), {})
+    unchecked = ExportOptions("fp32", verify=False)
 
-    named = side_by_side.source_for(model, {}, ExportOptions("fp32"))
+    def worth(source: Any) -> bool:
+        return side_by_side._worth_a_child(source, ["text_encoder"], unchecked, {})
+
+    named = side_by_side.source_for(model, {}, unchecked)
     monkeypatch.setattr(side_by_side, "free_memory", lambda: 4 * 10**9)
     assert worth(named)
-    assert not worth(side_by_side.source_for(small_pipeline(), {}, ExportOptions("fp32")))
+    assert not worth(side_by_side.source_for(small_pipeline(), {}, unchecked))
     monkeypatch.setattr(side_by_side, "free_memory", lambda: 2 * 10**9)
     assert not worth(named)
     monkeypatch.setattr(side_by_side, "free_memory", lambda: 4 * 10**9)
