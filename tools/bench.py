@@ -162,24 +162,56 @@ def keep(name: str, found: dict[str, Any]) -> None:
     write_bytes(folder / f"{name}.md", text.encode())
 
 
-def brief(text: str) -> str:
-    """The sentence, the machine and the first table of a comparison's Markdown, without its explanations."""
-    lines = text.splitlines()
+def readme_tables(folder: Path) -> list[str]:
+    """Of one machine's kept pieces: the first table of each comparison, full-size models in one where columns agree."""
+    kept = {path: data for path in sorted(folder.glob("*.json")) if "comparison" in (data := read_json(path))}
+    full = [path for name in reversed(FULL_SIZE) if (path := folder / f"{name}.json") in kept]
+    joined = len(full) > 1 and len({_table(kept[path])[0] for path in full}) == 1
+    tables = [_single(path, data) for path, data in kept.items() if not (joined and path in full)]
+    return [*tables, _joined({path: kept[path] for path in full})] if joined else tables
+
+
+def _table(data: dict[str, Any]) -> list[str]:
+    lines = data["markdown"].splitlines()
     first = next(place for place, line in enumerate(lines) if line.startswith("|"))
-    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
-    return "\n".join([f"{lines[0].removeprefix('# ')}. {lines[2]}", "", *table])
+    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
+
+
+def _link(path: Path) -> str:
+    place = path.relative_to(path.parents[2]).as_posix()
+    return f"[`{place}`]({place})"
+
+
+def _single(path: Path, data: dict[str, Any]) -> str:
+    lines = data["markdown"].splitlines()
+    origin = f"From {_link(path)} ({data['date']}), made by `{data['command']}`:"
+    return "\n".join([origin, "", f"{lines[0].removeprefix('# ')}. {lines[2]}", "", *_table(data)])
+
+
+def _joined(found: dict[Path, dict[str, Any]]) -> str:
+    """One table of models that were each compared for themselves, so that ratios are within a model."""
+    first = next(iter(found.values()))
+    setup, notes = first["comparison"]["setup"], [note for data in found.values() for note in left_out(data)]
+    origin = (
+        f"SD 1.5's shapes with random weights, {setup['size_px']} × {setup['size_px']} px, {setup['steps']} steps, "
+        f"guidance {setup['guidance_scale']:g}. {first['markdown'].splitlines()[2]} Each model was compared for "
+        "itself, by `python tools/bench.py --pieces NAME`: " + ", ".join(map(_link, found)) + "."
+    )
+    head, rule, *_ = _table(first)
+    rows = [f"| {path.stem} {line}" for path, data in found.items() for line in _table(data)[2:]]
+    missing = ["", f"Left out: {'; '.join(dict.fromkeys(notes))}."] if notes else []
+    return "\n".join([origin, "", f"| Model {head}", f"|---{rule}", *rows, *missing])
+
+
+def left_out(data: dict[str, Any]) -> list[str]:
+    """What a full-size comparison could not measure on its machine, and why."""
+    return [note for note in data["comparison"]["notes"] if "random weights" not in note]
 
 
 def update_readme() -> None:
     """Fill README's block with the tables of every kept piece."""
-    parts = []
-    for path in sorted((ROOT / "benchmarks").glob("*/*.json")):
-        data = read_json(path)
-        if "comparison" in data:
-            place = path.relative_to(ROOT).as_posix()
-            parts.append(
-                f"From [`{place}`]({place}) ({data['date']}), made by `{data['command']}`:\n\n{brief(data['markdown'])}"
-            )
+    folders = sorted(path for path in (ROOT / "benchmarks").iterdir() if path.is_dir())
+    parts = [part for folder in folders for part in readme_tables(folder)]
     text = README.read_text(encoding="utf-8")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     write_bytes(README, (text[:start] + "\n" + "\n\n".join(parts) + "\n" + text[end:]).encode())

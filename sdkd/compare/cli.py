@@ -75,7 +75,7 @@ def compare(
     from sdkd.compare.against import check_common, hold_against
     from sdkd.compare.comparison import compare as measure
     from sdkd.compare.earlier import read_report
-    from sdkd.compare.planning import Wish, check_scheduler, default_guidance, make_plan, parse_prompts
+    from sdkd.compare.planning import Wish, check_scheduler, default_guidance, default_judge, make_plan, parse_prompts
     from sdkd.compare.report import check_report_free, write_report
     from sdkd.files import lock
 
@@ -104,6 +104,7 @@ def compare(
             baseline=baseline,
             batch=batch,
             scheduler=scheduler,
+            judge=default_judge(names, kept, size),
             command=command,
             notes=plan.notes,
             isolate=not in_process,

@@ -19,6 +19,7 @@ LONGEST_BURST = 50
 WARM_CALLS = 3  # as many calls in a row must agree
 WARM_TOLERANCE = 0.10
 MOST_WARM_CALLS = 12
+MOST_WARM_SECONDS = 15.0  # after the first call; what takes seconds has little left to warm up then
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ class Timer:
 
 
 def warm_up(work: Work, timer: Timer, most: int = MOST_WARM_CALLS) -> list[float]:
-    """Call until three calls in a row lie within 10 % of each other, `most` times at most; seconds of each call."""
+    """Call until three calls in a row lie within 10 % of each other; seconds of each call.
+
+    `most` times at most, and for MOST_WARM_SECONDS after the first call, which compiles where something is compiled.
+    """
     spent: list[float] = []
-    while len(spent) < most:
+    while len(spent) < most and sum(spent[1:]) < MOST_WARM_SECONDS:
         spent.append(timer.time(work).seconds)
         last = spent[-WARM_CALLS:]
         if len(last) == WARM_CALLS and max(last) <= min(last) * (1 + WARM_TOLERANCE):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle import Bundle
 from sdkd.compare.subjects import EAGER, IN_TORCH, OPTIMUM, STUDENT, TEACHER, Subject, optimum_problem
@@ -16,6 +16,9 @@ from sdkd.files import read_json
 from sdkd.models import ModelSource, provenance, resolve
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import TARGETS, availability, check_target, slot_precision
+
+if TYPE_CHECKING:
+    from sdkd.compare.comparison import Judge
 
 ONNX_ENGINE = "onnxruntime"  # whose bundle Optimum gets: the ONNX files that this engine was built from
 TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models
@@ -73,6 +76,16 @@ def default_guidance(models: Sequence[str]) -> float:
     return SMALL_GUIDANCE if all(_is_small(model) for model in models) else GUIDANCE
 
 
+def default_judge(models: Sequence[str], prompts: Sequence[str], size: int | None) -> Judge | None:
+    """The reader of drawn shapes, where all models are small and all prompts are captions of such drawings."""
+    from sdkd.demo.accuracy import are_captions, judge_captions
+    from sdkd.demo.reader import LEAST_PX
+
+    sides = [side for model in models if (side := _native_px(model)) is not None and side <= SMALL_PX]
+    readable = len(sides) == len(models) and (size or min(sides, default=0)) >= LEAST_PX
+    return judge_captions if readable and are_captions(prompts) else None
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -81,13 +94,18 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_small(model: str) -> bool:
-    """Whether a model makes images of at most SMALL_PX, from its configs alone."""
+    side = _native_px(model)
+    return side is not None and side <= SMALL_PX
+
+
+def _native_px(model: str) -> int | None:
+    """The side of a model's own images in pixels, from its configs alone; None where they do not tell."""
     path = resolve(model).path
     vae = next((name for name in ("vae", "vae_decoder") if path and (path / name / "config.json").is_file()), None)
     if path is None or vae is None or not (path / "unet" / "config.json").is_file():
-        return False
+        return None
     sample = read_json(path / "unet" / "config.json").get("sample_size")
-    return isinstance(sample, int) and sample * vae_scale(read_json(path / vae / "config.json")) <= SMALL_PX
+    return sample * vae_scale(read_json(path / vae / "config.json")) if isinstance(sample, int) else None
 
 
 def make_plan(models: Sequence[str], wish: Wish, progress: Progress = quiet) -> Plan:

@@ -148,7 +148,7 @@ def method(report: Report) -> list[str]:
     fewest = min(row.unet_step_ms.count for row in report.results)
     return [
         f"UNet step: one call with batch {setup.unet_batch} ({guided}), {setup.timing}, at least {fewest} calls each, "
-        "after warm-up until three calls in a row agree within 10%.",
+        "after warm-up until three calls in a row agree within 10% (12 calls or 15 s at most).",
         "Rounds: every round times each subject in a new random order, one call thrown away before each burst, so that "
         f"a drifting machine hits all alike ({memory}).",
         f"Ratios: medians, with a {setup.confidence:.0%} bootstrap interval over rounds and samples; a tie is an "

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sdkd.demo.reader import ATTRIBUTES, Reading, read_image
-from sdkd.demo.scenes import Scene, caption
+from sdkd.demo.scenes import Scene, caption, parse_caption
 from sdkd.errors import InputError
 
 
@@ -68,3 +68,20 @@ def evaluate_captions(
         raise InputError(f"{len(scenes)} scenes in batches of {batch_size}: both numbers must be 1 or more")
     images = draw(pipe, scenes, steps, guidance_scale, seed, batch_size)
     return CaptionAccuracy(tuple(scenes), tuple(read_image(image) for image in images))
+
+
+JUDGED = ("shape", "colour", "background")  # size and position have hardly been learnt by the embedded teacher
+
+
+def judge_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
+    """Attribute of JUDGED -> share of images that show it as their caption says; InputError for other captions."""
+    found = CaptionAccuracy(tuple(map(parse_caption, captions)), tuple(map(read_image, images)))
+    return {name: found.accuracy[name] for name in JUDGED}
+
+
+def are_captions(texts: Sequence[str]) -> bool:
+    """Whether all texts are captions of the demo's world, so that the reader can judge their images."""
+    try:
+        return [parse_caption(text) for text in texts] != []
+    except InputError:
+        return False

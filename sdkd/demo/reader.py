@@ -18,6 +18,7 @@ from sdkd.errors import InputError
 
 ATTRIBUTES = ("shape", "colour", "background", "size", "position")
 UNCLEAR = "unclear"
+LEAST_PX = 16
 
 _ANGLES = range(-16, 17, 4)  # degrees; drawings turn by up to 10
 _GRID = 24  # samples across the normalised mask
@@ -126,8 +127,9 @@ def _size(template: _Template, area: float) -> str:
 
 def read_image(image: Image.Image) -> Reading:
     """Name what an RGB image of any size shows; never fails on a picture, but says "unclear"."""
-    if min(image.size) < 16:
-        raise InputError(f"image of {image.size[0]}x{image.size[1]} pixels is too small to read: 16 or more are needed")
+    width, height = image.size
+    if min(image.size) < LEAST_PX:
+        raise InputError(f"image of {width}x{height} pixels is too small to read: {LEAST_PX} or more are needed")
     small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     pixels = np.asarray(small, np.float64)
     background, colour = _colours(pixels)

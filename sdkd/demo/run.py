@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdkd.console import Progress, quiet, within
 from sdkd.errors import InputError
@@ -225,19 +225,6 @@ def demo_ranges() -> ShapeRanges:
     return ShapeRanges(Range(1, 1, 4), Range.fixed(64), Range.fixed(64), Range.fixed(77))
 
 
-def judge(images: Sequence[Any], prompts: Sequence[str]) -> dict[str, float]:
-    """Fraction of images whose shape, colour and background are what the caption says."""
-    from sdkd.demo.reader import read_image
-    from sdkd.demo.scenes import parse_caption
-
-    right = {"shape": 0, "colour": 0, "background": 0}
-    for image, prompt in zip(images, prompts, strict=True):
-        found, scene = read_image(image), parse_caption(prompt)
-        for name in right:
-            right[name] += getattr(found, name) == getattr(scene, name)
-    return {name: count / len(prompts) for name, count in right.items()}
-
-
 def compare_all(
     subjects: list[Subject],
     folder: Path,
@@ -251,6 +238,7 @@ def compare_all(
     `load`: the machine's load average before anything was trained or built.
     """
     from sdkd.compare import compare, write_report
+    from sdkd.demo.accuracy import judge_captions
 
     result.report = compare(
         subjects,
@@ -259,7 +247,7 @@ def compare_all(
         guidance_scale=settings.guidance_scale,
         seed=settings.seed,
         runs=settings.runs,
-        judge=judge,
+        judge=judge_captions,
         isolate=True,
         load_before=load,
         progress=progress,

@@ -62,7 +62,13 @@ def test_warm_up_ends_when_three_calls_agree() -> None:
 
 def test_warm_up_gives_up_on_a_case_that_never_settles() -> None:
     clock = Clock()
-    assert len(warm_up(clock.work(lambda n: 1.0 + n % 2), timer(clock))) == MOST_WARM_CALLS
+    assert len(warm_up(clock.work(lambda n: 0.1 + n % 2), timer(clock))) == MOST_WARM_CALLS
+
+
+def test_warm_up_of_long_calls_ends_after_a_while_and_not_for_a_compilation() -> None:
+    clock = Clock()
+    spent = warm_up(clock.work(lambda n: 100.0 if n == 0 else 6.0 + 2 * (n % 2)), timer(clock))
+    assert spent == pytest.approx([100.0, 8.0, 6.0, 8.0])
 
 
 @pytest.mark.parametrize(("runs", "rounds"), [(1, 3), (9, 3), (10, 4), (30, 10)])

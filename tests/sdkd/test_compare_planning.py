@@ -13,18 +13,21 @@ from helpers import tiny_pipeline
 
 import sdkd.compare.planning as planning
 from sdkd.bundle import Bundle
+from sdkd.compare.cli import DEMO
 from sdkd.compare.planning import (
     PHOTOGRAPHS,
     SHAPES,
     Wish,
     check_targets,
     default_guidance,
+    default_judge,
     find_roles,
     make_plan,
     parse_prompts,
     short_names,
 )
 from sdkd.compare.subjects import optimum_problem, size_on_disk
+from sdkd.demo.scenes import parse_caption, render
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
 from sdkd.targets import availability
 
@@ -52,6 +55,27 @@ def test_prompts_come_from_a_list_a_file_or_what_the_model_knows(models: Path, t
     assert parse_prompts(None, [str(models / "base"), "random:sd15-tiny"]) == PHOTOGRAPHS
     assert default_guidance([str(models / "base")]) == 4.0
     assert default_guidance([str(models / "base"), "random:sd15-tiny"]) == 7.5
+
+
+def test_images_of_drawn_shapes_are_read() -> None:
+    judge = default_judge([DEMO], SHAPES, None)
+    assert judge is not None
+    drawn = [render(parse_caption(text), seed=1) for text in SHAPES]
+    assert judge(drawn, SHAPES) == {"shape": 1.0, "colour": 1.0, "background": 1.0}
+    swapped = [drawn[1], drawn[0], *drawn[2:]]  # star and heart
+    assert judge(swapped, SHAPES) == {"shape": 0.5, "colour": 0.5, "background": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("names", "prompts", "size"),
+    [
+        ([DEMO], ("a red star",), None),  # no caption of the demo's
+        ([DEMO, "random:sd15-tiny"], SHAPES, None),  # a model that draws anything
+        ([DEMO], SHAPES, 8),  # too small to be read
+    ],
+)
+def test_other_images_have_no_reader(names: list[str], prompts: tuple[str, ...], size: int | None) -> None:
+    assert default_judge(names, prompts, size) is None
 
 
 def test_prompts_that_hold_nothing_are_refused(tmp_path: Path) -> None:
