@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).parent))
 limits.BUDGET_S, limits.COPY_BYTES = 0.01, 2**20  # every comparison measures them; only tools need good figures
+limits.CONVOLUTION = (2, 4, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,7 @@ MEMORY_FACTOR = 3  # float32 in memory from half on disk, activations, packed co
 PROCESS_BYTES = 400_000_000  # of a process of its own beside the case: libraries' data, a GPU's context
 MEMORY_SHARE = 0.5  # of what is free: subjects are kept open together while they fit into it
 ROUNDS_ONE_AT_A_TIME = 3  # each round opens every model again
-COMPONENT_RUNS, COMPONENT_SECONDS, COMPONENT_ROUNDS = 6, 0.3, 3  # of text encoder and VAE: once per image, not per step
+COMPONENT_RUNS, COMPONENT_SECONDS, COMPONENT_ROUNDS = 3, 0.3, 3  # of text encoder and VAE: once per image, not per step
 DRAG: dict[str, Drag] = {}  # by label: a delay in every timed UNet call; tests plant some here
 
 

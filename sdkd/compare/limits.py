@@ -1,7 +1,7 @@
 """How close a UNet call comes to what the machine can do: its work, the measured ceilings, the fraction reached.
 
 The roofline model (Williams, Waterman & Patterson 2009): a call takes at least as long as its arithmetic at the
-rate of the fastest matrix product, and at least as long as its least traffic at the rate of a copy.
+rate of the fastest matrix product or convolution, and at least as long as its least traffic at the rate of a copy.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MOST_CALLS = 10  # of one size
 CPU_SIDES = (256, 512, 1024, 2048)  # of square matrices
 CUDA_SIDES = (1024, 2048, 4096, 8192)
 SIDE_GROWTH = 8  # a product of twice the side has eight times the work
+CONVOLUTION = (2, 320, 64)  # batch, channels, side of the UNet's first level at 512 px; kernels of 3 x 3
 COPY_BYTES = 256 * 2**20  # beyond what caches hold
 EXPLAINED = (
     "FLOPs of one UNet call: a multiply-add counts as 2; convolutions, linear layers and both products of attention "
@@ -42,7 +43,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine was seen to do, in FLOP/s of a matrix product and bytes/s of a copy (read and written)."""
+    """What the machine was seen to do: FLOP/s of a matrix product or convolution, bytes/s of a copy (both ways)."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -101,8 +102,10 @@ def element_bytes(precision: str) -> int:
 def measure_ceilings(device: str, precision: str) -> Ceilings:
     """The largest rate of a square matrix product in this precision, and of a copy, seen on the device just now.
 
-    Takes about BUDGET_S for each. PyTorch's threads as they are. In float32 on CUDA the products may use TF32, as
-    convolutions do there by default: the ceiling is what the hardware offers to float32 tensors.
+    On a CPU also that of a convolution, whose library may know the CPU better than the products' does; on CUDA
+    convolutions may take fewer operations than are counted. Takes about BUDGET_S for each. PyTorch's threads as they
+    are. In float32 on CUDA the products may use TF32, as convolutions do there by default: the ceiling is what the
+    hardware offers to float32 tensors.
     """
     import torch
 
@@ -112,13 +115,17 @@ def measure_ceilings(device: str, precision: str) -> Ceilings:
     timer, sides = Timer(device), CUDA_SIDES if on_cuda else CPU_SIDES
     with _fastest_float32(on_cuda):
         side, flops_per_s = _fastest_product(timer, sides, dtype)
+    convolved = 0.0 if on_cuda else _convolution_rate(timer, dtype, flops_per_s)
     bytes_per_s = _copy_rate(timer)
     if on_cuda:
         torch.cuda.empty_cache()
     remark = ", TF32 allowed" if on_cuda and precision == "fp32" else ""
     threads = "" if on_cuda else f", {torch.get_num_threads()} threads"
+    _, channels, wide = CONVOLUTION
     product = f"product of {side} × {side} matrices in {name}{remark}"
-    return Ceilings(flops_per_s, bytes_per_s, f"{product}; copy of {COPY_BYTES // 2**20} MiB{threads}")
+    if convolved > flops_per_s:
+        product = f"3 × 3 convolution of {channels} channels, {wide} × {wide}, in {name}"
+    return Ceilings(max(flops_per_s, convolved), bytes_per_s, f"{product}; copy of {COPY_BYTES // 2**20} MiB{threads}")
 
 
 def fraction(work: Work, ceilings: Ceilings, seconds: float) -> Limit:
@@ -168,6 +175,23 @@ def _fastest_product(timer: Timer, sides: Sequence[int], dtype: torch.dtype) -> 
         if best * SIDE_GROWTH > left:
             break
     return max(rates.items(), key=lambda item: item[1])
+
+
+def _convolution_rate(timer: Timer, dtype: torch.dtype, product_rate: float) -> float:
+    """FLOP/s of a convolution, channels last; 0 where products are so slow that it would take beyond BUDGET_S."""
+    import torch
+
+    batch, channels, side = CONVOLUTION
+    flops = 2 * 9 * batch * (channels * side) ** 2
+    if flops / product_rate > BUDGET_S / 2:
+        return 0.0
+    image, weights = (
+        torch.randn(shape, device=timer.device).to(dtype, memory_format=torch.channels_last)
+        for shape in ((batch, channels, side, side), (channels, channels, 3, 3))
+    )
+    with torch.inference_mode():
+        best, _ = _fastest_call(timer, lambda: torch.nn.functional.conv2d(image, weights, padding=1), BUDGET_S)
+    return flops / best
 
 
 def _copy_rate(timer: Timer) -> float:

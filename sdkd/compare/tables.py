@@ -170,7 +170,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("images", "Images", "per s", "End to end: text encoder, all steps, scheduler and VAE.",
            lambda row: _plain(row.images_per_s), "high"),
     Column("limit", "Of limit", "", "The least time of a UNet step over its measured time: its arithmetic at "
-           "the rate of a matrix product, or its traffic at that of a copy, both measured in the same run.",
+           "the rate of a matrix product or convolution, or its traffic at that of a copy, measured in the same run.",
            _limit, "high"),
     Column("psnr", "To own eager", "dB PSNR", "Images against eager fp32 of the same model, prompt and noise: mean "
            "over prompts, and the worst.", _against_eager, "high"),

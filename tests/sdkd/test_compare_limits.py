@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import helpers
 import pytest
 import torch
 
-from sdkd.compare.limits import Ceilings, Work, _fastest_call, element_bytes, fraction, measure_ceilings, unet_work
+from sdkd.compare.limits import (
+    Ceilings,
+    Work,
+    _convolution_rate,
+    _fastest_call,
+    element_bytes,
+    fraction,
+    measure_ceilings,
+    unet_work,
+)
 from sdkd.compare.measure import Timer
 from sdkd.errors import InputError
 from sdkd.families import FAMILIES
@@ -64,11 +74,21 @@ def test_ceilings_are_measured_and_said() -> None:
     found = measure_ceilings("cpu", "fp32")
     assert found.flops_per_s > 1e7
     assert found.bytes_per_s > 1e6
-    assert found.how.startswith("product of ")
-    assert f"matrices in float32; copy of 1 MiB, {torch.get_num_threads()} threads" in found.how
+    how = (
+        r"(product of \d+ × \d+ matrices|3 × 3 convolution of 4 channels, 8 × 8,) in float32; copy of 1 MiB, {} threads"
+    )
+    assert re.fullmatch(how.format(torch.get_num_threads()), found.how)
     with pytest.raises(InputError, match="precision 'int4' is unknown"):
         measure_ceilings("cpu", "int4")
     assert [element_bytes(name) for name in ("fp32", "fp16", "bf16")] == [4, 2, 2]
+
+
+def test_a_convolution_counts_where_the_products_are_not_too_slow_for_it() -> None:
+    ticks = itertools.count(0.0, 0.25)
+    timer = Timer("cpu", clock=lambda: next(ticks), cpu_clock=lambda: 0.0)  # every call takes 0.25 s
+    flops = 2 * 9 * 2 * 4 * 4 * 8 * 8  # multiply-adds of 2 images of 8 x 8 with 4 channels in and out, 3 x 3, doubled
+    assert _convolution_rate(timer, torch.float32, 1e9) == flops / 0.25
+    assert _convolution_rate(timer, torch.float32, flops / 0.6) == 0.0
 
 
 def test_slow_calls_are_few() -> None:
