@@ -162,19 +162,26 @@ def keep(name: str, found: dict[str, Any]) -> None:
     write_bytes(folder / f"{name}.md", text.encode())
 
 
+def brief(text: str) -> str:
+    """The sentence, the machine and the first table of a comparison's Markdown, without its explanations."""
+    lines = text.splitlines()
+    return "\n".join([f"{lines[0].removeprefix('# ')}. {lines[2]}", "", *first_table(text)])
+
+
+def first_table(text: str) -> list[str]:
+    """The lines of the first table of a comparison's Markdown."""
+    lines = text.splitlines()
+    first = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
+
+
 def readme_tables(folder: Path) -> list[str]:
     """Of one machine's kept pieces: the first table of each comparison, full-size models in one where columns agree."""
     kept = {path: data for path in sorted(folder.glob("*.json")) if "comparison" in (data := read_json(path))}
     full = [path for name in reversed(FULL_SIZE) if (path := folder / f"{name}.json") in kept]
-    joined = len(full) > 1 and len({_table(kept[path])[0] for path in full}) == 1
+    joined = len(full) > 1 and len({first_table(kept[path]["markdown"])[0] for path in full}) == 1
     tables = [_single(path, data) for path, data in kept.items() if not (joined and path in full)]
     return [*tables, _joined({path: kept[path] for path in full})] if joined else tables
-
-
-def _table(data: dict[str, Any]) -> list[str]:
-    lines = data["markdown"].splitlines()
-    first = next(place for place, line in enumerate(lines) if line.startswith("|"))
-    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
 
 
 def _link(path: Path) -> str:
@@ -183,9 +190,8 @@ def _link(path: Path) -> str:
 
 
 def _single(path: Path, data: dict[str, Any]) -> str:
-    lines = data["markdown"].splitlines()
     origin = f"From {_link(path)} ({data['date']}), made by `{data['command']}`:"
-    return "\n".join([origin, "", f"{lines[0].removeprefix('# ')}. {lines[2]}", "", *_table(data)])
+    return f"{origin}\n\n{brief(data['markdown'])}"
 
 
 def _joined(found: dict[Path, dict[str, Any]]) -> str:
@@ -197,8 +203,8 @@ def _joined(found: dict[Path, dict[str, Any]]) -> str:
         f"guidance {setup['guidance_scale']:g}. {first['markdown'].splitlines()[2]} Each model was compared for "
         "itself, by `python tools/bench.py --pieces NAME`: " + ", ".join(map(_link, found)) + "."
     )
-    head, rule, *_ = _table(first)
-    rows = [f"| {path.stem} {line}" for path, data in found.items() for line in _table(data)[2:]]
+    head, rule, *_ = first_table(first["markdown"])
+    rows = [f"| {path.stem} {line}" for path, data in found.items() for line in first_table(data["markdown"])[2:]]
     missing = ["", f"Left out: {'; '.join(dict.fromkeys(notes))}."] if notes else []
     return "\n".join([origin, "", f"| Model {head}", f"|---{rule}", *rows, *missing])
 
