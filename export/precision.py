@@ -5,6 +5,7 @@ Strongly typed builders take every dtype from the graph, so a builder flag canno
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -62,16 +63,21 @@ def check_finite(module: nn.Module, precision: Precision) -> nn.Module:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+    low, high = _extremes(tensor)
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _overflows(tensor: torch.Tensor, limit: float) -> bool:
+    low, high = _extremes(tensor)
+    return math.isfinite(low) and math.isfinite(high) and max(-low, high) > limit
+
+
+def _extremes(tensor: torch.Tensor) -> tuple[float, float]:
+    """The least and the largest value, NaN where there is one; zeros for integers and where there is nothing."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
-        return False
+        return 0.0, 0.0
     low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high) and max(-low, high) > limit)
+    return low.item(), high.item()
 
 
 def float_softmax(model: Any) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 SHARES = {"text_encoder": 1, "unet": 9, "vae_decoder": 2, "vae_encoder": 2, "controlnet": 4}  # of the time
-CHILD_BYTES = 3e9  # what a child needs at most: libraries, one component in float32, its graph and check
+CHILD_BYTES = 3e9  # what a child needs at most: libraries, one component in float32, its graph
 
 
 def source_for(

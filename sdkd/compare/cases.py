@@ -26,7 +26,7 @@ MEMORY_FACTOR = 3  # float32 in memory from half on disk, activations, packed co
 PROCESS_BYTES = 400_000_000  # of a process of its own beside the case: libraries' data, a GPU's context
 MEMORY_SHARE = 0.5  # of what is free: subjects are kept open together while they fit into it
 ROUNDS_ONE_AT_A_TIME = 3  # each round opens every model again
-COMPONENT_RUNS, COMPONENT_SECONDS, COMPONENT_ROUNDS = 3, 0.3, 3  # of text encoder and VAE: once per image, not per step
+COMPONENT_SECONDS, COMPONENT_ROUNDS = 0.3, 3  # of text encoder and VAE: once per image, not per step
 DRAG: dict[str, Drag] = {}  # by label: a delay in every timed UNet call; tests plant some here
 
 
@@ -203,7 +203,7 @@ def time_parts(
         return place
 
     components = (TEXT_ENCODER, VAE_DECODER)
-    few = min(COMPONENT_RUNS, max(runs, COMPONENT_ROUNDS)), min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS
+    few = COMPONENT_ROUNDS, min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS  # once a round, or for the time
     samples = interleave(
         {case.subject.label: enter(case) for case in cases},
         [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in components)],

@@ -114,18 +114,19 @@ def measure_ceilings(device: str, precision: str) -> Ceilings:
     on_cuda = device.startswith("cuda")
     timer, sides = Timer(device), CUDA_SIDES if on_cuda else CPU_SIDES
     with _fastest_float32(on_cuda):
-        side, flops_per_s = _fastest_product(timer, sides, dtype)
-    convolved = 0.0 if on_cuda else _convolution_rate(timer, dtype, flops_per_s)
+        side, product_rate = _fastest_product(timer, sides, dtype)
+    remark = ", TF32 allowed" if on_cuda and precision == "fp32" else ""
+    rates = {f"product of {side} × {side} matrices in {name}{remark}": product_rate}
+    if not on_cuda:
+        _, channels, wide = CONVOLUTION
+        convolution = f"3 × 3 convolution of {channels} channels, {wide} × {wide}, in {name}"
+        rates[convolution] = _convolution_rate(timer, dtype, product_rate)
+    fastest = max(rates, key=rates.__getitem__)
     bytes_per_s = _copy_rate(timer)
     if on_cuda:
         torch.cuda.empty_cache()
-    remark = ", TF32 allowed" if on_cuda and precision == "fp32" else ""
     threads = "" if on_cuda else f", {torch.get_num_threads()} threads"
-    _, channels, wide = CONVOLUTION
-    product = f"product of {side} × {side} matrices in {name}{remark}"
-    if convolved > flops_per_s:
-        product = f"3 × 3 convolution of {channels} channels, {wide} × {wide}, in {name}"
-    return Ceilings(max(flops_per_s, convolved), bytes_per_s, f"{product}; copy of {COPY_BYTES // 2**20} MiB{threads}")
+    return Ceilings(rates[fastest], bytes_per_s, f"{fastest}; copy of {COPY_BYTES // 2**20} MiB{threads}")
 
 
 def fraction(work: Work, ceilings: Ceilings, seconds: float) -> Limit:

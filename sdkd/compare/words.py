@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdkd.compare.limits import EXPLAINED
+from sdkd.compare.measure import MOST_WARM_CALLS, MOST_WARM_SECONDS
 from sdkd.compare.report import Report, Result
 from sdkd.compare.subjects import STUDENT
 
@@ -148,7 +149,8 @@ def method(report: Report) -> list[str]:
     fewest = min(row.unet_step_ms.count for row in report.results)
     return [
         f"UNet step: one call with batch {setup.unet_batch} ({guided}), {setup.timing}, at least {fewest} calls each, "
-        "after warm-up until three calls in a row agree within 10% (12 calls or 15 s at most).",
+        "after warm-up until three calls in a row agree within 10% "
+        f"({MOST_WARM_CALLS} calls or {MOST_WARM_SECONDS:g} s at most).",
         "Rounds: every round times each subject in a new random order, one call thrown away before each burst, so that "
         f"a drifting machine hits all alike ({memory}).",
         f"Ratios: medians, with a {setup.confidence:.0%} bootstrap interval over rounds and samples; a tie is an "

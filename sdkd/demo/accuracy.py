@@ -82,6 +82,6 @@ def judge_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> di
 def are_captions(texts: Sequence[str]) -> bool:
     """Whether all texts are captions of the demo's world, so that the reader can judge their images."""
     try:
-        return [parse_caption(text) for text in texts] != []
+        return bool([parse_caption(text) for text in texts])
     except InputError:
         return False
