@@ -18,6 +18,8 @@ from typing import Any
 
 from sdkd.errors import InputError, MissingExtraError
 
+CPUINFO = Path("/proc/cpuinfo")
+CPU_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")  # in the kernel's words, the widest first
 EAGER_TARGETS = ("eager", "compile")
 DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # the oldest for Linux, by major version of CUDA
 DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
@@ -219,14 +221,20 @@ def timing_cache(target: str) -> str:
     return f"timing-{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.cache"
 
 
-def cpu_name() -> str:
-    """Model name of the CPU, as the system states it."""
+def cpu_name(cpuinfo: Path = CPUINFO) -> str:
+    """Model name of the CPU, as the system states it, and its widest units: "AMD EPYC (avx512_bf16)".
+
+    Virtual machines hide the model's number, so that the name alone may be that of very different CPUs.
+    """
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:  # noqa: PTH123
-            names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
-        return names[0] if names else platform.processor() or platform.machine()
+        text = cpuinfo.read_text(encoding="utf-8")
     except OSError:
-        return platform.processor() or platform.machine()
+        text = ""
+    told = {key.strip(): value for key, _, value in (line.partition(":") for line in text.splitlines())}
+    name = told.get("model name", "").strip() or platform.processor() or platform.machine()
+    flags = set(told.get("flags", told.get("Features", "")).split())
+    widest = next((unit for unit in CPU_UNITS if unit in flags), "")
+    return f"{name} ({widest})" if widest else name
 
 
 def environment(target: str) -> dict[str, str]:

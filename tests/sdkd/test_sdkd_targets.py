@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from sdkd.targets import (
     availability,
     built_environment,
     check_target,
+    cpu_name,
     environment,
     openvino_core,
     require,
@@ -77,3 +80,21 @@ def test_signals_still_arrive_after_openvino_was_used() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "interrupted")
     assert openvino_core() is openvino_core()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse2 avx2 avx512_bf16\n", "AMD EPYC (avx512_bf16)"),
+        ("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse2 avx2\n", "AMD EPYC (avx2)"),
+        ("processor\t: 0\nmodel name\t: Old\nflags\t\t: sse2\n", "Old"),
+    ],
+)
+def test_cpus_of_one_name_and_other_units_are_told_apart(text: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+
+    assert cpu_name(tmp_path / "cpuinfo") == name
+
+
+def test_a_cpu_has_a_name_where_the_kernel_tells_none(tmp_path: Path) -> None:
+    assert cpu_name(tmp_path / "missing") == (platform.processor() or platform.machine())
