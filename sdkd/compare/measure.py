@@ -13,13 +13,13 @@ from sdkd.console import Progress, quiet
 
 Work = Callable[[], object]
 
-BURST = 3  # timed calls in a row, after one that is thrown away: caches and threads belong to the case again
+BURST = 3  # timed calls in a row, after one thrown away or a warm-up: caches and threads belong to the case again
 FEWEST_ROUNDS = 3
 LONGEST_BURST = 50
 WARM_CALLS = 3  # as many calls in a row must agree
 WARM_TOLERANCE = 0.10
 MOST_WARM_CALLS = 12
-MOST_WARM_SECONDS = 15.0  # after the first call; what takes seconds has little left to warm up then
+MOST_WARM_SECONDS = 8.0  # after the first call; what takes seconds has little left to warm up then
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Bench(Protocol):
         """Call until it is stable; seconds of the last call."""
 
     def burst(self, part: str, count: int) -> list[Sample]:
-        """One call that is thrown away (a warm-up where there was none yet), and `count` that are timed."""
+        """`count` timed calls, straight after a warm-up (made where there was none yet) or one that is thrown away."""
 
 
 Enter = Callable[[], Bench]
@@ -143,8 +143,9 @@ def interleave(
 ) -> dict[str, Timed]:
     """Time all cases in rounds, each round in a new (seeded) order, so that drift of the machine hits all alike.
 
-    Per case and part: warm-up until stable in its first round, then in every round that is its own one call that is
-    thrown away and a burst of timed calls; at least `runs` calls, and `min_seconds` where the burst limit allows.
+    Per case and part: warm-up until stable and a burst of timed calls in its first round, then in every round that is
+    its own one call that is thrown away and a burst; at least `runs` calls, and `min_seconds` where the burst limit
+    allows.
     """
     rounds = rounds or rounds_for(parts[0].runs)
     order, shuffle = list(cases), random.Random(seed)  # noqa: S311 (an order, not a secret)
@@ -172,16 +173,20 @@ class Stand:
     works: dict[str, Work]
     timer: Timer
     warmed: set[str] = field(default_factory=set)
+    fresh: set[str] = field(default_factory=set)  # warmed up, and no burst since
 
     def warm(self, part: str) -> float:
         """As a Bench."""
         self.warmed.add(part)
+        self.fresh.add(part)
         return warm_up(self.works[part], self.timer)[-1]
 
     def burst(self, part: str, count: int) -> list[Sample]:
         """As a Bench."""
-        if part in self.warmed:
-            self.works[part]()
-        else:
+        if part not in self.warmed:
             self.warm(part)
+        if part in self.fresh:
+            self.fresh.remove(part)
+        else:
+            self.works[part]()
         return [self.timer.time(self.works[part]) for _ in range(count)]

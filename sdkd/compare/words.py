@@ -151,7 +151,7 @@ def method(report: Report) -> list[str]:
         f"UNet step: one call with batch {setup.unet_batch} ({guided}), {setup.timing}, at least {fewest} calls each, "
         "after warm-up until three calls in a row agree within 10% "
         f"({MOST_WARM_CALLS} calls or {MOST_WARM_SECONDS:g} s at most).",
-        "Rounds: every round times each subject in a new random order, one call thrown away before each burst, so that "
+        "Rounds: every round times each subject in a new random order, after a call thrown away or warm-up, so that "
         f"a drifting machine hits all alike ({memory}).",
         f"Ratios: medians, with a {setup.confidence:.0%} bootstrap interval over rounds and samples; a tie is an "
         "interval that holds 1.",

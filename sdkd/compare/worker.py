@@ -71,7 +71,7 @@ class Seat(Protocol):
         """Call a part until it is stable; seconds of the last call."""
 
     def burst(self, part: str, request: Request, count: int) -> list[Sample]:
-        """One call of a part that is thrown away (a warm-up where there was none yet), and `count` timed ones."""
+        """`count` timed calls of a part, after one that is thrown away or a warm-up."""
 
     def memory(self) -> Memory:
         """What it took until now."""
