@@ -22,6 +22,8 @@ ELEMENT = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, 
 
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# Threads that wait for the next call in a loop hold the cores that PyTorch's part of a pipeline needs in between.
+REST = "session.force_spinning_stop"
 
 
 def providers(preferred: str | None = None) -> list[str]:
@@ -60,6 +62,7 @@ class OnnxRuntimeSession(EngineSession):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry(REST, "1")
         if self._threads:
             options.intra_op_num_threads = self._threads
         if folder is not None:

@@ -11,6 +11,7 @@ import torch
 from engines.session import Checked, EngineSession, check_names
 from sdkd.contract import TensorSpec
 from sdkd.errors import EngineError
+from sdkd.openvino_timesteps import FLOAT32, keep_timesteps
 from sdkd.targets import openvino_core
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class OpenVinoSession(EngineSession):
                 model = core.read_model(onnx_file)
                 _replace_constants(self._openvino, model, stored, self.checked.label)
                 model.reshape({spec.name: self._partial(spec) for spec in self.contract.inputs})
+                if self.checked.record.flags.get("timesteps") == FLOAT32:
+                    keep_timesteps(core, model)  # as in the engine's file
                 compiled = core.compile_model(model, "CPU", self._options)
             else:
                 compiled = self._load(core)

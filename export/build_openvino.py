@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from export.build_job import Built, Job, Run, check_io
 from sdkd.console import Progress
 from sdkd.errors import BuildError, InputError
+from sdkd.openvino_timesteps import FLOAT32, keep_timesteps
 from sdkd.targets import cpu_precisions, openvino_core
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64"
 def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
     """Options of the build; `config` must be given again when the blob is opened: a blob does not remember it.
 
-    Without it a CPU with bf16 units computes in bf16. Half-precision graphs run in f32 on a CPU without half units,
-    where the hint f16 would mean bf16. Raises InputError when bf16 or fp16 is asked for and the CPU has none.
+    Without it a CPU with bf16 units computes in bf16. `timesteps`: what their sinusoids are computed in where the rest
+    is in half precision. Half-precision graphs run in f32 on a CPU without half units, where the hint f16 would mean
+    bf16. Raises InputError when bf16 or fp16 is asked for and the CPU has none.
     """
     units, hint = cpu_precisions(), HINTS[engine_precision]
     if engine_precision not in units and engine_precision == onnx_precision:
@@ -32,7 +34,8 @@ def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
             f"precision {engine_precision!r} needs a CPU with {engine_precision.upper()} units, this one has "
             f"{', '.join(sorted(units)).upper()}: build with --precision {onnx_precision}"
         )
-    return {"config": {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}}
+    config = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+    return {"config": config} if hint == "f32" else {"config": config, "timesteps": FLOAT32}
 
 
 def build(job: Job, progress: Progress) -> Built:
@@ -44,6 +47,8 @@ def build(job: Job, progress: Progress) -> Built:
     (profile,) = job.profiles  # a blob has one range per axis
     model.reshape({name: _partial_shape(shapes) for name, shapes in profile.items()})
     config = dict(job.flags["config"])
+    if job.flags.get("timesteps") == FLOAT32:
+        keep_timesteps(core, model)
     progress("compiling", 0.1)
     compiled = core.compile_model(model, DEVICE, config)
     if "EXPORT_IMPORT" not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):

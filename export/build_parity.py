@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from export.build_job import Job, Run
 
 SEED = 20
-TIMESTEP = 500.0
+TIMESTEP = 981.0  # one of the first of a scheduler: rounded to bfloat16, it would be another
 TOKENS = 400  # ids below any vocabulary's size
 SLOW_SECONDS = 10.0  # the second shape is left out when the graph alone takes longer than this
 # ||engine - graph|| / ||graph|| that rounding explains: half the mantissa's steps, grown over some hundred layers.
-RELATIVE_LIMIT = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
+RELATIVE_LIMIT = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
 
 
 def check_engine(job: Job, run: Run, progress: Progress) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def compare(found: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
 
 
 def seeded_inputs(job: Job, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Inputs of a component, the same on every machine: normal values, token ids, timestep 500."""
+    """Inputs of a component, the same on every machine: normal values, token ids, timestep 981."""
     import numpy as np
 
     generator = np.random.default_rng(SEED)

@@ -201,6 +201,12 @@ def test_views_gradients_and_strides_are_accepted(graph: Bundle, target: str) ->
     assert not result.requires_grad
 
 
+def test_onnxruntime_s_threads_rest_between_calls(graph: Bundle) -> None:
+    with open_session(graph, "onnxruntime", "unet") as session:
+        options = session._session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_threads_share_a_session(graph: Bundle, target: str) -> None:
     results: dict[int, torch.Tensor] = {}
