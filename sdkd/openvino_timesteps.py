@@ -2,8 +2,8 @@
 
 Told to compute in bfloat16, OpenVINO's CPU plugin rounds the timestep, too: 981 becomes 980, and the angle of its
 fastest sinusoid is wrong by a radian. diffusers computes them in float32 in any precision (`get_timestep_embedding`).
-The plugin leaves an operator alone that has the attribute DisablePrecisionConversion (before 2026: `precise`), which is
-read from a model's XML and can't be set from Python. So the two operators come from an XML of their own.
+The plugin leaves an operator alone that has the attribute DisablePrecisionConversion (from 2026.4 on), which is read
+from a model's XML and can't be set from Python. So the two operators come from an XML of their own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ WAVES = ("Sin", "Cos")
 VIEWS = ("Broadcast", "Convert", "Reshape", "Squeeze", "Unsqueeze")  # that make a column of the scalar
 
 PORT = '<port id="{id}" precision="FP32">{dims}</port>'
-KEPT = (
-    '<rt_info><attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16"/>'
-    '<attribute name="precise" version="0"/></rt_info>'
-)
+KEPT = '<rt_info><attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16"/></rt_info>'
 MATRIX = "<dim>-1</dim><dim>-1</dim>"
 TEMPLATE = """<?xml version="1.0"?>
 <net name="wave" version="11"><layers>
