@@ -197,11 +197,12 @@ def _single(path: Path, data: dict[str, Any]) -> str:
 def _joined(found: dict[Path, dict[str, Any]]) -> str:
     """One table of models that were each compared for themselves, so that ratios are within a model."""
     first = next(iter(found.values()))
+    origins = [f"{_link(path)} ({data['date']}, commit {data['commit']})" for path, data in found.items()]
     setup, notes = first["comparison"]["setup"], [note for data in found.values() for note in left_out(data)]
     origin = (
         f"SD 1.5's shapes with random weights, {setup['size_px']} × {setup['size_px']} px, {setup['steps']} steps, "
         f"guidance {setup['guidance_scale']:g}. {first['markdown'].splitlines()[2]} Each model was compared for "
-        "itself, by `python tools/bench.py --pieces NAME`: " + ", ".join(map(_link, found)) + "."
+        f"itself, by `python tools/bench.py --pieces NAME`: {', '.join(origins)}."
     )
     head, rule, *_ = first_table(first["markdown"])
     rows = [f"| {path.stem} {line}" for path, data in found.items() for line in first_table(data["markdown"])[2:]]
