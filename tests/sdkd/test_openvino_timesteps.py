@@ -96,7 +96,6 @@ def test_in_bf16_early_timesteps_are_as_close_as_late_ones(graphs: Path, tmp_pat
             errors["eager"].append(error(bf16(unet)(**half).sample.float().numpy(), expected))
         for name, one in (("plain", plain), ("kept", made), ("saved", saved)):
             errors[name].append(error(run(one, given), expected))
-    print(errors)
     assert errors["kept"] == errors["saved"]
     for mine, eager in zip(errors["kept"], errors["eager"], strict=True):
         assert mine < 1.25 * eager
