@@ -55,7 +55,7 @@ def build(job: Job, progress: Progress) -> Built:
         return _save_ir(job, model, compiled)
     file = job.file(".blob")
     with file.open("wb") as stream:
-        stream.write(_bytes(compiled.export_model()))
+        stream.write(compiled.export_model().getvalue())
     del compiled
     progress("opening the saved blob", 0.8)
     opened = core.import_model(file.read_bytes(), DEVICE, config)
@@ -69,10 +69,6 @@ def _save_ir(job: Job, model: Any, compiled: Any) -> Built:
     openvino.save_model(model, file, compress_to_fp16=False)
     found = {"format": "ir", **_inference(compiled, dict(job.flags["config"]))}
     return Built((file.name, file.with_suffix(".bin").name), found, run=_runner(compiled, job))
-
-
-def _bytes(blob: Any) -> bytes:
-    return bytes(blob.getvalue() if hasattr(blob, "getvalue") else blob)  # 2025.x gives bytes, 2026.x a stream
 
 
 def _inference(compiled: Any, config: Mapping[str, str]) -> dict[str, str]:

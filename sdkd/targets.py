@@ -226,15 +226,29 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> str:
 
     Virtual machines hide the model's number, so that the name alone may be that of very different CPUs.
     """
+    told = _told(cpuinfo)
+    name = told.get("model name") or platform.processor() or platform.machine()
+    flags = _flags(told)
+    widest = next((unit for unit in CPU_UNITS if unit in flags), "")
+    return f"{name} ({widest})" if widest else name
+
+
+def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
+    """What the CPU's cores can do, in the kernel's words; empty where it tells nothing."""
+    return _flags(_told(cpuinfo))
+
+
+def _flags(told: Mapping[str, str]) -> set[str]:
+    return set(told.get("flags", told.get("Features", "")).split())  # on x86, on ARM
+
+
+def _told(cpuinfo: Path) -> dict[str, str]:
+    """What the kernel tells of the last core; nothing on other systems than Linux."""
     try:
         text = cpuinfo.read_text(encoding="utf-8")
     except OSError:
-        text = ""
-    told = {key.strip(): value for key, _, value in (line.partition(":") for line in text.splitlines())}
-    name = told.get("model name", "").strip() or platform.processor() or platform.machine()
-    flags = set(told.get("flags", told.get("Features", "")).split())
-    widest = next((unit for unit in CPU_UNITS if unit in flags), "")
-    return f"{name} ({widest})" if widest else name
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
 
 
 def environment(target: str) -> dict[str, str]:

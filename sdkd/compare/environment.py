@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.compare.peaks import nvml_device
-from sdkd.targets import TARGETS, cpu_name, gpu, installed_version
+from sdkd.targets import TARGETS, cpu_flags, cpu_name, gpu, installed_version
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "numpy")
 # What decides whether half precision is fast on a CPU.
@@ -40,11 +40,12 @@ def environment(device: str, load_before: Sequence[float] | None = None) -> dict
     import psutil
     import torch
 
+    flags = cpu_flags()
     return {
         "date_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "cpu": cpu_name(),
-        "cpu_features": _cpu_features(),
+        "cpu_features": [name for name in CPU_FEATURES if name in flags],
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_usable": _usable_cores(),
         "threads_torch": torch.get_num_threads(),
@@ -120,16 +121,6 @@ def _usable_cores() -> int:
 def load_average() -> list[float] | None:
     """Load average over 1, 5 and 15 minutes."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-
-def _cpu_features() -> list[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    line = next((row for row in text.splitlines() if row.startswith(("flags", "Features"))), "")
-    present = set(line.split())
-    return [name for name in CPU_FEATURES if name in present]
 
 
 def _driver() -> str | None:

@@ -172,21 +172,18 @@ class Stand:
 
     works: dict[str, Work]
     timer: Timer
-    warmed: set[str] = field(default_factory=set)
-    fresh: set[str] = field(default_factory=set)  # warmed up, and no burst since
+    fresh: dict[str, bool] = field(default_factory=dict)  # of parts warmed up: whether there was no burst since
 
     def warm(self, part: str) -> float:
         """As a Bench."""
-        self.warmed.add(part)
-        self.fresh.add(part)
+        self.fresh[part] = True
         return warm_up(self.works[part], self.timer)[-1]
 
     def burst(self, part: str, count: int) -> list[Sample]:
         """As a Bench."""
-        if part not in self.warmed:
+        if part not in self.fresh:
             self.warm(part)
-        if part in self.fresh:
-            self.fresh.remove(part)
-        else:
+        if not self.fresh[part]:
             self.works[part]()
+        self.fresh[part] = False
         return [self.timer.time(self.works[part]) for _ in range(count)]

@@ -67,8 +67,8 @@ def test_warm_up_gives_up_on_a_case_that_never_settles() -> None:
 
 def test_warm_up_of_long_calls_ends_after_a_while_and_not_for_a_compilation() -> None:
     clock = Clock()
-    spent = warm_up(clock.work(lambda n: 100.0 if n == 0 else 8.0), timer(clock))
-    assert spent == pytest.approx([100.0, 8.0])
+    spent = warm_up(clock.work(lambda n: 100.0 if n == 0 else 3.0 + 2 * (n % 2)), timer(clock))
+    assert spent == pytest.approx([100.0, 5.0, 3.0])
 
 
 @pytest.mark.parametrize(("runs", "rounds"), [(1, 3), (9, 3), (10, 4), (30, 10)])
