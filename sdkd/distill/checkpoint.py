@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.distill.setup import lay_out_state
 from sdkd.errors import InputError
 from sdkd.files import new_folder, read_json, write_json
 
@@ -154,6 +155,7 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     try:
         _load_weights(trainer, path)
         trainer.optimizer.load_state_dict(_joined(load_file(path / "optimizer.safetensors"), record["optimizer"]))
+        lay_out_state(trainer.optimizer.state)
         states = load_file(path / "random.safetensors")
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(

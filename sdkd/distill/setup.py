@@ -77,6 +77,19 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) ->
     return found
 
 
+def lay_out_state(state: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
+    """Give state tensors of a parameter's shape its strides.
+
+    Fused kernels walk parameter and state side by side in memory: of other strides, the CPU's mixes up elements without
+    a word, and CUDA's refuses. Checkpoints hold rows in order, and `channels_last` may change when a run goes on.
+    """
+    for parameter, values in state.items():
+        for name, value in values.items():
+            same = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            if same and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def check_models(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, config: TrainConfig) -> None:
     """ModelError unless UNet, pipeline and config belong together, and the trainer knows such models."""
     if config.objective == "distill":
