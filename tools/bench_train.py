@@ -4,7 +4,8 @@
     python tools/bench_train.py --students tiny --size 512 --batch-size 8 --device cuda
 
 The reference is the step of Segmind's distill_training.py as it runs today: VAE and text encoder in every step, the
-teacher in float32 under autocast, a feature loss in the autocast dtype, AdamW without fused kernels. Each further row
+teacher in float32 under autocast, a feature loss in the autocast dtype, AdamW without fused kernels; captions are
+token ids before it begins, and gradients are let go at its end, both as there. Each further row
 adds one measure; the last rows are `Trainer.step` itself, eager and compiled. One step of each row a round, in
 rotating order, so that drift of the machine hits all alike. Writes
 benchmarks/<machine>/train-<size>-<students>.json (raw samples) and .md.
@@ -17,7 +18,7 @@ import datetime
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from sdkd.compare.environment import environment
 from sdkd.compare.stats import Spread, speedup
 from sdkd.distill.batches import Batch
 from sdkd.distill.config import TrainConfig
-from sdkd.distill.encode import encode_captions
+from sdkd.distill.encode import tokens
 from sdkd.distill.features import FeatureUNet
 from sdkd.distill.latents import encode_images
 from sdkd.distill.loop import peak_memory
 from sdkd.distill.losses import task_target
+from sdkd.distill.setup import lay_out_state
 from sdkd.distill.trainer import Trainer
 from sdkd.errors import InputError
 from sdkd.files import write_bytes, write_json
@@ -53,8 +55,9 @@ class Measures:
     channels_last: bool = False
 
 
+REFERENCE = "reference"
 ROWS: dict[str, Measures] = {
-    "reference": Measures(),
+    REFERENCE: Measures(),
     "+ cached latents and text": Measures(cache=True),
     "+ teacher in half precision": Measures(cache=True, half_teacher=True),
     "+ fused AdamW": Measures(cache=True, half_teacher=True, fused=True),
@@ -80,6 +83,8 @@ class Bench:
         latents = encode_images(self.pipe.vae, images, size=size)
         self.trainer = Trainer(self.pipe, build_student(self.pipe.unet, student), latents, self.config)
         self.device, self.dtype = self.trainer.device, self.trainer.dtype
+        if self.pipe.vae is not self.trainer.vae:  # the trainer's copy is the one in use
+            self.pipe.vae.to("cpu")
         names = [name for name, _ in self.trainer._pairs()]
         self.pipe.unet.to(self.device)
         self.teachers = {False: FeatureUNet(self.pipe.unet, names), True: self.trainer.teacher}
@@ -87,6 +92,8 @@ class Bench:
         calls = (self.trainer.model, self.trainer.teacher_call)
         self.calls = {OURS: calls, COMPILED: tuple(torch.compile(call) for call in calls)}
         self.pixels = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        captions = [CAPTIONS[index % len(CAPTIONS)] for index in range(batch_size)]
+        self.ids = tokens(self.pipe.tokenizer, captions).to(self.device)
 
     def _run(self, measures: Measures, teacher: FeatureUNet) -> None:
         trainer = self.trainer
@@ -94,29 +101,31 @@ class Bench:
         if not measures.cache:
             batch = self._encoded(batch)
         noisy = trainer.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=not measures.half_teacher):
+        half = self.dtype != torch.float32  # in float32 there is nothing to cast to
+        cast = torch.autocast(self.device.type, self.dtype, enabled=half and not measures.half_teacher)
+        with torch.no_grad(), cast:
             given = noisy.to(self.dtype) if measures.half_teacher else noisy
             taught = teacher(given, batch.timesteps, batch.text)
-        with torch.autocast(self.device.type, self.dtype):
+        with torch.autocast(self.device.type, self.dtype, enabled=half):
             learnt = trainer.student(noisy, batch.timesteps, batch.text)
         target = task_target(trainer.scheduler, batch.latents, batch.noise, batch.timesteps)
         weights = self.config.weights
         feature = torch.stack([F.mse_loss(own, other) for own, other in zip(learnt[1], taught[1], strict=True)]).sum()
         loss = weights.task * F.mse_loss(learnt[0].float(), target)
         loss = loss + weights.output * F.mse_loss(learnt[0].float(), taught[0].float()) + weights.feature * feature
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.parameters, self.config.max_grad_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _encoded(self, batch: Batch) -> Batch:
         """The reference's VAE encoder and text encoder, in the precision of the forward passes."""
         trainer = self.trainer
         with torch.no_grad():
             latents = trainer.vae.encode(self.pixels.to(self.dtype)).latent_dist.sample()
-            text = encode_captions(self.pipe.tokenizer, trainer.text_encoder, CAPTIONS[: len(latents)] * 8)
+            text: torch.Tensor = trainer.text_encoder(self.ids)[0]
         scaled = latents.float() * trainer.vae.config.scaling_factor
-        return Batch(scaled, batch.noise, batch.timesteps, text[: len(latents)], batch.matching)
+        return Batch(scaled, batch.noise, batch.timesteps, text, batch.matching)
 
     def parked(self, row: str) -> int:
         """Bytes of the teacher that a row does not use, and that lies on the device all the same."""
@@ -141,11 +150,23 @@ class Bench:
         layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
         for unet in (self.trainer.unet, teacher.unet):
             unet.to(memory_format=layout)
-        self.optimizer.param_groups[0].update(fused=chosen.fused, foreach=not chosen.fused)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._fit_optimizer(chosen.fused)
         if row in ROWS:
             return lambda: self._run(chosen, teacher)
         self.trainer.model, self.trainer.teacher_call = self.calls[row]
-        return self.trainer.step
+        return self._own
+
+    def _own(self) -> None:
+        self.trainer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # the next step's beginning, so that a timing holds one of it
+
+    def _fit_optimizer(self, fused: bool) -> None:
+        """One optimizer for all rows: its state as the row's kernels want it, in the parameters' present layout."""
+        self.optimizer.param_groups[0].update(fused=fused, foreach=not fused)
+        lay_out_state(self.optimizer.state)
+        for parameter, values in self.optimizer.state.items():  # only fused kernels count on the device
+            values["step"] = values["step"].to(parameter.device if fused else "cpu")
 
 
 def _picture(index: int, size: int) -> Any:
@@ -156,65 +177,107 @@ def _picture(index: int, size: int) -> Any:
     return Image.fromarray(noise).resize((size, size))
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+class Meter:
+    """Times calls and reads peaks on a torch device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.counts = device, device.type == "cuda"
+
+    def wait(self) -> None:
+        """Until all that is queued is done."""
+        if self.counts:
+            torch.cuda.synchronize(self.device)
+
+    def reset(self) -> None:
+        """Let the peak begin anew."""
+        gc.collect()
+        if self.counts:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """One call, the device's work included."""
+        self.wait()
+        start = time.perf_counter()
+        work()
+        self.wait()
+        return time.perf_counter() - start
+
+    def peak(self) -> int | None:
+        """Bytes, None where a device does not count them: a process's peak would be that of all rows."""
+        return peak_memory(self.device) if self.counts else None
 
 
-def measure(
-    bench: Bench, rounds: int, rows: Sequence[str] = ()
-) -> tuple[dict[str, list[float]], dict[str, float], float]:
-    """Seconds of every step by row after a first round, peak memory in GB by row on a GPU, seconds to compile.
+@dataclass
+class Measured:
+    """By row: seconds of every step after a first round, peak memory in GB, why it failed; seconds to compile."""
 
-    `rows`: some of them. Memory is that of a row alone: the teacher that another row uses does not count.
+    samples: dict[str, list[float]]
+    memory: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    compile_seconds: float = 0.0
+
+
+def measure(bench: Bench, rounds: int, rows: Sequence[str] = (), meter: Meter | None = None) -> Measured:
+    """Some rows, or all, in rounds; one without enough memory says so, and the others go on without it.
+
+    Memory is that of a row alone: the teacher that another row uses does not count.
     """
     names = list(rows or (*ROWS, *bench.calls))
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    memory: dict[str, float] = {}
-    compiling = 0.0
+    found, meter = Measured({name: [] for name in names}), meter or Meter(bench.device)
     for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            work = bench.prepare(name)
-            gc.collect()
-            if bench.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = timed(work, bench.device)
-            memory[name] = (peak_memory(bench.device) - bench.parked(name)) / 1e9
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            if name in found.failed:
+                continue
+            try:
+                seconds = _one(bench, name, meter, found)
+            except torch.OutOfMemoryError as error:
+                found.failed[name] = str(error).splitlines()[0]
+                del found.samples[name]
+                continue
             if turn:
-                samples[name].append(seconds)
+                found.samples[name].append(seconds)
             elif name == COMPILED:
-                compiling = seconds
+                found.compile_seconds = seconds
             print(f"round {turn} of {rounds}, {name}: {seconds:.2f} s", flush=True)
-    return samples, memory if bench.device.type == "cuda" else {}, compiling
+    return found
 
 
-def result(student: str, samples: dict[str, list[float]], batch_size: int, memory: dict[str, float]) -> dict[str, Any]:
-    """Images per second and the speed over the reference, with a bootstrap interval of paired rounds."""
+def _one(bench: Bench, name: str, meter: Meter, found: Measured) -> float:
+    work = bench.prepare(name)
+    meter.reset()
+    seconds = meter.seconds(work)
+    if (peak := meter.peak()) is not None:
+        found.memory[name] = (peak - bench.parked(name)) / 1e9
+    return seconds
+
+
+def result(student: str, measured: Measured, batch_size: int) -> dict[str, Any]:
+    """Images per second and the speed over the reference, with a bootstrap interval of paired rounds.
+
+    None for the speed where the reference did not run. InputError for fewer than three rounds.
+    """
     rows = []
-    for name, values in samples.items():
-        rounds, baseline = [[value] for value in values], [[value] for value in samples["reference"]]
-        middle, over = Spread.of(rounds), speedup(baseline, rounds)
-        if over is None:
+    base = measured.samples.get(REFERENCE)
+    for name, values in measured.samples.items():
+        rounds = [[value] for value in values]
+        over = speedup([[value] for value in base], rounds) if base else None
+        if base and over is None:
             raise InputError(f"{len(values)} rounds say nothing about drift: give --rounds 3 or more")
+        middle = Spread.of(rounds)
         rows.append(
             {
                 "step": name,
                 "seconds_median": middle.median,
                 "images_per_second": batch_size / middle.median,
-                "speedup": over.value,
-                "speedup_low": over.low,
-                "speedup_high": over.high,
-                "memory_gb": memory.get(name),
+                "speedup": over.value if over else None,
+                "speedup_low": over.low if over else None,
+                "speedup_high": over.high if over else None,
+                "memory_gb": measured.memory.get(name),
                 "seconds_samples": values,
             }
         )
-    return {"student": student, "rows": rows}
+    return {"student": student, "rows": rows, "failed": measured.failed}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -257,8 +320,8 @@ def main() -> None:
     parts = []
     for student in asked.students.split(","):
         bench = Bench(student, asked.size, asked.batch_size, asked.device, asked.precision)
-        samples, memory, compiling = measure(bench, asked.rounds)
-        parts.append(result(student, samples, asked.batch_size, memory) | {"compile_seconds": compiling})
+        measured = measure(bench, asked.rounds)
+        parts.append(result(student, measured, asked.batch_size) | {"compile_seconds": measured.compile_seconds})
         del bench
         gc.collect()
     found = {

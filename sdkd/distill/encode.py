@@ -49,7 +49,7 @@ def encode_captions(
     padded = [*captions, *[""] * (-len(captions) % TEXT_CHUNK)]
     chunks = []
     for start in range(0, len(padded), TEXT_CHUNK):
-        ids = _tokens(tokenizer, padded[start : start + TEXT_CHUNK]).to(text_encoder.device)
+        ids = tokens(tokenizer, padded[start : start + TEXT_CHUNK]).to(text_encoder.device)
         output: Any = text_encoder(ids)
         chunks.append(output[0].to(device or text_encoder.device))
     if not chunks:
@@ -58,7 +58,7 @@ def encode_captions(
     return torch.cat(chunks)[: len(captions)]
 
 
-def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Token ids [n, s] int64, padded and cut to the length that the text encoder was trained with."""
     found = tokenizer(
         captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"

@@ -12,35 +12,36 @@ from gpu_bench.settings import TEACHER, Settings
 
 
 def train(settings: Settings, device: Device, record: Record, model: str) -> None:
-    """A student (`model` is its name) from the report's teacher at every batch; a batch that fails is its own error."""
-    import bench_train
-
+    """A student (`model` is its name) from the report's teacher at every batch; a lack of memory costs one row."""
     from sdkd.models import load_eager
 
     pipe = load_eager(settings.models[TEACHER])
     for batch in settings.train_batches:
         with record.part(f"batch {batch}"):
-            bench = bench_train.Bench(
-                model, settings.train_size, batch, device.name, settings.train_precision, pipe=pipe
-            )
-            try:
-                names = ("reference", "+ channels_last", bench_train.OURS)
-                samples, memory, _ = bench_train.measure(bench, settings.train_rounds, names)
-                found = bench_train.result(model, samples, batch, memory)
-                work = step_work(settings, pipe, bench.trainer.unet, batch)
-                for row in found["rows"]:
-                    record.row(
-                        what="training step", way=row["step"], batch=batch, size=settings.train_size,
-                        precision=settings.train_precision, median_s=row["seconds_median"],
-                        seconds=row["seconds_samples"], work=work, student=model, speedup=row["speedup"],
-                        speedup_low=row["speedup_low"], speedup_high=row["speedup_high"],
-                        memory_gb=row["memory_gb"],
-                    )  # fmt: skip
-            finally:
-                bench.close()
-                del bench
-                gc.collect()
-                device.wait()
+            rows(settings, device, record, model, pipe, batch)
+        gc.collect()
+        device.wait()
+
+
+def rows(settings: Settings, device: Device, record: Record, model: str, pipe: Any, batch: int) -> None:
+    """The reference's step and ours at one batch."""
+    import bench_train
+
+    size, precision = settings.train_size, settings.train_precision
+    bench = bench_train.Bench(model, size, batch, device.name, precision, pipe=pipe)
+    try:
+        names = (bench_train.REFERENCE, "+ channels_last", bench_train.OURS)
+        measured = bench_train.measure(bench, settings.train_rounds, names)
+        work = step_work(settings, pipe, bench.trainer.unet, batch)
+        for row in bench_train.result(model, measured, batch)["rows"]:
+            record.row(
+                what="training step", way=row["step"], batch=batch, size=size, precision=precision, student=model,
+                median_s=row["seconds_median"], seconds=row["seconds_samples"], work=work, speedup=row["speedup"],
+                speedup_low=row["speedup_low"], speedup_high=row["speedup_high"], memory_gb=row["memory_gb"],
+            )  # fmt: skip
+        record.errors |= {f"batch {batch}, {name}": text for name, text in measured.failed.items()}
+    finally:
+        bench.close()
 
 
 def step_work(settings: Settings, pipe: Any, student: Any, batch: int) -> dict[str, int]:
