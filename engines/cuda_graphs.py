@@ -8,11 +8,12 @@ so each graph has a context that is never given other ones, and holds its buffer
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -119,12 +120,15 @@ class ShapeGraph:
     """One shape and profile: static buffers, a context bound to them, and the CUDA graph of its work.
 
     `enqueue` queues the work on a stream, by its handle, and holds the context; it raises when it fails. `workspace` is
-    the activation memory that the context was lent. Without `capture`, each run queues the work (TensorRT-RTX then
-    captures and replays by itself).
+    the activation memory that the context was lent. Without `capture`, each run queues the work; with `native` the
+    library then captures and replays by itself (TensorRT-RTX).
     """
 
-    def __init__(self, buffers: Buffers, enqueue: Callable[[int], None], workspace: torch.Tensor | None) -> None:
+    def __init__(
+        self, buffers: Buffers, enqueue: Callable[[int], None], workspace: torch.Tensor | None, native: bool = False
+    ) -> None:
         self.buffers = buffers
+        self._lock = CAPTURING if native else nullcontext()  # nobody says which of the runs captures
         self._enqueue: Callable[[int], None] | None = enqueue
         self._workspace = workspace
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -138,7 +142,8 @@ class ShapeGraph:
         with torch.cuda.stream(stream):
             self.buffers.fill(feeds)
             if self._graph is None:
-                self._enqueue(stream.cuda_stream)
+                with self._lock:
+                    self._enqueue(stream.cuda_stream)
             else:
                 self._graph.replay()
             self.buffers.give(outputs)
@@ -152,7 +157,7 @@ class ShapeGraph:
         """
         assert self._enqueue is not None, "this graph was dropped"
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        with CAPTURING, torch.cuda.stream(stream):
+        with CAPTURING, _no_collection(), torch.cuda.stream(stream):
             try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # others may use the GPU as they like
                 self._enqueue(stream.cuda_stream)
@@ -170,6 +175,18 @@ class ShapeGraph:
         self._graph = self._enqueue = self._workspace = None
         self.buffers.inputs.clear()
         self.buffers.outputs.clear()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected in here: an execution context in it would free memory of the GPU, and break a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []  # torch's allocators may ask for them as long as the process lives

@@ -125,12 +125,17 @@ class EngineUNet(EngineModule):
 def _one_timestep(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
     """The timestep as a scalar tensor beside the latents; EngineError when samples have different ones."""
     if not isinstance(timestep, torch.Tensor):
-        return torch.tensor(float(timestep), device=sample.device)
+        return _scalar(timestep, sample)
     if timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):
         raise EngineError(
             f"EngineUNet takes one timestep for the whole batch, not {timestep.tolist()}: call it once per timestep"
         )
     return timestep.flatten()[0].to(sample.device)
+
+
+def _scalar(value: float, beside: torch.Tensor) -> torch.Tensor:
+    """A number beside a tensor: written by a kernel, where a copy from the host would wait for the GPU in each step."""
+    return torch.full((), float(value), dtype=torch.float32, device=beside.device)
 
 
 class EngineControlNet(EngineModule, ControlNetModel):
@@ -172,7 +177,7 @@ class EngineControlNet(EngineModule, ControlNetModel):
             "timestep": _one_timestep(timestep, sample),
             "encoder_hidden_states": encoder_hidden_states,
             "controlnet_cond": controlnet_cond,
-            "conditioning_scale": torch.tensor(float(conditioning_scale), device=sample.device),
+            "conditioning_scale": _scalar(conditioning_scale, sample),
         }
         try:
             found = run_split(self.session, cast_feeds(self.session, tensors))

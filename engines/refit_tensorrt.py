@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from engines.tensorrt_context import told
 from sdkd.errors import EngineError
 
 if TYPE_CHECKING:
@@ -14,13 +15,20 @@ if TYPE_CHECKING:
 KINDS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
-def refit(trt: ModuleType, engine: Any, logger: Any, stored: Mapping[str, np.ndarray], label: str) -> None:
+Fill = Callable[[Collection[str]], "Mapping[str, np.ndarray]"]
+"""The exported values of weights, by their names in the graph; without those that the graph does not name."""
+
+
+def refit(trt: ModuleType, engine: Any, logger: Any, stored: Mapping[str, np.ndarray], label: str, fill: Fill) -> None:
     """Give an engine these weights, by their names in the graph, in the graph's dtypes and layout.
 
-    The engine must not be running. EngineError names the first weight that the engine was not built to change, or the
-    step that failed; an engine whose last step failed may hold some of the weights.
+    `fill` gives those that TensorRT asks for besides: where it has merged weights into one, it wants all of them. Those
+    that are not as exported must be in `stored`, then. The engine must not be running. EngineError names the first
+    weight that the engine was not built to change, or the step that failed; an engine whose last step failed may hold
+    some of the weights.
     """
-    refitter = trt.Refitter(engine, logger)
+    with told(lambda what: EngineError(f"{label}: {what} failed"), "preparing a change of weights"):
+        refitter = trt.Refitter(engine, logger)
     possible = set(refitter.get_all_weights())
     fixed = [name for name in stored if name not in possible]
     if fixed:
@@ -28,14 +36,24 @@ def refit(trt: ModuleType, engine: Any, logger: Any, stored: Mapping[str, np.nda
             f"{label} was not built to change {len(fixed)} of {len(stored)} weights (first: {fixed[0]}): build it with "
             "--refit all"
         )
-    kept = []  # TensorRT reads the arrays when it refits, not before
-    for name, array in stored.items():
-        kind = getattr(trt.DataType, KINDS[array.dtype.name])
-        weights = trt.Weights(kind, array.ctypes.data, array.size)
+    kept = _supply(trt, refitter, stored, label)  # TensorRT reads the arrays when it refits, not before
+    if missing := refitter.get_missing_weights():
+        kept += _supply(trt, refitter, fill(missing), label)
+        missing = refitter.get_missing_weights()
+    if missing:
+        raise EngineError(f"{label}: TensorRT wants {len(missing)} more weights to refit (first: {missing[0]!r})")
+    if not refitter.refit_cuda_engine():
+        raise EngineError(f"{label}: TensorRT could not refit the engine")
+
+
+def _supply(trt: ModuleType, refitter: Any, arrays: Mapping[str, np.ndarray], label: str) -> list[Any]:
+    """Name weights to a refitter; returns what must live until it has refitted."""
+    kept = []
+    for name, array in arrays.items():
+        if array.dtype.name not in KINDS:
+            raise EngineError(f"{label}: weight {name!r} is {array.dtype}, and only {', '.join(KINDS)} can be changed")
+        weights = trt.Weights(getattr(trt.DataType, KINDS[array.dtype.name]), array.ctypes.data, array.size)
         kept.append((array, weights))
         if not refitter.set_named_weights(name, weights):
             raise EngineError(f"{label}: TensorRT did not take weight {name!r} of shape {array.shape}, {array.dtype}")
-    if missing := refitter.get_missing_weights():
-        raise EngineError(f"{label}: TensorRT wants {len(missing)} more weights to refit (first: {missing[0]})")
-    if not refitter.refit_cuda_engine():
-        raise EngineError(f"{label}: TensorRT could not refit the engine")
+    return kept

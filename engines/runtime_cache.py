@@ -6,6 +6,7 @@ Never in the bundle: it is native code, too, and no manifest vouches for it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from typing import Any
 
 from sdkd.files import write_bytes
@@ -24,6 +25,7 @@ class RuntimeCache:
         self.path = cache_folder() / "runtime" / f"{sha256}.cache"
         self._cache: Any = None
         self._kept = 0  # bytes of what the file holds
+        self._saved: set[Hashable] = set()
 
     def attach(self, runtime_config: Any) -> bool:
         """Give a runtime configuration the cache, read from its file at first; False when it was not taken."""
@@ -41,6 +43,12 @@ class RuntimeCache:
             else:
                 log.info("%s is for another GPU, driver or version: kernels are compiled again", self.path)
         return cache
+
+    def save_for(self, shape: Hashable) -> None:
+        """Save after a run of a shape, when it is the first: that one compiles, and asking what there is takes time."""
+        if self._cache is not None and shape not in self._saved:
+            self._saved.add(shape)
+            self.save()
 
     def save(self) -> None:
         """Write the cache when it grew; a read-only home only costs the next start some seconds."""

@@ -20,10 +20,10 @@ import torch
 from engines.cuda_graphs import Buffers, GraphCache, ShapeGraph, graph_key, synchronize
 from engines.refit_tensorrt import refit
 from engines.runtime_cache import RuntimeCache
-from engines.session import Checked, EngineSession, check_engine, check_names, verify_once
-from engines.tensorrt_context import BoundContext, Call, failure, pick_profile, read_spans, said
+from engines.session import Checked, EngineSession, check_engine, check_names
+from engines.tensorrt_context import BoundContext, Call, failure, pick_profile, read_spans
+from engines.tensorrt_open import captures_by_itself, deserialize, open_context, options_of
 from sdkd.errors import EngineError
-from sdkd.gpu_trial import reasons
 from sdkd.onnx_weights import exported_weights
 from sdkd.targets import require
 
@@ -70,7 +70,9 @@ class TensorRTSession(EngineSession):
         self._trt: ModuleType = require(checked.record.target)
         self._log = recorder(checked.record.target)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._side = torch.cuda.Stream(self.device)
+        self._native = captures_by_itself(self._trt)
+        # Torch gives out a few streams in turn: one of high priority is seldom another's, who would be captured, too.
+        self._side = torch.cuda.Stream(self.device, priority=-1)
         self._done = torch.cuda.Event()
         self.opened = checked  # what a swap of weights comes back to
         self._swapped: set[str] = set()
@@ -80,62 +82,19 @@ class TensorRTSession(EngineSession):
             self._open_engine()
         if cuda_graphs is False:
             self._graphs.off = "cuda_graphs=False"
-        elif self._options.get("weight_streaming"):  # copies from the host, as the budget of the moment wants them
+        elif options_of(checked).get("weight_streaming"):  # copies from the host, as the moment's budget wants them
             self._graphs.disable(self.checked.label, "its weights are streamed from host memory")
 
     # Opening
 
     def _open_engine(self) -> None:
         """Deserialize, and make the context of plain runs; what was open stays when that fails."""
-        engine = self._deserialize()
+        engine = deserialize(self._trt, self._log, self.checked, self._rebuild, self._failed)
         self._check_io(engine)
         kernels = RuntimeCache(self.checked.record.files[0].sha256)
-        main = BoundContext(self._create_context(engine, kernels), self._managed, self._failed)
+        main = self._context(engine, kernels)
         spans = read_spans(engine, [spec.name for spec in self.contract.inputs])
         self._main, self._engine, self._kernels, self._spans = main, engine, kernels, spans
-
-    def _deserialize(self) -> Any:
-        trt = self._trt
-        self._log.messages.clear()  # what was said before is no reason for what happens now
-        plan = self.checked.path.read_bytes()
-        runtime = trt.Runtime(self._log)
-        if hasattr(runtime, "get_engine_validity"):
-            validity, diagnostics = runtime.get_engine_validity(plan)
-            if validity == trt.EngineValidity.INVALID:
-                raise EngineError(
-                    f"{self.checked.label} cannot run here: {trt.__name__} {trt.__version__} says "
-                    f"{', '.join(reasons(trt, diagnostics))}. Rebuild it with: {self._rebuild}"
-                )
-        if self._options.get("version_compatible"):  # such a plan brings the runtime that it was built for
-            runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            words = said(trt.__name__, self._log.messages)
-            raise EngineError(f"{self.checked.label} was refused{words}. Rebuild it with: {self._rebuild}")
-        if self._options.get("strip_weights"):
-            self._fill_weights(engine)
-        if self._options.get("weight_streaming"):  # to be set before there is a context
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-        return engine
-
-    @property
-    def _options(self) -> Mapping[str, Any]:
-        """What the engine was built with, where that is not as by default."""
-        return dict(self.checked.record.flags.get("options", {}))
-
-    def _fill_weights(self, engine: Any) -> None:
-        """Give a plan without weights those of the ONNX that it was built from, which is checked first."""
-        trt, bundle = self._trt, self.checked.bundle
-        component = bundle.component(self.checked.record.component)
-        verify_once(bundle, component)
-        refitter = trt.Refitter(engine, self._log)
-        parser_refitter = trt.OnnxParserRefitter(refitter, self._log)
-        if not parser_refitter.refit_from_file(str(bundle.path / component.files[0].path)):
-            raise self._failed(f"reading the weights of {component.files[0].path}")
-        if missing := refitter.get_missing_weights():
-            raise self._failed(f"filling in {len(missing)} weights, first {missing[0]!r},")
-        if not refitter.refit_cuda_engine():
-            raise self._failed("filling in the weights")
 
     # Other weights
 
@@ -144,11 +103,12 @@ class TensorRTSession(EngineSession):
         synchronize(self.device)
         with torch.cuda.device(self.device):
             self._drop_graphs()  # they hold the old weights, and their contexts the old engine
-            if self._options.get("refit", "none") == "none":
+            if options_of(self.checked).get("refit", "none") == "none":
                 self._reopen(stored)
                 return
             back = exported_weights(onnx_file, self._swapped - set(stored))
-            refit(self._trt, self._engine, self._log, {**back, **stored}, self.checked.label)
+            fill = partial(exported_weights, onnx_file)
+            refit(self._trt, self._engine, self._log, {**back, **stored}, self.checked.label, fill)
         self._swapped = set(stored)
 
     def _reopen(self, stored: Mapping[str, np.ndarray]) -> None:
@@ -179,32 +139,10 @@ class TensorRTSession(EngineSession):
         """Makes the error for a step that failed; holds no session, so that none is part of a cycle."""
         return partial(failure, self.checked.label, self._trt.__name__, self._log.messages)
 
-    def _create_context(self, engine: Any, kernels: RuntimeCache, graphs: bool = False) -> Any:
-        """An execution context, its activation memory lent by us; `graphs`: one that captures by itself if it can."""
-        trt = self._trt
-        strategies = trt.ExecutionContextAllocationStrategy
-        probe = trt.IExecutionContext
-        self._managed = hasattr(probe, "update_device_memory_size_for_shapes") and hasattr(probe, "set_device_memory")
-        strategy = strategies.USER_MANAGED if self._managed else strategies.STATIC
-        self._native = False
-        if hasattr(engine, "create_runtime_config"):
-            runtime_config = engine.create_runtime_config()
-            runtime_config.set_execution_context_allocation_strategy(strategy)
-            if not kernels.attach(runtime_config):
-                raise self._failed("setting the runtime cache")
-            if hasattr(runtime_config, "cuda_graph_strategy"):
-                self._native = True
-                if graphs:  # off by default; plain runs have other addresses each time, and would be captured again
-                    whole = type(runtime_config.cuda_graph_strategy).WHOLE_GRAPH_CAPTURE
-                    runtime_config.cuda_graph_strategy = whole
-                    if runtime_config.cuda_graph_strategy != whole:
-                        raise self._failed("setting the CUDA graph strategy")
-            context = engine.create_execution_context(runtime_config)
-        else:
-            context = engine.create_execution_context(strategy)
-        if context is None:
-            raise self._failed("creating an execution context")
-        return context
+    def _context(self, engine: Any, kernels: RuntimeCache, graphs: bool = False) -> BoundContext:
+        """An execution context of an engine; `graphs`: for one shape, that captures by itself if it can."""
+        streamed = bool(options_of(self.checked).get("weight_streaming"))
+        return open_context(self._trt, engine, kernels, self._failed, graphs=graphs, streamed=streamed)
 
     def _check_io(self, engine: Any) -> None:
         """Names, directions, places and dtypes as in the contract: a silent float32 engine is refused here."""
@@ -249,7 +187,7 @@ class TensorRTSession(EngineSession):
     def _run_plainly(self, call: Call, current: torch.cuda.Stream) -> None:
         stream = self._side if current.cuda_stream == 0 else current
         stream.wait_event(self._done)  # a context runs, and changes its profile, once at a time, on any stream
-        changed = self._main.prepare(call, stream)
+        self._main.prepare(call, stream)
         # A slice of a batch, or one of many timesteps, may start anywhere: those are copied.
         aligned = {name: t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for name, t in call.feeds.items()}
         self._main.bind({**aligned, **call.outputs})
@@ -263,8 +201,7 @@ class TensorRTSession(EngineSession):
             self._done.record(stream)
             current.wait_stream(stream)  # what is freed below is used again only after the engine is done
             del aligned, workspace
-        if changed:  # the first call of a shape compiles
-            self._kernels.save()
+        self._kernels.save_for(graph_key(call.profile, call.shapes))
 
     def _allocate(self, size: int) -> torch.Tensor | None:
         """Activation memory from torch's allocator."""
@@ -312,8 +249,7 @@ class TensorRTSession(EngineSession):
 
     def _make_graph(self, call: Call) -> ShapeGraph:
         """A context, buffers and activation memory for one shape, bound to one another once and for all."""
-        context = self._create_context(self._engine, self._kernels, graphs=True)
-        bound = BoundContext(context, self._managed, self._failed)
+        bound = self._context(self._engine, self._kernels, graphs=True)
         bound.prepare(call, self._side)
         if self._workspace is None or self._workspace.numel() < bound.needed:  # graphs keep the one that they have
             self._check_memory(bound.needed)
@@ -321,7 +257,7 @@ class TensorRTSession(EngineSession):
         buffers = Buffers(call.feeds, call.outputs)
         bound.bind({**buffers.inputs, **buffers.outputs})
         bound.lend(self._workspace)
-        return ShapeGraph(buffers, bound.enqueue, self._workspace)
+        return ShapeGraph(buffers, bound.enqueue, self._workspace, self._native)
 
     def _check_memory(self, needed: int) -> None:
         """EngineError when lasting activation memory would take more than half of what the device has free."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,42 +30,56 @@ class Call:
 class BoundContext:
     """An execution context, and what it was last told; it runs, and changes its profile, once at a time.
 
-    `managed`: whether activation memory is lent to it. `failed` makes the error for a step that failed.
+    `managed`: whether activation memory is lent to it; `streamed`: whether its weights are, from host memory. `failed`
+    makes the error for a step that failed.
     """
 
-    def __init__(self, context: Any, managed: bool, failed: Callable[[str], EngineError]) -> None:
+    def __init__(
+        self, context: Any, managed: bool, failed: Callable[[str], EngineError], streamed: bool = False
+    ) -> None:
         self.context = context
         self.needed = 0  # bytes of activation memory, for the shapes that are set
-        self._managed, self._failed = managed, failed
+        self._managed, self._failed, self._streamed = managed, failed, streamed
         self._shapes: Shapes = {}
-        self._memory = (0, 0)  # address and bytes that it was last given
+        self._memory: tuple[int, int] | None = None  # address and bytes that it was last given, for these shapes
 
-    def prepare(self, call: Call, stream: torch.cuda.Stream) -> bool:
-        """Set profile and input shapes, when they differ from the last call's; whether they did."""
-        changed = call.shapes != self._shapes
-        if changed:
-            self._shapes = {}
+    def prepare(self, call: Call, stream: torch.cuda.Stream) -> None:
+        """Set profile and input shapes, when they differ from the last call's."""
+        if call.shapes != self._shapes:
+            self._shapes, self._memory = {}, None  # how memory is used is laid out anew, so it is to be lent anew
             self._select_profile(call.profile, stream)
             for name, shape in call.shapes.items():
                 if not self.context.set_input_shape(name, shape):
                     raise self._failed(f"setting shape {shape} of input {name!r}")
-            if missing := self.context.infer_shapes():
+            with told(self._failed, "inferring shapes"):
+                missing = self.context.infer_shapes()
+            if missing:
                 raise self._failed(f"inferring shapes of {', '.join(missing)}")
-            self.needed = self.context.update_device_memory_size_for_shapes() if self._managed else 0
+            self.needed = self._measure(call.profile) if self._managed else 0
             self._shapes = call.shapes
         for name, tensor in call.outputs.items():
             found = tuple(self.context.get_tensor_shape(name))
             if found != tuple(tensor.shape):
                 raise self._failed(f"giving {name!r} the contract's shape {tuple(tensor.shape)}, not {found},")
-        return changed
 
     def _select_profile(self, profile: int, stream: torch.cuda.Stream) -> None:
         """Make a profile the active one; its shapes and memory must then be set anew."""
         if profile == self.context.active_optimization_profile:
             return
-        if not self.context.set_optimization_profile_async(profile, stream.cuda_stream):
-            raise self._failed(f"selecting optimization profile {profile}")
-        self._memory = (0, 0)
+        what = f"selecting optimization profile {profile}"
+        with told(self._failed, what):
+            taken = self.context.set_optimization_profile_async(profile, stream.cuda_stream)
+        if not taken:
+            raise self._failed(what)
+
+    def _measure(self, profile: int) -> int:
+        """Bytes of activation memory for the shapes that are set."""
+        engine = self.context.engine
+        # None needed, or an error that the library only logs: the whole profile's is enough in any case.
+        needed = self.context.update_device_memory_size_for_shapes()
+        needed = needed or engine.get_device_memory_size_for_profile_v2(profile)
+        # Room for streamed weights is part of the engine's own size, not surely of that for some shapes.
+        return max(needed, engine.device_memory_size_v2) if self._streamed else int(needed)
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the address of every input and output."""
@@ -73,15 +88,28 @@ class BoundContext:
                 raise self._failed(f"binding tensor {name!r}")
 
     def lend(self, block: torch.Tensor | None) -> None:
-        """Give activation memory, of `needed` bytes or more, that must live until the work is done."""
-        if block is not None and (block.data_ptr(), block.numel()) != self._memory:
-            self.context.set_device_memory(block.data_ptr(), block.numel())
-            self._memory = (block.data_ptr(), block.numel())
+        """Give activation memory, of `needed` bytes or more, that must live until the work is done; None takes it back.
+
+        Done after every change of shapes, even where it is the same block as before.
+        """
+        memory = (0, 0) if block is None else (block.data_ptr(), block.numel())
+        if self._managed and memory != self._memory:
+            self.context.set_device_memory(*memory)
+            self._memory = memory
 
     def enqueue(self, stream: int) -> None:
         """Queue one run on a stream, by its handle."""
         if not self.context.execute_async_v3(stream):
             raise self._failed("queueing the engine")
+
+
+@contextmanager
+def told(failed: Callable[[str], EngineError], what: str) -> Iterator[None]:
+    """The failure of a step that the bindings tell by RuntimeError or TypeError instead of an answer."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        raise failed(f"{what} ({' '.join(str(error).split()) or repr(error)})") from error
 
 
 def failure(label: str, library: str, messages: MutableSequence[str], what: str) -> EngineError:
@@ -107,13 +135,19 @@ def read_spans(engine: Any, names: Iterable[str]) -> list[Spans]:
 
 
 def pick_profile(profiles: Sequence[Spans], shapes: Shapes) -> int | None:
-    """The optimization profile that holds all shapes and has the smallest largest ones; None when none holds them."""
+    """The optimization profile that holds all shapes and has the smallest largest images; None when none holds them."""
     fitting = [
-        (sum(math.prod(high) for _, high in spans.values()), index)
+        (_volume(spans), index)
         for index, spans in enumerate(profiles)
         if all(_inside(shape, *spans[name]) for name, shape in shapes.items())
     ]
     return min(fitting)[1] if fitting else None
+
+
+def _volume(spans: Spans) -> int:
+    """Elements of the largest images or latents, which the work goes by, though text may have more; of all without."""
+    largest = [high for _, high in spans.values()]
+    return sum(math.prod(high) for high in [high for high in largest if len(high) == 4] or largest)
 
 
 def _inside(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:

@@ -49,7 +49,8 @@ def build_engine(
         str, typer.Option(help="Run on other GPUs, too: none, ampere-plus or same-compute-capability.")
     ] = "none",
     compute_capability: Annotated[
-        str | None, typer.Option(help="GPU generations of a tensorrt-rtx plan: 8.6,8.9,12.0; default: 8.0 and later.")
+        str | None,
+        typer.Option(help="GPU generations of a tensorrt-rtx plan: 8.6,8.9 or current; default: 8.0 and later."),
     ] = None,
     memory_cap_gb: Annotated[float | None, typer.Option(help="GiB that the build may take; more is an error.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,

@@ -22,6 +22,7 @@ HARDWARE = {"none": "NONE", "ampere-plus": "AMPERE_PLUS", "same-compute-capabili
 HIGHEST_LEVEL = 5
 GIB = 1 << 30
 TENSORRT, RTX = "tensorrt", "tensorrt-rtx"
+CURRENT = "current"  # in the place of compute capabilities: of the GPU that is here, named by the library or not
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class BuildOptions:
     weight_streaming: bool = False  # weights may stay in host memory and be copied when needed
     version_compatible: bool = False  # runs with later versions of the library, too
     hardware_compatible: str = "none"  # ampere-plus or same-compute-capability: runs on other GPUs, too
-    compute_capabilities: tuple[str, ...] = ()  # GPU generations of an ahead-of-time plan, e.g. ("8.6", "8.9")
+    # GPU generations of an ahead-of-time plan, e.g. ("8.6", "8.9"); ("current",): of this machine's GPU alone
+    compute_capabilities: tuple[str, ...] = ()
     memory_cap_gb: float | None = None  # that the build may take; it fails rather than take more
 
     def __post_init__(self) -> None:
@@ -71,9 +73,18 @@ class BuildOptions:
 
 
 def _sorted_capabilities(names: tuple[str, ...]) -> tuple[str, ...]:
+    if CURRENT in names:
+        if others := [name for name in names if name != CURRENT]:
+            raise InputError(
+                f"--compute-capability {CURRENT!r} is this machine's GPU alone: leave out {', '.join(others)}, or name "
+                "all by numbers"
+            )
+        return (CURRENT,)
     for name in names:
         if not re.fullmatch(r"\d+\.\d", name):
-            raise InputError(f"--compute-capability {name!r} is not understood: give numbers such as 8.6,8.9,12.0")
+            raise InputError(
+                f"--compute-capability {name!r} is not understood: give numbers such as 8.6,8.9,12.0, or {CURRENT}"
+            )
     return tuple(sorted(set(names), key=lambda name: tuple(map(int, name.split(".")))))
 
 
@@ -107,7 +118,7 @@ NEEDS: dict[str, Need] = {
         {RTX: "its plans are for several GPU generations anyway: name them with --compute-capability"},
     ),
     "compute_capabilities": Need(
-        ("IBuilderConfig.set_compute_capability", "ComputeCapability"),
+        ("IBuilderConfig.set_compute_capability", "ComputeCapability", "ComputeCapability.CURRENT"),
         (RTX,),
         {TENSORRT: "its engines are timed on the GPU of this machine: see --hardware-compatible"},
     ),
@@ -143,7 +154,7 @@ def _not_in_library(option: str, options: BuildOptions, library: ModuleType) -> 
         return f"{name} has no {missing[0]}"
     if option == "compute_capabilities":
         known = capabilities(library)
-        if unknown := [one for one in options.compute_capabilities if one not in known]:
+        if unknown := [one for one in options.compute_capabilities if one not in (*known, CURRENT)]:
             return f"{name} does not know {', '.join(unknown)} (it knows {', '.join(known)})"
     return None
 
@@ -153,12 +164,14 @@ def _not_on_this_machine(
 ) -> str | None:
     if option == "version_compatible" and lean_runtime(library.__name__) is None:
         return f"{library.__name__} {library.__version__} needs the lean runtime for it, and libnvinfer_lean is missing"
+    if option == "compute_capabilities" and CURRENT in options.compute_capabilities and not has_gpu:
+        return f"{CURRENT!r} is the NVIDIA GPU of this machine, and torch sees none: name generations such as 8.6,8.9"
     if target not in NEEDS[option].gpu:
         return None
     if not has_gpu:
         return f"{library.__name__} {library.__version__} builds such a plan only where there is an NVIDIA GPU"
     if len(options.compute_capabilities) != 1:
-        return "such a plan is for one GPU generation: name it with --compute-capability"
+        return f"such a plan is for one GPU generation: name it with --compute-capability, or give {CURRENT} there"
     return None
 
 

@@ -21,18 +21,20 @@ from typing import Any
 
 from export.build_errors import advice_for
 from export.build_job import Built, Job, check_io
-from export.build_options import GIB, HARDWARE, RTX, BuildOptions, lean_runtime
+from export.build_options import CURRENT, GIB, HARDWARE, RTX, BuildOptions, lean_runtime
 from export.build_parser import parser_errors
 from export.build_progress import progress_monitor
 from export.build_refit import has_marks, lora_weights, mark_weights
 from sdkd.console import Progress
 from sdkd.errors import BuildError, MissingExtraError
 from sdkd.gpu_trial import capabilities, runs_portably
+from sdkd.targets import gpu
 
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 # Without a list of compute capabilities tensorrt_rtx builds one plan for 8.0 and all later GPUs; 7.5 must be named.
 PORTABLE_FROM = (8, 0)
+ACTIVATION_RESIZE = "RUNTIME_ACTIVATION_RESIZE_10_10"
 
 
 def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
@@ -49,7 +51,11 @@ def build(job: Job, progress: Progress) -> Built:
     options = BuildOptions.of(job.flags.get("options", {}))
     progress("parsing the graph", 0.0)
     parsed = _parse(trt, job)
-    facts: dict[str, Any] = {"attention": _allow_decomposition(trt, parsed.network)}
+    # Told, not asked for: engines of before it run as well, they only take more memory.
+    facts: dict[str, Any] = {
+        "attention": _allow_decomposition(trt, parsed.network),
+        "activation_resize": _activation_resize(trt) is not None,
+    }
     marked = mark_weights(trt, parsed.network, lora_weights(job)) if options.refit == "lora" else ()
     if options.refit == "lora":
         facts["refittable_weights"] = len(marked)
@@ -120,7 +126,9 @@ def _allow_decomposition(trt: ModuleType, network: Any) -> str:
 
 
 def config_arguments(trt: ModuleType, options: BuildOptions, marked: bool = False) -> dict[str, Any]:
-    """What Polygraphy's CreateConfig is given for the options, and under `flags` what it has no argument for.
+    """What Polygraphy's CreateConfig is given for the options, and what it has no argument for, or does not check.
+
+    Under `flags`: names of flags; under `current`: whether the plan is for this machine's GPU alone.
 
     `marked`: whether some weights, and not all, were marked as refittable.
     """
@@ -142,8 +150,9 @@ def config_arguments(trt: ModuleType, options: BuildOptions, marked: bool = Fals
         "hardware_compatibility_level": None if level == "NONE" else getattr(trt.HardwareCompatibilityLevel, level),
         **streaming,
         "flags": names,
+        "current": options.compute_capabilities == (CURRENT,),
     }
-    if options.compute_capabilities:
+    if options.compute_capabilities and not found["current"]:
         found["compute_capabilities"] = [tuple(map(int, one.split("."))) for one in options.compute_capabilities]
     return found
 
@@ -156,7 +165,7 @@ def _plan(trt: ModuleType, job: Job, parsed: _Parsed, arguments: dict[str, Any],
         for name, (low, best, high) in shapes.items():
             profile.add(name, tuple(low), tuple(best), tuple(high))
     cache = str(Path(job.folder) / job.timing_cache) if job.timing_cache else None
-    names = arguments.pop("flags")
+    names, current = arguments.pop("flags"), arguments.pop("current")
     if arguments["version_compatible"] and (lean := lean_runtime(trt.__name__)):
         ctypes.CDLL(str(lean), mode=ctypes.RTLD_GLOBAL)  # the builder looks for it by name, and pip puts it elsewhere
     with progress_monitor(trt, progress, job.target, job.weight_bytes()) as monitor:
@@ -165,12 +174,17 @@ def _plan(trt: ModuleType, job: Job, parsed: _Parsed, arguments: dict[str, Any],
         )
         config = create(parsed.builder, parsed.network)
         _set_flags(trt, config, names)
+        if current:
+            _set_current(trt, config)
         found = (parsed.builder, parsed.network, parsed.parser)
         return memoryview(EngineBytesFromNetwork(found, config, save_timing_cache=cache)())
 
 
 def _set_flags(trt: ModuleType, config: Any, names: Sequence[str]) -> None:
-    """TF32 off, the named flags on; BuildError when the library does not take one, which it only logs."""
+    """TF32 off, the named flags on, activation memory by a call's shapes where the library has that.
+
+    BuildError when the library does not take a flag, which it only logs.
+    """
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
     for name in names:
@@ -178,6 +192,28 @@ def _set_flags(trt: ModuleType, config: Any, names: Sequence[str]) -> None:
         config.set_flag(flag)
         if not config.get_flag(flag):
             raise BuildError(f"{trt.__name__} {trt.__version__} does not take the flag {name} here")
+    if (resize := _activation_resize(trt)) is not None:
+        config.set_preview_feature(resize, True)
+        if not config.get_preview_feature(resize):
+            raise BuildError(f"{trt.__name__} {trt.__version__} does not take the preview feature {ACTIVATION_RESIZE}")
+
+
+def _set_current(trt: ModuleType, config: Any) -> None:
+    """A plan for the GPU that is here alone; BuildError when the library says no, which Polygraphy does not look at."""
+    config.num_compute_capabilities = 1
+    if not config.set_compute_capability(trt.ComputeCapability.CURRENT, 0):
+        raise BuildError(
+            f"{trt.__name__} {trt.__version__} does not build for this GPU alone: leave out --compute-capability, or "
+            "name generations"
+        )
+
+
+def _activation_resize(trt: ModuleType) -> Any:
+    """The feature without which an engine wants its largest shapes' memory for small ones, too; None in old libraries.
+
+    From the description of update_device_memory_size_for_shapes, which sessions call, in TensorRT's API.
+    """
+    return getattr(getattr(trt, "PreviewFeature", None), ACTIVATION_RESIZE, None)
 
 
 def _create_config(target: str) -> Any:
@@ -196,6 +232,10 @@ def _built_for(trt: ModuleType, target: str, options: BuildOptions) -> tuple[str
     """
     if target != RTX:
         return ()
+    if options.compute_capabilities == (CURRENT,):
+        device = gpu()
+        assert device, "a plan for the GPU that is here was built without one"
+        return (device["compute_capability"],)
     if options.compute_capabilities:
         return options.compute_capabilities
     portable = [one for one in capabilities(trt) if tuple(map(int, one.split("."))) >= PORTABLE_FROM]

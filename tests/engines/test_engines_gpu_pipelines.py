@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from onnx import helper
 from small_bundles import CALLS, SIZES, small_bundle, small_modules
 from small_exports import bundle_copy
 from small_exports import small_pipeline as exported_pipeline
-from test_engines_gpu import KINDS, LARGE, SMALL, graph_for_gpu, on_gpu, skip_foreign, usable
+from test_engines_gpu import KINDS, LARGE, SMALL, for_this_gpu, graph_for_gpu, on_gpu, skip_foreign, usable
 from test_engines_lora import draw, save_lora
 
 from engines import load_pipeline, plug
@@ -30,14 +31,13 @@ from export.build import build_engine
 from export.build_options import BuildOptions
 from sdkd.bundle import Bundle
 from sdkd.contract import Precision
-from sdkd.errors import InputError, OutOfMemoryError, StaleEngineError
+from sdkd.errors import OutOfMemoryError, StaleEngineError
 from sdkd.profiles import Range, ShapeRanges
-from sdkd.targets import gpu
 from sdkd.workflow import rebuild
 
 MB = 1 << 20
 HUGE = ShapeRanges(Range(1, 1, 8), Range(32, 32, 2048), Range(32, 32, 2048), Range.fixed(77))
-HIDDEN = 1 << 21  # of a graph with 144 MB of weights in float16
+HIDDEN = 1 << 21  # of a graph with 268 MB of weights in float16
 ONE_SIZE = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 
 
@@ -149,15 +149,10 @@ def test_gpu_onnxruntime_waits_for_the_callers_stream(tmp_path: Path) -> None:
 def adaptable(folder: Path, kind: str, refit: str) -> Bundle:
     """The exported pipeline on one kind, its UNet for a LoRA by refit, or by rebuilding where `refit` is `none`."""
     usable(kind)
-    device = gpu()
-    assert device
-    alone = (device["compute_capability"],) if kind == "tensorrt-rtx" and refit != "none" else ()
-    bundle = bundle_copy(folder)
-    try:
-        options = BuildOptions(refit=refit, compute_capabilities=alone)
-        bundle = build_engine(bundle, kind, precision="fp32", ranges=ONE_SIZE, components=("unet",), options=options)
-    except InputError as error:  # this GPU is none of those that an ahead-of-time engine can be built for
-        pytest.skip(str(error))
+    options = BuildOptions(refit=refit, **({} if refit == "none" else for_this_gpu(kind)))
+    bundle = build_engine(
+        bundle_copy(folder), kind, precision="fp32", ranges=ONE_SIZE, components=("unet",), options=options
+    )
     bundle = build_engine(
         bundle, kind, precision="fp32", ranges=ONE_SIZE, components=("text_encoder", "vae_decoder", "vae_encoder")
     )
@@ -191,9 +186,11 @@ def test_gpu_loras_are_exact_and_come_off(tmp_path: Path, kind: str, refit: str)
     removed = draw(pipe)
     if kind == "tensorrt":  # TensorRT-RTX may change to faster kernels between two calls
         np.testing.assert_array_equal(back, drawn["a"])  # A after B is A
-        np.testing.assert_array_equal(removed, before)
     else:
         agree(back, drawn["a"], 60)
+    if kind == "tensorrt" and refit == "none":
+        np.testing.assert_array_equal(removed, before)
+    else:  # weights that were folded together when the engine was built need not be so when it is refitted
         agree(removed, before, 60)
 
 
@@ -213,11 +210,19 @@ def limited(more: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def huge_unet(folder: Path, kind: str) -> Bundle:
+    """The hand-written UNet for up to 8 images of 2048 px, and a config without attention: its scores were too many."""
+    bundle = graph_bundle(folder, "fp16", ("unet", "vae_decoder", "text_encoder"))
+    config = {**CONFIGS["unet"], "down_block_types": ["DownBlock2D"] * 2}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    return build_engine(bundle, kind, precision="fp16", ranges=HUGE, components=("unet",))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_a_run_without_memory_is_told_and_leaves_nothing(tmp_path: Path, kind: str) -> None:
     usable(kind)
-    bundle = graph_unet(tmp_path / "bundle", "fp16", (kind,), HUGE)
+    bundle = huge_unet(tmp_path / "bundle", kind)
     skip_foreign(bundle, kind)
     modest, large = unet_feeds("fp16", 2, 16), on_gpu(unet_feeds("fp16", 16, 1024))  # 128 MiB in, as much out
     with open_session(bundle, kind, "unet") as session:
@@ -259,7 +264,7 @@ def test_gpu_activation_memory_that_is_missing_costs_one_call(small: Bundle, mon
 
 
 def heavy_unet(folder: Path, kind: str) -> Bundle:
-    """The hand-written UNet with 144 MB of weights, in float16."""
+    """The hand-written UNet with 268 MB of weights, in float16."""
     usable(kind)
     bundle = graph_bundle(folder, "fp16", ("unet", "vae_decoder", "text_encoder"))
     model = graph_model("unet", "fp16")
@@ -306,6 +311,8 @@ def test_gpu_an_engine_that_does_not_fit_is_told_and_leaves_nothing(tmp_path: Pa
     with open_session(light, kind, "unet") as session:
         expected = session.run(on_gpu(feeds))["out_sample"].cpu()
         with filled(96 * MB):
+            with pytest.raises(OutOfMemoryError, match=r"ran out of GPU memory"):  # what stays, stays once
+                open_session(heavy, kind, "unet")
             before = torch.cuda.mem_get_info()[0]
             for _ in range(3):
                 with pytest.raises(
@@ -478,6 +485,15 @@ def test_the_heavy_graph_is_what_it_says(tmp_path: Path, monkeypatch: pytest.Mon
     feeds = unet_feeds("fp16")
     with open_session(bundle, "onnxruntime", "unet") as session:
         close_to(session.run(feeds)["out_sample"], reference(bundle, "unet", feeds), 1e-2)
+
+
+def test_the_huge_graph_can_be_built(tmp_path: Path) -> None:
+    """For TensorRT-RTX, without a GPU: no check of what it takes refuses it."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("polygraphy")
+    record = huge_unet(tmp_path / "bundle", "tensorrt-rtx").engine("tensorrt-rtx", "unet")
+    assert record.ranges.height.max == 2048
+    assert record.flags["activation_resize"] is True
 
 
 def test_the_gpu_tests_are_marked() -> None:

@@ -23,7 +23,7 @@ LIBRARIES = frozenset(API["wheels"])
 SOURCES = (
     "export/build_tensorrt.py", "export/build_parser.py", "export/build_refit.py", "export/build_progress.py",
     "export/build_options.py", "engines/session_tensorrt.py", "engines/tensorrt_context.py", "engines/runtime_cache.py",
-    "sdkd/gpu_trial.py",
+    "engines/tensorrt_open.py", "sdkd/gpu_trial.py",
 )  # fmt: skip
 MODULE_NAMES = ("trt", "_trt", "library")
 # Which class of the library a variable or attribute of ours holds.

@@ -15,7 +15,7 @@ import torch
 from graph_bundles import CONFIGS, graph_bundle
 from small_exports import half_unet
 
-from export import build_engine
+from export import build_engine, build_tensorrt
 from export.build_job import Job
 from export.build_options import GIB, BuildOptions, capabilities, check_options, difference, lean_runtime
 from export.build_refit import lora_weights, mark_weights, touched
@@ -57,6 +57,10 @@ def test_defaults_leave_no_trace() -> None:
         ({"memory_cap_gb": -1}, r"--memory-cap-gb -1 is no size"),
         ({"memory_cap_gb": float("nan")}, r"--memory-cap-gb nan is no size"),
         ({"compute_capabilities": ("89",)}, r"--compute-capability '89' is not understood: give numbers such as 8.6"),
+        (
+            {"compute_capabilities": ("current", "8.6", "8.9")},
+            r"--compute-capability 'current' is this machine's GPU alone: leave out 8.6, 8.9, or name all by numbers",
+        ),
     ],
 )
 def test_values_that_nobody_takes(values: dict[str, Any], message: str) -> None:
@@ -90,7 +94,31 @@ def test_what_rtx_does_only_on_a_gpu(trt: ModuleType, values: dict[str, Any]) ->
         check_options(BuildOptions(**values), RTX, trt, has_gpu=False)
     with pytest.raises(InputError, match=r"such a plan is for one GPU generation: name it with --compute-capability"):
         check_options(BuildOptions(**values), RTX, trt, has_gpu=True)
-    check_options(BuildOptions(**values, compute_capabilities=("8.9",)), RTX, trt, has_gpu=True)
+    for one in ("8.9", "current"):
+        check_options(BuildOptions(**values, compute_capabilities=(one,)), RTX, trt, has_gpu=True)
+
+
+def test_the_gpu_that_is_here_alone(trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = BuildOptions(compute_capabilities=("current",))
+    assert options.changed() == {"compute_capabilities": ["current"]}
+    assert BuildOptions.of(options.changed()) == options
+    check_options(options, RTX, trt, has_gpu=True)
+    with pytest.raises(
+        InputError,
+        match=r"--compute-capability cannot be had for tensorrt-rtx: 'current' is the NVIDIA GPU of this machine, and "
+        r"torch sees none: name generations such as 8.6,8.9",
+    ):
+        check_options(options, RTX, trt, has_gpu=False)
+    arguments = config_arguments(trt, options)
+    assert arguments["current"] is True
+    assert "compute_capabilities" not in arguments
+    assert config_arguments(trt, BuildOptions(compute_capabilities=("8.6",)))["current"] is False
+    config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
+    build_tensorrt._set_current(trt, config)
+    assert config.num_compute_capabilities == 1
+    here = {"gpu": "Example GPU", "compute_capability": "9.0"}  # one that the library does not name
+    monkeypatch.setattr(build_tensorrt, "gpu", lambda: here)
+    assert build_tensorrt._built_for(trt, RTX, options) == ("9.0",)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -145,6 +173,7 @@ def test_a_plan_for_named_generations(bundle: Bundle, trt: ModuleType) -> None:
     record = build_engine(bundle, RTX, components=["unet"], options=options).engine(RTX, "unet")
     assert record.built_for == ("8.6", "12.0")
     assert record.flags["plan_accelerators"] == ["sm86", "sm120"]
+    assert record.flags["activation_resize"] == hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10")
     assert record.flags["options"] == options.changed()
     assert bundle.stale_reasons(record, {"compute_capability": "8.9"}) == [
         "built for compute capability 8.6, 12.0, here it is 8.9 (sdkd doctor --try tries that one)"
