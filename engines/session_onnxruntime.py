@@ -13,48 +13,48 @@ from engines.session import Checked, EngineSession, check_names, verify_once
 from sdkd.errors import EngineError
 from sdkd.onnx_attention import FUSED, fuse_attention
 from sdkd.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole
+from sdkd.onnxruntime_cuda import CPU, CUDA, cuda_problem, open_session, runs_on_cuda
 
 if TYPE_CHECKING:
     import numpy as np
 
+__all__ = ["CPU", "CUDA", "ELEMENT", "OnnxRuntimeSession", "providers"]
+
 # onnx.TensorProto.DataType of the contract's dtypes: stable numbers of the ONNX format.
 ELEMENT = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 
-
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Threads that wait for the next call in a loop hold the cores that PyTorch's part of a pipeline needs in between.
 REST = "session.force_spinning_stop"
 
 
 def providers(preferred: str | None = None) -> list[str]:
-    """Execution providers to ask for, best first: CUDA where the package and a GPU are there, else the CPU.
+    """Execution providers to ask for, best first: CUDA where it really runs here, else the CPU.
 
-    `preferred`: `cpu` or `cuda`; EngineError when CUDA is asked for and is not there.
+    `preferred`: `cpu` or `cuda`; EngineError when CUDA is asked for and does not run. Without a preference, a package
+    and a GPU that do not come together are logged, and the CPU is what every session and `expected_device` say.
     """
-    import onnxruntime
-
-    cuda = CUDA in onnxruntime.get_available_providers() and torch.cuda.is_available()
-    if preferred == "cuda" and not cuda:
-        raise EngineError("ONNX Runtime has no CUDA here: install onnxruntime-gpu in place of onnxruntime, with a GPU")
-    return [CUDA, CPU] if cuda and preferred != "cpu" else [CPU]
+    if preferred == "cuda" and (problem := cuda_problem()):
+        raise EngineError(f"ONNX Runtime cannot run on CUDA here: {problem}; or open it with provider='cpu'")
+    return [CUDA, CPU] if preferred == "cuda" or (preferred != "cpu" and runs_on_cuda()) else [CPU]
 
 
 class OnnxRuntimeSession(EngineSession):
     """One ONNX graph in ONNX Runtime.
 
     `threads`: CPU threads of one operator (the library's default when None). `provider`: `cpu`, `cuda`, or None for the
-    best that is there. The engine's file was optimised for a CPU; CUDA starts from the exported graph.
+    best that is there. An engine was optimised for one of them; the other starts from the exported graph. EngineError
+    where CUDA was chosen and the session is not there.
     """
 
     def __init__(self, checked: Checked, *, threads: int | None = None, provider: str | None = None) -> None:
         super().__init__(checked)
         self._providers, self._threads = providers(provider), threads
+        if self._providers[0] == CUDA:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._session: Any = self._opened(str(_graph(checked, self._providers[0])))
         check_names(
             checked, (value.name for value in self._session.get_inputs()), (v.name for v in self._session.get_outputs())
         )
-        cuda = self._session.get_providers()[0] == CUDA
-        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
     def _opened(self, model: str | bytes, folder: Path | None = None) -> Any:
         """A session of a file, or of a graph in memory whose other weights lie in `folder`."""
@@ -68,7 +68,7 @@ class OnnxRuntimeSession(EngineSession):
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            return onnxruntime.InferenceSession(model, options, providers=self._providers)
+            return open_session(model, options, cuda=self.device.type == "cuda", device=self.device.index or 0)
         except Exception as error:
             raise EngineError(f"{self.checked.label} could not be opened by ONNX Runtime: {error}") from error
 
@@ -108,7 +108,9 @@ class OnnxRuntimeSession(EngineSession):
 
 
 def _graph(checked: Checked, provider: str) -> Path:
-    if provider == CPU:
+    """The engine's file where it was optimised for this provider, else the exported graph."""
+    built_for = CUDA if checked.record.flags.get("provider") == "cuda" else CPU
+    if provider == built_for:
         return checked.path
     component = checked.bundle.component(checked.record.component)
     verify_once(checked.bundle, component)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +82,7 @@ def export_pipeline(
 
 def versions() -> dict[str, str]:
     """Versions of everything that an exported graph depends on."""
-    return {"sdkd": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    return {"sdkd": __version__, **{name: str(importlib.import_module(name).__version__) for name in LIBRARIES}}
 
 
 def _check_components(components: Sequence[str] | None) -> None:

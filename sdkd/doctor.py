@@ -53,6 +53,7 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "libraries": {name: installed_version(name) for name in LIBRARIES},
         "onnxruntime_providers": _providers(),
+        "onnxruntime_cuda": _cuda_problem(),
         "targets": [asdict(availability(name)) for name in TARGETS],
         "gpu_support": [asdict(one) for one in gpu_support()],
     }
@@ -122,6 +123,13 @@ def _providers() -> list[str]:
     return [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
 
 
+def _cuda_problem() -> str | None:
+    """Why an onnxruntime for CUDA does not run on the GPU that is here; None where it does, or nobody expects it."""
+    from sdkd.onnxruntime_cuda import CUDA, cuda_problem
+
+    return cuda_problem() if gpu() and CUDA.removesuffix("ExecutionProvider") in _providers() else None
+
+
 def _yes(value: bool) -> str:
     return "[green]yes[/]" if value else "no"
 
@@ -171,6 +179,8 @@ def doctor(
     for one in targets:
         if one.fix:
             show(f"  {one.target}: {one.fix}".replace("[", r"\["))
+    if found["onnxruntime_cuda"]:
+        show(escape(f"  onnxruntime runs on the CPU, although there is a GPU: {found['onnxruntime_cuda']}"))
 
 
 def _try_all() -> list[Trial]:

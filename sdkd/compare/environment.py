@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.compare.peaks import nvml_device
-from sdkd.targets import TARGETS, cpu_flags, cpu_name, gpu, installed_version
+from sdkd.targets import TARGETS, availability, cpu_flags, cpu_name, gpu, installed_version
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "numpy")
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "numpy")
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # packages with the same module: the last one installed is imported
 # What decides whether half precision is fast on a CPU.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "bf16")
 LOOK_SECONDS = 0.1  # for which the CPU is watched while nothing of ours runs
@@ -54,9 +55,11 @@ def environment(device: str, load_before: Sequence[float] | None = None) -> dict
         "gpu": gpu(),
         "gpu_driver": _driver(),
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "os": _system(),
         "python": platform.python_version(),
         "versions": versions(),
+        "onnxruntime_packages": _installed(ONNXRUNTIMES),
         **_state(device),
         **({} if load_before is None else {"load_average": list(load_before)}),
     }
@@ -141,12 +144,18 @@ def _system() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of sdkd, the libraries and every installed target."""
+    """Versions of sdkd, the libraries and every installed target; of onnxruntime, that of the module which runs."""
     from sdkd import __version__
 
-    names = (*LIBRARIES, *(target.distribution for target in TARGETS.values()))
-    found = {name: version for name in names if (version := installed_version(name))}
+    names = (*LIBRARIES, *(target.distribution for target in TARGETS.values()), *ONNXRUNTIMES)
+    found = _installed(names)
+    if (runs := availability("onnxruntime").version) is not None:
+        found["onnxruntime"] = runs
     return {"sdkd": __version__, **found}
+
+
+def _installed(names: Sequence[str]) -> dict[str, str]:
+    return {name: version for name in names if (version := installed_version(name))}
 
 
 def attention_kernel(work: Callable[[], object]) -> str:

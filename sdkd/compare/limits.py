@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 BUDGET_S = 1.0  # for the matrix products, and as much for the copies
-MOST_CALLS = 10  # of one size
+FEWEST_CALLS, MOST_CALLS = 3, 10  # timed, of one size
+WARM_CALLS = 2  # before them, and out of the budget: libraries start up and choose kernels, on a GPU for a second
 CPU_SIDES = (256, 512, 1024, 2048)  # of square matrices
 CUDA_SIDES = (1024, 2048, 4096, 8192)
 SIDE_GROWTH = 8  # a product of twice the side has eight times the work
 CONVOLUTION = (2, 320, 64)  # batch, channels, side of the UNet's first level at 512 px; kernels of 3 x 3
-COPY_BYTES = 256 * 2**20  # beyond what caches hold
+COPY_BYTES, CUDA_COPY_BYTES = 256 * 2**20, 2**30  # beyond what caches hold
 EXPLAINED = (
     "FLOPs of one UNet call: a multiply-add counts as 2; convolutions, linear layers and both products of attention "
     "count, element-wise work does not. Bytes: weights, inputs and output once, so a lower bound."
@@ -122,11 +123,12 @@ def measure_ceilings(device: str, precision: str) -> Ceilings:
         convolution = f"3 × 3 convolution of {channels} channels, {wide} × {wide}, in {name}"
         rates[convolution] = _convolution_rate(timer, dtype, product_rate)
     fastest = max(rates, key=rates.__getitem__)
-    bytes_per_s = _copy_rate(timer)
+    copied = CUDA_COPY_BYTES if on_cuda else COPY_BYTES
+    bytes_per_s = _copy_rate(timer, copied)
     if on_cuda:
         torch.cuda.empty_cache()
     threads = "" if on_cuda else f", {torch.get_num_threads()} threads"
-    return Ceilings(rates[fastest], bytes_per_s, f"{fastest}; copy of {COPY_BYTES // 2**20} MiB{threads}")
+    return Ceilings(rates[fastest], bytes_per_s, f"{fastest}; copy of {copied // 2**20} MiB{threads}")
 
 
 def fraction(work: Work, ceilings: Ceilings, seconds: float) -> Limit:
@@ -195,22 +197,24 @@ def _convolution_rate(timer: Timer, dtype: torch.dtype, product_rate: float) -> 
     return flops / best
 
 
-def _copy_rate(timer: Timer) -> float:
-    """Bytes read and written per second by a copy of COPY_BYTES from memory to memory of the device."""
+def _copy_rate(timer: Timer, size: int) -> float:
+    """Bytes read and written per second by a copy of `size` bytes from memory to memory of the device."""
     import torch
 
-    source = torch.ones(COPY_BYTES // 4, device=timer.device)  # float32
+    source = torch.rand(size // 4, device=timer.device)  # float32; random, since GPUs can compress what repeats
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _fastest_call(timer, lambda: target.copy_(source), BUDGET_S)[0]
+    return 2 * size / _fastest_call(timer, lambda: target.copy_(source), BUDGET_S)[0]
 
 
 def _fastest_call(timer: Timer, work: Callable[[], object], budget_s: float) -> tuple[float, float]:
-    """Seconds of the fastest of some calls, and of all; the first one, which warms up, counts when it is the only one.
+    """Seconds of the fastest of some calls, and of all that were timed; what comes before, to warm up, counts nowhere.
 
-    One call at least, MOST_CALLS at most, and no more than the budget lets expect.
+    FEWEST_CALLS at least, MOST_CALLS at most, and between them no more than the budget lets expect.
     """
-    first = timer.time(work).wall_s
-    calls = min(MOST_CALLS, int((budget_s - first) / first))
-    samples = [timer.time(work) for _ in range(calls)]
-    best = min((sample.seconds for sample in samples), default=first)
-    return best, first + sum(sample.wall_s for sample in samples)
+    for _ in range(WARM_CALLS):
+        timer.time(work)  # which waits for the device, so that nothing of it is left to the next call
+    samples = [timer.time(work) for _ in range(FEWEST_CALLS)]
+    spent = sum(sample.wall_s for sample in samples)
+    more = int((budget_s - spent) / (spent / FEWEST_CALLS))
+    samples += [timer.time(work) for _ in range(min(more, MOST_CALLS - FEWEST_CALLS))]
+    return min(sample.seconds for sample in samples), sum(sample.wall_s for sample in samples)

@@ -30,6 +30,22 @@ def test_the_account_is_json_and_tells_no_host_name() -> None:
     assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
 
 
+def test_versions_are_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    here = environment("cpu")
+    assert {"accelerate", "onnxscript"} <= set(here["versions"])
+    assert here["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert onnxruntime.__version__ in here["onnxruntime_packages"].values()
+    assert here["cudnn"] == (torch.backends.cudnn.version() if torch.cuda.is_available() else None)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.99.0")
+    installed = {"onnxruntime": "1.22.0", "onnxruntime-gpu": "1.99.0", "triton": "3.5.0"}
+    monkeypatch.setattr(surroundings, "installed_version", installed.get)
+    found = surroundings.versions()
+    assert (found["onnxruntime"], found["onnxruntime-gpu"], found["triton"]) == ("1.99.0", "1.99.0", "3.5.0")
+    assert environment("cpu")["onnxruntime_packages"] == {"onnxruntime": "1.22.0", "onnxruntime-gpu": "1.99.0"}
+
+
 def test_what_moves_is_read_before_and_after() -> None:
     here, later = environment("cpu"), state_after("cpu")
     assert set(later) == {"cpu_mhz_after", "cpu_busy_percent_after", "load_average_after", "gpu_state_after"}

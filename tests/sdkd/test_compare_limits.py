@@ -10,11 +10,14 @@ import helpers
 import pytest
 import torch
 
+import sdkd.compare.limits as limits
 from sdkd.compare.limits import (
     Ceilings,
     Work,
     _convolution_rate,
+    _copy_rate,
     _fastest_call,
+    _fastest_product,
     element_bytes,
     fraction,
     measure_ceilings,
@@ -94,9 +97,34 @@ def test_a_convolution_counts_where_the_products_are_not_too_slow_for_it() -> No
 def test_slow_calls_are_few() -> None:
     ticks = itertools.count(0.0, 1.0)
     timer = Timer("cpu", clock=lambda: next(ticks), cpu_clock=lambda: 0.0)  # every call takes 1 s
-    assert _fastest_call(timer, lambda: None, 0.5) == (1.0, 1.0)
+    assert _fastest_call(timer, lambda: None, 0.5) == (1.0, 3.0)
     assert _fastest_call(timer, lambda: None, 4.0) == (1.0, 4.0)
-    assert _fastest_call(timer, lambda: None, 60.0) == (1.0, 11.0)
+    assert _fastest_call(timer, lambda: None, 60.0) == (1.0, 10.0)
+
+
+def slow_at_first(first_s: float, then_s: float) -> Timer:
+    """A timer whose first call takes as long as a library that starts up, all others as long as the work."""
+    gaps = itertools.chain([0.0, first_s], itertools.cycle([0.0, then_s]))
+    ticks = itertools.accumulate(gaps)
+    return Timer("cpu", clock=lambda: next(ticks), cpu_clock=lambda: 0.0)
+
+
+@pytest.mark.parametrize("first_s", [0.01, 0.26, 30.0])
+def test_a_library_that_starts_up_changes_no_ceiling(monkeypatch: pytest.MonkeyPatch, first_s: float) -> None:
+    monkeypatch.setattr(limits, "BUDGET_S", 1.0)
+    side, rate = _fastest_product(slow_at_first(first_s, 0.01), (8, 16, 32), torch.float32)
+    assert (side, rate) == (32, pytest.approx(2 * 32**3 / 0.01))
+    assert _copy_rate(slow_at_first(first_s, 0.01), 4096) == pytest.approx(2 * 4096 / 0.01)
+
+
+def test_what_is_copied_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.Tensor] = []
+    original = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, source: copied.append(source) or original(to, source))
+    _copy_rate(Timer("cpu"), 4096)
+    assert len(copied) >= 5
+    assert copied[0].numel() == 1024
+    assert copied[0].unique().numel() > 1000
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import sdkd.doctor as command
+import sdkd.onnxruntime_cuda as onnxruntime_cuda
 from sdkd.doctor import doctor, examine
 from sdkd.targets import (
     DRIVERS,
@@ -21,6 +23,7 @@ from sdkd.targets import (
     cuda_packages,
     driver_cuda,
     driver_version,
+    gpu,
     gpu_problem,
     timing_cache,
 )
@@ -111,6 +114,21 @@ def test_for_programs() -> None:
     assert "CPU" in found["onnxruntime_providers"]
     assert found["gpu"]["torch_cuda"] == torch.version.cuda
     assert set(found) == set(examine())
+
+
+def test_an_onnxruntime_that_does_not_reach_the_gpu_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert examine()["onnxruntime_cuda"] is None or gpu()
+    monkeypatch.setattr(onnxruntime_cuda, "cuda_problem", lambda: "libraries [of cuDNN] did not load")
+    monkeypatch.setattr(command, "gpu", lambda: {"gpu": "planted", "compute_capability": "9.0"})
+    monkeypatch.setattr(command, "_gpu", lambda: {"gpu": "planted"})
+    monkeypatch.setattr(command, "gpu_support", list)
+    for listed, told in ((["CPU"], False), (["CUDA", "CPU"], True)):
+        monkeypatch.setattr(command, "_providers", lambda listed=listed: listed)
+        command.doctor()
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("although there is a GPU: libraries [of cuDNN] did not load" in said) == told
 
 
 def test_for_people_in_80_columns() -> None:
