@@ -115,6 +115,22 @@ def test_a_kit_is_split_and_installs_into_an_empty_folder(
     )  # fmt: skip
     assert asked.stdout.strip() == "2.0 1.0"
     assert sorted(path.name for path in kit.iterdir() if path.is_dir()) == []  # nothing is left behind
+    assert list(target.rglob("*.pyc")) == []  # compiled when it is imported, if at all
+
+
+def test_what_is_there_is_left_out_and_the_rest_fits_its_versions(tmp_path: Path, index: Path) -> None:
+    for version in ("1.0", "2.0"):
+        wheel(index, "needy", version, (f"hub=={version}",))
+        wheel(index, "hub", version)
+    freeze = tmp_path / "there.txt"
+    freeze.write_text("# of the machine\nTorch==2.11.0+cu130\nhub==1.0\n-e git+https://x/y#egg=y\nlocal @ file:///x\n")
+    wheel(index, "torch", "2.11.0")
+    assert gpu_kit.present_of(f"{freeze},hub") == {"torch": "2.11.0", "hub": "", "local": ""}
+    kit = make(tmp_path, index, "--packages", "needy,large", "--present", str(freeze))
+    names = [one["file"] for one in json.loads((kit / "kit.json").read_text())["wheels"]]
+    assert names == ["helper-1.0-py3-none-any.whl", "large-2.0-py3-none-any.whl", "needy-1.0-py3-none-any.whl"]
+    with pytest.raises(SystemExit, match=r"--present: 'there\.txt 2' is no file, name or NAME==VERSION"):
+        gpu_kit.present_of("there.txt 2")
 
 
 def test_source_packages_are_built_when_they_are_pure(tmp_path: Path, index: Path) -> None:
@@ -141,6 +157,9 @@ def test_a_damaged_piece_is_named(tmp_path: Path, index: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     found = install(kit, tmp_path / "packages")
     assert (found.returncode, found.stderr.strip()) == (1, f"{part.name} is damaged: bring it again")
+    part.write_bytes(part.read_bytes()[:70_000])
+    said = install(kit, tmp_path / "packages").stderr.strip()
+    assert said == f"{part.name} has 70000 bytes, not 100000: it was copied in part, bring it again"
 
 
 def test_a_kit_for_another_python_is_refused(tmp_path: Path, index: Path) -> None:

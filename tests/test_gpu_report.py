@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 import time
@@ -13,21 +12,21 @@ from typing import Any
 
 import pytest
 import small_exports
+import torch
 from helpers import tiny_pipeline
 
 from sdkd import gpu_trial
-from sdkd.errors import InputError
+from sdkd.errors import EngineError, InputError
 from sdkd.files import read_json, write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-import bench_train
 import gpu_report
-from gpu_bench import bundles, page, runner, unets
+from gpu_bench import bundles, page, parts, runner, unets
 from gpu_bench.device import Device
 from gpu_bench.goals import goals
 from gpu_bench.record import Record
-from gpu_bench.settings import ENGINES, Piece, Settings, all_pieces, chosen, dry
+from gpu_bench.settings import ENGINES, Piece, Settings, all_pieces, cap, chosen, cost, dry
 
 SIZE = 32  # pixels of the small pipeline
 
@@ -80,6 +79,9 @@ def test_eager_steps_at_all_shapes(pieces: dict[str, Any]) -> None:
         assert row["work"]["flops"] > row["batch"] * 1e6
     (parity,) = rows(found, "parity")
     assert max(parity["errors"]) < 1e-5
+    (queued,) = rows(found, "queued")
+    assert (queued["way"], queued["batch"]) == ("eager, channels_last", 2)
+    assert 0.1 < queued["median_s"] / rows(found, "UNet step")[1]["median_s"] < 10  # of one call, not of ten
     assert "SDPA" in found["facts"]["attention"]
 
 
@@ -110,8 +112,23 @@ def test_images_vae_compile_and_training(pieces: dict[str, Any]) -> None:
     assert [row["way"] for row in rows(pieces["vae/tiny"], "VAE decode")] == [
         *["eager, channels_last"] * 2, *["onnxruntime"] * 2
     ]  # fmt: skip
-    (step,) = rows(pieces["compile/tiny"], "UNet step")
-    assert step["way"] == "compile, eager"
+    parity = {(row["component"], row["way"]): max(row["errors"]) for row in rows(pieces["vae/tiny"], "parity")}
+    assert list(parity) == [
+        ("text_encoder", "eager"), ("vae_decoder", "eager, channels_last"), ("text_encoder", "onnxruntime"),
+        ("vae_decoder", "onnxruntime"),
+    ]  # fmt: skip
+    assert max(parity.values()) < 1e-4
+    for name in ("images/tiny", "vae/tiny"):
+        built = pieces[name]["facts"]["builds"]
+        assert {"onnxruntime/text_encoder", "onnxruntime/vae_decoder"} <= set(built)
+        assert all(one["engine_bytes"] > 1000 for one in built.values())
+    steps = rows(pieces["compile/tiny"], "UNet step")
+    assert [(row["way"], row["batch"], row["size"]) for row in steps] == [
+        ("compile, eager", batch, size) for batch, size in ((2, SIZE), (4, SIZE), (2, 2 * SIZE))
+    ]  # fmt: skip
+    assert list(pieces["compile/tiny"]["facts"]["compile_s"]) == [
+        f"compile, eager, batch {batch}, {size} px" for batch, size in ((2, SIZE), (4, SIZE), (2, 2 * SIZE))
+    ]  # fmt: skip
     steps = rows(pieces["train/tiny"], "training step")
     assert [row["way"] for row in steps] == ["reference", "+ channels_last", "Trainer.step"]
     assert {(row["student"], row["batch"], len(row["seconds"])) for row in steps} == {("tiny", 2, 3)}
@@ -125,18 +142,6 @@ def test_a_lora_goes_on_and_comes_off_exactly(pieces: dict[str, Any]) -> None:
     assert row["moved"] > 1e-4
     assert row["exact_back"] is True
     assert len(row["seconds"]) == 2
-
-
-def test_a_steps_memory_leaves_out_the_teacher_of_the_other_steps() -> None:
-    pipe = tiny_pipeline()
-    count = sum(parameter.numel() for parameter in pipe.unet.parameters())
-    bench = bench_train.Bench("tiny", 64, 2, "cpu", "bf16", pipe=pipe)
-    try:
-        assert bench.parked("reference") == 2 * count  # the half-precision one lies there for the others
-        assert bench.parked("+ teacher in half precision") == bench.parked(bench_train.OURS) == 4 * count
-    finally:
-        bench.close()
-    assert not any(module._forward_hooks for module in pipe.unet.modules())
 
 
 def report_of(pieces: dict[str, Any], settings: Settings) -> dict[str, Any]:
@@ -175,10 +180,77 @@ def test_a_kind_that_a_trial_refused_is_measured_no_further(
     assert bundles.refused(settings, "tensorrt-rtx") == ""  # the CPU of a dry run is asked nothing
     assert "failed at 'open': unsupported cc" in bundles.refused(on_gpu, "tensorrt-rtx")
     device, record = Device(settings), Record()
-    unets.engine(on_gpu, device, record, "teacher", "tensorrt-rtx")
+    unets.engine(on_gpu, device, record, "tiny", "tensorrt-rtx")  # the first model, too
     assert "failed at 'open': unsupported cc" in record.errors["export"]
+    assert record.facts == {}  # nothing was exported or built
+    gpu_trial.remember([failed, replace(failed, plan="current", step="ran")])
+    assert bundles.refused(on_gpu, "tensorrt-rtx") == ""
+    assert bundles.build_options(on_gpu, "tensorrt-rtx").compute_capabilities == ("current",)
     gpu_trial.remember([replace(failed, step="ran")])
     assert bundles.refused(on_gpu, "tensorrt-rtx") == ""
+    assert bundles.build_options(on_gpu, "tensorrt-rtx").compute_capabilities == ()
+    refit = bundles.build_options(on_gpu, "tensorrt-rtx", refit="lora")  # which only one generation can have
+    assert (refit.refit, refit.compute_capabilities) == ("lora", ("current",))
+    assert bundles.build_options(settings, "tensorrt", refit="lora").compute_capabilities == ()
+
+
+def test_a_session_elsewhere_than_the_report_is_refused(settings: Settings) -> None:
+    session = Place(torch.device("cpu"), Place("the onnxruntime engine of unet"), "onnxruntime")
+    bundles.check_place([session], Device(settings))
+    with pytest.raises(EngineError, match=r"^the onnxruntime engine of unet runs on cpu, and the report is of meta: "):
+        bundles.check_place([session], Device(replace(settings, device="meta")))
+
+
+class Place:
+    """What a session says of where it is."""
+
+    def __init__(self, device: Any, checked: Any = None, slot: str = "") -> None:
+        self.device, self.checked, self.slot, self.label = device, checked, slot, device
+
+
+def test_a_rate_that_tensor_cores_cannot_have_is_no_ceiling(pieces: dict[str, Any], settings: Settings) -> None:
+    ceiling = {"what": "ceilings", "precision": "fp16", "flops_per_s": 9e12, "bytes_per_s": 2e12, "how": "product"}
+    step = {"what": "UNet step", "precision": "fp16", "median_s": 0.01, "work": {"flops": 10**12, "bytes": 10**9},
+            "limit": {"of": "earlier ceilings"}}  # fmt: skip
+    blank = {"state": "done", "errors": {}, "facts": {}}
+    found = report_of({"ceilings": {**blank, "rows": [ceiling]}, "eager/tiny": {**blank, "rows": [step]}}, settings)
+    assert step["limit"]["fraction"] == pytest.approx(10**12 / 9e12 / 0.01)  # on a CPU it may be so
+    found["environment"]["gpu"] = {"gpu": "Example GPU", "compute_capability": "9.0"}
+    page.add_limits(found)
+    assert "limit" not in step
+    (row,) = page.not_measured(found)[2:]
+    assert "| ceilings | not used: fp16 | a matrix rate of 9 TFLOP/s cannot be true of compute capability 9.0" in row
+    ceiling["flops_per_s"] = 6e14
+    page.add_limits(found)
+    assert step["limit"]["matrix_share"] == pytest.approx(1 / 6)
+    assert page.not_measured(found) == []
+
+
+def test_the_work_of_decoding_is_counted_and_not_guessed() -> None:
+    vae = small_exports.small_pipeline().vae
+    found = parts.decoding_work(dry({}), vae, SIZE)
+    counted = count_products(vae, torch.zeros(parts.latent_shape(vae.config, SIZE)))
+    attention = 4 * (SIZE // 2) ** 4 * vae.config.block_out_channels[-1]  # both products, n x n x channels
+    assert found["flops"] == counted + attention
+    pixels, latents = 3 * SIZE**2, vae.config.latent_channels * (SIZE // 2) ** 2
+    weights = sum(one.numel() for part in (vae.decoder, vae.post_quant_conv) for one in part.parameters())
+    assert found["bytes"] == 4 * (weights + pixels + latents)
+
+
+def count_products(vae: Any, latents: torch.Tensor) -> int:
+    """FLOPs of all convolutions and linear layers, by their own shapes."""
+    counts: list[int] = []
+
+    def count(module: Any, _: Any, output: torch.Tensor) -> None:
+        counts.append(2 * output.numel() * module.weight[0].numel())
+
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    hooks = [one.register_forward_hook(count) for one in vae.modules() if isinstance(one, kinds)]
+    with torch.inference_mode():
+        vae.decode(latents)
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
 
 
 # Pieces, settings
@@ -186,7 +258,9 @@ def test_a_kind_that_a_trial_refused_is_measured_no_further(
 
 def test_the_most_telling_pieces_come_first_and_every_target_has_one() -> None:
     names = [piece.name for piece in all_pieces(Settings())]
-    assert names[:5] == ["doctor", "ceilings", "eager/tiny", "tensorrt-rtx/tiny", "tensorrt/tiny"]
+    assert names[:7] == [
+        "doctor", "ceilings", "eager/tiny", "eager/teacher", "tensorrt-rtx/tiny", "tensorrt/tiny", "train/small"
+    ]  # fmt: skip
     assert len(set(names)) == len(names)
     for model in ("tiny", "teacher", "small"):
         assert {f"{kind}/{model}" for kind in ("eager", "compile", "images", *ENGINES)} <= set(names)
@@ -230,14 +304,21 @@ WRITE = "open(result, 'w').write(json.dumps({'rows': [{'what': 'row of ' + name}
 
 
 def run_planted(
-    found: dict[str, Any], work: Path, code: str, names: str, seconds: float = 60.0, again: bool = False
+    found: dict[str, Any],
+    work: Path,
+    code: str,
+    names: str,
+    seconds: float = 600.0,
+    again: bool = False,
+    commit: str = "abc1234",
+    **more: Any,
 ) -> list[str]:
     """The states of some pieces, in the order in which they were saved."""
     settings, saved = Settings(work=str(work)), list[int]()
     runner.run_all(
         chosen(settings, names), settings, found, lambda: saved.append(len(found)),
-        deadline=time.monotonic() + seconds, again=again, said={"commit": "abc1234"}, environment={},
-        words=planted(code),
+        deadline=time.monotonic() + seconds, again=again, said={"commit": commit}, environment={},
+        words=planted(code), **more,
     )  # fmt: skip
     assert saved[-1] == len(found)
     return [f"{name}: {piece['state']}" for name, piece in found.items()]
@@ -270,7 +351,7 @@ def test_an_error_is_the_librarys_own_and_a_later_failure_keeps_earlier_rows(tmp
 
 
 def test_the_budget_stops_a_piece_and_begins_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "LEAST_S", 1.0)
+    monkeypatch.setattr(runner, "cost", lambda *_: 1.0)
     code = WRITE + "import subprocess\nsubprocess.Popen(['sleep', '60'])\ntime.sleep(60)\n"
     found: dict[str, Any] = {}
     start = time.monotonic()
@@ -281,6 +362,43 @@ def test_the_budget_stops_a_piece_and_begins_no_other(tmp_path: Path, monkeypatc
     assert found["doctor"]["errors"]["process"] == "stopped after 3 s, at the end of the budget"
     order = [piece.name for piece in runner.to_run(chosen(Settings(), "doctor,ceilings"), found, again=False)]
     assert order == ["ceilings", "doctor"]  # what was never begun comes first
+
+
+def test_a_piece_is_begun_when_its_cost_is_left_and_stopped_at_the_most_for_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (cost("tensorrt", Settings()), cap("tensorrt"), cap("compile")) == (240.0, 600.0, 300.0)
+    assert cost("tensorrt", dry({})) == 24.0
+    found: dict[str, Any] = {}
+    states = run_planted(found, tmp_path, WRITE, "tensorrt/tiny,train/small,eager/tiny", seconds=100.0)
+    assert states == ["eager/tiny: done", "tensorrt/tiny: not started", "train/small: done"]
+    monkeypatch.setattr(runner, "cap", lambda _: 1.0)
+    states = run_planted(found, tmp_path, WRITE + "time.sleep(60)\n", "ceilings")
+    assert found["ceilings"]["state"] == "out of budget"
+    assert found["ceilings"]["errors"]["process"] == "stopped after 1 s, the most for its kind"
+    assert found["ceilings"]["rows"] == [{"what": "row of ceilings"}]
+
+
+def test_a_kind_that_is_not_installed_needs_no_process(tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    missing = {"tensorrt": "tensorrt is not installed here"}
+    states = run_planted(found, tmp_path, WRITE, "tensorrt/tiny,ceilings", missing=missing)
+    assert states == ["ceilings: done", "tensorrt/tiny: not installed"]
+    assert found["tensorrt/tiny"]["errors"] == {"package": "tensorrt is not installed here"}
+    assert run_planted(found, tmp_path, WRITE, "tensorrt/tiny") == ["ceilings: done", "tensorrt/tiny: done"]
+
+
+def test_a_rerun_keeps_what_it_did_not_find_again() -> None:
+    def row(way: str, seconds: float, **more: Any) -> dict[str, Any]:
+        return {"what": "UNet step", "way": way, "batch": 2, "size": 512, "median_s": seconds, **more}
+
+    before = {"rows": [row("eager", 1.0), row("other", 2.0)], "facts": {"a": 1, "b": 2}, "commit": "old"}
+    found = runner.merged(before, {"rows": [row("eager", 3.0)], "facts": {"b": 3}, "errors": {}, "commit": "new"})
+    assert found["rows"] == [row("eager", 3.0), row("other", 2.0, commit="old")]
+    assert found["facts"] == {"a": 1, "b": 3}
+    assert runner.merged(found, {"rows": [], "facts": {}, "commit": "newer"})["rows"] == [
+        row("eager", 3.0, commit="new"), row("other", 2.0, commit="old")
+    ]  # fmt: skip
 
 
 def test_a_part_that_fails_is_recorded_and_the_next_goes_on(tmp_path: Path) -> None:
@@ -319,11 +437,12 @@ ENVIRONMENT = {"gpu": {"gpu": "Example GPU", "compute_capability": "9.0"}, "gpu_
 
 
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str, driver: str = "580.10") -> Path:
-    machine = {"environment": {**ENVIRONMENT, "gpu_driver": driver}, "name": "Example GPU"}
+    machine = {"environment": {**ENVIRONMENT, "gpu_driver": driver}, "name": "Example GPU", "missing": ["tensorrt"]}
     monkeypatch.setattr(gpu_report, "identify", lambda *_: machine)
-    monkeypatch.setattr(runner.run_all, "__kwdefaults__", {"words": planted(WRITE)})
+    defaults = {"missing": {}, "words": planted(WRITE)}
+    monkeypatch.setattr(runner.run_all, "__kwdefaults__", defaults)
     gpu_report.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--commit", "abc", *words])
-    return next((tmp_path / "out" / "example-gpu").glob("*.json"))
+    return max((tmp_path / "out" / "example-gpu").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def test_one_call_writes_json_and_page_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,26 +456,56 @@ def test_one_call_writes_json_and_page_and_the_next_goes_on(tmp_path: Path, monk
     again = read_json(path)
     assert again["pieces"]["doctor"] == first["pieces"]["doctor"]
     assert (list(again["pieces"]), again["commit"]) == (["doctor", "ceilings"], "abc, def")
+    for number, words in ((2, ("--pieces", "doctor", "--steps", "9")), (3, ("--pieces", "doctor", "--seconds", "2"))):
+        other = call(tmp_path, monkeypatch, *words)
+        assert other.name == f"{path.stem}-{number}.json"  # other settings: a report of its own
+    assert call(tmp_path, monkeypatch, "--pieces", "eager/tiny", "--steps", "9").name == f"{path.stem}-2.json"
+    assert read_json(path)["pieces"] == again["pieces"]
+    named = ("--out", str(path))
     with pytest.raises(SystemExit, match=r"was begun with another driver \(580\.10, here 590\.1\): give another --out"):
-        call(tmp_path, monkeypatch, driver="590.1")
+        call(tmp_path, monkeypatch, *named, driver="590.1")
     with pytest.raises(SystemExit, match=r"was begun with another settings"):
-        call(tmp_path, monkeypatch, "--steps", "9")
+        call(tmp_path, monkeypatch, *named, "--steps", "9")
+
+
+def test_a_report_goes_on_after_midnight_and_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    today = call(tmp_path, monkeypatch, "--pieces", "doctor,tensorrt/tiny")
+    found = read_json(today)
+    assert found["pieces"]["tensorrt/tiny"]["errors"] == {"package": "tensorrt is not installed here"}
+    earlier = today.with_name("2026-01-02.json")
+    write_json(earlier, {**found, "date": "2026-01-02"})
+    today.unlink()
+    assert call(tmp_path, monkeypatch, "--pieces", "ceilings") == earlier
+    assert list(read_json(earlier)["pieces"]) == ["doctor", "tensorrt/tiny", "ceilings"]
+    copy = earlier.rename(tmp_path / "2026-01-02.json")
+    words = ("--pieces", "eager/tiny", "--resume", str(copy))
+    assert call(tmp_path, monkeypatch, *words) == earlier
+    again = read_json(earlier)
+    assert (list(again["pieces"])[-1], len(again["pieces"]), again["date"]) == ("eager/tiny", 4, "2026-01-02")
+    assert "--resume" not in again["command"]
+    with pytest.raises(SystemExit, match=r"begun with another driver \(580\.10, here 590\.1\): leave out --resume"):
+        call(tmp_path, monkeypatch, *words, driver="590.1")
 
 
 def test_wheels_are_installed_beside_everything(tmp_path: Path) -> None:
-    kit = tmp_path / "kit"
+    kit, more = tmp_path / "kit", tmp_path / "more"
     kit.mkdir()
-    with pytest.raises(SystemExit, match=r"holds neither a kit\.json nor a wheel"):
-        gpu_report.install(kit, tmp_path)
+    more.mkdir()
+    with pytest.raises(SystemExit, match=r"kit, .*more holds neither a kit\.json nor a wheel"):
+        gpu_report.install([kit, more], tmp_path)
     (kit / "kit.json").write_text("{}")
-    (kit / "install.py").write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).mkdir()\n")
-    site = gpu_report.install(kit, tmp_path)
-    assert site.is_dir()
+    folder = "folder = pathlib.Path(sys.argv[1])\nfolder.mkdir()\n"
+    write = f"import pathlib, sys\n{folder}(folder / 'said').write_text(str(sys.argv[2:]))\n"
+    (kit / "install.py").write_text(write)
+    site = gpu_report.install([more, kit], tmp_path)
+    assert (site / "said").read_text() == str(["--from", str(more)])
     assert gpu_report.python_path(site)["PYTHONPATH"].split(":")[0] == str(site)
     (kit / "install.py").write_text("raise SystemExit('a part is damaged')\n")
-    shutil.rmtree(site)
+    assert gpu_report.install([kit], tmp_path) == site  # the same kit: nothing is done
+    (kit / "kit.json").write_text("{ }")
     with pytest.raises(SystemExit, match=r"the wheels could not be installed: a part is damaged"):
-        gpu_report.install(kit, tmp_path)
+        gpu_report.install([kit], tmp_path)
+    assert not site.exists()
 
 
 # Goals

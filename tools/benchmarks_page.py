@@ -166,7 +166,7 @@ KINDS = (
     Kind("*/export.json", of_tool("bench_export")),
     Kind("*/build.json", of_tool("bench_build")),
     Kind("*/runtime.json", of_tool("bench_runtime")),
-    Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].json", gpu_report),
+    Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*.json", gpu_report),  # a day's second one ends in -2
     Kind("ablation-demo/ablation.json", ablation, ABLATE),
     Kind("ablation-demo/runs/*.json", None),
     Kind("ablation-demo/why.json", conditioning, f"{ABLATE} --why"),

@@ -1,16 +1,19 @@
 r"""Gather the wheels that a machine without a network lacks, in pieces of a given size, with a script to install them.
 
-    python tools/gpu_kit.py KIT --python 3.12 --present torch,numpy,transformers,accelerate,peft,onnx --part-mb 60 \
+    python -m pip freeze > there.txt        # on the machine that lacks them; bring the file here
+    python tools/gpu_kit.py KIT --python 3.12 --present there.txt --part-mb 60 \
         --packages 'diffusers,typer,polygraphy,tensorrt_rtx_cu{cuda}_bindings,tensorrt_rtx_cu{cuda}_libs' \
         --build 'tensorrt_rtx_cu{cuda},tensorrt_rtx'
     python KIT/install.py FOLDER            # there; with the pieces in several folders: --from KIT2 --from KIT3
     PYTHONPATH=FOLDER python ...
 
-Versions come from constraints.txt, dependencies from pip's own resolver for that Python and platform; what is there
-already (`--present`) is left out. Packages that are published as source alone (`--build`) become wheels here, if they
-are pure Python. `{cuda}` in a package's name stands for `--cuda`. A wheel above `--part-mb` becomes
-numbered parts. kit.json holds the SHA-256 of every file; install.py needs nothing but Python and pip, checks all of it,
-and writes into FOLDER alone.
+Versions come from constraints.txt, dependencies from pip's own resolver for that Python and platform. `--present` takes
+files of `pip freeze`, NAME==VERSION and bare names: all of them are left out, and what is gathered fits those versions.
+A bare name fits any version; the last entry of a name counts. pip chooses wheels for `--python`, but reads markers such
+as `python_version < "3.12"` with the Python that runs it: run this with that Python where a package has such ones.
+Packages that are published as source alone (`--build`) become wheels here, if they are pure Python. `{cuda}` in a
+package's name stands for `--cuda`. A wheel above `--part-mb` becomes numbered parts. kit.json holds size and SHA-256 of
+every file; install.py needs nothing but Python and pip, checks all of it, and writes into FOLDER alone.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,7 @@ def pip(*arguments: str) -> str:
     return asked.stdout
 
 
-def resolve(packages: Sequence[str], present: Sequence[str], options: Sequence[str]) -> list[str]:
+def resolve(packages: Sequence[str], present: Collection[str], options: Sequence[str]) -> list[str]:
     """`name==version` of the packages and all they need, without what is present."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -67,9 +70,8 @@ def resolve(packages: Sequence[str], present: Sequence[str], options: Sequence[s
         pip("install", "--dry-run", "--ignore-installed", "--quiet", "--report", str(report),
             "--target", str(place / "target"), *options, *packages)  # fmt: skip
         found = json.loads(report.read_text())["install"]
-    left_out = {canonical(name) for name in present}
     pins = {canonical(row["metadata"]["name"]): row["metadata"]["version"] for row in found}
-    return [f"{name}=={version}" for name, version in sorted(pins.items()) if name not in left_out]
+    return [f"{name}=={version}" for name, version in sorted(pins.items()) if name not in present]
 
 
 def split(path: Path, limit: int) -> Iterator[FileRecord]:
@@ -119,13 +121,30 @@ def source_options(asked: argparse.Namespace) -> list[str]:
     return options + (["--no-index", "--find-links", str(asked.find_links)] if asked.find_links else [])
 
 
-def without_present(constraints: Path, folder: Path, present: Sequence[str]) -> Path:
-    """The constraints without what the other machine has in its own versions."""
-    names = {canonical(name) for name in present}
-    lines = constraints.read_text().splitlines()
-    kept = [line for line in lines if canonical(re.split(r"[=<>!~;\[ ]", line, maxsplit=1)[0]) not in names]
+def present_of(words: str) -> dict[str, str]:
+    """Versions by project name, empty where none is known, of names, NAME==VERSION and files of `pip freeze`."""
+    found = {}
+    for word in filter(None, words.split(",")):
+        for line in Path(word).read_text().splitlines() if Path(word).is_file() else [word]:
+            entry = line.partition(" #")[0].partition(";")[0].strip()
+            match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:\s*==\s*([\w.!+-]+)|\s*@.*)?", entry)
+            if match:
+                # A local version (2.11.0+cu130) is on no index, and the public one has the same needs.
+                found[canonical(match[1])] = (match[2] or "").partition("+")[0]
+            elif entry and not entry.startswith(("#", "-")):
+                raise SystemExit(
+                    f"--present: {entry!r} is no file, name or NAME==VERSION: give a file of `pip freeze`, or names"
+                )
+    return found
+
+
+def fitting(constraints: Path | None, folder: Path, present: Mapping[str, str]) -> Path:
+    """The constraints with the other machine's versions in place of ours."""
+    lines = constraints.read_text().splitlines() if constraints else []
+    kept = [line for line in lines if canonical(re.split(r"[=<>!~;\[ ]", line, maxsplit=1)[0]) not in present]
+    pins = [f"{name}=={version}" for name, version in present.items() if version]
     path = folder / "constraints.txt"
-    path.write_text("\n".join(kept) + "\n")
+    path.write_text("\n".join([*kept, *pins]) + "\n")
     return path
 
 
@@ -134,14 +153,14 @@ def main(words: Sequence[str] | None = None) -> None:
     asked = parse(words)
     if asked.kit.exists() and any(asked.kit.iterdir()):
         raise SystemExit(f"{asked.kit} is there and not empty: name another folder, or remove it")
-    packages, built, present = (
+    packages, built = (
         [name.replace("{cuda}", asked.cuda) for name in words.split(",") if name]
-        for words in (asked.packages, asked.build, asked.present)
+        for words in (asked.packages, asked.build)
     )
+    present = present_of(asked.present)
     asked.kit.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        if asked.constraints:
-            asked.constraints = without_present(asked.constraints, Path(folder), present)
+        asked.constraints = fitting(asked.constraints, Path(folder), present)
         sources = source_options(asked)
         build(asked.kit, built, sources)
         options = [*target_options(asked), *sources]
@@ -160,7 +179,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kit", type=Path, help="the folder to write")
     parser.add_argument("--packages", required=True, help="names, separated by commas")
-    parser.add_argument("--present", default="", help="what the machine has, separated by commas")
+    parser.add_argument("--present", default="", help="what is there: pip freeze's file, names; with commas")
     parser.add_argument("--build", default="", help="pure-Python packages without wheels, separated by commas")
     parser.add_argument("--python", default="3.12")
     parser.add_argument("--cuda", default="13", help="for {cuda} in package names")

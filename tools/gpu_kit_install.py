@@ -1,7 +1,7 @@
 """Install a kit of wheels into a folder: python install.py FOLDER [--from OTHER_KIT_FOLDER ...]
 
-Joins wheels that travel in parts, checks every SHA-256, and gives them to pip with --target: nothing else is touched.
-Standard library and pip only.
+Joins wheels that travel in parts, checks size and SHA-256 of every piece, and gives them to pip with --target: nothing
+else is touched. Standard library and pip only.
 """
 
 import argparse
@@ -29,6 +29,9 @@ def join(wheel: dict[str, Any], folders: list[Path], work: Path) -> Path:
     with target.open("wb") as out:
         for piece in wheel["pieces"]:
             block = find(piece["path"], folders).read_bytes()
+            if len(block) != piece["bytes"]:
+                size = f"{len(block)} bytes, not {piece['bytes']}"
+                raise SystemExit(f"{piece['path']} has {size}: it was copied in part, bring it again")
             if hashlib.sha256(block).hexdigest() != piece["sha256"]:
                 raise SystemExit(f"{piece['path']} is damaged: bring it again")
             digest.update(block)
@@ -51,8 +54,9 @@ def main() -> None:
         raise SystemExit(f"this kit is for Python {kit['python']}, and this is {running}: run it with that one")
     with tempfile.TemporaryDirectory(dir=here) as work:
         wheels = [join(wheel, [here, *asked.others], Path(work)) for wheel in kit["wheels"]]
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
-        status = subprocess.call([*command, "--target", str(asked.folder), *map(str, wheels)])
+        options = ["--quiet", "--no-index", "--no-deps", "--upgrade", "--no-compile", "--no-cache-dir"]
+        command = [sys.executable, "-m", "pip", "install", *options, "--target", str(asked.folder)]
+        status = subprocess.call([*command, *map(str, wheels)])
     if status:
         raise SystemExit(f"pip ended with status {status}: see above")
     print(f"installed {len(wheels)} packages into {asked.folder}: put it on PYTHONPATH")

@@ -4,6 +4,7 @@
     python tools/gpu_report.py                                    # again: goes on with what is missing
     python tools/gpu_report.py --pieces doctor,eager,train/small --budget 300
     python tools/gpu_report.py --wheels KIT --out OUT             # packages from tools/gpu_kit.py, no network
+    python tools/gpu_report.py --resume EARLIER.json --out OUT    # where OUT is empty: goes on with that report
     python tools/gpu_report.py --dry-run --out OUT                # the same on a CPU, with tiny models
 
 Pieces run one after the other, the most telling first, each in a process of its own. Finished ones are kept in
@@ -15,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ if str(ROOT) not in sys.path:  # where sdkd is not installed
 
 from gpu_bench.page import add_limits, markdown  # noqa: E402
 from gpu_bench.runner import child, run_all  # noqa: E402
-from gpu_bench.settings import Settings, chosen, dry  # noqa: E402
+from gpu_bench.settings import Settings, all_pieces, chosen, dry  # noqa: E402
 
 from sdkd.errors import InputError, SdkdError  # noqa: E402
 from sdkd.files import read_json, write_bytes, write_json  # noqa: E402
@@ -39,12 +42,20 @@ from sdkd.files import read_json, write_bytes, write_json  # noqa: E402
 SCHEMA = 1
 BUDGET_S = 540.0  # all of it: ten minutes are a usual limit of one command
 IDENTIFY = """
-import json, sys
+import importlib.util, json, sys
 from sdkd.compare.environment import environment
-from sdkd.targets import cpu_name, gpu
+from sdkd.targets import TARGETS, cpu_name, gpu
 found = environment(sys.argv[1])
-print(json.dumps({"environment": found, "name": (found["gpu"] or {}).get("gpu") or f"{cpu_name()} cpu"}))
+name = (found["gpu"] or {}).get("gpu") or f"{cpu_name()} cpu"
+missing = [one.name for one in TARGETS.values() if importlib.util.find_spec(one.module) is None]
+print(json.dumps({"environment": found, "name": name, "missing": missing}))
 """
+NAME = re.compile(r"(\d{4}-\d\d-\d\d)(?:-(\d+))?\.json")
+SAME = {
+    "GPU": ("environment", "gpu"), "driver": ("environment", "gpu_driver"), "CPU": ("environment", "cpu"),
+    "settings": ("settings",),
+}  # fmt: skip
+FOLDERS = ("--out", "--work", "--wheels", "--models", "--resume")  # words of this machine, with their values
 
 
 def identify(device: str, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -76,20 +87,45 @@ def commit_of(asked: str | None) -> str:
         return "unknown"
 
 
-def install(wheels: Path, work: Path) -> Path:
-    """The wheels of a kit, or of a plain folder, in a folder of their own; SystemExit in pip's words."""
-    site = work / "site"
-    if (wheels / "kit.json").is_file():
-        command = [sys.executable, str(wheels / "install.py"), str(site)]
-    elif found := sorted(map(str, wheels.glob("*.whl"))):
-        options = ["--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
-        command = [sys.executable, "-m", "pip", "install", *options, *found]
+def install(wheels: Sequence[Path], work: Path) -> Path:
+    """The wheels of a kit, in one or several folders, or of plain ones, in a folder of their own.
+
+    Nothing is done where they are installed already; SystemExit in pip's words.
+    """
+    site, mark = work / "site", work / "site.txt"
+    kits = [folder for folder in wheels if (folder / "kit.json").is_file()]
+    found = sorted(str(path) for folder in wheels for path in folder.glob("*.whl"))
+    options = ["--no-compile", "--no-cache-dir", "--quiet", "--no-index", "--no-deps", "--upgrade", "--target"]
+    if kits:
+        others = [str(folder) for folder in wheels if folder != kits[0]]
+        command = [sys.executable, str(kits[0] / "install.py"), str(site)]
+        command += [word for folder in others for word in ("--from", folder)]
+        of = (kits[0] / "kit.json").read_bytes()
+    elif found:
+        command = [sys.executable, "-m", "pip", "install", *options, str(site), *found]
+        of = json.dumps([(Path(path).name, Path(path).stat().st_size) for path in found]).encode()
     else:
-        raise SystemExit(f"error: {wheels} holds neither a kit.json nor a wheel: name the folder of a kit")
+        names = ", ".join(map(str, wheels))
+        raise SystemExit(f"error: {names} holds neither a kit.json nor a wheel: name the folder of a kit")
+    digest = hashlib.sha256(of).hexdigest()
+    if site.is_dir() and mark.is_file() and mark.read_text() == digest:
+        return site
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(site, ignore_errors=True)  # of another kit, or left in part
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: the wheels could not be installed: {(done.stderr or done.stdout).strip()[-2000:]}")
+    work.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest)
     return site
+
+
+def differences(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:
+    """In what a report is of something else than another one."""
+    for what, keys in SAME.items():
+        before, now = _at(found, keys), _at(fresh, keys)
+        if before != now:
+            yield f"another {what} ({before}, here {now})"
 
 
 def opened(path: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,18 +133,35 @@ def opened(path: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         return {**fresh, "pieces": {}}
     found: dict[str, Any] = read_json(path)
-    places = {
-        "GPU": ("environment", "gpu"), "driver": ("environment", "gpu_driver"), "CPU": ("environment", "cpu"),
-        "settings": ("settings",),
-    }  # fmt: skip
-    for what, keys in places.items():
-        before, now = _at(found, keys), _at(fresh, keys)
-        if before != now:
-            raise InputError(
-                f"report {str(path)!r} was begun with another {what} ({before}, here {now}): give another --out, or "
-                "move it away"
-            )
+    if other := next(differences(found, fresh), None):
+        raise InputError(f"report {str(path)!r} was begun with {other}: give another --out, or move it away")
     return {**found, "command": fresh["command"]}
+
+
+def place(folder: Path, fresh: Mapping[str, Any], names: Sequence[str]) -> Path:
+    """Where a report goes on: today's, or the newest unfinished one, of the same machine and settings; or a new one."""
+    there = [(match, path) for path in folder.glob("*.json") if (match := NAME.fullmatch(path.name))]
+    for match, path in sorted(there, key=lambda one: (one[0][1], int(one[0][2] or 1)), reverse=True):
+        found = read_json(path)
+        if found.get("kind") != fresh["kind"] or any(differences(found, fresh)):
+            continue
+        states = {found["pieces"].get(name, {}).get("state", "not started") for name in names}
+        if match[1] == fresh["date"] or states & {"not started", "out of budget"}:
+            return path
+        break  # the newest one is finished
+    number = 1
+    while (path := folder / f"{fresh['date']}{'' if number == 1 else f'-{number}'}.json").exists():
+        number += 1
+    return path
+
+
+def resumed(found: dict[str, Any], earlier: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """A report with what it lacks from an earlier one; InputError where that is of something else, or not there."""
+    before: dict[str, Any] = read_json(earlier)
+    if other := next(differences(before, fresh), None):
+        raise InputError(f"report {str(earlier)!r} was begun with {other}: leave out --resume, which would mix them")
+    own = {name: piece for name, piece in found["pieces"].items() if piece["state"] != "not started"}
+    return {**found, "date": min(found["date"], before["date"]), "pieces": {**before["pieces"], **own}}
 
 
 def _at(data: Any, keys: Sequence[str]) -> Any:
@@ -155,7 +208,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-batches", help="images per training step, with commas; default: 8,16,32")
     parser.add_argument("--steps", type=int, help="of a whole image; default: 25")
     parser.add_argument("--seconds", type=float, help="of timed calls for each row; default: 1.5")
-    parser.add_argument("--wheels", type=Path, help="a kit of tools/gpu_kit.py, or a folder of wheels")
+    parser.add_argument(
+        "--wheels", action="append", default=[], help="a kit of tools/gpu_kit.py, or wheels; its folders with commas"
+    )
+    parser.add_argument("--resume", type=Path, help="an earlier report's .json, to go on where --out is empty")
     parser.add_argument("--out", type=Path, help="a folder, or the .json file itself; default: benchmarks/")
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "gpu-report", help="bundles, engines, logs")
     parser.add_argument("--commit", help="what is measured, where the checkout has no history")
@@ -169,30 +225,54 @@ def report(asked: argparse.Namespace, words: Sequence[str]) -> Path:
     deadline = time.monotonic() + asked.budget
     settings = settings_of(asked)
     pieces = chosen(settings, asked.pieces)
-    environment = python_path(install(asked.wheels, asked.work) if asked.wheels else None)
+    check_settings(asked, settings)
+    wheels = [Path(folder) for word in asked.wheels for folder in word.split(",") if folder]
+    environment = python_path(install(wheels, asked.work) if wheels else None)
     machine = identify(settings.device, environment)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    out: Path = asked.out or (ROOT / "artifacts" / "gpu-dry-run" if asked.dry_run else ROOT / "benchmarks")
-    path = out if out.suffix == ".json" else out / slug(machine["name"]) / f"{date}.json"
-    fresh = {
-        "schema": SCHEMA, "kind": "gpu-report", "dry_run": asked.dry_run, "machine": slug(machine["name"]),
-        "date": date, "command": command_line(words), "settings": public(settings),
-        "environment": machine["environment"],
-    }  # fmt: skip
-    found = opened(path, json.loads(json.dumps(fresh)))
+    out, name = folder_of(asked), slug(machine["name"])
+    fresh = json.loads(json.dumps({
+        "schema": SCHEMA, "kind": "gpu-report", "dry_run": asked.dry_run, "machine": name, "date": date,
+        "command": command_line(words), "settings": public(settings), "environment": machine["environment"],
+    }))  # fmt: skip
+    path = out if out.suffix == ".json" else place(out / name, fresh, [one.name for one in all_pieces(settings)])
+    if asked.resume and path != out and NAME.fullmatch(asked.resume.name):  # a new report goes on under its name
+        named = path.with_name(asked.resume.name)
+        path = path if path.exists() or named.exists() else named
+    found = opened(path, fresh)
+    if asked.resume:
+        found = resumed(found, asked.resume, fresh)
     commit = commit_of(asked.commit)
 
     def save() -> None:
-        found["commit"] = ", ".join(sorted({one["commit"] for one in found["pieces"].values() if "commit" in one}))
+        every = [one for piece in found["pieces"].values() for one in (piece, *piece["rows"])]
+        found["commit"] = ", ".join(sorted({one["commit"] for one in every if "commit" in one}))
         add_limits(found)
         write_json(path, found)
         write_bytes(path.with_suffix(".md"), markdown(found).encode())
 
+    missing = {kind: f"{kind} is not installed here" for kind in machine["missing"]}
     run_all(
         pieces, settings, found["pieces"], save, deadline=deadline, again=asked.again, said={"commit": commit},
-        environment=environment,
+        environment=environment, missing=missing,
     )  # fmt: skip
     return path
+
+
+def folder_of(asked: argparse.Namespace) -> Path:
+    """Where reports go: what was asked for, or a folder of this repository."""
+    default = ROOT / "artifacts" / "gpu-dry-run" if asked.dry_run else ROOT / "benchmarks"
+    return Path(asked.out or default)
+
+
+def check_settings(asked: argparse.Namespace, settings: Settings) -> None:
+    """InputError for a file that is named and has other settings, before anything is installed; as `opened` says it."""
+    own = json.loads(json.dumps(public(settings)))
+    for path in (asked.resume, folder_of(asked)):
+        if path and path.suffix == ".json" and path.is_file():
+            found = read_json(path)
+            if found.get("settings") != own:
+                opened(path, {"settings": own, "command": "", "environment": found["environment"]})
 
 
 def public(settings: Settings) -> dict[str, Any]:
@@ -205,9 +285,9 @@ def command_line(words: Sequence[str]) -> str:
     """What makes a report again, without the folders of this machine."""
     kept, skip = [], False
     for word in words:
-        if not skip and not word.startswith(("--out", "--work", "--wheels", "--models")):
+        if not skip and not word.startswith(FOLDERS):
             kept.append(word)
-        skip = word in ("--out", "--work", "--wheels", "--models")
+        skip = word in FOLDERS
     return " ".join(["python tools/gpu_report.py", *kept])
 
 

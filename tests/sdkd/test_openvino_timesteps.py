@@ -15,6 +15,8 @@ from small_bundles import small_bundle, small_modules
 from sdkd.openvino_timesteps import keep_timesteps
 from sdkd.targets import cpu_precisions, openvino_core
 
+pytest.importorskip("openvino")
+
 TIMESTEPS = (981.0, 500.5, 1.0)
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gpu_bench.device import Device
 from gpu_bench.record import Record
 from gpu_bench.settings import TENSORRT, Settings
 from sdkd.bundle import Bundle
-from sdkd.errors import BundleError
+from sdkd.errors import BundleError, EngineError
 from sdkd.profiles import Range, ShapeRanges
+
+if TYPE_CHECKING:
+    from export.build_options import BuildOptions
+    from sdkd.gpu_trial import Trial
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 GUIDANCE = 2  # latents per image
@@ -62,30 +67,63 @@ def rest_profile(settings: Settings) -> ShapeRanges:
 
 
 def built(
-    settings: Settings, bundle: Bundle, target: str, components: Sequence[str], profiles: Any, options: Any = None
+    settings: Settings, bundle: Bundle, target: str, components: Sequence[str], profiles: Any, **options: Any
 ) -> Bundle:
-    """The bundle with these engines of a target, in the precision of the report."""
+    """The bundle with these engines of a target, in the precision of the report; `options` as of BuildOptions."""
     from export import build_engine
-    from export.build_options import BuildOptions
 
-    refused(settings, target)  # what a trial showed is part of what an engine records
     several = profiles if isinstance(profiles, tuple) else (profiles,)
     return build_engine(
         bundle, target, precision=settings.precision, ranges=several, components=components,
-        options=options or BuildOptions(),
+        options=build_options(settings, target, **options),
     )  # fmt: skip
 
 
-def refused(settings: Settings, target: str) -> str:
-    """Why a TensorRT kind does not run on this GPU, by a trial made before or now; empty where it does."""
-    if settings.device != "cuda" or target not in TENSORRT:
-        return ""
-    from sdkd.doctor import try_target
-    from sdkd.gpu_trial import PORTABLE, remembered
+def build_facts(record: Record, bundle: Bundle, target: str, components: Sequence[str]) -> None:
+    """Record what building took and gave, by target and component."""
+    made = {f"{target}/{name}": bundle.engine(target, name) for name in components}
+    new = {name: {"builder_s": one.seconds, "engine_bytes": one.total_bytes} for name, one in made.items()}
+    record.fact(builds={**record.facts.get("builds", {}), **new})
 
-    trials = remembered(target) or try_target(target)
-    ran = any(trial.ran and trial.plan == PORTABLE for trial in trials)
-    return "" if ran else "; ".join(trial.words() for trial in trials)
+
+def build_options(settings: Settings, target: str, **options: Any) -> BuildOptions:
+    """How engines of a target are built here: for this GPU alone where no other plan ran, or can be refitted."""
+    from export.build_options import CURRENT, BuildOptions
+    from sdkd.gpu_trial import PORTABLE
+    from sdkd.targets import TARGETS
+
+    found = trials(settings, target)  # what they showed is part of what an engine records, too
+    portable = any(trial.ran and trial.plan == PORTABLE for trial in found)
+    alone = "refit" in options or (any(trial.ran for trial in found) and not portable)
+    if alone and target in TENSORRT and not TARGETS[target].builds_on_gpu:
+        options = {"compute_capabilities": (CURRENT,), **options}
+    return BuildOptions(**options)
+
+
+def trials(settings: Settings, target: str) -> Sequence[Trial]:
+    """What plans of a TensorRT kind did on this GPU, tried before or now; empty for others, and for a dry run."""
+    if settings.device != "cuda" or target not in TENSORRT:
+        return ()
+    from sdkd.doctor import try_target
+    from sdkd.gpu_trial import remembered
+
+    return remembered(target) or try_target(target)
+
+
+def refused(settings: Settings, target: str) -> str:
+    """Why no plan of a TensorRT kind runs on this GPU; empty where one does."""
+    found = trials(settings, target)
+    return "" if any(trial.ran for trial in found) else "; ".join(trial.words() for trial in found)
+
+
+def check_place(sessions: Iterable[Any], device: Device) -> None:
+    """EngineError unless all of these sessions run on the report's device: a library may fall back without a word."""
+    for session in sessions:
+        if session.device.type != device.name:
+            raise EngineError(
+                f"{session.checked.label} runs on {session.device.type}, and the report is of {device.name}: "
+                f"see what `sdkd doctor` says of {session.slot}"
+            )
 
 
 def runnable(settings: Settings) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 Work = Callable[[], object]
+QUEUED = 10  # calls in a row that nothing waits between
+CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "pstate")
 
 
 class Device:
@@ -21,6 +26,13 @@ class Device:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.name = settings, settings.device
         self.timer = Timer(self.name)
+        self.clocks: Mapping[str, str] = {}  # under the load of the last timed calls
+        self.before = self.taken()
+
+    def begin(self) -> None:
+        """Memory that is taken counts from here: before a new subject, once the last one is gone."""
+        gc.collect()
+        self.wait()
         self.before = self.taken()
 
     def samples(self, work: Work) -> list[Sample]:
@@ -32,7 +44,31 @@ class Device:
             found: list[Sample] = []
             while len(found) < self.settings.runs and sum(one.wall_s for one in found) < self.settings.seconds:
                 found.append(self.timer.time(work))
+            if self.name == "cuda":
+                self.clocks = self._clocks_under(work) or self.clocks
         return found
+
+    def queued(self, work: Work) -> list[Sample]:
+        """Samples of one call, when QUEUED of them are made and nothing waits in between."""
+
+        def several() -> None:
+            for _ in range(QUEUED):
+                work()
+
+        return [
+            replace(
+                one, wall_s=one.wall_s / QUEUED, cpu_s=one.cpu_s / QUEUED,
+                device_s=None if one.device_s is None else one.device_s / QUEUED,
+            )
+            for one in self.samples(several)
+        ]  # fmt: skip
+
+    def _clocks_under(self, work: Work) -> Mapping[str, str]:
+        """Clocks while the work runs: nvidia-smi takes longer than most calls, and an idle GPU slows down."""
+        asked = _ask()
+        while asked is not None and asked.poll() is None:
+            self.timer.time(work)
+        return _answer(asked)
 
     def seconds(self, work: Work) -> float:
         """Wall clock of one call, the device's work included."""
@@ -88,12 +124,19 @@ def sampled(samples: list[Sample], **facts: Any) -> dict[str, Any]:
 
 def clocks() -> Mapping[str, str]:
     """Clocks, power and temperature of the first GPU as nvidia-smi says them; empty where there is none."""
-    import subprocess
+    return _answer(_ask())
 
-    names = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "pstate")
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+
+def _ask() -> subprocess.Popen[str] | None:
+    """A question to nvidia-smi, which gives up by itself; None where there is none."""
+    command: Sequence[str] = ("timeout", "5", "nvidia-smi", f"--query-gpu={','.join(CLOCKS)}",
+                              "--format=csv,noheader", "--id=0")  # fmt: skip
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(names, (word.strip() for word in asked.stdout.strip().split(",")), strict=False))
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+
+
+def _answer(asked: subprocess.Popen[str] | None) -> Mapping[str, str]:
+    said = asked.communicate()[0] if asked is not None else ""
+    return dict(zip(CLOCKS, (word.strip() for word in said.strip().split(",")), strict=False)) if "," in said else {}

@@ -1,62 +1,22 @@
-"""What a user waits for: VAE decoding, and whole images from prompt to pixels."""
+"""What a user waits for: whole images from prompt to pixels, eagerly and on each target's engines."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-from gpu_bench.bundles import built, exported, rest_profile, runnable, unet_profiles
+from gpu_bench.bundles import build_facts, built, check_place, exported, rest_profile, runnable, unet_profiles
 from gpu_bench.device import Device, sampled
 from gpu_bench.record import Record
 from gpu_bench.settings import Settings
 from gpu_bench.unets import scale_of, work_of
 
 PROMPT = "a lighthouse in a storm"
-
-
-def vae(settings: Settings, device: Device, record: Record, model: str) -> None:
-    """Decoding one image at every size: eagerly with channels-last, and on each target's engine."""
-    import torch
-
-    from engines.session import open_session
-    from engines.vae import EngineVAE
-    from sdkd.models import load_component
-
-    eager = load_component(settings.models[model], "vae", device.dtype).to(device.name)
-    eager = eager.to(memory_format=torch.channels_last)
-    with record.part("eager"):
-        decode_rows(settings, device, record, eager, "eager, channels_last")
-    targets = runnable(settings)
-    with record.part("export"):
-        bundle = exported(settings, model, record) if targets else None
-    for target in targets if bundle else ():
-        with record.part(target):
-            bundle = built(settings, bundle, target, ("vae_decoder",), rest_profile(settings))
-            made = bundle.engine(target, "vae_decoder")
-            record.fact(**{f"{target}_builder_s": made.seconds, f"{target}_engine_bytes": made.total_bytes})
-            with open_session(bundle, target, "vae_decoder") as session:
-                config, place = bundle.config("vae_decoder"), torch.device(device.name)
-                decode_rows(settings, device, record, EngineVAE(session, None, config, device.dtype, place), target)
-
-
-def decode_rows(settings: Settings, device: Device, record: Record, decoder: Any, way: str) -> None:
-    """One row per size, in images of a batch of one."""
-    import torch
-
-    channels, scale = decoder.config.latent_channels, 2 ** (len(decoder.config.block_out_channels) - 1)
-    for size in settings.sizes:
-        with record.part(f"{way}, {size} px"):
-            generator = torch.Generator().manual_seed(size)
-            latents = torch.randn(1, channels, size // scale, size // scale, generator=generator)
-            placed = latents.to(device.name, device.dtype)
-            device.reset_peak()
-            samples = device.samples(partial(decoder.decode, placed, return_dict=False))
-            facts = {"what": "VAE decode", "way": way, "batch": 1, "size": size, "precision": settings.precision}
-            record.row(**sampled(samples, **facts), **device.memory())
+PARTS = ("text_encoder", "unet", "vae")
 
 
 def images(settings: Settings, device: Device, record: Record, model: str) -> None:
-    """One image of the first size in all steps, with guidance: eagerly, and on each target's engines."""
+    """One image of the first size in all steps, with guidance; TensorRT with CUDA graphs and without."""
     from sdkd.compare.subjects import Subject
 
     name = settings.models[model]
@@ -67,19 +27,43 @@ def images(settings: Settings, device: Device, record: Record, model: str) -> No
         bundle = exported(settings, model, record) if targets else None
     for target in targets if bundle else ():
         with record.part(target):
+            rest = ("text_encoder", "vae_decoder")
             bundle = built(settings, bundle, target, ("unet",), unet_profiles(settings))
-            bundle = built(settings, bundle, target, ("text_encoder", "vae_decoder"), rest_profile(settings))
-            draw_rows(settings, device, record, model, Subject(target, name, target, settings.precision, bundle.path))
+            bundle = built(settings, bundle, target, rest, rest_profile(settings))
+            build_facts(record, bundle, target, ("unet", *rest))
+            ways = {target: True}
+            if target.startswith("tensorrt"):
+                ways = {f"{target}, CUDA graphs": True, f"{target}, no graphs": False}
+            for way, graphs in ways.items():
+                subject = Subject(way, name, target, settings.precision, bundle.path)
+                with record.part(way):
+                    draw_rows(settings, device, record, model, subject, graphs)
 
 
-def draw_rows(settings: Settings, device: Device, record: Record, model: str, subject: Any) -> None:
-    """Whole images of one subject."""
+def draw_rows(
+    settings: Settings, device: Device, record: Record, model: str, subject: Any, graphs: bool = True
+) -> None:
+    """Whole images of one subject, whose memory counts from what the last one left."""
+    device.begin()
+    try:
+        draw_row(settings, device, record, model, subject, graphs)
+    finally:
+        device.begin()
+
+
+def draw_row(settings: Settings, device: Device, record: Record, model: str, subject: Any, graphs: bool) -> None:
+    """One row; the pipeline is gone afterwards."""
     from sdkd.compare.calls import Request, make_images
     from sdkd.compare.subjects import close_subject, open_subject
 
     size, batch = settings.sizes[0], settings.batches[0]
     pipe = open_subject(subject, device.name)
     try:
+        modules = [getattr(pipe, name) for name in PARTS] if subject.has_engines else []
+        sessions = [session for module in modules for session in module.sessions()]
+        check_place(sessions, device)
+        for session in () if graphs else sessions:  # a pipeline has no option for what its sessions can do without
+            session._graphs.disable(session.checked.label, "this row is without them")
         request = Request((PROMPT,), settings.steps, 7.5, 0, size)
         device.reset_peak()
         samples = device.samples(partial(make_images, pipe, request, 0))
@@ -89,4 +73,3 @@ def draw_rows(settings: Settings, device: Device, record: Record, model: str, su
         record.row(**sampled(samples, **facts, steps=settings.steps), work=whole, **device.memory())
     finally:
         close_subject(subject, pipe)
-        device.wait()

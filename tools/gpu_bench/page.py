@@ -12,6 +12,8 @@ from sdkd.compare.limits import EXPLAINED, Ceilings, Work, fraction
 
 Json = Mapping[str, Any]
 NONE = "–"
+TENSOR_CORES_FROM = 8  # major compute capability; every such GPU does more than LEAST_RATE in half precision
+LEAST_RATE = 1e13
 
 
 def all_rows(found: Json, what: str) -> Iterator[tuple[str, Json]]:
@@ -24,15 +26,32 @@ def all_rows(found: Json, what: str) -> Iterator[tuple[str, Json]]:
 
 def add_limits(found: dict[str, Any]) -> None:
     """Give every row whose work is known its `limit`, from the ceilings of the same precision in the report."""
+    no_use = implausible(found)
     ceilings = {
         row["precision"]: Ceilings(row["flops_per_s"], row["bytes_per_s"], row["how"])
         for _, row in all_rows(found, "ceilings")
+        if row["precision"] not in no_use
     }
     for piece in found["pieces"].values():
         for row in piece["rows"]:
+            row.pop("limit", None)  # of earlier ceilings
             ceiling = ceilings.get(row.get("precision"))
             if "work" in row and ceiling and row["median_s"] > 0:
                 row["limit"] = dataclasses.asdict(fraction(Work(**row["work"]), ceiling, row["median_s"]))
+
+
+def implausible(found: Json) -> dict[str, str]:
+    """Precisions whose measured matrix rate cannot be true of this GPU, and why."""
+    device = found["environment"]["gpu"] or {}
+    capability = device.get("compute_capability", "0.0")
+    if int(capability.partition(".")[0]) < TENSOR_CORES_FROM:
+        return {}
+    return {
+        row["precision"]: f"a matrix rate of {row['flops_per_s'] / 1e12:,.3g} TFLOP/s cannot be true of compute "
+        f"capability {capability}, whose tensor cores do more than {LEAST_RATE / 1e12:g}: no row has a limit from it"
+        for _, row in all_rows(found, "ceilings")
+        if row["precision"] in ("fp16", "bf16") and row["flops_per_s"] < LEAST_RATE
+    }
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
@@ -94,27 +113,59 @@ def unet_steps(found: Json) -> list[str]:
 
 
 def engines(found: Json) -> list[str]:
-    """Builds, sizes, loading, and how far each engine is from float32."""
-    rows = []
+    """Builds, sizes, loading; each engine once, though several pieces use it."""
+    rows: dict[tuple[str, str], list[str]] = {}
     for name, piece in found["pieces"].items():
-        facts, (target, _, label) = piece["facts"], name.partition("/")
-        if "engine_bytes" in facts:
-            first: Json = next((row for row in piece["rows"] if "load_s" in row), {})
-            rows.append(
-                [label, target, _seconds(facts.get("export_s")), _seconds(facts.get("builder_s")),
-                 f"{facts['engine_bytes'] / 1e6:,.0f}", _seconds(first.get("load_s")),
-                 _seconds(first.get("first_call_s"))]
-            )  # fmt: skip
-    return table(("model", "target", "export, s", "build, s", "MB", "load, s", "first call, s"), rows)
+        facts, (kind, _, label) = piece["facts"], name.partition("/")
+        for engine, made in facts.get("builds", {}).items():
+            target, _, component = engine.partition("/")
+            own = kind == target  # the piece that is about this engine
+            first: Json = next((row for row in piece["rows"] if own and "load_s" in row), {})
+            row = [
+                label, target, component, _seconds(facts.get("export_s") if own else None),
+                _seconds(made["builder_s"]), f"{made['engine_bytes'] / 1e6:,.1f}", _seconds(first.get("load_s")),
+                _seconds(first.get("first_call_s")),
+            ]  # fmt: skip
+            if own or (label, engine) not in rows:
+                rows[label, engine] = row
+    heads = ("model", "target", "component", "export, s", "build, s", "MB", "load, s", "first call, s")
+    return table(heads, list(rows.values()), left=3)
+
+
+def queued(found: Json) -> list[str]:
+    """Calls that nothing waits between, beside calls that are waited for."""
+    single = {
+        (label, row["way"], row["batch"], row["size"]): median(row["wall_seconds"])
+        for label, row in all_rows(found, "UNet step")
+    }
+    rows = []
+    for label, row in all_rows(found, "queued"):
+        alone = single.get((label, row["way"], row["batch"], row["size"]))
+        rows.append(
+            [label, row["way"], str(row["batch"]), str(row["size"]), f"{median(row['wall_seconds']) * 1e3:,.3f}",
+             NONE if alone is None else f"{alone * 1e3:,.3f}"]
+        )  # fmt: skip
+    return table(("model", "way", "batch", "px", "each of 10, wall, ms", "one alone, wall, ms"), rows)
 
 
 def parity(found: Json) -> list[str]:
     """Relative distance to eager float32 of the first, second and third call."""
     rows = [
-        [label, row["way"], *(NONE if one is None else f"{one:.2e}" for one in row["errors"])]
+        [label, row["way"], row.get("component", "unet"), *(_error(one) for one in row["errors"])]
         for label, row in all_rows(found, "parity")
     ]
-    return table(("model", "way", "first call", "second", "third"), rows)
+    return table(("model", "way", "component", "first call", "second", "third"), rows, left=3)
+
+
+def over_reference(row: Json) -> str:
+    """The speed of a training step over the reference's, which may have lacked memory."""
+    if row["speedup"] is None:
+        return NONE
+    return f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+
+
+def _error(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2e}"
 
 
 def overhead(found: Json) -> list[str]:
@@ -127,10 +178,12 @@ def overhead(found: Json) -> list[str]:
         if whole:
             added = whole["median_s"] - row["median_s"]
             rows.append(
-                [label, target, call, f"{row['median_s'] * 1e3:,.3f}", f"{whole['median_s'] * 1e3:,.3f}",
-                 f"{added * 1e6:,.0f}", f"{added / row['median_s']:.2%}"]
+                [label, target, call, f"{row['median_s'] * 1e3:,.3f}", _limit(row)[1],
+                 f"{whole['median_s'] * 1e3:,.3f}", f"{added * 1e6:,.0f}", f"{added / row['median_s']:.2%}"]
             )  # fmt: skip
-    return table(("model", "target", "bare", "ms", "through the runtime, ms", "added, us", "share"), rows, left=3)
+    return table(
+        ("model", "target", "bare", "ms", "of the limit", "through the runtime, ms", "added, us", "share"), rows, left=3
+    )
 
 
 def whole_images(found: Json) -> list[str]:
@@ -141,7 +194,8 @@ def whole_images(found: Json) -> list[str]:
         for what in ("image", "VAE decode")
         for label, row in all_rows(found, what)
     ]  # fmt: skip
-    return table(("model", "way", "what", "px", "ms", "TFLOP/s", "of the limit", "GB taken"), rows, left=3)
+    shown = table(("model", "way", "what", "px", "ms", "TFLOP/s", "of the limit", "GB taken"), rows, left=3)
+    return [*shown, "", "The work of an image is that of its UNet steps alone; its time is all of it."] if shown else []
 
 
 def loras(found: Json) -> list[str]:
@@ -163,7 +217,7 @@ def training(found: Json) -> list[str]:
     """Distillation steps."""
     rows = [
         [row["student"], row["way"], str(row["batch"]), f"{row['batch'] / row['median_s']:,.2f}",
-         f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})",
+         over_reference(row),
          NONE if row["memory_gb"] is None else f"{row['memory_gb']:,.2f}", *_limit(row)]
         for _, row in all_rows(found, "training step")
     ]  # fmt: skip
@@ -182,18 +236,21 @@ def against_goals(found: Json) -> list[str]:
 
 
 def not_measured(found: Json) -> list[str]:
-    """Pieces that are missing or went wrong, in their own words."""
-    rows = []
+    """Pieces that are missing or went wrong, in their own words, and ceilings that are not used."""
+    rows = [["ceilings", f"not used: {precision}", why] for precision, why in implausible(found).items()]
     for name, piece in found["pieces"].items():
         if piece["state"] != "done" or piece["errors"]:
             said = "; ".join(f"{part}: {text}" for part, text in piece["errors"].items())
             rows.append([name, piece["state"], said[:1500] or NONE])
+        if left_out := piece["facts"].get("left_out"):
+            rows.append([name, "in part", f"time was short for {'; '.join(left_out)}"])
     return table(("piece", "state", "why"), rows, left=3)
 
 
 SECTIONS: tuple[tuple[str, Callable[[Json], list[str]]], ...] = (
     ("What runs here", what_runs), ("The machine's limits", machine_limits), ("UNet steps", unet_steps),
-    ("Engines", engines), ("Distance to eager float32", parity), ("The runtime over the bare library", overhead),
+    ("Calls in a row", queued), ("Engines", engines), ("Distance to eager float32", parity),
+    ("The runtime over the bare library", overhead),
     ("Whole images, and the VAE", whole_images), ("LoRA", loras), ("Distillation steps", training),
     ("Goals", against_goals), ("Missing, failed, or in part", not_measured),
 )  # fmt: skip

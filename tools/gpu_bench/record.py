@@ -48,11 +48,15 @@ class Record:
             traceback.clear_frames(error.__traceback__)
         self.save()
 
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the piece began."""
+        return time.perf_counter() - self._start
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        spent = time.perf_counter() - self._start
         found = {"rows": self.rows, "facts": self.facts, "errors": self.errors, "tracebacks": self.tracebacks}
-        return {**found, "spent_s": round(spent, 2)}
+        return {**found, "spent_s": round(self.spent_s, 2)}
 
     def save(self) -> None:
         """Write what there is, where a file was given."""

@@ -1,6 +1,6 @@
 """Runs the pieces of a report, each in a process of its own, within a budget; keeps what was found after each.
 
-A process that crashes or is stopped at the end of the budget loses what it had not written yet, and no other piece.
+A process that crashes or is stopped loses what it had not written yet, and no other piece.
 Loads no torch: a GPU belongs to the piece that runs.
 """
 
@@ -15,16 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from gpu_bench.settings import Piece, Settings
+from gpu_bench.settings import Piece, Settings, cap, cost
 from sdkd.errors import InputError
 from sdkd.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "gpu_report.py"
-LEAST_S = 15.0  # no piece is begun with less: the imports alone take a good part of it
 KEPT_LINES = 40
+ROW_KEYS = ("what", "way", "batch", "size", "student", "component", "precision")  # rows equal in these are the same
 Json = dict[str, Any]
 Save = Callable[[], None]
 Command = Callable[[Piece, Path, Path], Sequence[str]]
@@ -38,7 +39,7 @@ def command(piece: Piece, settings: Path, result: Path) -> list[str]:
 
 def to_run(pieces: Sequence[Piece], found: Mapping[str, Json], again: bool) -> list[Piece]:
     """What is not done: what was never begun first, then what ran out of time, then what failed; all for `again`."""
-    ranks = {"": 0, "not started": 0, "out of budget": 1, "failed": 2}
+    ranks = {"": 0, "not started": 0, "not installed": 0, "out of budget": 1, "failed": 2}
     states = {piece.name: found.get(piece.name, {}).get("state", "") for piece in pieces}
     open_ones = [piece for piece in pieces if again or states[piece.name] != "done"]
     return sorted(open_ones, key=lambda piece: ranks.get(states[piece.name], 0))
@@ -46,27 +47,45 @@ def to_run(pieces: Sequence[Piece], found: Mapping[str, Json], again: bool) -> l
 
 def run_all(
     pieces: Sequence[Piece], settings: Settings, found: dict[str, Json], save: Save, *, deadline: float, again: bool,
-    said: Mapping[str, Any], environment: Mapping[str, str], words: Command = command,
+    said: Mapping[str, Any], environment: Mapping[str, str], missing: Mapping[str, str] = MappingProxyType({}),
+    words: Command = command,
 ) -> None:  # fmt: skip
-    """Run what is to be run until `deadline` (of time.monotonic), and `save` after each.
+    """Run what is to be run until `deadline` (of time.monotonic), and `save` after each; what does not fit is left out.
 
-    `said`: what every result says beside its own (commit, versions). `environment`: of the processes.
+    `said`: what every result says beside its own (commit, versions). `environment`: of the processes. `missing`: kinds
+    whose package is not there, and why; no process is started for them.
     """
     for piece in to_run(pieces, found, again):
-        left = deadline - time.monotonic()
-        if left < LEAST_S:
-            found.setdefault(piece.name, {"state": "not started", "rows": [], "facts": {}, "errors": {}})
+        left, before = deadline - time.monotonic(), found.get(piece.name, {})
+        needed = cost(piece.kind, settings)
+        if piece.kind in missing or left < needed:
+            state = "not installed" if piece.kind in missing else "not started"
+            why = {"package": missing[piece.kind]} if piece.kind in missing else {}
+            if not before or (why and not before["rows"]):
+                found[piece.name] = {"state": state, "rows": [], "facts": {}, "errors": why}
+            print(f"{piece.name}: {state}, {why.get('package', f'{left:.0f} s left of {needed:.0f}')}", flush=True)
             continue
         print(f"{piece.name}: {left:.0f} s left", flush=True)
         result = run_one(piece, settings, left, environment, words)
-        before = found.get(piece.name, {})
-        if before.get("rows") and not result["rows"]:  # what was found earlier is better than nothing
-            result["rows"] = before["rows"]
-        found[piece.name] = {**result, **said}
+        found[piece.name] = merged(before, {**result, **said})
         save()
         errors = "; ".join(f"{name}: {text}" for name, text in result["errors"].items())
         print(f"{piece.name}: {result['state']}, {result['wall_s']:.0f} s{', ' + errors if errors else ''}", flush=True)
     save()
+
+
+def merged(before: Json, result: Json) -> Json:
+    """A piece's new result with the earlier rows and facts that it did not find again, each row with its commit."""
+    new = {_key(row) for row in result["rows"]}
+    kept = [row for row in before.get("rows", ()) if _key(row) not in new]
+    commit = before.get("commit")
+    if commit and commit != result.get("commit"):
+        kept = [{"commit": commit, **row} for row in kept]
+    return {**result, "rows": [*result["rows"], *kept], "facts": {**before.get("facts", {}), **result["facts"]}}
+
+
+def _key(row: Json) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ROW_KEYS)
 
 
 def run_one(piece: Piece, settings: Settings, seconds: float, environment: Mapping[str, str], words: Command) -> Json:
@@ -78,14 +97,16 @@ def run_one(piece: Piece, settings: Settings, seconds: float, environment: Mappi
         file.unlink(missing_ok=True)
     files[0].write_text(json.dumps(settings.to_json()))
     start, log = time.monotonic(), work / f"{piece.name.replace('/', '-')}.log"
-    status = _wait(words(piece, *files), environment, log, seconds)
+    most = min(seconds, cap(piece.kind))
+    status = _wait(words(piece, *files), environment, log, most)
     found: Json = {"rows": [], "facts": {}, "errors": {}, "tracebacks": {}}
     try:
         found |= read_json(files[1])
     except InputError:  # it ended before it had anything to say
         found["errors"]["process"] = ""
     if status is None:
-        found["errors"]["process"] = f"stopped after {seconds:.0f} s, at the end of the budget"
+        why = "the most for its kind" if most < seconds else "at the end of the budget"
+        found["errors"]["process"] = f"stopped after {most:.0f} s, {why}"
     elif status:
         found["errors"]["process"] = ended(status, log)
     found = scrubbed(found, {str(work.resolve()): "WORK", str(work): "WORK", str(ROOT): ".", str(Path.home()): "~"})
@@ -157,6 +178,7 @@ def run_piece(piece: Piece, settings: Settings, record: Any) -> None:
     function = getattr(importlib.import_module(f"gpu_bench.{module}"), name)
     extra = {"target": piece.kind} if name == "engine" else {}
     record.fact(clocks_before=clocks())
+    device = Device(settings)
     with record.part("piece"):
-        function(settings, Device(settings), record, piece.model, **extra)
-    record.fact(clocks_after=clocks())
+        function(settings, device, record, piece.model, **extra)
+    record.fact(clocks_under_load=device.clocks, clocks_after=clocks())

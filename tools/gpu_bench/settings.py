@@ -36,7 +36,7 @@ FUNCTIONS = {
     "eager": "unets:eager",
     "compile": "unets:compiled",
     **dict.fromkeys(ENGINES, "unets:engine"),
-    "vae": "images:vae",
+    "vae": "parts:vae",
     "images": "images:images",
     "lora": "weights:lora",
     "train": "training:train",
@@ -44,11 +44,29 @@ FUNCTIONS = {
 # The most telling first: what runs at all, then the first model on everything, then the others. Numbers are places in
 # the settings' models, names those of students to train.
 ORDER: tuple[tuple[str, int | str | None], ...] = (
-    ("doctor", None), ("ceilings", None), ("eager", 0), ("tensorrt-rtx", 0), ("tensorrt", 0), ("eager", 1),
-    ("train", "tiny"), ("images", 0), ("onnxruntime", 0), ("lora", 0), ("vae", 0), ("eager", 2), ("train", "small"),
-    ("compile", 0), ("tensorrt-rtx", 1), ("tensorrt", 1), ("images", 1), ("tensorrt-rtx", 2), ("tensorrt", 2),
-    ("images", 2), ("compile", 1), ("compile", 2), ("onnxruntime", 2), ("onnxruntime", 1),
+    ("doctor", None), ("ceilings", None), ("eager", 0), ("eager", 1), ("tensorrt-rtx", 0), ("tensorrt", 0),
+    ("train", "small"), ("onnxruntime", 0), ("train", "tiny"), ("images", 0), ("eager", 2), ("vae", 0), ("lora", 0),
+    ("compile", 0), ("tensorrt-rtx", 1), ("tensorrt", 1), ("tensorrt-rtx", 2), ("tensorrt", 2), ("images", 1),
+    ("images", 2), ("compile", 1), ("compile", 2), ("onnxruntime", 1), ("onnxruntime", 2),
 )  # fmt: skip
+# Seconds that a piece of each kind usually takes in full size: with fewer left it is not begun.
+COSTS = {
+    "doctor": 60.0, "ceilings": 15.0, "eager": 30.0, "train": 90.0, "onnxruntime": 120.0, "tensorrt-rtx": 120.0,
+    "tensorrt": 240.0, "images": 80.0, "vae": 45.0, "lora": 60.0, "compile": 240.0,
+}  # fmt: skip
+CAPS = {"compile": 300.0}  # seconds after which a piece is stopped, where that is not CAP_FACTOR times its cost
+CAP_FACTOR = 2.5
+DRY_SHARE = 0.1  # of the costs, with the models of a dry run
+
+
+def cost(kind: str, settings: Settings) -> float:
+    """Seconds that must be left for a piece to be begun."""
+    return COSTS[kind] * (DRY_SHARE if settings.device == "cpu" else 1.0)
+
+
+def cap(kind: str) -> float:
+    """Seconds after which a piece is stopped."""
+    return CAPS.get(kind, CAP_FACTOR * COSTS[kind])
 
 
 @dataclass(frozen=True)

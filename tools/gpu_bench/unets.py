@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_bench.bundles import built, exported, refused, unet_profiles
+from gpu_bench.bundles import build_facts, built, check_place, exported, refused, unet_profiles
 from gpu_bench.device import Device, Work, sampled
 from gpu_bench.record import Record
-from gpu_bench.settings import Settings
+from gpu_bench.settings import Settings, cap
 from sdkd.errors import EngineError
 from sdkd.targets import installed_version, require
 
@@ -69,21 +69,41 @@ class Steps:
     def __init__(self, settings: Settings, device: Device, record: Record, model: str) -> None:
         self.settings, self.device, self.record, self.model = settings, device, record, model
         self.scale = scale_of(settings.models[model])
+        self._feeds: dict[tuple[int, int, torch.dtype], dict[str, torch.Tensor]] = {}
+
+    def feeds(self, config: Any, batch: int, size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The inputs of a shape, made once.
+
+        Never in inference mode: a compiled UNet would be compiled again for the other kind.
+        """
+        import torch
+
+        key = (batch, size, dtype)
+        if key not in self._feeds:
+            with torch.inference_mode(False):
+                self._feeds[key] = inputs(config, batch, size // self.scale, self.device, dtype)
+        return self._feeds[key]
 
     def rows(self, unet: Any, way: str, shapes: list[tuple[int, int]] | None = None, **facts: Any) -> None:
         """One row per shape; a shape that fails is an error of its own."""
         dtype = getattr(unet, "dtype", self.device.dtype)
         for batch, size in self.settings.shapes if shapes is None else shapes:
-            side = size // self.scale
             with self.record.part(f"{way}, batch {batch}, {size} px"):
+                work = step(unet, self.feeds(unet.config, batch, size, dtype))
+                self.device.wait()  # what torch keeps in store of a larger shape is not taken by this one
                 self.device.reset_peak()
-                work = step(unet, inputs(unet.config, batch, side, self.device, dtype))
                 samples = self.device.samples(work)
-                counted = work_of(self.settings, unet.config, batch, side)
+                counted = work_of(self.settings, unet.config, batch, size // self.scale)
                 self.record.row(
                     **sampled(samples, what="UNet step", way=way, batch=batch, size=size, **facts),
                     precision=self.settings.precision, work=counted, **self.device.memory(),
                 )  # fmt: skip
+
+    def queued(self, unet: Any, way: str) -> None:
+        """One row: calls at the first shape that nothing waits between, so that what a call costs the CPU is hidden."""
+        work = step(unet, self.first(unet.config, getattr(unet, "dtype", self.device.dtype)))
+        batch, size = self.settings.shapes[0]
+        self.record.row(**sampled(self.device.queued(work), what="queued", way=way, batch=batch, size=size))
 
     def parity(self, unet: Any, way: str) -> None:
         """The relative distance to float32, ||x - x32|| / ||x32||, at the first shape."""
@@ -94,12 +114,11 @@ class Steps:
         with torch.inference_mode():
             answers = [step(unet, feeds)().float().cpu() for _ in range(3)]  # plainly, captured, replayed
         errors = [float((answer - truth).norm() / truth.norm()) for answer in answers]
-        self.record.row(what="parity", way=way, errors=errors, precision=self.settings.precision)
+        self.record.row(what="parity", way=way, component="unet", errors=errors, precision=self.settings.precision)
 
     def first(self, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Inputs of the first shape."""
-        batch, size = self.settings.shapes[0]
-        return inputs(config, batch, size // self.scale, self.device, dtype)
+        return self.feeds(config, *self.settings.shapes[0], dtype)
 
     def truth(self) -> torch.Tensor:
         """Eager float32's answer at the first shape, made once for each model and kept in the work folder."""
@@ -157,12 +176,17 @@ def eager(settings: Settings, device: Device, record: Record, model: str) -> Non
     with record.part("attention"), torch.no_grad():
         record.fact(attention=attention_kernel(step(unet, steps.first(unet.config, device.dtype))))
     steps.rows(unet, "eager, channels_last")
+    with record.part("queued"):
+        steps.queued(unet, "eager, channels_last")
     with record.part("parity"):
         steps.parity(unet, "eager, channels_last")
 
 
 def compiled(settings: Settings, device: Device, record: Record, model: str) -> None:
-    """torch.compile with each of the settings' options at the first shape; `first_call_s` is what compiling takes."""
+    """torch.compile with each of the settings' options at the first shape, then with the first at the others.
+
+    `compile_s` of a way is what its first call takes. Shapes that time is short for are left out, and named.
+    """
     import torch
 
     from sdkd.models import load_component
@@ -170,15 +194,25 @@ def compiled(settings: Settings, device: Device, record: Record, model: str) -> 
     steps = Steps(settings, device, record, model)
     unet = load_component(settings.models[model], "unet", device.dtype).to(device.name)
     unet = unet.to(memory_format=torch.channels_last)
-    for options in settings.compile_options:
-        way = "compile, " + ", ".join(map(str, options.values()))
-        with record.part(way):
+    options, (first, *others) = settings.compile_options, settings.shapes
+    longest = 0.0
+    calls = [*((first, one) for one in options), *((other, options[0]) for other in others)]
+    for index, (shape, one) in enumerate(calls):
+        way = "compile, " + ", ".join(map(str, one.values()))
+        if index >= len(options) and record.spent_s + 1.5 * longest > cap("compile"):
+            record.fact(left_out=[f"batch {batch}, {size} px" for batch, size in others[index - len(options) :]])
+            break
+        with record.part(f"{way}, batch {shape[0]}, {shape[1]} px"):
             torch._dynamo.reset()
-            fast = torch.compile(unet, dynamic=False, **options)
+            fast: Any = torch.compile(unet, dynamic=False, **one)
             with torch.inference_mode():
-                first = device.seconds(step(fast, steps.first(unet.config, device.dtype)))
-            steps.rows(fast, way, settings.shapes[:1], first_call_s=first)
-            steps.parity(fast, way)
+                spent = device.seconds(step(fast, steps.feeds(unet.config, *shape, device.dtype)))
+            longest = max(longest, spent)
+            facts = {f"{way}, batch {shape[0]}, {shape[1]} px": spent}
+            record.fact(compile_s={**record.facts.get("compile_s", {}), **facts})
+            steps.rows(fast, way, [shape], first_call_s=spent)
+            if shape == first:
+                steps.parity(fast, way)
 
 
 def engine(settings: Settings, device: Device, record: Record, model: str, target: str) -> None:
@@ -188,8 +222,8 @@ def engine(settings: Settings, device: Device, record: Record, model: str, targe
     steps = Steps(settings, device, record, model)
     with record.part("export"):
         require(target)
-        if (why := refused(settings, target)) and model != next(iter(settings.models)):
-            raise EngineError(why)  # the first model is built all the same: how long that takes is worth knowing
+        if why := refused(settings, target):  # nothing is exported or built for it
+            raise EngineError(why)
         if target == "onnxruntime" and expected_device(target).type != device.name:
             raise EngineError(f"ONNX Runtime has no CUDA here, and its CPU is not asked: {installed_version(target)}")
         bundle = exported(settings, model, record)
@@ -203,6 +237,7 @@ def engine(settings: Settings, device: Device, record: Record, model: str, targe
             build_s=time.perf_counter() - start, builder_s=made.seconds, engine_bytes=made.total_bytes,
             flags=dict(made.flags), built_for=list(made.built_for),
         )  # fmt: skip
+        build_facts(record, bundle, target, ("unet",))
     if "build" in record.errors:
         return
     ways: dict[str, dict[str, Any]] = {target: {}}
@@ -220,14 +255,18 @@ def run_engine(steps: Steps, bundle: Any, target: str, way: str, options: dict[s
     from engines.pipeline import build_module
     from engines.session import open_session
 
+    steps.device.begin()
     opened = partial(open_session, bundle, target, **options)
     start = time.perf_counter()
     unet: Any = build_module(bundle, target, "unet", steps.device.dtype, torch.device(steps.device.name), None, opened)
     load_s = time.perf_counter() - start
     try:
+        check_place(unet.sessions(), steps.device)
         with torch.inference_mode():
             first = steps.device.seconds(step(unet, steps.first(unet.config, unet.dtype)))
         steps.rows(unet, way, load_s=load_s, first_call_s=first)
+        with steps.record.part(f"{way}, queued"):
+            steps.queued(unet, way)
         steps.parity(unet, way)
         if target.startswith("tensorrt") and not options:
             with steps.record.part(f"{target}, bare"):
@@ -238,7 +277,10 @@ def run_engine(steps: Steps, bundle: Any, target: str, way: str, options: dict[s
 
 
 def bare_rows(steps: Steps, session: EngineSession, target: str) -> None:
-    """The library's own call on bound memory, and the replay of its CUDA graph: what the runtime adds is the rest."""
+    """The library's own call on bound memory, and the replay of its CUDA graph: what the runtime adds is the rest.
+
+    Streams and graphs are torch.cuda's, as they are part of the library's own call; Device times it as all others.
+    """
     import torch
 
     from engines.cuda_graphs import ShapeGraph
@@ -251,6 +293,7 @@ def bare_rows(steps: Steps, session: EngineSession, target: str) -> None:
     feeds = {k: t.to(dtype[k]).contiguous() for k, t in steps.first(config, steps.device.dtype).items()}
     outputs = session.run(feeds)
     shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
+    counted = work_of(steps.settings, config, batch, size // steps.scale)
     profile = pick_profile(trt_session._spans, shapes)
     assert profile is not None
     graph: ShapeGraph = trt_session._make_graph(Call(feeds, outputs, profile, shapes))
@@ -267,6 +310,6 @@ def bare_rows(steps: Steps, session: EngineSession, target: str) -> None:
             graph.capture(side)
             calls["bare replay"] = graph._graph.replay  # type: ignore[union-attr]
         for name, call in calls.items():
-            samples = steps.device.samples(call)
-            steps.record.row(**sampled(samples, what="bare", way=f"{target}, {name}", batch=batch, size=size))
+            row = sampled(steps.device.samples(call), what="bare", way=f"{target}, {name}", batch=batch, size=size)
+            steps.record.row(**row, precision=steps.settings.precision, work=counted)
     graph.close()

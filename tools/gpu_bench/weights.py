@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gpu_bench.bundles import built, copy_of, exported, runnable, unet_profiles
+from gpu_bench.bundles import built, check_place, copy_of, exported, runnable, unet_profiles
 from gpu_bench.device import Device
 from gpu_bench.record import Record
 from gpu_bench.settings import Settings
@@ -52,21 +52,12 @@ def lora(settings: Settings, device: Device, record: Record, model: str) -> None
     for target in targets if bundle else ():
         if target.startswith("tensorrt"):
             with record.part(f"{target}, refit"):
-                change(steps, refittable(settings, copy_of(bundle, "refit"), target), target, "refit", weights)
+                home = copy_of(bundle, "refit")
+                fitted = built(settings, home, target, ("unet",), unet_profiles(settings), refit="lora")
+                change(steps, fitted, target, "refit", weights)
         with record.part(f"{target}, rebuild"):
             plain = built(settings, bundle, target, ("unet",), unet_profiles(settings))
             change(steps, plain, target, "rebuild", weights)
-
-
-def refittable(settings: Settings, bundle: Bundle, target: str) -> Bundle:
-    """The bundle with an engine whose attention weights can change; for this GPU alone where plans are for several."""
-    from export.build_options import BuildOptions
-    from sdkd.targets import TARGETS, gpu
-
-    here = gpu()
-    alone = () if TARGETS[target].builds_on_gpu or here is None else (here["compute_capability"],)
-    options = BuildOptions(refit="lora", compute_capabilities=alone)
-    return built(settings, bundle, target, ("unet",), unet_profiles(settings), options)
 
 
 def change(steps: Steps, bundle: Bundle, target: str, way: str, weights: Mapping[str, torch.Tensor]) -> None:
@@ -79,10 +70,12 @@ def change(steps: Steps, bundle: Bundle, target: str, way: str, weights: Mapping
 
     shapes, name = steps.settings.shapes[:1], f"{target}, {way}"
     made = bundle.engine(target, "unet")
+    steps.device.begin()
     place = torch.device(steps.device.name)
     opened = partial(open_session, bundle, target)
     unet: Any = build_module(bundle, target, "unet", steps.device.dtype, place, None, opened)
     try:
+        check_place(unet.sessions(), steps.device)
         unet.session.rebuild = rebuild
         feeds = steps.first(unet.config, unet.dtype)
 
