@@ -38,10 +38,12 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
 """
 
 
-def wheel(folder: Path, name: str, version: str, needs: tuple[str, ...] = (), size: int = 0) -> None:
+def wheel(
+    folder: Path, name: str, version: str, needs: tuple[str, ...] = (), size: int = 0, python: str = ">=3.8"
+) -> None:
     """A small wheel, as pip accepts it: a module `name` with VERSION, and `size` bytes that do not compress."""
     info = f"{name}-{version}.dist-info"
-    head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: {python}\n"
     files = {
         f"{name}/__init__.py": f"VERSION = {version!r}\n".encode(),
         f"{name}/data.bin": random.Random(name).randbytes(size),
@@ -72,11 +74,24 @@ def index(tmp_path: Path) -> Path:
 
 def make(tmp_path: Path, index: Path, *more: str) -> Path:
     kit = tmp_path / "kit"
+    tmp_path.mkdir(exist_ok=True)
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("helper==1.0\ntorch==2.13.0\n")
     words = [str(kit), "--packages", "large", "--present", "torch", "--python", PYTHON, "--find-links", str(index)]
     gpu_kit.main([*words, "--constraints", str(constraints), "--part-mb", "0.1", *more])
     return kit
+
+
+def test_what_the_machine_has_may_be_for_its_python_alone(tmp_path: Path, index: Path) -> None:
+    """Its numpy, say, that no longer installs on the Python which gathers the kit."""
+    later = f"3.{sys.version_info.minor + 1}"
+    wheel(index, "helper", "1.2", python=f">={later}")
+    kit = make(tmp_path, index, "--present", "torch,helper==1.2", "--python", later)
+    described = json.loads((kit / "kit.json").read_text())
+    assert [one["file"] for one in described["wheels"]] == ["large-2.0-py3-none-any.whl"]
+    wheel(index, "large", "2.0", ("helper>=1", "torch"), python=f"<{later}")  # what is gathered must be for it, too
+    with pytest.raises(SystemExit, match=r"pip download failed: (.|\n)*large"):
+        make(tmp_path / "again", index, "--present", "torch,helper==1.2", "--python", later)
 
 
 def install(kit: Path, target: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -67,8 +67,10 @@ def resolve(packages: Sequence[str], present: Collection[str], options: Sequence
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         report = place / "report.json"
-        pip("install", "--dry-run", "--ignore-installed", "--quiet", "--report", str(report),
-            "--target", str(place / "target"), *options, *packages)  # fmt: skip
+        # Whatever `--python-version` says, `install` asks what a package says of the running Python; `download`, which
+        # comes next, what it says of the other machine's.
+        pip("install", "--dry-run", "--ignore-installed", "--ignore-requires-python", "--quiet",
+            "--report", str(report), "--target", str(place / "target"), *options, *packages)  # fmt: skip
         found = json.loads(report.read_text())["install"]
     pins = {canonical(row["metadata"]["name"]): row["metadata"]["version"] for row in found}
     return [f"{name}=={version}" for name, version in sorted(pins.items()) if name not in present]
