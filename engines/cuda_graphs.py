@@ -8,17 +8,17 @@ so each graph has a context that is never given other ones, and holds its buffer
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from engines.tensorrt_context import Shapes
+from sdkd.collection import paused_gc
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,8 @@ class ShapeGraph:
         """
         assert self._enqueue is not None, "this graph was dropped"
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        with CAPTURING, _no_collection(), torch.cuda.stream(stream):
+        # An execution context among the garbage would free memory of the GPU, and break the capture.
+        with CAPTURING, paused_gc(), torch.cuda.stream(stream):
             try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # others may use the GPU as they like
                 self._enqueue(stream.cuda_stream)
@@ -175,18 +176,6 @@ class ShapeGraph:
         self._graph = self._enqueue = self._workspace = None
         self.buffers.inputs.clear()
         self.buffers.outputs.clear()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected in here: an execution context in it would free memory of the GPU, and break a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 _abandoned: list[torch.cuda.CUDAGraph] = []  # torch's allocators may ask for them as long as the process lives

@@ -7,9 +7,6 @@ have ONNX translations of their own. What is left to do: casts have none, and st
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,15 +65,3 @@ def _copy(node: Node) -> Node:
 def _replace(node: Node, instead: Any) -> None:
     node.replace_all_uses_with(instead)
     node.graph.erase_node(node)
-
-
-@contextlib.contextmanager
-def paused_gc() -> Iterator[None]:
-    """No cycle collection: it looks again and again at the millions of symbols that a trace makes, and finds little."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -19,8 +19,9 @@ from torch import nn
 from export.components import component_state, dynamic_shapes, example_inputs, example_sizes, graph_module
 from export.initializers import fold_transposes, merge_constants, name_initializers, opaque_weights, strip_prefix
 from export.precision import float_nodes, float_softmax
-from export.quick_program import QuickProgram, is_functional, paused_gc
+from export.quick_program import QuickProgram, is_functional
 from export.twins import trace
+from sdkd.collection import paused_gc
 from sdkd.contract import Contract
 from sdkd.errors import ExportError, InputError
 from sdkd.targets import check_target
@@ -104,6 +105,7 @@ def to_onnx(module: nn.Module, contract: Contract, config: Mapping[str, Any], op
     tokens = min(int(config.get("vocab_size", 256)), 256)
     inputs = example_inputs(contract, example_sizes(contract, config), tokens=tokens)
     try:
+        # The collector would look again and again at the millions of symbols that a trace makes, and find little.
         with silence(), paused_gc(), torch.no_grad():
             program = trace(graph_module(contract, module), inputs, dynamic_shapes(contract, config))
             model = _translate(program, contract, version)

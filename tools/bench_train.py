@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from bench import ROOT, commit, machine
 from torch.nn import functional as F
 
 from sdkd.compare.environment import environment
+from sdkd.compare.measure import Timer
 from sdkd.compare.stats import Spread, speedup
 from sdkd.distill.batches import Batch
 from sdkd.distill.config import TrainConfig
@@ -177,36 +177,6 @@ def _picture(index: int, size: int) -> Any:
     return Image.fromarray(noise).resize((size, size))
 
 
-class Meter:
-    """Times calls and reads peaks on a torch device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.counts = device, device.type == "cuda"
-
-    def wait(self) -> None:
-        """Until all that is queued is done."""
-        if self.counts:
-            torch.cuda.synchronize(self.device)
-
-    def reset(self) -> None:
-        """Let the peak begin anew."""
-        gc.collect()
-        if self.counts:
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """One call, the device's work included."""
-        self.wait()
-        start = time.perf_counter()
-        work()
-        self.wait()
-        return time.perf_counter() - start
-
-    def peak(self) -> int | None:
-        """Bytes, None where a device does not count them: a process's peak would be that of all rows."""
-        return peak_memory(self.device) if self.counts else None
-
-
 @dataclass
 class Measured:
     """By row: seconds of every step after a first round, peak memory in GB, why it failed; seconds to compile."""
@@ -217,20 +187,20 @@ class Measured:
     compile_seconds: float = 0.0
 
 
-def measure(bench: Bench, rounds: int, rows: Sequence[str] = (), meter: Meter | None = None) -> Measured:
+def measure(bench: Bench, rounds: int, rows: Sequence[str] = ()) -> Measured:
     """Some rows, or all, in rounds; one without enough memory says so, and the others go on without it.
 
     Memory is that of a row alone: the teacher that another row uses does not count.
     """
     names = list(rows or (*ROWS, *bench.calls))
-    found, meter = Measured({name: [] for name in names}), meter or Meter(bench.device)
+    found = Measured({name: [] for name in names})
     for turn in range(rounds + 1):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if name in found.failed:
                 continue
             try:
-                seconds = _one(bench, name, meter, found)
+                seconds = _one(bench, name, found)
             except torch.OutOfMemoryError as error:
                 found.failed[name] = str(error).splitlines()[0]
                 del found.samples[name]
@@ -243,12 +213,15 @@ def measure(bench: Bench, rounds: int, rows: Sequence[str] = (), meter: Meter | 
     return found
 
 
-def _one(bench: Bench, name: str, meter: Meter, found: Measured) -> float:
-    work = bench.prepare(name)
-    meter.reset()
-    seconds = meter.seconds(work)
-    if (peak := meter.peak()) is not None:
-        found.memory[name] = (peak - bench.parked(name)) / 1e9
+def _one(bench: Bench, name: str, found: Measured) -> float:
+    """Seconds of one step, and its peak where the device counts one: a process's would be that of all rows."""
+    work, counts = bench.prepare(name), bench.device.type == "cuda"
+    gc.collect()
+    if counts:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    seconds = Timer(str(bench.device)).time(work).wall_s
+    if counts:
+        found.memory[name] = (peak_memory(bench.device) - bench.parked(name)) / 1e9
     return seconds
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from engines.cuda_graphs import CAPTURING, Buffers, ShapeGraph, _no_collection
+from engines.cuda_graphs import CAPTURING, Buffers, ShapeGraph
 from engines.modules import _one_timestep, _scalar
 from engines.refit_tensorrt import refit
 from engines.runtime_cache import RuntimeCache
 from engines.tensorrt_context import BoundContext, Call
 from engines.tensorrt_open import captures_by_itself, configure_graphs, stream_weights
+from sdkd.collection import paused_gc
 from sdkd.errors import EngineError
 
 STREAM: Any = SimpleNamespace(cuda_stream=0)
@@ -242,12 +243,12 @@ def test_numbers_are_scalars_beside_the_latents() -> None:
 
 
 def test_no_garbage_is_collected_during_a_capture() -> None:
-    with _no_collection():
+    with paused_gc():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with _no_collection():
+        with paused_gc():
             assert not gc.isenabled()
         assert not gc.isenabled()
     finally:

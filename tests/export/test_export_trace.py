@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from export import to_onnx as exporter
-from export.quick_program import QuickProgram, is_functional, paused_gc
+from export.quick_program import QuickProgram, is_functional
 from export.twins import Twins, trace
+from sdkd.collection import paused_gc
 from sdkd.contract import Contract, TensorSpec
 
 ROWS = TensorSpec("sample", "float32", ("batch", 16))

@@ -10,7 +10,7 @@ from gpu_bench.bundles import build_facts, built, check_place, exported, rest_pr
 from gpu_bench.device import Device, sampled
 from gpu_bench.record import Record
 from gpu_bench.settings import Settings
-from gpu_bench.unets import TOKENS, exact_float32
+from gpu_bench.unets import TOKENS, answer, distances, exact_float32
 
 if TYPE_CHECKING:
     import torch
@@ -121,23 +121,13 @@ def latent_shape(config: Any, size: int) -> tuple[int, int, int, int]:
     return 1, config["latent_channels"], side, side
 
 
-def answer(call: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What a call gives, in float32 on the CPU."""
-    import torch
-
-    with torch.inference_mode():
-        return call().float().cpu()
-
-
 def parity(
     settings: Settings, record: Record, component: str, way: str, call: Callable[[], torch.Tensor], truths: Truths
 ) -> None:
-    """A row of three calls' relative distance to float32, ||x - x32|| / ||x32||; none where that is not there."""
-    if component not in truths:
-        return
-    truth = truths[component]
-    errors = [float((answer(call) - truth).norm() / truth.norm()) for _ in range(3)]  # plainly, captured, replayed
-    record.row(what="parity", way=way, component=component, errors=errors, precision=settings.precision)
+    """A row of three calls' relative distance to float32; none where that is not there."""
+    if component in truths:
+        errors = distances(call, truths[component])
+        record.row(what="parity", way=way, component=component, errors=errors, precision=settings.precision)
 
 
 def decode_rows(

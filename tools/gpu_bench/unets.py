@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ def inputs(config: Any, batch: int, side: int, device: Device, dtype: torch.dtyp
     return {**found, "timestep": torch.tensor(TIMESTEP, device=device.name)}
 
 
-def step(unet: Any, feeds: dict[str, torch.Tensor]) -> Work:
+def step(unet: Any, feeds: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     """One call as a pipeline makes it."""
     sample, timestep, states = (feeds[name] for name in ("sample", "timestep", "encoder_hidden_states"))
     return lambda: unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0]
@@ -61,6 +61,24 @@ def work_of(settings: Settings, config: Any, batch: int, side: int) -> dict[str,
     from sdkd.compare.limits import element_bytes, unet_work
 
     return dataclasses.asdict(unet_work(dict(config), batch, side, side, TOKENS, element_bytes(settings.precision)))
+
+
+def answer(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a call gives, in float32 on the CPU."""
+    import torch
+
+    with torch.inference_mode():
+        return call().float().cpu()
+
+
+def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """The relative distance, ||x - truth|| / ||truth||."""
+    return float((found - truth).norm() / truth.norm())
+
+
+def distances(call: Callable[[], torch.Tensor], truth: torch.Tensor) -> list[float]:
+    """Of three calls, which an engine makes plainly, captured and replayed."""
+    return [distance(answer(call), truth) for _ in range(3)]
 
 
 class Steps:
@@ -106,14 +124,9 @@ class Steps:
         self.record.row(**sampled(self.device.queued(work), what="queued", way=way, batch=batch, size=size))
 
     def parity(self, unet: Any, way: str) -> None:
-        """The relative distance to float32, ||x - x32|| / ||x32||, at the first shape."""
-        import torch
-
-        truth = self.truth()
+        """The relative distance to float32 at the first shape."""
         feeds = self.first(unet.config, getattr(unet, "dtype", self.device.dtype))
-        with torch.inference_mode():
-            answers = [step(unet, feeds)().float().cpu() for _ in range(3)]  # plainly, captured, replayed
-        errors = [float((answer - truth).norm() / truth.norm()) for answer in answers]
+        errors = distances(step(unet, feeds), self.truth())
         self.record.row(what="parity", way=way, component="unet", errors=errors, precision=self.settings.precision)
 
     def first(self, config: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -137,11 +150,11 @@ class Steps:
         import torch
 
         file = Path(self.settings.work, f"truth-{self.model}.pt")
-        with torch.inference_mode(), exact_float32():
-            answer: torch.Tensor = step(unet, self.first(unet.config, torch.float32))().cpu()
+        with exact_float32():
+            found = answer(step(unet, self.first(unet.config, torch.float32)))
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(answer, file)
-        return answer
+        torch.save(found, file)
+        return found
 
 
 @contextlib.contextmanager

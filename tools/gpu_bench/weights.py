@@ -14,7 +14,7 @@ from gpu_bench.bundles import built, check_place, copy_of, exported, runnable, u
 from gpu_bench.device import Device
 from gpu_bench.record import Record
 from gpu_bench.settings import Settings
-from gpu_bench.unets import Steps, step
+from gpu_bench.unets import Steps, answer, distance, step
 
 if TYPE_CHECKING:
     import torch
@@ -77,22 +77,17 @@ def change(steps: Steps, bundle: Bundle, target: str, way: str, weights: Mapping
     try:
         check_place(unet.sessions(), steps.device)
         unet.session.rebuild = rebuild
-        feeds = steps.first(unet.config, unet.dtype)
-
-        def answer() -> torch.Tensor:
-            with torch.inference_mode():
-                return step(unet, feeds)().float().cpu()
-
+        call = step(unet, steps.first(unet.config, unet.dtype))
         steps.rows(unet, f"{name}: before", shapes)
-        before = answer()
+        before = answer(call)
         seconds = [swap(unet, weights)]
         steps.rows(unet, f"{name}: LoRA", shapes)
-        moved = float((answer() - before).norm() / before.norm())
+        moved = distance(answer(call), before)
         seconds.append(swap(unet, {}))
-        back = answer()
+        back = answer(call)
         steps.record.row(
             what="LoRA", way=name, seconds=seconds, moved=moved, exact_back=bool(torch.equal(back, before)),
-            back=float((back - before).norm() / before.norm()), builder_s=made.seconds, engine_bytes=made.total_bytes,
+            back=distance(back, before), builder_s=made.seconds, engine_bytes=made.total_bytes,
         )  # fmt: skip
     finally:
         unet.close()
