@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from bench import ROOT, commit, machine
+from gpu_bench.page import over_reference
 from torch.nn import functional as F
 
 from sdkd.compare.environment import environment
@@ -265,10 +266,9 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ["", f"## Student {part['student']}", "", "| step | s | images/s | over reference (95 % interval) |"]
         lines += ["|---|---:|---:|---:|"]
         for row in part["rows"]:
-            interval = f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
-            lines.append(
-                f"| {row['step']} | {row['seconds_median']:.2f} | {row['images_per_second']:.3f} | {interval} |"
-            )
+            rate = f"{row['images_per_second']:.3f}"
+            lines.append(f"| {row['step']} | {row['seconds_median']:.2f} | {rate} | {over_reference(row)} |")
+        lines += [f"| {name} | – | – | {why} |" for name, why in part.get("failed", {}).items()]
     lines += [
         "",
         f"Rows are cumulative up to `{OURS}`, the trainer itself; `{COMPILED}` is the same with `--compile`, whose",

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from bench import PIECES, ROOT, brief
 from gpu_bench.missing import GPU_COMMAND, GPU_ROWS, environment_of, on_gpu
+from gpu_bench.page import over_reference
 
 from sdkd.errors import InputError, SdkdError
 from sdkd.files import read_json, write_bytes
@@ -68,7 +69,7 @@ def training(found: Json) -> tuple[str, str]:
             row["step"],
             f"{row['seconds_median']:.2f}",
             f"{row['images_per_second']:.3f}",
-            f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})",
+            over_reference(row),
         ]
         for part in found["students"]
         for row in part["rows"]
