@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from sdkd import __version__
 from sdkd.errors import SdkdError
+from sdkd.help_page import Command, rows_of, show_page
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -101,17 +102,8 @@ def load_command(name: str) -> Any:
 
 def _command(name: str, function: Callable[..., Any]) -> Any:
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    one.command(name, help=inspect.getdoc(function) or SUMMARIES.get(name))(function)
+    one.command(name, cls=Command, help=inspect.getdoc(function) or SUMMARIES.get(name))(function)
     return typer.main.get_command(one)
-
-
-def _summary(name: str) -> Any:
-    """A stand-in that carries only the help line: `sdkd --help` imports no command."""
-
-    def stand_in() -> None: ...
-
-    stand_in.__doc__ = SUMMARIES.get(name, "")
-    return _command(name, stand_in)
 
 
 class Commands(TyperGroup):
@@ -122,13 +114,13 @@ class Commands(TyperGroup):
         return list(_entry_points())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import one command; for the help page its summary is enough."""
+        """Import one command."""
         return load_command(cmd_name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The help page, with summaries in place of commands."""
-        self.get_command = lambda ctx, cmd_name: _summary(cmd_name)  # type: ignore[method-assign]
-        super().format_help(ctx, formatter)
+        """The help page; commands are their summaries, so that none is imported."""
+        commands = [("", name, SUMMARIES.get(name, "")) for name in self.list_commands(ctx)]
+        show_page(self, ctx, [("Options", rows_of(ctx, self.get_params(ctx))), ("Commands", commands)])
 
 
 app = typer.Typer(

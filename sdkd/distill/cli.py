@@ -59,7 +59,8 @@ def _setting_option(item: dataclasses.Field[Any], hint: Any) -> tuple[Any, None]
         shown = " ".join(str(part) for part in item.default) if isinstance(item.default, tuple) else item.default
         text = f"{text} [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
     kind = str if item.name in _TEXTS else hint
-    return Annotated[typing.Optional[kind], typer.Option(help=text, show_default=False)], None  # noqa: UP045 - at run time
+    option = typer.Option(help=text, show_default=False, rich_help_panel=item.metadata["panel"])
+    return Annotated[typing.Optional[kind], option], None  # noqa: UP045 - at run time
 
 
 def _command(objective: str, text: str) -> Callable[..., None]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sdkd.distill.pairs import PAIRS
 from sdkd.errors import InputError
+from sdkd.help_page import DATA, LORA, LOSSES, OPTIMIZER, SAMPLES, SPEED, STATES, USUAL
 from sdkd.students import LossWeights, StudentSpec, student_spec
 
 OBJECTIVES = ("distill", "finetune", "lora")
@@ -34,9 +36,14 @@ _NOT_NEGATIVE = (
 _SHARES = ("random_conditioning", "lora_dropout", "caption_dropout")
 
 
-def _setting(default: Any, text: str, *objectives: str) -> Any:
+def _setting(default: Any, text: str, *objectives: str, panel: str = USUAL) -> Any:
     """A field with its help; `objectives` are those that it means something for (all when none is named)."""
-    return field(default=default, metadata={"help": text, "objectives": objectives or OBJECTIVES})
+    return field(default=default, metadata={"help": text, "objectives": objectives or OBJECTIVES, "panel": panel})
+
+
+_loss, _optimizer, _lora, _data, _speed, _state, _sample = (
+    partial(_setting, panel=panel) for panel in (LOSSES, OPTIMIZER, LORA, DATA, SPEED, STATES, SAMPLES)
+)
 
 
 @dataclass(frozen=True)
@@ -50,53 +57,53 @@ class TrainConfig:
     student: str = _setting("tiny", "small, tiny, bk-base, bk-small or bk-tiny.", "distill")
     steps: int = _setting(1000, "Optimizer steps.")
     batch_size: int = _setting(32, "Images per forward pass and process.")
-    accumulation: int = _setting(1, "Forward passes per step.")
+    accumulation: int = _optimizer(1, "Forward passes per step.")
     # losses
-    task_weight: float | None = _setting(None, "Factor of the task loss. [default: the student's]", "distill")
-    output_weight: float | None = _setting(None, "Factor of output KD. [default: the student's]", "distill")
-    feature_weight: float | None = _setting(None, "Factor of feature KD. [default: the student's]", "distill")
-    pairs: str | None = _setting(None, "Feature pairs: segmind or bk-sdm. [default: the student's]", "distill")
-    feature_norm: str = _setting("none", "variance: divide each pair by the variance of the teacher's.", "distill")
-    snr_gamma: float = _setting(0.0, "Gamma of min-SNR weights (5 is usual); 0: off.")
-    noise_offset: float = _setting(0.0, "Strength of a constant added to each channel's noise; 0: off.")
-    random_conditioning: float = _setting(0.0, "Share of images that get another image's caption.", "distill")
+    task_weight: float | None = _loss(None, "Factor of the task loss. [default: the student's]", "distill")
+    output_weight: float | None = _loss(None, "Factor of output KD. [default: the student's]", "distill")
+    feature_weight: float | None = _loss(None, "Factor of feature KD. [default: the student's]", "distill")
+    pairs: str | None = _loss(None, "Feature pairs: segmind or bk-sdm. [default: the student's]", "distill")
+    feature_norm: str = _loss("none", "variance: divide each pair by the variance of the teacher's.", "distill")
+    snr_gamma: float = _loss(0.0, "Gamma of min-SNR weights (5 is usual); 0: off.")
+    noise_offset: float = _loss(0.0, "Strength of a constant added to each channel's noise; 0: off.")
+    random_conditioning: float = _loss(0.0, "Share of images that get another image's caption.", "distill")
     # optimizer
-    optimizer: str = _setting("adamw", "adamw (fused) or adamw8bit (needs bitsandbytes).")
+    optimizer: str = _optimizer("adamw", "adamw (fused) or adamw8bit (needs bitsandbytes).")
     learning_rate: float = _setting(1e-4, "Highest learning rate.")
-    schedule: str = _setting("cosine", "cosine, linear or constant, after the warm-up.")
-    warmup: int = _setting(0, "Steps of rising learning rate.")
-    weight_decay: float = _setting(1e-2, "Of AdamW.")
-    betas: tuple[float, float] = _setting((0.9, 0.999), "Of AdamW.")
-    max_grad_norm: float = _setting(1.0, "Clip the gradient's global norm; 0: off.")
-    ema: float = _setting(0.0, "Decay of averaged weights, which become the result; 0: off.", "distill", "finetune")
+    schedule: str = _optimizer("cosine", "cosine, linear or constant, after the warm-up.")
+    warmup: int = _optimizer(0, "Steps of rising learning rate.")
+    weight_decay: float = _optimizer(1e-2, "Of AdamW.")
+    betas: tuple[float, float] = _optimizer((0.9, 0.999), "Of AdamW.")
+    max_grad_norm: float = _optimizer(1.0, "Clip the gradient's global norm; 0: off.")
+    ema: float = _optimizer(0.0, "Decay of averaged weights, which become the result; 0: off.", "distill", "finetune")
     # LoRA
     lora_rank: int = _setting(16, "Rank of the update matrices.", "lora")
-    lora_alpha: float | None = _setting(None, "Scale is alpha / rank. [default: the rank]", "lora")
-    lora_targets: str = _setting("attn", "attn, attn+ff or all (convolutions too).", "lora")
-    lora_dropout: float = _setting(0.0, "Dropout before the update matrices.", "lora")
+    lora_alpha: float | None = _lora(None, "Scale is alpha / rank. [default: the rank]", "lora")
+    lora_targets: str = _lora("attn", "attn, attn+ff or all (convolutions too).", "lora")
+    lora_dropout: float = _lora(0.0, "Dropout before the update matrices.", "lora")
     # data
-    caption_dropout: float = _setting(0.1, "Share of empty captions, for classifier-free guidance.")
-    max_images: int | None = _setting(None, "Use the first so many. [default: all]")
+    caption_dropout: float = _data(0.1, "Share of empty captions, for classifier-free guidance.")
+    max_images: int | None = _data(None, "Use the first so many. [default: all]")
     resolution: int | None = _setting(None, "Pixels. [default: the model's]")
-    buckets: bool = _setting(False, "Keep aspect ratios: batches of equal shapes, about resolution^2 pixels.")
-    crop: str = _setting("center", "center or random.")
-    flip: bool = _setting(False, "Mirror every other image.")
-    latents: str = _setting("auto", "memory: encode all images first; online: in each step; auto: by their number.")
-    workers: int = _setting(4, "Threads that read images.")
+    buckets: bool = _data(False, "Keep aspect ratios: batches of equal shapes, about resolution^2 pixels.")
+    crop: str = _data("center", "center or random.")
+    flip: bool = _data(False, "Mirror every other image.")
+    latents: str = _data("auto", "memory: encode all images first; online: in each step; auto: by their number.")
+    workers: int = _speed(4, "Threads that read images.")
     # run
-    precision: str = _setting("bf16", "Of the forward passes: bf16, fp32 or fp16 (CUDA). Trained weights are fp32.")
-    checkpointing: bool = _setting(False, "Recompute activations: less memory, slower steps.")
-    compile: bool = _setting(False, "torch.compile the UNets.")
-    channels_last: bool = _setting(False, "Memory layout of the UNets that suits tensor cores.")
-    device: str = _setting("auto", "auto, cpu or cuda.")
+    precision: str = _speed("bf16", "Of the forward passes: bf16, fp32 or fp16 (CUDA). Trained weights are fp32.")
+    checkpointing: bool = _speed(False, "Recompute activations: less memory, slower steps.")
+    compile: bool = _speed(False, "torch.compile the UNets.")
+    channels_last: bool = _speed(False, "Memory layout of the UNets that suits tensor cores.")
+    device: str = _speed("auto", "auto, cpu or cuda.")
     seed: int = _setting(0, "Of all randomness.")
-    log_every: int = _setting(10, "Steps between records of training.jsonl.")
+    log_every: int = _state(10, "Steps between records of training.jsonl.")
     save_every: int = _setting(0, "Steps between checkpoints; 0: none.")
-    keep: int = _setting(2, "Checkpoints to keep.")
-    prompts: tuple[str, ...] = _setting((), "Validation prompts: a file with one a line, or 'one;another'.")
-    sample_every: int = _setting(0, "Steps between validation images; 0: only with prompts, at the end.")
-    sample_steps: int = _setting(25, "Denoising steps of a validation image.")
-    trackers: tuple[str, ...] = _setting((), "tensorboard, wandb, beside training.jsonl.")
+    keep: int = _state(2, "Checkpoints to keep.")
+    prompts: tuple[str, ...] = _sample((), "Validation prompts: a file with one a line, or 'one;another'.")
+    sample_every: int = _sample(0, "Steps between validation images; 0: only with prompts, at the end.")
+    sample_steps: int = _sample(25, "Denoising steps of a validation image.")
+    trackers: tuple[str, ...] = _state((), "tensorboard, wandb, beside training.jsonl.")
 
     def __post_init__(self) -> None:
         for name in ("betas", "prompts", "trackers"):  # YAML and JSON know lists only
