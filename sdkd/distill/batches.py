@@ -135,7 +135,8 @@ class ImageSamples:
 class Batch:
     """What both UNets see: float32 latents and noise [b, c, h, w], timesteps [b] int64, text [b, s, d].
 
-    `matching` [b] bool: the caption is the image's own or empty (False under random conditioning).
+    `matching` [b] bool: the caption is the image's own or empty (False under random conditioning). `named` says of each
+    sample its index, timestep and caption, for messages.
     """
 
     latents: torch.Tensor
@@ -143,6 +144,7 @@ class Batch:
     timesteps: torch.Tensor
     text: torch.Tensor
     matching: torch.Tensor
+    named: tuple[tuple[int, int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ class Batches:
         timesteps = torch.tensor([draw.timestep for _, draw in chosen])
         matching = torch.tensor([draw.other is None or draw.empty for _, draw in chosen])
         text = self._text(chosen)
-        return Batch(latents.to(device), noise.to(device), timesteps.to(device), text, matching.to(device))
+        named = tuple((sample.index, draw.timestep, self._shown(sample, draw)) for sample, draw in chosen)
+        return Batch(latents.to(device), noise.to(device), timesteps.to(device), text, matching.to(device), named)
 
     def _drawn(self, sample: Sample) -> tuple[Sample, Draw]:
         config = self.config
@@ -215,13 +218,17 @@ class Batches:
         stored = [self.samples.text(self._caption_index(sample, draw)) for sample, draw in chosen]
         known = [value for value in stored if value is not None]
         if len(known) == len(chosen):
-            return torch.stack(known).to(self.place.device)
+            return torch.stack(known).to(self.place.device, self.encode_text.dtype)  # a cache has its own precision
         return self.encode_text([self._caption(sample, draw) for sample, draw in chosen]).to(self.place.device)
 
     def _caption_index(self, sample: Sample, draw: Draw) -> int:
         if draw.empty:
             return -1
         return sample.index if draw.other is None else int(draw.other * len(self.samples))
+
+    def _shown(self, sample: Sample, draw: Draw) -> str:
+        own = draw.empty or draw.other is None
+        return ("" if draw.empty else sample.caption) if own else f"image {self._caption_index(sample, draw)}'s caption"
 
     def _caption(self, sample: Sample, draw: Draw) -> str:
         if draw.empty:

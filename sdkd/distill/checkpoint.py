@@ -4,13 +4,15 @@
     checkpoint-500/unet_ema/              the averaged weights, likewise
     checkpoint-500/optimizer.safetensors  state tensors of the optimizer, "<parameter>.<name>"
     checkpoint-500/random.safetensors     states of torch's global generators of every process (dropout draws from them)
-    checkpoint-500/checkpoint.json        step, settings, and every other number
+    checkpoint-500/checkpoint.json        step, settings, every other number, digests of data, model and files
 
 What is random about the samples needs no state: it is drawn from the seed and the sample's position (see draws.py).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.distill.finite import SkippedSteps, check_weights
 from sdkd.distill.setup import lay_out_state
 from sdkd.errors import InputError
-from sdkd.files import new_folder, read_json, write_json
+from sdkd.files import new_folder, read_json, sha256, write_json
 
 if TYPE_CHECKING:
+    from sdkd.distill.config import TrainConfig
     from sdkd.distill.trainer import Trainer
 
 RECORD = "checkpoint.json"
@@ -58,16 +62,17 @@ def step_of(checkpoint: Path) -> int:
 def save_checkpoint(trainer: Trainer, folder: Path, log: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint, then delete those beyond `keep`; every process must call it, the first one writes.
 
-    `log` is what the log has counted since its last record.
-
-    OSError (no space, for one) leaves the checkpoints that were there.
+    `log` is what the log has counted since its last record. Checkpoints of later steps go, too: they are of a run that
+    was left at this one. OSError (no space, for one) and NotFiniteError leave the checkpoints that were there.
     """
     path = checkpoint_path(folder, trainer.done)
     states = _random_states(trainer)
     if trainer.accelerator.is_main_process:
         with new_folder(path, overwrite=True) as partial:
             _write(trainer, partial, states, log)
-        for old in checkpoints(folder)[: -trainer.config.keep]:
+        there = checkpoints(folder)
+        newest = there.index(path) + 1
+        for old in (*there[newest:], *there[:newest][: -trainer.config.keep]):
             shutil.rmtree(old)
     trainer.accelerator.wait_for_everyone()
     return path
@@ -76,11 +81,12 @@ def save_checkpoint(trainer: Trainer, folder: Path, log: Mapping[str, Any] | Non
 def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], log: Mapping[str, Any] | None) -> None:
     from safetensors.torch import save_file
 
+    tensors, numbers = _split(trainer.optimizer.state_dict())
+    check_weights(trainer.named_parameters() | tensors, trainer.done)
     _save_unet(trainer, folder, "unet")
     if trainer.ema is not None:
         with trainer.averaged():
             _save_unet(trainer, folder, "unet_ema")
-    tensors, numbers = _split(trainer.optimizer.state_dict())
     save_file(tensors, folder / "optimizer.safetensors")
     save_file(dict(states), folder / "random.safetensors")
     scaler = trainer.accelerator.scaler
@@ -89,13 +95,23 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
         "step": trainer.done,
         "processes": trainer.accelerator.num_processes,
         "settings": trainer.config.to_json(),
+        "model": trainer.model_name,
+        "digests": trainer.digests(),
         "optimizer": numbers,
         "schedule": {key: value for key, value in trainer.schedule.state_dict().items() if key != "lr_lambdas"},
         "scaler": scaler.state_dict() if scaler is not None else None,
         "log": log,
         "ema_steps": trainer.ema.optimization_step if trainer.ema is not None else None,
+        "skipped": vars(trainer.skips),
+        "files": {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()},
     }
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, record | {"sha256": _digest(record)})
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record, but for its own."""
+    text = json.dumps({key: value for key, value in record.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _save_unet(trainer: Trainer, folder: Path, name: str) -> None:
@@ -146,22 +162,23 @@ def _random_states(trainer: Trainer) -> dict[str, torch.Tensor]:
 def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     """Put a run where a checkpoint left it and return its record.
 
-    InputError when the checkpoint is of another run, or damaged.
+    InputError when the checkpoint is of another run, of other data or another model, or damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    record = _read_record(trainer, path)
+    record = read_record(path)
+    check_settings(path, record, trainer.config, trainer.accelerator.num_processes)
+    _check_digests(trainer, path, record)
+    check_files(path, record)
     try:
         _load_weights(trainer, path)
         trainer.optimizer.load_state_dict(_joined(load_file(path / "optimizer.safetensors"), record["optimizer"]))
         lay_out_state(trainer.optimizer.state)
         states = load_file(path / "random.safetensors")
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"checkpoint {str(path)!r} cannot be read ({error}): delete it, and go on from the one before with --resume"
-        ) from error
-    trainer.schedule.load_state_dict(record["schedule"] | {"lr_lambdas": [None]})
+        raise damaged(path, f"cannot be read ({error})") from error
+    _load_schedule(trainer, record)
     if record["scaler"] and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(record["scaler"])
     rank = trainer.accelerator.process_index
@@ -169,30 +186,79 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     if f"cuda.{rank}" in states and trainer.device.type == "cuda":
         torch.cuda.set_rng_state(states[f"cuda.{rank}"], trainer.device)
     trainer.done = record["step"]
+    trainer.skips = SkippedSteps(**record.get("skipped", {}))
     trainer.batches.start(trainer.done)
     return record
 
 
-def _read_record(trainer: Trainer, path: Path) -> dict[str, Any]:
-    record = dict(read_json(path / RECORD))
-    if record.get("schema") != SCHEMA:
-        raise InputError(f"checkpoint {str(path)!r} has schema {record.get('schema')}, this sdkd reads {SCHEMA}")
-    import json
+def _load_schedule(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """The schedule's place, and the rates that the run's own settings give there: `steps` may have changed."""
+    schedule = trainer.schedule
+    schedule.load_state_dict({**record["schedule"], "lr_lambdas": [None]})
+    rates = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in schedule.base_lrs]
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
-    now = json.loads(json.dumps(trainer.config.to_json() | {"processes": trainer.accelerator.num_processes}))
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What checkpoint.json says; InputError when it is damaged or of another version."""
+    try:
+        record = read_json(path / RECORD)
+    except InputError as error:
+        raise damaged(path, f"cannot be read ({error})") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        schema = record.get("schema") if isinstance(record, dict) else None
+        raise InputError(f"checkpoint {str(path)!r} has schema {schema}, this sdkd reads {SCHEMA}")
+    if record.get("sha256", _digest(record)) != _digest(record):
+        raise damaged(path, f"was changed in {RECORD}")
+    return record
+
+
+def check_files(path: Path, record: Mapping[str, Any]) -> None:
+    """InputError when a file is not what was written; checkpoints of before have no digests and are not checked."""
+    for name, digest in record.get("files", {}).items():
+        if not (path / name).is_file() or sha256(path / name) != digest:
+            raise damaged(path, f"was changed in {name}")
+
+
+def damaged(path: Path, how: str) -> InputError:
+    """The error for a damaged checkpoint: it names the one before, if there is one."""
+    before = [other for other in checkpoints(path.parent) if step_of(other) < step_of(path)]
+    way = f"go on from the one before with --resume {before[-1]}" if before else "start anew with --overwrite"
+    return InputError(f"checkpoint {str(path)!r} {how}: delete it, and {way}")
+
+
+def way_on(path: Path) -> str:
+    """How to start another run from a checkpoint's weights."""
+    return f"from the weights of {path} in another folder: --init {path} --output {path.parent}-2"
+
+
+def check_settings(path: Path, record: Mapping[str, Any], config: TrainConfig, processes: int) -> None:
+    """InputError when a run of other settings would go on from a checkpoint."""
+    now = json.loads(json.dumps(config.to_json() | {"processes": processes}))
     then = record["settings"] | {"processes": record["processes"]}
     changed = [key for key in now if key not in _FREE and now[key] != then.get(key)]
     if changed:
         listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in changed)
         raise InputError(
             f"checkpoint {str(path)!r} is of a run with other settings ({listed}): give the same again, or start anew "
-            "with --overwrite"
+            f"{way_on(path)}"
         )
-    if trainer.config.steps < record["step"]:
+    if config.steps < record["step"]:
         raise InputError(
-            f"checkpoint {str(path)!r} is at step {record['step']}, beyond --steps {trainer.config.steps}: ask for more"
+            f"checkpoint {str(path)!r} is at step {record['step']}, beyond --steps {config.steps}: ask for more"
         )
-    return record
+
+
+def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> None:
+    """InputError when data or model are not those that the checkpoint was trained with."""
+    then = record.get("digests", {})
+    if changed := [name for name, digest in trainer.digests().items() if then.get(name, digest) != digest]:
+        others = " and ".join("other data" if name == "data" else f"another {name}" for name in changed)
+        raise InputError(
+            f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start anew {way_on(path)}"
+        )
 
 
 def _load_weights(trainer: Trainer, path: Path) -> None:

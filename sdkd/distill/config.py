@@ -11,6 +11,7 @@ from typing import Any
 from sdkd.distill.pairs import PAIRS
 from sdkd.errors import InputError
 from sdkd.help_page import DATA, LORA, LOSSES, OPTIMIZER, SAMPLES, SPEED, STATES, USUAL
+from sdkd.numbers import SHARE, Bounds
 from sdkd.students import LossWeights, StudentSpec, student_spec
 
 OBJECTIVES = ("distill", "finetune", "lora")
@@ -25,15 +26,27 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "latents": ("auto", "memory", "online"),
     "precision": ("bf16", "fp16", "fp32"),
 }
-_POSITIVE = (
-    *("steps", "batch_size", "accumulation", "learning_rate", "lora_rank", "lora_alpha"),
-    *("max_images", "resolution", "log_every", "keep", "sample_steps"),
-)
-_NOT_NEGATIVE = (
-    *("task_weight", "output_weight", "feature_weight", "snr_gamma", "noise_offset", "warmup", "weight_decay"),
-    *("max_grad_norm", "workers", "save_every", "sample_every"),
-)
-_SHARES = ("random_conditioning", "lora_dropout", "caption_dropout")
+_COUNT = Bounds(1, 10**9, whole=True)
+_NUMBER = Bounds(0, 1e6)
+# What the numbers may be. Beyond these nothing works (a rank above the widest layer adds nothing), or memory ends.
+BOUNDS: dict[str, Bounds] = {
+    **dict.fromkeys(("steps", "log_every", "keep", "max_images"), _COUNT),
+    **dict.fromkeys(("save_every", "sample_every", "warmup"), Bounds(0, 10**9, whole=True)),
+    **dict.fromkeys(("task_weight", "output_weight", "feature_weight", "snr_gamma", "noise_offset"), _NUMBER),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NUMBER),
+    **dict.fromkeys(("random_conditioning", "lora_dropout", "caption_dropout"), SHARE),
+    "batch_size": Bounds(1, 1 << 16, whole=True),
+    "accumulation": Bounds(1, 1 << 16, whole=True),
+    "learning_rate": Bounds(above=0, high=1000),
+    "ema": Bounds(0, below=1),
+    "lora_rank": Bounds(1, 1280, whole=True),
+    "lora_alpha": Bounds(above=0, high=1e6),
+    "resolution": Bounds(1, 1 << 14, whole=True),
+    "workers": Bounds(0, 1024, whole=True),
+    "sample_steps": Bounds(1, 1000, whole=True),
+    "seed": Bounds(0, 2**63 - 1, whole=True),
+}
+_BETA = Bounds(0, below=1)
 
 
 def _setting(default: Any, text: str, *objectives: str, panel: str = USUAL) -> Any:
@@ -98,7 +111,7 @@ class TrainConfig:
     device: str = _speed("auto", "auto, cpu or cuda.")
     seed: int = _setting(0, "Of all randomness.")
     log_every: int = _state(10, "Steps between records of training.jsonl.")
-    save_every: int = _setting(0, "Steps between checkpoints; 0: none.")
+    save_every: int = _setting(0, "Steps between checkpoints; 0: one at the end, to go on from.")
     keep: int = _state(2, "Checkpoints to keep.")
     prompts: tuple[str, ...] = _sample((), "Validation prompts: a file with one a line, or 'one;another'.")
     sample_every: int = _sample(0, "Steps between validation images; 0: only with prompts, at the end.")
@@ -142,18 +155,23 @@ class TrainConfig:
     def _problems(self) -> Iterator[str]:
         student_spec(self.student)
         yield from self._unknown()
-        for name in (*_POSITIVE, *_NOT_NEGATIVE, *_SHARES):
-            value = getattr(self, name)
-            if value is not None and (problem := _range_problem(name, value)):
-                yield problem
-        if not 0 <= self.ema < 1:
-            yield f"ema {self.ema} is not a decay: give 0 (off) or e.g. 0.999"
+        yield from filter(None, self._out_of_bounds())
         if not any(self.weights):
             yield "all three loss weights are 0, so there is nothing to learn: give at least one above 0"
         if self.ema and self.objective == "lora":
             yield "ema averages whole UNets, a LoRA has none: leave it at 0"
         if self.latents == "memory" and (self.flip or self.crop == "random" or self.buckets):
             yield "latents 'memory' holds one view of an image: leave flip, random crop and buckets off, or use online"
+
+    def _out_of_bounds(self) -> Iterator[str]:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in BOUNDS and (value is not None or item.default is not None):
+                yield BOUNDS[item.name].problem(item.name, value)
+        betas: tuple[float, ...] = self.betas
+        if len(betas) != 2:
+            yield f"betas {betas} are not two: give e.g. 0.9 0.999"
+        yield from (_BETA.problem("betas", beta) for beta in betas)
 
     def _unknown(self) -> Iterator[str]:
         for name, allowed in CHOICES.items():
@@ -163,16 +181,6 @@ class TrainConfig:
         for name in self.trackers:
             if name not in ("tensorboard", "wandb"):
                 yield f"tracker {name!r} is unknown: choose tensorboard or wandb"
-
-
-def _range_problem(name: str, value: float) -> str:
-    if name in _POSITIVE and not value > 0:
-        return f"{name} {value} is not positive: give {'1 or more' if isinstance(value, int) else 'e.g. 1e-4'}"
-    if name in _NOT_NEGATIVE and value < 0:
-        return f"{name} {value} is negative: give 0 or more"
-    if name in _SHARES and not 0 <= value <= 1:
-        return f"{name} {value} is not a share: give 0 to 1"
-    return ""
 
 
 def settings_of(objective: str) -> list[Any]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_VIEW = 1  # the stream of random numbers for crop and flip, apart from the one for everything else
+# Streams of random numbers apart from the one for everything else: crop and flip, and dropout.
+_VIEW, DROPOUT = 1, 2
 
 
 @dataclass(frozen=True)

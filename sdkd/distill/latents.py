@@ -108,6 +108,12 @@ class TextEmbeddings:
         self._known: dict[str, torch.Tensor] = {}
         self._bytes = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The text encoder's."""
+        found: torch.dtype = self._encoder.dtype
+        return found
+
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """Embeddings [b, s, d], in the text encoder's dtype, on its device."""
         new = [text for text in dict.fromkeys(captions) if text not in self._known]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from sdkd.errors import TrainingError
 from sdkd.files import write_bytes
 
 LOG = "training.jsonl"
@@ -22,15 +21,18 @@ Send = Callable[[Mapping[str, float], int], None]
 class TrainingLog:
     """Sums values on their device and writes their means every few steps, so that a GPU seldom has to wait.
 
-    A record holds: step, each loss, grad_norm (before clipping), lr, images_per_second, seconds since the start, and
-    what else `write` is given. `path` is a file to append to; from a resumed run's file, records after `step` are cut.
+    A record holds: step, each loss, grad_norm (before clipping; not of steps that fp16 skipped), lr, images_per_second,
+    seconds since the start, and what else `write` is given. A value that is not finite is left out: JSON has none, and
+    the trainer stops where one matters. `path` is a file to append to; from a resumed run's file, records after `step`
+    are cut.
     """
 
     def __init__(self, path: Path | None = None, *, step: int = 0, send: Send | None = None) -> None:
         self._path, self._send = path, send
         self.history: list[dict[str, float]] = read_log(path, step) if path is not None and step else []
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps = self._images = 0
+        self._counts: dict[str, int] = {}
+        self._images = 0
         before = self.history[-1]["seconds"] if self.history else 0.0
         self._last = time.perf_counter()
         self._start = self._last - before
@@ -42,22 +44,23 @@ class TrainingLog:
         """Count one optimizer step: scalar tensors by name, and how many images it took."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)).to(value.device) + value.detach()
-        self._steps += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._images += images
 
     def state(self) -> dict[str, Any]:
         """What was counted since the last record, as JSON, for `restore`."""
-        sums = {name: float(value) for name, value in self._sums.items()}
-        return {"sums": sums, "steps": self._steps, "images": self._images}
+        sums = {name: number for name, value in self._sums.items() if math.isfinite(number := float(value))}
+        return {"sums": sums, "counts": {name: self._counts[name] for name in sums}, "images": self._images}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on counting where `state` was taken, so that a resumed run writes the same records."""
         self._sums = {name: torch.tensor(value) for name, value in state["sums"].items()}
-        self._steps, self._images = state["steps"], state["images"]
+        self._counts = dict(state.get("counts") or dict.fromkeys(self._sums, state.get("steps")))
+        self._images = state["images"]
 
     def means(self) -> dict[str, torch.Tensor]:
         """The means since the last record, still on their device."""
-        return {name: value / self._steps for name, value in self._sums.items()}
+        return {name: value / self._counts[name] for name, value in self._sums.items()}
 
     def write(
         self,
@@ -67,7 +70,7 @@ class TrainingLog:
         means: Mapping[str, torch.Tensor] | None = None,
         others: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Write a record of the means since the last one; TrainingError when a loss is not finite.
+        """Write a record of the means since the last one.
 
         `means` replaces this process's own (by the mean over all); `others` are added as they are.
         """
@@ -81,15 +84,8 @@ class TrainingLog:
             "seconds": now - self._start,
             **(others or {}),
         }
-        endless = {name for name, value in record.items() if not math.isfinite(value)}
-        if bad := sorted(name for name in endless if name.startswith("loss/")):
-            raise TrainingError(
-                f"{', '.join(bad)} became NaN or infinite in steps {step - self._steps + 1} to {step}, so training was "
-                "stopped: lower --learning-rate, or use --precision bf16 instead of fp16"
-            )
-        # An infinite gradient is usual in fp16: GradScaler skips that step. JSON has no word for it, so it is left out.
-        record = {name: value for name, value in record.items() if name not in endless}
-        self._sums, self._steps, self._images, self._last = {}, 0, 0, now
+        record = {name: value for name, value in record.items() if math.isfinite(value)}
+        self._sums, self._counts, self._images, self._last = {}, {}, 0, now
         self._append(record)
         return record
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.console import Progress, quiet, within
-from sdkd.distill.checkpoint import load_checkpoint, save_checkpoint
+from sdkd.distill.checkpoint import checkpoints, load_checkpoint, save_checkpoint, way_on
 from sdkd.distill.config import TrainConfig
 from sdkd.distill.data import CaptionedImages
+from sdkd.distill.finite import NotFiniteError
 from sdkd.distill.latents import Latents
 from sdkd.distill.log import LOG, Send, TrainingLog
 from sdkd.distill.samples import save_samples
 from sdkd.distill.trainer import Trainer
-from sdkd.errors import MissingExtraError
+from sdkd.errors import MissingExtraError, TrainingError
+from sdkd.interrupts import between_steps
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -49,25 +51,29 @@ def train(
     progress: Progress = quiet,
     folder: Path | None = None,
     resume: Path | None = None,
+    name: str = "",
 ) -> TrainResult:
     """Train `unet` in place on captioned images or on latents made before; `pipe` is left as it was.
 
     For distillation `pipe` is the teacher's and `unet` the student that build_student made; otherwise `pipe` holds the
     text encoder, VAE and scheduler that belong to `unet`. `folder` takes the log, checkpoints and validation images;
-    `resume` is one of its checkpoints. Raises ModelError when models and config do not belong together, InputError on
-    unusable data or settings, TrainingError when a loss is not finite. On a CPU the same seed and thread count give the
-    same weights, resumed or not.
+    `resume` is one of its checkpoints, `name` what `pipe` was loaded by. Raises ModelError when models and config do
+    not belong together, InputError on unusable data or settings, TrainingError when a loss, gradient or weight is not
+    finite, KeyboardInterrupt between two steps. On a CPU the same seed and thread count give the same weights, resumed
+    or not; torch's generator on the CPU is left as it was.
     """
     start = time.perf_counter()
-    trainer = Trainer(pipe, unet, data, config, within(progress, 0.0, 0.1))
-    try:
-        record = load_checkpoint(trainer, resume) if resume is not None else {}
-        loop = _Run(trainer, folder, within(progress, 0.1, 1.0))
-        if counted := record.get("log"):
-            loop.log.restore(counted)
-        history = loop.go()
-    finally:
-        trainer.close()
+    with torch.random.fork_rng(devices=[]), between_steps() as check:
+        trainer = Trainer(pipe, unet, data, config, _checking(within(progress, 0.0, 0.1), check))
+        trainer.model_name = name
+        try:
+            record = load_checkpoint(trainer, resume) if resume is not None else {}
+            loop = _Run(trainer, folder, within(progress, 0.1, 1.0), check)
+            if counted := record.get("log"):
+                loop.log.restore(counted)
+            history = loop.go()
+        finally:
+            trainer.close()
     samples = trainer.batches.samples
     return TrainResult(
         unet=unet,
@@ -80,11 +86,22 @@ def train(
     )
 
 
-class _Run:
-    """The loop, and what happens in it every so many steps."""
+def _checking(progress: Progress, check: Callable[[], None]) -> Progress:
+    """A Progress that sees to signals, too."""
 
-    def __init__(self, trainer: Trainer, folder: Path | None, progress: Progress) -> None:
+    def checked(message: str, fraction: float | None) -> None:
+        check()
+        progress(message, fraction)
+
+    return checked
+
+
+class _Run:
+    """The loop, and what happens in it every so many steps; `check` sees to signals."""
+
+    def __init__(self, trainer: Trainer, folder: Path | None, progress: Progress, check: Callable[[], None]) -> None:
         self.trainer, self.config, self.folder, self.progress = trainer, trainer.config, folder, progress
+        self.check = check
         main = trainer.accelerator.is_main_process
         send = _trackers(trainer, folder) if main and trainer.config.trackers else None
         path = folder / LOG if folder is not None and main else None
@@ -92,28 +109,43 @@ class _Run:
         self.waited = 0.0
 
     def go(self) -> list[dict[str, float]]:
-        """All remaining steps."""
+        """All remaining steps; TrainingError, which says how to go on, when something is not finite."""
+        try:
+            self._steps()
+            self.trainer.finish()
+        except NotFiniteError as error:
+            raise TrainingError(f"{error}: training was stopped; {self._way_on()}") from error
+        return self.log.history
+
+    def _steps(self) -> None:
         trainer, config = self.trainer, self.config
         images = config.batch_size * config.accumulation * trainer.accelerator.num_processes
         while trainer.done < config.steps:
+            self.check()
             lr = trainer.learning_rate
             self.log.add(trainer.step(), images)
             last = trainer.done == config.steps
             if trainer.done % config.log_every == 0 or last:
                 self._record(lr)
             self._now_and_then(last)
-        trainer.finish()
-        return self.log.history
+
+    def _way_on(self) -> str:
+        rate = f"--learning-rate {self.config.learning_rate / 10:g}"
+        less = " or --precision bf16" if self.config.precision == "fp16" else ""
+        kept = checkpoints(self.folder) if self.folder is not None else []
+        if not kept:
+            return f"start again with a lower rate, such as {rate}{less}"
+        return f"{kept[-1]} is finite and kept: go on with {rate}{less} {way_on(kept[-1])}"
 
     def _now_and_then(self, last: bool) -> None:
-        """Validation images and a checkpoint where one is due; at the end the result itself is saved instead."""
+        """Validation images and a checkpoint where one is due; the one at the end is there to go on from."""
         folder, done = self.folder, self.trainer.done
         if folder is None:
             return
         if self.config.prompts and (last or (self.config.sample_every and done % self.config.sample_every == 0)):
             self.progress(f"step {done}: validation images", done / self.config.steps)
             save_samples(self.trainer, folder)
-        if self.config.save_every and done % self.config.save_every == 0 and not last:
+        if last or (self.config.save_every and done % self.config.save_every == 0):
             self.progress(f"step {done}: saving a checkpoint", done / self.config.steps)
             save_checkpoint(self.trainer, folder, self.log.state())
 
@@ -126,6 +158,8 @@ class _Run:
         }
         if samples.unreadable:
             others["unreadable"] = len(samples.unreadable)
+        if trainer.skips.total:
+            others["skipped"] = trainer.skips.total  # steps of fp16, since the start
         self.waited = samples.waited
         record = self.log.write(trainer.done, lr, means=trainer.mean_over_processes(self.log.means()), others=others)
         shown = f"step {trainer.done} of {self.config.steps}, loss {record['loss/total']:.3f}"

@@ -16,8 +16,11 @@ from sdkd.console import Progress, quiet
 from sdkd.distill.batches import Batch, Batches, Place
 from sdkd.distill.config import TrainConfig
 from sdkd.distill.data import CaptionedImages
+from sdkd.distill.digests import data_digest, model_digest
+from sdkd.distill.draws import DROPOUT, generator_at
 from sdkd.distill.encode import placed
 from sdkd.distill.features import FeatureUNet
+from sdkd.distill.finite import SkippedSteps, check_weights, not_finite
 from sdkd.distill.latents import Latents, TextEmbeddings
 from sdkd.distill.losses import Learnt, SampleWeights, distill_losses, min_snr_weights, task_target
 from sdkd.distill.pairs import Pair, feature_pairs
@@ -49,6 +52,8 @@ class Trainer:
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.vae = placed(pipe.vae, self.device, self.dtype)
         self.text_encoder = placed(pipe.text_encoder, self.device, self.dtype)
+        self.data, self.model_name = data, ""
+        self._model = model_digest(pipe, self.scheduler, self.dtype)
         self.batches = self._batches(data, progress)
         pairs = self._pairs()
         self.names = [own for _, own in pairs]
@@ -57,7 +62,9 @@ class Trainer:
         self.student = FeatureUNet(unet, self.names)  # hooks before any compilation
         self.optimizer, self.schedule, self.model = self._prepared()
         self.ema = _ema(self.parameters, config.ema)
-        self.done = 0  # optimizer steps
+        self.done = 0  # optimizer steps, those that fp16 skipped included
+        self.skips = SkippedSteps()
+        seed_dropout(config.seed, self.accelerator.process_index)
 
     def _batches(self, data: CaptionedImages | Latents, progress: Progress) -> Batches:
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, self.device)
@@ -159,23 +166,38 @@ class Trainer:
         return SampleWeights(matching if snr is None else matching * snr, snr)
 
     def step(self) -> dict[str, torch.Tensor]:
-        """One optimizer step over `accumulation` batches: the mean of each loss, and the gradient's norm unclipped."""
+        """One optimizer step over `accumulation` batches: the mean of each loss, and the gradient's norm unclipped.
+
+        TrainingError, with the weights as they were, when a loss or the norm is not finite. In fp16 such a norm is
+        usual: the scaler skips that step and lowers its scale, schedule and average stay, and the norm is left out.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         share = 1 / self.config.accumulation
         sums: dict[str, torch.Tensor] = {}
+        named: list[tuple[int, int, str]] = []
         for part in range(self.config.accumulation):
             last = part == self.config.accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self.losses(self.batches.next())
+                batch = self.batches.next()
+                named += batch.named
+                losses = self.losses(batch)
                 self.accelerator.backward(losses["loss/total"] * share)
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() * share
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        self.optimizer.step()
+        loss_is_finite, norm_is_finite = torch.stack([sums["loss/total"], norm.detach()]).isfinite().tolist()
+        scaler = self.accelerator.scaler
+        if not loss_is_finite or (scaler is None and not norm_is_finite):
+            raise not_finite(self.done + 1, sums | {"grad_norm": norm.detach()}, named)
+        self.optimizer.step()  # of a skipped step this lowers the scaler's scale alone
+        self.done += 1
+        if not norm_is_finite:
+            self.skips.count(self.done, named)
+            return sums
+        self.skips.end_row()
         self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
-        self.done += 1
         return sums | {"grad_norm": norm.detach()}
 
     def mean_over_processes(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -185,6 +207,18 @@ class Trainer:
         stacked = torch.stack([value.detach().float() for value in values.values()])
         found: Any = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, found, strict=True))
+
+    def digests(self) -> dict[str, str]:
+        """Of data and model, to tell whether a run goes on with the same."""
+        return {"data": data_digest(self.data), "teacher" if self.teacher is not None else "model": self._model}
+
+    def named_parameters(self) -> dict[str, torch.Tensor]:
+        """What is trained and, as "ema.<name>", its averages, by name."""
+        names = [name for name, parameter in self.unet.named_parameters() if parameter.requires_grad]
+        own = dict(zip(names, self.parameters, strict=True))
+        if self.ema is None:
+            return {**own}
+        return own | {f"ema.{name}": value for name, value in zip(names, self.ema.shadow_params, strict=True)}
 
     @contextlib.contextmanager
     def averaged(self) -> Any:
@@ -201,7 +235,8 @@ class Trainer:
                 self.ema.restore(self.parameters)
 
     def finish(self) -> None:
-        """Put the averaged weights, if any, into the UNet."""
+        """Put the averaged weights, if any, into the UNet; TrainingError when they are not finite."""
+        check_weights(self.named_parameters(), self.done)
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
 
@@ -215,6 +250,11 @@ class Trainer:
         self.unet.zero_grad(set_to_none=True)
         if self.config.checkpointing:
             self.unet.disable_gradient_checkpointing()
+
+
+def seed_dropout(seed: int, rank: int) -> None:
+    """Seed torch's global generators, which dropout draws from, each process its own."""
+    torch.manual_seed(generator_at(seed, rank, DROPOUT).initial_seed())
 
 
 def _ema(parameters: list[torch.nn.Parameter], decay: float) -> Any:

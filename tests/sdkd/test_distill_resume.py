@@ -107,21 +107,21 @@ def shutil_copy(source: Path, target: Path) -> None:
 
 def test_a_checkpoint_is_the_students_and_diffusers_reads_it(tmp_path: Path) -> None:
     trained("distill", tmp_path, save_every=3, keep=1, ema=0.9)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6"]
-    student = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-6" / "unet", local_files_only=True)
-    averaged = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-6" / "unet_ema", local_files_only=True)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8"]  # the last one is there to go on from
+    student = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-8" / "unet", local_files_only=True)
+    averaged = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-8" / "unet_ema", local_files_only=True)
     expected = build_student(helpers.tiny_unet(), "tiny")
     assert student.config.layers_per_block == 1
     assert student.config.mid_block_type is None
     assert student.state_dict().keys() == expected.state_dict().keys()  # never the teacher's
     assert not torch.equal(student.conv_in.weight, averaged.conv_in.weight)
-    saved = load_file(tmp_path / "checkpoint-6" / "optimizer.safetensors")
+    saved = load_file(tmp_path / "checkpoint-8" / "optimizer.safetensors")
     assert len(saved) == 3 * len(list(expected.parameters()))  # step and two moments of each parameter
 
 
 def test_old_checkpoints_go_and_the_rest_stays(tmp_path: Path) -> None:
     trained("distill", tmp_path, save_every=1, keep=3)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6", "checkpoint-7"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -132,12 +132,24 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         trained("distill", tmp_path, tmp_path / "checkpoint-5", steps=4)
 
 
-def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:
-    trained("distill", tmp_path, save_every=5)
-    file = tmp_path / "checkpoint-5" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"checkpoint-5' cannot be read .*go on from the one before"):
-        trained("distill", tmp_path, tmp_path / "checkpoint-5", save_every=5)
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
+    trained("distill", tmp_path, save_every=2, steps=4)
+    newest = tmp_path / "checkpoint-4"
+    flipped = newest / "optimizer.safetensors"
+    data = flipped.read_bytes()
+    flipped.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    with pytest.raises(InputError, match=r"was changed in optimizer.safetensors: delete it, and go on from .*int-2$"):
+        trained("distill", tmp_path, newest, save_every=2)
+    flipped.write_bytes(data)
+    record = newest / "checkpoint.json"
+    record.write_text(record.read_text().replace('"step": 4', '"step": 3'))
+    with pytest.raises(InputError, match=r"was changed in checkpoint\.json: delete it, and go on from the one before"):
+        trained("distill", tmp_path, newest, save_every=2)
+    (tmp_path / "checkpoint-2" / "checkpoint.json").write_text("{")
+    with pytest.raises(
+        InputError, match=r"checkpoint-2' cannot be read .*: delete it, and start anew with --overwrite"
+    ):
+        trained("distill", tmp_path, tmp_path / "checkpoint-2", save_every=2)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
