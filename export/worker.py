@@ -14,16 +14,15 @@ import json
 import os
 import queue
 import signal
-import site
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 import sdkd.errors
+from sdkd.children import environment
 from sdkd.console import Progress, quiet
 from sdkd.errors import BuildError, SdkdError
 
@@ -110,7 +109,7 @@ def aside(function: str, arguments: Mapping[str, Any]) -> Iterator[Aside]:
 def _child() -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-P", "-m", "export.worker"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=_environment(), **pipes)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, env=environment() | {"PYTHONUNBUFFERED": "1"}, **pipes)  # type: ignore[call-overload]
     try:
         yield process
     finally:
@@ -133,15 +132,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError):
             if stream:
                 stream.close()
-
-
-def _environment() -> dict[str, str]:
-    """The parent's environment, in which the child finds these packages even when they are not installed."""
-    root = str(Path(__file__).resolve().parents[1])
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if root not in (*paths, *site.getsitepackages(), site.getusersitepackages()):
-        paths.insert(0, root)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def _collect(stream: IO[bytes], tail: deque[str]) -> None:

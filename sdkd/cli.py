@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from sdkd import __version__
+from sdkd.children import environment
 from sdkd.errors import SdkdError
 from sdkd.help_page import Command, rows_of, show_page
 
@@ -152,6 +153,7 @@ def main() -> None:
     """Console script: status 0 only when the work is done, 2 for bad usage, 1 with one clear message otherwise."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ.update(environment())  # of what libraries start, too
     app(prog_name="sdkd")
 
 

@@ -12,7 +12,6 @@ import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 VARIABLES = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1"}
 _OPENVINO = "openvino_telemetry"
@@ -21,9 +20,9 @@ _OPENVINO = "openvino_telemetry"
 class Telemetry:
     """What `openvino_telemetry.Telemetry` is to its callers, and does nothing."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: object, **__: object) -> None: ...
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return lambda *_, **__: None
 
 

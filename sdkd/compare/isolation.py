@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import sdkd.errors
+from sdkd.children import inherited
 from sdkd.compare.measure import Sample
 from sdkd.compare.peaks import Memory
 from sdkd.compare.worker import Drawn, Job, Opened, Worker
@@ -190,7 +191,7 @@ def prepare_children() -> None:
     if _context().get_start_method() == "forkserver":
         from multiprocessing.forkserver import ensure_running
 
-        with _no_interrupts():
+        with _no_interrupts(), inherited():
             ensure_running()
 
 
@@ -198,9 +199,10 @@ def _start(process: Any) -> None:
     """Start a child that never hears Ctrl-C, which ends this process, and so the child."""
     prepare_children()
     if _context().get_start_method() == "forkserver":
-        process.start()  # waits for the server, which may still import: must hear Ctrl-C
+        with inherited():
+            process.start()  # waits for the server, which may still import: must hear Ctrl-C
         return
-    with _no_interrupts():
+    with _no_interrupts(), inherited():
         process.start()
 
 

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 import sdkd.errors
+from sdkd.children import environment
 from sdkd.console import Progress, progress, quiet, show, show_json, within
 from sdkd.distill.data import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
 from sdkd.errors import InputError, InterruptedRunError, SdkdError, TrainingError
@@ -213,14 +214,12 @@ def _in_processes(job: CacheJob, processes: int, report: Progress) -> None:
 
 @contextlib.contextmanager
 def _child(job: Mapping[str, Any], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "sdkd.distill.cache_cli"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # Ctrl-C reaches the parent alone, which ends them
     )
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
+from sdkd.children import environment
 from sdkd.errors import TrainingError
 
 FLAG = "--num-processes"
@@ -27,7 +27,7 @@ def relaunch(processes: int) -> None:
 def launch_command(processes: int, arguments: list[str]) -> list[str]:
     """The torchrun command line; the arguments without the number of processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *launcher, "-m", "sdkd.cli", *without_flag(arguments)]
+    return [sys.executable, "-P", *launcher, "-m", "sdkd.cli", *without_flag(arguments)]
 
 
 def without_flag(arguments: list[str]) -> list[str]:
@@ -44,4 +44,4 @@ def without_flag(arguments: list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1"} | dict(os.environ)
+    return {"OMP_NUM_THREADS": "1"} | environment()
