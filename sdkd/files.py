@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdkd.errors import BusyError, InputError, OutputExistsError
+from sdkd.errors import BusyError, OutputExistsError
+from sdkd.json_files import read_json as read_json
 
 _CHUNK = 1 << 22
 
@@ -59,16 +60,6 @@ def _umask() -> int:
 def write_json(path: Path, data: Any) -> None:
     """Write indented JSON atomically; a NaN or infinity is refused (ValueError), since JSON has none."""
     write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; InputError when it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"file {str(path)!r} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"file {str(path)!r} is not JSON ({error}): restore it or make it again") from None
 
 
 def check_free(path: Path, overwrite: bool) -> None:
