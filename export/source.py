@@ -135,7 +135,7 @@ def open_source(
     from sdkd.models import load_rest, resolve, source_digests
 
     found = resolve(model)
-    name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file") else found.name
+    name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file", "checkpoint") else found.name
     about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
     about |= {"notes": list(found.notes)} if found.notes else {}
     return Source(about, load_rest(model), model, dtype, replaced, digests or source_digests(model))

@@ -1,7 +1,7 @@
 """What a user may call a model, and the eager pipeline behind it.
 
-MODEL is a diffusers folder, a hub id, a single-file .safetensors, a bundle, `demo` (the embedded teacher) or
-`random:sd15`, `random:sd15-tiny`, ... (full-size shapes with random weights).
+MODEL is a diffusers folder, a hub id, a single-file .safetensors, a bundle, a checkpoint of a run, `demo` (the embedded
+teacher) or `random:sd15`, `random:sd15-tiny`, ... (full-size shapes with random weights).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sdkd import single_file
 from sdkd.bundle import MANIFEST, Bundle
+from sdkd.checkpoint_models import base_of, is_checkpoint, load_own, unet_folder
 from sdkd.clip_tokenizer import clip_tokenizer
 from sdkd.contract import CONFIG_FOLDERS, vae_scale
 from sdkd.errors import ModelError
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 Part = Literal["unet", "vae", "text_encoder"]
-Kind = Literal["folder", "hub", "single-file", "bundle", "demo", "random"]
+Kind = Literal["folder", "hub", "single-file", "bundle", "checkpoint", "demo", "random"]
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 _OWN = {name: part for name, part in CONFIG_FOLDERS.items() if part in HEAVY}  # the components that a model itself has
@@ -113,10 +114,22 @@ def _demo() -> ModelSource:
 def _folder(name: str, path: Path) -> ModelSource:
     if (path / MANIFEST).is_file():
         return ModelSource(name, "bundle", path, bool(Bundle.open(path).manifest.source.get("random_weights")))
+    if is_checkpoint(path):
+        return _checkpoint(name, path)
     check_pipeline_folder(path)
     students = student_names(read_json(path / "unet" / "config.json"))
     notes = (f"its UNet has the blocks of the student {' or '.join(students)}",) if students else ()
     return ModelSource(name, "folder", path, bool(provenance(path).get("random_weights")), notes)
+
+
+def _checkpoint(name: str, path: Path) -> ModelSource:
+    unet_folder(path)
+    base = base_of(path)
+    try:
+        random = resolve(base).random_weights
+    except ModelError as error:
+        raise ModelError(f"checkpoint {name!r} needs the model that it was trained on ({error})") from error
+    return ModelSource(name, "checkpoint", path, random, (f"a checkpoint among the other parts of {base}",))
 
 
 def _file(name: str, path: Path) -> ModelSource:
@@ -181,6 +194,9 @@ def unet_config(model: str | Path) -> dict[str, Any]:
     if source.kind == "single-file":
         assert source.path is not None
         return full_config(single_file.open_checkpoint(source.path).unet_config)
+    if source.kind == "checkpoint":
+        assert source.path is not None
+        return dict(read_json(unet_folder(source.path) / "config.json"))
     return dict(read_json(_folder_of(source) / "unet" / "config.json"))
 
 
@@ -189,6 +205,9 @@ def latent_scale(model: str | Path) -> int:
     source = resolve(model)
     if source.kind in ("random", "single-file"):
         return vae_scale(FAMILIES["sd15"].vae)  # every family has this VAE
+    if source.kind == "checkpoint":
+        assert source.path is not None
+        return latent_scale(base_of(source.path))
     part = "vae_decoder" if source.kind == "bundle" else "vae"
     return vae_scale(read_json(_folder_of(source) / part / "config.json"))
 
@@ -221,6 +240,7 @@ _ADVICE: dict[Kind, str] = {
     "folder": "its files are damaged or incomplete; save or download it again",
     "demo": "install sdkd again",
     "bundle": "give the original model instead",
+    "checkpoint": "its files are damaged or incomplete; give another checkpoint",
     "random": "give another name",
     "hub": (
         "there is no such folder here, and the hub did not give it; check the spelling and the network, or download it "
@@ -261,6 +281,10 @@ def _load_whole(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipel
     assert source.path is not None
     if source.kind == "single-file":
         return single_file.load_whole(single_file.open_checkpoint(source.path), dtype)
+    if source.kind == "checkpoint":
+        pipe = _load_rest(source)
+        pipe.register_modules(**{part: _load_part(source, part, dtype) for part in get_args(Part)})
+        return pipe
     return load_folder(source.path, dtype)
 
 
@@ -270,6 +294,8 @@ def _load_part(source: ModelSource, part: Part, dtype: torch.dtype) -> Any:
     assert source.path is not None
     if source.kind == "single-file":
         return single_file.load_part(single_file.open_checkpoint(source.path), part, dtype)
+    if source.kind == "checkpoint":
+        return load_own(source.path, dtype) if part == "unet" else _load_part(_base(source), part, dtype)
     return load_part(source.path, part, dtype)
 
 
@@ -279,7 +305,15 @@ def _load_rest(source: ModelSource) -> StableDiffusionPipeline:
     assert source.path is not None
     if source.kind == "single-file":
         return single_file.load_rest(single_file.open_checkpoint(source.path))
+    if source.kind == "checkpoint":
+        return _load_rest(_base(source))
     return load_rest_of(source.path)
+
+
+def _base(source: ModelSource) -> ModelSource:
+    """The model that a checkpoint's other parts come from."""
+    assert source.path is not None
+    return _original(resolve(base_of(source.path)))
 
 
 def _tokenizer(source: ModelSource) -> CLIPTokenizer:
@@ -303,11 +337,9 @@ def source_digests(model: str | Path) -> dict[str, str]:
         assert source.path is not None
         whole = sha256(source.path)
         return {name: digest(f"{whole} {name}") for name in _OWN}
-    if source.kind == "hub":
-        with _as_model_error(source), quiet_libraries():
-            folder = _downloaded(source)
-    else:
+    if source.kind == "checkpoint":
         assert source.path is not None
-        folder = source.path
+        return source_digests(base_of(source.path)) | {"unet": component_digest(unet_folder(source.path))}
+    folder = _folder_of(source)
     digests = {part: component_digest(folder / part) for part in HEAVY}
     return {name: digests[part] for name, part in _OWN.items()}

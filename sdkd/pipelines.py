@@ -108,15 +108,25 @@ def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
 
     ModelError when weights are missing or have other shapes than the config says.
     """
-    what = f"{part} of {str(folder)!r}"
-    config = _json(folder / part / "config.json")
+    return _module(folder / part, part, _json(folder / "model_index.json")[part][1], dtype)
+
+
+def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet from a folder of its own, in `dtype`; ModelError as `load_part`."""
+    found: UNet2DConditionModel = _module(folder, "unet", None, dtype)
+    return found
+
+
+def _module(folder: Path, part: str, kind: str | None, dtype: torch.dtype) -> Any:
+    what = f"{folder.name} of {str(folder.parent)!r}"
+    config = _json(folder / "config.json")
     if "quantization_config" in config:
         raise ModelError(
             f"{what} is quantized, and sdkd needs the weights as they were before: give the original model"
         )
-    module = empty(part, config, _json(folder / "model_index.json")[part][1])
+    module = empty(part, config, kind)
     shapes = shapes_of(module)
-    tensors = current_names(folder_tensors(folder / part), shapes)
+    tensors = current_names(folder_tensors(folder), shapes)
     check_complete([name for name in shapes if name not in tensors], len(shapes), what)
     check_shapes(shapes, tensors, what)
     return fill(module, tensors, dtype)

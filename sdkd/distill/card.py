@@ -76,6 +76,8 @@ def model_card(
         "time": f"{seconds:.0f} s",
         "last losses": ", ".join(f"{name.removeprefix('loss/')} {last[name]:.4g}" for name in _SHOWN if name in last),
     }
+    if skipped := last.get("skipped"):
+        rows["skipped"] = f"{skipped:g} steps, where gradients overflowed in fp16"
     titles = {"distill": f"{config.spec.name} of {origin.model}", "finetune": f"{origin.model}, fine-tuned"}
     return _CARD.format(
         tag=_TAGS[config.objective] + (f", {config.spec.name}" if config.objective == "distill" else ""),

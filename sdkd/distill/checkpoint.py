@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.checkpoint_models import BASE, RECORD
 from sdkd.distill.finite import SkippedSteps, check_weights
 from sdkd.distill.setup import lay_out_state
 from sdkd.errors import InputError
 from sdkd.files import new_folder, read_json, sha256, write_json
+from sdkd.pipelines import PROVENANCE
 
 if TYPE_CHECKING:
     from sdkd.distill.config import TrainConfig
     from sdkd.distill.trainer import Trainer
 
-RECORD = "checkpoint.json"
 SCHEMA = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Settings that may change when a run goes on: they do not touch what was learnt so far.
@@ -83,6 +84,7 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
 
     tensors, numbers = _split(trainer.optimizer.state_dict())
     check_weights(trainer.named_parameters() | tensors, trainer.done)
+    write_json(folder / PROVENANCE, _about(trainer))
     _save_unet(trainer, folder, "unet")
     if trainer.ema is not None:
         with trainer.averaged():
@@ -95,7 +97,6 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
         "step": trainer.done,
         "processes": trainer.accelerator.num_processes,
         "settings": trainer.config.to_json(),
-        "model": trainer.model_name,
         "digests": trainer.digests(),
         "optimizer": numbers,
         "schedule": {key: value for key, value in trainer.schedule.state_dict().items() if key != "lr_lambdas"},
@@ -106,6 +107,13 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
         "files": {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()},
     }
     write_json(folder / RECORD, record | {"sha256": _digest(record)})
+
+
+def _about(trainer: Trainer) -> dict[str, Any]:
+    """The checkpoint's sdkd.json: by it, `resolve` knows the parts that belong to its UNet."""
+    config, base = trainer.config, trainer.model_name
+    named = {"teacher": base, "student": config.spec.name} if config.objective == "distill" else {"model": base}
+    return {BASE: base, **named, "objective": config.objective, "steps": trainer.done}
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -259,6 +267,18 @@ def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> N
         raise InputError(
             f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start anew {way_on(path)}"
         )
+
+
+def start_from(trainer: Trainer, adapter: Mapping[str, torch.Tensor], name: str) -> None:
+    """Give a LoRA the weights of another of the same layers; InputError when it is of others."""
+    names = list(trainer.named_parameters())
+    try:
+        _copy(trainer.parameters, names, adapter)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(
+            f"LoRA {name!r} is not of the layers and rank that are to be trained ({error}): give the rank, alpha and "
+            "targets that it was made with"
+        ) from error
 
 
 def _load_weights(trainer: Trainer, path: Path) -> None:

@@ -16,6 +16,7 @@ from sdkd.console import progress, show, show_json, table
 from sdkd.distill.config import TrainConfig, make_config, parse_prompts, settings_of
 from sdkd.distill.recipes import read_recipe, recipe_names
 from sdkd.distill.run import Job, is_main, run
+from sdkd.numbers import check_number
 
 _TEXTS = ("prompts", "trackers")  # tuples that are given as one text
 _MODEL = {
@@ -25,14 +26,20 @@ _MODEL = {
 }
 
 
+_INIT = {
+    "distill": "A student or a checkpoint to start from. [default: the teacher's own layers]",
+    "finetune": "A checkpoint to start from. [default: the model's own weights]",
+    "lora": "A LoRA or a checkpoint to start from. [default: no change]",
+}
+
+
 def _shared(objective: str) -> dict[str, tuple[Any, Any]]:
     """Options that are not settings: name -> (annotation, default)."""
     flag, text = _MODEL[objective]
     required = inspect.Parameter.empty
     names = ", ".join(recipe_names())
-    start = typer.Option("--init", help="A student to go on from. [default: the teacher's own layers]")
-    own = {"init": (Annotated[str | None, start], None)} if objective == "distill" else {}
-    return own | {
+    return {
+        "init": (Annotated[str | None, typer.Option("--init", help=_INIT[objective])], None),
         "model": (Annotated[str, typer.Option(flag, help=text)], required),
         "data": (
             Annotated[
@@ -85,6 +92,7 @@ def _main(objective: str, values: dict[str, Any]) -> None:
     known = {item.name for item in settings_of(objective)}
     own = {name: value for name, value in values.items() if name in known}
     others = {name: value for name, value in values.items() if name not in known}
+    check_number("num_processes", others["num_processes"], 1, 4096, whole=True)
     if others["num_processes"] > 1:
         from sdkd.distill.launch import relaunch
 
@@ -122,11 +130,14 @@ def _carry_out(job: Job, *, json: bool) -> None:
 
 def _tell(summary: dict[str, Any]) -> None:
     first, last = summary["first"], summary["last"]
-    rows = [[name, f"{first[name]:.4g}", f"{last[name]:.4g}"] for name in first if name.startswith("loss/")]
-    title = f"Losses of {summary.get('student') or summary['model']}"
-    show(table(title, ["", f"to step {first['step']}", f"to step {last['step']}"], rows))
+    if first:
+        rows = [[name, f"{first[name]:.4g}", f"{last[name]:.4g}"] for name in first if name.startswith("loss/")]
+        title = f"Losses of {summary.get('student') or summary['model']}"
+        show(table(title, ["", f"to step {first['step']}", f"to step {last['step']}"], rows))
     for note in summary["notes"]:
         show(escape(f"{summary.get('teacher') or summary['model']}: {note}."))
+    for remark in summary["remarks"]:
+        show(escape(f"{remark[0].upper()}{remark[1:]}."))
     if unreadable := summary["unreadable"]:
         show(f"{len(unreadable)} images could not be read and were replaced: {'; '.join(unreadable)}")
     lora = summary["objective"] == "lora"

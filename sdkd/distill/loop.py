@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.console import Progress, quiet, within
-from sdkd.distill.checkpoint import checkpoints, load_checkpoint, save_checkpoint, way_on
+from sdkd.distill.checkpoint import checkpoints, load_checkpoint, save_checkpoint, start_from, way_on
 from sdkd.distill.config import TrainConfig
 from sdkd.distill.data import CaptionedImages
 from sdkd.distill.finite import NotFiniteError
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 class TrainResult:
     """The trained UNet (eval mode, frozen, float32; a LoRA's with its adapter), what was logged, and how long it took.
 
-    `images` is how many the data held, `unreadable` names those that could not be read.
+    `images` is how many the data held, `unreadable` names those that could not be read, `notes` are what a user should
+    know.
     """
 
     unet: UNet2DConditionModel
@@ -40,6 +42,7 @@ class TrainResult:
     images: int
     unreadable: Mapping[int, str]
     main_process: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -52,25 +55,31 @@ def train(
     folder: Path | None = None,
     resume: Path | None = None,
     name: str = "",
+    adapter: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainResult:
     """Train `unet` in place on captioned images or on latents made before; `pipe` is left as it was.
 
     For distillation `pipe` is the teacher's and `unet` the student that build_student made; otherwise `pipe` holds the
     text encoder, VAE and scheduler that belong to `unet`. `folder` takes the log, checkpoints and validation images;
-    `resume` is one of its checkpoints, `name` what `pipe` was loaded by. Raises ModelError when models and config do
-    not belong together, InputError on unusable data or settings, TrainingError when a loss, gradient or weight is not
-    finite, KeyboardInterrupt between two steps. On a CPU the same seed and thread count give the same weights, resumed
-    or not; torch's generator on the CPU is left as it was.
+    `resume` is one of its checkpoints, `name` what `pipe` was loaded by, `adapter` the weights that a LoRA starts from.
+    Raises ModelError when models and config do not belong together, InputError on unusable data or settings,
+    TrainingError when a loss, gradient or weight is not finite, KeyboardInterrupt between two steps. On a CPU the same
+    seed and thread count give the same weights, resumed or not; torch's generator on the CPU is left as it was.
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), between_steps() as check:
         trainer = Trainer(pipe, unet, data, config, _checking(within(progress, 0.0, 0.1), check))
         trainer.model_name = name
         try:
+            if adapter:
+                start_from(trainer, adapter, "init")
             record = load_checkpoint(trainer, resume) if resume is not None else {}
             loop = _Run(trainer, folder, within(progress, 0.1, 1.0), check)
             if counted := record.get("log"):
                 loop.log.restore(counted)
+            notes = _notes(config, record)
+            for note in notes:
+                progress(note, None)
             history = loop.go()
         finally:
             trainer.close()
@@ -83,7 +92,20 @@ def train(
         images=len(samples),
         unreadable=dict(samples.unreadable),
         main_process=trainer.accelerator.is_main_process,
+        notes=(*notes, *loop.notes),
     )
+
+
+def _notes(config: TrainConfig, record: Mapping[str, Any]) -> list[str]:
+    """What a user should know about a run that goes on."""
+    then = record.get("settings", {}).get("steps", config.steps)
+    if then == config.steps or config.schedule == "constant":
+        return []
+    return [
+        f"the {config.schedule} schedule was laid out for {then} steps up to step {record['step']}, and for "
+        f"{config.steps} from there: a run of {config.steps} steps from its start would have had other learning rates "
+        "(with --schedule constant it would have been the same)"
+    ]
 
 
 def _checking(progress: Progress, check: Callable[[], None]) -> Progress:
@@ -107,6 +129,7 @@ class _Run:
         path = folder / LOG if folder is not None and main else None
         self.log = TrainingLog(path, step=trainer.done, send=send)
         self.waited = 0.0
+        self.notes: list[str] = []
 
     def go(self) -> list[dict[str, float]]:
         """All remaining steps; TrainingError, which says how to go on, when something is not finite."""
@@ -147,7 +170,17 @@ class _Run:
             save_samples(self.trainer, folder)
         if last or (self.config.save_every and done % self.config.save_every == 0):
             self.progress(f"step {done}: saving a checkpoint", done / self.config.steps)
+            self._save(folder, last)
+
+    def _save(self, folder: Path, last: bool) -> None:
+        """A checkpoint; a disk too full for the last one must not cost the result."""
+        try:
             save_checkpoint(self.trainer, folder, self.log.state())
+        except OSError as error:
+            if not last or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.notes.append("the disk was too full for a last checkpoint: this run cannot be gone on with")
+            self.trainer.accelerator.wait_for_everyone()
 
     def _record(self, lr: float) -> None:
         trainer, samples = self.trainer, self.trainer.batches.samples

@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.checkpoint_models import BASE, RECORD, is_checkpoint, load_own
 from sdkd.console import Progress, quiet
 from sdkd.distill.card import Origin, about, model_card
 from sdkd.distill.config import TrainConfig
 from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
 from sdkd.files import check_free, lock, new_folder, write_bytes, write_json
+from sdkd.pipelines import provenance
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from sdkd.distill.loop import TrainResult
+    from sdkd.models import ModelSource
 
 INDEX = "model_index.json"  # of a finished pipeline: moved into the folder last
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -40,9 +43,7 @@ class Job:
     overwrite: bool = False
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
-    init: str | None = (
-        None  # distillation: the model whose UNet the student starts from, instead of the teacher's layers
-    )
+    init: str | None = None  # a model or checkpoint whose UNet, or LoRA, training starts from
     command: str = field(default_factory=lambda: command_line())
 
 
@@ -69,12 +70,18 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     source, data = resolve(job.model), open_data(job)
     check_trackers(job.config)
     checkpoint = find_checkpoint(job)
+    if checkpoint and _is_finished(job, checkpoint, _absolute(source), data):
+        return _finished(job, source.name, len(data))
+    adapter = _adapter(job)
     with _folder(job, checkpoint):
         report("loading the model", 0.0)
         pipe = load_eager(job.model)
         unet, counts = _unet(pipe, job)
         check_cache(data, pipe, job.config)
-        done = train(pipe, unet, data, job.config, progress=report, folder=job.output, resume=checkpoint)
+        done = train(
+            pipe, unet, data, job.config,
+            progress=report, folder=job.output, resume=checkpoint, name=_absolute(source), adapter=adapter,
+        )  # fmt: skip
         summary = _summary(job, source.name, done, counts) | {"notes": list(source.notes)}
         if done.main_process:
             origin = Origin(
@@ -87,6 +94,52 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
             )
             _write(job, pipe, done, origin, counts)
     return summary
+
+
+def _absolute(source: ModelSource) -> str:
+    """A model's name that means the same from another folder."""
+    return source.name if source.kind in ("demo", "random", "hub") else str(Path(source.name).expanduser().absolute())
+
+
+def _is_finished(job: Job, checkpoint: Path, model: str, data: Any) -> bool:
+    """Whether there is nothing left to do; InputError when the run that is finished was another.
+
+    A model of another name is loaded and compared, like that of a run that goes on.
+    """
+    from sdkd.distill.checkpoint import check_settings, read_record, step_of
+    from sdkd.distill.digests import data_digest
+
+    whole = any((job.output / name).is_file() for name in (INDEX, LORA_FILE))
+    if not whole or step_of(checkpoint) != job.config.steps:
+        return False
+    record = read_record(checkpoint)
+    check_settings(checkpoint, record, job.config, int(os.environ.get("WORLD_SIZE", "1")))
+    same = record.get("digests", {}).get("data") == data_digest(data)
+    return same and provenance(checkpoint).get(BASE) == model
+
+
+def _finished(job: Job, model: str, images: int) -> dict[str, Any]:
+    from sdkd.distill.log import LOG, read_log
+    from sdkd.distill.loop import TrainResult
+
+    history = read_log(job.output / LOG)
+    note = f"this run of {job.config.steps} steps was finished before: ask for more --steps to go on"
+    done = TrainResult(None, history, 0.0, job.config.steps, images, {}, notes=(note,))
+    return _summary(job, model, done, {}) | {"notes": []}
+
+
+def _adapter(job: Job) -> Any:
+    """The weights of the LoRA to start from; InputError when its rank or alpha are not the run's."""
+    if job.config.objective != "lora" or not job.init:
+        return None
+    from sdkd.distill.lora import read_lora
+
+    path, config = Path(job.init), job.config
+    state, made = read_lora(path / "lora" if (path / "lora").is_dir() else path)
+    now = {"r": config.lora_rank, "lora_alpha": config.lora_alpha or config.lora_rank}
+    if other := [f"{key} {made[f'unet.{key}']}" for key in now if made.get(f"unet.{key}", now[key]) != now[key]]:
+        raise InputError(f"init {job.init!r} has {' and '.join(other)}: give --lora-rank and --lora-alpha to match")
+    return state
 
 
 def open_data(job: Job) -> Any:
@@ -113,7 +166,7 @@ def check_cache(data: Any, pipe: StableDiffusionPipeline, config: TrainConfig) -
 
 def find_checkpoint(job: Job) -> Path | None:
     """The checkpoint to go on from, or None to start anew; InputError when the one asked for is not there."""
-    from sdkd.distill.checkpoint import RECORD, checkpoints
+    from sdkd.distill.checkpoint import checkpoints
 
     if job.resume == "never":
         return None
@@ -135,16 +188,27 @@ def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]
     import torch
 
     from sdkd.distill.setup import DTYPES
-    from sdkd.models import load_eager
     from sdkd.students import build_student, count_parameters
 
     config = job.config
     whole = count_parameters(pipe.unet.config)
-    if config.objective != "distill":
+    if config.objective == "lora" or (config.objective == "finetune" and not job.init):
         return pipe.unet, {"parameters": whole}
-    student = load_eager(job.init).unet if job.init else build_student(pipe.unet, config.student)
+    student = _unet_of(job.init) if job.init else build_student(pipe.unet, config.student)
+    if config.objective == "finetune":
+        return student, {"parameters": count_parameters(student.config)}
     torch.nn.Module.to(pipe.unet, DTYPES[config.precision])  # now the student has its weights: no copy is needed
     return student, {"parameters": count_parameters(student.config), "teacher_parameters": whole}
+
+
+def _unet_of(model: str) -> Any:
+    """The UNet of a model, or of a checkpoint, which needs no other parts for it."""
+    import torch
+
+    from sdkd.models import load_component
+
+    path = Path(model).expanduser()
+    return load_own(path, torch.float32) if is_checkpoint(path) else load_component(model, "unet")
 
 
 def _size(pipe: StableDiffusionPipeline, config: TrainConfig, data: Any) -> int:
@@ -242,6 +306,7 @@ def _summary(job: Job, model: str, done: TrainResult, counts: dict[str, int]) ->
         "images": done.images,
         "unreadable": list(done.unreadable.values()),
         "seconds": done.seconds,
-        "first": done.history[0],
-        "last": done.history[-1],
+        "remarks": list(done.notes),
+        "first": done.history[0] if done.history else {},
+        "last": done.history[-1] if done.history else {},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(objective: str, tmp_path: Path
     torch.manual_seed(11)
     whole = trained(objective, tmp_path / "whole", save_every=5, **settings)
     torch.manual_seed(99)  # what the checkpoint holds must win
-    shutil_copy(tmp_path / "whole", tmp_path / "again")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
     again = trained(objective, tmp_path / "again", tmp_path / "again" / "checkpoint-5", save_every=5, **settings)
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -83,7 +84,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(objective: str, tmp_path: Path
 
 def test_a_run_in_channels_last_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     whole = trained("distill", tmp_path / "whole", save_every=5, channels_last=True)
-    shutil_copy(tmp_path / "whole", tmp_path / "again")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
     resume = tmp_path / "again" / "checkpoint-5"
     again = trained("distill", tmp_path / "again", resume, save_every=5, channels_last=True)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -92,17 +93,11 @@ def test_a_run_in_channels_last_is_resumed_bit_for_bit(tmp_path: Path) -> None:
 def test_the_layout_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     """The optimizer's state follows its parameters' strides: AdamW's fused kernel walks both side by side."""
     whole = trained("distill", tmp_path / "whole", save_every=5)
-    shutil_copy(tmp_path / "whole", tmp_path / "again")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
     resume = tmp_path / "again" / "checkpoint-5"
     again = trained("distill", tmp_path / "again", resume, save_every=5, channels_last=True)
     for name, value in whole.items():  # other kernels: equal but for rounding
         torch.testing.assert_close(again[name], value, rtol=0, atol=2e-5, msg=name)
-
-
-def shutil_copy(source: Path, target: Path) -> None:
-    import shutil
-
-    shutil.copytree(source, target)
 
 
 def test_a_checkpoint_is_the_students_and_diffusers_reads_it(tmp_path: Path) -> None:
@@ -140,6 +135,9 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
     flipped.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
     with pytest.raises(InputError, match=r"was changed in optimizer.safetensors: delete it, and go on from .*int-2$"):
         trained("distill", tmp_path, newest, save_every=2)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / newest.name)  # as the message says
+    trained("distill", tmp_path / "copy", tmp_path / "copy" / "checkpoint-2", save_every=2, steps=4)
     flipped.write_bytes(data)
     record = newest / "checkpoint.json"
     record.write_text(record.read_text().replace('"step": 4', '"step": 3'))
