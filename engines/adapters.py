@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,14 @@ class LoraMethods:
     """The methods of one pipeline; its adapters are made when the first one is loaded."""
 
     def __init__(self, pipe: Any, engines: Mapping[str, EngineModule]) -> None:
-        self.pipe = pipe
+        self._pipe = weakref.ref(pipe)  # whose methods hold this: engines are freed as soon as the pipeline is
         self.engines = {part: engines[part] for part in PARTS if part in engines}
         self._adapters: Adapters | None = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline whose methods these are."""
+        return self._pipe()
 
     def install(self) -> None:
         """Put the methods on the pipeline object, over its class's."""

@@ -7,21 +7,24 @@ keeps its own.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch.func import functional_call
 
-from engines.session import Session, torch_dtype
-from engines.weights import EngineWeights
+from engines.carried import eager_tensors
+from engines.refusals import COPIES, EAGERLY, LAYERS, UNREACHABLE, UNSETTABLE, UnreachableError
+from engines.session import Rebuild, Session, torch_dtype
+from engines.weights import EngineWeights, check_state
 from sdkd.errors import EngineError
 
 FIXED = "the engine's graph has no such input"
-EAGERLY = "run eagerly: engines.unplug(pipe), where it was plugged with keep_eager=True"
 log = logging.getLogger(__name__)
 
 
@@ -82,7 +85,7 @@ class EngineModule(torch.nn.Module):
     def __init__(
         self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
     ) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)  # not the next class's: ControlNetModel would draw a whole network at random
         self.register_buffer("place", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self._internal_dict = config  # diffusers repairs old configs by replacing this attribute
         object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
@@ -108,6 +111,20 @@ class EngineModule(torch.nn.Module):
     def sessions(self) -> Iterable[Session]:
         """The opened engines of this module."""
         raise NotImplementedError
+
+    def follow(self, before: Any, rebuild: Rebuild | None, falls_back: bool = False) -> None:
+        """Go on as the module that was in this place: weights that were swapped in, fallback, how engines are rebuilt.
+
+        ModelError when such weights do not fit this engine.
+        """
+        engine = before if isinstance(before, EngineModule) else None
+        self.falls_back = falls_back or (engine is not None and engine.falls_back)
+        earlier = next(iter(engine.sessions())).rebuild if engine is not None else None
+        for session in self.sessions():
+            session.rebuild = rebuild or earlier
+        if engine is not None and engine._weights is not None and engine._weights.checkpoint:
+            check_state(self.weights.session, engine._weights.checkpoint)
+            self.weights.use(engine._weights.checkpoint)
 
     @property
     def weights(self) -> EngineWeights:
@@ -160,19 +177,86 @@ class EngineModule(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            raise AttributeError(
-                f"{type(self).__name__} has no {name!r}: the layers of an engine cannot be reached or changed; "
-                f"{EAGERLY}"
-            ) from None
+            raise self._unreachable(name) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_hf_hook":  # accelerate's offloading
-            raise EngineError(
-                f"{type(self).__name__} cannot be offloaded: its weights live inside the engine. Leave out "
-                f"enable_model_cpu_offload / enable_sequential_cpu_offload (low_memory=True opens engines in turn), or "
-                f"{EAGERLY}"
-            )
+        if name in UNSETTABLE:
+            raise EngineError(f"{type(self).__name__} {UNSETTABLE[name]}, or {EAGERLY}")
         super().__setattr__(name, value)
+
+    def _unreachable(self, name: str) -> UnreachableError:
+        return UnreachableError(f"{type(self).__name__} has no {name!r}: {UNREACHABLE.get(name, LAYERS)}; {EAGERLY}")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """EngineError: an engine takes other weights in another way."""
+        raise EngineError(
+            f"{type(self).__name__} has no parameters to load: its weights live inside the engine. Give other weights "
+            "with engines.weights.swap_weights(pipe, model)"
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Save the eager module that is kept, with the weights that count now; EngineError where none is kept."""
+        with self.lent() as eager:
+            eager.save_pretrained(save_directory, **options)
+
+    def check_kept(self) -> None:
+        """EngineError unless an eager module is kept that can be saved in this one's place."""
+        name, place = type(self).__name__, str(next(iter(self.sessions())).checked.bundle.path)
+        if self.__dict__["original"] is None:
+            raise EngineError(
+                f"{name} cannot be saved: its weights live in the engine of bundle {place!r}, and no eager module is "
+                f"kept. Load that bundle again with engines.load_pipeline, or plug it with keep_eager=True"
+            )
+        if self._weights is not None and self._weights.adapted:
+            raise EngineError(
+                f"{name} cannot be saved with adapters on it, which would be lost: call pipe.unload_lora_weights() "
+                "first, and keep the adapters' own files"
+            )
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Any]:
+        """The kept eager module as `restore` gives it, for a while: its own weights come back."""
+        self.check_kept()
+        own = eager_tensors(self.__dict__["original"])
+        swapped = self._weights.checkpoint if self._weights is not None else {}
+        kept = {name: own[name].detach().clone() for name in swapped}
+        try:
+            yield self.restore()
+        finally:
+            fill(self.__dict__["original"], kept)
+
+    def restore(self) -> torch.nn.Module | None:
+        """The kept eager module as the pipeline is now: its device and dtype, and the weights that were swapped in."""
+        eager: Any = self.__dict__["original"]
+        if eager is None:
+            return None
+        if (eager.device, eager.dtype) != (self.device, self.dtype):  # the pipeline was moved while plugged
+            eager.to(self.device, self.dtype)
+        if self._weights is not None:
+            fill(eager, self._weights.checkpoint)
+        restored: torch.nn.Module = eager
+        return restored
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._refuse_copies()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._refuse_copies()
+
+    def _refuse_copies(self) -> NoReturn:
+        place = str(next(iter(self.sessions())).checked.bundle.path)
+        raise EngineError(
+            f"{type(self).__name__} {COPIES}: make another with engines.load_pipeline({place!r}) or engines.plug, or "
+            "share the engines: StableDiffusionImg2ImgPipeline.from_pipe(pipe)"
+        )
+
+
+def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give a module these weights, by plain name, in its own dtypes."""
+    own = eager_tensors(module) if state else {}
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
 
 
 def full_config(model: Any, config: Mapping[str, Any]) -> FrozenDict:

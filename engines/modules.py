@@ -193,6 +193,21 @@ class EngineControlNet(EngineModule, ControlNetModel):
         return ControlNetOutput(down_block_res_samples=tuple(every[:-1]), mid_block_res_sample=every[-1])
 
 
+class _OutOfReach:
+    """What ControlNetModel has and an engine has not: to read it is the error that all engine modules raise."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: object, owner: type) -> Any:
+        raise AttributeError(self.name)  # of a module: its `__getattr__` says why
+
+
+for _name in dir(ControlNetModel):
+    if not _name.startswith("_") and not hasattr(EngineModule, _name) and _name not in vars(EngineControlNet):
+        setattr(EngineControlNet, _name, _OutOfReach(_name))
+
+
 class EngineTextEncoder(EngineModule):
     """Stands for transformers' CLIPTextModel; `session` is an engine of component `text_encoder`."""
 

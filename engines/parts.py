@@ -47,11 +47,6 @@ def engine_names(bundle: Bundle, slot: str, parts: Sequence[str]) -> list[str]:
 
 def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
     """ModelError, naming both values, when a bundle's component does not fit where a pipeline has its own."""
-    if any(getattr(pipe, name, None) is None for name in BASE_PARTS) or hasattr(pipe, "text_encoder_2"):
-        raise ModelError(
-            f"{type(pipe).__name__} is no Stable Diffusion 1.x/2.x pipeline: "
-            "plug needs one with unet, vae and text_encoder"
-        )
     for part in parts:
         config = getattr(pipe, part).config
         ours = bundle.config(PARTS[part].required[0])
@@ -79,33 +74,55 @@ def _refuse_differences(bundle: Bundle, part: str, values: Mapping[str, tuple[An
             )
 
 
-def chosen_parts(components: Sequence[str] | None, pipe: Any, bundle: Bundle) -> tuple[str, ...]:
-    """What to plug; InputError for an unknown name, ModelError for a ControlNet and a UNet without its inputs."""
-    for name in components or ():
-        if name not in PARTS:
-            raise InputError(f"component {name!r} is unknown: choose from {', '.join(PARTS)}")
-    chosen = tuple(components or BASE_PARTS)
-    controlnet = getattr(pipe, "controlnet", None)
-    if controlnet is None:
-        return chosen
+def chosen_parts(components: Sequence[str] | str | None, pipe: Any, bundle: Bundle) -> tuple[str, ...]:
+    """What to plug: by default the pipeline's own parts, one ControlNet included where the bundle has one.
+
+    InputError for no name or an unknown one; ModelError for a pipeline of another kind, for a part that the pipeline
+    has not, and for a ControlNet beside a UNet without its inputs.
+    """
+    if not all(hasattr(pipe, name) for name in BASE_PARTS) or hasattr(pipe, "text_encoder_2"):
+        raise ModelError(
+            f"{type(pipe).__name__} is no Stable Diffusion 1.x/2.x pipeline: "
+            "plug needs one with unet, vae and text_encoder"
+        )
+    there = [name for name in PARTS if getattr(pipe, name, None) is not None]
+    single = getattr(pipe, "controlnet", None) is not None and not hasattr(pipe.controlnet, "nets")
+    chosen = part_names(components, [name for name in BASE_PARTS if name in there])
+    if missing := [name for name in chosen if name not in there]:
+        raise ModelError(f"this {type(pipe).__name__} has no {missing[0]} to plug: leave it out of components")
+    if "controlnet" in chosen and not single:
+        raise ModelError(
+            f"this {type(pipe).__name__} has {len(pipe.controlnet.nets)} ControlNets, and a bundle holds one: leave "
+            "controlnet out of components, and they stay eager beside the engines"
+        )
     takes = {spec.name for spec in bundle.component("unet").contract.inputs} if "unet" in chosen else {MID_RESIDUAL}
-    if MID_RESIDUAL not in takes:
+    if "controlnet" in there and MID_RESIDUAL not in takes:
         raise ModelError(
             f"the UNet of bundle {str(bundle.path)!r} has no inputs for this {type(pipe).__name__}'s ControlNet: "
             "export the model again with --controlnet FOLDER"
         )
-    single = type(controlnet).__name__ != "MultiControlNetModel"
     ours = "controlnet" in bundle.manifest.components
     return (*chosen, "controlnet") if components is None and single and ours else chosen
 
 
+def part_names(components: Sequence[str] | str | None, usual: Sequence[str]) -> tuple[str, ...]:
+    """The names in `components`, one name or several, each once; `usual` for None. InputError as above."""
+    names = (components,) if isinstance(components, str) else tuple(usual if components is None else components)
+    for name in names:
+        if name not in PARTS:
+            raise InputError(f"component {name!r} is unknown: choose from {', '.join(PARTS)}")
+    if not names:
+        raise InputError(f"components is empty: choose from {', '.join(PARTS)}, or leave it out for all that there are")
+    return tuple(dict.fromkeys(names))
+
+
 def check_devices(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
-    """EngineError when modules that stay eager sit on another kind of device than the engines' tensors."""
-    places = {name: getattr(pipe, name).device.type for name in BASE_PARTS if name not in modules}
-    for name, place in places.items():
+    """EngineError when modules that stay eager sit on another device than the engines' tensors."""
+    eager = {name: getattr(pipe, name, None) for name in PARTS if name not in modules}
+    for name, place in ((name, module.device) for name, module in eager.items() if module is not None):
         for other, module in modules.items():
-            if module.device.type != place:
+            if module.device != place:
                 raise EngineError(
-                    f"{name} stays eager on {place}, the engine of {other} works on {module.device.type}: move the "
-                    f"pipeline first with pipe.to({module.device.type!r})"
+                    f"{name} stays eager on {place}, the engine of {other} works on {module.device}: move the "
+                    f"pipeline first with pipe.to({str(module.device)!r})"
                 )

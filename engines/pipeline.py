@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from engines.adapters import LoraMethods
+from engines.carried import CheckWeights, check_how, check_patches, check_tokens, check_weights_of, of_graph, of_module
 from engines.parts import BASE_PARTS, PARTS, check_agreement, check_devices, chosen_parts, engine_names
 from engines.slots import best_slot
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError, EngineError
+from sdkd.families import check_exported
 from sdkd.files import read_json
 from sdkd.targets import check_target
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     Opener = Callable[[str], Session]
 
 Pipe = TypeVar("Pipe")
+log = logging.getLogger(__name__)
 
 # Pipelines that are loaded as such from a bundle; any other is loaded as text-to-image.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
@@ -37,45 +41,83 @@ def plug(
     pipe: Pipe,
     bundle: Bundle | str | Path,
     target: str | None = None,
-    components: Sequence[str] | None = None,
+    components: Sequence[str] | str | None = None,
     *,
     rebuild: Rebuild | None = None,
     keep_eager: bool = False,
     eager_fallback: bool = False,
     low_memory: bool = False,
+    check_weights: CheckWeights = "sample",
 ) -> Pipe:
     """Replace a diffusers pipeline's `unet`, `vae` and `text_encoder` by engines, in place; returns the pipeline.
 
     `target`: a slot of the bundle (`openvino`, `tensorrt`, `openvino-bf16`, ...), or None for the best that runs here.
-    `components`: some of `unet`, `vae`, `text_encoder`, `controlnet`; None for the first three, and the fourth where
-    the pipeline has one ControlNet and the bundle, too. `rebuild`: how engines that cannot be refitted get other
-    weights, for LoRA and `swap_weights`: `sdkd.workflow.rebuild`. The eager modules are let go, and their memory with
-    them, unless `keep_eager` (for `unplug`) or `eager_fallback`: then what the engines were not built for runs eagerly,
-    which is announced once per shape. `low_memory` opens engines in turn: see `engines.turns`.
+    `components`: some of `unet`, `vae`, `text_encoder`, `controlnet`; None for those of the first three that the
+    pipeline has, and the fourth where it has one ControlNet and the bundle, too. `rebuild`: how engines that cannot be
+    refitted get other weights, for LoRA and `swap_weights`: `sdkd.workflow.rebuild`. The eager modules are let go, and
+    their memory with them, unless `keep_eager` (for `unplug`) or `eager_fallback`: then what the engines were not built
+    for runs eagerly, which is announced once per shape. `low_memory` opens engines in turn: see `engines.turns`.
+    `check_weights`: whether the pipeline's weights are the bundle's is looked at in numbers of each (`sample`), in all
+    numbers (`all`), or not (`none`). What an engine in the same place had stays: weights that were swapped in, kept
+    eager modules, `eager_fallback`, `rebuild`, a VAE's slicing and tiling.
     Nothing changes unless every engine opens. Raises ModelError when bundle and pipeline disagree, naming both values,
-    EngineError when memory is short, and what `engines.session.open_session` raises.
+    and for what an eager module carries besides (`engines.carried`), EngineError when memory is short or an eager
+    module to keep is gone, and what `engines.session.open_session` raises.
     """
-    opened = _open(bundle)
+    from engines.session import on_gpu
+
+    check_how(check_weights)
+    opened, pipeline = _open(bundle), cast(Any, pipe)
     parts = chosen_parts(components, pipe, opened)
-    check_agreement(pipe, opened, parts)
     slot = target or best_slot(opened, parts)
-    open_one = _opener(opened, slot, parts, low_memory)
-    pipeline: Any = pipe
-
-    def stand_in(name: str) -> EngineModule:
-        eager = getattr(pipeline, name)
-        kept = _eager(eager) if keep_eager or eager_fallback else None
-        return build_module(opened, slot, name, eager.dtype, eager.device, kept, open_one)
-
-    with _all_or_none() as modules:
-        for name in parts:
-            modules[name] = stand_in(name)
-            modules[name].falls_back = eager_fallback
-        check_devices(pipeline, modules)
+    _check_carried(pipeline, opened, slot, parts, check_weights)
+    if keep_eager or eager_fallback:
+        _check_kept(pipeline, parts)
+    with on_gpu(getattr(pipeline, parts[0]).device):
+        open_one = _opener(opened, slot, parts, low_memory)
+        with _all_or_none() as modules:
+            for name in parts:
+                before = getattr(pipeline, name)
+                kept = _eager(before) if keep_eager or eager_fallback or _is_engine(before) else None
+                modules[name] = build_module(opened, slot, name, before.dtype, before.device, kept, open_one)
+                modules[name].follow(before, rebuild, eager_fallback)
+            check_devices(pipeline, modules)
     for name, module in modules.items():
         setattr(pipeline, name, module)
-    _install(pipe, modules, rebuild)
+    _install(pipe, modules)
     return pipe
+
+
+def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], how: CheckWeights) -> None:
+    """ModelError when a part of the pipeline computes what the bundle's engine would not."""
+    if "text_encoder" in parts:
+        check_tokens(pipe, bundle)
+    for part in parts:
+        eager = _eager(getattr(pipe, part))
+        if eager is not None:
+            check_exported(part, type(eager), f"this {type(pipe).__name__}")
+            check_patches(part, eager)
+    check_agreement(pipe, bundle, parts)
+    if how == "none":
+        return
+    unknown = []
+    for part in parts:
+        module = getattr(pipe, part)
+        eager = _eager(module)
+        for component in engine_names(bundle, slot, (part,)):
+            given = of_module(eager) if eager is not None else of_graph(_bundle_of(module), component)
+            unknown += [] if check_weights_of(part, given, bundle, component, how) else [component]
+    if unknown:
+        log.warning("weights were not compared: bundle %s does not hold %s by name", bundle.path, ", ".join(unknown))
+
+
+def _check_kept(pipe: Any, parts: Sequence[str]) -> None:
+    for name in parts:
+        if _eager(getattr(pipe, name)) is None:
+            raise EngineError(
+                f"the {name} of this {type(pipe).__name__} runs on an engine already, and its eager module was not "
+                "kept: leave out keep_eager and eager_fallback, or plug a new eager pipeline"
+            )
 
 
 @contextlib.contextmanager
@@ -101,33 +143,35 @@ def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -
     return Turns(bundle, slot).session if low_memory else functools.partial(open_session, bundle, slot)
 
 
-def _install(pipe: Any, modules: Mapping[str, EngineModule], rebuild: Rebuild | None) -> None:
-    """The pipeline's LoRA methods on engines, and how those get other weights."""
-    for session in (session for module in modules.values() for session in module.sessions()):
-        session.rebuild = rebuild
+def _install(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
+    """What a pipeline does in another way on engines: LoRA, and saving."""
+    from engines.saving import guard_saving
+
+    guard_saving()
     LoraMethods(pipe, modules).install()
 
 
 def unplug(pipe: Pipe) -> Pipe:
-    """Put the eager modules back; returns the pipeline. EngineError where there are none to put back."""
+    """Put the eager modules back; returns the pipeline. EngineError where there are none to put back.
+
+    They come back as the pipeline is now: on its device, in its dtype, with a VAE's slicing and tiling, and with the
+    weights that were swapped in, which are written into them.
+    """
     from engines.module import EngineModule
 
     pipeline: Any = pipe
     plugged = {name: getattr(pipeline, name, None) for name in PARTS}
     engines = {name: module for name, module in plugged.items() if isinstance(module, EngineModule)}
-    if not engines or any(_eager(module) is None for module in engines.values()):
-        why = (
-            "has no eager modules, since it was loaded from a bundle or plugged without keep_eager=True"
-            if engines
-            else "runs on no engine"
+    if gone := [name for name, module in engines.items() if _eager(module) is None]:
+        raise EngineError(
+            f"this {type(pipe).__name__} has no eager modules, since it was loaded from a bundle or plugged without "
+            f"keep_eager=True ({', '.join(gone)}): nothing to unplug"
         )
-        raise EngineError(f"this {type(pipe).__name__} {why}: nothing to unplug")
+    if not engines:
+        raise EngineError(f"this {type(pipe).__name__} runs on no engine: nothing to unplug")
     LoraMethods(pipe, engines).remove()
     for name, module in engines.items():
-        eager: Any = _eager(module)
-        if (eager.device, eager.dtype) != (module.device, module.dtype):  # the pipeline was moved while plugged
-            eager.to(module.device, module.dtype)
-        setattr(pipeline, name, eager)
+        setattr(pipeline, name, module.restore())
     return pipe
 
 
@@ -165,7 +209,9 @@ def load_pipeline(
         pipe: StableDiffusionPipeline = pipeline_class(
             **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    _install(pipe, modules, rebuild)
+    for module in modules.values():
+        module.follow(None, rebuild)
+    _install(pipe, modules)
     return pipe
 
 
@@ -210,12 +256,23 @@ def _open(bundle: Bundle | str | Path) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
 
 
+def _is_engine(module: Any) -> bool:
+    from engines.module import EngineModule
+
+    return isinstance(module, EngineModule)
+
+
+def _bundle_of(module: EngineModule) -> Bundle:
+    return next(iter(module.sessions())).checked.bundle
+
+
 def _eager(module: Any) -> torch.nn.Module | None:
     """The eager module behind an engine module, or the module itself."""
     from engines.module import EngineModule
 
-    original: torch.nn.Module | None = module.__dict__["original"] if isinstance(module, EngineModule) else module
-    return original
+    original: Any = module.__dict__["original"] if isinstance(module, EngineModule) else module
+    found: torch.nn.Module | None = getattr(original, "_orig_mod", original)  # of torch.compile
+    return found
 
 
 def _pipeline_class(index: Mapping[str, Any], controlled: bool) -> Callable[..., Any]:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 KINDS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
+class HalfRefitError(EngineError):
+    """The last step of a refit failed: the engine may hold some of the new weights."""
+
+
 Fill = Callable[[Collection[str]], "Mapping[str, np.ndarray]"]
 """The exported values of weights, by their names in the graph; without those that the graph does not name."""
 
@@ -24,8 +28,7 @@ def refit(trt: ModuleType, engine: Any, logger: Any, stored: Mapping[str, np.nda
 
     `fill` gives those that TensorRT asks for besides: where it has merged weights into one, it wants all of them. Those
     that are not as exported must be in `stored`, then. The engine must not be running. EngineError names the first
-    weight that the engine was not built to change, or the step that failed; an engine whose last step failed may hold
-    some of the weights.
+    weight that the engine was not built to change, or the step that failed: HalfRefitError when that was the last.
     """
     with told(lambda what: EngineError(f"{label}: {what} failed"), "preparing a change of weights"):
         refitter = trt.Refitter(engine, logger)
@@ -43,7 +46,7 @@ def refit(trt: ModuleType, engine: Any, logger: Any, stored: Mapping[str, np.nda
     if missing:
         raise EngineError(f"{label}: TensorRT wants {len(missing)} more weights to refit (first: {missing[0]!r})")
     if not refitter.refit_cuda_engine():
-        raise EngineError(f"{label}: TensorRT could not refit the engine")
+        raise HalfRefitError(f"{label}: TensorRT could not refit the engine")
 
 
 def _supply(trt: ModuleType, refitter: Any, arrays: Mapping[str, np.ndarray], label: str) -> list[Any]:

@@ -6,6 +6,7 @@ before anything is deserialised, since the libraries answer such a file with Non
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ import torch
 
 from engines.out_of_memory import once_more, told_of_memory
 from engines.ranges import check_sizes, output_sizes
+from engines.refusals import COPIES
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.contract import Contract, TensorSpec, axis_ranges
 from sdkd.errors import EngineError
@@ -110,6 +112,11 @@ def expected_device(target: str) -> torch.device:
     return torch.device("cpu")
 
 
+def on_gpu(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a GPU torch's current one, where sessions open; nothing for another device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 _verified: set[tuple[str, int, int, str]] = set()
 
 
@@ -177,6 +184,11 @@ class Closing:
     def close(self) -> None:
         """Release what is held."""
         raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise EngineError(
+            f"{type(self).__name__} {COPIES}: open another with engines.session.open_session(bundle, slot, component)"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -292,6 +304,22 @@ class EngineSession(Closing, ABC):
 
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
         raise EngineError(f"{self.checked.label} cannot change its weights")
+
+    def rebuilt(self, stored: Mapping[str, np.ndarray]) -> Checked:
+        """The engine built again from these weights, as the graph stores them, and checked; itself when none.
+
+        Each is built from the exported bundle, never from an engine that was rebuilt before. EngineError without
+        `rebuild`.
+        """
+        if not stored:
+            return self.checked
+        if self.rebuild is None:
+            raise EngineError(
+                f"{self.checked.label} was built for its own weights: build it with --refit lora (or all, for whole "
+                f"checkpoints), or give rebuild=sdkd.workflow.rebuild to plug or load_pipeline"
+            )
+        again = self.rebuild(self.checked.bundle, self.checked.record, stored)
+        return check_engine(again, self.slot, self.checked.record.component)
 
     def close(self) -> None:
         """Release the engine; closing twice is harmless."""

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engines.cuda_graphs import Buffers, GraphCache, ShapeGraph, graph_key, synchronize
-from engines.refit_tensorrt import refit
+from engines.refit_tensorrt import HalfRefitError, refit
 from engines.runtime_cache import RuntimeCache
-from engines.session import Checked, EngineSession, check_engine, check_names
+from engines.session import Checked, EngineSession, check_names
 from engines.tensorrt_context import BoundContext, Call, failure, pick_profile, read_spans
 from engines.tensorrt_open import captures_by_itself, deserialize, open_context, options_of
 from sdkd.errors import EngineError
@@ -74,12 +74,11 @@ class TensorRTSession(EngineSession):
         # Torch gives out a few streams in turn: one of high priority is seldom another's, who would be captured, too.
         self._side = torch.cuda.Stream(self.device, priority=-1)
         self._done = torch.cuda.Event()
-        self.opened = checked  # what a swap of weights comes back to
-        self._swapped: set[str] = set()
+        self._swapped: Mapping[str, np.ndarray] = {}  # by a refit
         self._graphs: GraphCache[ShapeGraph] = GraphCache(ShapeGraph.close)
         self._workspace: torch.Tensor | None = None  # activation memory that the graphs share
         with torch.cuda.device(self.device):
-            self._open_engine()
+            self._open_engine(checked)
         if cuda_graphs is False:
             self._graphs.off = "cuda_graphs=False"
         elif options_of(checked).get("weight_streaming"):  # copies from the host, as the moment's budget wants them
@@ -87,11 +86,11 @@ class TensorRTSession(EngineSession):
 
     # Opening
 
-    def _open_engine(self) -> None:
+    def _open_engine(self, checked: Checked) -> None:
         """Deserialize, and make the context of plain runs; what was open stays when that fails."""
-        engine = deserialize(self._trt, self._log, self.checked, self._rebuild, self._failed)
+        engine = deserialize(self._trt, self._log, checked, self._rebuild, self._failed)
         self._check_io(engine)
-        kernels = RuntimeCache(self.checked.record.files[0].sha256)
+        kernels = RuntimeCache(checked.record.files[0].sha256)
         main = self._context(engine, kernels)
         spans = read_spans(engine, [spec.name for spec in self.contract.inputs])
         self._main, self._engine, self._kernels, self._spans = main, engine, kernels, spans
@@ -104,31 +103,22 @@ class TensorRTSession(EngineSession):
         with torch.cuda.device(self.device):
             self._drop_graphs()  # they hold the old weights, and their contexts the old engine
             if options_of(self.checked).get("refit", "none") == "none":
-                self._reopen(stored)
+                self._open_engine(self.rebuilt(stored))
                 return
-            back = exported_weights(onnx_file, self._swapped - set(stored))
-            fill = partial(exported_weights, onnx_file)
-            refit(self._trt, self._engine, self._log, {**back, **stored}, self.checked.label, fill)
-        self._swapped = set(stored)
+            try:
+                self._refit(onnx_file, stored)
+            except HalfRefitError:  # the weights from before come back
+                self._open_engine(self.checked)
+                if before := self._swapped:
+                    self._swapped = {}
+                    self._refit(onnx_file, before)
+                raise
 
-    def _reopen(self, stored: Mapping[str, np.ndarray]) -> None:
-        """Open an engine that was built from these weights; the one that was checked first when there are none."""
-        before = self.checked
-        if stored and self.rebuild is None:
-            raise EngineError(
-                f"{before.label} was built for its own weights: build it with --refit lora (or all, for whole "
-                f"checkpoints), or give rebuild=sdkd.workflow.rebuild to plug or load_pipeline"
-            )
-        if stored and self.rebuild is not None:
-            again = self.rebuild(self.opened.bundle, self.opened.record, stored)
-            self.checked = check_engine(again, self.slot, self.opened.record.component)
-        else:
-            self.checked = self.opened
-        try:
-            self._open_engine()
-        except BaseException:
-            self.checked = before
-            raise
+    def _refit(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        back = exported_weights(onnx_file, set(self._swapped) - set(stored))
+        fill = partial(exported_weights, onnx_file)
+        refit(self._trt, self._engine, self._log, {**back, **stored}, self.checked.label, fill)
+        self._swapped = stored
 
     @property
     def _rebuild(self) -> str:

@@ -7,11 +7,21 @@ enough, for the price of opening each engine once a call.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 
 import torch
 
-from engines.session import Checked, Closing, EngineSession, Rebuild, check_engine, expected_device, open_session
+from engines.session import (
+    Checked,
+    Closing,
+    EngineSession,
+    Rebuild,
+    check_engine,
+    expected_device,
+    on_gpu,
+    open_session,
+)
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
 
@@ -29,7 +39,8 @@ class Turns:
     def __init__(self, bundle: Bundle, slot: str) -> None:
         self.bundle, self.slot = bundle, slot
         self.lock = threading.RLock()
-        self._sessions: dict[str, TurnSession] = {}
+        # They hold this: without a circle, engines are freed as soon as their pipeline is.
+        self._sessions: weakref.WeakValueDictionary[str, TurnSession] = weakref.WeakValueDictionary()
 
     def session(self, component: str) -> TurnSession:
         """A session that opens when it runs; raises now what `check_engine` raises."""
@@ -63,7 +74,8 @@ class TurnSession(Closing):
         component = self.checked.record.component
         if self._session is None:
             self._turns.close_others(component)
-            session = open_session(self._turns.bundle, self.slot, component)
+            with on_gpu(self.device):
+                session = open_session(self._turns.bundle, self.slot, component)
             session.rebuild = self.rebuild
             if self._weights:
                 session.swap(self._weights)

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from engines.module import EngineModule, cast_feeds, full_config, run_split
-from engines.session import Session
+from engines.session import Rebuild, Session
 from engines.tiles import OVERLAP, fitting_tile, in_tiles
 from sdkd.contract import is_tiny_vae, vae_scale
 from sdkd.errors import EngineError, RangeError
@@ -23,6 +23,8 @@ NO_ENCODER = (
     "this EngineVAE has no vae_encoder engine, which image-to-image and inpainting need: export and build "
     "the bundle with the component vae_encoder"
 )
+# Attributes of diffusers' VAEs and of ours that say how images are cut.
+SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 
 
 class EngineVAE(EngineModule):
@@ -101,10 +103,20 @@ class EngineVAE(EngineModule):
         return in_tiles(whole, tensor, chosen, scale, self.tile_overlap_factor)
 
     def _eagerly(self, error: EngineError, asked: Mapping[str, Any], method: str) -> Any:
-        eager: Any = self.__dict__["original"]
-        if self.falls_back and eager is not None:
-            eager.use_slicing, eager.use_tiling = self.use_slicing, self.use_tiling
+        if self.falls_back:
+            switch(self, self.__dict__["original"])
         return self.fall_back(error, asked, method)
+
+    def follow(self, before: Any, rebuild: Rebuild | None, falls_back: bool = False) -> None:
+        """As every engine module; slicing and tiling stay on, too."""
+        super().follow(before, rebuild, falls_back)
+        switch(before, self)
+
+    def restore(self) -> torch.nn.Module | None:
+        """As every engine module; slicing and tiling stay on, too."""
+        eager = super().restore()
+        switch(self, eager)
+        return eager
 
     def enable_slicing(self) -> None:
         """Run one image at a time, to save memory."""
@@ -124,6 +136,13 @@ class EngineVAE(EngineModule):
     def disable_tiling(self) -> None:
         """Run whole images again."""
         self.use_tiling = False
+
+
+def switch(source: Any, target: Any) -> None:
+    """Give one VAE the slicing and tiling of another, as far as both have it; None has none."""
+    for name in SWITCHES:
+        if source is not None and target is not None and hasattr(source, name) and hasattr(target, name):
+            setattr(target, name, getattr(source, name))
 
 
 def _side(profile: Mapping[str, Range], axis: str | int) -> Range:

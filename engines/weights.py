@@ -6,7 +6,9 @@ and not A + B, and taking everything away gives the engine that was opened.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,45 +26,72 @@ Delta = Callable[[], torch.Tensor]
 """What adapters add to one weight, computed when called: float32, in the weight's own shape."""
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What the weights are to be; `version` counts what was asked for."""
+
+    checkpoint: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    version: int = 0
+
+
 class EngineWeights:
-    """The weights of one session; changes are made at the next run, all at once."""
+    """The weights of one session; changes are made at the next run, all at once. Thread-safe."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._checkpoint: dict[str, torch.Tensor] = {}
-        self._deltas: dict[str, Delta] = {}
-        self._pending = False
+        self._wish = Wish()  # replaced as a whole, never changed
+        self._done = 0  # the version that the engine holds
         self._changed = False  # whether the engine holds other weights than the bundle's
-        self.version = 0  # counts what was asked for
+        self._asking, self._settling = threading.Lock(), threading.Lock()
+
+    @property
+    def version(self) -> int:
+        """Counts what was asked for."""
+        return self._wish.version
+
+    @property
+    def checkpoint(self) -> Mapping[str, torch.Tensor]:
+        """Other weights that are asked for, by state-dict name; empty for the bundle's own."""
+        return self._wish.checkpoint
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are to be on top."""
+        return bool(self._wish.deltas)
 
     def use(self, state: Mapping[str, torch.Tensor]) -> None:
         """Other weights of the same architecture, by state-dict name; none: the bundle's own."""
-        self._checkpoint, self._pending, self.version = dict(state), True, self.version + 1
+        with self._asking:
+            self._wish = replace(self._wish, checkpoint=dict(state), version=self.version + 1)
 
     def add(self, deltas: Mapping[str, Delta]) -> None:
         """What adapters add; nothing: no adapter."""
-        self._pending = self._pending or bool(deltas) or bool(self._deltas)
-        self._deltas, self.version = dict(deltas), self.version + 1
+        with self._asking:
+            if deltas or self._wish.deltas:
+                self._wish = replace(self._wish, deltas=dict(deltas), version=self.version + 1)
 
     def settle(self) -> None:
         """Bring the engine to what was asked for; when that fails, it is asked for again at the next run."""
-        if not self._pending:
-            return
-        if self._checkpoint or self._deltas or self._changed:
-            self.session.swap(self.changed())
-        self._changed, self._pending = bool(self._checkpoint or self._deltas), False
+        with self._settling:  # what is asked for meanwhile counts at the next run
+            wish = self._wish
+            if wish.version == self._done:
+                return
+            if wish.checkpoint or wish.deltas or self._changed:
+                self.session.swap(self._weights_of(wish))
+            self._changed, self._done = bool(wish.checkpoint or wish.deltas), wish.version
 
     def changed(self) -> dict[str, torch.Tensor]:
         """The weights that differ from the bundle's, by state-dict name."""
-        return self._checkpoint | self._with_adapters()
+        return self._weights_of(self._wish)
 
-    def _with_adapters(self) -> dict[str, torch.Tensor]:
-        exported = [name for name in self._deltas if name not in self._checkpoint]
-        base: dict[str, Any] = {name: self._checkpoint[name] for name in self._deltas if name in self._checkpoint}
+    def _weights_of(self, wish: Wish) -> dict[str, torch.Tensor]:
+        exported = [name for name in wish.deltas if name not in wish.checkpoint]
+        base: dict[str, Any] = {name: wish.checkpoint[name] for name in wish.deltas if name in wish.checkpoint}
         if exported:
             found = read_weights(graph_file(self.session), exported)
             base |= {name: torch.tensor(array, dtype=torch.float32) for name, array in found.items()}
-        return {name: base[name].float() + delta() for name, delta in self._deltas.items()}
+        return dict(wish.checkpoint) | {name: base[name].float() + delta() for name, delta in wish.deltas.items()}
 
 
 def graph_file(session: Session) -> Path:
@@ -86,7 +115,7 @@ def swap_weights(pipe: Any, model: str | Path | Mapping[str, torch.Tensor] | Non
         raise EngineError(f"the {part} of this {type(pipe).__name__} runs eagerly: plug an engine first")
     state = _state(model, part)
     if state:
-        _check_state(module.weights.session, state)
+        check_state(module.weights.session, state)
     module.weights.use(state)
 
 
@@ -100,7 +129,8 @@ def _state(model: str | Path | Mapping[str, torch.Tensor] | None, part: str) -> 
     return dict(load_component(model, part).state_dict())  # type: ignore[arg-type]
 
 
-def _check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:
+def check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:
+    """ModelError unless these are the weights, by name, that a session's graph has."""
     file = graph_file(session)
     names = set(read_json(file.parent / TRANSFORMS_FILE))
     missing, unknown = sorted(names - set(state)), sorted(set(state) - names)

@@ -12,18 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdkd.contract import CONFIG_FOLDERS, Contract, Extras, Precision, TensorSpec, component_contract, split_axis
+from sdkd.contract import (
+    CONFIG_FOLDERS,
+    STATE_PREFIXES,
+    Contract,
+    Extras,
+    Precision,
+    TensorSpec,
+    component_contract,
+    split_axis,
+)
 from sdkd.errors import ExportError, ModelError
 
 # Every size differs from every other, and none is 0 or 1: torch.export must not take two axes for one, nor a size for
 # a constant.
 EXAMPLE = {"batch": 2, "sequence": 11, "height": 3, "width": 5}
 
-# Parameters and buffers that belong to a component, where it shares its module with another one.
-STATE_PREFIXES: dict[str, tuple[str, ...]] = {
-    "vae_decoder": ("decoder.", "post_quant_conv."),
-    "vae_encoder": ("encoder.", "quant_conv."),
-}
 # Attention processors without weights that compute the same as torch's scaled_dot_product_attention.
 REPLACED = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
 

@@ -6,7 +6,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import nn
 from export.components import component_config, component_module, component_state
 from sdkd.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
 from sdkd.errors import InputError, ModelError
+from sdkd.families import EXPORTED, check_exported
 from sdkd.files import read_json, write_json
 from sdkd.pipelines import quiet_libraries, write_tokenizer_files
 
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
-# What `--vae` and `--controlnet` may name, by the class in its config.json.
-REPLACEMENTS: dict[str, tuple[str, ...]] = {
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "controlnet": ("ControlNetModel",),
-}
 SIDE_PARTS = ("scheduler", "tokenizer")
 # No bundle holds these, and an index that names them names classes that older libraries, Optimum's, do not have.
 ABSENT_PARTS = ("feature_extractor", "image_encoder", "safety_checker")
@@ -130,6 +126,7 @@ def open_source(
     for part, name in replaced.items():
         replacement_class(part, name)
     if not isinstance(model, str | Path):
+        check_parts(model, replaced, f"this {type(model).__name__}")
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
         return Source(about, model, replaced=replaced, dtype=dtype)
     from sdkd.models import load_rest, resolve, source_digests
@@ -138,7 +135,19 @@ def open_source(
     name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file", "checkpoint") else found.name
     about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
     about |= {"notes": list(found.notes)} if found.notes else {}
-    return Source(about, load_rest(model), model, dtype, replaced, digests or source_digests(model))
+    rest = load_rest(model)
+    check_parts(rest, replaced, f"model {str(model)!r}")
+    return Source(about, rest, model, dtype, replaced, digests or source_digests(model))
+
+
+def check_parts(pipe: Any, replaced: Container[str], where: str) -> None:
+    """ModelError when a part that is not replaced is of a class that is not exported; nothing is loaded."""
+    for part in (part for part in EXPORTED if part not in replaced):
+        module = getattr(pipe, part, None)
+        module = getattr(module, "_orig_mod", module)  # of torch.compile
+        noted = (*(pipe.config.get(part) or ()), None, None)[1]  # of a pipeline without its weights
+        if kind := type(module) if module is not None else noted:
+            check_exported(part, kind, where)
 
 
 def replacement_class(part: str, name: str) -> str:
@@ -160,7 +169,7 @@ def _hub_class(part: str, name: str) -> str:
     import diffusers
 
     try:
-        config = getattr(diffusers, REPLACEMENTS[part][0]).load_config(name)
+        config = getattr(diffusers, EXPORTED[part][0]).load_config(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{part} {name!r} is neither a folder here nor on the hub ({reason}): check it") from error
@@ -169,8 +178,8 @@ def _hub_class(part: str, name: str) -> str:
 
 def _checked_class(part: str, name: str, config: Mapping[str, Any]) -> str:
     kind = str(config.get("_class_name"))
-    if kind not in REPLACEMENTS[part]:
-        raise ModelError(f"{part} {name!r} is a {kind}: give one of {', '.join(REPLACEMENTS[part])}")
+    if kind not in EXPORTED[part]:
+        raise ModelError(f"{part} {name!r} is a {kind}: give one of {', '.join(EXPORTED[part])}")
     return kind
 
 

@@ -279,6 +279,11 @@ CONTRACTS = {
     "vae_encoder": vae_encoder_contract,
     "controlnet": controlnet_contract,
 }
+# Parameters and buffers that belong to a component, where it shares its module with another one.
+STATE_PREFIXES: dict[str, tuple[str, ...]] = {
+    "vae_decoder": ("decoder.", "post_quant_conv."),
+    "vae_encoder": ("encoder.", "quant_conv."),
+}
 CONFIG_FOLDERS = {
     "text_encoder": "text_encoder",
     "unet": "unet",

@@ -19,6 +19,13 @@ CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")),
     "text_encoder": ("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection")),
 }
+# Of these, and of ControlNets, what an exported graph stands for. AsymmetricAutoencoderKL decodes with the masked
+# image, too, which diffusers gives to no other class, and a graph has no such input.
+EXPORTED: dict[str, tuple[str, ...]] = {
+    **{part: kinds for part, (_, kinds) in CLASSES.items()},
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "controlnet": ("ControlNetModel",),
+}
 # Pipelines by the number of channels that their UNet takes.
 PIPELINE_OF_CHANNELS = {
     4: "StableDiffusionPipeline",
@@ -104,6 +111,15 @@ def check_class(part: str, library: Any, kind: Any, where: str) -> None:
     own, kinds = CLASSES[part]
     if library != own or kind not in kinds:
         raise ModelError(f"the {part} of {where} is a {library}.{kind}: sdkd loads {' or '.join(kinds)} of {own}")
+
+
+def check_exported(part: str, kind: type | str, where: str) -> None:
+    """ModelError unless an engine can stand for a part of this class; `where` it was found."""
+    names = [kind] if isinstance(kind, str) else [base.__name__ for base in kind.__mro__]
+    if not set(names) & set(EXPORTED[part]):
+        raise ModelError(
+            f"the {part} of {where} is a {names[0]}, which is not exported: sdkd exports {' or '.join(EXPORTED[part])}"
+        )
 
 
 def student_names(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -87,6 +87,7 @@ def test_a_bundle_without_an_encoder_engine_encodes_eagerly(
     del bundle.manifest.engines["onnxruntime/vae_encoder"]  # type: ignore[attr-defined]
     bundle.save()
     plug(eager, bundle_copy, "onnxruntime", eager_fallback=True)
+    caplog.clear()
     image = Image.fromarray(np.full((32, 32, 3), 90, np.uint8))
     pipe = quiet(StableDiffusionImg2ImgPipeline(**eager.components, requires_safety_checker=False))
     assert draw(pipe, image=image, strength=1.0).shape == (1, 32, 32, 3)

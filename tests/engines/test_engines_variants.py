@@ -152,7 +152,7 @@ def test_a_tiny_autoencoder_decodes_and_encodes(tmp_path: Path) -> None:
     pipe = load_pipeline(bundle, "onnxruntime")
     assert pipe.vae.config.scaling_factor == 1.0
     agree(draw(pipe), expected)
-    agree(draw(plug(small_pipeline(), bundle, "openvino")), expected)
+    agree(draw(plug(small_pipeline(), bundle, "openvino", check_weights="none")), expected)
     image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(pipe.vae.encode(image).latents, vae.encode(image).latents, atol=1e-4, rtol=1e-4)
 
