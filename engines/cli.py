@@ -23,7 +23,7 @@ from engines.image_inputs import (
     with_defaults,
 )
 from engines.processes import check_gpus, ended_like_ctrl_c, join, main_progress
-from engines.prompts import image_files, missing, read_prompts, write_metadata
+from engines.prompts import image_files, missing, write_metadata
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.console import show
 from sdkd.contract import check_size, size_multiple, vae_scale
@@ -31,6 +31,7 @@ from sdkd.errors import InputError
 from sdkd.files import check_free
 from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target
+from sdkd.text_files import prompt_lines, typed_text
 
 __all__ = [
     "SCHEDULERS", "Request", "check_bundle_size", "default_size", "draw", "draw_all", "encode_png", "generate", "load",
@@ -129,7 +130,16 @@ def generate(
     way = find_way(model, int(pipe.unet.config.in_channels), inputs)
     inputs, lines = resized(with_defaults(inputs, way, steps), height, width)
     request = Request(
-        texts, negative_prompt, height, width, steps, guidance_scale, seed, len(files), way=way, inputs=inputs
+        texts,
+        negative_prompt and typed_text(negative_prompt),
+        height,
+        width,
+        steps,
+        guidance_scale,
+        seed,
+        len(files),
+        way=way,
+        inputs=inputs,
     )
     for line in lines if state.is_main_process else ():
         show(escape(line))
@@ -212,7 +222,7 @@ def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:
     """What is asked for by one of both; InputError when it is both or none."""
     if (prompt is None) == (prompts is None):
         raise InputError("give a prompt, or --prompts with a file of prompts, one of the two")
-    return (prompt,) if prompt is not None else read_prompts(prompts or Path())
+    return (typed_text(prompt),) if prompt is not None else prompt_lines(prompts or Path())
 
 
 def output_folder(output: Path | None, prompts: Path | None) -> Path:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.errors import InputError
+from sdkd.images import read_mask, read_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-COLOURS = {"image": "RGB", "mask": "L", "control": "RGB"}  # PIL's mode of each input
+READERS = {"image": read_rgb, "mask": read_mask, "control": read_rgb}
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,10 @@ def read_inputs(files: Mapping[str, Path | None], scales: Mapping[str, float | N
 
 
 def read_image(name: str, path: Path) -> Image:
-    """One image, turned as its EXIF data say, a mask in grey; InputError when it is missing or unreadable."""
-    from PIL import Image, ImageOps
-
+    """One image as sdkd.images reads it, a mask in grey; InputError when it is missing or unreadable."""
     if not path.is_file():
         raise InputError(f"{name} {str(path)!r} is no file: give a PNG, JPEG or other image file")
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert(COLOURS[name])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"{name} {str(path)!r} cannot be read as an image ({reason}): save it again as PNG or JPEG"
-        ) from error
+    return READERS[name](path, f"{name} {str(path)!r}", "save it again as PNG or JPEG")
 
 
 def resized(inputs: Inputs, height: int, width: int) -> tuple[Inputs, list[str]]:

@@ -8,18 +8,9 @@ from pathlib import Path
 
 from sdkd.errors import InputError, OutputExistsError
 from sdkd.files import write_bytes
+from sdkd.images import opened
 
 METADATA = "metadata.jsonl"
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line, empty lines left out; InputError when there is none."""
-    if not path.is_file():
-        raise InputError(f"prompts {str(path)!r} is no file: give a text file with one prompt a line")
-    found = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not found:
-        raise InputError(f"prompts {str(path)!r} holds no prompt: write one a line")
-    return found
 
 
 def image_files(folder: Path, count: int) -> list[Path]:
@@ -44,12 +35,10 @@ def is_drawn(file: Path, wanted: Mapping[str, str]) -> bool:
 
 
 def _settings(file: Path) -> dict[str, str]:
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(file) as image:
+        with opened(file) as image:
             return {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
-    except (UnidentifiedImageError, OSError):
+    except InputError:  # whatever it is, it was not drawn by this
         return {}
 
 

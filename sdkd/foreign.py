@@ -55,6 +55,10 @@ _EMBEDDING = (
     "is a textual-inversion embedding, not a model: give the model that it belongs to, and load the embedding with "
     "pipe.load_textual_inversion(FILE)"
 )
+_EMA = (
+    "holds averaged (EMA) weights of its UNet alone (model_ema.*, names without dots): give the checkpoint that has "
+    "model.diffusion_model.* as well, or save the averaged weights under those names"
+)
 
 
 def what_it_is(tensors: Mapping[str, Tensor], needed: str) -> str | None:
@@ -64,6 +68,8 @@ def what_it_is(tensors: Mapping[str, Tensor], needed: str) -> str | None:
         return foreign
     if _is_embedding(tensors.values()):
         return _EMBEDDING
+    if any(name.startswith("model_ema.") for name in tensors):
+        return _EMA
     if part := _first(PARTS, tensors):
         return part
     if any(name.startswith("model.diffusion_model.") for name in tensors):

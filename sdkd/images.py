@@ -71,15 +71,15 @@ def opened(source: Path | bytes, what: str = "", advice: str = _REPAIR) -> Itera
                 raise ValueError(f"{image.format} is a drawing, not pixels")
             yield image
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name} cannot be read ({str(error) or type(error).__name__}): {advice}") from error
+        raise InputError(
+            f"{name} cannot be read as an image ({str(error) or type(error).__name__}): {advice}"
+        ) from error
 
 
 def to_rgb(image: Image) -> Image:
     """An image of any of PIL's modes as RGB: scaled by its range, and on white where it is transparent.
 
-    ValueError for numbers that no range holds.
+    InputError for numbers that no range holds.
     """
     import PIL.Image
 
@@ -94,7 +94,7 @@ def to_mask(image: Image) -> Image:
     """An image of any of PIL's modes as a mask, mode L: white is drawn anew, black is kept.
 
     Luminance; what is transparent is black. Where all that can be seen is of one colour, as of strokes on an empty
-    layer, the opacity is the mask, whatever the colour. ValueError as `to_rgb`.
+    layer, the opacity is the mask, whatever the colour. InputError as `to_rgb`.
     """
     import numpy as np
     import PIL.Image
@@ -129,19 +129,19 @@ def _eight_bits(image: Image) -> Image:
 
 
 def _scaled(values: NDArray[Any], image: Image) -> NDArray[np.uint8]:
-    """Numbers of more than 8 bits as uint8; ValueError when no range holds them."""
+    """Numbers of more than 8 bits as uint8; InputError when no range holds them."""
     import numpy as np
 
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("it holds numbers that are not finite")
+        raise InputError("it holds numbers that are not finite")
     if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):
         most = 65535
     else:
         ranges = _RANGES[image.mode]
         most = next((limit for limit in ranges if high <= limit), 0)
         if low < 0 or not most or (most > ranges[0] and high * _LEVELS < most):
-            raise ValueError(
+            raise InputError(
                 f"its numbers go from {low:g} to {high:g}, a range that is not known: scale them to 0..{ranges[0]}, "
                 "or to 0..65535 in a 16-bit PNG"
             )

@@ -17,6 +17,7 @@ from sdkd.errors import ModelError
 from sdkd.families import CLASSES, FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
 from sdkd.foreign import SUPPORTED, what_it_is
 from sdkd.ldm_names import LDM_PREFIXES, UNET, located
+from sdkd.text_files import read_text
 from sdkd.weights import Tensor, Weights, check_complete, check_shapes, fill, shapes_of
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _families(weights: Weights, what: str) -> tuple[list[str], int]:
     """Names of the families with this UNet's width and context, and its number of input channels."""
+    for name, axes in ((FIRST, 4), (CONTEXT, 2)):
+        if name in weights.tensors and len(weights.tensors[name].shape) != axes:
+            shape = list(weights.tensors[name].shape)
+            raise ModelError(f"{what}: its weight {name} has shape {shape}, not {axes} axes: {SUPPORTED}")
     width, channels = weights.tensors[FIRST].shape[:2]
     context = weights.tensors[CONTEXT].shape[-1] if CONTEXT in weights.tensors else 0
     found = [name for name, family in FAMILIES.items() if _size(family) == (width, context)]
@@ -124,9 +129,9 @@ def _beside(path: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        params = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["params"]
+        params = yaml.safe_load(read_text(file))["model"]["params"]
         return _WORDS[str(params.get("parameterization", "eps")).lower()]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"configuration {str(file)!r}, which lies beside the checkpoint, cannot be read: it needs "
             "model: {params: {parameterization: eps}} or v; repair it or move it away"

@@ -16,6 +16,7 @@ from sdkd.files import read_json
 from sdkd.models import ModelSource, provenance, resolve
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import TARGETS, availability, check_target, slot_precision
+from sdkd.text_files import prompts_of
 
 if TYPE_CHECKING:
     from sdkd.compare.comparison import Judge
@@ -62,13 +63,7 @@ def parse_prompts(text: str | None, models: Sequence[str]) -> tuple[str, ...]:
     """Prompts from a file (one per line) or `a;b`; by default such as the models know. InputError when empty."""
     if text is None:
         return SHAPES if all(_is_small(model) for model in models) else PHOTOGRAPHS
-    path = Path(text)
-    if path.suffix == ".txt" and not path.is_file():
-        raise InputError(f"prompts file {text!r} does not exist: give a file with one prompt per line, or 'a;b'")
-    parts = path.read_text(encoding="utf-8").splitlines() if _is_file(path) else text.split(";")
-    if prompts := tuple(part.strip() for part in parts if part.strip()):
-        return prompts
-    raise InputError(f"prompts {text!r} hold no prompt: give a file with one prompt per line, or 'a;b'")
+    return prompts_of(text)
 
 
 def default_guidance(models: Sequence[str]) -> float:
@@ -84,13 +79,6 @@ def default_judge(models: Sequence[str], prompts: Sequence[str], size: int | Non
     sides = [side for model in models if (side := _native_px(model)) is not None and side <= SMALL_PX]
     readable = len(sides) == len(models) and (size or min(sides, default=0)) >= LEAST_PX
     return judge_captions if readable and are_captions(prompts) else None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a prompt longer than a file name may be
-        return False
 
 
 def _is_small(model: str) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from sdkd.distill.config import TrainConfig
-from sdkd.distill.data import CaptionedImages
+from sdkd.distill.data import CaptionedImages, caption_at, row_caption
 from sdkd.distill.draws import Draw, draw_at, draw_latents, draw_noise
 from sdkd.distill.encode import encode_image
 from sdkd.distill.latents import Latents, TextEmbeddings
@@ -119,16 +119,15 @@ class ImageSamples:
             yield Sample(position, index, mean, std, caption)
 
     def caption(self, index: int) -> str:
-        """See Samples; sources may offer `caption(index)`, else the whole row is read."""
-        quick = getattr(self.images, "caption", None)
-        return str(quick(index) if quick else self.images[index]["caption"])
+        """See Samples; where an image has none, that of the next one that has."""
+        return self._reader.one(index, lambda place: caption_at(self.images, place))
 
     def text(self, index: int) -> None:
         """None: captions are encoded in each step."""
 
     def _load(self, position: int, index: int) -> Pixels:
         row = self.images[index]
-        return index, self.view(position, index, row["image"]), str(row["caption"])
+        return index, self.view(position, index, row["image"]), row_caption(row, index)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sdkd.errors import InputError
+from sdkd.images import to_rgb
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 STEP = 64  # pixels; what a UNet of four levels on a VAE with 8 pixels per latent can halve
+SLIMMEST = 64  # longer to shorter side of images that are taken at all
+_WASTE = 4  # times the pixels that are kept
 RATIO = 2.0  # of the longer to the shorter side, at most
 
 Crop = Literal["center", "random"]
@@ -61,7 +64,8 @@ def fit_pixels(
     """A float32 tensor [3, height, width] in [-1, 1]: the image resized to cover the size, then cut.
 
     crop="random" draws left and top from `generator`, then `flip` draws whether to mirror the image (half of them):
-    the same generator state gives the same pixels. InputError when something is to be drawn without a generator.
+    the same generator state gives the same pixels. InputError when something is to be drawn without a generator, and
+    for images slimmer than 1 to SLIMMEST.
     """
     import numpy as np
     import torch
@@ -71,14 +75,25 @@ def fit_pixels(
         raise InputError(f"crop {crop!r} is unknown: choose one of {', '.join(CROPS)}")
     if generator is None and (flip or crop == "random"):
         raise InputError("a random crop or flip needs a generator: give one seeded by the position of the sample")
+    if max(image.size) > SLIMMEST * min(image.size):
+        raise InputError(
+            f"an image of {image.width}x{image.height} px is more than {SLIMMEST} times as long as it is wide: "
+            "next to nothing of it would be kept; crop it, or remove it"
+        )
     scale = max(width / image.width, height / image.height)
     full_width, full_height = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     spare = (full_width - width, full_height - height)
     left, top = _drawn(spare, generator) if crop == "random" and generator else (spare[0] // 2, spare[1] // 2)
-    resized = image.convert("RGB")
-    if (full_width, full_height) != image.size:
-        resized = resized.resize((full_width, full_height), Resampling.LANCZOS)
-    array = np.asarray(resized.crop((left, top, left + width, top + height)), dtype=np.float32)
+    if full_width * full_height > _WASTE * width * height:  # resize only what is kept
+        across, down = image.width / full_width, image.height / full_height
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        kept = to_rgb(image).resize((width, height), Resampling.LANCZOS, box)
+    else:  # nearly the same, but for rounding: bits are as they always were
+        whole = to_rgb(image)
+        if (full_width, full_height) != image.size:
+            whole = whole.resize((full_width, full_height), Resampling.LANCZOS)
+        kept = whole.crop((left, top, left + width, top + height))
+    array = np.asarray(kept, dtype=np.float32)
     pixels = torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
     return pixels.flip(2) if flip and float(torch.rand(1, generator=generator)) < 0.5 else pixels
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import threading
 from collections import OrderedDict
@@ -22,7 +23,7 @@ import torch
 
 from sdkd.console import Progress, quiet
 from sdkd.contract import Precision
-from sdkd.distill.data import CaptionedImages, fingerprint, to_pixels
+from sdkd.distill.data import CaptionedImages, fingerprint, row_caption, to_pixels
 from sdkd.distill.encode import dtype_of, encode_captions, encode_image, model_digests, placed
 from sdkd.distill.reader import Reader, check_unreadable
 from sdkd.errors import InputError, ModelError, OutputExistsError
@@ -35,6 +36,7 @@ INDEX = "index.json"
 SETTINGS = "settings.json"
 CAPTIONS = "captions.jsonl"
 SCHEMA = 1
+_SHARD = re.compile(r"(latents|text)-\d{5,}\.safetensors")
 _OPEN = 64  # shards that a DiskCache keeps open
 
 
@@ -170,7 +172,7 @@ class _Writer:
 
     def _load(self, position: int, index: int) -> tuple[int, torch.Tensor, str]:
         row = self.images[index]
-        return index, to_pixels(row["image"], self.size), str(row["caption"])
+        return index, to_pixels(row["image"], self.size), row_caption(row, index)
 
     def _write_latents(
         self, vae: Any, name: str, rows: range, reader: Reader[Any], stream: Iterator[Any], at: tuple[int, int]
@@ -277,6 +279,8 @@ class DiskCache:
             raise InputError(f"{str(path / INDEX)!r} is not of a cache that this version reads: make the cache again")
         self.size, self.precision = int(self.index["resolution"]), str(self.index["precision"])
         for record in (*self.index["latents"], *self.index["texts"]):
+            if not _SHARD.fullmatch(str(record["file"])):
+                raise self._damaged(INDEX, f"names {record['file']!r}, which is no file of a cache")
             if not (path / record["file"]).is_file() or (path / record["file"]).stat().st_size != record["bytes"]:
                 raise self._damaged(record["file"], f"is not there with its {record['bytes']} bytes")
         self.captions = self._captions()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sdkd.distill.pairs import PAIRS
@@ -13,6 +12,7 @@ from sdkd.errors import InputError
 from sdkd.help_page import DATA, LORA, LOSSES, OPTIMIZER, SAMPLES, SPEED, STATES, USUAL
 from sdkd.numbers import SHARE, Bounds
 from sdkd.students import LossWeights, StudentSpec, student_spec
+from sdkd.text_files import prompts_of
 
 OBJECTIVES = ("distill", "finetune", "lora")
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -205,14 +205,4 @@ def make_config(objective: str, *layers: Mapping[str, Any]) -> TrainConfig:
 
 def parse_prompts(text: str | Sequence[str]) -> tuple[str, ...]:
     """Prompts from a file with one a line, or from 'one;another'; InputError when there is none."""
-    if not isinstance(text, str):
-        return tuple(text)
-    try:
-        from_file = Path(text).is_file()
-    except OSError:  # longer than a file name may be
-        from_file = False
-    parts = Path(text).read_text(encoding="utf-8").splitlines() if from_file else text.split(";")
-    found = tuple(part.strip() for part in parts if part.strip())
-    if not found:
-        raise InputError(f"prompts {text!r} hold no prompt: give a file with one a line, or 'one;another'")
-    return found
+    return prompts_of(text) if isinstance(text, str) else tuple(text)

@@ -14,7 +14,7 @@ import torch
 
 from sdkd.console import Progress, quiet
 from sdkd.contract import check_size, size_multiple, vae_scale
-from sdkd.distill.data import CaptionedImages, to_pixels
+from sdkd.distill.data import CaptionedImages, row_caption, to_pixels
 from sdkd.distill.encode import encode_captions, encode_image
 from sdkd.distill.reader import Reader
 
@@ -86,7 +86,7 @@ def encode_images(
 
     def load(position: int, index: int) -> tuple[torch.Tensor, str]:
         row = images[index]
-        return to_pixels(row["image"], size), str(row["caption"])
+        return to_pixels(row["image"], size), row_caption(row, index)
 
     reader = Reader(load, count, workers=workers)
     means, stds, captions = [], [], []

@@ -12,6 +12,8 @@ from typing import Generic, NamedTuple, TypeVar
 from sdkd.errors import InputError, TrainingError
 
 T = TypeVar("T")
+U = TypeVar("U")
+LIMIT = 0.01  # share of the rows that may be unreadable
 _NAMED = 5  # unreadable images that the error message names
 
 
@@ -32,7 +34,7 @@ class Reader(Generic[T]):
     """
 
     def __init__(
-        self, load: Callable[[int, int], T], count: int, *, workers: int = 4, ahead: int = 32, limit: float = 0.01
+        self, load: Callable[[int, int], T], count: int, *, workers: int = 4, ahead: int = 32, limit: float = LIMIT
     ) -> None:
         if count < 1:
             raise InputError("the data holds no images: give at least one")
@@ -80,27 +82,34 @@ class Reader(Generic[T]):
         finally:
             self.waited += time.perf_counter() - start
 
+    def one(self, index: int, read: Callable[[int], U]) -> U:
+        """What `read` gives for an index, or for the next one that it can read, as for rows; TrainingError likewise."""
+        return self._accept(self._first(index, read))
+
     def _load(self, position: int, index: int) -> _Loaded[T]:
         """Runs in the threads and changes nothing shared: what was met is counted in order, by the consumer."""
+        return self._first(index, lambda place: self.load(position, place))
+
+    def _first(self, index: int, read: Callable[[int], U]) -> _Loaded[U]:
         bad: dict[int, str] = {}
         for step in range(self.count):
             place = (index + step) % self.count
             try:
-                return _Loaded((self.load(position, place),), bad)
+                return _Loaded((read(place),), bad)
             except InputError as error:
                 bad[place] = str(error)
             if len(bad) > self.limit * self.count:
                 break
         return _Loaded((), bad)
 
-    def _accept(self, loaded: _Loaded[T]) -> T:
+    def _accept(self, loaded: _Loaded[U]) -> U:
         for index, message in loaded.bad.items():
             self.unreadable.setdefault(index, message)
         check_unreadable(self.unreadable, self.count, self.limit, nothing=not loaded.row)
         return loaded.row[0]
 
 
-def check_unreadable(unreadable: dict[int, str], count: int, limit: float = 0.01, *, nothing: bool = False) -> None:
+def check_unreadable(unreadable: dict[int, str], count: int, limit: float = LIMIT, *, nothing: bool = False) -> None:
     """TrainingError when more than `limit` of `count` images could not be read, or `nothing` could be."""
     found = len(unreadable)
     if found <= limit * count and not nothing:

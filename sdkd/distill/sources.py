@@ -12,16 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdkd.distill.data import DATASETS, METADATA, SUFFIXES, CaptionedImages, caption_of, decode, decoded_size, matching
+from sdkd.distill.image_folder import SIDECARS, SUFFIXES, hidden
+from sdkd.distill.patterns import matching
+from sdkd.distill.rows import CaptionedImages, caption_of
 from sdkd.errors import InputError, MissingExtraError
 from sdkd.files import write_bytes
+from sdkd.images import image_size, read_rgb
+from sdkd.text_files import decode_text
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)  # extensions of tar members
-_TEXT_COLUMN = "text"  # what a .txt member is called among the caption columns
+_TEXTS = tuple(suffix[1:] for suffix in reversed(SIDECARS))  # the last one that is there is the column _TEXT_COLUMN
+_TEXT_COLUMN = "text"
 _HEAD = 1 << 16  # bytes that hold the size of nearly every image
-_INDEX_SCHEMA = 1
+_INDEX_SCHEMA = 2
 _SCANNERS = 8  # threads that read the headers of shards
+_PROBED = 100  # rows of shards that are looked at for the columns of captions
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 
@@ -29,38 +35,32 @@ _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 def open_source(
     name: str, path: Path, image_column: str | None, caption_columns: Sequence[str]
 ) -> CaptionedImages | None:
-    """The source that `open_images` was asked for; None for a folder of single images.
+    """The source that `open_images` was asked for; None for a folder of single images, and where nothing is.
 
-    Raises InputError when nothing of that name is there, it holds no captioned images, or lacks the columns.
+    Raises InputError when it holds no captioned images, or lacks the columns.
     """
     if path.is_dir():
         return _open_folder(path, image_column, caption_columns)
     if shards := matching(name):
         if all(shard.suffix == ".parquet" for shard in shards):
-            return TableImages(
-                _load("parquet", data_files=[str(shard) for shard in shards]), image_column, caption_columns
-            )
+            table = _load("parquet", data_files=[str(shard) for shard in shards])
+            homes = list(dict.fromkeys(shard.parent for shard in shards))
+            return TableImages(table, image_column, caption_columns, homes=homes)
         return TarShards(shards, image_column, caption_columns)
     if _HUB_ID.fullmatch(name) and not path.suffix and not path.exists():
         return TableImages(_load(name), image_column, caption_columns, name)
-    raise _nothing(name)
+    return None
 
 
 def _open_folder(path: Path, image_column: str | None, caption_columns: Sequence[str]) -> CaptionedImages | None:
     if any((path / file).is_file() for file in _SAVED):
         return TableImages(_load_saved(path), image_column, caption_columns, str(path))
-    if shards := sorted(path.glob("*.tar")):
+    if shards := sorted(shard for shard in path.glob("*.tar") if not hidden(shard.name)):
         return TarShards(shards, image_column, caption_columns)
-    if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
-        return TableImages(_load(str(path)), image_column, caption_columns, str(path))
+    if tables := [*path.glob("*.parquet"), *path.glob("*/*.parquet")]:
+        homes = [path, *sorted({table.parent for table in tables} - {path})]
+        return TableImages(_load(str(path)), image_column, caption_columns, str(path), homes)
     return None
-
-
-def _nothing(name: str) -> InputError:
-    return InputError(
-        f"data {name!r} is no folder: give a folder of images with {METADATA} or a .txt beside each image, tar shards "
-        f"('shards/*.tar'), parquet files, the id of a Hugging Face dataset, or one of {', '.join(DATASETS)}"
-    )
 
 
 class Member(NamedTuple):
@@ -74,8 +74,8 @@ class TarShards:
     """Images in tar files: `0001.jpg` with `0001.txt` or `0001.json` beside it, as WebDataset and img2dataset write.
 
     Only headers are read at first, once: they are kept in `.<shard>.index.json` beside the shard where that can be
-    written. Rows are then read by offset, by any number of threads; nothing is unpacked. A .txt is the column "text", a
-    .json gives the others. `blocks` are the indices of each shard. Raises InputError for a damaged shard.
+    written. Rows are then read by offset, by any number of threads; nothing is unpacked. A .txt or .caption is the
+    column "text", a .json gives the others. `blocks` are the indices of each shard. InputError for a damaged shard.
     """
 
     def __init__(self, shards: Sequence[Path], image_column: str | None, caption_columns: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ class TarShards:
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         shard, key, parts = self._rows[index]
         name = f"image {key!r} of shard {str(self.shards[shard])!r}"
-        image = decode(self._read(shard, parts[self._image_of(parts)]), name)
+        image = read_rgb(self._read(shard, parts[self._image_of(parts)]), name)
         return {"image": image, "caption": self.caption(index)}
 
     def caption(self, index: int) -> str:
@@ -118,18 +118,19 @@ class TarShards:
         shard, key, parts = self._rows[index]
         name, member = f"image {key!r} of shard {str(self.shards[shard])!r}", parts[self._image_of(parts)]
         with contextlib.suppress(InputError):
-            return decoded_size(self._read(shard, Member(member.offset, min(member.size, _HEAD))), name)
-        return decoded_size(self._read(shard, member), name)
+            return image_size(self._read(shard, Member(member.offset, min(member.size, _HEAD))), name)
+        return image_size(self._read(shard, member), name)
 
     def _columns(self, index: int) -> dict[str, Any]:
         shard, key, parts = self._rows[index]
         found: dict[str, Any] = {}
         try:
             if "json" in parts:
-                found |= json.loads(self._read(shard, parts["json"]))
-            if "txt" in parts:
-                found[_TEXT_COLUMN] = self._read(shard, parts["txt"]).decode()
-        except (ValueError, TypeError) as error:
+                found |= json.loads(decode_text(self._read(shard, parts["json"]), "it"))
+            for name in _TEXTS:
+                if name in parts:
+                    found[_TEXT_COLUMN] = decode_text(self._read(shard, parts[name]), f"caption {key!r}")
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
                 f"caption of {key!r} in shard {str(self.shards[shard])!r} cannot be read ({error}): repair the shard"
             ) from error
@@ -159,9 +160,13 @@ class TarShards:
                 f"tar shards such as {str(self.shards[0])!r} hold no images ({', '.join(self._images)}; found: "
                 f"{', '.join(sorted(seen)) or 'nothing'}): put 0001.jpg and 0001.txt or 0001.json into them"
             )
-        columns = self._columns(0)
-        if caption_of(columns, self._captions) is None:
-            raise _no_column("caption", self._captions, columns, str(self.shards[0]))
+        columns: dict[str, Any] = {}
+        for index in range(min(len(self), _PROBED)):
+            with contextlib.suppress(InputError):  # a row is not the whole: it is told when it is read
+                columns |= self._columns(index)
+            if any(name in columns for name in self._captions):
+                return
+        raise _no_column("caption", self._captions, columns, str(self.shards[0]))
 
 
 def shard_members(path: Path) -> dict[str, dict[str, Member]]:
@@ -170,11 +175,12 @@ def shard_members(path: Path) -> dict[str, dict[str, Member]]:
     try:
         state = path.stat()
         stamp = {"schema": _INDEX_SCHEMA, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             kept = json.loads(note.read_bytes())
             if {name: kept[name] for name in stamp} == stamp:
                 return {
-                    key: {name: Member(*at) for name, at in parts.items()} for key, parts in kept["samples"].items()
+                    key: {name: _member(at, state.st_size) for name, at in parts.items()}
+                    for key, parts in kept["samples"].items()
                 }
         samples = _scan(path, state.st_size)
     except (OSError, tarfile.TarError) as error:
@@ -186,6 +192,14 @@ def shard_members(path: Path) -> dict[str, dict[str, Member]]:
     return samples
 
 
+def _member(kept: Sequence[int], size: int) -> Member:
+    """A place as an index names it; ValueError or TypeError when it is none of a file of `size` bytes."""
+    offset, count = kept
+    if not 0 <= offset <= offset + count <= size:
+        raise ValueError(f"{count} bytes at {offset} are not within {size}")
+    return Member(offset, count)
+
+
 def _scan(path: Path, size: int) -> dict[str, dict[str, Member]]:
     samples: dict[str, dict[str, Member]] = {}
     with tarfile.open(path, "r:") as tar:
@@ -193,7 +207,9 @@ def _scan(path: Path, size: int) -> dict[str, dict[str, Member]]:
             tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header
             folder, _, file = member.name.rpartition("/")
             key, dot, extension = file.partition(".")
-            if member.isfile() and key and dot and (extension.lower() in (*_IMAGES, "txt", "json")):
+            if any(map(hidden, folder.split("/"))):
+                continue
+            if member.isfile() and key and dot and (extension.lower() in (*_IMAGES, *_TEXTS, "json")):
                 name = f"{folder}/{key}" if folder else key
                 samples.setdefault(name, {})[extension.lower()] = Member(member.offset_data, member.size)
         if tar.offset + tarfile.BLOCKSIZE > size:
@@ -204,16 +220,22 @@ def _scan(path: Path, size: int) -> dict[str, dict[str, Member]]:
 class TableImages:
     """Rows of a `datasets.Dataset`: images as bytes or as paths, captions from the first column there is.
 
+    Paths that are not absolute begin in one of `homes`, the folders of the table's files, or where the process is.
     Raises InputError, listing the columns, when one is missing.
     """
 
     def __init__(
-        self, table: Any, image_column: str | None, caption_columns: Sequence[str], name: str = "parquet"
+        self,
+        table: Any,
+        image_column: str | None,
+        caption_columns: Sequence[str],
+        name: str = "parquet",
+        homes: Sequence[Path] = (),
     ) -> None:
         import datasets
 
         columns: dict[str, Any] = dict(table.features)
-        self._name = name
+        self._name, self._homes = name, homes
         self._captions = tuple(column for column in caption_columns if column in columns)
         if not self._captions:
             raise _no_column("caption", caption_columns, columns, name)
@@ -232,7 +254,7 @@ class TableImages:
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
         row = self._table[index]
-        return {"image": decode(self._source(row, index), self._row(index)), "caption": self._caption(row, index)}
+        return {"image": read_rgb(self._source(row, index), self._row(index)), "caption": self._caption(row, index)}
 
     def caption(self, index: int) -> str:
         """Caption of one image; InputError when it has none."""
@@ -240,7 +262,7 @@ class TableImages:
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels, from the image's header."""
-        return decoded_size(self._source(self._table[index], index), self._row(index))
+        return image_size(self._source(self._table[index], index), self._row(index))
 
     def _row(self, index: int) -> str:
         return f"image {index} of {self._name!r}"
@@ -258,7 +280,8 @@ class TableImages:
         if isinstance(value, bytes):
             return value
         if isinstance(value, str):
-            return Path(value)
+            places = [home / value for home in self._homes]  # the same place for all when it is absolute
+            return next((place for place in places if place.is_file()), Path(value))
         raise InputError(
             f"{self._row(index)} is neither bytes nor a path in column {self._image!r}: repair or remove it"
         )
@@ -299,9 +322,10 @@ def _load(name: str, **options: Any) -> Any:
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = options.get("data_files", [name])[0]
+        not_here = "" if options or Path(name).exists() else "; no folder of that name is here either"
         raise InputError(
-            f"data {what!r} could not be loaded ({reason}): check the name, its split `train` and the network; "
-            "or load it elsewhere, `save_to_disk` it, and give that folder"
+            f"data {what!r} could not be loaded ({reason}){not_here}: check the name, its split `train` and the "
+            "network; or load it elsewhere, `save_to_disk` it, and give that folder"
         ) from error
 
 

@@ -137,33 +137,12 @@ def test_columns_of_metadata(tmp_path: Path) -> None:
         open_images(tmp_path, caption_columns=("long",))
 
 
-def test_images_are_turned_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: rotate by 90 degrees to the right
-    image = Image.new("RGB", (32, 16), "blue")
-    image.paste("red", (0, 0, 16, 16))
-    image.save(tmp_path / "1.jpg", exif=exif, quality=100)
-    (tmp_path / "1.txt").write_text("x")
-    found = ImageFolder(tmp_path)
-    upright = found[0]["image"]
-    assert upright.size == found.image_size(0) == (16, 32)
-    assert upright.getpixel((8, 4))[0] > 200  # red on top
-    assert upright.getpixel((8, 28))[2] > 200
-
-
 def test_a_huge_image_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(tmp_path / "1.png")
     (tmp_path / "1.txt").write_text("x")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match=r"1.png' cannot be read .*decompression bomb"):
         ImageFolder(tmp_path)[0]
-
-
-def test_captions_must_be_utf8(tmp_path: Path) -> None:
-    picture(tmp_path / "1.png")
-    (tmp_path / "1.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match=r"1.txt' is not UTF-8 text .*: convert it"):
-        open_images(tmp_path)
 
 
 def test_the_first_images_and_their_fingerprint(tmp_path: Path) -> None:

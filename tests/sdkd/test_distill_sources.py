@@ -183,3 +183,62 @@ def test_saved_dataset(tmp_path: Path) -> None:
 def test_hub_dataset_without_a_network() -> None:
     with pytest.raises(InputError, match=r"data 'nobody/nothing' could not be loaded .*save_to_disk"):
         open_images("nobody/nothing")
+
+
+def test_text_of_a_shard_in_other_encodings(tmp_path: Path) -> None:
+    about = "\ufeff" + json.dumps({"caption": "from json"})
+    files = {"1.png": png(1), "1.TXT": b"\xef\xbb\xbfa\r\n", "2.png": png(2), "2.caption": "b é".encode("utf-16")}
+    files |= {"3.gif": png(3, kind="GIF"), "3.json": about.encode(), "4.tif": png(4, kind="TIFF"), "4.txt": b"caf\xe9"}
+    files |= {".ipynb_checkpoints/5.png": png(5), ".ipynb_checkpoints/5.txt": b"no", "__MACOSX/6.png": png(6)}
+    found = open_images(shard(tmp_path / "s.tar", files))
+    assert [found[index]["caption"] for index in range(len(found))] == ["a", "b é", "from json", "café"]
+    (tmp_path / "._s.tar").write_bytes(b"of macOS")
+    assert len(open_images(tmp_path)) == len(open_images(f"{tmp_path}/*.tar")) == 4
+
+
+def test_the_first_row_of_shards_is_a_row_like_others(tmp_path: Path) -> None:
+    about = {"1.json": b'{"caption": null}', "2.json": b"{", "3.json": b'{"caption": "three"}'}
+    found = open_images(shard(tmp_path / "s.tar", {f"{n}.png": png(n) for n in range(4)} | about))
+    assert found.caption(3) == "three"  # type: ignore[attr-defined]
+    for index, message in enumerate(
+        ("'0' of .* has no caption", "'1' of .* has no caption", "of '2' .* cannot be read")
+    ):
+        with pytest.raises(InputError, match=message):
+            found[index]
+
+
+def test_an_index_that_names_no_place_of_its_shard_is_made_again(tmp_path: Path) -> None:
+    path = shards(tmp_path) / "00.tar"
+    first, note = shard_members(path), tmp_path / ".00.tar.index.json"
+    kept = note.read_text()
+    for place in ([-1, 5], [0, 1 << 60], [1 << 70, 1], [0], "ab", None):
+        changed = json.loads(kept)
+        changed["samples"]["0000"]["png"] = place
+        note.write_text(json.dumps(changed))
+        assert shard_members(path) == first
+
+
+def test_paths_of_a_table_begin_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "set" / "data"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "1.png").write_bytes(png(1))
+    (folder.parent / "2.png").write_bytes(png(2))
+    whole = str(tmp_path / "3.png")
+    Path(whole).write_bytes(png(3))
+    names = ["images/1.png", "../2.png", whole, "gone.png"]
+    pq.write_table(pa.table({"image": names, "text": names}), folder / "a.parquet")
+    pictures = [{"bytes": None, "path": name} for name in names]
+    pq.write_table(pa.table({"image": pictures, "text": names}), tmp_path / "set" / "b.parquet")
+    found = open_images(folder / "a.parquet")
+    assert [red(found[index]["image"]) for index in range(3)] == [1, 2, 3]
+    with pytest.raises(InputError, match=r"image 3 of 'parquet' cannot be read .*No such file.*gone.png"):
+        found[3]
+    (folder / "a.parquet").unlink()
+    (tmp_path / "set" / "2.png").rename(tmp_path / "2.png")  # so that ../2.png is beside the folder
+    found = open_images(tmp_path / "set")
+    assert [red(found[index]["image"]) for index in (1, 2)] == [2, 3]
+
+
+def test_a_folder_that_is_missing_is_said_to_be() -> None:
+    with pytest.raises(InputError, match=r"data 'photos/cats' could not be loaded .*no folder of that name is here"):
+        open_images("photos/cats")

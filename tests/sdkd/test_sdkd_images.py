@@ -80,7 +80,9 @@ def test_a_dark_image_of_16_bits_stays_dark() -> None:
     ],
 )
 def test_numbers_of_no_known_range(values: Any, message: str) -> None:
-    with pytest.raises(InputError, match=rf"control 'd\.tif' cannot be read \(.*{message}.*\): save it again"):
+    with pytest.raises(
+        InputError, match=rf"control 'd\.tif' cannot be read as an image \(.*{message}.*\): save it again"
+    ):
         read_rgb(stored(Image.fromarray(values), "TIFF"), "control 'd.tif'", "save it again")
 
 
@@ -197,9 +199,11 @@ def test_damaged_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     whole = stored(Image.effect_noise((64, 64), 90), "PNG")
     for name, data in {"cut": whole[:2000], "empty": b"", "text": b"no image"}.items():
         (tmp_path / f"{name}.png").write_bytes(data)
-        with pytest.raises(InputError, match=rf"image '.*{name}\.png' cannot be read \(.*\): repair it, or remove it"):
+        with pytest.raises(
+            InputError, match=rf"image '.*{name}\.png' cannot be read as an image \(.*\): repair it, or remove it"
+        ):
             read_rgb(tmp_path / f"{name}.png")
-    with pytest.raises(InputError, match=r"shard x cannot be read \(EPS is a drawing, not pixels\)"):
+    with pytest.raises(InputError, match=r"shard x cannot be read as an image \(EPS is a drawing, not pixels\)"):
         read_rgb(stored(Image.new("RGB", (2, 2)), "EPS"), "shard x")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for read in (read_rgb, read_mask, image_size):
