@@ -6,9 +6,10 @@ What a score needs and does not find is said as `NotMeasuredError`: what it is, 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -137,8 +138,16 @@ def find_inception(file: Path | None) -> Path:
     return cached
 
 
+class Images(Protocol):
+    """Images that are gone through in order, perhaps each read when its turn comes."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Image]: ...
+
+
 def frechet_distance(
-    real: Sequence[Image], generated: Sequence[Image], inception: Path, device: str = "cpu", batch_size: int = 16
+    real: Images, generated: Images, inception: Path, device: str = "cpu", batch_size: int = 16
 ) -> float:
     """FID of two sets of images (Heusel et al. 2017); NotMeasuredError without torchmetrics or torch-fidelity.
 
@@ -159,9 +168,7 @@ def frechet_distance(
     return accumulate(metric, real, generated, device, batch_size)
 
 
-def accumulate(
-    metric: Any, real: Sequence[Image], generated: Sequence[Image], device: str = "cpu", batch_size: int = 16
-) -> float:
+def accumulate(metric: Any, real: Images, generated: Images, device: str = "cpu", batch_size: int = 16) -> float:
     """FID of two sets of images by a torchmetrics FrechetInceptionDistance."""
     for images, is_real in ((real, True), (generated, False)):
         for batch in _batches(images, batch_size):
@@ -214,11 +221,12 @@ def _bytes(image: Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _batches(images: Sequence[Image], size: int) -> Iterator[torch.Tensor]:
+def _batches(images: Images, size: int) -> Iterator[torch.Tensor]:
     """uint8 [n, 3, side, side] of Inception's 299 pixels: images of any size, cut square about their middle."""
     from PIL.Image import Resampling
     from PIL.ImageOps import fit
 
-    for start in range(0, len(images), size):
-        square = [fit(image.convert("RGB"), (299, 299), Resampling.BICUBIC) for image in images[start : start + size]]
+    stream = iter(images)
+    while part := list(itertools.islice(stream, size)):
+        square = [fit(image.convert("RGB"), (299, 299), Resampling.BICUBIC) for image in part]
         yield torch.stack([_bytes(image) for image in square])

@@ -22,6 +22,7 @@ import sdkd.errors
 from sdkd.children import environment
 from sdkd.console import Progress, progress, quiet, show, show_json, within
 from sdkd.distill.data import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
+from sdkd.distill.rows import check_columns, split_columns
 from sdkd.errors import InputError, InterruptedRunError, SdkdError, TrainingError
 from sdkd.files import lock
 from sdkd.models import load_eager, resolve
@@ -77,7 +78,7 @@ def cache(
     """
     job = CacheJob(
         model, data, str(output), resolution=resolution, precision=precision, device=device, image_column=image_column,
-        caption_columns=tuple(name.strip() for name in caption_columns.split(",") if name.strip()),
+        caption_columns=split_columns(caption_columns),
         max_images=max_images, shard_images=shard_images, workers=workers, text=text,
     )  # fmt: skip
     with progress("cache") as report:
@@ -97,8 +98,7 @@ def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: P
 
     if processes < 1:
         raise InputError(f"num_processes {processes} is not positive: give 1 or more")
-    if not job.caption_columns:
-        raise InputError("no caption columns were given: name at least one, such as --caption-columns text")
+    check_columns(job.caption_columns)
     resolve(job.model)
     out = Path(job.output)
     with lock(out):

@@ -11,6 +11,17 @@ from sdkd.text_files import clean
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
 
+def split_columns(text: str) -> tuple[str, ...]:
+    """Names of columns, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def check_columns(names: Sequence[str]) -> None:
+    """InputError when no column of captions is named."""
+    if not names:
+        raise InputError("no caption columns were given: name at least one, such as --caption-columns text")
+
+
 class CaptionedImages(Protocol):
     """What the trainer learns from: rows {"image": PIL image, "caption": str} by index, such as a list or a Dataset.
 

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,14 +144,18 @@ def _adapter(job: Job) -> Any:
 
 def open_data(job: Job) -> Any:
     """The data by name: images, or latents that `sdkd cache` made."""
+    return open_images_or_cache(job.data, job.image_column, job.caption_columns)
+
+
+def open_images_or_cache(data: str, image_column: str | None = None, caption_columns: Sequence[str] = ()) -> Any:
+    """Images as `open_images` gives them, by default with its columns, or the latents of a folder of `sdkd cache`."""
     from sdkd.distill.cache import INDEX as CACHE_INDEX
     from sdkd.distill.cache import open_cache
-    from sdkd.distill.data import open_images
+    from sdkd.distill.data import CAPTION_COLUMNS, open_images
 
-    if (Path(job.data) / CACHE_INDEX).is_file():
-        return open_cache(Path(job.data))
-    columns = {"caption_columns": job.caption_columns} if job.caption_columns else {}
-    return open_images(job.data, image_column=job.image_column, **columns)
+    if (Path(data) / CACHE_INDEX).is_file():
+        return open_cache(Path(data))
+    return open_images(data, image_column=image_column, caption_columns=caption_columns or CAPTION_COLUMNS)
 
 
 def check_cache(data: Any, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:

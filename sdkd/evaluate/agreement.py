@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sdkd.compare.subjects import native_size
 from sdkd.console import Progress, quiet
-from sdkd.distill.data import CaptionedImages, to_pixels
+from sdkd.distill.data import CaptionedImages, row_caption, to_pixels
 from sdkd.distill.encode import encode_captions, encode_image
+from sdkd.distill.latents import Latents
+from sdkd.distill.reader import Reader
 from sdkd.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Probe:
     edges: tuple[int, ...]  # first timestep of each bucket, and the number of timesteps
     fixed: Mapping[str, Any]  # config entries of the teacher that another UNet must share
     prediction_type: str
+    unreadable: Mapping[int, str] = field(default_factory=dict)  # images that others took the place of
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,17 @@ class NoiseAgreement:
 
 @torch.no_grad()
 def make_probe(
-    teacher: StableDiffusionPipeline, images: CaptionedImages, count: int, seed: int = 0, progress: Progress = quiet
+    teacher: StableDiffusionPipeline,
+    images: CaptionedImages | Latents,
+    count: int,
+    seed: int = 0,
+    progress: Progress = quiet,
 ) -> Probe:
     """Encode the first `count` images with the teacher's float32 VAE and text encoder, add noise, ask its UNet.
 
-    Latents are the means of the posteriors. Raises InputError without images, ModelError for an inpainting UNet.
+    Latents are the means of the posteriors, those of a cache as it holds them. An image that cannot be read is replaced
+    by the next. Raises InputError without images or for another model's cache, ModelError for an inpainting UNet,
+    TrainingError when more than 1 % cannot be read.
     """
     from diffusers import DDPMScheduler
 
@@ -76,16 +85,35 @@ def make_probe(
     if config.in_channels != config.out_channels:
         raise ModelError(f"its UNet takes {config.in_channels} channels and gives {config.out_channels} (inpainting)")
     scheduler = DDPMScheduler.from_config(teacher.scheduler.config)
-    size = native_size(teacher)
-    rows = [images[index] for index in range(count)]
-    latents = torch.stack([encode_image(teacher.vae, to_pixels(row["image"], size))[0].cpu() for row in rows])
-    text = encode_captions(teacher.tokenizer, teacher.text_encoder, [str(row["caption"]) for row in rows]).cpu()
+    latents, captions, unreadable = _encoded(teacher, images, count)
+    text = encode_captions(teacher.tokenizer, teacher.text_encoder, captions).cpu()
     edges = _edges(int(scheduler.config.num_train_timesteps))
     noisy, timesteps = _noised(latents.float(), scheduler, edges, seed)
     fixed = {name: config[name] for name in _FIXED}
     kind = str(scheduler.config.prediction_type)
     answers = _ask(teacher.unet, noisy, timesteps, text.float(), progress)
-    return Probe(noisy, timesteps, text.float(), answers, edges, fixed, kind)
+    return Probe(noisy, timesteps, text.float(), answers, edges, fixed, kind, unreadable)
+
+
+def _encoded(
+    teacher: StableDiffusionPipeline, images: CaptionedImages | Latents, count: int
+) -> tuple[torch.Tensor, list[str], Mapping[int, str]]:
+    """Latents [n, c, h, w], captions, and what could not be read."""
+    if isinstance(images, Latents):
+        if check := getattr(images, "check", None):
+            check(teacher)
+        means = [images.posterior(index)[0].cpu() for index in range(count)]
+        return torch.stack(means), list(images.captions[:count]), {}
+    size = native_size(teacher)
+
+    def load(position: int, index: int) -> tuple[torch.Tensor, str]:
+        row = images[index]
+        return to_pixels(row["image"], size), row_caption(row, index)
+
+    reader = Reader(load, len(images), workers=0)
+    rows = [row for _, row in reader.rows((index, index) for index in range(count))]
+    latents = torch.stack([encode_image(teacher.vae, pixels)[0].cpu() for pixels, _ in rows])
+    return latents, [caption for _, caption in rows], reader.unreadable
 
 
 def _edges(timesteps: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sdkd.console import progress, show, show_json, table
+from sdkd.distill.rows import CAPTION_COLUMNS, split_columns
 
 
 def evaluate(
@@ -18,8 +19,10 @@ def evaluate(
         str | None, typer.Option(help="To agree with. Default: what a student was made from, if it is here.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Captioned images for the noise prediction, as for distill; or demo.")
+        str | None, typer.Option(help="Captioned images for the noise prediction, or a cache, as for distill; or demo.")
     ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the data's image. [default: found]")] = None,
+    caption_columns: Annotated[str, typer.Option(help="Columns; the first one found.")] = ",".join(CAPTION_COLUMNS),
     prompts: Annotated[
         str | None, typer.Option(help="A file with one prompt per line, or 'a;b'. Default: the data's captions.")
     ] = None,
@@ -52,7 +55,8 @@ def evaluate(
 
     check_free(output, overwrite)
     settings = Settings(
-        teacher, data, prompts, real, images, steps, guidance, seed, clip, inception, _device(device)
+        teacher, data, prompts, real, images, steps, guidance, seed, clip, inception, _device(device),
+        image_column, split_columns(caption_columns),
     )  # fmt: skip
     with lock(output), progress("evaluate") as bar:
         found = measure(models, settings, shlex.join(["sdkd", *sys.argv[1:]]), bar)

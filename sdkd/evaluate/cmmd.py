@@ -8,7 +8,8 @@ of one image with itself left out), the authors' published code (google-research
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,16 +54,16 @@ def _kernel_sum(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def clip_embeddings(model: Any, images: Sequence[Image], batch_size: int = 16) -> torch.Tensor:
+def clip_embeddings(model: Any, images: Iterable[Image], batch_size: int = 16) -> torch.Tensor:
     """Unit-length image embeddings [n, d] float32 of a transformers CLIPModel.
 
     Images are cut square about their middle and resized with bicubic interpolation, without antialiasing, to the
     model's size, as in the authors' code.
     """
     size = int(model.config.vision_config.image_size)
-    found = []
-    for start in range(0, len(images), batch_size):
-        pixels = torch.cat([_pixels(image, size) for image in images[start : start + batch_size]])
+    found, stream = [], iter(images)
+    while part := list(itertools.islice(stream, batch_size)):
+        pixels = torch.cat([_pixels(image, size) for image in part])
         states = model.vision_model(pixel_values=pixels.to(model.device, model.dtype)).pooler_output
         found.append(F.normalize(model.visual_projection(states).float(), dim=-1).cpu())
     return torch.cat(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.compare.environment import versions
@@ -13,6 +12,7 @@ from sdkd.console import Progress, quiet, within
 from sdkd.demo.scenes import caption, held_out_scenes, sample_scenes, seen_scenes
 from sdkd.errors import InputError, SdkdError
 from sdkd.evaluate.metrics import Plan, Reference, Settings, measure
+from sdkd.evaluate.real_images import RealImages
 from sdkd.evaluate.report import Evaluation, ModelResult
 from sdkd.models import load_eager, provenance, resolve
 from sdkd.targets import installed_version
@@ -61,9 +61,10 @@ def evaluate(
         raise InputError("nothing to evaluate: give at least one model")
     teacher = find_teacher(models, settings.teacher)
     names = [*([teacher] if teacher else []), *(model for model in dict.fromkeys(models) if model != teacher)]
-    plan, roles = _plan(names, settings), find_roles(names)
+    data, roles = _open(settings), find_roles(names)
+    plan = _plan(names, settings, data)
     _check_files(settings)
-    real = read_folder(settings.real) if settings.real is not None else None
+    real = RealImages(settings.real) if settings.real is not None else None
     reference = Reference("no teacher is known; give it with --teacher", None, real)
     results = []
     for place, name in enumerate(names):
@@ -71,7 +72,7 @@ def evaluate(
         part("loading", 0.0)
         pipe = load_eager(name).to(settings.device)
         if name == teacher:
-            reference = Reference(_probe(pipe, settings, within(part, 0.0, 0.3)), None, real)
+            reference = Reference(_probe(pipe, data, settings, within(part, 0.0, 0.3)), None, real)
         images = _draw(pipe, plan, settings, within(part, 0.3, 0.8))
         if name == teacher:
             reference = Reference(reference.probe, images, real)
@@ -80,10 +81,10 @@ def evaluate(
         role = TEACHER if name == teacher else roles[name]
         parameters = sum(parameter.numel() for parameter in pipe.unet.parameters())
         results.append(ModelResult(name, role, resolve(name).random_weights, parameters, metrics))
-    return Evaluation(tuple(results), _settings(settings, plan, teacher), _versions(), command, _notes(plan, real))
+    return Evaluation(tuple(results), _settings(settings, plan, teacher), _versions(), command, _notes(plan, reference))
 
 
-def _plan(models: Sequence[str], settings: Settings) -> Plan:
+def _plan(models: Sequence[str], settings: Settings, data: Any) -> Plan:
     if settings.prompts is None and settings.data == DEMO:
         count = settings.images or 64
         seen, held = (
@@ -95,18 +96,24 @@ def _plan(models: Sequence[str], settings: Settings) -> Plan:
         return Plan(tuple(caption(scene) for scene in scenes), scenes, len(seen), scale)
     scale = default_guidance(models) if settings.guidance_scale is None else settings.guidance_scale
     kept = (
-        _captions(settings) if settings.prompts is None and settings.data else parse_prompts(settings.prompts, models)
+        _captions(data, settings)
+        if settings.prompts is None and settings.data
+        else parse_prompts(settings.prompts, models)
     )
     count = settings.images or len(kept)
     return Plan(tuple(kept[place % len(kept)] for place in range(count)), (), 0, scale)
 
 
-def _captions(settings: Settings) -> tuple[str, ...]:
-    """Captions of the data, at most as many as images are drawn."""
-    from sdkd.distill.data import caption_at, open_images
+def _captions(data: Any, settings: Settings) -> tuple[str, ...]:
+    """Captions of the data, at most as many as images are drawn; where one is missing the next stands for it."""
+    from sdkd.distill.data import caption_at
+    from sdkd.distill.reader import Reader
 
-    images = open_images(str(settings.data))
-    return tuple(caption_at(images, index) for index in range(min(len(images), settings.images or 16)))
+    count = min(len(data), settings.images or 16)
+    if (captions := getattr(data, "captions", None)) is not None:  # a cache
+        return tuple(captions[:count])
+    reader = Reader(lambda _, index: caption_at(data, index), len(data), workers=0)
+    return tuple(caption for _, caption in reader.rows((index, index) for index in range(count)))
 
 
 def _check_files(settings: Settings) -> None:
@@ -119,36 +126,28 @@ def _check_files(settings: Settings) -> None:
         find_inception(settings.inception)
 
 
-def read_folder(folder: Path) -> list[Image]:
-    """All images under a folder, RGB, by name; InputError when it holds none or one cannot be read."""
-    from sdkd.distill.data import SUFFIXES, decode
-
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"folder {str(folder)!r} holds no images ({', '.join(SUFFIXES)}): give one with real images")
-    return [decode(path, f"image {str(path)!r}") for path in files]
-
-
-def _probe(pipe: StableDiffusionPipeline, settings: Settings, progress: Progress) -> Probe | str:
+def _probe(pipe: StableDiffusionPipeline, data: Any, settings: Settings, progress: Progress) -> Probe | str:
     from sdkd.evaluate.agreement import make_probe
 
-    if settings.data is None:
+    if data is None:
         return "it needs images with captions; give a folder of them, or demo, with --data"
     try:
-        return make_probe(pipe, _held_out(settings), settings.images or 64, settings.seed, progress)
+        return make_probe(pipe, data, settings.images or 64, settings.seed, progress)
     except SdkdError as error:
         return str(error)
 
 
-def _held_out(settings: Settings) -> Any:
-    """The images to ask about: of the demo those that nothing is trained on, of other data as they come."""
+def _open(settings: Settings) -> Any:
+    """The images to ask about: of the demo those that nothing is trained on, of other data as they come, or None."""
+    if settings.data is None:
+        return None
     if settings.data == DEMO:
         from sdkd.demo.dataset import DemoImages
 
         return DemoImages(settings.images or 64, settings.seed, held_out=True)
-    from sdkd.distill.data import open_images
+    from sdkd.distill.run import open_images_or_cache
 
-    return open_images(str(settings.data))
+    return open_images_or_cache(settings.data, settings.image_column, settings.caption_columns)
 
 
 def _draw(pipe: StableDiffusionPipeline, plan: Plan, settings: Settings, progress: Progress) -> list[Image]:
@@ -184,12 +183,20 @@ def _versions() -> dict[str, str]:
     return versions() | {name: found for name in _EXTRAS if (found := installed_version(name))}
 
 
-def _notes(plan: Plan, real: Sequence[Image] | None) -> tuple[str, ...]:
+def _notes(plan: Plan, reference: Reference) -> tuple[str, ...]:
     from sdkd.scores import FEATURES
 
+    real, probe = reference.real, reference.probe
+    notes = []
     if real is not None and min(len(plan.prompts), len(real)) < FEATURES:
-        return (
+        notes.append(
             f"FID of fewer than {FEATURES} images of a kind is biased upwards, not comparable with published values; "
-            "CMMD needs fewer.",
+            "CMMD needs fewer."
         )
-    return ()
+    lost = {"left out": real.unreadable if real else {}, "replaced": {} if isinstance(probe, str) else probe.unreadable}
+    for what, unreadable in lost.items():
+        if unreadable:
+            notes.append(
+                f"{len(unreadable)} images could not be read and were {what}: {'; '.join(unreadable.values())}"
+            )
+    return tuple(notes)

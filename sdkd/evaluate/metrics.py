@@ -13,6 +13,7 @@ from sdkd.compare.subjects import TEACHER
 from sdkd.demo.accuracy import CaptionAccuracy
 from sdkd.demo.reader import read_image
 from sdkd.demo.scenes import Scene
+from sdkd.distill.rows import CAPTION_COLUMNS, check_columns
 from sdkd.errors import InputError, ModelError
 from sdkd.evaluate.report import CAPTIONS, CLIP, CMMD, FID, NOISE, PSNR, Metric
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sdkd.evaluate.agreement import Probe
+    from sdkd.evaluate.real_images import RealImages
 
 _NO_REAL = "it needs real images; give a folder of them with --real"
 _NO_TEACHER = "no teacher is known; give it with --teacher"
@@ -41,8 +43,11 @@ class Settings:
     clip: Path | None = None
     inception: Path | None = None
     device: str = "cpu"
+    image_column: str | None = None  # of the data; None: found
+    caption_columns: tuple[str, ...] = CAPTION_COLUMNS
 
     def __post_init__(self) -> None:
+        check_columns(self.caption_columns)
         for name in ("images", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -65,7 +70,7 @@ class Reference:
 
     probe: Probe | str  # or why there is none
     images: Sequence[Image] | None
-    real: Sequence[Image] | None
+    real: RealImages | None
 
 
 def measure(
@@ -145,7 +150,7 @@ def _clip(images: Sequence[Image], prompts: Sequence[str], settings: Settings) -
     return {"mean": sum(scores) / len(scores), "model": judge, "per_image": scores}
 
 
-def _fid(images: Sequence[Image], real: Sequence[Image] | None, settings: Settings) -> Mapping[str, Any] | str:
+def _fid(images: Sequence[Image], real: RealImages | None, settings: Settings) -> Mapping[str, Any] | str:
     from sdkd.scores import find_inception, frechet_distance
 
     if real is None:
@@ -156,7 +161,7 @@ def _fid(images: Sequence[Image], real: Sequence[Image] | None, settings: Settin
     return {"fid": value, "generated": len(images), "real": len(real)}
 
 
-def _cmmd(images: Sequence[Image], real: Sequence[Image] | None, settings: Settings) -> Mapping[str, Any] | str:
+def _cmmd(images: Sequence[Image], real: RealImages | None, settings: Settings) -> Mapping[str, Any] | str:
     from sdkd.evaluate.cmmd import clip_embeddings, cmmd
     from sdkd.scores import CMMD_MODEL, find_clip, load_clip
 

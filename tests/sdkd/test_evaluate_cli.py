@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from PIL import Image
 from small_clip import save_small_clip
 
-from sdkd.errors import InputError, ModelError, OutputExistsError
+from sdkd.errors import InputError, ModelError, OutputExistsError, TrainingError
 from sdkd.evaluate import cli
 from sdkd.evaluate.evaluation import find_teacher
+from sdkd.evaluate.real_images import RealImages
 from sdkd.models import save_pipeline
 
 SMALL: dict[str, Any] = {"steps": 2, "device": "cpu"}
@@ -143,3 +145,55 @@ def test_import_is_light() -> None:
     code = "import sys, sdkd.evaluate, sdkd.evaluate.cli; print({'torch', 'diffusers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_data_that_is_not_all_right(models: tuple[str, str], clip: Path, tmp_path: Path) -> None:
+    """Other columns, one damaged image and one without a caption, in the data and in the real images."""
+    data, rows = tmp_path / "data", []
+    data.mkdir()
+    for index in range(200):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / f"{index:03d}.png")
+        rows.append({"path": f"{index:03d}.png", "alt": None if index == 1 else f"photo {index}"})
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (data / "000.png").write_bytes((data / "000.png").read_bytes()[:100])
+    named = {"image_column": "path", "caption_columns": "title, alt"}
+    found = evaluated(
+        tmp_path / "out", models[0], data=str(data), real=data, clip=clip, images=2, steps=1, teacher=models[0], **named
+    )
+    assert found["settings"]["prompts"] == ["photo 0", "photo 2"]
+    metrics = found["models"][0]["metrics"]
+    assert (metrics["noise_prediction_mse"]["mean"], metrics["cmmd"]["real"]) == (0.0, 199)
+    left_out, replaced = found["notes"][-2:]
+    assert left_out.startswith("1 images could not be read and were left out: image ")
+    assert replaced.startswith("2 images could not be read and were replaced: image ")
+    with pytest.raises(InputError, match="no column file_name; its columns: path, alt"):
+        evaluated(tmp_path / "other", models[0], data=str(data), prompts="a")
+    with pytest.raises(InputError, match="no caption columns were given"):
+        evaluated(tmp_path / "other", models[0], data=str(data), caption_columns=" ,")
+    for index in range(3):
+        (data / f"{index:03d}.png").write_bytes(b"no image")
+    with pytest.raises(TrainingError, match=r"3 of 200 images \(1\.5%\) could not be read, more than 1% may not"):
+        evaluated(tmp_path / "other", models[0], real=data, prompts="a")
+
+
+def test_a_cache_is_data(models: tuple[str, str], photos: Path, tmp_path: Path) -> None:
+    from sdkd.distill.cache_cli import CacheJob, run
+
+    run(CacheJob(models[0], str(photos), str(tmp_path / "cache"), precision="fp32", workers=0))
+    found = evaluated(tmp_path / "out", *models, data=str(tmp_path / "cache"), images=3)
+    same = evaluated(tmp_path / "same", *models, data=str(photos), images=3)
+    assert found["settings"]["prompts"] == ["photo 0", "photo 1", "photo 2"]
+    noise = [report["models"][1]["metrics"]["noise_prediction_mse"]["mean"] for report in (found, same)]
+    assert noise[0] == pytest.approx(noise[1], rel=1e-5)
+
+
+def test_one_real_image_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    for index in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+    alive: list[weakref.ref[Image.Image]] = []
+    for image in RealImages(tmp_path):
+        alive.append(weakref.ref(image))
+        del image
+        assert sum(one() is not None for one in alive) <= 1
+    assert len(alive) == 3
