@@ -68,7 +68,7 @@ def what_it_is(tensors: Mapping[str, Tensor], needed: str) -> str | None:
         return foreign
     if _is_embedding(tensors.values()):
         return _EMBEDDING
-    if any(name.startswith("model_ema.") for name in tensors):
+    if any(name.startswith("model_ema.diffusion_model") for name in tensors):
         return _EMA
     if part := _first(PARTS, tensors):
         return part

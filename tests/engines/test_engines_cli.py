@@ -154,7 +154,7 @@ def test_a_file_of_prompts_becomes_a_folder_of_training_data(folder: Path, tmp_p
     from engines.prompts import METADATA
     from sdkd.distill.data import open_images
 
-    (tmp_path / "list.txt").write_text("a red star\n\na blue ring\n")
+    (tmp_path / "list.txt").write_bytes("a red star\r\n\r\na blue ring\r\n".encode("utf-16"))  # as Windows saves it
     out, settings = tmp_path / "out", ("--steps", 2, "--count", 2)
     first = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, *settings)
     assert first.exit_code == 0, first.exception
@@ -185,3 +185,22 @@ def test_prompts_that_are_missing_or_twofold_are_refused(folder: Path, tmp_path:
         found = run(*words)
         with pytest.raises(InputError, match=message):
             raise found.exception
+
+
+def test_whatever_lies_in_a_folder_of_prompts_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.prompts import is_drawn
+
+    Image.new("L", (8, 8)).save(tmp_path / "bomb.png")
+    (tmp_path / "text.png").write_text("no image")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for name in ("bomb.png", "text.png"):
+        with pytest.raises(OutputExistsError, match=rf"{name}' is there and was drawn from other settings"):
+            is_drawn(tmp_path / name, {"prompt": "x"})
+
+
+def test_a_typed_prompt_of_another_encoding() -> None:
+    from engines.cli import prompt_texts
+
+    assert prompt_texts("caf\udce9", None) == ("café",)

@@ -214,6 +214,19 @@ def test_images_are_turned_and_coloured_as_they_are_meant(tmp_path: Path) -> Non
     assert [line.split(": ")[1] for line in lines] == ["2x4 px resized to 8x8 px (width x height)"] * 2
 
 
+def test_masks_and_depth_maps_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    strokes = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    strokes.putpixel((1, 0), (0, 0, 0, 255))
+    strokes.save(tmp_path / "mask.png")
+    depth = np.array([[0, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(depth).save(tmp_path / "depth.png")
+    files = {"image": tmp_path / "mask.png", "mask": tmp_path / "mask.png", "control": tmp_path / "depth.png"}
+    images = read_inputs(files, {}).images
+    assert np.asarray(images["mask"]).tolist() == [[0, 255, 0]]
+    assert np.asarray(images["control"]).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+    assert np.asarray(images["image"])[0].tolist() == [[255] * 3, [0] * 3, [255] * 3]
+
+
 def test_every_way_is_a_pipeline_that_takes_its_arguments() -> None:
     for way in (*WAYS.values(), EDIT):
         taken = inspect.signature(getattr(diffusers, way.pipeline).__call__).parameters

@@ -58,6 +58,8 @@ FILES: dict[str, tuple[Any, str]] = {
     "lycoris": (lambda: one("layer.hada_w1_a"), LORA),
     "vae": (lambda: helpers.tiny_vae().state_dict(), "is a VAE alone: give the diffusers folder or the whole"),
     "ldm-vae": (lambda: ldm_files.vae_state(helpers.tiny_vae()), "is a VAE alone"),
+    "ema": (lambda: ldm_files.vae_state(helpers.tiny_vae()) | one("model_ema.diffusion_modelinput_blocks00weight"),
+            r"holds averaged \(EMA\) weights of its UNet alone .*: give the checkpoint that has model.diffusion_model"),
     "unet": (lambda: helpers.tiny_unet().state_dict(), "is a UNet alone"),
     "bare-unet": (lambda: one("input_blocks.0.0.weight"), "is a UNet alone"),
     "text-encoder": (lambda: helpers.tiny_text_encoder().state_dict(), "is a text encoder alone"),

@@ -22,6 +22,7 @@ from sdkd.errors import ModelError
 from sdkd.families import FAMILIES, HEAVY, Family
 from sdkd.models import load_component, load_eager, load_rest, resolve, source_digests, unet_config
 from sdkd.random_models import parse, random_part, random_pipeline
+from sdkd.single_file import CONTEXT
 
 PROMPT = "a photo of a cat"
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -155,7 +156,9 @@ def test_a_config_beside_the_checkpoint_decides(state: dict[str, torch.Tensor], 
     assert "says model.yaml" in predicted(path)[1]
     beside.write_text("model:\n  params:\n    timesteps: 1000\n")
     assert predicted(path)[0] == "epsilon"
-    for text in ("model: [", "model: 3", "model: {params: {parameterization: x0}}"):
+    beside.write_bytes("model:\r\n  params: {parameterization: v}\r\n".encode("utf-16"))  # as Windows' editor saves
+    assert predicted(path)[0] == "v_prediction"
+    for text in ("model: [", "model: 3", "model: {params: {parameterization: x0}}", "model: \0"):
         beside.write_text(text)
         with pytest.raises(ModelError, match=r"configuration .*model.yaml', which lies beside .* cannot be read"):
             resolve(path)
@@ -203,6 +206,10 @@ def test_unknown_unets_are_refused(state: dict[str, torch.Tensor], tmp_path: Pat
     for shape, found in {(17, 4, 3, 3): "width 17, text of width 32, 4 ", (16, 7, 3, 3): "width 16, .* 7 "}.items():
         path = ldm_files.write(tmp_path / "odd.safetensors", state | {first: torch.zeros(shape)})
         with pytest.raises(ModelError, match=rf"has an unknown UNet \({found}input channels\): sdkd knows width 320"):
+            resolve(path)
+    for name, shape in {first: (64,), CONTEXT: ()}.items():
+        path = ldm_files.write(tmp_path / "flat.safetensors", state | {name: torch.zeros(shape)})
+        with pytest.raises(ModelError, match=rf"its weight {name} has shape \[.*\], not [24] axes: sdkd works on"):
             resolve(path)
     path = ldm_files.write(
         tmp_path / "unclip.safetensors", state | {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(1)}
