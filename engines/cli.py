@@ -23,12 +23,11 @@ from engines.image_inputs import (
     with_defaults,
 )
 from engines.processes import check_gpus, ended_like_ctrl_c, join, main_progress
-from engines.prompts import image_files, missing, write_metadata
+from engines.prompts import check_images, image_files, missing, write_metadata
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.console import show
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.errors import InputError
-from sdkd.files import check_free
 from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target
 from sdkd.text_files import prompt_lines, typed_text
@@ -105,11 +104,10 @@ def generate(
     texts = prompt_texts(prompt, prompts)
     files = (
         output_files(output, prompt, count)
-        if prompt
+        if prompt is not None
         else image_files(output_folder(output, prompts), len(texts) * count)
     )
-    for file in files if prompt else ():
-        check_free(file, overwrite)
+    check_images(files, overwrite, [model, image, mask, control, prompts], folder=prompts is not None)
     wanted = None if size is None else parse_size(size)
     scales = {"strength": strength, "control_scale": control_scale, "image_guidance_scale": image_guidance_scale}
     inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
@@ -147,10 +145,10 @@ def generate(
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
     drawn = carry_out(
         as_pipeline(pipe, way.pipeline), request, files, (model, used), state, size_of_batch,
-        overwrite=overwrite or bool(prompt), folder=prompts is not None,
+        overwrite=overwrite or prompt is not None, folder=prompts is not None,
     )  # fmt: skip
     if state.is_main_process:
-        tell(request, files if prompt else [files[0].parent], used, drawn, time.perf_counter() - start)
+        tell(request, files if prompt is not None else [files[0].parent], used, drawn, time.perf_counter() - start)
     if state.num_processes > 1:
         state.destroy_process_group()  # or NCCL complains when the process ends
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sdkd.errors import InputError, OutputExistsError
-from sdkd.files import write_bytes
+from sdkd.files import check_file_free, write_bytes
 from sdkd.images import opened
+from sdkd.outputs import Input, check_filled
 
 METADATA = "metadata.jsonl"
+_NUMBERED = re.compile(r"\d{5,}\.png")
 
 
 def image_files(folder: Path, count: int) -> list[Path]:
@@ -40,6 +43,37 @@ def _settings(file: Path) -> dict[str, str]:
             return {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
     except InputError:  # whatever it is, it was not drawn by this
         return {}
+
+
+def check_images(files: Sequence[Path], overwrite: bool, inputs: Sequence[Input], *, folder: bool) -> None:
+    """InputError or OutputExistsError, before anything is loaded, where an image must not be written.
+
+    A `folder` of a file of prompts fills beside what is in it, but for a metadata.jsonl that is not of such images.
+    """
+    if not folder:
+        for file in files:
+            check_file_free(file, overwrite, inputs)
+        return
+    check_filled(files[0].parent, [*files, files[0].with_name(METADATA)], inputs)
+    check_metadata(files[0].parent)
+
+
+def check_metadata(folder: Path) -> None:
+    """OutputExistsError when the metadata.jsonl in a folder holds captions of other images than `write_metadata`'s."""
+    file = folder / METADATA
+    if file.exists() and not all(map(_is_own, file.read_bytes().splitlines())):
+        raise OutputExistsError(
+            f"{str(file)!r} holds captions of other images, which would be lost: choose another folder"
+        )
+
+
+def _is_own(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    own = isinstance(row, dict) and set(row) == {"file_name", "text"}
+    return own and _NUMBERED.fullmatch(str(row["file_name"])) is not None
 
 
 def write_metadata(files: Sequence[Path], captions: Sequence[str]) -> None:

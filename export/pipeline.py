@@ -67,8 +67,9 @@ def export_pipeline(
     for name in COMPONENTS:
         choose_opset(name, opset, target)
     options.check_islands()
-    check_free(path, overwrite)
-    with lock(path), new_folder(path, overwrite) as folder:
+    inputs = (model if isinstance(model, str | Path) else model.name_or_path, vae, controlnet, *reuse)
+    check_free(path, overwrite, inputs)
+    with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options)
         names = tuple(name for name in source.components if components is None or name in components)

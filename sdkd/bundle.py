@@ -175,6 +175,14 @@ def _leaves(root: Path, path: str) -> bool:
         return True
 
 
+def _export_command(root: Path) -> str:
+    """The command that makes a bundle where there is none: at `root`, or of the model that lies there."""
+    if not root.exists():
+        return f"sdkd export MODEL {root}"
+    model = root if (root / "model_index.json").is_file() else "MODEL"
+    return f"sdkd export {model} artifacts/bundle, and give that folder"
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle folder."""
@@ -187,7 +195,7 @@ class Bundle:
         """Read a bundle's manifest (files are not hashed here); BundleError says what is missing or foreign."""
         root = Path(path)
         if not (root / MANIFEST).is_file():
-            raise BundleError(f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: sdkd export MODEL {root}")
+            raise BundleError(f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: {_export_command(root)}")
         try:
             data = read_json(root / MANIFEST)
             if data["schema"] != SCHEMA:

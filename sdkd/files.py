@@ -6,14 +6,19 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sdkd.errors import BusyError, OutputExistsError
-from sdkd.json_files import read_json as read_json
+from sdkd.errors import BusyError
+from sdkd.json_files import read_json
+from sdkd.outputs import Input, check_file_free, check_free
+from sdkd.replace import hold, put, sync, temporary, temporary_folder
+
+__all__ = [
+    "check_file_free", "check_free", "lock", "new_folder", "read_json", "sha256", "staged_folder", "write_bytes",
+    "write_json",
+]  # fmt: skip
 
 _CHUNK = 1 << 22
 
@@ -27,34 +32,20 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary name beside it, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    name = temporary(path, "partial")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with name.open("xb") as stream:
+            hold(stream.fileno())
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+            os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -62,46 +53,28 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """OutputExistsError when `path` is there (an empty folder does not count) and `overwrite` is false."""
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    raise OutputExistsError(f"output {str(path)!r} already exists: choose another folder or pass --overwrite")
+@contextlib.contextmanager
+def new_folder(path: Path, overwrite: bool = False, inputs: Iterable[Input] = ()) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` on success and vanishes on any failure.
+
+    Raises what `check_free` raises, before any work.
+    """
+    check_free(path, overwrite, inputs)
+    with staged_folder(path) as partial:
+        yield partial
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` on success and vanishes on any failure.
-
-    Raises OutputExistsError before any work when `path` is there and `overwrite` is false.
-    """
-    check_free(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-    partial.chmod(0o777 & ~_umask())
-    try:
+def staged_folder(path: Path) -> Iterator[Path]:
+    """What `new_folder` does where it was checked already that `path` may be replaced."""
+    place = Path(os.path.realpath(path))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(place) as partial:
         yield partial
-        _replace_folder(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace_folder(partial: Path, path: Path) -> None:
-    for file in partial.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-    path.rename(old / "old")
-    try:
-        partial.rename(path)
-    except BaseException:
-        (old / "old").rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+        for file in partial.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                sync(file)
+        put(partial, place)
 
 
 @contextlib.contextmanager
@@ -109,6 +82,7 @@ def lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
     """Hold the lock of an output folder, across processes; BusyError after `timeout` seconds of waiting."""
     from filelock import FileLock, Timeout
 
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = FileLock(str(path.parent / f".{path.name}.lock"))
     try:

@@ -127,7 +127,7 @@ def student(
     import torch
 
     spec, source = student_spec(student), resolve(teacher)
-    check_free(output, overwrite)
+    check_free(output, overwrite, [teacher])
     with progress("student") as step:
         step("loading the teacher", 0.0)
         pipe = load_eager(teacher, torch.float16 if half else None)

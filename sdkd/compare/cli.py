@@ -81,7 +81,7 @@ def compare(
 
     names = models or [DEMO]
     earlier = None if against is None else read_report(against)
-    check_report_free(output, overwrite)
+    check_report_free(output, overwrite, [*names, prompts, against])
     kept = parse_prompts(prompts, names)
     guidance = default_guidance(names) if guidance_scale is None else guidance_scale
     if scheduler is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +14,11 @@ from sdkd.compare.quality import Likeness
 from sdkd.compare.stats import Ratio, Spread
 from sdkd.compare.subjects import Subject
 from sdkd.compare.verdicts import Verdict
-from sdkd.errors import InputError, OutputExistsError, ParityError
-from sdkd.files import new_folder, write_bytes, write_json
+from sdkd.errors import InputError, ParityError
+from sdkd.files import staged_folder, write_bytes, write_json
+from sdkd.marks import COMPARISON
+from sdkd.outputs import Input, check_parts_free, is_replaceable
+from sdkd.replace import put, sweep_inside, temporary, temporary_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -286,29 +287,37 @@ def _likeness_json(found: Likeness | None) -> dict[str, Any] | None:
     }
 
 
-def check_report_free(folder: Path, overwrite: bool) -> None:
-    """OutputExistsError when `folder` already holds a report and `overwrite` is false; other files do not matter."""
-    if not overwrite and (there := [name for name in PARTS if (folder / name).exists()]):
-        raise OutputExistsError(
-            f"output {str(folder)!r} already holds {there[0]}: choose another folder or pass --overwrite"
-        )
+def check_report_free(folder: Path, overwrite: bool, inputs: Sequence[Input] = ()) -> None:
+    """As `sdkd.outputs.check_free`, for the parts of a report; other files in `folder` do not matter."""
+    check_parts_free(folder, COMPARISON, PARTS, overwrite, inputs)
 
 
 def write_report(report: Report, folder: str | Path, overwrite: bool = False) -> Path:
     """Write report.json, report.md, report.html and images/ into `folder`; gives the path of the HTML page.
 
-    Everything is made in a temporary folder first; files of others in `folder` stay. Raises OutputExistsError.
+    Everything is made in a temporary folder first. A folder with nothing else in it is replaced in one step; files of
+    others in `folder` stay, and the parts are moved in among them. Raises OutputExistsError.
     """
     folder = Path(folder)
     check_report_free(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial") as name:
-        with new_folder(Path(name) / "report") as staged:
+    if is_replaceable(folder) and not _others(folder):
+        with staged_folder(folder) as staged:
             _write_parts(report, staged)
-        folder.mkdir(exist_ok=True)
-        for part in PARTS:
-            _move(Path(name) / "report" / part, folder / part, Path(name))
+        return folder / "report.html"
+    with temporary_folder(folder) as staged:
+        _write_parts(report, staged)
+        whole = temporary(folder / PARTS[-1], "partial")  # after a kill, the proof that the other parts are sdkd's
+        (staged / PARTS[-1]).replace(whole)
+        for part in PARTS[:-1]:
+            (put if (staged / part).is_dir() else Path.replace)(staged / part, folder / part)
+        whole.replace(folder / PARTS[-1])
+    sweep_inside(folder)
     return folder / "report.html"
+
+
+def _others(folder: Path) -> bool:
+    """Whether a folder holds anything beside a report."""
+    return folder.exists() and any(path.name not in PARTS for path in folder.iterdir())
 
 
 def _write_parts(report: Report, folder: Path) -> None:
@@ -322,21 +331,6 @@ def _write_parts(report: Report, folder: Path) -> None:
     write_bytes(folder / "report.md", markdown(report).encode())
     write_bytes(folder / "report.html", html_page(report).encode())
     write_json(folder / "report.json", report.to_json())
-
-
-def _move(source: Path, target: Path, spare: Path) -> None:
-    """Put `source` in the place of `target`; a folder that was there goes to `spare` first, and back on failure."""
-    if not target.is_dir():
-        source.replace(target)
-        return
-    old = spare / f"old-{target.name}"
-    target.rename(old)
-    try:
-        source.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
 
 
 def terminal_table(report: Report) -> ConsoleRenderable:

@@ -22,10 +22,11 @@ def demo(
     Builds and distils the small and tiny students, exports all three models, builds every engine this machine can,
     generates the same prompts with each and compares them. Run again, it re-uses what is fresh.
     """
-    from sdkd.demo.run import DemoResult, DemoSettings, run_demo
+    from sdkd.demo.run import DemoResult, DemoSettings, check_outputs, run_demo
     from sdkd.files import lock
 
     settings = DemoSettings() if steps is None else DemoSettings(distill_steps=steps)
+    check_outputs(output)
     with lock(output):
         if fresh:
             _forget(output)
@@ -37,8 +38,10 @@ def demo(
 def _forget(output: Path) -> None:
     import shutil
 
-    for name in ("models", "bundles"):
-        shutil.rmtree(output / name, ignore_errors=True)
+    from sdkd.demo.run import made_folders
+
+    for folder in made_folders(output):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tell(result: object) -> None:

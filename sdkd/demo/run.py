@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sdkd.console import Progress, quiet, within
 from sdkd.errors import InputError
-from sdkd.files import new_folder, read_json, write_json
+from sdkd.files import check_file_free, check_free, new_folder, read_json, write_json
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import availability, cpu_precisions
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 STUDENTS = ("small", "tiny")
 MODELS = ("teacher", *STUDENTS)
+PICTURE = "demo.png"
 RECORD = "demo.json"  # beside a result: what it was made from, so that a second run can re-use it
 PROMPTS = (
     "a large red star on a white background",
@@ -84,6 +85,7 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progr
     """
     from sdkd.compare.environment import load_average
 
+    check_outputs(folder)
     load, settings = load_average(), settings or DemoSettings()
     folder.mkdir(parents=True, exist_ok=True)
     result = DemoResult(folder)
@@ -91,6 +93,23 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progr
     subjects = make_engines(folder, result, within(progress, *SHARES["engines"]))
     compare_all(subjects, folder, settings, result, within(progress, *SHARES["comparison"]), load)
     return result
+
+
+def made_folders(folder: Path) -> list[Path]:
+    """The folders of models and bundles that a run makes in its own, those that are there."""
+    bundles = (path for name in MODELS for path in sorted((folder / "bundles" / name).glob("*")))
+    return [path for path in (*(folder / "models" / name for name in STUDENTS), *bundles) if path.is_dir()]
+
+
+def check_outputs(folder: Path) -> None:
+    """OutputExistsError or InputError, before any work, where a run would replace what sdkd did not write."""
+    from sdkd.compare.report import check_report_free
+
+    check_report_free(folder, overwrite=True)
+    for path in made_folders(folder):
+        check_free(path, overwrite=True)
+    if not (folder / "report.json").exists():
+        check_file_free(folder / PICTURE, overwrite=False)
 
 
 def model_path(folder: Path, name: str) -> Path | str:
@@ -253,7 +272,7 @@ def compare_all(
         progress=progress,
     )
     write_report(result.report, folder, overwrite=True)
-    draw(result.report, folder / "demo.png")
+    draw(result.report, folder / PICTURE)
 
 
 def draw(report: Report, path: Path) -> None:

@@ -8,6 +8,7 @@ shard what is in it: the same command goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -27,7 +28,8 @@ from sdkd.distill.data import CaptionedImages, fingerprint, row_caption, to_pixe
 from sdkd.distill.encode import dtype_of, encode_captions, encode_image, model_digests, placed
 from sdkd.distill.reader import Reader, check_unreadable
 from sdkd.errors import InputError, ModelError, OutputExistsError
-from sdkd.files import check_free, read_json, sha256, write_bytes, write_json
+from sdkd.files import check_free, read_json, sha256, staged_folder, write_bytes, write_json
+from sdkd.marks import CACHE, proves
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -68,12 +70,16 @@ def write_cache(
     if overwrite and world > 1:
         raise InputError("overwrite would remove the shards of the other ranks: remove the cache before (clear_cache)")
     settings = cache_settings(pipe, images, size=size, precision=precision, shard_images=shard_images, text=text)
-    if done := prepare(out, settings, overwrite):
-        progress(f"{out} is complete already: kept", 1.0)
-        return done
-    writer = _Writer(pipe, images, out, settings, torch.device(device), progress)
-    writer.latents(rank, world, workers)
-    return writer.finish() if world == 1 else None
+    with contextlib.ExitStack() as stack:
+        if overwrite:  # what is there stays until the new one is complete
+            check_free(out, overwrite)
+            out = stack.enter_context(staged_folder(out))
+        if done := prepare(out, settings):
+            progress(f"{out} is complete already: kept", 1.0)
+            return done
+        writer = _Writer(pipe, images, out, settings, torch.device(device), progress)
+        writer.latents(rank, world, workers)
+        return writer.finish() if world == 1 else None
 
 
 def cache_settings(
@@ -109,16 +115,19 @@ def open_cache(path: str | Path) -> DiskCache:
 
 def clear_cache(out: Path) -> None:
     """Remove a cache, whole or unfinished; OutputExistsError when the folder holds something else."""
-    if out.is_dir() and any((out / name).is_file() for name in (SETTINGS, INDEX)):
+    check_free(out, overwrite=True)
+    if out.is_dir():
         shutil.rmtree(out)
-    check_free(out, overwrite=False)
 
 
-def prepare(out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> dict[str, Any] | None:
+def is_cache(out: Path) -> bool:
+    """Whether a folder holds a cache that sdkd wrote, whole or unfinished."""
+    return proves(out, CACHE)
+
+
+def prepare(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Make the folder ready; the index when the cache is complete. OutputExistsError when it is of other settings."""
-    if overwrite:
-        clear_cache(out)
-    name = next((name for name in (INDEX, SETTINGS) if (out / name).is_file()), None)
+    name = next((name for name in (INDEX, SETTINGS) if (out / name).is_file()), None) if is_cache(out) else None
     if name is None:
         check_free(out, overwrite=False)
         write_json(out / SETTINGS, dict(settings))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +24,9 @@ from sdkd.console import Progress, progress, quiet, show, show_json, within
 from sdkd.distill.data import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
 from sdkd.distill.rows import check_columns, split_columns
 from sdkd.errors import InputError, InterruptedRunError, SdkdError, TrainingError
-from sdkd.files import lock
+from sdkd.files import check_free, lock, staged_folder
 from sdkd.models import load_eager, resolve
+from sdkd.outputs import check_place
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -94,27 +95,41 @@ def cache(
 
 def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: Progress = quiet) -> dict[str, Any]:
     """What the command does; returns its summary. Complete shards stay when it fails, nothing else does."""
-    from sdkd.distill.cache import clear_cache
+    from sdkd.distill.cache import is_cache
 
     if processes < 1:
         raise InputError(f"num_processes {processes} is not positive: give 1 or more")
     check_columns(job.caption_columns)
     resolve(job.model)
-    out = Path(job.output)
+    out, inputs = Path(job.output), (job.model, job.data)
+    if overwrite or not is_cache(out):
+        check_free(out, overwrite, inputs)
+    else:
+        check_place(out, inputs, filled=True)
     with lock(out):
-        if overwrite:
-            clear_cache(out)
-        try:
-            index = _run(job, processes, report)
-        except BaseException as error:
-            kept = _tidy(out)
-            if isinstance(error, KeyboardInterrupt) and kept:
-                raise InterruptedRunError(
-                    f"interrupted: {kept} complete shards are kept in {out}, the same command goes on from them"
-                ) from None
-            raise
+        index = _replace(job, processes, report) if overwrite else _fill(job, processes, report)
     names = ("images", "resolution", "precision", "unreadable")
     return {"output": job.output, "model": job.model, "data": job.data, **{name: index[name] for name in names}}
+
+
+def _replace(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
+    """A new cache in the place of what is there, which stays until the new one is complete."""
+    with staged_folder(Path(job.output)) as partial:
+        return _run(replace(job, output=str(partial)), processes, report)
+
+
+def _fill(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
+    """A cache in its folder, shard by shard."""
+    out = Path(job.output)
+    try:
+        return _run(job, processes, report)
+    except BaseException as error:
+        kept = _tidy(out)
+        if isinstance(error, KeyboardInterrupt) and kept:
+            raise InterruptedRunError(
+                f"interrupted: {kept} complete shards are kept in {out}, the same command goes on from them"
+            ) from None
+        raise
 
 
 def _run(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
@@ -170,9 +185,9 @@ def _write(
 
 def _tidy(out: Path) -> int:
     """Remove half-written files, and the folder when no shard is complete; returns how many are."""
-    from sdkd.distill.cache import INDEX, SETTINGS
+    from sdkd.distill.cache import INDEX, SETTINGS, is_cache
 
-    if not any((out / name).exists() for name in (INDEX, SETTINGS)):
+    if not is_cache(out):
         return 0
     for path in out.glob(".*.partial"):
         path.unlink(missing_ok=True)

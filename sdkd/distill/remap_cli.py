@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdkd.console import show, show_json
-from sdkd.files import check_free
+from sdkd.files import check_file_free
 
 SD1 = "random:sd15"  # only its config is read
 
@@ -44,7 +44,7 @@ def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite
     from sdkd.students import key_map, remap_lora, student_spec
 
     file = output if output.suffix == ".safetensors" else output / FILE
-    check_free(file, overwrite)
+    check_file_free(file, overwrite, [lora, teacher])
     config = unet_config(teacher)
     state, settings = read_lora(lora)
     kept = remap_lora(state, config, student)

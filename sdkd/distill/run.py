@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +14,9 @@ from sdkd.checkpoint_models import BASE, RECORD, is_checkpoint, load_own
 from sdkd.console import Progress, quiet
 from sdkd.distill.card import Origin, about, model_card
 from sdkd.distill.config import TrainConfig
-from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
-from sdkd.files import check_free, lock, new_folder, write_bytes, write_json
+from sdkd.distill.run_folder import AUTO, INDEX, LORA_FILE, carry_over, check_output, newest, run_folder, spare_folder
+from sdkd.errors import InputError
+from sdkd.files import staged_folder, write_bytes, write_json
 from sdkd.pipelines import provenance
 
 if TYPE_CHECKING:
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
 
     from sdkd.distill.loop import TrainResult
     from sdkd.models import ModelSource
-
-INDEX = "model_index.json"  # of a finished pipeline: moved into the folder last
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,20 +62,23 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     from sdkd.distill.loop import check_trackers, train
     from sdkd.models import load_eager, resolve
 
+    checkpoint = find_checkpoint(job)
+    if is_main():
+        inputs = (job.model, job.data, job.init)
+        check_output(job.output, job.resume, job.overwrite, inputs, goes_on=checkpoint is not None)
     source, data = resolve(job.model), open_data(job)
     check_trackers(job.config)
-    checkpoint = find_checkpoint(job)
     if checkpoint and _is_finished(job, checkpoint, _absolute(source), data):
         return _finished(job, source.name, len(data))
     adapter = _adapter(job)
-    with _folder(job, checkpoint):
+    with run_folder(job.output, checkpoint, job.resume, job.overwrite, job.config) as folder:
         report("loading the model", 0.0)
         pipe = load_eager(job.model)
         unet, counts = _unet(pipe, job)
         check_cache(data, pipe, job.config)
         done = train(
             pipe, unet, data, job.config,
-            progress=report, folder=job.output, resume=checkpoint, name=_absolute(source), adapter=adapter,
+            progress=report, folder=folder, resume=checkpoint, name=_absolute(source), adapter=adapter,
         )  # fmt: skip
         summary = _summary(job, source.name, done, counts) | {"notes": list(source.notes)}
         if done.main_process:
@@ -92,7 +90,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
                 random_weights=source.random_weights,
                 command=job.command,
             )
-            _write(job, pipe, done, origin, counts)
+            _write(job, folder, pipe, done, origin, counts)
     return summary
 
 
@@ -109,7 +107,7 @@ def _is_finished(job: Job, checkpoint: Path, model: str, data: Any) -> bool:
     from sdkd.distill.checkpoint import check_settings, read_record, step_of
     from sdkd.distill.digests import data_digest
 
-    whole = any((job.output / name).is_file() for name in (INDEX, LORA_FILE))
+    whole = any((checkpoint.parent / name).is_file() for name in (INDEX, LORA_FILE))
     if not whole or step_of(checkpoint) != job.config.steps:
         return False
     record = read_record(checkpoint)
@@ -170,17 +168,14 @@ def check_cache(data: Any, pipe: StableDiffusionPipeline, config: TrainConfig) -
 
 def find_checkpoint(job: Job) -> Path | None:
     """The checkpoint to go on from, or None to start anew; InputError when the one asked for is not there."""
-    from sdkd.distill.checkpoint import checkpoints
-
     if job.resume == "never":
         return None
-    if job.resume == "auto":
-        found = checkpoints(job.output)
-        return found[-1] if found else None
+    if job.resume == AUTO:
+        return newest(job.output)
     path = Path(job.resume)
     if not (path / RECORD).is_file():
         raise InputError(f"resume {job.resume!r} is no checkpoint: give auto, never, or OUTPUT/checkpoint-<step>")
-    if path.resolve().parent != job.output.resolve():
+    if path.resolve().parent not in (job.output.resolve(), spare_folder(job.output)):
         raise InputError(
             f"checkpoint {job.resume!r} is not of the output {str(job.output)!r}: give --output {path.parent}"
         )
@@ -221,67 +216,16 @@ def _size(pipe: StableDiffusionPipeline, config: TrainConfig, data: Any) -> int:
     return int(getattr(data, "size", 0)) or training_size(pipe, config.resolution)
 
 
-@contextlib.contextmanager
-def _folder(job: Job, checkpoint: Path | None) -> Iterator[None]:
-    """The run's folder while it fills: what was there before comes back when the run fails without a checkpoint."""
-    if not is_main():
-        yield
-        return
-    with lock(job.output):
-        before = None if checkpoint else _set_aside(job)
-        job.output.mkdir(parents=True, exist_ok=True)
-        try:
-            yield
-        except BaseException as error:
-            _clean_up(job, before)
-            if isinstance(error, KeyboardInterrupt) and (kept := find_checkpoint(_auto(job))):
-                raise InterruptedRunError(
-                    f"interrupted: {kept} is kept, go on from it by the same command with --resume auto"
-                ) from None
-            raise
-        if before is not None:
-            shutil.rmtree(before.parent, ignore_errors=True)
-
-
-def _auto(job: Job) -> Job:
-    from dataclasses import replace
-
-    return replace(job, resume="auto")
-
-
-def _set_aside(job: Job) -> Path | None:
-    """Move what is in the way, when that was asked for; returns where it went."""
-    from sdkd.distill.checkpoint import checkpoints
-
-    if not job.overwrite and checkpoints(job.output):
-        raise OutputExistsError(
-            f"output {str(job.output)!r} holds checkpoints of a run: go on with --resume auto, or pass --overwrite"
-        )
-    check_free(job.output, job.overwrite)
-    if not job.output.exists():
-        return None
-    aside = Path(tempfile.mkdtemp(dir=job.output.parent, prefix=f".{job.output.name}.", suffix=".old")) / "old"
-    return job.output.rename(aside)
-
-
-def _clean_up(job: Job, before: Path | None) -> None:
-    if find_checkpoint(_auto(job)) is None:
-        shutil.rmtree(job.output, ignore_errors=True)
-        if before is not None:
-            before.rename(job.output)
-    if before is not None:
-        shutil.rmtree(before.parent, ignore_errors=True)
-
-
-def _write(job: Job, pipe: StableDiffusionPipeline, done: TrainResult, origin: Origin, counts: dict[str, int]) -> None:
-    """The finished result into the run's folder: built beside it, then moved in, the pipeline's index last."""
+def _write(
+    job: Job, folder: Path, pipe: StableDiffusionPipeline, done: TrainResult, origin: Origin, counts: dict[str, int]
+) -> None:
+    """The finished result, with all that the run's folder holds, in the place of the output, in one step."""
     from sdkd.pipelines import PROVENANCE, write_pipeline
 
     last = done.history[-1]
     card = model_card(origin, job.config, counts=counts, seconds=last["seconds"], last=last)
     facts = about(origin, job.config, last)
-    final = job.output / ".final"
-    with new_folder(final, overwrite=True) as partial:
+    with staged_folder(job.output) as partial:
         if job.config.objective == "lora":
             from sdkd.distill.lora import save_lora
 
@@ -290,12 +234,7 @@ def _write(job: Job, pipe: StableDiffusionPipeline, done: TrainResult, origin: O
             write_bytes(partial / "README.md", card.encode())
         else:
             write_pipeline(pipe, partial, unet=done.unet.cpu(), about=facts, readme=card)
-    for path in sorted(final.iterdir(), key=lambda path: path.name in (INDEX, LORA_FILE)):
-        target = job.output / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    final.rmdir()
+        carry_over(folder, partial)
 
 
 def _summary(job: Job, model: str, done: TrainResult, counts: dict[str, int]) -> dict[str, Any]:

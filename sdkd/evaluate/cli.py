@@ -53,7 +53,7 @@ def evaluate(
     from sdkd.evaluate.report import TITLES, rows, write_report
     from sdkd.files import check_free, lock
 
-    check_free(output, overwrite)
+    check_free(output, overwrite, [*models, teacher, data, prompts, real, clip, inception])
     settings = Settings(
         teacher, data, prompts, real, images, steps, guidance, seed, clip, inception, _device(device),
         image_column, split_columns(caption_columns),

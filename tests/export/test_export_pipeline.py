@@ -178,14 +178,32 @@ def test_a_named_model_is_loaded_and_its_source_recorded(tmp_path: Path) -> None
 
 def test_an_existing_output_is_refused_before_any_work_and_replaced_when_asked(tmp_path: Path) -> None:
     output = tmp_path / "bundle"
-    output.mkdir()
-    (output / "mine.txt").write_text("keep")
+    bundle_copy(output)
+    (output / "model_index.json").write_text("old")
     with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
         export_pipeline(small_pipeline(), output)
-    assert (output / "mine.txt").read_text() == "keep"
     bundle = export_pipeline(small_pipeline(), output, components=CHEAP, verify=False, overwrite=True)
-    assert not (output / "mine.txt").exists()
+    assert (output / "model_index.json").read_text() != "old"
     assert Bundle.open(output).manifest == bundle.manifest
+    (output / "mine.txt").write_text("keep")
+    with pytest.raises(OutputExistsError, match=r"holds 'mine\.txt' beside the bundle that sdkd wrote there"):
+        export_pipeline(small_pipeline(), output, components=CHEAP, overwrite=True)
+    assert (output / "mine.txt").read_text() == "keep"
+
+
+def test_no_bundle_replaces_what_it_is_made_from(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    small_pipeline().save_pretrained(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for output, word in ((folder, "is"), (tmp_path, "holds"), (folder / "onnx", "lies in")):
+        with pytest.raises(InputError, match=f"output .* {word} the input"):
+            export_pipeline(folder, output, components=CHEAP, overwrite=True)
+        for part in ("vae", "controlnet"):
+            with pytest.raises(InputError, match=f"output .* {word} the input"):
+                export_pipeline("demo", output, components=CHEAP, overwrite=True, **{part: folder})
+    with pytest.raises(OutputExistsError, match="sdkd did not write what is in it"):
+        export_pipeline("demo", folder, components=CHEAP, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:

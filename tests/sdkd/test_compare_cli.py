@@ -69,6 +69,10 @@ def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
 
 def test_a_report_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
+    result = call("no-such-model", "--output", str(tmp_path), "--overwrite")
+    assert result.exit_code == 1
+    assert "already holds report.json, which sdkd did not write: choose another folder" in result.stderr
+    (tmp_path / "report.json").write_text('{"schema": 3, "setup": {}, "environment": {}, "results": []}')
     result = call("no-such-model", "--output", str(tmp_path))
     assert result.exit_code == 1
     assert "already holds report.json: choose another folder or pass --overwrite" in result.stderr

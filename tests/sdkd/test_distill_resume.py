@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sdkd.distill.latents import LatentCache
 from sdkd.distill.run import Job, run
 from sdkd.distill.trainer import Trainer
 from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
+from sdkd.files import read_json, write_json
 from sdkd.models import save_pipeline
 from sdkd.students import build_student
 
@@ -38,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "max_images": 7,
     "warmup": 2,
 }
+UNFINISHED = {"objective": "distill", "unfinished": True, "settings": {}}
 
 
 def latents(count: int = 7) -> LatentCache:
@@ -226,19 +229,65 @@ def test_ctrl_c_keeps_what_was_saved(teacher: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
-def test_overwrite_brings_the_old_back_when_the_run_fails(teacher: Path, tmp_path: Path) -> None:
+def test_overwrite_keeps_the_old_until_the_new_is_whole(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("kept")
+    old = {"teacher": "demo", "student": "sd-tiny"}
+    write_json(tmp_path / "out" / "sdkd.json", old)
 
     def report(message: str, fraction: float | None) -> None:
-        if message.startswith("step 2"):
+        assert read_json(tmp_path / "out" / "sdkd.json") == old
+        if message.startswith(stop):
             raise KeyboardInterrupt("stop")
 
-    job = Job(str(teacher), "demo", tmp_path / "out", TrainConfig(**SETTINGS), overwrite=True)
+    stop = "step 2"
+    config = TrainConfig(**(SETTINGS | {"save_every": 3}))
+    job = Job(str(teacher), "demo", tmp_path / "out", config, overwrite=True)
     with pytest.raises(KeyboardInterrupt, match="stop"):
         run(job, report)
-    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    assert read_json(tmp_path / "out" / "sdkd.json") == old
     assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock"}
+    stop = "step 5"
+    with pytest.raises(InterruptedRunError, match=r"checkpoint-3 is kept, go on from it"):
+        run(job, report)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sdkd.json"]
+    stop = "never"
+    run(replace(job, resume="auto"), report)
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock"}
+    assert read_json(tmp_path / "out" / "sdkd.json")["steps"] == 8
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-6"]
+    assert losses(tmp_path / "out")[-1]["step"] == 8
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for files in ({"sdkd.json": UNFINISHED}, {"training.jsonl": {"step": 1, "loss/total": 2.5, "lr": 1e-3}}):
+        out.mkdir()
+        for name, content in files.items():
+            (out / name).write_text(json.dumps(content))
+        (out / ".training.jsonl.12345678.partial").write_text("half")
+        job = Job(str(teacher), "demo", out, TrainConfig(**SETTINGS), resume="auto")
+        with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
+            run(replace(job, resume="never"))
+        assert run(job)["steps"] == 8
+        assert not list(tmp_path.rglob("*.partial"))
+        assert "unfinished" not in read_json(out / "sdkd.json")
+        with pytest.raises(OutputExistsError, match="already exists"):
+            run(job)  # a whole model is no unfinished run
+        shutil.rmtree(out)
+    out.mkdir()
+    (out / "sdkd.json").write_text(json.dumps(UNFINISHED))
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"holds 'thesis\.txt' beside"):
+        run(job)
+
+
+def test_a_run_replaces_no_input(teacher: Path) -> None:
+    config = TrainConfig(**SETTINGS)
+    for output, word in ((teacher, "is"), (teacher.parent, "holds"), (teacher / "unet", "lies in")):
+        for given in ("model", "data", "init"):
+            job = Job(**({"model": "demo", "data": "demo"} | {given: str(teacher)}), output=output, config=config)
+            with pytest.raises(InputError, match=f"output .* {word} the input"):
+                run(replace(job, overwrite=True))
 
 
 def test_resume_names_what_is_wrong(teacher: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, failure: BaseException) -> Non
 
 def test_overwriting_must_be_asked_for(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "checkpoint.json").write_text('{"schema": 1, "step": 2, "settings": {}, "optimizer": {}}')
     with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
         new_folder(tmp_path / "out").__enter__()
     with new_folder(tmp_path / "out", overwrite=True) as partial:

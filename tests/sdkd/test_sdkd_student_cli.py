@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from sdkd import student_cli
 from sdkd.errors import InputError, ModelError, OutputExistsError
+from sdkd.files import read_json
 from sdkd.models import save_pipeline
 from sdkd.students import count_parameters, student_config
 
@@ -55,10 +56,19 @@ def test_json_and_half(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_output_is_not_overwritten(teacher: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "settings.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="already exists, and sdkd did not write what is in it"):
+            student_cli.student(teacher, tmp_path, "tiny", overwrite=overwrite)
+    assert (tmp_path / "file").read_text() == "mine"
+    student_cli.student(teacher, tmp_path / "own", "tiny")
     with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
-        student_cli.student(teacher, tmp_path, "tiny")
-    student_cli.student(teacher, tmp_path, "tiny", overwrite=True)
-    assert (tmp_path / "model_index.json").is_file()
+        student_cli.student(teacher, tmp_path / "own", "tiny")
+    student_cli.student(teacher, tmp_path / "own", "bk-tiny", overwrite=True)
+    assert read_json(tmp_path / "own" / "sdkd.json")["student"] == "bk-tiny"
+    for output in (teacher, str(tmp_path / "own")):
+        with pytest.raises(InputError, match="is the input"):
+            student_cli.student(output, Path(output), "tiny", overwrite=True)
 
 
 def test_bad_names(teacher: str, tmp_path: Path) -> None:

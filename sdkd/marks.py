@@ -1,0 +1,146 @@
+"""What sdkd itself wrote: each kind of output is known by what its own record says, never by a file's name alone.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LARGEST = 1 << 28  # bytes; a record is smaller
+_LINE = 1 << 20  # bytes of a log's first line that are read
+# Left by file managers and by writers that were killed: nobody's work.
+_LITTER = (
+    *(".DS_Store", "Thumbs.db", "desktop.ini", ".*.lock", "*/.*.lock"),
+    *(".*.partial", ".*.partial/*", "*/.*.partial", "*/.*.partial/*"),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of output: the records that prove it (glob -> the keys and types of its JSON), and what may be in it."""
+
+    name: str
+    marks: tuple[tuple[str, Mapping[str, type]], ...]
+    holds: tuple[str, ...]  # globs of paths in the folder; a star goes over folders, too
+
+
+def _within(folders: str, files: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{file}" for folder in folders.split() for file in files.split())
+
+
+_SIDE = "scheduler tokenizer feature_extractor"
+_TEXT = _within(_SIDE, "*.json *.txt *.model")
+_ENGINES = "*.engine *.blob *.xml *.bin *.onnx *.onnx.data *.cache *.json"
+_BUNDLE = (
+    *("bundle.json", "model_index.json"),
+    *_TEXT,
+    *_within("text_encoder unet vae_decoder vae_encoder controlnet", "*.json *.onnx *.onnx.data *.onnx_data"),
+    *_within("engines swapped", _ENGINES),
+    *_within("swapped/*", "*.txt *.model"),
+)
+_PARTS = "unet vae text_encoder safety_checker image_encoder"
+_PIPELINE = (
+    *("model_index.json", "sdkd.json", "demo.json", "README.md", "pytorch_lora_weights.safetensors"),
+    *_TEXT,
+    *_within(_PARTS, "*.json *.safetensors"),
+    *("training.jsonl", "plot.html", "samples/step-*.png", "samples/prompts.json", "sdkd/*", "wandb/*"),
+    *_within("checkpoint-*", "*.json *.safetensors"),
+)
+_BUNDLE_KEYS: dict[str, type] = {"schema": int, "source": dict, "versions": dict, "components": dict, "engines": dict}
+_CACHE_KEYS: dict[str, type] = {"schema": int, "images": int, "data": str, "resolution": int, "scaling_factor": float}
+_CHECKPOINT_KEYS: dict[str, type] = {"schema": int, "step": int, "settings": dict, "optimizer": dict}
+
+CACHE = Kind(
+    "cache",
+    (("index.json", _CACHE_KEYS), ("settings.json", _CACHE_KEYS)),
+    (
+        *("index.json", "settings.json", "captions.jsonl"),
+        *(f"{part}-*.{end}" for part in ("latents", "text") for end in ("json", "safetensors")),
+    ),
+)
+_REPORT_KEYS: dict[str, type] = {"schema": int, "setup": dict, "environment": dict, "results": list}
+COMPARISON = Kind(
+    "comparison",
+    tuple((name, _REPORT_KEYS) for name in ("report.json", ".report.json.*.partial")),  # the latter: of a killed writer
+    ("report.json", "report.md", "report.html", "images/*.png", "demo.png"),
+)
+RUN = Kind(
+    "model or run",
+    (
+        ("sdkd.json", {"teacher": str, "student": str}),
+        ("sdkd.json", {"objective": str, "settings": dict}),
+        ("checkpoint-*/checkpoint.json", _CHECKPOINT_KEYS),
+        ("training.jsonl", {"step": int, "loss/total": float, "lr": float}),
+    ),
+    _PIPELINE,
+)
+KINDS = (
+    Kind("bundle", (("bundle.json", _BUNDLE_KEYS),), _BUNDLE),
+    Kind("checkpoint", (("checkpoint.json", _CHECKPOINT_KEYS),), ("*.json", "*.safetensors")),
+    RUN,
+    CACHE,
+    Kind(
+        "evaluation",
+        (("evaluation.json", {"schema": int, "settings": dict, "versions": dict, "models": list}),),
+        ("evaluation.json", "evaluation.md"),
+    ),
+    COMPARISON,
+)
+
+
+def kind_of(folder: Path) -> Kind | None:
+    """The kind of output of ours that a folder holds, by a record that is one; None for anything else."""
+    return next((kind for kind in KINDS if proves(folder, kind)), None)
+
+
+def proves(folder: Path, kind: Kind) -> bool:
+    """Whether a folder holds a record that proves that it is an output of this kind."""
+    return any(is_record(file, keys) for pattern, keys in kind.marks for file in sorted(folder.glob(pattern)))
+
+
+def is_record(file: Path, keys: Mapping[str, type]) -> bool:
+    """Whether a file is JSON (of a .jsonl its first line) with these keys, whose values are of these types."""
+    found = _read(file)
+    return isinstance(found, dict) and all(_fits(found.get(key), kind) for key, kind in keys.items())
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) or (kind is float and isinstance(value, int))
+
+
+def _read(file: Path) -> Any:
+    try:
+        if not file.is_file() or file.stat().st_size > _LARGEST:
+            return None
+        with file.open("rb") as stream:
+            return json.loads(stream.readline(_LINE) if file.suffix == ".jsonl" else stream.read())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def foreign(folder: Path, kind: Kind, parts: Sequence[str] | None = None) -> str | None:
+    """A path in the folder (of `parts` only, where some are named) that is none of this kind's, or None; empty folders
+    do not count.
+    """
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if parts is not None and name.partition("/")[0] not in parts:
+            continue
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in (*kind.holds, *_LITTER)):
+            return name
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files and links below a folder; links are not followed."""
+    for root, folders, files in os.walk(folder):
+        here = Path(root)
+        yield from (here / name for name in files)
+        yield from (here / name for name in folders if (here / name).is_symlink())
