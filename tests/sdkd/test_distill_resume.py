@@ -254,7 +254,7 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(teacher: Path, tmp_path:
     run(replace(job, resume="auto"), report)
     assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock"}
     assert read_json(tmp_path / "out" / "sdkd.json")["steps"] == 8
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3", "checkpoint-6"]
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
     assert losses(tmp_path / "out")[-1]["step"] == 8
 
 
