@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import importlib.metadata
 import inspect
@@ -16,8 +15,9 @@ from typer.core import TyperGroup
 
 from sdkd import __version__
 from sdkd.children import environment
-from sdkd.errors import SdkdError
+from sdkd.errors import in_words
 from sdkd.help_page import Command, rows_of, show_page
+from sdkd.interrupts import ended, hear_signals
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -60,33 +60,25 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The command's function, leaving with one message: status 1 when refused or failed, 130 when interrupted."""
+    """The command's function, leaving with one message: status 1 when refused or failed, 130 when interrupted, 143
+    when ended by SIGTERM.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt as error:
-            leave(str(error) or "interrupted: nothing half-written was kept", 130)
+            leave(*ended(str(error)))
+        except BrokenPipeError:
+            raise  # who reads our output has left: no message can reach them
         except Exception as error:
-            message = explain(error)
+            message = in_words(error)
             if _debug or message is None:
                 raise
             leave(message, 1)
 
     return call
-
-
-def explain(error: Exception) -> str | None:
-    """The one message a user sees, or None when the error is a bug of ours."""
-    if isinstance(error, SdkdError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename!r}" if error.filename else ""
-        return f"the disk is full{where}: free some space and run the command again; nothing half-written was kept"
-    if isinstance(error, PermissionError):
-        return f"no permission for {error.filename!r}: choose another folder or change its rights"
-    return None
 
 
 def leave(message: str, status: int) -> NoReturn:
@@ -98,7 +90,7 @@ def leave(message: str, status: int) -> NoReturn:
 def load_command(name: str) -> Any:
     """The command of an entry point, imported now; None when there is none of that name."""
     entry = _entry_points().get(name)
-    return None if entry is None else _command(name, guarded(entry.load()))
+    return None if entry is None else _command(name, guarded(guarded(entry.load)()))
 
 
 def _command(name: str, function: Callable[..., Any]) -> Any:
@@ -154,6 +146,7 @@ def main() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.update(environment())  # of what libraries start, too
+    hear_signals()
     app(prog_name="sdkd")
 
 

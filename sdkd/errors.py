@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 
 class SdkdError(Exception):
     """Base of all errors that a user can cause or repair."""
@@ -93,3 +97,67 @@ class RangeError(EngineError, ValueError):
 
 class RegressionError(SdkdError, RuntimeError):
     """A subject is slower than in an earlier report by more than the threshold, or its images became wrong."""
+
+
+_ALREADY = "nothing half-written was kept"
+# What the operating system refuses, for what is called `it` below: the rule, and what to do.
+_SYSTEM: dict[int, str] = {
+    errno.ENOSPC: f"the disk is full{{while}}: free some space and run the command again; {_ALREADY}",
+    errno.EDQUOT: f"the disk quota is used up{{while}}: free some space and run the command again; {_ALREADY}",
+    errno.EFBIG: "{it} is larger than its file system takes: choose another place",
+    errno.EACCES: "no permission for {it}: choose another folder or change its rights",
+    errno.EPERM: "no permission for {it}: choose another folder or change its rights",
+    errno.EROFS: "{it} is on a read-only file system: choose another folder",
+    errno.EISDIR: "{it} is a folder, and a file is wanted: give a file's name",
+    errno.ENOTDIR: "{it} is no folder, or lies below a file: give another name",
+    errno.ENAMETOOLONG: "{it} has too long a name: give a shorter one",
+    errno.ENOENT: "{it} does not exist: look at the name, or make it again",
+    errno.EEXIST: "{it} is there already: choose another name",
+    errno.ENOTEMPTY: "{it} was filled by somebody else meanwhile: choose another folder",
+    errno.ELOOP: "{it} is a link that leads back to itself: remove it",
+    errno.EBUSY: "{it} is in use by the system (a mount point?): choose another folder",
+    errno.EXDEV: "{it} lies in part on another file system: choose another folder",
+    errno.EIO: "the disk answers with errors{while}: look at the system's log, and use another one",
+    errno.ESTALE: "{it} was lost by its network file system: mount it again and run the command again",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n) and run the command again",
+    errno.ENFILE: "too many files are open on this machine: close other programs and run the command again",
+    errno.ENOMEM: "the memory is full: close other programs, or ask for fewer images, a smaller size or batch",
+}
+# How the libraries that give no number spell the same: safetensors, onnxruntime, protobuf.
+_SPELLED = {os.strerror(number).lower(): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)}
+
+
+def in_words(error: BaseException) -> str | None:
+    """The one message that a user sees of an error, or None when it is a bug of ours."""
+    if isinstance(error, SdkdError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        return _of_system(error.errno, error.filename)
+    spelled = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(spelled[1]) if spelled else next((n for text, n in _SPELLED.items() if text in str(error).lower()), 0)
+    if number in _SYSTEM:
+        return _of_system(number, getattr(error, "filename", None))
+    return _of_kind(error)
+
+
+def _of_system(number: int, name: object) -> str:
+    known = name is not None and not isinstance(name, int)
+    it = repr(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "a file"
+    return _SYSTEM[number].format(**{"it": it, "while": f" while writing {it}" if known else ""})
+
+
+def _of_kind(error: BaseException) -> str | None:
+    name, said = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{said or name}: look at the file or connection, and run the command again"
+    if name == "SafetensorError":
+        return f"a .safetensors file cannot be read or written ({said}): restore it or make it again"
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in said:
+        return _SYSTEM[errno.ENOMEM] + (f" ({said})" if said else "")
+    if isinstance(error, RecursionError):
+        return "something that was given is nested too deeply: look at the JSON and YAML files of model and data"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text is not {error.encoding} (byte {error.start}: {error.reason}): save the file as UTF-8"
+    if isinstance(error, UnicodeError):
+        return f"a text cannot be written here ({said}): set PYTHONIOENCODING=utf-8, or take the character out"
+    return None

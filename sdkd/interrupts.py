@@ -1,4 +1,4 @@
-"""Ctrl-C in long work: heard at once, acted on between two steps.
+"""Ctrl-C, and SIGTERM, which is treated like it: in long work heard at once, acted on between two steps.
 
 Python raises KeyboardInterrupt wherever it happens to be. In a `__del__`, which torch has many of, it is printed and
 dropped, and the work goes on.
@@ -7,12 +7,50 @@ dropped, and the work goes on.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
+_heard: list[int] = []  # the signals of this process, in order
+
+
+def hear_signals() -> None:
+    """Have SIGTERM (docker stop, Slurm) clean up as Ctrl-C does, and a second signal end the process at once.
+
+    Not where a signal is ignored (nohup), nor in the other processes that a launcher started: they may wait for one
+    another in a library that hears nothing, and the launcher would wait for them. In the first of them only one signal
+    is heard: Ctrl-C reaches processes and launcher alike, and the launcher's SIGTERM comes while this one cleans up.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    usual = (signal.default_int_handler, signal.SIG_DFL)
+    for number in _ENDING:
+        if signal.getsignal(number) in usual:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    if _heard and "RANK" in os.environ:
+        return
+    if _heard:
+        os.write(2, b"\nsdkd: ended at once, by a second signal\n")
+        os._exit(128 + number)
+    _heard.append(number)
+    raise KeyboardInterrupt
+
+
+def ended_by_term() -> bool:
+    """Whether it was SIGTERM that interrupted this process, not Ctrl-C."""
+    return _heard[:1] == [signal.SIGTERM]
+
+
+def ended(said: str) -> tuple[str, int]:
+    """What a command that was interrupted says, and its exit status: 130, or 143 after SIGTERM."""
+    number, what = (signal.SIGTERM, "ended by SIGTERM") if ended_by_term() else (signal.SIGINT, "interrupted")
+    return said or f"{what}: nothing half-written was kept", 128 + number
 
 
 @contextlib.contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
 from sdkd.children import environment
 from sdkd.errors import TrainingError
+from sdkd.interrupts import ended_by_term
 
 FLAG = "--num-processes"
+PATIENCE = 40.0  # seconds: torchrun gives its processes 30
 
 
 def relaunch(processes: int) -> None:
@@ -17,11 +20,27 @@ def relaunch(processes: int) -> None:
     Without GPUs the processes talk through gloo. Over several machines, start `torchrun ... -m sdkd.cli distill ...` or
     `accelerate launch ... --module sdkd.cli distill ...` on each, as their own documentation describes.
     """
-    status = subprocess.run(launch_command(processes, sys.argv[1:]), env=_environment(), check=False).returncode
+    with subprocess.Popen(launch_command(processes, sys.argv[1:]), env=_environment()) as launcher:
+        try:
+            status = launcher.wait()
+        except KeyboardInterrupt:
+            _end(launcher)
+            raise
     if status in (130, -2):
         raise KeyboardInterrupt
     if status:
         raise TrainingError(f"one of {processes} processes ended with status {status}: its message is above")
+
+
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """Wait for a launcher that ends its processes. Ctrl-C reached it, too, and SIGTERM this process alone."""
+    if ended_by_term():
+        launcher.terminate()
+    for patience, next_step in ((PATIENCE, launcher.terminate), (PATIENCE, launcher.kill)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(patience)
+            return
+        next_step()
 
 
 def launch_command(processes: int, arguments: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from sdkd import cli
 from sdkd.errors import MissingExtraError, ModelError
@@ -47,6 +48,21 @@ def _raiser(error: BaseException) -> Callable[[], None]:
         (MissingExtraError("openvino", "openvino", "target 'openvino'"), 1, "pip install 'sdkd[openvino]'"),
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "the disk is full while writing '/a/b'"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "no permission for '/root/x'"),
+        (OSError(errno.EROFS, "x", "/ro/a"), 1, "'/ro/a' is on a read-only file system: choose another folder"),
+        (IsADirectoryError(errno.EISDIR, "x", "/a"), 1, "'/a' is a folder, and a file is wanted"),
+        (NotADirectoryError(errno.ENOTDIR, "x", b"/a/b"), 1, "'/a/b' is no folder, or lies below a file"),
+        (OSError(errno.ENAMETOOLONG, "x", "/a"), 1, "'/a' has too long a name: give a shorter one"),
+        (OSError(errno.EIO, "x", "/a"), 1, "the disk answers with errors while writing '/a'"),
+        (FileNotFoundError(errno.ENOENT, "x", "/a"), 1, "'/a' does not exist"),
+        (OSError("Can't load\n the tokenizer"), 1, "Can't load the tokenizer: look at the file or connection"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "the disk is full: free some space"),
+        (SafetensorError("Error: Input/output error (os error 5)"), 1, "the disk answers with errors: look at"),
+        (SafetensorError("header too small"), 1, "a .safetensors file cannot be read or written (header too small)"),
+        (RuntimeError("[ONNXRuntimeError] : 1 : FAIL : No space left on device"), 1, "the disk is full: free some"),
+        (MemoryError(), 1, "the memory is full: close other programs, or ask for fewer images"),
+        (RecursionError("maximum recursion depth exceeded"), 1, "something that was given is nested too deeply"),
+        (UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "unexpected end"), 1, "a text is not utf-8 (byte 0: unexpected"),
+        (UnicodeEncodeError("ascii", "\u00e9", 0, 1, "no"), 1, "a text cannot be written here"),
         (KeyboardInterrupt(), 130, "interrupted: nothing half-written was kept"),
     ],
 )
