@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ctrl_c import hear_ctrl_c
 
 SCRIPT = """
 import sys, time
@@ -39,7 +40,11 @@ guarded(work)()
 def started(*words: str) -> subprocess.Popen[str]:
     """The script, in the middle of its work."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert process.stdout
     assert process.stdout.readline() == "begun\n"
