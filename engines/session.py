@@ -21,6 +21,7 @@ import torch
 from engines.out_of_memory import once_more, told_of_memory
 from engines.ranges import check_sizes, output_sizes
 from engines.refusals import COPIES
+from engines.slots import of_newest
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.contract import Contract, TensorSpec, axis_ranges
 from sdkd.errors import EngineError
@@ -147,9 +148,14 @@ def open_session(bundle: Bundle | str | Path, slot: str, component: str, **optio
     """Check and open one engine of a bundle; `options` are the target's own (e.g. `threads`).
 
     Raises what `check_engine` raises, and EngineError when the target's library refuses the engine after all:
-    OutOfMemoryError where that is for want of memory, after what torch keeps in store was given back.
+    OutOfMemoryError where that is for want of memory, after what torch keeps in store was given back. An engine that
+    was built again since the bundle was opened is the one that opens.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    return of_newest(opened, slot, component, lambda current: _open(current, slot, component, **options))
+
+
+def _open(opened: Bundle, slot: str, component: str, **options: Any) -> EngineSession:
     checked = check_engine(opened, slot, component)
     module, name = OPENERS[checked.record.target]
     kind: Callable[..., EngineSession] = getattr(importlib.import_module(module), name)

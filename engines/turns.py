@@ -22,6 +22,7 @@ from engines.session import (
     on_gpu,
     open_session,
 )
+from engines.slots import of_newest
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
 
@@ -44,7 +45,8 @@ class Turns:
 
     def session(self, component: str) -> TurnSession:
         """A session that opens when it runs; raises now what `check_engine` raises."""
-        found = TurnSession(self, check_engine(self.bundle, self.slot, component))
+        checked = of_newest(self.bundle, self.slot, component, lambda now: check_engine(now, self.slot, component))
+        found = TurnSession(self, checked)
         self._sessions[component] = found
         return found
 

@@ -7,12 +7,12 @@ import errno
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from export.build_errors import explain
 from export.build_estimate import check_resources
-from export.build_files import moved, partial_folder
+from export.build_files import drop_replaced, drop_unnamed, moved, partial_folder, place_for
 from export.build_job import Job
 from export.build_options import BuildOptions
 from export.build_request import Ranges, Request, check_buildable, engine_precision, rebuild_reasons, requests_for
@@ -107,6 +107,7 @@ def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progr
 def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundle:
     slot = requests[0].slot
     home = bundle.path / "engines" / slot
+    drop_unnamed(bundle, slot)
     with partial_folder(home) as partial:
         timings = timing_cache(requests[0].target)
         if timings and (cache_folder() / timings).is_file():
@@ -115,13 +116,15 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
         answers = _run(jobs, requests, progress)
         if timings and (partial / timings).is_file():
             _keep(partial / timings)
-        records = [_record(request, answer, partial) for request, answer in zip(requests, answers, strict=True)]
+        place = place_for(bundle, slot, [name for answer in answers for name in answer["files"]])
+        records = [_record(request, answer, partial, place) for request, answer in zip(requests, answers, strict=True)]
         manifest = bundle.manifest
         for record in records:
             manifest = manifest.with_engine(record)
         result = replace(bundle, manifest=manifest)
-        with moved(partial, home):
+        with moved(partial, bundle.path / place):
             result.save()
+        drop_replaced(bundle, result)
     return result
 
 
@@ -165,11 +168,8 @@ def _run(jobs: list[Job], requests: list[Request], progress: Progress) -> list[d
     return answers
 
 
-def _record(request: Request, answer: Mapping[str, Any], folder: Path) -> EngineRecord:
-    root = Path("engines") / request.slot
-    files = tuple(
-        replace(FileRecord.of(folder, folder / name), path=(root / name).as_posix()) for name in answer["files"]
-    )
+def _record(request: Request, answer: Mapping[str, Any], folder: Path, place: PurePosixPath) -> EngineRecord:
+    files = tuple(replace(FileRecord.of(folder, folder / name), path=str(place / name)) for name in answer["files"])
     return EngineRecord(
         component=request.component.name,
         target=request.target,

@@ -1,13 +1,18 @@
-"""Engine files on their way into a bundle: a temporary folder, then all of them at once or none."""
+"""Engine files on their way into a bundle: a temporary folder, then names of their own, then the manifest."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from sdkd.bundle import Bundle, Manifest
+from sdkd.replace import discard, sync
+
+_BUILD = "build-"  # how the folders of later builds are called, below the slot's
 
 
 @contextlib.contextmanager
@@ -26,29 +31,58 @@ def partial_folder(home: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def place_for(bundle: Bundle, slot: str, names: Iterable[str]) -> PurePosixPath:
+    """Where new engine files of a slot go, below the bundle: into names that no engine has, in the slot's folder or in
+    a new one below it. So the files of the manifest are whole at any moment, whoever reads them.
+    """
+    plain, used = PurePosixPath("engines", slot), _named(bundle.manifest)
+    if not any(str(plain / name) in used for name in names):
+        return plain
+    return plain / f"{_BUILD}{secrets.token_hex(4)}"
+
+
+def _named(manifest: Manifest) -> set[str]:
+    return {file.path for engine in manifest.engines.values() for file in engine.files}
+
+
 @contextlib.contextmanager
 def moved(partial: Path, home: Path) -> Iterator[None]:
-    """Move all new files into a slot's folder; when the body fails, put the old ones back."""
+    """Move all new files into their folder; when the body, which writes the manifest, fails, remove them."""
     names = [file.name for file in partial.iterdir() if file.suffix != ".lock"]
-    old = partial / "old"
-    old.mkdir()
-    home.mkdir(exist_ok=True)
     try:
+        home.mkdir(parents=True, exist_ok=True)
         for name in names:
-            _sync(partial / name)
-            if (home / name).exists():
-                os.replace(home / name, old / name)
-            os.replace(partial / name, home / name)
+            sync(partial / name)
+            (partial / name).replace(home / name)
+        sync(home)
         yield
     except BaseException:
         for name in names:
             if not (partial / name).exists():
                 (home / name).unlink(missing_ok=True)
-            if (old / name).exists():
-                os.replace(old / name, home / name)
+        _remove_empty(home)
         raise
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+def drop_replaced(before: Bundle, after: Bundle) -> None:
+    """Remove the engine files that a manifest has named and no longer does. Who has just read the older manifest opens
+    the bundle again (`engines.session`), and what is open stays so.
+    """
+    for path in _named(before.manifest) - _named(after.manifest):
+        with contextlib.suppress(OSError):
+            (before.path / path).unlink()
+            _remove_empty((before.path / path).parent)
+
+
+def drop_unnamed(bundle: Bundle, slot: str) -> None:
+    """Remove folders of builds that were killed before the manifest named them, or after it named others."""
+    used = {(bundle.path / path).parent for path in _named(bundle.manifest)}
+    for left in (bundle.path / "engines" / slot).glob(f"{_BUILD}*"):
+        if left not in used:
+            discard(left)
+
+
+def _remove_empty(folder: Path) -> None:
+    if folder.name.startswith(_BUILD):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

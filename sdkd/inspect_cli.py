@@ -206,6 +206,15 @@ def _layer_table(layers: list[dict[str, Any]] | str | None) -> Any:
     return table("", ["layer", "precision", "number"], [*rows, ["others", "", rest]] if rest else rows)
 
 
+def _examined(path: Path, hashes: bool, details: bool) -> dict[str, Any]:
+    """As `examine`, once more when engines were built meanwhile."""
+    while True:
+        opened = Bundle.open(path)
+        found = examine(opened, hashes, layers=details)
+        if Bundle.open(path).manifest == opened.manifest:
+            return found
+
+
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     hashes: Annotated[bool, typer.Option(help="Read every file and compare its SHA-256 with the manifest.")] = True,
@@ -213,7 +222,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what is in a bundle, what is stale and why; status 1 when something is stale or damaged."""
-    found = examine(Bundle.open(bundle), hashes, layers=details)
+    found = _examined(bundle, hashes, details)
     problems = [problem for row in found["components"] + found["engines"] for problem in row["problems"]]
     if json:
         show_json(found)

@@ -388,6 +388,47 @@ def test_ctrl_c_leaves_bundle_and_folders_as_they_were(built: Bundle) -> None:
     assert sorted(path.name for path in (built.path / "engines").iterdir()) == ["onnxruntime"]
 
 
+def test_a_build_never_touches_the_files_of_the_manifest(built: Bundle) -> None:
+    """Killed at any moment, a build leaves engines that match; who opened the bundle just before finds the new ones."""
+    from engines.session import open_session
+
+    old = built.engine("onnxruntime", "unet")
+    seen: list[str] = []
+
+    def look(message: str, fraction: float | None) -> None:
+        now = Bundle.open(built.path)
+        now.verify_files(now.engine("onnxruntime", "unet"))
+        seen.append(message)
+
+    for _ in range(3):
+        (built.path / "engines/onnxruntime/build-left").mkdir()
+        (built.path / "engines/onnxruntime/build-left" / "unet.onnx").write_bytes(b"of a killed build")
+        now = build_engine(built.path, "onnxruntime", components=["unet"], force=True, progress=look)
+        record = now.engine("onnxruntime", "unet")
+        now.verify_files(record)
+        places = {file.relative_to(built.path).as_posix() for file in (built.path / "engines").rglob("unet.*")}
+        assert places == {file.path for file in record.files}
+        assert len(list((built.path / "engines/onnxruntime").glob("build-*"))) <= 1
+    assert "unet: done" in seen
+    assert old.files != record.files
+    with open_session(built, "onnxruntime", "unet") as session:  # its manifest is three builds old
+        assert session.checked.record == record
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_engines(
+    built: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _files(built)
+
+    def full(self: Bundle) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Bundle, "save", full)
+    with pytest.raises(BuildError, match="no space left for the engines"):
+        build_engine(built, "onnxruntime", components=["unet"], force=True)
+    assert _files(built) == before
+
+
 def test_remains_of_a_killed_build_are_cleared(bundle: Bundle) -> None:
     left = bundle.path / "engines" / ".openvino.abc.partial"
     left.mkdir(parents=True)
