@@ -39,7 +39,6 @@ OPENERS = {
     "tensorrt-rtx": ("engines.session_tensorrt", "TensorRTSession"),
 }
 
-
 ROOM = "Close other programs, or open the engines in turn: low_memory=True"
 SMALLER = "Ask for fewer images at once or a smaller size, or close other programs"
 Rebuild = Callable[[Bundle, EngineRecord, "Mapping[str, np.ndarray]"], Bundle]
@@ -148,8 +147,7 @@ def open_session(bundle: Bundle | str | Path, slot: str, component: str, **optio
     """Check and open one engine of a bundle; `options` are the target's own (e.g. `threads`).
 
     Raises what `check_engine` raises, and EngineError when the target's library refuses the engine after all:
-    OutOfMemoryError where that is for want of memory, after what torch keeps in store was given back. An engine that
-    was built again since the bundle was opened is the one that opens.
+    OutOfMemoryError for want of memory, after what torch keeps in store was given back.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     return of_newest(opened, slot, component, lambda current: _open(current, slot, component, **options))

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,7 +67,7 @@ def write_cache(
     if shard_images < 1 or not 0 <= rank < world:
         raise InputError(f"shard_images {shard_images}, rank {rank} of {world}: give 1 or more, and 0 <= rank < world")
     if overwrite and world > 1:
-        raise InputError("overwrite would remove the shards of the other ranks: remove the cache before (clear_cache)")
+        raise InputError("overwrite would remove the shards of the other ranks: remove the cache before")
     settings = cache_settings(pipe, images, size=size, precision=precision, shard_images=shard_images, text=text)
     with contextlib.ExitStack() as stack:
         if overwrite:  # what is there stays until the new one is complete
@@ -113,21 +112,9 @@ def open_cache(path: str | Path) -> DiskCache:
     return DiskCache(Path(path))
 
 
-def clear_cache(out: Path) -> None:
-    """Remove a cache, whole or unfinished; OutputExistsError when the folder holds something else."""
-    check_free(out, overwrite=True)
-    if out.is_dir():
-        shutil.rmtree(out)
-
-
-def is_cache(out: Path) -> bool:
-    """Whether a folder holds a cache that sdkd wrote, whole or unfinished."""
-    return proves(out, CACHE)
-
-
 def prepare(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Make the folder ready; the index when the cache is complete. OutputExistsError when it is of other settings."""
-    name = next((name for name in (INDEX, SETTINGS) if (out / name).is_file()), None) if is_cache(out) else None
+    name = next((name for name in (INDEX, SETTINGS) if (out / name).is_file()), None) if proves(out, CACHE) else None
     if name is None:
         check_free(out, overwrite=False)
         write_json(out / SETTINGS, dict(settings))

@@ -25,6 +25,7 @@ from sdkd.distill.data import CAPTION_COLUMNS, CaptionedImages, FirstImages, ope
 from sdkd.distill.rows import check_columns, split_columns
 from sdkd.errors import InputError, InterruptedRunError, SdkdError, TrainingError
 from sdkd.files import check_free, lock, staged_folder
+from sdkd.marks import CACHE, proves
 from sdkd.models import load_eager, resolve
 from sdkd.outputs import check_place
 
@@ -95,14 +96,12 @@ def cache(
 
 def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: Progress = quiet) -> dict[str, Any]:
     """What the command does; returns its summary. Complete shards stay when it fails, nothing else does."""
-    from sdkd.distill.cache import is_cache
-
     if processes < 1:
         raise InputError(f"num_processes {processes} is not positive: give 1 or more")
     check_columns(job.caption_columns)
     resolve(job.model)
     out, inputs = Path(job.output), (job.model, job.data)
-    if overwrite or not is_cache(out):
+    if overwrite or not proves(out, CACHE):
         check_free(out, overwrite, inputs)
     else:
         check_place(out, inputs, filled=True)
@@ -185,9 +184,9 @@ def _write(
 
 def _tidy(out: Path) -> int:
     """Remove half-written files, and the folder when no shard is complete; returns how many are."""
-    from sdkd.distill.cache import INDEX, SETTINGS, is_cache
+    from sdkd.distill.cache import INDEX, SETTINGS
 
-    if not is_cache(out):
+    if not proves(out, CACHE):
         return 0
     for path in out.glob(".*.partial"):
         path.unlink(missing_ok=True)
