@@ -28,6 +28,7 @@ from sdkd.bundle import MANIFEST, Bundle
 from sdkd.console import show
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.errors import InputError
+from sdkd.noise_schedule import scheduler_like
 from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target
 from sdkd.text_files import prompt_lines, typed_text
@@ -303,7 +304,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
     found = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
     if found is None or not hasattr(found, "from_config"):
         raise InputError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}, or a diffusers class")
-    pipe.scheduler = found.from_config(pipe.scheduler.config)
+    pipe.scheduler = scheduler_like(pipe.scheduler, found)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -18,6 +19,23 @@ if TYPE_CHECKING:
 MERGES = Path(__file__).parent / "clip" / "merges.txt.gz"
 POSITIONS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def token_limit(tokenizer: Any, positions: int | None) -> int:
+    """Tokens that a prompt may have: the tokenizer's limit, but no more than the text encoder has positions for.
+
+    A tokenizer saved without a limit says 1e30, which no tensor has room for.
+    """
+    return int(min(tokenizer.model_max_length, positions or POSITIONS))
+
+
+def bounded(tokenizer: Any, positions: int | None) -> Any:
+    """The tokenizer with the limit of `token_limit`: itself, or a copy."""
+    limit = token_limit(tokenizer, positions)
+    if tokenizer.model_max_length != limit:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.model_max_length = limit
+    return tokenizer
 
 
 def byte_letters() -> list[str]:

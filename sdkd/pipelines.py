@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.clip_tokenizer import bounded
 from sdkd.errors import InputError, ModelError
 from sdkd.families import HEAVY, check_class, empty
 from sdkd.files import new_folder, read_json, sha256, write_bytes, write_json
@@ -144,7 +145,10 @@ def _pipeline(folder: Path, parts: Mapping[str, Any]) -> StableDiffusionPipeline
     import diffusers
 
     kind = getattr(diffusers, PIPELINES[_json(folder / "model_index.json")["_class_name"]])
-    return kind.from_pretrained(folder, **_LOCAL, **parts)
+    pipe = kind.from_pretrained(folder, **_LOCAL, **parts)
+    positions = _json(folder / "text_encoder" / "config.json").get("max_position_embeddings")
+    pipe.tokenizer = bounded(pipe.tokenizer, positions)
+    return pipe
 
 
 def digest(text: str) -> str:

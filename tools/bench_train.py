@@ -94,7 +94,7 @@ class Bench:
         self.calls = {OURS: calls, COMPILED: tuple(torch.compile(call) for call in calls)}
         self.pixels = torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
         captions = [CAPTIONS[index % len(CAPTIONS)] for index in range(batch_size)]
-        self.ids = tokens(self.pipe.tokenizer, captions).to(self.device)
+        self.ids = tokens(self.pipe.tokenizer, captions, self.pipe.tokenizer.model_max_length).to(self.device)
 
     def _run(self, measures: Measures, teacher: FeatureUNet) -> None:
         trainer = self.trainer

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.clip_tokenizer import token_limit
 from sdkd.contract import DTYPES, Precision
 from sdkd.errors import InputError
 
@@ -44,27 +45,50 @@ def encode_captions(
 ) -> torch.Tensor:
     """Text embeddings [n, s, d] of captions in the text encoder's dtype, on `device` (None: the text encoder's).
 
-    Captions are padded and cut to the tokenizer's length s; the last chunk is filled up with the empty caption.
+    Captions are padded and cut to s tokens (`limit_of`); the last chunk is filled up with the empty caption.
     """
+    limit = limit_of(tokenizer, text_encoder)
     padded = [*captions, *[""] * (-len(captions) % TEXT_CHUNK)]
     chunks = []
     for start in range(0, len(padded), TEXT_CHUNK):
-        ids = tokens(tokenizer, padded[start : start + TEXT_CHUNK]).to(text_encoder.device)
+        ids = tokens(tokenizer, padded[start : start + TEXT_CHUNK], limit).to(text_encoder.device)
         output: Any = text_encoder(ids)
         chunks.append(output[0].to(device or text_encoder.device))
     if not chunks:
-        shape = (0, tokenizer.model_max_length, text_encoder.config.hidden_size)
+        shape = (0, limit, text_encoder.config.hidden_size)
         return torch.empty(shape, dtype=text_encoder.dtype, device=device or text_encoder.device)
     return torch.cat(chunks)[: len(captions)]
 
 
-def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids [n, s] int64, padded and cut to the length that the text encoder was trained with."""
-    found = tokenizer(
-        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+def limit_of(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
+    """Tokens of a caption, start and end included."""
+    return token_limit(tokenizer, text_encoder.config.max_position_embeddings)
+
+
+def tokens(tokenizer: CLIPTokenizer, captions: list[str], limit: int) -> torch.Tensor:
+    """Token ids [n, limit] int64, padded and cut to the length that the text encoder was trained with."""
+    found = tokenizer(captions, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
     ids: torch.Tensor = found.input_ids
     return ids
+
+
+def too_long(tokenizer: CLIPTokenizer, captions: Sequence[str], limit: int) -> list[str]:
+    """Those captions that have more than `limit` tokens, and are cut."""
+    # A token stands for one byte or more: only these need counting.
+    long = [caption for caption in captions if len(caption.encode(errors="replace")) > limit - 2]
+    if not long:
+        return []
+    found = tokenizer(long, truncation=False, verbose=False).input_ids
+    return [caption for caption, ids in zip(long, found, strict=True) if len(ids) > limit]
+
+
+def said_of_cut(captions: Sequence[str], limit: int) -> str:
+    """What to tell of captions that were cut."""
+    have, were = ("s have", "were") if len(captions) != 1 else (" has", "was")
+    return (
+        f"{len(captions)} caption{have} more than the {limit} tokens that the text encoder reads, and {were} cut there "
+        f"(one begins {min(captions)[:60]!r})"
+    )
 
 
 def placed(module: Any, device: torch.device | str, dtype: torch.dtype) -> Any:

@@ -15,7 +15,7 @@ import torch
 from sdkd.console import Progress, quiet
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.distill.data import CaptionedImages, row_caption, to_pixels
-from sdkd.distill.encode import encode_captions, encode_image
+from sdkd.distill.encode import encode_captions, encode_image, limit_of, too_long
 from sdkd.distill.reader import Reader
 
 if TYPE_CHECKING:
@@ -103,8 +103,10 @@ def encode_images(
 class TextEmbeddings:
     """Text embeddings of captions; those seen before are kept in memory as long as they fit."""
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, limit: int = _TEXT_LIMIT) -> None:
-        self._tokenizer, self._encoder, self._limit = tokenizer, text_encoder, limit
+    def __init__(self, tokenizer: Any, text_encoder: Any, kept: int = _TEXT_LIMIT) -> None:
+        self._tokenizer, self._encoder, self._kept = tokenizer, text_encoder, kept
+        self.limit = limit_of(tokenizer, text_encoder)  # tokens
+        self.cut: set[str] = set()  # captions that had more
         self._known: dict[str, torch.Tensor] = {}
         self._bytes = 0
 
@@ -118,11 +120,12 @@ class TextEmbeddings:
         """Embeddings [b, s, d], in the text encoder's dtype, on its device."""
         new = [text for text in dict.fromkeys(captions) if text not in self._known]
         found = dict(zip(new, encode_captions(self._tokenizer, self._encoder, new), strict=True)) if new else {}
+        self.cut.update(too_long(self._tokenizer, new, self.limit))
         for text, value in found.items():
             self._keep(text, value)
         return torch.stack([found[text] if text in found else self._known[text] for text in captions])
 
     def _keep(self, text: str, value: torch.Tensor) -> None:
-        if self._bytes < self._limit:
+        if self._bytes < self._kept:
             self._known[text] = value.clone()
             self._bytes += value.nbytes

@@ -15,6 +15,7 @@ from sdkd.console import Progress, quiet, within
 from sdkd.distill.checkpoint import checkpoints, load_checkpoint, save_checkpoint, start_from, way_on
 from sdkd.distill.config import TrainConfig
 from sdkd.distill.data import CaptionedImages
+from sdkd.distill.encode import said_of_cut
 from sdkd.distill.finite import NotFiniteError
 from sdkd.distill.latents import Latents
 from sdkd.distill.log import LOG, Send, TrainingLog
@@ -92,8 +93,19 @@ def train(
         images=len(samples),
         unreadable=dict(samples.unreadable),
         main_process=trainer.accelerator.is_main_process,
-        notes=(*notes, *loop.notes),
+        notes=(*notes, *loop.notes, *_cut(trainer)),
     )
+
+
+def _cut(trainer: Trainer) -> list[str]:
+    """What to tell of captions that were cut, now or when the cache was made."""
+    text = trainer.batches.encode_text
+    said = [said_of_cut(sorted(text.cut), text.limit)] if text.cut else []
+    if of_cache := getattr(trainer.data, "cut", 0):
+        said.append(
+            f"{of_cache} captions of the cache have more than {text.limit} tokens, and were cut when it was made"
+        )
+    return said
 
 
 def _notes(config: TrainConfig, record: Mapping[str, Any]) -> list[str]:
@@ -191,6 +203,8 @@ class _Run:
         }
         if samples.unreadable:
             others["unreadable"] = len(samples.unreadable)
+        if cut := trainer.batches.encode_text.cut:
+            others["cut_captions"] = len(cut)
         if trainer.skips.total:
             others["skipped"] = trainer.skips.total  # steps of fp16, since the start
         self.waited = samples.waited

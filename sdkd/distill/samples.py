@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.clip_tokenizer import bounded
 from sdkd.files import write_bytes, write_json
+from sdkd.noise_schedule import scheduler_like
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,9 +63,9 @@ def _pipeline(trainer: Trainer) -> Any:
     made = StableDiffusionPipeline(
         vae=trainer.vae,
         text_encoder=trainer.text_encoder,
-        tokenizer=pipe.tokenizer,
+        tokenizer=bounded(pipe.tokenizer, trainer.text_encoder.config.max_position_embeddings),
         unet=trainer.unet,
-        scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config),
+        scheduler=scheduler_like(pipe.scheduler, type(pipe.scheduler)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

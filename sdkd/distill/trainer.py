@@ -25,6 +25,7 @@ from sdkd.distill.latents import Latents, TextEmbeddings
 from sdkd.distill.losses import Learnt, SampleWeights, distill_losses, min_snr_weights, task_target
 from sdkd.distill.pairs import Pair, feature_pairs
 from sdkd.distill.setup import DTYPES, check_models, make_accelerator, make_optimizer, make_samples, pick_device
+from sdkd.noise_schedule import scheduler_like
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -49,7 +50,7 @@ class Trainer:
         self.dtype = DTYPES[config.precision]
         self.accelerator = make_accelerator(config, device)
         self.device: torch.device = self.accelerator.device
-        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.scheduler = scheduler_like(pipe.scheduler, DDPMScheduler)
         self.vae = placed(pipe.vae, self.device, self.dtype)
         self.text_encoder = placed(pipe.text_encoder, self.device, self.dtype)
         self.data, self.model_name = data, ""

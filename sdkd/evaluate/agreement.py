@@ -19,6 +19,7 @@ from sdkd.distill.encode import encode_captions, encode_image
 from sdkd.distill.latents import Latents
 from sdkd.distill.reader import Reader
 from sdkd.errors import InputError, ModelError
+from sdkd.noise_schedule import scheduler_like
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -84,7 +85,7 @@ def make_probe(
     config = teacher.unet.config
     if config.in_channels != config.out_channels:
         raise ModelError(f"its UNet takes {config.in_channels} channels and gives {config.out_channels} (inpainting)")
-    scheduler = DDPMScheduler.from_config(teacher.scheduler.config)
+    scheduler = scheduler_like(teacher.scheduler, DDPMScheduler)
     latents, captions, unreadable = _encoded(teacher, images, count)
     text = encode_captions(teacher.tokenizer, teacher.text_encoder, captions).cpu()
     edges = _edges(int(scheduler.config.num_train_timesteps))
