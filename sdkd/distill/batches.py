@@ -57,10 +57,13 @@ class Samples(Protocol):
 
 
 class LatentSamples:
-    """Samples from latents that were made before."""
+    """Samples from latents that were made before; `mirrored` says at which positions the mirrored image is due."""
 
-    def __init__(self, latents: Latents, limit: int | None = None) -> None:
-        self.latents = latents
+    def __init__(
+        self, latents: Latents, limit: int | None = None, mirrored: Callable[[int], bool] | None = None
+    ) -> None:
+        self.latents: Any = latents
+        self.mirrored = mirrored
         self.waited = 0.0
         self.unreadable: Mapping[int, str] = getattr(latents, "unreadable", {})
         self._count = min(len(latents), limit or len(latents))
@@ -72,7 +75,8 @@ class LatentSamples:
         """See Samples."""
         for position, index in pairs:
             start = time.perf_counter()
-            mean, std = self.latents.posterior(index)
+            view = (True,) if self.mirrored and self.mirrored(position) else ()
+            mean, std = self.latents.posterior(index, *view)
             self.waited += time.perf_counter() - start
             yield Sample(position, index, mean, std, self.latents.captions[index])
 

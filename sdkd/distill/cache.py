@@ -1,9 +1,10 @@
 """Latents on disk: posteriors and text embeddings made once, for many runs.
 
-A cache is a folder of safetensors shards, `latents-00000.safetensors` (mean, std [n, c, h, w]) and
-`text-00000.safetensors` (text [m, s, d], a row per unique caption, the empty one first), `captions.jsonl`, and
-`index.json`, which is written last. While it is made, `settings.json` says for what, and a .json beside each complete
-shard what is in it: the same command goes on from there.
+A cache is a folder of safetensors shards, `latents-00000.safetensors` (mean, std [n, c, h, w]; with `flip` also of
+the mirrored images, mirrored_mean and mirrored_std) and `text-00000.safetensors` (text [m, s, d], a row per unique
+caption, the empty one first), `captions.jsonl`, and `index.json`, which is written last. While it is made,
+`settings.json` says for what, and a .json beside each complete shard what is in it: the same command goes on from
+there.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import re
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +22,8 @@ import torch
 from sdkd.console import Progress, quiet
 from sdkd.contract import Precision
 from sdkd.distill.data import CaptionedImages, fingerprint, row_caption, to_pixels
-from sdkd.distill.encode import dtype_of, encode_captions, encode_image, model_digests, placed
+from sdkd.distill.disk_cache import CAPTIONS, INDEX, MIRRORED, PLAIN, SCHEMA, SETTINGS, open_cache
+from sdkd.distill.encode import dtype_of, encode_captions, encode_image, limit_of, model_digests, placed, too_long
 from sdkd.distill.reader import Reader, check_unreadable
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.files import check_free, read_json, sha256, staged_folder, write_bytes, write_json
@@ -33,12 +32,7 @@ from sdkd.marks import CACHE, proves
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-INDEX = "index.json"
-SETTINGS = "settings.json"
-CAPTIONS = "captions.jsonl"
-SCHEMA = 1
-_SHARD = re.compile(r"(latents|text)-\d{5,}\.safetensors")
-_OPEN = 64  # shards that a DiskCache keeps open
+__all__ = ["cache_settings", "open_cache", "prepare", "write_cache"]
 
 
 def write_cache(
@@ -54,21 +48,25 @@ def write_cache(
     workers: int = 4,
     device: torch.device | str = "cpu",
     text: bool = True,
+    flip: bool = False,
     overwrite: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any] | None:
     """Encode all images (`size` pixels square, middle cut out) and captions in `precision`; returns the index.
 
-    Complete shards of the same settings are kept. With `world` > 1 only every `world`-th shard is written, from `rank`
-    on, and None returned: a last call with world 1 keeps them all and adds the text and the index. On a CPU the bits
-    depend on torch's number of threads. Raises InputError, OutputExistsError when the folder holds something else,
-    ModelError when a result is not finite, and TrainingError when more than 1 % of the images cannot be read.
+    With `flip` each image is encoded mirrored as well, for runs that mirror every other image. Complete shards of the
+    same settings are kept. With `world` > 1 only every `world`-th shard is written, from `rank` on, and None returned:
+    a last call with world 1 keeps them all and adds the text and the index. On a CPU the bits depend on torch's number
+    of threads. Raises InputError, OutputExistsError when the folder holds something else, ModelError when a result is
+    not finite, and TrainingError when more than 1 % of the images cannot be read.
     """
     if shard_images < 1 or not 0 <= rank < world:
         raise InputError(f"shard_images {shard_images}, rank {rank} of {world}: give 1 or more, and 0 <= rank < world")
     if overwrite and world > 1:
         raise InputError("overwrite would remove the shards of the other ranks: remove the cache before")
-    settings = cache_settings(pipe, images, size=size, precision=precision, shard_images=shard_images, text=text)
+    settings = cache_settings(
+        pipe, images, size=size, precision=precision, shard_images=shard_images, text=text, flip=flip
+    )
     with contextlib.ExitStack() as stack:
         if overwrite:  # what is there stays until the new one is complete
             check_free(out, overwrite)
@@ -89,6 +87,7 @@ def cache_settings(
     precision: Precision,
     shard_images: int,
     text: bool,
+    flip: bool = False,
 ) -> dict[str, Any]:
     """What a cache's content depends on; caches with other settings are never mixed."""
     if len(images) == 0:
@@ -101,15 +100,11 @@ def cache_settings(
         "precision": precision,
         "shard_images": shard_images,
         "scaling_factor": float(pipe.vae.config.scaling_factor),
-        "tokens": int(pipe.tokenizer.model_max_length),
+        "tokens": limit_of(pipe.tokenizer, pipe.text_encoder),
         "text": text,
+        "flip": flip,
         **model_digests(pipe, precision),
     }
-
-
-def open_cache(path: str | Path) -> DiskCache:
-    """The latents of a folder that `sdkd cache` wrote; InputError when it is incomplete, damaged or something else."""
-    return DiskCache(Path(path))
 
 
 def prepare(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -120,6 +115,8 @@ def prepare(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         write_json(out / SETTINGS, dict(settings))
         return None
     found = read_json(out / name)
+    if isinstance(found, dict):
+        found.setdefault("flip", False)  # caches of before hold one view
     differing = [key for key, value in settings.items() if not isinstance(found, dict) or found.get(key) != value]
     if differing:
         shown = "; ".join(f"{key}: there {found.get(key)!r}, asked {settings[key]!r}" for key in differing)
@@ -174,17 +171,19 @@ class _Writer:
         self, vae: Any, name: str, rows: range, reader: Reader[Any], stream: Iterator[Any], at: tuple[int, int]
     ) -> None:
         known = set(reader.unreadable)
-        means, stds, sources, captions = [], [], [], []
+        names = PLAIN + (MIRRORED if self.settings["flip"] else ())
+        made: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        sources, captions = [], []
         for place, (_, (source, pixels, caption)) in enumerate(itertools.islice(stream, len(rows))):
             if place % 16 == 0:
                 fraction = (at[0] + place / len(rows)) / at[1]
                 self.progress(f"encoding image {rows.start + place + 1} of {self.count}", fraction)
-            mean, std = encode_image(vae, pixels)
-            means.append(mean.cpu())
-            stds.append(std.cpu())
+            found = encode_image(vae, pixels) + (encode_image(vae, pixels.flip(2)) if self.settings["flip"] else ())
+            for key, value in zip(names, found, strict=True):
+                made[key].append(value.cpu())
             sources.append(source)
             captions.append(caption)
-        tensors = {"mean": torch.stack(means), "std": torch.stack(stds)}
+        tensors = {key: torch.stack(values) for key, values in made.items()}
         bad = {str(index): message for index, message in reader.unreadable.items() if index not in known}
         self._write(name, tensors, {"captions": captions, "sources": sources, "unreadable": bad})
 
@@ -246,103 +245,11 @@ class _Writer:
             wanted = hashlib.sha256(json.dumps(part).encode()).hexdigest()
             if record is None or record["captions"] != wanted:
                 table = encode_captions(self.pipe.tokenizer, encoder, part, "cpu")
-                record = self._write(name, {"text": table}, {"captions": wanted})
+                cut = len(too_long(self.pipe.tokenizer, part, self.settings["tokens"]))
+                record = self._write(name, {"text": table}, {"captions": wanted, "cut": cut})
             records.append({key: value for key, value in record.items() if key != "captions"})
         return records
 
 
 def _ranges(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-class DiskCache:
-    """Latents of a cache folder, read by row from memory-mapped shards; see the protocol `Latents`.
-
-    A shard's SHA-256 is checked when it is first used. Tensors come in the precision of the cache.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not (path / INDEX).is_file():
-            unfinished = (path / SETTINGS).is_file()
-            raise InputError(
-                f"cache {str(path)!r} is not complete: run the same `sdkd cache` again, it goes on where it ended"
-                if unfinished
-                else f"folder {str(path)!r} is no cache (no {INDEX}): make one with sdkd cache MODEL {path} NEW_FOLDER"
-            )
-        self.index: dict[str, Any] = read_json(path / INDEX)
-        if not isinstance(self.index, dict) or self.index.get("schema") != SCHEMA or "latents" not in self.index:
-            raise InputError(f"{str(path / INDEX)!r} is not of a cache that this version reads: make the cache again")
-        self.size, self.precision = int(self.index["resolution"]), str(self.index["precision"])
-        for record in (*self.index["latents"], *self.index["texts"]):
-            if not _SHARD.fullmatch(str(record["file"])):
-                raise self._damaged(INDEX, f"names {record['file']!r}, which is no file of a cache")
-            if not (path / record["file"]).is_file() or (path / record["file"]).stat().st_size != record["bytes"]:
-                raise self._damaged(record["file"], f"is not there with its {record['bytes']} bytes")
-        self.captions = self._captions()
-        self._rows = {text: row for row, text in enumerate(dict.fromkeys(["", *self.captions]))}
-        self._shards: OrderedDict[str, Any] = OrderedDict()
-        self._sound: set[str] = set()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation [c, h, w]; IndexError outside 0..len-1, InputError when the shard is damaged."""
-        shard, row = self._place(self.index["latents"], range(len(self))[index])
-        return shard.get_slice("mean")[row], shard.get_slice("std")[row]
-
-    def text(self, index: int) -> torch.Tensor | None:
-        """Text embeddings [s, d] of an image's caption, of the empty one for index -1; None in a cache without text."""
-        if not self.index["texts"]:
-            return None
-        shard, row = self._place(self.index["texts"], self._rows["" if index == -1 else self.captions[index]])
-        found: torch.Tensor = shard.get_slice("text")[row]
-        return found
-
-    def check(self, pipe: StableDiffusionPipeline) -> None:
-        """InputError unless the cache was made by this pipeline's VAE encoder, text encoder and tokenizer length."""
-        own = model_digests(pipe, self.precision) | {
-            "scaling_factor": float(pipe.vae.config.scaling_factor),
-            "tokens": int(pipe.tokenizer.model_max_length),
-        }
-        matters = own if self.index["texts"] else {name: own[name] for name in ("vae", "scaling_factor")}
-        if other := [name for name, value in matters.items() if self.index.get(name) != value]:
-            raise InputError(
-                f"cache {str(self.path)!r} was made by another model (differs: {', '.join(other)}): make it again with "
-                "this one, or train the model that it was made for"
-            )
-
-    def _captions(self) -> list[str]:
-        path = self.path / CAPTIONS
-        if not path.is_file() or sha256(path) != self.index["captions"]["sha256"]:
-            raise self._damaged(CAPTIONS, "was changed")
-        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-    def _place(self, records: Sequence[Mapping[str, Any]], index: int) -> tuple[Any, int]:
-        which, row = divmod(index, int(self.index["shard_images"]))
-        return self._open(records[which]), row
-
-    def _open(self, record: Mapping[str, Any]) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        name = str(record["file"])
-        with self._lock:
-            if name not in self._shards:
-                if name not in self._sound and sha256(self.path / name) != record["sha256"]:
-                    raise self._damaged(name, "was changed")
-                self._sound.add(name)
-                try:
-                    self._shards[name] = safe_open(self.path / name, framework="pt")
-                except (OSError, SafetensorError) as error:
-                    raise self._damaged(name, f"cannot be read ({error})") from error
-                if len(self._shards) > _OPEN:
-                    self._shards.popitem(last=False)
-            self._shards.move_to_end(name)
-            return self._shards[name]
-
-    def _damaged(self, name: str, why: str) -> InputError:
-        return InputError(
-            f"{name} of cache {str(self.path)!r} {why}: make the cache again with --overwrite, or restore the file"
-        )

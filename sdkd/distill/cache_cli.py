@@ -51,6 +51,7 @@ class CacheJob:
     shard_images: int = 1024
     workers: int = 4
     text: bool = True
+    flip: bool = False
 
 
 _DEFAULT = CacheJob("", "", "")
@@ -70,18 +71,20 @@ def cache(
     shard_images: Annotated[int, typer.Option(help="Images per file.")] = _DEFAULT.shard_images,
     workers: Annotated[int, typer.Option(help="Threads that read images, per process.")] = _DEFAULT.workers,
     text: Annotated[bool, typer.Option(help="Store text embeddings too.")] = True,
+    flip: Annotated[bool, typer.Option("--flip", help="Store mirrored images, too: for runs with --flip.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a cache.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a line.")] = False,
 ) -> None:
     """Encode images and captions once, for many runs: give OUTPUT to `sdkd distill --data`.
 
-    Training from a cache equals training from the images of the same precision to the last bit. An interrupted run
+    Training from a cache equals training from the images of the same precision to the last bit. Recipes that distill
+    mirror every other image: make their cache with --flip, which takes twice the time and room. An interrupted run
     keeps its complete shards; the same command goes on from there.
     """
     job = CacheJob(
         model, data, str(output), resolution=resolution, precision=precision, device=device, image_column=image_column,
         caption_columns=split_columns(caption_columns),
-        max_images=max_images, shard_images=shard_images, workers=workers, text=text,
+        max_images=max_images, shard_images=shard_images, workers=workers, text=text, flip=flip,
     )  # fmt: skip
     with progress("cache") as report:
         summary = run(job, num_processes, overwrite=overwrite, report=report)
@@ -90,6 +93,8 @@ def cache(
         return
     for message in summary["unreadable"].values():
         show(f"skipped: {message}")
+    if cut := summary["cut"]:
+        show(f"{cut} captions have more tokens than the text encoder reads, and were cut there")
     show(f"{summary['images']} images at {summary['resolution']} pixels in {summary['output']}. "
          f"Train from them: sdkd distill --data {summary['output']}")  # fmt: skip
 
@@ -107,7 +112,8 @@ def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: P
         check_place(out, inputs, filled=True)
     with lock(out):
         index = _replace(job, processes, report) if overwrite else _fill(job, processes, report)
-    names = ("images", "resolution", "precision", "unreadable")
+    index["cut"] = sum(record.get("cut", 0) for record in index["texts"])
+    names = ("images", "resolution", "precision", "flip", "cut", "unreadable")
     return {"output": job.output, "model": job.model, "data": job.data, **{name: index[name] for name in names}}
 
 
@@ -139,7 +145,7 @@ def _run(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
     if processes > 1:
         from sdkd.distill.cache import cache_settings
 
-        wanted = {name: options[name] for name in ("size", "precision", "shard_images", "text")}
+        wanted = {name: options[name] for name in ("size", "precision", "shard_images", "text", "flip")}
         if prepare(Path(job.output), cache_settings(pipe, images, **wanted)) is None:
             _in_processes(job, processes, within(report, 0.0, 0.9))
     return _write(job, pipe, images, options, report) or {}
@@ -156,7 +162,7 @@ def _opened(job: CacheJob, rank: int) -> tuple[StableDiffusionPipeline, Captione
             raise InputError(f"max_images {job.max_images} is not positive: give 1 or more")
         images = FirstImages(images, job.max_images)
     pipe = load_eager(job.model)
-    options = {name: getattr(job, name) for name in ("precision", "shard_images", "workers", "text")}
+    options = {name: getattr(job, name) for name in ("precision", "shard_images", "workers", "text", "flip")}
     return pipe, images, options | {"size": training_size(pipe, job.resolution), "device": device}
 
 
@@ -184,7 +190,7 @@ def _write(
 
 def _tidy(out: Path) -> int:
     """Remove half-written files, and the folder when no shard is complete; returns how many are."""
-    from sdkd.distill.cache import INDEX, SETTINGS
+    from sdkd.distill.disk_cache import INDEX, SETTINGS
 
     if not proves(out, CACHE):
         return 0

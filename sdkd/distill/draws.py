@@ -35,6 +35,11 @@ def view_generator(seed: int, position: int) -> torch.Generator:
     return generator_at(seed, position, _VIEW)
 
 
+def mirrored_at(seed: int, position: int) -> bool:
+    """Whether a run with `flip` and no random crop mirrors the image at a position: `fit_pixels` draws the same."""
+    return float(torch.rand(1, generator=view_generator(seed, position))) < 0.5
+
+
 def draw_at(
     seed: int, position: int, *, together: int, timesteps: int, caption_dropout: float, random_conditioning: float
 ) -> Draw:

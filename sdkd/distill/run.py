@@ -60,6 +60,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     checkpoint.
     """
     from sdkd.distill.loop import check_trackers, train
+    from sdkd.distill.setup import check_views
     from sdkd.models import load_eager, resolve
 
     checkpoint = find_checkpoint(job)
@@ -67,6 +68,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
         inputs = (job.model, job.data, job.init)
         check_output(job.output, job.resume, job.overwrite, inputs, goes_on=checkpoint is not None)
     source, data = resolve(job.model), open_data(job)
+    check_views(data, job.config)
     check_trackers(job.config)
     if checkpoint and _is_finished(job, checkpoint, _absolute(source), data):
         return _finished(job, source.name, len(data))
@@ -147,11 +149,13 @@ def open_data(job: Job) -> Any:
 
 def open_images_or_cache(data: str, image_column: str | None = None, caption_columns: Sequence[str] = ()) -> Any:
     """Images as `open_images` gives them, by default with its columns, or the latents of a folder of `sdkd cache`."""
-    from sdkd.distill.cache import INDEX as CACHE_INDEX
-    from sdkd.distill.cache import open_cache
     from sdkd.distill.data import CAPTION_COLUMNS, open_images
+    from sdkd.distill.disk_cache import INDEX as CACHE_INDEX
+    from sdkd.distill.disk_cache import open_cache
 
     if (Path(data) / CACHE_INDEX).is_file():
+        if image_column or tuple(caption_columns) not in ((), CAPTION_COLUMNS):
+            raise InputError(f"cache {data!r} has no columns: leave --image-column and --caption-columns out")
         return open_cache(Path(data))
     return open_images(data, image_column=image_column, caption_columns=caption_columns or CAPTION_COLUMNS)
 

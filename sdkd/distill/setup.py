@@ -14,7 +14,7 @@ from sdkd.distill.batches import ImageSamples, LatentSamples, Place, Samples
 from sdkd.distill.buckets import aspect_buckets, fit_pixels, nearest_bucket
 from sdkd.distill.config import TrainConfig
 from sdkd.distill.data import CaptionedImages
-from sdkd.distill.draws import view_generator
+from sdkd.distill.draws import mirrored_at, view_generator
 from sdkd.distill.latents import Latents, encode_images, training_size
 from sdkd.distill.losses import prediction_type
 from sdkd.distill.order import Bucketed, Order, Sharded, Shuffled
@@ -126,7 +126,9 @@ def make_samples(
 ) -> tuple[Samples, Order]:
     """Samples of the data and their order: latents as they are, few images encoded now, many in each step."""
     if isinstance(data, Latents):
-        samples: Samples = LatentSamples(data, config.max_images)
+        check_views(data, config)
+        mirrored = partial(mirrored_at, config.seed) if config.flip else None
+        samples: Samples = LatentSamples(data, config.max_images, mirrored)
         return samples, Shuffled(len(samples), config.seed)
     size = training_size(pipe, config.resolution)
     if _fits_memory(pipe, data, config, size, place):
@@ -142,6 +144,24 @@ def make_samples(
     if blocks and config.max_images is None:
         return samples, Sharded(blocks, config.batch_size, place.rank, place.world, config.seed)
     return samples, Shuffled(len(samples), config.seed)
+
+
+def check_views(data: CaptionedImages | Latents, config: TrainConfig) -> None:
+    """InputError for settings that have no effect on latents that were made before, such as a cache's."""
+    if not isinstance(data, Latents):
+        return
+    problems = []
+    if config.flip and not getattr(data, "flip", False):
+        problems.append("flip needs mirrored images, which it does not hold: make it with sdkd cache --flip, or give "
+                        "--no-flip")  # fmt: skip
+    if config.crop == "random":
+        problems.append("crop 'random' needs the images: give --crop center")
+    if config.buckets:
+        problems.append("buckets need the images: give --no-buckets")
+    if config.latents != "auto":
+        problems.append(f"latents {config.latents!r} is about images: leave it out")
+    if problems:
+        raise InputError(f"the cache holds latents of one size: {'; '.join(problems)}")
 
 
 def _fits_memory(

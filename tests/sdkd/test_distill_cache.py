@@ -230,9 +230,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(model: Path, out: Path, **changes: Any) -> CacheJob:
-    return CacheJob(
-        str(model), "demo", str(out), **({"max_images": 12, "shard_images": 3, "precision": "fp32"} | changes)
-    )
+    usual = {"data": "demo", "max_images": 12, "shard_images": 3, "precision": "fp32"}
+    return CacheJob(str(model), output=str(out), **(usual | changes))
 
 
 def test_two_processes_write_what_one_writes(model: Path, tmp_path: Path) -> None:
@@ -325,3 +324,74 @@ def test_training_from_a_cache_equals_training_from_images(precision: str, pipe:
     assert len(online) == 2
     assert losses(open_cache(tmp_path / "c"), "auto") == online
     assert losses(Noise(12), "memory") == online
+
+
+@pytest.fixture(scope="module")
+def caches(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches of all precisions, with text and without, and one of mirrored images."""
+    folder = tmp_path_factory.mktemp("caches")
+    for precision in ("fp32", "bf16", "fp16"):
+        for text in (True, False):
+            write(pipe, Noise(4), folder / f"{precision}-{text}", precision=precision, text=text)
+    write(pipe, Noise(12), folder / "mirrored", flip=True)
+    return folder
+
+
+def first_loss(data: Any, **settings: Any) -> float:
+    from sdkd.distill.config import TrainConfig
+    from sdkd.distill.loop import train
+    from sdkd.students import build_student
+
+    teacher = tiny_pipeline()
+    config = TrainConfig(**({"steps": 1, "batch_size": 2, "device": "cpu", "precision": "fp32"} | settings))
+    return train(teacher, build_student(teacher.unet, "tiny"), data, config).history[0]["loss/total"]
+
+
+@pytest.mark.parametrize("run_precision", ["fp32", "bf16"])
+def test_a_run_of_any_precision_takes_a_cache_of_any(run_precision: str, caches: Path) -> None:
+    expected = first_loss(Noise(4), precision=run_precision)
+    for precision in ("fp32", "bf16", "fp16"):
+        for text in (True, False):
+            found = first_loss(open_cache(caches / f"{precision}-{text}"), precision=run_precision)
+            assert found == pytest.approx(expected, rel=0.02), (precision, text)
+            if precision == run_precision:
+                assert found == expected
+
+
+def test_mirrored_latents_equal_mirrored_images(caches: Path) -> None:
+    data = open_cache(caches / "mirrored")
+    settings: dict[str, Any] = {"steps": 3, "batch_size": 4, "seed": 3}
+    assert first_loss(data, flip=True, **settings) == first_loss(Noise(12), flip=True, latents="online", **settings)
+    assert first_loss(data, **settings) == first_loss(Noise(12), latents="memory", **settings)
+    assert first_loss(data, flip=True, **settings) != first_loss(data, **settings)
+
+
+def test_settings_that_a_cache_cannot_follow_are_refused_by_name(caches: Path, tmp_path: Path) -> None:
+    from sdkd.distill.config import TrainConfig
+    from sdkd.distill.run import Job
+    from sdkd.distill.run import run as train_run
+
+    plain, mirrored = (str(caches / name) for name in ("bf16-True", "mirrored"))
+    for data, settings, message in (
+        (plain, {"flip": True}, "flip needs mirrored images, .*: make it with sdkd cache --flip, or give --no-flip"),
+        (mirrored, {"crop": "random", "buckets": True}, "crop 'random' .* --crop center; buckets .* --no-buckets"),
+        (mirrored, {"latents": "online"}, "latents 'online' is about images: leave it out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train_run(Job("demo", data, tmp_path / "out", TrainConfig(device="cpu", **settings)))
+    with pytest.raises(InputError, match="has no columns: leave --image-column and --caption-columns out"):
+        train_run(Job("demo", plain, tmp_path / "out", TrainConfig(device="cpu"), caption_columns=("text",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_counts_captions_that_are_cut(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, caption in (("a", "x" * 90), ("b", "short")):
+        Image.new("RGB", (64, 64), "red").save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(caption)
+    summary = run(job(model, tmp_path / "c", data=str(folder), flip=True))
+    assert (summary["cut"], summary["flip"]) == (1, True)
+    assert open_cache(tmp_path / "c").cut == 1
+    with pytest.raises(OutputExistsError, match=r"other settings .*flip: there True, asked False"):
+        run(job(model, tmp_path / "c", data=str(folder)))

@@ -1,0 +1,140 @@
+"""A cache of latents as training reads it: by row, from memory-mapped shards, each checked when it is first used."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkd.distill.encode import limit_of, model_digests
+from sdkd.errors import InputError
+from sdkd.files import read_json, sha256
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+INDEX = "index.json"
+SETTINGS = "settings.json"
+CAPTIONS = "captions.jsonl"
+SCHEMA = 1
+_SHARD = re.compile(r"(latents|text)-\d{5,}\.safetensors")
+PLAIN, MIRRORED = ("mean", "std"), ("mirrored_mean", "mirrored_std")  # tensors of a shard
+_OPEN = 64  # shards that a DiskCache keeps open
+
+
+def open_cache(path: str | Path) -> DiskCache:
+    """The latents of a folder that `sdkd cache` wrote; InputError when it is incomplete, damaged or something else."""
+    return DiskCache(Path(path))
+
+
+class DiskCache:
+    """Latents of a cache folder, read by row from memory-mapped shards; see the protocol `Latents`.
+
+    A shard's SHA-256 is checked when it is first used. Tensors come in the precision of the cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / INDEX).is_file():
+            unfinished = (path / SETTINGS).is_file()
+            raise InputError(
+                f"cache {str(path)!r} is not complete: run the same `sdkd cache` again, it goes on where it ended"
+                if unfinished
+                else f"folder {str(path)!r} is no cache (no {INDEX}): make one with sdkd cache MODEL {path} NEW_FOLDER"
+            )
+        self.index: dict[str, Any] = read_json(path / INDEX)
+        if not isinstance(self.index, dict) or self.index.get("schema") != SCHEMA or "latents" not in self.index:
+            raise InputError(f"{str(path / INDEX)!r} is not of a cache that this version reads: make the cache again")
+        self.size, self.precision = int(self.index["resolution"]), str(self.index["precision"])
+        for record in (*self.index["latents"], *self.index["texts"]):
+            if not _SHARD.fullmatch(str(record["file"])):
+                raise self._damaged(INDEX, f"names {record['file']!r}, which is no file of a cache")
+            if not (path / record["file"]).is_file() or (path / record["file"]).stat().st_size != record["bytes"]:
+                raise self._damaged(record["file"], f"is not there with its {record['bytes']} bytes")
+        self.captions = self._captions()
+        self._rows = {text: row for row, text in enumerate(dict.fromkeys(["", *self.captions]))}
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self._sound: set[str] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def flip(self) -> bool:
+        """Whether there are latents of the mirrored images, too."""
+        return bool(self.index.get("flip"))
+
+    @property
+    def cut(self) -> int:
+        """Captions with more tokens than were stored."""
+        return sum(int(record.get("cut", 0)) for record in self.index["texts"])
+
+    def posterior(self, index: int, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [c, h, w], of the mirrored image where that is asked for.
+
+        Raises IndexError outside 0..len-1, InputError when the shard is damaged.
+        """
+        shard, row = self._place(self.index["latents"], range(len(self))[index])
+        mean, std = MIRRORED if mirrored else PLAIN
+        return shard.get_slice(mean)[row], shard.get_slice(std)[row]
+
+    def text(self, index: int) -> torch.Tensor | None:
+        """Text embeddings [s, d] of an image's caption, of the empty one for index -1; None in a cache without text."""
+        if not self.index["texts"]:
+            return None
+        shard, row = self._place(self.index["texts"], self._rows["" if index == -1 else self.captions[index]])
+        found: torch.Tensor = shard.get_slice("text")[row]
+        return found
+
+    def check(self, pipe: StableDiffusionPipeline) -> None:
+        """InputError unless the cache was made by this pipeline's VAE encoder, text encoder and tokenizer length."""
+        own = model_digests(pipe, self.precision) | {
+            "scaling_factor": float(pipe.vae.config.scaling_factor),
+            "tokens": limit_of(pipe.tokenizer, pipe.text_encoder),
+        }
+        matters = own if self.index["texts"] else {name: own[name] for name in ("vae", "scaling_factor")}
+        if other := [name for name, value in matters.items() if self.index.get(name) != value]:
+            raise InputError(
+                f"cache {str(self.path)!r} was made by another model (differs: {', '.join(other)}): make it again with "
+                "this one, or train the model that it was made for"
+            )
+
+    def _captions(self) -> list[str]:
+        path = self.path / CAPTIONS
+        if not path.is_file() or sha256(path) != self.index["captions"]["sha256"]:
+            raise self._damaged(CAPTIONS, "was changed")
+        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+    def _place(self, records: Sequence[Mapping[str, Any]], index: int) -> tuple[Any, int]:
+        which, row = divmod(index, int(self.index["shard_images"]))
+        return self._open(records[which]), row
+
+    def _open(self, record: Mapping[str, Any]) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        name = str(record["file"])
+        with self._lock:
+            if name not in self._shards:
+                if name not in self._sound and sha256(self.path / name) != record["sha256"]:
+                    raise self._damaged(name, "was changed")
+                self._sound.add(name)
+                try:
+                    self._shards[name] = safe_open(self.path / name, framework="pt")
+                except (OSError, SafetensorError) as error:
+                    raise self._damaged(name, f"cannot be read ({error})") from error
+                if len(self._shards) > _OPEN:
+                    self._shards.popitem(last=False)
+            self._shards.move_to_end(name)
+            return self._shards[name]
+
+    def _damaged(self, name: str, why: str) -> InputError:
+        return InputError(
+            f"{name} of cache {str(self.path)!r} {why}: make the cache again with --overwrite, or restore the file"
+        )
