@@ -1,12 +1,13 @@
 """Names of LoRA weights: the styles in use, brought to the two that diffusers and the layer map know.
 
-`unet.<module>.<weight>` (diffusers and PEFT) and `lora_unet_<module with underscores>.<weight>` (kohya).
+`unet.<module>.<weight>` (diffusers and PEFT) and `lora_unet_<module with underscores>.<weight>` (kohya). And the names
+by which adapters of other kinds are known, which are no LoRA though their files look like one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sdkd.errors import ModelError
@@ -15,7 +16,43 @@ _WRAPPERS = ("base_model.model.unet.", "base_model.model.", "unet.")  # of PEFT'
 _UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
 # Old diffusers kept a LoRA in attention processors: ...attn1.processor.to_q_lora.down.weight
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
+# Adapters that a down and an up matrix do not describe, by what the names of their weights hold.
+_OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple((kind, re.compile(pattern)) for kind, pattern in (
+    ("DoRA", r"dora_scale|lora_magnitude_vector"),
+    ("LoHa", r"\.hada_"),
+    ("LoKr", r"\.lokr_"),
+    ("BOFT", r"boft_"),
+    ("OFT", r"(^|[._])oft_"),
+    ("IA3", r"ia3_|\.on_input$"),
+    ("GLoRA", r"\.[ab][12]\.weight$"),
+    ("VeRA", r"vera_lambda_"),
+    ("AdaLoRA", r"\.lora_E$|ranknum"),
+    ("LoCon with Tucker decomposition", r"\.lora_mid\."),
+    ("LoRA with a trained scalar", r"\.scalar$"),
+    ("LoRA with biases", r"lora[\w.]*\.bias$"),
+    ("LoRA of an embedding layer", r"lora_embedding_[AB]"),
+    ("full difference of weights", r"\.diff(_b)?$"),
+    ("difference of norm layers", r"\.[wb]_norm$"),
+    ("textual inversion in a LoRA file", r"^bundle_emb\."),
+    ("Control-LoRA", r"^lora_controlnet$"),
+))  # fmt: skip
 _LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+
+
+def other_kind(names: Iterable[str]) -> str | None:
+    """What a file of adapters is when it is no plain LoRA, for an error: "is a DoRA (...): ..."; None for a LoRA.
+
+    To be asked of the names as the file has them: diffusers leaves out what it does not know.
+    """
+    names = list(names)
+    found = {kind: name for kind, pattern in _OTHERS for name in reversed(names) if pattern.search(name)}
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    return (
+        f"is a {' and '.join(found)} (by {first!r}): only plain LoRA is taken, an up and a down matrix and alpha for "
+        "each layer. Merge it into its model with the program that made it, and give that model"
+    )
 
 
 def common_name(key: str) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdkd.errors import InputError, ModelError
-from sdkd.lora_names import common_name
+from sdkd.lora_layers import flat
+from sdkd.lora_names import common_name, other_kind
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +85,7 @@ _PER_UP_LEVEL = ("up_block_types", "reverse_transformer_layers_per_block")
 _LORA_BLOCKS = tuple(
     f"{style}{block}" for style in ("unet.", "lora_unet_") for block in ("down_blocks", "mid_block", "up_blocks")
 )
+_LORA_UNET, _LORA_TEXT = ("unet.", "lora_unet_"), ("text_encoder.", "lora_te")
 
 
 def student_spec(name: str | StudentSpec) -> StudentSpec:
@@ -301,13 +303,16 @@ def remap_lora(
     """A LoRA of the teacher as a LoRA of its student: weights of kept layers renamed, those of removed layers left out.
 
     Takes diffusers' and PEFT's names (`unet.down_blocks.0...`, `base_model.model.down_blocks.0...`) and kohya's
-    (`lora_unet_down_blocks_0_...`); a text encoder's weights pass unchanged. Raises ModelError when no name
-    belongs to a block that the student keeps.
+    (`lora_unet_down_blocks_0_...`); a text encoder's weights pass unchanged. Raises ModelError for adapters of another
+    kind (DoRA, LoHa, ...), and when no name belongs to a layer that the student keeps.
     """
+    if kind := other_kind(state_dict):
+        raise ModelError(f"this file of adapters {kind}")
     modules = key_map(teacher_config, student)
     places = {f"unet.{teacher}.": f"unet.{own}." for own, teacher in modules.items()}
-    places |= {f"lora_unet_{_flat(teacher)}_": f"lora_unet_{_flat(own)}_" for own, teacher in modules.items()}
-    result, moved = {}, 0
+    places |= {f"lora_unet_{flat(teacher)}_": f"lora_unet_{flat(own)}_" for own, teacher in modules.items()}
+    result: dict[str, torch.Tensor] = {}
+    moved = text = 0
     for key, value in ((common_name(key), value) for key, value in state_dict.items()):
         prefix = next((prefix for prefix in places if key.startswith(prefix)), None)
         if prefix is not None:
@@ -315,13 +320,11 @@ def remap_lora(
             moved += 1
         elif not key.startswith(_LORA_BLOCKS):
             result[key] = value
-    if not moved:
+            moved += key.startswith(_LORA_UNET)
+            text += key.startswith(_LORA_TEXT)
+    if not moved and not 0 < text == len(state_dict):  # nothing of the UNet is left, and there was something
         raise ModelError(
             f"the LoRA names no layer that {student_spec(student).name} keeps (its first name is "
             f"{next(iter(state_dict), 'none')!r}): give a LoRA of an SD 1.x/2.x UNet, in diffusers' or kohya's names"
         )
     return result
-
-
-def _flat(module: str) -> str:
-    return module.replace(".", "_")

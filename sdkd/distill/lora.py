@@ -8,7 +8,7 @@ rank is lost.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 
 from sdkd.errors import InputError, ModelError
 from sdkd.files import write_bytes
+from sdkd.lora_names import other_kind
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -39,7 +40,7 @@ def add_lora(
     """Add an adapter and return its parameters, float32 and trainable; everything else is frozen.
 
     `targets` is a key of TARGETS. Matrices A are drawn from `seed`, B is 0: the output is unchanged at first.
-    Raises InputError for unknown targets, ModelError when the UNet carries an adapter already.
+    Raises InputError for unknown targets and a rank that no layer has room for, ModelError when the UNet carries an adapter already.
     """
     from peft import LoraConfig
 
@@ -47,6 +48,7 @@ def add_lora(
         raise InputError(f"lora_targets {targets!r} is unknown: choose one of {', '.join(TARGETS)}")
     if getattr(unet, "peft_config", None):
         raise ModelError("the UNet carries an adapter already: fuse or unload it first")
+    _check_rank(unet, rank, TARGETS[targets])
     unet.requires_grad_(False)
     whole = int(alpha) if float(alpha).is_integer() else alpha
     config = LoraConfig(r=rank, lora_alpha=whole, lora_dropout=dropout, target_modules=list(TARGETS[targets]))
@@ -58,6 +60,21 @@ def add_lora(
     for parameter in parameters:
         parameter.data = parameter.data.float()
     return parameters
+
+
+def _check_rank(unet: UNet2DConditionModel, rank: int, targets: Sequence[str]) -> None:
+    """InputError for a rank above the widths of all layers: it adds memory and nothing else."""
+    layers = {
+        name: min(module.weight.shape[0], module.weight[0].numel())
+        for name, module in unet.named_modules()
+        if name.endswith(tuple(f".{target}" for target in targets)) and hasattr(module, "weight")
+    }
+    widest = max(layers, key=lambda name: layers[name])
+    if rank > layers[widest]:
+        raise InputError(
+            f"lora_rank {rank} is above what any layer has room for: a rank of {layers[widest]} changes {widest}, the "
+            f"widest of them, in every way. Give at most {layers[widest]}; 4 to 128 is usual"
+        )
 
 
 def lora_state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
@@ -105,10 +122,20 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             notes = stream.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"LoRA {str(file)!r} cannot be read ({error}): download or make it again") from error
-    if not any("lora" in name for name in state):
+    if not any("lora" in name for name in state) and other_kind(state) is None:
         first = min(state, default="none")
         raise InputError(f"file {str(file)!r} is no LoRA (first weight: {first}): give a LoRA's .safetensors file")
-    return state, json.loads(notes.get(METADATA, "{}"))
+    return state, _settings(file, notes.get(METADATA, "{}"))
+
+
+def _settings(file: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"LoRA {str(file)!r} has settings ({METADATA}) that are no JSON object: make it again")
+    return found
 
 
 def _lora_file(path: Path) -> Path:

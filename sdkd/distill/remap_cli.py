@@ -23,14 +23,17 @@ def remap(
 ) -> None:
     """Make a LoRA of SD 1.x/2.x fit a student: what it does to the kept layers stays exactly the same.
 
-    Takes diffusers', PEFT's and kohya's names. The student with the new LoRA equals the student built from the teacher
-    with the old one fused; weights of removed layers are left out.
+    Takes diffusers', PEFT's and kohya's names and writes PEFT's, each layer's alpha inside its matrices. The student
+    with the new LoRA equals the student built from the teacher with the old one fused; weights of removed layers are
+    left out. A LoRA that was made for the student itself stays as it is, and that is said.
     """
     found = run(lora, output, student, teacher, overwrite=overwrite)
     if json:
         show_json(found)
         return
+    whose = found["student"] if found["made_for"] == "student" else "the teacher"
     show(
+        f"Taken for a LoRA of {whose}: {found['why']}.\n"
         f"Kept {found['kept']} of {found['weights']} weights for {found['student']} ({found['removed']} belong to "
         f"removed layers). Saved {found['output']}."
     )
@@ -39,21 +42,34 @@ def remap(
 def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite: bool = False) -> dict[str, Any]:
     """What the command does; returns its summary. Raises InputError, ModelError and OutputExistsError."""
     from sdkd.distill.lora import FILE, read_lora, write_lora
+    from sdkd.lora_fit import check_text_width, fit_student
+    from sdkd.lora_layers import peft_settings, peft_state, read_layers, text_names
     from sdkd.lora_names import remap_settings
     from sdkd.models import unet_config
-    from sdkd.students import key_map, remap_lora, student_spec
+    from sdkd.students import key_map, student_config, student_spec
 
     file = output if output.suffix == ".safetensors" else output / FILE
     check_file_free(file, overwrite, [lora, teacher])
-    config = unet_config(teacher)
+    spec, config = student_spec(student), unet_config(teacher)
+    own = student_config(config, spec)
+    what = f"LoRA {str(lora)!r}"
     state, settings = read_lora(lora)
-    kept = remap_lora(state, config, student)
-    write_lora(file, kept, remap_settings(settings, key_map(config, student)))
+    check_text_width(state, config, what)
+    layers = read_layers(state, what, settings)
+    text = layers.get("text_encoder", {})
+    fit = fit_student(layers.get("unet", {}), own, config, spec, what, unclear="teacher", whole_teacher=True)
+    kept = {**fit.state, **peft_state("text_encoder", text, text_names(text))}
+    if settings and fit.owner == "teacher":
+        settings = remap_settings(settings, key_map(config, spec))
+    write_lora(file, kept, peft_settings(kept, settings))
+    weights = 2 * sum(map(len, layers.values()))
     return {
         "lora": str(lora),
         "output": str(file),
-        "student": student_spec(student).name,
-        "weights": len(state),
+        "student": spec.name,
+        "made_for": "student" if fit.owner == "model" else "teacher",
+        "why": fit.why,
+        "weights": weights,
         "kept": len(kept),
-        "removed": len(state) - len(kept),
+        "removed": weights - len(kept),
     }
