@@ -1,15 +1,22 @@
-"""The LoRA methods of a plugged pipeline: diffusers' own names, done by `engines.lora` on first use."""
+"""The LoRA methods of pipelines whose UNet or text encoder is an engine: diffusers' own names, done by `engines.lora`.
+
+Adapters belong to a pipeline's parts: each engine module keeps its own. So the methods of diffusers' class are what is
+extended, once, and they look at the parts that a pipeline has when they are called: after a second plug, on a copy
+(`from_pipe`, `pipeline(**pipe.components)`), after a part was replaced by hand. A pipeline without such an engine runs
+diffusers' code alone.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import EngineError
 
 if TYPE_CHECKING:
-    from engines.lora import Adapters
+    from torch import nn
+
     from engines.module import EngineModule
 
 # Methods of StableDiffusionLoraLoaderMixin that change or show adapters.
@@ -26,46 +33,64 @@ REFUSED = {
 PARTS = ("unet", "text_encoder")
 
 
-class LoraMethods:
-    """The methods of one pipeline; its adapters are made when the first one is loaded."""
+@functools.cache
+def install() -> None:
+    """Extend diffusers' methods; they are told from its own by what the pipeline's parts are."""
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
-    def __init__(self, pipe: Any, engines: Mapping[str, EngineModule]) -> None:
-        self._pipe = weakref.ref(pipe)  # whose methods hold this: engines are freed as soon as the pipeline is
-        self.engines = {part: engines[part] for part in PARTS if part in engines}
-        self._adapters: Adapters | None = None
+    for name in (*METHODS, *REFUSED):
+        original = getattr(StableDiffusionLoraLoaderMixin, name, None)
+        if original is not None:
+            setattr(StableDiffusionLoraLoaderMixin, name, _extended(name, original))
 
-    @property
-    def pipe(self) -> Any:
-        """The pipeline whose methods these are."""
-        return self._pipe()
 
-    def install(self) -> None:
-        """Put the methods on the pipeline object, over its class's."""
-        for name in (*METHODS, *REFUSED):
-            if hasattr(type(self.pipe), name):
-                self.pipe.__dict__[name] = self._refused(name) if name in REFUSED else self._method(name)
-
-    def remove(self) -> None:
-        """Give the pipeline its class's methods back."""
-        for name in (*METHODS, *REFUSED):
-            self.pipe.__dict__.pop(name, None)
-
-    def _method(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            from engines.lora import Adapters
-
-            if self._adapters is None:
-                eager = {part: getattr(self.pipe, part, None) for part in PARTS if part not in self.engines}
-                self._adapters = Adapters(self.engines, eager)
-            result = getattr(self._adapters, name)(*arguments, **options)
-            self._adapters.announce()
-            return result
-
-        call.__name__, call.__doc__ = name, f"diffusers' `{name}`, on engines."
-        return call
-
-    def _refused(self, name: str) -> Any:
-        def call(*_: Any, **__: Any) -> Any:
+def _extended(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(pipe: Any, *arguments: Any, **options: Any) -> Any:
+        if not on_engines(pipe):
+            return original(pipe, *arguments, **options)
+        if name in REFUSED:
             raise EngineError(f"{name}: {REFUSED[name]}. Leave it out, or run eagerly: engines.unplug(pipe)")
+        from engines.lora import Adapters
 
-        return call
+        adapters = Adapters(pipe)
+        result = getattr(adapters, name)(*arguments, **options)
+        if not name.startswith("get_"):
+            adapters.announce()
+        return result
+
+    return call
+
+
+def on_engines(pipe: Any) -> bool:
+    """Whether adapters of this pipeline change an engine."""
+    from engines.module import EngineModule
+
+    return any(isinstance(getattr(pipe, part, None), EngineModule) for part in PARTS)
+
+
+# What `plug` and `unplug` ask of adapters; PEFT is imported only where there are some.
+
+
+def check(part: str, module: Any) -> None:
+    """ModelError naming an adapter of an eager module that an engine cannot take over."""
+    if hasattr(module, "peft_config"):
+        from engines.carried_adapters import check_adapters
+
+        check_adapters(part, module)
+
+
+def carry_over(part: str, source: Any, module: EngineModule) -> None:
+    """Give a new engine the adapters of the module that it stands for."""
+    if part in PARTS and (hasattr(source, "peft_config") or getattr(source, "adapters", None) is not None):
+        from engines.carried_adapters import carry_over
+
+        carry_over(part, source, module)
+
+
+def bring_back(module: EngineModule, eager: nn.Module) -> None:
+    """Give an eager module the adapters that its engine has now."""
+    if module.adapters is not None:
+        from engines.carried_adapters import bring_back
+
+        bring_back(module, eager)

@@ -1,7 +1,7 @@
 """What the eager modules of a pipeline carry beyond what a bundle holds: asked before an engine stands in for them.
 
-An engine computes what was exported. Adapters, patched forward passes, other attention, more tokens, other weights
-would be gone without a word: they are refused here, by name.
+An engine computes what was exported, and takes adapters over (`engines.carried_adapters`). Patched forward passes,
+other attention, more tokens, other weights would be gone without a word: they are refused here, by name.
 """
 
 from __future__ import annotations
@@ -79,14 +79,6 @@ def _features(part: Any) -> Found:
     return None
 
 
-def _adapters(part: Any) -> Found:
-    if not hasattr(part, "lora_A") or part.disable_adapters:  # of a layer of PEFT's
-        return None
-    if names := [name for name in part.active_adapters if name in part.lora_A]:
-        return f"the adapter {names[0]!r}", "plug first, and load it then with pipe.load_lora_weights"
-    return None
-
-
 def _patches(part: Any) -> Found:
     kind = type(part)
     if replaced := next((name for name in METHODS if name in vars(part)), None):
@@ -102,7 +94,7 @@ def _root(thing: Any) -> str:
     return str(getattr(thing, "__module__", None)).partition(".")[0]
 
 
-_LOOKS: tuple[Callable[[Any], Found], ...] = (_hooks, _features, _adapters, _patches)
+_LOOKS: tuple[Callable[[Any], Found], ...] = (_hooks, _features, _patches)
 
 
 def check_tokens(pipe: Any, bundle: Bundle) -> None:

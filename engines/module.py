@@ -18,11 +18,13 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch.func import functional_call
 
+from engines import adapters
 from engines.carried import eager_tensors
 from engines.refusals import COPIES, EAGERLY, LAYERS, UNREACHABLE, UNSETTABLE, UnreachableError
 from engines.session import Rebuild, Session, torch_dtype
 from engines.weights import EngineWeights, check_state
 from sdkd.errors import EngineError
+from sdkd.numbers import check_number
 
 FIXED = "the engine's graph has no such input"
 log = logging.getLogger(__name__)
@@ -36,6 +38,23 @@ def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, s
             raise EngineError(
                 f"{type(module).__name__} cannot take {name}: {reasons.get(name, FIXED)}. Leave it out, or {EAGERLY}"
             )
+
+
+def harmless(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without masks of ones, as compel gives them: they change nothing."""
+    masks = {name: value for name, value in arguments.items() if name.endswith("attention_mask")}
+    ones = [name for name, mask in masks.items() if isinstance(mask, torch.Tensor) and bool((mask == 1).all())]
+    return {**arguments, **dict.fromkeys(ones)}
+
+
+def adapter_scale(module: object, options: Mapping[str, Any] | None) -> float:
+    """The factor of adapters in `cross_attention_kwargs`; EngineError for anything else there, by name."""
+    for name, value in (options or {}).items():
+        if name != "scale":
+            refuse(module, {f"cross_attention_kwargs[{name!r}]": value}, {})
+    factor = (options or {}).get("scale", 1.0)
+    check_number("cross_attention_kwargs['scale']", factor)
+    return float(factor)
 
 
 def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | None = None) -> dict[str, torch.Tensor]:
@@ -81,6 +100,7 @@ class EngineModule(torch.nn.Module):
 
     place: torch.Tensor
     falls_back = False
+    adapters: Any = None  # a hollow copy of the eager module that holds them: see engines.lora
 
     def __init__(
         self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
@@ -134,6 +154,12 @@ class EngineModule(torch.nn.Module):
         found: EngineWeights = self._weights
         return found
 
+    def scale_adapters(self, options: Mapping[str, Any] | None) -> None:
+        """Take the factor of adapters from `cross_attention_kwargs`, for this call."""
+        factor = adapter_scale(self, options)
+        if self._weights is not None:
+            self._weights.scale(factor)
+
     def settle(self) -> None:
         """Take over weights that were asked for since the last run."""
         if self._weights is not None:
@@ -155,7 +181,8 @@ class EngineModule(torch.nn.Module):
         given = {name: value for name, value in arguments.items() if value is not None}
         if method != "forward":
             return getattr(eager, method)(**given)
-        return functional_call(eager, self._eager_state(), kwargs=given)
+        with own_adapters_off(eager):  # the engine's are in its weights, those that it took over as well
+            return functional_call(eager, eager_names(eager, self._eager_state()), kwargs=given)
 
     def _eager_state(self) -> dict[str, torch.Tensor]:
         """The engine's other weights for the eager module, made once for each change of them, device and dtype."""
@@ -207,7 +234,7 @@ class EngineModule(torch.nn.Module):
                 f"{name} cannot be saved: its weights live in the engine of bundle {place!r}, and no eager module is "
                 f"kept. Load that bundle again with engines.load_pipeline, or plug it with keep_eager=True"
             )
-        if self._weights is not None and self._weights.adapted:
+        if getattr(self.adapters, "peft_config", None):
             raise EngineError(
                 f"{name} cannot be saved with adapters on it, which would be lost: call pipe.unload_lora_weights() "
                 "first, and keep the adapters' own files"
@@ -226,7 +253,7 @@ class EngineModule(torch.nn.Module):
             fill(self.__dict__["original"], kept)
 
     def restore(self) -> torch.nn.Module | None:
-        """The kept eager module as the pipeline is now: its device and dtype, and the weights that were swapped in."""
+        """The kept eager module as the pipeline is now: its device and dtype, swapped weights, adapters."""
         eager: Any = self.__dict__["original"]
         if eager is None:
             return None
@@ -234,6 +261,7 @@ class EngineModule(torch.nn.Module):
             eager.to(self.device, self.dtype)
         if self._weights is not None:
             fill(eager, self._weights.checkpoint)
+        adapters.bring_back(self, eager)
         restored: torch.nn.Module = eager
         return restored
 
@@ -257,6 +285,29 @@ def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
+
+
+def eager_names(eager: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names that they have where a module carries adapters of its own."""
+    wrapped = {path for path, layer in eager.named_modules() if "base_layer" in layer._modules}
+    parts = {name: name.rpartition(".") for name in state}
+    return {
+        f"{parts[name][0]}.base_layer.{parts[name][2]}" if parts[name][0] in wrapped else name: tensor
+        for name, tensor in state.items()
+    }
+
+
+@contextlib.contextmanager
+def own_adapters_off(eager: torch.nn.Module) -> Iterator[None]:
+    """Run an eager module without the adapters that it carries itself."""
+    on: list[Any] = [layer for layer in eager.modules() if getattr(layer, "_disable_adapters", True) is False]
+    try:
+        for layer in on:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in on:
+            layer._disable_adapters = False
 
 
 def full_config(model: Any, config: Mapping[str, Any]) -> FrozenDict:

@@ -12,18 +12,18 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from engines.module import FIXED, EngineModule, cast_feeds, full_config, refuse, run_split
+from engines.module import FIXED, EngineModule, adapter_scale, cast_feeds, full_config, harmless, refuse, run_split
 from engines.session import Session, torch_dtype, verify_once
 from sdkd.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, split_axis
 from sdkd.errors import EngineError, RangeError
 
+MASKS = f"{FIXED}: Stable Diffusion attends to all tokens, so only a mask of ones can be given"
 # Why an argument of the eager module has no counterpart in an engine.
 UNET_REFUSALS = {
     "class_labels": FIXED,
     "timestep_cond": f"{FIXED}: guidance-embedded (LCM-distilled) UNets are not exported",
-    "attention_mask": f"{FIXED}: Stable Diffusion attends to all tokens",
-    "encoder_attention_mask": f"{FIXED}: Stable Diffusion attends to all tokens",
-    "cross_attention_kwargs": "an engine's attention processors and LoRA scale are fixed when it is built",
+    "attention_mask": MASKS,
+    "encoder_attention_mask": MASKS,
     "added_cond_kwargs": f"{FIXED}: IP-Adapter and SDXL conditions are not exported",
     "down_intrablock_additional_residuals": f"{FIXED}: T2I-Adapter residuals are not exported",
 }
@@ -31,7 +31,7 @@ CONTROLNET_REFUSALS = {name: UNET_REFUSALS[name] for name in UNET_REFUSALS if na
     "encoder_attention_mask", "down_intrablock_additional_residuals")}  # fmt: skip
 NO_RESIDUALS = f"{FIXED}: export the model with --controlnet for residual inputs"
 TEXT_REFUSALS = {
-    "attention_mask": "the engine has CLIP's causal mask built in",
+    "attention_mask": "the engine has CLIP's causal mask built in, so only a mask of ones can be given",
     "position_ids": FIXED,
     "inputs_embeds": FIXED,
     "output_attentions": "the engine returns the last hidden state and the pooled output only",
@@ -78,7 +78,8 @@ class EngineUNet(EngineModule):
         engine has no input for; RangeError outside the built sizes.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
-        refuse(self, {name: given[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
+        refuse(self, {name: harmless(given)[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
+        self.scale_adapters(cross_attention_kwargs)
         self.settle()
         tensors = {
             "sample": sample,
@@ -171,7 +172,8 @@ class EngineControlNet(EngineModule, ControlNetModel):
         engine has no input for; RangeError outside the built sizes.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
-        refuse(self, {name: given[name] for name in CONTROLNET_REFUSALS}, CONTROLNET_REFUSALS)
+        refuse(self, {name: harmless(given)[name] for name in CONTROLNET_REFUSALS}, CONTROLNET_REFUSALS)
+        adapter_scale(self, cross_attention_kwargs)
         tensors = {
             "sample": sample,
             "timestep": _one_timestep(timestep, sample),
@@ -239,7 +241,7 @@ class EngineTextEncoder(EngineModule):
         asked = dict(given)
         layers = [spec.name for spec in self.session.contract.outputs[2:]]
         given["output_hidden_states"] = output_hidden_states and not layers
-        refuse(self, {name: given[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
+        refuse(self, {name: harmless(given)[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
         self.settle()
         try:
             found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))

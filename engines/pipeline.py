@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from engines.adapters import LoraMethods
+from engines import adapters
 from engines.carried import CheckWeights, check_how, check_patches, check_tokens, check_weights_of, of_graph, of_module
 from engines.parts import BASE_PARTS, PARTS, check_agreement, check_devices, chosen_parts, engine_names
 from engines.slots import best_slot
@@ -59,7 +59,7 @@ def plug(
     for runs eagerly, which is announced once per shape. `low_memory` opens engines in turn: see `engines.turns`.
     `check_weights`: whether the pipeline's weights are the bundle's is looked at in numbers of each (`sample`), in all
     numbers (`all`), or not (`none`). What an engine in the same place had stays: weights that were swapped in, kept
-    eager modules, `eager_fallback`, `rebuild`, a VAE's slicing and tiling.
+    eager modules, `eager_fallback`, `rebuild`, a VAE's slicing and tiling; and adapters of either, as they are.
     Nothing changes unless every engine opens. Raises ModelError when bundle and pipeline disagree, naming both values,
     and for what an eager module carries besides (`engines.carried`), EngineError when memory is short or an eager
     module to keep is gone, and what `engines.session.open_session` raises.
@@ -81,10 +81,11 @@ def plug(
                 kept = _eager(before) if keep_eager or eager_fallback or _is_engine(before) else None
                 modules[name] = build_module(opened, slot, name, before.dtype, before.device, kept, open_one)
                 modules[name].follow(before, rebuild, eager_fallback)
+                adapters.carry_over(name, before, modules[name])
             check_devices(pipeline, modules)
     for name, module in modules.items():
         setattr(pipeline, name, module)
-    _install(pipe, modules)
+    _install()
     return pipe
 
 
@@ -96,6 +97,7 @@ def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], h
         eager = _eager(getattr(pipe, part))
         if eager is not None:
             check_exported(part, type(eager), f"this {type(pipe).__name__}")
+            adapters.check(part, getattr(pipe, part))
             check_patches(part, eager)
     check_agreement(pipe, bundle, parts)
     if how == "none":
@@ -143,19 +145,19 @@ def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -
     return Turns(bundle, slot).session if low_memory else functools.partial(open_session, bundle, slot)
 
 
-def _install(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
+def _install() -> None:
     """What a pipeline does in another way on engines: LoRA, and saving."""
     from engines.saving import guard_saving
 
     guard_saving()
-    LoraMethods(pipe, modules).install()
+    adapters.install()
 
 
 def unplug(pipe: Pipe) -> Pipe:
     """Put the eager modules back; returns the pipeline. EngineError where there are none to put back.
 
-    They come back as the pipeline is now: on its device, in its dtype, with a VAE's slicing and tiling, and with the
-    weights that were swapped in, which are written into them.
+    They come back as the pipeline is now: on its device, in its dtype, with a VAE's slicing and tiling, with the weights
+    that were swapped in, which are written into them, and with its adapters.
     """
     from engines.module import EngineModule
 
@@ -169,7 +171,6 @@ def unplug(pipe: Pipe) -> Pipe:
         )
     if not engines:
         raise EngineError(f"this {type(pipe).__name__} runs on no engine: nothing to unplug")
-    LoraMethods(pipe, engines).remove()
     for name, module in engines.items():
         setattr(pipeline, name, module.restore())
     return pipe
@@ -211,7 +212,7 @@ def load_pipeline(
         )
     for module in modules.values():
         module.follow(None, rebuild)
-    _install(pipe, modules)
+    _install()
     return pipe
 
 

@@ -32,7 +32,13 @@ class Wish:
 
     checkpoint: Mapping[str, torch.Tensor] = field(default_factory=dict)
     deltas: Mapping[str, Delta] = field(default_factory=dict)
+    scale: float = 1.0  # of the deltas
     version: int = 0
+
+    def same(self, other: Wish) -> bool:
+        """Whether both give the same weights: a scale that comes back asks for nothing new."""
+        equal = self.checkpoint is other.checkpoint and self.deltas is other.deltas
+        return equal and (self.scale == other.scale or not self.deltas)
 
 
 class EngineWeights:
@@ -41,7 +47,7 @@ class EngineWeights:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._wish = Wish()  # replaced as a whole, never changed
-        self._done = 0  # the version that the engine holds
+        self._done = self._wish  # what the engine holds
         self._changed = False  # whether the engine holds other weights than the bundle's
         self._asking, self._settling = threading.Lock(), threading.Lock()
 
@@ -71,15 +77,21 @@ class EngineWeights:
             if deltas or self._wish.deltas:
                 self._wish = replace(self._wish, deltas=dict(deltas), version=self.version + 1)
 
+    def scale(self, factor: float) -> None:
+        """What adapters add, times this, for the calls until the next one says another."""
+        with self._asking:
+            if factor != self._wish.scale:
+                self._wish = replace(self._wish, scale=factor, version=self.version + 1)
+
     def settle(self) -> None:
         """Bring the engine to what was asked for; when that fails, it is asked for again at the next run."""
         with self._settling:  # what is asked for meanwhile counts at the next run
             wish = self._wish
-            if wish.version == self._done:
+            if wish.same(self._done):
                 return
             if wish.checkpoint or wish.deltas or self._changed:
                 self.session.swap(self._weights_of(wish))
-            self._changed, self._done = bool(wish.checkpoint or wish.deltas), wish.version
+            self._changed, self._done = bool(wish.checkpoint or wish.deltas), wish
 
     def changed(self) -> dict[str, torch.Tensor]:
         """The weights that differ from the bundle's, by state-dict name."""
@@ -91,7 +103,9 @@ class EngineWeights:
         if exported:
             found = read_weights(graph_file(self.session), exported)
             base |= {name: torch.tensor(array, dtype=torch.float32) for name, array in found.items()}
-        return dict(wish.checkpoint) | {name: base[name].float() + delta() for name, delta in wish.deltas.items()}
+        return dict(wish.checkpoint) | {
+            name: base[name].float() + wish.scale * delta() for name, delta in wish.deltas.items()
+        }
 
 
 def graph_file(session: Session) -> Path:

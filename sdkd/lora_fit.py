@@ -42,6 +42,11 @@ class Target:
         shapes = {module: self.shapes.get(module) for module in layers}
         return [module for module, shape in shapes.items() if shape and widths(shape) != layers[module].widths]
 
+    def state(self, layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
+        """Layers that fit, under PEFT's names: in the shapes of a linear layer or a convolution, as each one is."""
+        kinds = {module: len(self.shapes.get(module) or layer.down.shape) for module, layer in layers.items()}
+        return peft_state("unet", {name: layer.shaped(kinds[name]) for name, layer in layers.items()}, self.names)
+
     def fits(self, layers: Mapping[str, Layer]) -> bool:
         """Whether all layers are here, in their shapes."""
         return not self.unknown(layers) and not self.unequal(layers)
@@ -81,7 +86,7 @@ def fit_model(layers: Mapping[str, Layer], config: Mapping[str, Any], what: str)
     """A LoRA for the UNet of this config itself; ModelError when it names other layers, or has other widths."""
     own = Target.of(config)
     _refuse_misfit(layers, own, what, "this UNet lacks")
-    return Fit(peft_state("unet", layers, own.names), "model", "all its layers are this UNet's")
+    return Fit(own.state(layers), "model", "all its layers are this UNet's")
 
 
 def fit_student(
@@ -108,7 +113,7 @@ def fit_student(
         _refuse_misfit(layers, nearer, what, f"{spec.name} and its teacher lack", own if nearer is teacher else teacher)
     if not fits_own:
         return _of_teacher(layers, teacher, teacher_config, spec, f"not all its layers are {spec.name}'s")
-    mine = Fit(peft_state("unet", layers, own.names), "model", f"all its layers are {spec.name}'s")
+    mine = Fit(own.state(layers), "model", f"all its layers are {spec.name}'s")
     same = all(teacher_key(own.names[module], modules) == own.names[module] for module in layers)
     if not fits_teacher or same or own.complete(layers):
         return mine
@@ -127,7 +132,7 @@ def _teacher(config: Mapping[str, Any], modules: Mapping[str, str], whole: bool)
 
 def _of_teacher(layers: Mapping[str, Layer], teacher: Target, config: Mapping[str, Any], spec: StudentSpec, why: str,
                 sure: bool = True) -> Fit:  # fmt: skip
-    state = remap_lora(peft_state("unet", layers, teacher.names), config, spec)
+    state = remap_lora(teacher.state(layers), config, spec)
     return Fit(state, "teacher", why, sure)
 
 

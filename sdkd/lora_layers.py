@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import ModelError
@@ -49,6 +49,14 @@ class Layer:
     def widths(self) -> tuple[int, ...]:
         """Outputs, inputs and kernel of the layer that it is for, without kernels of 1."""
         return widths((self.up.shape[0], *self.down.shape[1:]))
+
+    def shaped(self, ndim: int) -> Layer:
+        """The same for a linear layer (2 dimensions) or for a convolution (4): with a kernel of 1 they are one."""
+        if self.down.ndim == self.up.ndim == ndim:
+            return self
+        kernel = (1,) * (ndim - 2)
+        down = self.down if self.down.ndim == ndim else self.down.reshape(*self.down.shape[:2], *kernel)
+        return replace(self, down=down, up=self.up.reshape(*self.up.shape[:2], *kernel))
 
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Down and up with the scale inside, in their own dtypes: shared out, so that float16 loses nothing."""
@@ -93,7 +101,7 @@ def read_layers(
         if role in found[part].setdefault(module, {}):
             raise ModelError(f"{what} has two {role} weights of one layer ({found[part][module][role][0]!r}, {key!r})")
         if role == "alpha" and any(name.startswith(f"{part}.") for name in settings or ()):
-            raise ModelError(f"{what} states alpha twice, in {key!r} and in its settings: make it again with one of them")
+            raise ModelError(f"{what} states alpha twice, in {key!r} and in its settings: make it again")
         found[part][module][role] = (key, value)
     if unknown:
         raise ModelError(

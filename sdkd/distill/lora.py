@@ -40,7 +40,8 @@ def add_lora(
     """Add an adapter and return its parameters, float32 and trainable; everything else is frozen.
 
     `targets` is a key of TARGETS. Matrices A are drawn from `seed`, B is 0: the output is unchanged at first.
-    Raises InputError for unknown targets and a rank that no layer has room for, ModelError when the UNet carries an adapter already.
+    Raises InputError for unknown targets and a rank that no layer has room for, ModelError when the UNet carries an
+    adapter already.
     """
     from peft import LoraConfig
 

@@ -17,7 +17,7 @@ from engines.modules import EngineTextEncoder, EngineUNet
 from engines.pipeline import build_module
 from engines.vae import EngineVAE
 from sdkd.bundle import Bundle
-from sdkd.errors import EngineError, RangeError
+from sdkd.errors import EngineError, InputError, RangeError
 from sdkd.profiles import Range
 
 CPU = torch.device("cpu")
@@ -86,9 +86,8 @@ def test_unet_answers_in_the_dtype_of_the_latents(unet: EngineUNet, dtype: torch
     [
         ("class_labels", torch.zeros(2), "no such input"),
         ("timestep_cond", torch.zeros(2, 256), "guidance-embedded"),
-        ("attention_mask", torch.ones(2, 77), "all tokens"),
-        ("encoder_attention_mask", torch.ones(2, 77), "all tokens"),
-        ("cross_attention_kwargs", {"scale": 0.5}, "LoRA scale are fixed"),
+        ("attention_mask", torch.eye(77)[:2], "all tokens, so only a mask of ones"),
+        ("encoder_attention_mask", torch.zeros(2, 77, dtype=torch.bool), "all tokens, so only a mask of ones"),
         ("added_cond_kwargs", {"image_embeds": [torch.zeros(1)]}, "IP-Adapter"),
         ("down_block_additional_residuals", (torch.zeros(1),), "--controlnet"),
         ("mid_block_additional_residual", torch.zeros(1), "--controlnet"),
@@ -103,6 +102,18 @@ def test_unet_refuses_what_the_graph_has_no_input_for(unet: EngineUNet, name: st
 def test_unet_accepts_empty_arguments(unet: EngineUNet) -> None:
     empty = {"cross_attention_kwargs": {}, "added_cond_kwargs": None, "timestep_cond": None}
     assert torch.equal(unet(*arguments(), **empty).sample, unet(*arguments()).sample)
+
+
+def test_unet_accepts_what_changes_nothing(unet: EngineUNet) -> None:
+    ones = {"encoder_attention_mask": torch.ones(2, 77, dtype=torch.bool), "attention_mask": torch.ones(2, 256)}
+    harmless = {"cross_attention_kwargs": {"scale": 0.5}, **ones}  # no adapter is there to be scaled
+    assert torch.equal(unet(*arguments(), **harmless).sample, unet(*arguments()).sample)
+    with pytest.raises(
+        EngineError, match=r"EngineUNet cannot take cross_attention_kwargs\['gligen'\]: .*no such input"
+    ):
+        unet(*arguments(), cross_attention_kwargs={"scale": 1.0, "gligen": {"objs": 1}})
+    with pytest.raises(InputError, match=r"cross_attention_kwargs\['scale'\] nan is not finite"):
+        unet(*arguments(), cross_attention_kwargs={"scale": float("nan")})
 
 
 def test_unet_outside_the_range(unet: EngineUNet) -> None:
@@ -238,7 +249,7 @@ def test_text_encoder_answers_as_transformers_does(
     ids = eager.tokenizer(
         ["red", "a blue star", "x"], padding="max_length", max_length=77, return_tensors="pt"
     ).input_ids
-    found, expected = text_encoder(ids, attention_mask=None), eager.text_encoder(ids)
+    found, expected = text_encoder(ids, attention_mask=torch.ones(ids.shape)), eager.text_encoder(ids)
     assert torch.allclose(found.last_hidden_state, expected.last_hidden_state, atol=1e-4)
     assert torch.allclose(found.pooler_output, expected.pooler_output, atol=1e-4)
     assert torch.equal(found[0], found.last_hidden_state)
@@ -249,7 +260,7 @@ def test_text_encoder_answers_as_transformers_does(
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("attention_mask", torch.ones(1, 77), "causal mask built in"),
+        ("attention_mask", torch.arange(77)[None] < 5, "causal mask built in, so only a mask of ones"),
         ("position_ids", torch.arange(77), "no such input"),
         ("output_hidden_states", True, "for clip_skip export with --hidden-states"),
         ("output_attentions", True, "last hidden state and the pooled output only"),
