@@ -156,8 +156,8 @@ def _install() -> None:
 def unplug(pipe: Pipe) -> Pipe:
     """Put the eager modules back; returns the pipeline. EngineError where there are none to put back.
 
-    They come back as the pipeline is now: on its device, in its dtype, with a VAE's slicing and tiling, with the weights
-    that were swapped in, which are written into them, and with its adapters.
+    They come back as the pipeline is now: on its device, in its dtype, with a VAE's slicing and tiling, with its
+    adapters, and with the weights that were swapped in, which are written into them.
     """
     from engines.module import EngineModule
 
