@@ -282,9 +282,8 @@ def _load_whole(source: ModelSource, dtype: torch.dtype) -> StableDiffusionPipel
     if source.kind == "single-file":
         return single_file.load_whole(single_file.open_checkpoint(source.path), dtype)
     if source.kind == "checkpoint":
-        pipe = _load_rest(source)
-        pipe.register_modules(**{part: _load_part(source, part, dtype) for part in get_args(Part)})
-        return pipe
+        rest, parts = _load_rest(source), {part: _load_part(source, part, dtype) for part in get_args(Part)}
+        return type(rest)(**(rest.components | parts), requires_safety_checker=False)  # it looks at its UNet once, here
     return load_folder(source.path, dtype)
 
 

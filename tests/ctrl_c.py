@@ -10,11 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
-def hear_ctrl_c() -> None:
-    """In a child: hear SIGINT though the tests may run where it is ignored, as behind `nohup` or an `&` of a script."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def interrupted(
     words: Sequence[str], log: Path, environment: Mapping[str, str], ready: Callable[[], bool], seconds: float = 60
 ) -> int:
@@ -23,9 +18,7 @@ def interrupted(
     What it prints goes into `log`. Nothing of it is left running.
     """
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            words, stdout=stream, stderr=stream, env=environment, start_new_session=True, preexec_fn=hear_ctrl_c
-        )
+        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, start_new_session=True)
         try:
             end = time.monotonic() + seconds
             while process.poll() is None and time.monotonic() < end and not ready():

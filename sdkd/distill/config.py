@@ -34,7 +34,8 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("save_every", "sample_every", "warmup"), Bounds(0, 10**9, whole=True)),
     **dict.fromkeys(("task_weight", "output_weight", "feature_weight", "snr_gamma", "noise_offset"), _NUMBER),
     **dict.fromkeys(("weight_decay", "max_grad_norm"), _NUMBER),
-    **dict.fromkeys(("random_conditioning", "lora_dropout", "caption_dropout"), SHARE),
+    **dict.fromkeys(("random_conditioning", "caption_dropout"), SHARE),
+    "lora_dropout": Bounds(0, below=1),  # 1 would drop every update
     "batch_size": Bounds(1, 1 << 16, whole=True),
     "accumulation": Bounds(1, 1 << 16, whole=True),
     "learning_rate": Bounds(above=0, high=1000),

@@ -206,7 +206,7 @@ def test_recipes_and_settings_that_do_not_fit_are_refused() -> None:
         read_recipe("lora", "distill")
     with pytest.raises(InputError, match="setting 'student' is unknown to finetune"):
         make_config("finetune", {"student": "tiny"})
-    with pytest.raises(InputError, match="lora_dropout 2 is too large: give a number from 0 to 1"):
+    with pytest.raises(InputError, match="lora_dropout 2 is too large: give a number of at least 0 and below 1"):
         make_config("lora", {"lora_dropout": 2})
 
 

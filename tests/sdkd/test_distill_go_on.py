@@ -175,6 +175,8 @@ def test_a_checkpoint_is_a_model(work: Path, tmp_path: Path, monkeypatch: pytest
     assert unet_config(place)["layers_per_block"] == 1
     assert source_digests(place).keys() == source_digests("run").keys()
     assert source_digests(place)["vae_decoder"] == source_digests("teacher")["vae_decoder"]
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("all red", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
     words = [str(place), "all red", "--steps", "1", "--output", str(tmp_path / "image.png"), "--device", "cpu"]
     load_command("generate").main(words[:-2], standalone_mode=False)
     assert (tmp_path / "image.png").is_file()

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
-from sdkd.distill.losses import distill_losses, mean_squared_error, prediction_type, task_target
+from sdkd.distill.losses import distill_losses, mean_squared_error, min_snr_weights, prediction_type, task_target
 from sdkd.errors import ModelError
 from sdkd.students import LossWeights
 
@@ -74,3 +74,13 @@ def test_unknown_prediction_type() -> None:
     with pytest.raises(ModelError, match="predicts 'sample': distillation knows epsilon and v_prediction"):
         prediction_type({"prediction_type": "sample"})
     assert prediction_type({}) == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("epsilon", [0.00425362, 1.0, 1.0]), ("v_prediction", [0.00425, 0.5905011, 0.0046601])]
+)
+def test_min_snr_weights_are_the_papers(kind: str, expected: list[float]) -> None:
+    """Signal-to-noise ratios 1175.47, 1.442009, 0.00468192, worked out by hand: min(SNR, 5) / SNR, or / (SNR + 1)."""
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": kind}
+    found = min_snr_weights(DDPMScheduler(**settings), torch.tensor([0, 300, 999]), 5.0)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=0)

@@ -85,6 +85,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(objective: str, tmp_path: Path
     assert [row["step"] for row in losses(tmp_path / "again")] == list(range(1, 9))
 
 
+def test_dropout_is_seeded_by_the_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 2, "lora_rank": 2, "lora_dropout": 0.5}
+    made = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        made.append(trained("lora", tmp_path / str(number), **settings))
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    other = trained("lora", tmp_path / "other", **(settings | {"lora_dropout": 0.0}))
+    assert not all(torch.equal(made[0][name], other[name]) for name in other)
+
+
 def test_a_run_in_channels_last_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     whole = trained("distill", tmp_path / "whole", save_every=5, channels_last=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
