@@ -24,11 +24,22 @@ class Part:
     agree: tuple[str, ...]
 
 
+# What the weights of a UNet or ControlNet do not show, and changes what they compute.
+_BLOCKS = (
+    *("attention_head_dim", "num_attention_heads", "act_fn", "norm_num_groups", "norm_eps"),
+    *("flip_sin_to_cos", "freq_shift", "resnet_time_scale_shift"),
+)
 PARTS: dict[str, Part] = {
-    "unet": Part(("unet",), (), ("in_channels", "out_channels", "cross_attention_dim")),
-    "vae": Part(("vae_decoder",), ("vae_encoder",), ("latent_channels", "scaling_factor")),
-    "text_encoder": Part(("text_encoder",), (), ("hidden_size", "vocab_size", "max_position_embeddings")),
-    "controlnet": Part(("controlnet",), (), ("cross_attention_dim", "conditioning_channels")),
+    "unet": Part(
+        ("unet",), (), ("in_channels", "out_channels", "cross_attention_dim", *_BLOCKS, "center_input_sample")
+    ),
+    "vae": Part(("vae_decoder",), ("vae_encoder",), ("latent_channels", "scaling_factor", "act_fn", "norm_num_groups")),
+    "text_encoder": Part(
+        ("text_encoder",),
+        (),
+        ("hidden_size", "vocab_size", "max_position_embeddings", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    ),
+    "controlnet": Part(("controlnet",), (), ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
 }
 BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
 
@@ -66,12 +77,19 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
 
 def _refuse_differences(bundle: Bundle, part: str, values: Mapping[str, tuple[Any, Any]]) -> None:
     for key, (ours, theirs) in values.items():
-        if ours is not None and theirs is not None and ours != theirs:
+        if ours is not None and theirs is not None and not _same(ours, theirs):
             raise ModelError(
                 f"bundle {str(bundle.path)!r} does not fit this pipeline: {part} {key} is {ours} in the bundle and "
                 f"{theirs} in the pipeline. Plug it into the pipeline that it was exported from, "
                 "or use engines.load_pipeline"
             )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equality of config values, where a number may stand for as many of it as there are levels."""
+    values = [tuple(value) if isinstance(value, list | tuple) else (value,) for value in (one, other)]
+    longest = max(map(len, values))
+    return len({value * longest if len(value) == 1 else value for value in values}) == 1
 
 
 def chosen_parts(components: Sequence[str] | str | None, pipe: Any, bundle: Bundle) -> tuple[str, ...]:

@@ -255,8 +255,10 @@ def test_nothing_changes_when_one_engine_does_not_open(bundle_copy: Path, eager:
     [
         ("unet", "cross_attention_dim", 768),
         ("unet", "in_channels", 9),
+        ("unet", "freq_shift", 1),
         ("vae", "scaling_factor", 0.5),
         ("text_encoder", "vocab_size", 49408),
+        ("text_encoder", "num_attention_heads", 4),
     ],
 )
 def test_disagreement_names_both_values(bundle_copy: Path, part: str, key: str, value: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from engines.cuda_graphs import CAPTURING, Buffers, ShapeGraph
 from engines.modules import _one_timestep, _scalar
-from engines.refit_tensorrt import refit
+from engines.refit_tensorrt import HalfRefitError, refit
 from engines.runtime_cache import RuntimeCache
 from engines.tensorrt_context import BoundContext, Call
 from engines.tensorrt_open import captures_by_itself, configure_graphs, stream_weights
@@ -166,6 +166,13 @@ def test_a_refit_gives_the_exported_values_of_what_is_merged() -> None:
     with pytest.raises(EngineError, match=r"weight 'kernel' is int64, and only float32, float16, bfloat16 can be"):
         refit(TRT, {"kernel"}, None, {"kernel": np.zeros(3, np.int64)}, "the engine", fill)
     assert len(REFITTED) == 1
+
+
+def test_a_refit_that_failed_in_its_last_step_is_told_apart() -> None:
+    half = type("Half", (Refitter,), {"refit_cuda_engine": lambda self: False})
+    kernel = {"kernel": np.zeros(2, np.float32)}
+    with pytest.raises(HalfRefitError, match=r"the engine: TensorRT could not refit the engine"):
+        refit(SimpleNamespace(**{**vars(TRT), "Refitter": half}), {"kernel"}, None, kernel, "the engine", lambda _: {})
 
 
 class Streamed:

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from diffusers import AsymmetricAutoencoderKL, ConsistencyDecoderVAE
 from helpers import tiny_pipeline
 from small_exports import bundle_copy, small_bundle, small_pipeline
 
@@ -20,7 +21,7 @@ from export.reuse import Wanted, find
 from export.source import state_digest
 from sdkd.bundle import Bundle, Manifest
 from sdkd.contract import BASE_COMPONENTS, component_contract
-from sdkd.errors import BundleError, BusyError, InputError, OutputExistsError
+from sdkd.errors import BundleError, BusyError, InputError, ModelError, OutputExistsError
 from sdkd.files import lock, read_json
 
 CHEAP = ("text_encoder",)  # the component that exports in the least time
@@ -259,3 +260,24 @@ def test_a_teacher_and_its_students_export_through_the_same_code(student: str | 
     assert record.parity is not None
     assert record.parity["relative"] < 1e-5
     assert record.details["unmatched_weights"] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (AsymmetricAutoencoderKL, "the vae of .* is a AsymmetricAutoencoderKL, which is not exported"),
+        (ConsistencyDecoderVAE, "the vae of .* is a ConsistencyDecoderVAE.*AutoencoderKL or AutoencoderTiny"),
+    ],
+)
+def test_what_no_graph_stands_for_is_refused_before_anything_is_traced(tmp_path: Path, kind: Any, reason: str) -> None:
+    pipe = small_pipeline()
+    folder = tmp_path / "model"
+    pipe.save_pretrained(folder)
+    index = read_json(folder / "model_index.json") | {"vae": ["diffusers", kind.__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with torch.device("meta"):
+        pipe.vae = kind()
+    for model in (pipe, folder):
+        with pytest.raises(ModelError, match=reason if model is pipe else kind.__name__):
+            export_pipeline(model, tmp_path / "bundle")
+    assert left_in(tmp_path) == {"model"}
