@@ -65,8 +65,8 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
         if part == "vae":
             theirs = dict(config)
             values = {"pixels per latent": (vae_scale(ours), vae_scale(theirs))} | values
-            if is_tiny_vae(ours) != is_tiny_vae(theirs):  # each kind scales its latents in its own way
-                values.pop("scaling_factor")
+            if is_tiny_vae(ours) != is_tiny_vae(theirs):  # each kind scales and computes in its own way
+                values = {key: values[key] for key in ("pixels per latent", "latent_channels")}
         _refuse_differences(bundle, part, values)
     scheduler = bundle.path / "scheduler" / "scheduler_config.json"
     if "unet" in parts and scheduler.is_file():
