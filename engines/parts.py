@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from sdkd.bundle import Bundle
 from sdkd.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
 from sdkd.errors import EngineError, InputError, ModelError
-from sdkd.files import read_json
 
 if TYPE_CHECKING:
     from engines.module import EngineModule
@@ -70,7 +69,7 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
         _refuse_differences(bundle, part, values)
     scheduler = bundle.path / "scheduler" / "scheduler_config.json"
     if "unet" in parts and scheduler.is_file():
-        ours = read_json(scheduler)
+        ours = bundle.json("scheduler/scheduler_config.json")
         key = "prediction_type"
         _refuse_differences(bundle, "scheduler", {key: (ours.get(key), getattr(pipe.scheduler.config, key, None))})
 

@@ -16,7 +16,6 @@ from engines.slots import best_slot
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError, EngineError
 from sdkd.families import check_exported
-from sdkd.files import read_json
 from sdkd.targets import check_target
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ def load_pipeline(
 
     opened = _open(bundle)
     slot = target or best_slot(opened)
-    index = read_json(opened.path / "model_index.json")
+    index = opened.json("model_index.json")
     controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
     pipeline_class = _pipeline_class(index, controlled)
     others = {"tokenizer": _tokenizer(opened), "scheduler": _scheduler(opened, index)}
@@ -288,13 +287,29 @@ def _pipeline_class(index: Mapping[str, Any], controlled: bool) -> Callable[...,
 def _tokenizer(bundle: Bundle) -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(bundle.path / "tokenizer")
+    with _as_bundle_error(bundle, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(bundle.path / "tokenizer", local_files_only=True)
 
 
 def _scheduler(bundle: Bundle, index: Mapping[str, Any]) -> Any:
     import diffusers
 
-    name = (index.get("scheduler") or [None, None])[1]
-    if not isinstance(name, str) or not hasattr(diffusers, name):
+    found = index.get("scheduler")
+    name = found[1] if isinstance(found, list) and len(found) == 2 else None
+    if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
         raise BundleError(f"bundle {str(bundle.path)!r} names an unknown scheduler {name!r}: export the model again")
-    return getattr(diffusers, name).from_pretrained(bundle.path / "scheduler")
+    bundle.config("scheduler", "scheduler_config.json")
+    with _as_bundle_error(bundle, "scheduler"):
+        return getattr(diffusers, name).from_pretrained(bundle.path / "scheduler", local_files_only=True)
+
+
+@contextlib.contextmanager
+def _as_bundle_error(bundle: Bundle, part: str) -> Iterator[None]:
+    """BundleError for whatever the libraries raise when files of a bundle are damaged."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BundleError(
+            f"bundle {str(bundle.path)!r}: its {part} cannot be read ({reason}): restore it, or export the model again"
+        ) from error

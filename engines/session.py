@@ -130,6 +130,7 @@ def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
     verify_once(bundle, record)
     require(record.target)
     bundle.check_fresh(record, environment(record.target))
+    bundle.verify_weights(record)
     if check_target(record.target).runs_on_gpu and gpu() is None:
         raise EngineError(
             f"the {slot} engine of {component} needs an NVIDIA GPU with a driver, and torch sees none here: run it on "
@@ -170,6 +171,8 @@ def verify_once(bundle: Bundle, record: ComponentRecord | EngineRecord) -> None:
         keys.add((str(path), stat.st_size if stat else -1, stat.st_mtime_ns if stat else -1, file.sha256))
     if not keys <= _verified:
         bundle.verify_files(record)
+        if isinstance(record, ComponentRecord):  # an engine's file is not read before it is known to fit
+            bundle.verify_weights(record)
         _verified.update(keys)
 
 

@@ -17,7 +17,6 @@ from export.build_job import Job
 from export.build_options import BuildOptions
 from export.build_request import Ranges, Request, check_buildable, engine_precision, rebuild_reasons, requests_for
 from export.ranges import Geometry, check_shapes, input_shapes
-from export.trust import check_external_data
 from export.worker import ChildError, run_in_child
 from sdkd.bundle import Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet
@@ -94,7 +93,7 @@ def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progr
     for request in requests:
         name = request.component.name
         bundle.verify_files(request.component)
-        check_external_data(bundle.path / request.component.files[0].path)
+        bundle.verify_weights(request.component)
         reasons = ["forced"] if force else rebuild_reasons(bundle, request, here)
         if reasons:
             progress(f"{name}: to build for {request.slot} ({'; '.join(reasons)})", None)

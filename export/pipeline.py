@@ -76,7 +76,7 @@ def export_pipeline(
         source.write_rest(folder)
         records = export_components(source, names, options, versions(), folder, progress)
         about = {**source.about, "sha256": {name: record.source_sha256 for name, record in records.items()}}
-        Bundle(folder, Manifest(about, versions(), records)).save()
+        Bundle(folder, Manifest(about, versions(), records)).with_rest().save()
         progress("exported", 1.0)
     return Bundle.open(path)
 

@@ -9,18 +9,24 @@ bundle/
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 from sdkd.contract import Contract, vae_scale
 from sdkd.errors import BundleError, InputError, StaleEngineError
 from sdkd.files import read_json, sha256, write_json
+from sdkd.manifest_checks import check_places, strange_values
+from sdkd.model_numbers import config_problem
+from sdkd.onnx_trust import check_external_data
 from sdkd.profiles import ShapeRanges
+from sdkd.schema import problem
 
 MANIFEST = "bundle.json"
 SCHEMA = 1
+_verified: set[tuple[str, int, int, FileRecord]] = set()
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,9 @@ class Manifest:
     components: Mapping[str, ComponentRecord] = field(default_factory=dict)
     engines: Mapping[str, EngineRecord] = field(default_factory=dict)  # key: "<slot>/<component>"
     schema: int = SCHEMA
+    files: tuple[FileRecord, ...] | None = (
+        None  # configs, scheduler, tokenizer, ...; None in bundles of before: unchecked
+    )
 
     def with_engine(self, record: EngineRecord) -> Manifest:
         """A copy that holds `record`, replacing any of the same slot and component."""
@@ -122,6 +131,7 @@ class Manifest:
             components={key: _component(row) for key, row in data["components"].items()},
             engines={key: _engine(row) for key, row in data["engines"].items()},
             schema=data["schema"],
+            files=None if data.get("files") is None else _files(data["files"]),
         )
 
 
@@ -145,34 +155,33 @@ def _engine(row: Mapping[str, Any]) -> EngineRecord:
     )
 
 
-def _check_places(bundle: Bundle) -> None:
-    """BundleError unless every name in the manifest that becomes a path stays inside the bundle's folder."""
-    records: list[ComponentRecord | EngineRecord] = [
-        *bundle.manifest.components.values(),
-        *bundle.manifest.engines.values(),
-    ]
-    names = [*bundle.manifest.components]
-    for record in records:
-        own = (record.name,) if isinstance(record, ComponentRecord) else (record.component, record.target, record.slot)
-        names += own
-    strange = [name for name in names if not name or name in (".", "..") or set(name) & set("/\\\0:")]
-    outside = [file.path for record in records for file in record.files if _leaves(bundle.path, file.path)]
-    if strange or outside:
-        raise BundleError(
-            f"{MANIFEST} of {str(bundle.path)!r} names {(strange + outside)[0]!r}, which does not stay inside the "
-            "bundle's folder: do not trust it; if it is a download that consists of links, make it again "
-            "without them (hf download --local-dir)"
-        )
+class _ManifestJson(TypedDict):
+    """bundle.json; keys of later versions are left alone."""
+
+    schema: int
+    source: dict[str, Any]
+    versions: dict[str, str]
+    components: dict[str, ComponentRecord]
+    engines: dict[str, EngineRecord]
+    files: NotRequired[tuple[FileRecord, ...] | None]
 
 
-def _leaves(root: Path, path: str) -> bool:
-    """Whether a path of the manifest is absolute, goes up, or leads out of the bundle through a link."""
-    if PurePosixPath(path).is_absolute() or {"..", ""} & set(path.replace("\\", "/").split("/")) or "\0" in path:
-        return True
+def _read_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle's folder; BundleError when it is damaged, foreign, or names what it may not."""
     try:
-        return not (root / path).resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a circle of links
-        return True
+        data = read_json(root / MANIFEST, dict[str, Any], strict=True)
+        if data.get("schema", SCHEMA) != SCHEMA:
+            raise BundleError(
+                f"{str(root)!r} has manifest schema {data['schema']!r}, this sdkd reads {SCHEMA}: export it again"
+            )
+        if wrong := problem(data, _ManifestJson):
+            raise InputError(wrong)
+        check_places(root, data)
+        if strange := next(strange_values(data), None):
+            raise InputError(strange)
+        return Manifest.from_json(data)
+    except (InputError, KeyError, TypeError) as error:
+        raise BundleError(f"{MANIFEST} of {str(root)!r} is damaged ({error}): export the model again") from error
 
 
 def _export_command(root: Path) -> str:
@@ -192,30 +201,38 @@ class Bundle:
 
     @staticmethod
     def open(path: str | Path) -> Bundle:
-        """Read a bundle's manifest (files are not hashed here); BundleError says what is missing or foreign."""
+        """Read a bundle's manifest and check its small files; BundleError says what is missing, altered or foreign.
+
+        Graphs and engines are hashed when they are used (`verify_files`).
+        """
         root = Path(path)
         if not (root / MANIFEST).is_file():
             raise BundleError(f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: {_export_command(root)}")
-        try:
-            data = read_json(root / MANIFEST)
-            if data["schema"] != SCHEMA:
-                raise BundleError(
-                    f"{str(root)!r} has manifest schema {data['schema']}, this sdkd reads {SCHEMA}: export it again"
-                )
-            bundle = Bundle(root, Manifest.from_json(data))
-            _check_places(bundle)
-        except (InputError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{MANIFEST} of {str(root)!r} is damaged ({error}): export the model again") from error
+        bundle = Bundle(root, _read_manifest(root))
+        bundle.verify_rest()
         return bundle
 
     def save(self) -> None:
         """Write the manifest atomically."""
         write_json(self.path / MANIFEST, self.manifest.to_json())
 
-    def config(self, component: str) -> dict[str, Any]:
-        """The component's config.json; BundleError when it is missing or damaged."""
+    def with_rest(self) -> Bundle:
+        """A fresh bundle with the hashes of all files that belong to no graph: configs, scheduler, tokenizer."""
+        known = {file.path for record in self.manifest.components.values() for file in record.files} | {MANIFEST}
+        there = (FileRecord.of(self.path, file) for file in sorted(self.path.rglob("*")) if file.is_file())
+        return replace(self, manifest=replace(self.manifest, files=tuple(f for f in there if f.path not in known)))
+
+    def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+        """A component's configuration; BundleError when it is missing, damaged, or has numbers that no model has."""
+        found = self.json(f"{component}/{name}")
+        if wrong := config_problem(found, component):
+            raise BundleError(f"bundle {str(self.path)!r}: {component}/{name}: {wrong}; export the model again")
+        return found
+
+    def json(self, name: str) -> dict[str, Any]:
+        """An object in a JSON file of the bundle; BundleError when it is missing or damaged."""
         try:
-            return dict(read_json(self.path / component / "config.json"))
+            return dict(read_json(self.path / name, dict[str, Any]))
         except InputError as error:
             raise BundleError(f"bundle {str(self.path)!r}: {error}") from error
 
@@ -258,9 +275,41 @@ class Bundle:
 
     def verify_files(self, record: ComponentRecord | EngineRecord) -> None:
         """BundleError when a file of the record is missing, truncated or altered (sizes first, then SHA-256)."""
-        problem = next((found for file in record.files if (found := self._file_problem(file))), None)
-        if problem:
-            raise BundleError(f"bundle {str(self.path)!r}: {problem}; make it again: {self._repair(record)}")
+        found = next((found for file in record.files if (found := self._file_problem(file))), None)
+        if found:
+            raise BundleError(f"bundle {str(self.path)!r}: {found}; make it again: {self._repair(record)}")
+
+    def verify_weights(self, record: ComponentRecord | EngineRecord) -> None:
+        """BundleError when a graph of the record takes weights from a file that the record does not list."""
+        listed = [self.path / file.path for file in record.files]
+        for graph in (path for path in listed if path.suffix == ".onnx"):
+            check_external_data(graph, listed, engine=isinstance(record, EngineRecord))
+
+    def verify_rest(self) -> None:
+        """BundleError when a file beside the graphs (`Manifest.files`) is missing or altered, or not all are listed."""
+        listed = self.manifest.files
+        there = [file for folder in ("scheduler", "tokenizer") for file in (self.path / folder).glob("[!.]*")]
+        names = [file.relative_to(self.path).as_posix() for file in there if listed is not None or not file.is_file()]
+        known = {file.path for file in listed or ()}
+        found = next((found for file in listed or () if (found := self._file_problem_once(file))), None)
+        found = found or next((f"{name} is not in the manifest" for name in names if name not in known), None)
+        if found:
+            raise BundleError(
+                f"bundle {str(self.path)!r}: {found}; restore it, or make the bundle again: {self._made_by()}"
+            )
+
+    def _file_problem_once(self, file: FileRecord) -> str | None:
+        """As `_file_problem`, which is asked once per process as long as size and time of change stay the same."""
+        path = self.path / file.path
+        if not path.is_file():
+            return f"{file.path} is missing"
+        status = path.stat()
+        key = (str(path.resolve()), status.st_size, status.st_mtime_ns, file)
+        if key not in _verified:
+            if found := self._file_problem(file):
+                return found
+            _verified.add(key)
+        return None
 
     def _file_problem(self, file: FileRecord) -> str | None:
         path = self.path / file.path
@@ -275,8 +324,12 @@ class Bundle:
 
     def _repair(self, record: ComponentRecord | EngineRecord) -> str:
         if isinstance(record, ComponentRecord):
-            return f"sdkd export {self.manifest.source.get('model', 'MODEL')} {self.path} --overwrite"
-        return f"sdkd build-engine {self.path} --target {record.slot}"
+            return self._made_by()
+        return shlex.join(["sdkd", "build-engine", str(self.path), "--target", record.slot])
+
+    def _made_by(self) -> str:
+        model = str(self.manifest.source.get("model", "MODEL"))
+        return shlex.join(["sdkd", "export", model if model.isprintable() else "MODEL", str(self.path), "--overwrite"])
 
     def stale_reasons(self, record: EngineRecord, environment: Mapping[str, str] | None = None) -> list[str]:
         """Why an engine must be rebuilt, in words: other weights, or an environment value that differs.

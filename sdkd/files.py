@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sdkd.documents import read_json
 from sdkd.errors import BusyError
-from sdkd.json_files import read_json
 from sdkd.outputs import Input, check_file_free, check_free
 from sdkd.replace import hold, put, sync, temporary, temporary_folder
 

@@ -11,8 +11,8 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 _VARIANTS = (None, "fp16")  # full precision where the hub has it
 
 
-def downloaded(name: str) -> Path:
-    """Folder of a hub model in the local cache, fetched when it is not there.
+def downloaded(name: str, *, local_only: bool = False) -> Path:
+    """Folder of a hub model in the local cache, fetched when it is not there, unless `local_only`.
 
     ModelError when the model has no .safetensors weights; OSError and others, as the hub's library raises them, when
     there is no such model or no connection.
@@ -22,7 +22,9 @@ def downloaded(name: str) -> Path:
     problem: OSError | None = None
     for variant in _VARIANTS:
         try:
-            found = DiffusionPipeline.download(name, use_safetensors=True, variant=variant, **dict.fromkeys(UNUSED))
+            found = DiffusionPipeline.download(
+                name, use_safetensors=True, variant=variant, local_files_only=local_only, **dict.fromkeys(UNUSED)
+            )
         except OSError as error:
             if "`safetensors` weights" not in str(error):
                 raise

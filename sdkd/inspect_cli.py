@@ -30,6 +30,7 @@ def examine(bundle: Bundle, hashes: bool = True, layers: bool = False) -> dict[s
         "path": str(bundle.path),
         "source": dict(manifest.source),
         "versions": dict(manifest.versions),
+        "files": None if manifest.files is None else len(manifest.files),
         "components": [_component(bundle, record, hashes) for record in manifest.components.values()],
         "engines": [_engine(bundle, record, hashes, layers) for record in manifest.engines.values()],
     }
@@ -231,5 +232,9 @@ def inspect(
         random = ", random weights" if source.get("random_weights") else ""
         show(f"[bold]{found['path']}[/]: {source.get('model', 'unknown model')}{random}")
         show(*_short(found), *(_details(found) if details else []))
+        if found["files"] is None:
+            show(
+                "Scheduler, tokenizer and configurations have no hashes here: bundles that are exported now have them."
+            )
     if problems:
         raise BundleError(f"{len(problems)} of the parts need repair: {problems[0]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,18 +260,24 @@ def _original(source: ModelSource) -> ModelSource:
     assert source.path is not None
     original = str(Bundle.open(source.path).manifest.source.get("model", ""))
     try:
-        return _original(resolve(original))
-    except ModelError as error:
+        found = resolve(original)
+        if found.kind == "bundle":
+            raise ModelError(f"{original!r} is a bundle, too")
+        if found.kind != "hub":
+            return found
+        # The user named the bundle: what that names is not asked of the hub.
+        return ModelSource(found.name, "folder", _downloaded(found, local_only=True))
+    except (ModelError, OSError, ValueError) as error:
         raise ModelError(
             f"bundle {source.name!r} holds ONNX graphs and engines, not PyTorch weights, and the model it was "
             f"made from ({original!r}) is gone: give that model's new place, or use the bundle as it is, "
-            f"with: sdkd generate {source.name} PROMPT"
+            f"with: {shlex.join(['sdkd', 'generate', source.name, 'PROMPT'])}"
         ) from error
 
 
-def _downloaded(source: ModelSource) -> Path:
-    """Checked folder of a hub model in the local cache, fetched when it is not there."""
-    folder = downloaded(source.name)
+def _downloaded(source: ModelSource, *, local_only: bool = False) -> Path:
+    """Checked folder of a hub model in the local cache, fetched when it is not there, unless `local_only`."""
+    folder = downloaded(source.name, local_only=local_only)
     check_pipeline_folder(folder)
     return folder
 

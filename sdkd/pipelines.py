@@ -15,6 +15,7 @@ from sdkd.errors import InputError, ModelError
 from sdkd.families import HEAVY, check_class, empty
 from sdkd.files import new_folder, read_json, sha256, write_bytes, write_json
 from sdkd.foreign import SUPPORTED, other_folder, other_pipeline
+from sdkd.model_numbers import config_problem
 from sdkd.weight_files import current_names, folder_tensors, weight_files
 from sdkd.weights import check_complete, check_shapes, fill, shapes_of
 
@@ -31,6 +32,7 @@ PIPELINES = {
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
 }
 NEEDED = (*HEAVY, "tokenizer", "scheduler")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")  # others may read files that can run code
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # that model_index.json may name: nothing else is run
 _LOCAL: dict[str, Any] = {
     "local_files_only": True,
@@ -64,18 +66,35 @@ def check_pipeline_folder(path: Path) -> None:
                 f"{where} names code of its own for its {name} ({value[0]}), which sdkd does not run: give a pipeline "
                 f"whose parts are of {' and '.join(LIBRARIES[:2])}"
             )
+    for part, allowed in (("tokenizer", TOKENIZERS), ("scheduler", "Scheduler")):
+        name = str((*(index.get(part) or ()), None, None)[1])
+        if not (name.endswith(allowed) if isinstance(allowed, str) else name in allowed):
+            raise ModelError(f"the {part} of {where} is a {name}: sdkd loads {TOKENIZERS[0]} and diffusers' schedulers")
+    for file in path.rglob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ModelError(f"{str(file)!r} is no regular file: save or download the model again")
+    if (noise := path / "scheduler" / "scheduler_config.json").is_file():
+        _config(noise)
     for part in HEAVY:
         library, name = (*(index.get(part) or ()), None, None)[:2]
         check_class(part, library, name, where)
-        _json(path / part / "config.json")
+        _config(path / part / "config.json")
         folder_tensors(path / part)
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return dict(read_json(file))
-    except (InputError, TypeError, ValueError) as error:
+        return dict(read_json(file, dict[str, Any]))
+    except InputError as error:
         raise ModelError(f"{error}: save or download the model again") from error
+
+
+def _config(file: Path) -> dict[str, Any]:
+    """A component's configuration; ModelError when it is damaged or has numbers that no model has."""
+    found = _json(file)
+    if wrong := config_problem(found):
+        raise ModelError(f"file {str(file)!r}: {wrong}; save or download the model again")
+    return found
 
 
 @contextlib.contextmanager
@@ -120,7 +139,7 @@ def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
 
 def _module(folder: Path, part: str, kind: str | None, dtype: torch.dtype) -> Any:
     what = f"{folder.name} of {str(folder.parent)!r}"
-    config = _json(folder / "config.json")
+    config = _config(folder / "config.json")
     if "quantization_config" in config:
         raise ModelError(
             f"{what} is quantized, and sdkd needs the weights as they were before: give the original model"

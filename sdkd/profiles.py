@@ -51,6 +51,7 @@ class ShapeRanges:
     height: Range
     width: Range
     sequence: Range
+    JSON = dict[str, tuple[int, int, int]]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary of `[min, opt, max]` lists."""

@@ -98,9 +98,9 @@ def _is(value: Any, kind: Any) -> bool:
 @functools.cache
 def _fields(shape: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
     """Shape of each field, and the names of those that must be there."""
-    hints = get_type_hints(shape)
+    hints = get_type_hints(shape, include_extras=True)
     if is_typeddict(shape):
-        needed = frozenset(shape.__required_keys__)
+        needed = frozenset(name for name, hint in hints.items() if get_origin(hint) is not NotRequired)
     else:
         plain = (dataclasses.MISSING, dataclasses.MISSING)
         needed = frozenset(

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.clip_tokenizer import clip_tokenizer
-from sdkd.errors import ModelError
+from sdkd.errors import InputError, ModelError
 from sdkd.families import CLASSES, FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
 from sdkd.foreign import SUPPORTED, what_it_is
 from sdkd.ldm_names import LDM_PREFIXES, UNET, located
-from sdkd.text_files import read_text
+from sdkd.text_files import read_yaml
 from sdkd.weights import Tensor, Weights, check_complete, check_shapes, fill, shapes_of
 
 if TYPE_CHECKING:
@@ -123,15 +123,13 @@ def prediction(weights: Weights, families: list[str]) -> tuple[str, str]:
 
 def _beside(path: Path) -> str | None:
     """The prediction type that a YAML file of the checkpoint's name gives, in the original code's layout."""
-    import yaml
-
     file = path.with_suffix(".yaml")
     if not file.is_file():
         return None
     try:
-        params = yaml.safe_load(read_text(file))["model"]["params"]
+        params = read_yaml(file)["model"]["params"]
         return _WORDS[str(params.get("parameterization", "eps")).lower()]
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (InputError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"configuration {str(file)!r}, which lies beside the checkpoint, cannot be read: it needs "
             "model: {params: {parameterization: eps}} or v; repair it or move it away"

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import codecs
 import logging
+import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+from sdkd.documents import read_regular
 from sdkd.errors import InputError
+from sdkd.schema import problem
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _MARK = "\ufeff"
+_LARGEST_YAML = 1 << 20  # bytes
 _OLD = ("cp1252", "latin-1")  # Windows' encoding of Western text, and what takes every byte
 
 
@@ -32,16 +37,37 @@ def read_text(path: Path) -> str:
     what = f"file {str(path)!r}"
     if path.is_dir():
         raise InputError(f"{what} is a folder: give a text file")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{what} does not exist: restore it, or correct its name") from None
-    return decode_text(data, what)
+    return decode_text(read_regular(path, math.inf), what)
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a file, empty ones too, without their ends; InputError as `read_text`."""
     return read_text(path).split("\n")
+
+
+def read_yaml(path: Path, shape: Any = Any) -> Any:
+    """Parse a YAML file of plain values, without anchors and aliases: a few lines of those fill any memory.
+
+    InputError, which names the file, when it is missing, no YAML, or not of the shape (see `read_json`).
+    """
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if getattr(event, "anchor", None) is not None:
+                raise yaml.MarkedYAMLError(None, None, "anchors and aliases are not read", event.start_mark)
+            return super().compose_node(parent, index)
+
+    text = decode_text(read_regular(path, _LARGEST_YAML), f"file {str(path)!r}")
+    try:
+        found = yaml.load(text, Plain)  # noqa: S506 - a SafeLoader
+        wrong = problem(found, shape)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        wrong = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    if wrong:
+        raise InputError(f"file {str(path)!r} is not understood ({wrong}): repair it or move it away")
+    return found
 
 
 def decode_text(data: bytes, what: str) -> str:

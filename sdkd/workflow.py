@@ -168,4 +168,4 @@ def _with_weights(bundle: Bundle, record: EngineRecord, stored: Mapping[str, np.
     files = tuple(FileRecord.of(folder, file) for file in (graph, graph.with_name("model.onnx.data")) if file.is_file())
     changed = dataclasses.replace(component, files=files)
     manifest = dataclasses.replace(bundle.manifest, components={record.component: changed}, engines={})
-    Bundle(folder, manifest).save()
+    Bundle(folder, manifest).with_rest().save()

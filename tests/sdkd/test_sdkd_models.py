@@ -209,3 +209,16 @@ def test_save_replaces_only_the_unet_and_only_on_request(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["layers_per_block"] == 1
     with pytest.raises(OutputExistsError, match="already exists"):
         save_pipeline(pipe, tmp_path / "out")
+
+
+def test_a_bundle_cannot_have_its_original_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def downloaded(name: str, *, local_only: bool = False) -> Path:
+        asked.append((name, local_only))
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr("sdkd.models.downloaded", downloaded)
+    with pytest.raises(ModelError, match=r"made from \('somebody/model'\) is gone"):
+        load_eager(bundle_of(tmp_path / "bundle", "somebody/model"))
+    assert asked == [("somebody/model", True)]

@@ -1,5 +1,7 @@
 """JSON that is damaged or made to harm: every kind of it is one error that names the file and the key."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import logging
 from pathlib import Path
 
 import pytest
 
 from sdkd.errors import InputError
-from sdkd.text_files import clean, decode_text, prompt_lines, prompts_of, read_lines, read_text, typed_text
+from sdkd.text_files import clean, decode_text, prompt_lines, prompts_of, read_lines, read_text, read_yaml, typed_text
 
 TEXT = "ein Stern, süß\n星\n"
 
@@ -72,7 +73,7 @@ def test_what_is_no_text(data: bytes, message: str, tmp_path: Path) -> None:
 
 
 def test_no_file_and_no_prompt(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gone.txt' does not exist: restore it"):
+    with pytest.raises(InputError, match=r"gone.txt' does not exist"):
         read_text(tmp_path / "gone.txt")
     with pytest.raises(InputError, match=r"is a folder: give a text file"):
         prompt_lines(tmp_path)
@@ -94,3 +95,20 @@ def test_halves_of_surrogate_pairs() -> None:
     assert typed_text("caf\udce9") == "café"  # as Python hands on a byte that is not UTF-8
     assert prompts_of("ring;caf\udce9\ud83d") == ("ring", "caf\ufffd\ufffd")
     assert typed_text("süß") == "süß"
+
+
+def test_settings_have_no_anchors_and_are_not_nested_without_end(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text("model: {params: {parameterization: v}}")
+    assert read_yaml(file) == {"model": {"params": {"parameterization": "v"}}}
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefgh")
+    )
+    for text, message in (
+        (bomb, "anchors and aliases are not read"),
+        ("[" * 2_000, "nested too deeply"),
+        ("a: [", r"model\.yaml' is not understood"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_yaml(file)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from sdkd.errors import BundleError
 
 
-def check_external_data(onnx_file: str | Path) -> None:
+def check_external_data(onnx_file: str | Path, listed: Collection[Path] | None = None, *, engine: bool = False) -> None:
     """BundleError unless all weights that an ONNX file keeps outside itself are in files of its own folder.
+
+    `listed`: the files that it may use, those whose hashes were compared; None: any of the folder. Of an `engine` that
+    is no graph, its library knows more to say.
 
     Refused are absolute locations, locations that go up or lead out through a link, files that are missing, and ranges
     beyond a file's end; also a file that is no ONNX graph. The weights are not read. A file without such weights is
@@ -23,9 +26,11 @@ def check_external_data(onnx_file: str | Path) -> None:
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
+        if engine:
+            return
         raise BundleError(f"ONNX graph {str(path)!r} cannot be read ({error}): export the model again") from error
     for tensor in _external(model):
-        if problem := _problem(path, tensor):
+        if problem := _problem(path, tensor, listed):
             raise BundleError(
                 f"ONNX graph {str(path)!r} keeps its weight {tensor.name!r} {problem}: do not trust this bundle, or "
                 "export the model again"
@@ -59,7 +64,7 @@ def _of_nodes(nodes: Any) -> Iterator[Any]:
             yield from _of_graph(graph)
 
 
-def _problem(onnx_file: Path, tensor: Any) -> str | None:
+def _problem(onnx_file: Path, tensor: Any, listed: Collection[Path] | None) -> str | None:
     """What is wrong with where a tensor's data lie; None when nothing is."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
@@ -76,6 +81,8 @@ def _problem(onnx_file: Path, tensor: Any) -> str | None:
         return f"{shown}, outside its own folder"
     if not file.is_file():
         return f"{shown}, which is missing"
+    if listed is not None and file not in {path.resolve() for path in listed}:
+        return f"{shown}, which the manifest does not list"
     if min(start, length) < 0 or start + length > file.stat().st_size:
         return f"{shown} from byte {start} to {start + length}, beyond the end of that file"
     return None

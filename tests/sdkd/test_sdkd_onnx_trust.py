@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.trust import check_external_data
 from sdkd.errors import BundleError
+from sdkd.onnx_trust import check_external_data
 
 VALUES = np.arange(4, dtype=np.float32)
 

@@ -13,7 +13,7 @@ from sdkd.schema import problem
 _LARGEST = 1 << 28  # bytes
 
 
-def read_regular(path: Path, largest: int = _LARGEST) -> bytes:
+def read_regular(path: Path, largest: float = _LARGEST) -> bytes:
     """A file's bytes; InputError when it is missing, too large, or no regular file: reading a FIFO never ends."""
     try:
         found = path.stat()

@@ -1,0 +1,73 @@
+"""What a bundle's manifest may not say, whoever wrote it: looked at before anything that it names is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdkd.contract import PRECISIONS
+from sdkd.errors import BundleError
+
+# Options of OpenVINO that an engine's build writes down; any other could name files to write or libraries to load.
+OPENVINO_CONFIG = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
+_AXIS = re.compile(r"(batch|sequence|(image_)?(height|width))(_\d{1,2})?( [*/] [1-9]\d?)?")
+_LARGEST_AXIS = 1 << 20
+
+
+def check_places(root: Path, manifest: Mapping[str, Any]) -> None:
+    """BundleError unless every name in a manifest (as JSON) that becomes a path stays inside the bundle's folder."""
+    components, engines = manifest["components"], manifest["engines"]
+    names = [*components, *(row["name"] for row in components.values())]
+    names += [row.get(key, "") for row in engines.values() for key in ("component", "target", "slot")]
+    strange = [name for name in names if not name or name in (".", "..") or set(name) & set("/\\\0:")]
+    rows = [*components.values(), *engines.values(), {"files": manifest.get("files") or ()}]
+    outside = [file["path"] for row in rows for file in row["files"] if _leaves(root, file["path"])]
+    if strange or outside:
+        raise BundleError(
+            f"bundle.json of {str(root)!r} names {(strange + outside)[0]!r}, which does not stay inside the "
+            "bundle's folder: do not trust it; if it is a download that consists of links, make it again "
+            "without them (hf download --local-dir)"
+        )
+
+
+def _leaves(root: Path, path: str) -> bool:
+    """Whether a path of the manifest is absolute, goes up, or leads out of the bundle through a link."""
+    if PurePosixPath(path).is_absolute() or {"..", ""} & set(path.replace("\\", "/").split("/")) or "\0" in path:
+        return True
+    try:
+        return not (root / path).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a circle of links
+        return True
+
+
+def strange_values(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Values of a manifest (as JSON, of the right types) that nothing could have written, with their keys."""
+    for name, row in manifest["components"].items():
+        yield from _strange_record(f"components.{name}", row)
+        for side in ("inputs", "outputs"):
+            for spec in row["contract"][side]:
+                yield from _strange_tensor(f"components.{name}.contract.{side}", spec)
+    for name, row in manifest["engines"].items():
+        yield from _strange_record(f"engines.{name}", row)
+        config = row.get("flags", {}).get("config", {})
+        if not isinstance(config, dict) or not set(config) <= set(OPENVINO_CONFIG):
+            yield f"engines.{name}.flags.config is {config!r}, it can have {' and '.join(OPENVINO_CONFIG)} alone"
+
+
+def _strange_record(where: str, row: Mapping[str, Any]) -> Iterator[str]:
+    if row["precision"] not in PRECISIONS:
+        yield f"{where}.precision is {row['precision']!r}, not one of {', '.join(PRECISIONS)}"
+    if not row["files"]:
+        yield f"{where}.files is empty"
+
+
+def _strange_tensor(where: str, spec: Mapping[str, Any]) -> Iterator[str]:
+    if spec["dtype"] not in DTYPES:
+        yield f"{where}: dtype of {spec['name']} is {spec['dtype']!r}, not one of {', '.join(DTYPES)}"
+    for axis in spec["axes"]:
+        known = _AXIS.fullmatch(axis) if isinstance(axis, str) else 1 <= axis <= _LARGEST_AXIS
+        if not known:
+            yield f"{where}: {spec['name']} has the axis {axis!r}, which is neither a size nor a known name"
