@@ -115,7 +115,7 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
         answers = _run(jobs, requests, progress)
         if timings and (partial / timings).is_file():
             _keep(partial / timings)
-        place = place_for(bundle, slot, [name for answer in answers for name in answer["files"]])
+        place = place_for(bundle, slot, [request.component.name for request in requests])
         records = [_record(request, answer, partial, place) for request, answer in zip(requests, answers, strict=True)]
         manifest = bundle.manifest
         for record in records:

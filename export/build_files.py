@@ -31,12 +31,12 @@ def partial_folder(home: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def place_for(bundle: Bundle, slot: str, names: Iterable[str]) -> PurePosixPath:
-    """Where new engine files of a slot go, below the bundle: into names that no engine has, in the slot's folder or in
-    a new one below it. So the files of the manifest are whole at any moment, whoever reads them.
+def place_for(bundle: Bundle, slot: str, components: Iterable[str]) -> PurePosixPath:
+    """Where new engine files of a slot go, below the bundle: into its folder, or, when one of the components has an
+    engine there, into a new one below it. No name is used twice: whoever reads a manifest finds its files, or none.
     """
-    plain, used = PurePosixPath("engines", slot), _named(bundle.manifest)
-    if not any(str(plain / name) in used for name in names):
+    plain = PurePosixPath("engines", slot)
+    if not any(f"{slot}/{component}" in bundle.manifest.engines for component in components):
         return plain
     return plain / f"{_BUILD}{secrets.token_hex(4)}"
 

@@ -3,7 +3,7 @@
 bundle/
   model_index.json, scheduler/, tokenizer/, <component>/config.json     as diffusers writes them
   <component>/model.onnx (+ model.onnx.data)                            Optimum's layout and names
-  engines/<target>/<component>.*                                        one folder per target
+  engines/<target>/[build-*/]<component>.*                              one folder per target; later builds below it
   bundle.json                                                           this module
 """
 

@@ -8,6 +8,7 @@ know whether these would be missed, and moving them aside would leave them where
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -154,7 +155,7 @@ def _real(path: str | os.PathLike[str]) -> Path:
             if above.exists() and not above.is_dir():
                 raise InputError(f"output {str(path)!r} lies below {str(above)!r}, which is a file: give another name")
     except PermissionError:
-        raise _no_permission(whole.parent) from None
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(whole.parent)) from None
     return Path(os.path.realpath(whole))
 
 
@@ -213,13 +214,6 @@ def _check_writable(folder: Path) -> None:
     found = nearest(folder)
     try:
         Path(tempfile.mkdtemp(dir=found, prefix=".sdkd.", suffix=".partial")).rmdir()
-    except PermissionError:
-        raise _no_permission(found) from None
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(found)) from None
-
-
-def _no_permission(folder: Path) -> PermissionError:
-    import errno
-
-    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:  # of /proc it is said that it does not exist
+        number = errno.EACCES if error.errno in (errno.ENOENT, errno.EPERM) else error.errno or errno.EACCES
+        raise OSError(number, os.strerror(number), str(found)) from None

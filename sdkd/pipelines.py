@@ -193,9 +193,10 @@ def save_pipeline(
 ) -> None:
     """Write a whole pipeline folder, all or nothing; `unet` replaces the pipeline's own, which stays untouched.
 
-    `about` becomes the folder's sdkd.json and `readme` its model card. Raises OutputExistsError.
+    `about` becomes the folder's sdkd.json, by which it may be replaced later, and `readme` its model card. Raises
+    OutputExistsError, and InputError where the folder is the one that the pipeline was loaded from.
     """
-    with new_folder(Path(folder), overwrite) as partial:
+    with new_folder(Path(folder), overwrite, [getattr(pipe, "name_or_path", None)]) as partial:
         write_pipeline(pipe, partial, unet=unet, about=about, readme=readme)
 
 

@@ -264,7 +264,7 @@ def pack(args: argparse.Namespace, log: Log) -> None:
         scheduler=DPMSolverMultistepScheduler(**NOISE, algorithm_type="dpmsolver++", solver_order=2),
         feature_extractor=None, requires_safety_checker=False,
     ).to(dtype=torch.float16)  # fmt: skip
-    with new_folder(args.output, overwrite=True) as folder:
+    with new_folder(args.output) as folder:
         write_pipeline(pipe, folder)
         # transformers 5 loads in the dtype of this config, diffusers in float32: without a torch_dtype both must agree.
         config = read_json(folder / "text_encoder" / "config.json")
@@ -291,7 +291,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of checkpoints and caches")
-    add("--output", type=Path, required=True, help="folder of the finished pipeline")
+    add("--output", type=Path, required=True, help="new folder for the finished pipeline")
     add("--stages", nargs="+", choices=STAGES, default=STAGES)
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=os.cpu_count())
@@ -317,7 +317,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run the stages in order."""
+    from sdkd.files import check_free
+
     args = arguments()
+    check_free(args.output, overwrite=False)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     log = Log(args.work / "training.jsonl")

@@ -101,7 +101,7 @@ def _main(objective: str, values: dict[str, Any]) -> None:
     for name in _TEXTS:
         if own.get(name) is not None:
             own[name] = parse_prompts(own[name].replace(",", ";") if name == "trackers" else own[name])
-    recipe = read_recipe(others["recipe"], objective).settings if others["recipe"] else {}
+    recipe = read_recipe(others["recipe"], objective).settings if others["recipe"] is not None else {}
     job = Job(
         model=others["model"],
         data=others["data"],

@@ -130,7 +130,7 @@ def _finished(job: Job, model: str, images: int) -> dict[str, Any]:
 
 def _adapter(job: Job) -> Any:
     """The weights of the LoRA to start from; InputError when its rank or alpha are not the run's."""
-    if job.config.objective != "lora" or not job.init:
+    if job.config.objective != "lora" or job.init is None:
         return None
     from sdkd.distill.lora import read_lora
 
@@ -195,9 +195,9 @@ def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]
 
     config = job.config
     whole = count_parameters(pipe.unet.config)
-    if config.objective == "lora" or (config.objective == "finetune" and not job.init):
+    if config.objective == "lora" or (config.objective == "finetune" and job.init is None):
         return pipe.unet, {"parameters": whole}
-    student = _unet_of(job.init) if job.init else build_student(pipe.unet, config.student)
+    student = _unet_of(job.init) if job.init is not None else build_student(pipe.unet, config.student)
     if config.objective == "finetune":
         return student, {"parameters": count_parameters(student.config)}
     torch.nn.Module.to(pipe.unet, DTYPES[config.precision])  # now the student has its weights: no copy is needed

@@ -95,11 +95,12 @@ def run_folder(
             yield folder
         except BaseException as error:
             sweep_inside(folder)
-            if checkpoint is None and not checkpoints(folder):
+            kept = checkpoints(folder)
+            if checkpoint is None and not kept:
                 _take_back(folder, keep=existed and not aside)
-            if isinstance(error, KeyboardInterrupt) and (kept := newest(output)):
+            if isinstance(error, KeyboardInterrupt) and kept:
                 raise InterruptedRunError(
-                    f"interrupted: {kept} is kept, go on from it by the same command with --resume auto"
+                    f"interrupted: {kept[-1]} is kept, go on from it by the same command with --resume auto"
                 ) from None
             raise
         discard(spare)

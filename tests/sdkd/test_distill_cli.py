@@ -233,7 +233,7 @@ def test_launching_passes_everything_on_but_the_number_of_processes() -> None:
     words = ["distill", "--num-processes", "2", "--data", "demo", "--num-processes=2", "--steps", "3"]
     assert without_flag(words) == ["distill", "--data", "demo", "--steps", "3"]
     command = launch_command(2, words)
-    assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert command[1:7] == ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert command[-7:] == ["-m", "sdkd.cli", "distill", "--data", "demo", "--steps", "3"]
 
 

@@ -124,7 +124,7 @@ def test_places_where_no_output_can_be(tmp_path: Path) -> None:
         check_file_free(tmp_path / "folder", overwrite=True)
     with pytest.raises(InputError, match="is no regular file"):
         check_file_free(tmp_path / "fifo", overwrite=True)
-    with pytest.raises(OSError, match="/proc") as found:
+    with pytest.raises(PermissionError, match="/proc") as found:
         check_free("/proc/sdkd/out", overwrite=False)
     assert found.value.filename == "/proc"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling", "folder", "fifo"}
