@@ -23,6 +23,7 @@ from sdkd.console import Progress, quiet
 from sdkd.errors import BuildError
 from sdkd.files import lock, write_bytes
 from sdkd.memory import size
+from sdkd.replace import sweep_inside
 from sdkd.targets import built_environment, cache_folder, check_target, environment, timing_cache
 
 # What may differ where an engine runs, by how compatible with other hardware it is.
@@ -58,6 +59,7 @@ def build_engine(
     kind = check_target(target)
     Bundle.open(root)
     with lock(root):
+        sweep_inside(root)
         opened = Bundle.open(root)
         wanted = engine_precision(opened, target, precision)
         check_buildable(kind, options)

@@ -50,7 +50,7 @@ _PIPELINE = (
     *("model_index.json", "sdkd.json", "demo.json", "README.md", "pytorch_lora_weights.safetensors"),
     *_TEXT,
     *_within(_PARTS, "*.json *.safetensors"),
-    *("training.jsonl", "plot.html", "samples/step-*.png", "samples/prompts.json", "sdkd/*", "wandb/*"),
+    *("training.jsonl", "plot.html", "samples/step-*.png", "samples/prompts.json", "sdkd/*", "wandb/*", ".final/*"),
     *_within("checkpoint-*", "*.json *.safetensors"),
 )
 _BUNDLE_KEYS: dict[str, type] = {"schema": int, "source": dict, "versions": dict, "components": dict, "engines": dict}

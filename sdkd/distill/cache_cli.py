@@ -28,6 +28,7 @@ from sdkd.files import check_free, lock, staged_folder
 from sdkd.marks import CACHE, proves
 from sdkd.models import load_eager, resolve
 from sdkd.outputs import check_place
+from sdkd.replace import sweep_inside
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -111,6 +112,7 @@ def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: P
     else:
         check_place(out, inputs, filled=True)
     with lock(out):
+        sweep_inside(out)
         index = _replace(job, processes, report) if overwrite else _fill(job, processes, report)
     index["cut"] = sum(record.get("cut", 0) for record in index["texts"])
     names = ("images", "resolution", "precision", "flip", "cut", "unreadable")
