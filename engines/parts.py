@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sdkd.bundle import Bundle
 from sdkd.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
 from sdkd.errors import EngineError, InputError, ModelError
+from sdkd.exportable import check_config, check_controlnet, check_extra_parts
 
 if TYPE_CHECKING:
     from engines.module import EngineModule
@@ -57,8 +58,11 @@ def engine_names(bundle: Bundle, slot: str, parts: Sequence[str]) -> list[str]:
 
 def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
     """ModelError, naming both values, when a bundle's component does not fit where a pipeline has its own."""
+    if "unet" in parts:
+        check_extra_parts(pipe)
     for part in parts:
         config = getattr(pipe, part).config
+        check_config(part, config)
         ours = bundle.config(PARTS[part].required[0])
         values = {key: (ours.get(key), getattr(config, key, None)) for key in PARTS[part].agree}
         if part == "vae":
@@ -118,6 +122,10 @@ def chosen_parts(components: Sequence[str] | str | None, pipe: Any, bundle: Bund
             f"the UNet of bundle {str(bundle.path)!r} has no inputs for this {type(pipe).__name__}'s ControlNet: "
             "export the model again with --controlnet FOLDER"
         )
+    if "controlnet" in there and "unet" in chosen:
+        for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):
+            if "block_out_channels" in net.config:  # other kinds of ControlNet have other layouts
+                check_controlnet(net.config, bundle.config("unet"))
     ours = "controlnet" in bundle.manifest.components
     return (*chosen, "controlnet") if components is None and single and ours else chosen
 

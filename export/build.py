@@ -20,7 +20,9 @@ from export.ranges import Geometry, check_shapes, input_shapes
 from export.worker import ChildError, run_in_child
 from sdkd.bundle import Bundle, EngineRecord, FileRecord
 from sdkd.console import Progress, quiet
+from sdkd.contract import CONFIG_FOLDERS
 from sdkd.errors import BuildError
+from sdkd.exportable import check_configs
 from sdkd.files import lock, write_bytes
 from sdkd.memory import size
 from sdkd.replace import sweep_inside
@@ -63,6 +65,7 @@ def build_engine(
         opened = Bundle.open(root)
         wanted = engine_precision(opened, target, precision)
         check_buildable(kind, options)
+        check_configs({CONFIG_FOLDERS[name]: opened.config(name) for name in opened.manifest.components})
         requests = requests_for(opened, kind.name, wanted, ranges, components, options)
         if isinstance(ranges, Sequence) and len(ranges) > 1 and not kind.many_profiles:
             progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)

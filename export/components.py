@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sdkd.contract import (
+    BASE_COMPONENTS,
     CONFIG_FOLDERS,
     STATE_PREFIXES,
     Contract,
@@ -22,7 +23,8 @@ from sdkd.contract import (
     component_contract,
     split_axis,
 )
-from sdkd.errors import ExportError, ModelError
+from sdkd.errors import ModelError
+from sdkd.exportable import check_config, check_module
 
 # Every size differs from every other, and none is 0 or 1: torch.export must not take two axes for one, nor a size for
 # a constant.
@@ -121,16 +123,21 @@ GRAPHS: dict[str, type[ComponentGraph]] = {
 
 
 def component_module(pipe: Any, component: str) -> nn.Module:
-    """The pipeline's module of a component (both VAE halves share one); ModelError when the pipeline lacks it."""
+    """The pipeline's module of a component (both VAE halves share one).
+
+    ModelError when the pipeline lacks it or it is of another class, ExportError as `check_module` raises it.
+    """
     name = CONFIG_FOLDERS[component]
     module = getattr(pipe, name, None)
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     if not isinstance(module, nn.Module):
         raise ModelError(f"the pipeline has no PyTorch {name} (found {type(module).__name__}): give an eager pipeline")
-    if any(".lora_" in key or ".base_layer." in key for key in module.state_dict()):
-        raise ExportError(
-            f"{name} has LoRA layers that are not fused: call pipe.fuse_lora() and pipe.unload_lora_weights() first"
+    if type(module).__name__ == "MultiControlNetModel":
+        raise ModelError(
+            f"the pipeline has {len(module.nets)} ControlNets, and a bundle holds one: set pipe.controlnet to one of "  # type: ignore[arg-type]
+            f"pipe.controlnet.nets, or export components={list(BASE_COMPONENTS)}: several run eagerly beside its UNet"
         )
+    check_module(name, module)
     return module
 
 
@@ -160,13 +167,9 @@ def graph_module(contract: Contract, module: nn.Module) -> ComponentGraph:
 
 
 def module_contract(component: str, module: nn.Module, precision: Precision, extras: Extras = Extras()) -> Contract:
-    """The contract from the module's own config; ModelError for a ControlNet whose residuals have no place."""
+    """The contract from the module's own config; ModelError for a UNet or ControlNet that needs other inputs."""
     config = component_config(module)
-    if component == "controlnet" and config.get("global_pool_conditions"):
-        raise ModelError(
-            "this ControlNet pools its residuals over the image (global_pool_conditions, as the shuffle model does), "
-            "which is not supported: use it with the eager pipeline"
-        )
+    check_config(CONFIG_FOLDERS[component], config)
     return component_contract(component, config, precision, extras)
 
 

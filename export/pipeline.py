@@ -73,6 +73,7 @@ def export_pipeline(
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options)
         names = tuple(name for name in source.components if components is None or name in components)
+        source.check(names)
         source.write_rest(folder)
         records = export_components(source, names, options, versions(), folder, progress)
         about = {**source.about, "sha256": {name: record.source_sha256 for name, record in records.items()}}

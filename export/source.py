@@ -6,7 +6,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import nn
 from export.components import component_config, component_module, component_state
 from sdkd.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
 from sdkd.errors import InputError, ModelError
+from sdkd.exportable import check_configs, check_extra_parts
 from sdkd.families import EXPORTED, check_exported
 from sdkd.files import read_json, write_json
 from sdkd.pipelines import quiet_libraries, write_tokenizer_files
@@ -68,6 +69,26 @@ class Source:
 
             self._loaded[part] = load_component(self.model, part, self.dtype)  # type: ignore[arg-type]
         return self._loaded[part]
+
+    def check(self, components: Sequence[str]) -> None:
+        """ModelError or ExportError, before weights are read, for what would not run as these components' engines."""
+        if self.model is None:
+            check_extra_parts(self.rest)
+            for component in components:
+                if CONFIG_FOLDERS[component] not in self.replaced:
+                    component_module(self.rest, component)
+        parts = dict.fromkeys(CONFIG_FOLDERS[name] for name in self.components)
+        check_configs({part: config for part in parts if (config := self._config(part)) is not None})
+
+    def _config(self, part: str) -> dict[str, Any] | None:
+        if part in self.replaced:
+            return replacement_config(part, self.replaced[part])
+        if self.model is not None:
+            from sdkd.models import part_config
+
+            return part_config(self.model, part)
+        module: Any = getattr(self.rest, part, None)
+        return component_config(module) if hasattr(module, "config") else None  # several ControlNets have none
 
     @functools.cached_property
     def geometry(self) -> tuple[int, int]:
@@ -141,43 +162,52 @@ def open_source(
 
 
 def check_parts(pipe: Any, replaced: Container[str], where: str) -> None:
-    """ModelError when a part that is not replaced is of a class that is not exported; nothing is loaded."""
+    """ModelError when a part that is not replaced is of a class that is not exported; nothing is loaded.
+
+    Several ControlNets may stay eager: `component_module` refuses them where they are to be exported.
+    """
     for part in (part for part in EXPORTED if part not in replaced):
         module = getattr(pipe, part, None)
         module = getattr(module, "_orig_mod", module)  # of torch.compile
         noted = (*(pipe.config.get(part) or ()), None, None)[1]  # of a pipeline without its weights
-        if kind := type(module) if module is not None else noted:
+        if (kind := type(module) if module is not None else noted) and not hasattr(module, "nets"):
             check_exported(part, kind, where)
 
 
 def replacement_class(part: str, name: str) -> str:
     """The diffusers class of a VAE or ControlNet folder; ModelError when it is neither."""
+    return _checked_class(part, name, replacement_config(part, name))
+
+
+def replacement_config(part: str, name: str) -> dict[str, Any]:
+    """The config of a VAE or ControlNet folder or hub model; ModelError when there is none."""
     path = Path(name).expanduser()
     if not path.is_dir():
         if path.exists() or name.count("/") != 1:
             raise ModelError(f"{part} {name!r} is no folder: give the folder that save_pretrained wrote, or a hub id")
-        return _hub_class(part, name)
+        return _hub_config(part, name)
     if not (path / "config.json").is_file():
         raise ModelError(f"{part} {name!r} has no config.json: give the folder that save_pretrained wrote")
     try:
-        return _checked_class(part, name, read_json(path / "config.json"))
+        return dict(read_json(path / "config.json"))
     except InputError as error:
         raise ModelError(str(error)) from error
 
 
-def _hub_class(part: str, name: str) -> str:
+def _hub_config(part: str, name: str) -> dict[str, Any]:
     import diffusers
 
     try:
-        config = getattr(diffusers, EXPORTED[part][0]).load_config(name)
+        return dict(getattr(diffusers, EXPORTED[part][0]).load_config(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{part} {name!r} is neither a folder here nor on the hub ({reason}): check it") from error
-    return _checked_class(part, name, config)
 
 
 def _checked_class(part: str, name: str, config: Mapping[str, Any]) -> str:
     kind = str(config.get("_class_name"))
+    if "quantization_config" in config:
+        raise ModelError(f"{part} {name!r} is quantized, and sdkd needs the weights as they were before: give those")
     if kind not in EXPORTED[part]:
         raise ModelError(f"{part} {name!r} is a {kind}: give one of {', '.join(EXPORTED[part])}")
     return kind

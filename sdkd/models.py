@@ -51,6 +51,7 @@ __all__ = [
     "load_component",
     "load_eager",
     "load_rest",
+    "part_config",
     "provenance",
     "resolve",
     "save_pipeline",
@@ -199,6 +200,21 @@ def unet_config(model: str | Path) -> dict[str, Any]:
         assert source.path is not None
         return dict(read_json(unet_folder(source.path) / "config.json"))
     return dict(read_json(_folder_of(source) / "unet" / "config.json"))
+
+
+def part_config(model: str | Path, part: str) -> dict[str, Any] | None:
+    """The config of a model's `unet`, `vae` or `text_encoder`, without loading weights; ModelError as for `load_eager`.
+
+    None for the VAE and the text encoder of a single file or random weights, which are their family's.
+    """
+    if part == "unet":
+        return unet_config(model)
+    source = resolve(model)
+    if source.kind in ("random", "single-file"):
+        return None
+    names = [name for name, folder in CONFIG_FOLDERS.items() if folder == part] if source.kind == "bundle" else [part]
+    found = next((file for name in names if (file := _folder_of(source) / name / "config.json").is_file()), None)
+    return None if found is None else dict(read_json(found))
 
 
 def latent_scale(model: str | Path) -> int:

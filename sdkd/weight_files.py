@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from sdkd.errors import InputError, ModelError
@@ -14,6 +14,8 @@ _VARIANTS = ("", ".fp16", ".bf16")  # full precision first
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 # Names of the VAE's attention before diffusers 0.17, as in the folders published until then.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Names of adapter layers that lie beside a base layer's weights, as PEFT calls them.
+_ADAPTERS = (".base_layer.", ".lora_")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -58,8 +60,23 @@ def _nothing_usable(folder: Path) -> str:
 
 
 def folder_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every weight of a part and where it lies; ModelError as for `weight_files`, or when a file is damaged."""
-    return {name: tensor for file in weight_files(folder) for name, tensor in Weights.open(file).tensors.items()}
+    """Every weight of a part and where it lies; ModelError as for `weight_files`, or when a file is damaged.
+
+    ModelError also for a part that was saved while a LoRA was loaded: its layers have other names then.
+    """
+    found = {name: tensor for file in weight_files(folder) for name, tensor in Weights.open(file).tensors.items()}
+    if has_adapters(found):
+        raise ModelError(
+            f"folder {str(folder)!r} was saved with a LoRA that is not fused: load its pipeline in diffusers as before "
+            "it was saved (the base model and the LoRA), call pipe.fuse_lora() and pipe.unload_lora_weights(), then "
+            "pipe.save_pretrained(FOLDER), and give that folder"
+        )
+    return found
+
+
+def has_adapters(names: Iterable[str]) -> bool:
+    """Whether weights by these names belong to a module with adapter layers, a LoRA that was not fused."""
+    return any(mark in f".{name}" for name in names for mark in _ADAPTERS)
 
 
 def current_names(tensors: Mapping[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
