@@ -123,7 +123,7 @@ def test_a_vae_of_other_latents_is_refused(tmp_path: Path) -> None:
 def test_parts_of_other_classes_are_refused() -> None:
     pipe = small_pipeline()
     pipe.vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,), layers_per_block=1)
-    with pytest.raises(ModelError, match="vae of this .* is a AutoencoderKLTemporalDecoder, which is not exported"):
+    with pytest.raises(ModelError, match=r"vae of this .* is a AutoencoderKLTemporalDecoder, which is not exported"):
         open_source(pipe, {})
     pipe = small_pipeline()
     pipe.adapter = T2IAdapter(channels=(8, 8), num_res_blocks=1, downscale_factor=2)
