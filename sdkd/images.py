@@ -66,6 +66,8 @@ def opened(source: Path | bytes, what: str = "", advice: str = _REPAIR) -> Itera
 
     name = what or (f"image {str(source)!r}" if isinstance(source, Path) else "an image")
     try:
+        if isinstance(source, Path) and source.is_fifo():
+            raise ValueError("it is a pipe, of which reading may never end")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.format in _PROGRAMS:
                 raise ValueError(f"{image.format} is a drawing, not pixels")

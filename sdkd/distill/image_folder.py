@@ -99,6 +99,8 @@ class ImageFolder:
             rows = _from_sidecars(folder)
         self.rows: list[Row] = list(rows)
         if not self.rows:
+            if (folder / "captions.jsonl").is_file():  # of sdkd cache
+                raise InputError(f"data folder {str(folder)!r} is a cache of latents: give what it was made from")
             raise InputError(
                 f"data folder {str(folder)!r} holds no captioned images: add {METADATA} with lines like "
                 f'{{"file_name": "0001.png", "text": "a red star"}}, {METADATA_CSV} with these two columns, or a .txt '
@@ -197,10 +199,13 @@ def _from_sidecars(folder: Path) -> Iterator[Row]:
     pictured = {path.with_suffix("") for path in images}
     if images and (alone := [path for (stem, _), path in texts.items() if stem not in pictured]):
         log.warning("%d text files have no image beside them of a kind that is read, such as %s", len(alone), alone[0])
+    told: list[str] = []
     for path in images:
         kinds = (texts.get((path.with_suffix(""), kind)) for kind in SIDECARS)
         if text := next(filter(None, kinds), None):
-            yield Row(path, read_text(text).strip())
+            yield Row(path, read_text(text, told).strip())
             continue
         wanted = path.with_suffix(SIDECARS[0]).name
         yield Row(path, "", f"image {str(path)!r} has no caption: put it into {wanted} beside it, or remove the image")
+    if told:
+        log.warning("%s%s", told[0], f" (and {len(told) - 1} more)" if told[1:] else "")

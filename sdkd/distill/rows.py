@@ -58,7 +58,7 @@ def caption_of(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
         if isinstance(value, list | tuple):
             value = value[0] if value else None
         if isinstance(value, str):
-            return clean(value)
+            return clean(value).removeprefix("\ufeff")
         if isinstance(value, int | float) and value == value:
             return str(value)
     return None

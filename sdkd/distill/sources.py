@@ -48,6 +48,11 @@ def open_source(
             return TableImages(table, image_column, caption_columns, homes=homes)
         return TarShards(shards, image_column, caption_columns)
     if _HUB_ID.fullmatch(name) and not path.suffix and not path.exists():
+        if "/" in name and path.parent.is_dir():
+            raise InputError(
+                f"data {name!r} is not there, though the folder {str(path.parent)!r} is: correct the name; a dataset "
+                "of the hub is looked for where no such folder is"
+            )
         return TableImages(_load(name), image_column, caption_columns, name)
     return None
 

@@ -112,9 +112,11 @@ def _encoded(
         return to_pixels(row["image"], size), row_caption(row, index)
 
     reader = Reader(load, len(images), workers=0)
-    rows = [row for _, row in reader.rows((index, index) for index in range(count))]
-    latents = torch.stack([encode_image(teacher.vae, pixels)[0].cpu() for pixels, _ in rows])
-    return latents, [caption for _, caption in rows], reader.unreadable
+    latents, captions = [], []
+    for _, (pixels, caption) in reader.rows((index, index) for index in range(count)):
+        latents.append(encode_image(teacher.vae, pixels)[0].cpu())
+        captions.append(caption)
+    return torch.stack(latents), captions, reader.unreadable
 
 
 def _edges(timesteps: int) -> tuple[int, ...]:

@@ -86,6 +86,17 @@ def test_text_files_of_other_names(tmp_path: Path) -> None:
     assert captions(tmp_path) == ["0.txt", "1.TXT", "2.caption", "3.Caption", "both", "café"]
 
 
+def test_old_text_files_are_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(3):
+        picture(tmp_path / f"{index}.png").with_suffix(".txt").write_bytes(b"caf\xe9")
+    assert captions(tmp_path) == ["café"] * 3
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"file {str(tmp_path / '0.txt')!r} is not UTF-8 (byte 3): read as Windows-1252"
+    )
+    assert record.getMessage().endswith("(and 2 more)")
+
+
 def test_all_kinds_of_images_and_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a.png", "b.JPG", "c.jfif", "d.gif", "e.tif", "f.TIFF", "g.webp", "h.bmp"):
         image = picture(tmp_path / f"{name[0]}.jpeg", name)
@@ -152,6 +163,7 @@ def test_a_caption_that_is_missing_is_replaced_like_an_image(tmp_path: Path) -> 
 
 
 def test_what_is_a_caption() -> None:
+    assert caption_of({"text": "\ufeffa"}, ("text",)) == "a"
     assert caption_of({"text": None, "caption": ["first", "second"]}, ("text", "caption")) == "first"
     assert caption_of({"text": 7}, ("text",)) == row_caption({"caption": 7}, 0) == "7"
     assert row_caption({"caption": ""}, 0) == ""

@@ -181,7 +181,10 @@ def test_saved_dataset(tmp_path: Path) -> None:
 
 
 def test_hub_dataset_without_a_network() -> None:
-    with pytest.raises(InputError, match=r"data 'nobody/nothing' could not be loaded .*save_to_disk"):
+    with pytest.raises(
+        InputError,
+        match=r"data 'nobody/nothing' could not be loaded .*; no folder of that name is here either: .*save_to_disk",
+    ):
         open_images("nobody/nothing")
 
 
@@ -239,6 +242,8 @@ def test_paths_of_a_table_begin_beside_it(tmp_path: Path) -> None:
     assert [red(found[index]["image"]) for index in (1, 2)] == [2, 3]
 
 
-def test_a_folder_that_is_missing_is_said_to_be() -> None:
-    with pytest.raises(InputError, match=r"data 'photos/cats' could not be loaded .*no folder of that name is here"):
+def test_a_folder_that_is_missing_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(InputError, match=r"data 'photos/cats' is not there, though the folder 'photos' is"):
         open_images("photos/cats")

@@ -186,6 +186,8 @@ def test_a_cache_is_data(models: tuple[str, str], photos: Path, tmp_path: Path) 
     assert found["settings"]["prompts"] == ["photo 0", "photo 1", "photo 2"]
     noise = [report["models"][1]["metrics"]["noise_prediction_mse"]["mean"] for report in (found, same)]
     assert noise[0] == pytest.approx(noise[1], rel=1e-5)
+    with pytest.raises(InputError, match=r"cache' is a cache of latents: give what it was made from"):
+        run(CacheJob(models[0], str(tmp_path / "cache"), str(tmp_path / "again")))
 
 
 def test_one_real_image_is_in_memory_at_a_time(tmp_path: Path) -> None:

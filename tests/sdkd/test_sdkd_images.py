@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,9 @@ def test_damaged_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             read_rgb(tmp_path / f"{name}.png")
     with pytest.raises(InputError, match=r"shard x cannot be read as an image \(EPS is a drawing, not pixels\)"):
         read_rgb(stored(Image.new("RGB", (2, 2)), "EPS"), "shard x")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png' cannot be read as an image \(it is a pipe"):
+        read_rgb(tmp_path / "pipe.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for read in (read_rgb, read_mask, image_size):
         with pytest.raises(InputError, match=r"4096 pixels\) exceeds limit of 2000 pixels"):
