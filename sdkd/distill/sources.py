@@ -1,4 +1,4 @@
-"""Where many captioned images come from: tar shards in WebDataset's layout, parquet, Hugging Face datasets."""
+"""Where many captioned images come from: which source a name means, and tar shards in WebDataset's layout."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdkd.distill.image_folder import SIDECARS, SUFFIXES, hidden
+from sdkd.distill.image_folder import SIDECARS, SUFFIXES, files_below, hidden
 from sdkd.distill.patterns import matching
 from sdkd.distill.rows import CaptionedImages, caption_of
-from sdkd.errors import InputError, MissingExtraError
+from sdkd.distill.tables import TableImages, load_saved, load_table, no_column
+from sdkd.errors import InputError
 from sdkd.files import write_bytes
 from sdkd.images import image_size, read_rgb
 from sdkd.text_files import decode_text
@@ -28,7 +29,6 @@ _HEAD = 1 << 16  # bytes that hold the size of nearly every image
 _INDEX_SCHEMA = 2
 _SCANNERS = 8  # threads that read the headers of shards
 _PROBED = 100  # rows of shards that are looked at for the columns of captions
-_IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
 
 
@@ -43,7 +43,7 @@ def open_source(
         return _open_folder(path, image_column, caption_columns)
     if shards := matching(name):
         if all(shard.suffix == ".parquet" for shard in shards):
-            table = _load("parquet", data_files=[str(shard) for shard in shards])
+            table = load_table("parquet", data_files=[str(shard) for shard in shards])
             homes = list(dict.fromkeys(shard.parent for shard in shards))
             return TableImages(table, image_column, caption_columns, homes=homes)
         return TarShards(shards, image_column, caption_columns)
@@ -53,19 +53,28 @@ def open_source(
                 f"data {name!r} is not there, though the folder {str(path.parent)!r} is: correct the name; a dataset "
                 "of the hub is looked for where no such folder is"
             )
-        return TableImages(_load(name), image_column, caption_columns, name)
+        return TableImages(load_table(name), image_column, caption_columns, name)
     return None
 
 
 def _open_folder(path: Path, image_column: str | None, caption_columns: Sequence[str]) -> CaptionedImages | None:
     if any((path / file).is_file() for file in _SAVED):
-        return TableImages(_load_saved(path), image_column, caption_columns, str(path))
+        return TableImages(load_saved(path), image_column, caption_columns, str(path))
     if shards := sorted(shard for shard in path.glob("*.tar") if not hidden(shard.name)):
         return TarShards(shards, image_column, caption_columns)
     if tables := [*path.glob("*.parquet"), *path.glob("*/*.parquet")]:
         homes = [path, *sorted({table.parent for table in tables} - {path})]
-        return TableImages(_load(str(path)), image_column, caption_columns, str(path), homes)
+        return TableImages(_table_of(path, tables), image_column, caption_columns, str(path), homes)
     return None
+
+
+def _table_of(path: Path, tables: Sequence[Path]) -> Any:
+    """A folder's parquet files. Beside images `datasets` would take those instead: there the files are named."""
+    if not any(file.suffix.lower() in SUFFIXES for file in files_below(path)):
+        return load_table(str(path))
+    own = sorted(table for table in tables if not hidden(table.name))
+    train = [table for table in own if "train" in re.split(r"[^a-z]+", table.stem.lower())]
+    return load_table("parquet", data_files=[str(table) for table in train or own])
 
 
 class Member(NamedTuple):
@@ -171,7 +180,7 @@ class TarShards:
                 columns |= self._columns(index)
             if any(name in columns for name in self._captions):
                 return
-        raise _no_column("caption", self._captions, columns, str(self.shards[0]))
+        raise no_column("caption", self._captions, columns, str(self.shards[0]))
 
 
 def shard_members(path: Path) -> dict[str, dict[str, Member]]:
@@ -220,129 +229,3 @@ def _scan(path: Path, size: int) -> dict[str, dict[str, Member]]:
         if tar.offset + tarfile.BLOCKSIZE > size:
             raise tarfile.ReadError("its end is missing")
     return samples
-
-
-class TableImages:
-    """Rows of a `datasets.Dataset`: images as bytes or as paths, captions from the first column there is.
-
-    Paths that are not absolute begin in one of `homes`, the folders of the table's files, or where the process is.
-    Raises InputError, listing the columns, when one is missing.
-    """
-
-    def __init__(
-        self,
-        table: Any,
-        image_column: str | None,
-        caption_columns: Sequence[str],
-        name: str = "parquet",
-        homes: Sequence[Path] = (),
-    ) -> None:
-        import datasets
-
-        columns: dict[str, Any] = dict(table.features)
-        self._name, self._homes = name, homes
-        self._captions = tuple(column for column in caption_columns if column in columns)
-        if not self._captions:
-            raise _no_column("caption", caption_columns, columns, name)
-        of_kind = [column for column, kind in columns.items() if isinstance(kind, datasets.Image)]
-        choices = [image_column] if image_column else [*of_kind, *_IMAGE_NAMES]
-        self._image = next((column for column in choices if column in columns), "")
-        if not self._image:
-            raise _no_column("image", choices, columns, name)
-        if isinstance(columns[self._image], datasets.Image):
-            table = table.cast_column(self._image, datasets.Image(decode=False))
-        self._table = table.select_columns([self._image, *self._captions])
-        self._texts = table.select_columns(list(self._captions))
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        row = self._table[index]
-        return {"image": read_rgb(self._source(row, index), self._row(index)), "caption": self._caption(row, index)}
-
-    def caption(self, index: int) -> str:
-        """Caption of one image; InputError when it has none."""
-        return self._caption(self._texts[index], index)
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Width and height in pixels, from the image's header."""
-        return image_size(self._source(self._table[index], index), self._row(index))
-
-    def _row(self, index: int) -> str:
-        return f"image {index} of {self._name!r}"
-
-    def _caption(self, row: Mapping[str, Any], index: int) -> str:
-        found = caption_of(row, self._captions)
-        if found is None:
-            raise InputError(f"{self._row(index)} has no caption in {', '.join(self._captions)}: add it, or remove it")
-        return found
-
-    def _source(self, row: Mapping[str, Any], index: int) -> Path | bytes:
-        value = row[self._image]
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes):
-            return value
-        if isinstance(value, str):
-            places = [home / value for home in self._homes]  # the same place for all when it is absolute
-            return next((place for place in places if place.is_file()), Path(value))
-        raise InputError(
-            f"{self._row(index)} is neither bytes nor a path in column {self._image!r}: repair or remove it"
-        )
-
-
-def _no_column(kind: str, wanted: Sequence[str], columns: Mapping[str, Any], name: str) -> InputError:
-    return InputError(
-        f"data {name!r} has no {kind} column {' or '.join(wanted)}: its columns are {', '.join(columns) or 'none'}; "
-        f"name one with --{kind}-column{'s' if kind == 'caption' else ''}"
-    )
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", "train", "reading parquet and Hugging Face datasets") from error
-    return datasets
-
-
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    shown = datasets.are_progress_bars_enabled() if hasattr(datasets, "are_progress_bars_enabled") else True
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _load(name: str, **options: Any) -> Any:
-    """The split `train` of a hub dataset, of a folder of parquet files, or of such files."""
-    datasets = _datasets()
-    try:
-        with _quiet(datasets):
-            return datasets.load_dataset(name, split="train", **options)
-    except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        what = options.get("data_files", [name])[0]
-        not_here = "" if options or Path(name).exists() else "; no folder of that name is here either"
-        raise InputError(
-            f"data {what!r} could not be loaded ({reason}){not_here}: check the name, its split `train` and the "
-            "network; or load it elsewhere, `save_to_disk` it, and give that folder"
-        ) from error
-
-
-def _load_saved(path: Path) -> Any:
-    datasets = _datasets()
-    try:
-        with _quiet(datasets):
-            found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
-        raise InputError(f"data folder {str(path)!r} could not be loaded ({error}): save the dataset again") from error
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    if "train" not in found:
-        raise InputError(f"dataset {str(path)!r} has no split train, only {', '.join(found)}: give one of its folders")
-    return found["train"]

@@ -242,6 +242,18 @@ def test_paths_of_a_table_begin_beside_it(tmp_path: Path) -> None:
     assert [red(found[index]["image"]) for index in (1, 2)] == [2, 3]
 
 
+def test_a_table_is_taken_before_the_images_that_it_names(tmp_path: Path) -> None:
+    for index in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{index}.png").write_bytes(png(index))
+    names = [f"images/{index}.png" for index in range(3)]
+    pq.write_table(pa.table({"image": names, "text": names}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"image": names[:1], "text": ["held out"]}), tmp_path / "test-0.parquet")
+    found = open_images(tmp_path)
+    assert [(red(row["image"]), row["caption"]) for row in map(found.__getitem__, range(3))] == list(enumerate(names))
+    assert len(found) == 3
+
+
 def test_a_folder_that_is_missing_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
