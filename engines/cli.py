@@ -29,6 +29,7 @@ from sdkd.console import show
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.errors import InputError
 from sdkd.noise_schedule import scheduler_like
+from sdkd.numbers import DRAWING, check_number, check_numbers
 from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target
 from sdkd.text_files import prompt_lines, typed_text
@@ -102,7 +103,11 @@ def generate(
 
     With --prompts the folder of images fills; the same command goes on where it was interrupted.
     """
+    given = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "count": count, "batch": batch}
+    scales = {"strength": strength, "control_scale": control_scale, "image_guidance_scale": image_guidance_scale}
+    check_numbers({**given, **scales, "num_processes": num_processes}, DRAWING)
     texts = prompt_texts(prompt, prompts)
+    check_number("number of images", len(texts) * count, high=DRAWING["count"].high)
     files = (
         output_files(output, prompt, count)
         if prompt is not None
@@ -110,7 +115,6 @@ def generate(
     )
     check_images(files, overwrite, [model, image, mask, control, prompts], folder=prompts is not None)
     wanted = None if size is None else parse_size(size)
-    scales = {"strength": strength, "control_scale": control_scale, "image_guidance_scale": image_guidance_scale}
     inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
     check_bundle_size(model, wanted)
     check_inputs(model, target, inputs, steps)
@@ -124,6 +128,7 @@ def generate(
         pipe, used = load(model, slot, control=control is not None, low_memory=low_memory)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
+    check_steps(pipe, steps)
     height, width = wanted or default_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
     way = find_way(model, int(pipe.unet.config.in_channels), inputs)
@@ -240,9 +245,10 @@ def output_files(output: Path | None, prompt: str, count: int) -> list[Path]:
 
 def parse_size(text: str) -> tuple[int, int]:
     """Read `512` or `512x768` as (height, width) in pixels."""
-    if not re.fullmatch(r"\d+(x\d+)?", text.strip()):
+    if not re.fullmatch(r"\d{1,9}(x\d{1,9})?", text.strip()):
         raise InputError(f"size {text!r} is not understood: give pixels as 512, or height x width as 512x768")
     numbers = [int(part) for part in text.strip().split("x")]
+    check_numbers({"height": numbers[0], "width": numbers[-1]}, DRAWING)
     return numbers[0], numbers[-1]
 
 
@@ -305,6 +311,11 @@ def set_scheduler(pipe: Any, name: str) -> None:
     if found is None or not hasattr(found, "from_config"):
         raise InputError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}, or a diffusers class")
     pipe.scheduler = scheduler_like(pipe.scheduler, found)
+
+
+def check_steps(pipe: Any, steps: int) -> None:
+    """InputError for more steps than the scheduler's noise schedule has."""
+    check_number("steps", steps, 1, pipe.scheduler.config.num_train_timesteps, whole=True)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 from engines.image_inputs import TEXT, Inputs, Way, done_steps
 from sdkd.console import Progress, within
 from sdkd.contract import guidance_copies
+from sdkd.errors import EngineError
 from sdkd.files import write_bytes
+from sdkd.numbers import DRAWING, SEED, check_number, check_numbers
 from sdkd.profiles import Range, ShapeRanges
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw; sizes in pixels, image i uses seed + i and the prompts in turn."""
+    """What to draw; sizes in pixels, image i uses seed + i and the prompts in turn. InputError for odd numbers."""
 
     prompts: tuple[str, ...]
     negative_prompt: str | None
@@ -32,6 +35,10 @@ class Request:
     count: int
     way: Way = TEXT
     inputs: Inputs = field(default_factory=Inputs)
+
+    def __post_init__(self) -> None:
+        check_numbers({**self.inputs.scales, **vars(self)}, DRAWING)
+        check_number("seed of the last image", self.seed + self.count - 1, SEED.low, SEED.high, whole=True)
 
     def prompt(self, index: int) -> str:
         """The prompt of an image."""
@@ -92,17 +99,32 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
     full = [*indices, *[indices[-1]] * (at_least - len(indices))]
     size = {"height": request.height, "width": request.width} if request.way.sized else {}
     pipe.set_progress_bar_config(disable=True)
-    images: list[Image] = pipe(
+    images: np.ndarray = pipe(
         [request.prompt(index) for index in full],
         negative_prompt=None if request.negative_prompt is None else [request.negative_prompt] * len(full),
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
         generator=[torch.Generator().manual_seed(request.seed + index) for index in full],
         callback_on_step_end=on_step,
+        output_type="np",
         **size,
         **request.inputs.arguments(request.way, len(full)),
     ).images
-    return images[: len(indices)]
+    check_finite(images, which)
+    drawn: list[Image] = pipe.image_processor.numpy_to_pil(images[: len(indices)])
+    return drawn
+
+
+def check_finite(images: np.ndarray, which: str) -> None:
+    """EngineError for NaN and infinite pixels, which would be saved as black; `images`: [n, h, w, 3], 0 to 1."""
+    import numpy as np
+
+    if not np.isfinite(images).all():
+        raise EngineError(
+            f"{which}: pixels are not finite (NaN or infinity), so nothing was written. Weights that hold NaN, "
+            "activations that overflow in fp16 or a scale that is far too high are usual causes: try --precision fp32 "
+            "when exporting, the original weights, or a guidance scale of about 7"
+        )
 
 
 def draw_all(

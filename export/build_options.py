@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +17,7 @@ from typing import Any
 
 from sdkd.errors import InputError
 from sdkd.gpu_trial import capabilities
+from sdkd.schema import problem
 
 REFIT = ("none", "lora", "all")
 HARDWARE = {"none": "NONE", "ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
@@ -52,7 +54,7 @@ class BuildOptions:
                 raise InputError(f"{typed(option)} {getattr(self, option)!r} is unknown: choose {', '.join(choices)}")
         for option in ("workspace_gb", "memory_cap_gb"):
             size = getattr(self, option)
-            if size is not None and not size > 0:
+            if size is not None and not 0 < size < math.inf:
                 raise InputError(f"{typed(option)} {size:g} is no size: give GiB, more than 0")
         object.__setattr__(self, "compute_capabilities", _sorted_capabilities(self.compute_capabilities))
 
@@ -68,6 +70,8 @@ class BuildOptions:
     @staticmethod
     def of(changed: Mapping[str, Any]) -> BuildOptions:
         """The inverse of `changed`."""
+        if wrong := problem(dict(changed), BuildOptions, "options"):
+            raise InputError(f"an engine was built with {wrong}: build it again")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()}
         return BuildOptions(**values)
 

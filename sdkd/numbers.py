@@ -88,3 +88,19 @@ def check_numbers(values: Mapping[str, object], table: Mapping[str, Bounds]) -> 
 SEED = Bounds(0, 2**64 - 1, whole=True)  # what torch.Generator.manual_seed takes
 COUNT = Bounds(1, 2**31 - 1, whole=True)  # of things: images, runs, processes
 SHARE = Bounds(0, 1)
+
+# Of images to draw, in options, in Python and in comparisons; sizes in pixels.
+DRAWING = {
+    "height": Bounds(1, 1 << 15, whole=True),
+    "width": Bounds(1, 1 << 15, whole=True),
+    "steps": Bounds(1, 10_000, whole=True),
+    "guidance_scale": Bounds(0, 1000),
+    "image_guidance_scale": Bounds(0, 1000),
+    "control_scale": Bounds(-100, 100),
+    "seed": SEED,
+    "count": Bounds(1, 1_000_000, whole=True),
+    "batch": Bounds(1, 4096, whole=True),
+    "num_processes": Bounds(1, 1024, whole=True),
+    "runs": Bounds(1, 100_000, whole=True),
+    "min_seconds": Bounds(0, 86_400),
+}

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdkd.errors import InputError
+from sdkd.numbers import check_number
+
+_LARGEST = 1 << 20  # pixels, tokens or images
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Range:
     max: int
 
     def __post_init__(self) -> None:
+        for size in (self.min, self.opt, self.max):
+            check_number("size", size, high=_LARGEST, whole=True)
         if not 1 <= self.min <= self.opt <= self.max:
             raise InputError(f"range {self.min}..{self.opt}..{self.max} is not ordered: give 1 <= min <= opt <= max")
 
@@ -36,7 +41,7 @@ class Range:
     @staticmethod
     def parse(text: str) -> Range:
         """Read `512`, `512..768` (opt = min) or `512..640..768`; InputError names the text and the forms."""
-        if not re.fullmatch(r"\d+(\.\.\d+){0,2}", text.strip()):
+        if not re.fullmatch(r"\d{1,9}(\.\.\d{1,9}){0,2}", text.strip()):
             raise InputError(f"range {text!r} is not understood: give 512, 512..768 or min..opt..max")
         numbers = [int(part) for part in text.strip().split("..")]
         low, high = numbers[0], numbers[-1]

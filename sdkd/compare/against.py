@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
 
     Raises InputError for a threshold below 0, and where the reports have no subject in common.
     """
-    if threshold < 0:
+    if not 0 <= threshold < math.inf:
         raise InputError(f"threshold {threshold:g} is below 0: give the share that a step may take longer, like 0.1")
     check_common(then, list(now.rows))
     differ = {setting: text for setting in SETTINGS if (text := _difference(setting, then, now))}

@@ -18,6 +18,7 @@ from sdkd.compare.subjects import TEACHER, Subject, check_subjects, has_random_w
 from sdkd.compare.verdicts import judge_engine
 from sdkd.console import Progress, quiet, within
 from sdkd.errors import EngineError, InputError
+from sdkd.numbers import DRAWING, check_numbers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,6 +66,8 @@ def compare(
     """
     check_subjects(subjects)
     kept = _check_request(prompts, steps=steps, runs=runs, image_runs=image_runs, batch=batch)
+    numbers = {"guidance_scale": guidance_scale, "seed": seed, "height": size, "min_seconds": min_seconds}
+    check_numbers(numbers | {"steps": steps, "runs": runs, "batch": batch}, DRAWING)
     _check_baseline(baseline, subjects)
     where, cases = device or _default_device(), [Case(subject) for subject in subjects]
     surroundings = environment(where, load_before)  # before the measurement loads the machine
