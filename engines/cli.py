@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from engines.drawing import Request, draw, draw_all, encode_png, engine_batch, in_batches, metadata
 from engines.image_inputs import (
@@ -146,7 +145,7 @@ def generate(
         inputs=inputs,
     )
     for line in lines if state.is_main_process else ():
-        show(escape(line))
+        show(line)
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
     drawn = carry_out(
@@ -162,7 +161,7 @@ def generate(
 def tell(request: Request, places: Sequence[Path], target: str, drawn: int, seconds: float) -> None:
     """Say where the images are and how long they took."""
     for place in places:
-        show(escape(str(place)))
+        show(str(place))
     kept = f", {request.count - drawn} were there" if drawn < request.count else ""
     plural = "" if drawn == 1 else "s"
     show(

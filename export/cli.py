@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.console import progress, show, show_json, table
@@ -97,8 +96,7 @@ def _pixels(text: str, size: str) -> int:
 def notes(bundle: Bundle) -> list[str]:
     """What the table does not say: of the model, blocks kept in float32, graphs that were not compared."""
     lines = [
-        escape(f"{Path(bundle.manifest.source['model']).name}: {note}.")
-        for note in bundle.manifest.source.get("notes", ())
+        f"{Path(bundle.manifest.source['model']).name}: {note}." for note in bundle.manifest.source.get("notes", ())
     ]
     for name, record in bundle.manifest.components.items():
         kept = record.details.get("islands", {}).get("float32_blocks", {})

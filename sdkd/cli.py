@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from sdkd import __version__
 from sdkd.children import environment
+from sdkd.console import prepare_streams, printable
 from sdkd.errors import in_words
 from sdkd.help_page import Command, rows_of, show_page
 from sdkd.interrupts import ended, hear_signals
@@ -83,7 +84,7 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def leave(message: str, status: int) -> NoReturn:
     """Print to standard error and exit."""
-    sys.stderr.write(f"sdkd: {message}\n")
+    sys.stderr.write(f"sdkd: {printable(message)}\n")
     sys.exit(status)
 
 
@@ -145,6 +146,7 @@ def main() -> None:
     """Console script: status 0 only when the work is done, 2 for bad usage, 1 with one clear message otherwise."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    prepare_streams()
     os.environ.update(environment())  # of what libraries start, too
     hear_signals()
     app(prog_name="sdkd")

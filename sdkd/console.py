@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 Progress = Callable[[str, float | None], None]
 """Called with what is being done and the fraction done (0 to 1, or None when unknown)."""
 
@@ -34,7 +38,32 @@ def console(stderr: bool = False) -> Console:
     """A rich console on standard output or standard error."""
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=True)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    return Plain(stderr=stderr, soft_wrap=True, markup=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """Text that a terminal only shows: control characters (escape sequences begin with one) are spelled out."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def styled(text: str, style: str) -> Text:
+    """A text in bold, red, ...; what is printed is never read as markup, since names of files may look like it."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
+
+
+def prepare_streams() -> None:
+    """Output that does not fail: what an encoding lacks is spelled out, and a width of 0 (COLUMNS) is none."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("COLUMNS", "").strip() == "0":
+        del os.environ["COLUMNS"]
 
 
 def show(*renderables: Any, sep: str = "\n") -> None:
@@ -50,13 +79,14 @@ def show_json(data: Any) -> None:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A rich table; a column whose name ends in a unit or whose cells are numbers is right-aligned."""
     from rich.table import Table
+    from rich.text import Text
 
     result = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(_is_number(str(row[index])) for row in rows)
         result.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+        result.add_row(*(cell if isinstance(cell, Text) else str(cell) for cell in row))
     return result
 
 
@@ -78,19 +108,19 @@ def _bar(title: str, target: Console) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("[bold]{task.fields[title]}"),
+        TextColumn("{task.fields[title]}", style="bold", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Bar(*columns, console=target) as bar:
         task = bar.add_task("", total=1.0, title=title)
 
         def report(message: str, fraction: float | None) -> None:
-            bar.update(task, description=message, completed=fraction)
+            bar.update(task, description=printable(message), completed=fraction)
 
         yield report
         bar.update(task, completed=1.0)

@@ -11,10 +11,9 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sdkd import __version__
-from sdkd.console import Progress, progress, quiet, show, show_json, table, within
+from sdkd.console import Progress, progress, quiet, show, show_json, styled, table, within
 from sdkd.errors import BuildError, InputError, MissingExtraError
 from sdkd.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
 from sdkd.targets import (
@@ -130,8 +129,8 @@ def _cuda_problem() -> str | None:
     return cuda_problem() if gpu() and CUDA.removesuffix("ExecutionProvider") in _providers() else None
 
 
-def _yes(value: bool) -> str:
-    return "[green]yes[/]" if value else "no"
+def _yes(value: bool) -> Any:
+    return styled("yes", "green") if value else "no"
 
 
 def _facts(found: dict[str, Any], details: bool) -> list[list[Any]]:
@@ -178,9 +177,9 @@ def doctor(
     _show_support([Support(**row) for row in found["gpu_support"]], trials)
     for one in targets:
         if one.fix:
-            show(f"  {one.target}: {one.fix}".replace("[", r"\["))
+            show(f"  {one.target}: {one.fix}")
     if found["onnxruntime_cuda"]:
-        show(escape(f"  onnxruntime runs on the CPU, although there is a GPU: {found['onnxruntime_cuda']}"))
+        show(f"  onnxruntime runs on the CPU, although there is a GPU: {found['onnxruntime_cuda']}")
 
 
 def _try_all() -> list[Trial]:
@@ -197,6 +196,6 @@ def _show_support(found: Sequence[Support], trials: Sequence[Trial]) -> None:
     """What is known and what was measured of GPU targets; what was tried where there is no GPU to remember it for."""
     for one in found:
         known = f"{one.target} on compute capability {one.compute_capability}: {one.known}."
-        show(escape(known), escape(f"  {one.measured[0].upper()}{one.measured[1:]}."))
+        show(known, f"  {one.measured[0].upper()}{one.measured[1:]}.")
     for trial in trials if not found else ():
-        show(escape(f"{trial.target}: {trial.words()}"))
+        show(f"{trial.target}: {trial.words()}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
-from sdkd.console import show, show_json, table
+from sdkd.console import show, show_json, styled, table
 from sdkd.contract import Contract
 from sdkd.errors import BundleError, MissingExtraError, SdkdError
 from sdkd.memory import run_memory
@@ -125,8 +125,8 @@ def _state(problems: list[str]) -> str:
     return "repair" if problems else "fresh"
 
 
-def _reasons(row: Mapping[str, Any], name: str) -> list[str]:
-    return [f"  [red]{name}[/]: {problem}" for problem in row["problems"]]
+def _reasons(row: Mapping[str, Any], name: str) -> list[Any]:
+    return [styled(f"  {name}: {problem}", "red") for problem in row["problems"]]
 
 
 def _short(found: dict[str, Any]) -> list[Any]:
@@ -187,7 +187,7 @@ def _details(found: dict[str, Any]) -> list[Any]:
         if operators := row["details"].get("operators"):
             parts.append(f"  {row['details'].get('nodes', sum(operators.values()))} nodes: {_counted(operators)}")
     for row in found["engines"]:
-        parts.append(f"[bold]{row['slot']} {row['component']}[/]")
+        parts.append(styled(f"{row['slot']} {row['component']}", "bold"))
         parts += [f"  {key}: {value}" for key, value in {**row["environment"], **row["flags"]}.items()]
         parts.append(_layer_table(row["layers"]))
     return parts
@@ -230,7 +230,7 @@ def inspect(
     else:
         source = found["source"]
         random = ", random weights" if source.get("random_weights") else ""
-        show(f"[bold]{found['path']}[/]: {source.get('model', 'unknown model')}{random}")
+        show(styled(f"{found['path']}: {source.get('model', 'unknown model')}{random}", "bold"))
         show(*_short(found), *(_details(found) if details else []))
         if found["files"] is None:
             show(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sdkd.console import progress, show, show_json, table
 from sdkd.files import check_free
@@ -142,5 +141,5 @@ def student(
         return
     show(*tables(found))
     for note in source.notes:
-        show(escape(f"Note on {source.name}: {note}."))
+        show(f"Note on {source.name}: {note}.")
     show(f"Saved {output}. Train it with: sdkd distill --teacher {teacher} --student {spec.short} --data DATA ...")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdkd.console import progress, show, show_json, within
+from sdkd.console import progress, show, show_json, styled, within
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,8 +119,6 @@ def compare(
 
 def _show_report(report: Report, page: Path, json: bool) -> None:
     """The report on standard output, as JSON or as tables."""
-    from rich.markup import escape
-
     if json:
         show_json(report.to_json())
         return
@@ -128,7 +126,7 @@ def _show_report(report: Report, page: Path, json: bool) -> None:
     from sdkd.compare.words import noise_note, sentence
 
     notes = [note for note in (noise_note(report), *report.notes) if note]
-    show(f"[bold]{escape(sentence(report))}[/]", terminal_table(report), *map(escape, notes), f"Look at {page}")
+    show(styled(sentence(report), "bold"), terminal_table(report), *notes, f"Look at {page}")
 
 
 def compare_reports(models: list[str] | None, against: Path | None, report: Path, threshold: float, json: bool) -> None:

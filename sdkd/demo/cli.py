@@ -45,7 +45,6 @@ def _forget(output: Path) -> None:
 
 
 def _tell(result: object) -> None:
-    from rich.markup import escape
 
     from sdkd.compare.tables import terminal_table
     from sdkd.demo.run import DemoResult
@@ -56,10 +55,10 @@ def _tell(result: object) -> None:
     if result.reused:
         show(f"Re-used from an earlier run: {', '.join(result.reused)}.")
     for target, why in result.skipped.items():
-        show(escape(f"{target}: {why}"))
+        show(f"{target}: {why}")
     folder = result.folder
     show(
-        f"\nLook at [bold]{folder}/report.html[/] (images side by side), {folder}/demo.png and {folder}/report.json.",
+        f"\nLook at {folder}/report.html (images side by side), {folder}/demo.png and {folder}/report.json.",
         "\nNext, with a real checkpoint:",
         "  sdkd doctor",
         "  sdkd student runwayml/stable-diffusion-v1-5 artifacts/my-tiny --student tiny",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from sdkd.console import progress, show, show_json, table
 from sdkd.distill.config import TrainConfig, make_config, parse_prompts, settings_of
@@ -135,9 +134,9 @@ def _tell(summary: dict[str, Any]) -> None:
         title = f"Losses of {summary.get('student') or summary['model']}"
         show(table(title, ["", f"to step {first['step']}", f"to step {last['step']}"], rows))
     for note in summary["notes"]:
-        show(escape(f"{summary.get('teacher') or summary['model']}: {note}."))
+        show(f"{summary.get('teacher') or summary['model']}: {note}.")
     for remark in summary["remarks"]:
-        show(escape(f"{remark[0].upper()}{remark[1:]}."))
+        show(f"{remark[0].upper()}{remark[1:]}.")
     if unreadable := summary["unreadable"]:
         show(f"{len(unreadable)} images could not be read and were replaced: {'; '.join(unreadable)}")
     lora = summary["objective"] == "lora"

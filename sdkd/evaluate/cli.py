@@ -46,8 +46,6 @@ def evaluate(
 
     Writes evaluation.json (every value) and evaluation.md. Nothing is downloaded for a metric: what it lacks is said.
     """
-    from rich.markup import escape
-
     from sdkd.evaluate.evaluation import evaluate as measure
     from sdkd.evaluate.metrics import Settings
     from sdkd.evaluate.report import TITLES, rows, write_report
@@ -72,8 +70,8 @@ def evaluate(
         )
     )
     for name, why in missing.items():
-        show(escape(f"{TITLES[name]}: not measured: {why}"))
-    show(*map(escape, found.notes), f"Saved {page}")
+        show(f"{TITLES[name]}: not measured: {why}")
+    show(*found.notes, f"Saved {page}")
 
 
 def _device(name: str) -> str:
