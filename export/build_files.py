@@ -77,7 +77,7 @@ def drop_replaced(before: Bundle, after: Bundle) -> None:
 def drop_unnamed(bundle: Bundle, slot: str) -> None:
     """Remove folders of builds that were killed before the manifest named them, or after it named others."""
     used = {(bundle.path / path).parent for path in _named(bundle.manifest)}
-    for left in (bundle.path / "engines" / slot).glob(f"{_BUILD}*"):
+    for left in (bundle.path / "engines" / slot).glob(_BUILD + "[0-9a-f]" * 8):
         if left not in used:
             discard(left)
 

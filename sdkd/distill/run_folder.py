@@ -16,7 +16,7 @@ from sdkd.distill.config import TrainConfig
 from sdkd.errors import InterruptedRunError, OutputExistsError
 from sdkd.files import check_free, lock, write_json
 from sdkd.marks import RUN, foreign, proves
-from sdkd.outputs import Input, check_place
+from sdkd.outputs import Input, check_place, why_kept
 from sdkd.pipelines import PROVENANCE
 from sdkd.replace import discard, sweep_inside
 
@@ -48,6 +48,8 @@ def check_output(
     if goes_on:
         check_place(output, inputs)
         return
+    if overwrite and _occupied(output, resume):
+        check_free(spare_folder(output), True, inputs)
     if not overwrite and checkpoints(output):
         raise OutputExistsError(
             f"output {str(output)!r} holds checkpoints of a run: go on with --resume auto, or pass --overwrite"
@@ -89,7 +91,7 @@ def run_folder(
     with lock(output):
         existed = folder.exists()
         if checkpoint is None:
-            discard(spare)
+            _drop(spare)
             _start_anew(folder, config)
         try:
             yield folder
@@ -103,6 +105,12 @@ def run_folder(
                     f"interrupted: {kept[-1]} is kept, go on from it by the same command with --resume auto"
                 ) from None
             raise
+        _drop(spare)
+
+
+def _drop(spare: Path) -> None:
+    """Remove what an earlier run has left that was to replace the output; nothing else of that name."""
+    if spare.is_dir() and (not any(spare.iterdir()) or why_kept(spare) is None):
         discard(spare)
 
 

@@ -401,8 +401,8 @@ def test_a_build_never_touches_the_files_of_the_manifest(built: Bundle) -> None:
         seen.append(message)
 
     for _ in range(3):
-        (built.path / "engines/onnxruntime/build-left").mkdir()
-        (built.path / "engines/onnxruntime/build-left" / "unet.onnx").write_bytes(b"of a killed build")
+        (built.path / "engines/onnxruntime/build-0123abcd").mkdir()
+        (built.path / "engines/onnxruntime/build-0123abcd" / "unet.onnx").write_bytes(b"of a killed build")
         now = build_engine(built.path, "onnxruntime", components=["unet"], force=True, progress=look)
         record = now.engine("onnxruntime", "unet")
         now.verify_files(record)

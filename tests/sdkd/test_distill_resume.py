@@ -272,24 +272,30 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(teacher: Path, tmp_path:
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for files in ({"sdkd.json": UNFINISHED}, {"training.jsonl": {"step": 1, "loss/total": 2.5, "lr": 1e-3}}):
-        out.mkdir()
-        for name, content in files.items():
-            (out / name).write_text(json.dumps(content))
-        (out / ".training.jsonl.12345678.partial").write_text("half")
-        job = Job(str(teacher), "demo", out, TrainConfig(**SETTINGS), resume="auto")
-        with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
-            run(replace(job, resume="never"))
-        assert run(job)["steps"] == 8
-        assert not list(tmp_path.rglob("*.partial"))
-        assert "unfinished" not in read_json(out / "sdkd.json")
-        assert "was finished before" in run(job)["remarks"][0]  # a whole model is no unfinished run
-        shutil.rmtree(out)
-    out.mkdir()
-    (out / "sdkd.json").write_text(json.dumps(UNFINISHED))
+    job = Job(str(teacher), "demo", out, TrainConfig(**SETTINGS), resume="auto")
+    write_json(out / "sdkd.json", UNFINISHED)
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match=r"holds 'thesis\.txt' beside"):
         run(job)
+    (out / "thesis.txt").unlink()
+    (out / "sdkd.json").unlink()  # as of runs before they had a record from the start
+    (out / "training.jsonl").write_text('{"step": 1, "loss/total": 2.5, "lr": 0.001}\n')
+    (out / ".training.jsonl.12345678.partial").write_text("half")
+    with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
+        run(replace(job, resume="never"))
+    assert run(job)["steps"] == 8
+    assert not list(tmp_path.rglob("*.partial"))
+    assert "unfinished" not in read_json(out / "sdkd.json")
+    assert "was finished before" in run(job)["remarks"][0]  # a whole model is no unfinished run
+
+
+def test_a_hidden_folder_of_others_stays(teacher: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "out" / "sdkd.json", UNFINISHED)
+    (tmp_path / ".out.new").mkdir()
+    (tmp_path / ".out.new" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"\.out\.new' already exists, and sdkd did not write"):
+        run(Job(str(teacher), "demo", tmp_path / "out", TrainConfig(**SETTINGS), overwrite=True))
+    assert (tmp_path / ".out.new" / "thesis.txt").read_text() == "mine"
 
 
 def test_a_run_replaces_no_input(teacher: Path) -> None:
