@@ -51,10 +51,19 @@ class Target:
         """Whether all layers are here, in their shapes."""
         return not self.unknown(layers) and not self.unequal(layers)
 
-    def complete(self, layers: Mapping[str, Layer]) -> bool:
-        """Whether a LoRA changes every layer of the kinds that it changes, as training leaves it."""
-        kinds = {_kind(self.names[module]) for module in layers}
-        return all(module in layers for module, name in self.names.items() if _kind(name) in kinds)
+    def tells(self, layers: Mapping[str, Layer], other: Target) -> bool:
+        """Whether a LoRA changes all layers of a kind here, as training does, where `other` has more of that kind."""
+        mine, theirs = _by_kind(self.names), _by_kind(other.names)
+        return any(
+            mine[kind] <= layers.keys() and not theirs[kind] <= self.names.keys() for kind in mine if kind in theirs
+        )
+
+
+def _by_kind(names: Mapping[str, str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for module, name in names.items():
+        found.setdefault(_kind(name), set()).add(module)
+    return found
 
 
 def _kind(name: str) -> str:
@@ -101,8 +110,8 @@ def fit_student(
 ) -> Fit:
     """A LoRA for a student's UNet: its own as it is, its teacher's by the layer map.
 
-    All names and shapes decide. Where they fit both, a LoRA that changes every layer of its kinds in the student is the
-    student's, since one of the teacher would change removed layers, too; for what is left, `unclear` decides.
+    All names and shapes decide. Where they fit both, a LoRA that changes all layers of a kind in the student, and none
+    that was removed, is the student's: one of the teacher would change those, too. What is left, `unclear` decides.
     `whole_teacher`: that the widths of removed layers are known. ModelError when it fits neither.
     """
     modules = key_map(teacher_config, spec)
@@ -115,7 +124,7 @@ def fit_student(
         return _of_teacher(layers, teacher, teacher_config, spec, f"not all its layers are {spec.name}'s")
     mine = Fit(own.state(layers), "model", f"all its layers are {spec.name}'s")
     same = all(teacher_key(own.names[module], modules) == own.names[module] for module in layers)
-    if not fits_teacher or same or own.complete(layers):
+    if not fits_teacher or same or own.tells(layers, teacher):
         return mine
     rule = f"its layers are {spec.name}'s and its teacher's at other places, and not all of {spec.name}'s"
     if unclear == "model":

@@ -6,6 +6,7 @@ leaves out the alphas of some of kohya's layers where they differ from layer to 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -59,15 +60,15 @@ class Layer:
         return replace(self, down=down, up=self.up.reshape(*self.up.shape[:2], *kernel))
 
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Down and up with the scale inside, in their own dtypes: shared out, so that float16 loses nothing."""
+        """Down and up with the scale inside: exactly, a power of two in their own dtype, all else in float32."""
+        if self.scale == 1:
+            return self.down, self.up
         down, up = self.scale, 1.0
-        while 0 < 2 * down < up:
+        while 0 < 2 * down < up:  # shared out, so that float16 has room
             down, up = 2 * down, up / 2
-        return _times(self.down, down), _times(self.up, up)
-
-
-def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    return tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
+        whole = abs(math.frexp(self.scale)[0]) in (0.0, 0.5)
+        parts = self.down.float() * down, self.up.float() * up
+        return (parts[0].to(self.down.dtype), parts[1].to(self.up.dtype)) if whole else parts
 
 
 def widths(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,9 @@ def test_weights_change_once_however_often_adapters_do(
     assert swaps == [len(load_file(loras["a"] / LORA_FILE)) // 2]
 
 
-def test_a_lora_of_the_teacher_fits_a_student_by_the_layer_map(tmp_path: Path) -> None:
+def test_a_lora_of_the_teacher_fits_a_student_by_the_layer_map(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     teacher, student = tiny_pipeline(), tiny_pipeline(student="tiny")
     folder = save_lora(teacher, tmp_path / "lora", 3)
     bundle = export_pipeline(student, tmp_path / "bundle", components=("unet", "vae_decoder"), verify=False)
@@ -195,6 +198,23 @@ def test_a_lora_of_the_teacher_fits_a_student_by_the_layer_map(tmp_path: Path) -
     expected.unet = build_student(fused.unet, "tiny").eval()
     agree(draw(pipe, 64), draw(expected, 64))
     differ(draw(pipe, 64), draw(student, 64))
+    pipe.unload_lora_weights()
+    own = tiny_pipeline(student="tiny")  # a LoRA of the student itself, which begins at the student's edge
+    places = {"lora_unet_conv_in": own.unet.conv_in.weight,
+              "lora_unet_time_embedding_linear_1": own.unet.time_embedding.linear_1.weight,
+              "lora_unet_up_blocks_0_resnets_0_conv1": own.unet.up_blocks[0].resnets[0].conv1.weight}  # fmt: skip
+    state = {}
+    for name, weight in places.items():
+        down, up = 0.2 * torch.randn(2, *weight.shape[1:]), 0.2 * torch.randn(weight.shape[0], 2, *weight.shape[4:])
+        up = up.reshape(*up.shape, *(1, 1)[: weight.ndim - 2])
+        state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
+        weight += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) / 2
+    with caplog.at_level(logging.INFO, "engines"):
+        pipe.load_lora_weights(state)
+    assert (
+        "is taken for one of sd-tiny, since its layers are sd-tiny's and its teacher's at other places" in caplog.text
+    )
+    agree(draw(pipe, 64), draw(own, 64))
 
 
 @pytest.mark.parametrize("name", ["small", "bk-small", "tiny"])
