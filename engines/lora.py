@@ -31,6 +31,7 @@ from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.lora_fit import Fit, check_text_width, fit_model, fit_student
 from sdkd.lora_layers import Layer, peft_settings, peft_state, read_layers, text_names
 from sdkd.lora_names import other_kind, remap_settings
+from sdkd.numbers import check_number
 from sdkd.students import key_map, meta_unet, recognised, teacher_layout
 
 log = logging.getLogger(__name__)
@@ -127,11 +128,15 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         widths or the weight; InputError for a name that is taken; and what diffusers raises for files.
         """
         name = adapter_name or self._free_name()
+        if "." in name:
+            raise InputError(f"adapter name {name!r} has a dot, which PEFT reads as a path: give one without")
         state, settings = fetch(pretrained_model_name_or_path_or_dict, options)
         if kind := other_kind(state):
             raise EngineError(f"adapter {name!r} {kind}")
         fitted, settings = self._fitted(state, dict(settings or {}), f"LoRA {name!r}")
-        parts = [part for part in PARTS if any(key.startswith(f"{part}.") for key in fitted)]
+        parts = [part for part in PARTS if _of_part(fitted, part)]
+        if not parts:
+            raise InputError(f"LoRA {name!r} has no weights: give a LoRA's .safetensors file")
         before = self.get_list_adapters()
         if taken := [part for part in parts if name in before.get(part, ()) and not hotswap]:
             raise InputError(
@@ -144,6 +149,13 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         except BaseException:
             self._drop(name, before)
             raise
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """Activate adapters with their scales, as diffusers does; InputError for a scale that is no finite number."""
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights]
+        for weight in (weight for weight in weights if weight is not None and not isinstance(weight, dict)):
+            check_number("adapter_weights", weight)
+        super().set_adapters(adapter_names, adapter_weights)
 
     def _load(self, part: str, state: Mapping[str, Any], settings: Mapping[str, Any], name: str, hotswap: bool) -> None:
         """Put one part of an adapter into its module."""

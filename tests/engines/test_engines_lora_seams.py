@@ -236,8 +236,26 @@ def test_what_is_refused_leaves_nothing_behind(exported_bundle: Path, style: ByH
         assert pipe.get_list_adapters() == before
     with pytest.raises(InputError, match=r"adapter name 'style' is in use in the unet already"):
         pipe.load_lora_weights(style.file, adapter_name="style")
+    with pytest.raises(InputError, match=r"adapter name 'style\.1' has a dot"):
+        pipe.load_lora_weights(style.file, adapter_name="style.1")
+    with pytest.raises(InputError, match="LoRA 'new' has no weights"):
+        pipe.load_lora_weights({}, adapter_name="new")
+    with pytest.raises(InputError, match="adapter_weights nan is not finite"):
+        pipe.set_adapters("style", float("nan"))
     assert pipe.get_list_adapters() == before
     assert pipe.get_active_adapters() == ["style"]
+
+
+def test_the_eager_fallback_counts_the_adapters_once(exported_bundle: Path, style: ByHand) -> None:
+    pipe = small_pipeline()
+    pipe.load_lora_weights(_peft(style), adapter_name="style")
+    plug(pipe, exported_bundle, "onnxruntime", eager_fallback=True)
+    pipe.set_adapters("style", 0.2)
+    agree(draw(pipe, 48), draw(style.on(small_pipeline(), 0.2), 48))
+    with pytest.raises(EngineError, match="cannot be saved with adapters on it"):
+        pipe.unet.save_pretrained("nowhere")
+    pipe.unload_lora_weights()
+    agree(draw(pipe, 48), draw(small_pipeline(), 48))
 
 
 def test_a_fused_adapter_is_refused_before_an_engine_opens(exported_bundle: Path, style: ByHand) -> None:
