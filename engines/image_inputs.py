@@ -190,13 +190,17 @@ def known_channels(model: str) -> int | None:
     return int(unet_config(model).get("in_channels", 4))
 
 
-def as_pipeline(pipe: Any, name: str) -> Any:
-    """The pipeline as another class of diffusers, of the same components; itself where it is of that class."""
+def as_pipeline(pipe: Any, name: str, more: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline as another class of diffusers, of the same components and `more`; itself where it is of it."""
     import diffusers
 
     if type(pipe).__name__ == name:
         return pipe
     kind = getattr(diffusers, name)
     taken = inspect.signature(kind.__init__).parameters
-    parts = pipe.components | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts = (
+        pipe.components
+        | dict(more or {})
+        | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
     return kind(**{part: value for part, value in parts.items() if part in taken})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdkd.compare.measure import Work
+from sdkd.compare.pictures import inputs_for, way_of
 from sdkd.compare.subjects import native_size
 from sdkd.contract import check_size, size_multiple
 
@@ -28,16 +29,17 @@ class Request:
     size_px: int
     batch: int = 1  # images per call
     scheduler: str | None = None  # as `sdkd generate` takes it; None: each model's own
+    copies: int = 2  # latents per image in a guided UNet call
 
     @property
     def guided(self) -> bool:
-        """Whether the conditional and the unconditional half go through the UNet together."""
+        """Whether all conditions go through the UNet together."""
         return self.guidance_scale > 1
 
     @property
     def unet_batch(self) -> int:
         """Latents per UNet call."""
-        return self.batch * (2 if self.guided else 1)
+        return self.batch * (self.copies if self.guided else 1)
 
     @property
     def image_prompts(self) -> tuple[str, ...]:
@@ -57,20 +59,25 @@ def image_size(pipe: Any, size: int | None) -> int:
 
 
 def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
-    """The images of one prompt, from noise that is equal for every subject: float32 on the CPU, then cast."""
+    """The images of one prompt, from noise that is equal for every subject: float32 on the CPU, then cast.
+
+    A pipeline that looks at images gets drawn ones: see `sdkd.compare.pictures`.
+    """
     import torch
 
     generators = [torch.Generator("cpu").manual_seed(request.seed + number) for number in request.numbers(prompt)]
     shape = (1, pipe.vae.config.latent_channels, *_latent_sides(pipe, request))
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])  # [batch, c, h, w]
+    way = way_of(pipe)
+    size = {"height": request.size_px, "width": request.size_px} if way.sized else {}
     images: list[Image] = pipe(
         [request.prompts[prompt]] * request.batch,
-        height=request.size_px,
-        width=request.size_px,
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
         generator=generators,  # for schedulers that add noise in every step
         latents=noise.to(pipe.device, pipe.text_encoder.dtype),
+        **size,
+        **inputs_for(way, request.size_px, request.steps).arguments(way, request.batch),
     ).images
     return images
 
@@ -85,8 +92,9 @@ def step_work(pipe: Any, request: Request) -> Work:
     import torch
 
     with torch.no_grad():
-        prompt, negative = pipe.encode_prompt(request.prompts[0], pipe.device, request.batch, request.guided)[:2]
-    states = torch.cat([negative, prompt]) if request.guided else prompt  # [batch, sequence, context]
+        prompt, negative = _encode(pipe, request.prompts[0], request.batch, request.guided)
+    others = [negative] * (request.copies - 1) if request.guided else []
+    states = torch.cat([*others, prompt])  # [batch, sequence, context]
     sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels).to(pipe.device, states.dtype)
     timestep = torch.tensor(500, device=pipe.device)
     return _without_gradients(lambda: pipe.unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0])
@@ -95,7 +103,14 @@ def step_work(pipe: Any, request: Request) -> Work:
 def text_work(pipe: Any, request: Request) -> Work:
     """A call's prompts to embeddings: the tokenizer, and the text encoder once, or twice with guidance."""
     prompts = [request.prompts[0]] * request.batch
-    return _without_gradients(lambda: pipe.encode_prompt(prompts, pipe.device, 1, request.guided))
+    return _without_gradients(lambda: _encode(pipe, prompts, 1, request.guided))
+
+
+def _encode(pipe: Any, prompts: str | list[str], count: int, guided: bool) -> Any:
+    """Embeddings of prompts, `count` of each, and of the empty ones; also of pipelines that have no method for it."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.encode_prompt(pipe, prompts, pipe.device, count, guided)[:2]
 
 
 def vae_work(pipe: Any, request: Request) -> Work:

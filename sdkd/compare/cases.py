@@ -122,11 +122,11 @@ def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bo
     return needed < MEMORY_SHARE * free
 
 
-def common_size(case: Case, pool: Pool) -> tuple[int, str]:
-    """The image side in pixels for all subjects and the scheduler's name, from the first subject, which stays open."""
+def first_opened(case: Case, pool: Pool) -> Opened:
+    """The first subject, which stays open: image side in pixels, scheduler and guidance copies are all subjects'."""
     pool.seat(case)
     assert case.opened is not None
-    return case.opened.size_px, case.opened.scheduler
+    return case.opened
 
 
 def first_images(cases: Sequence[Case], pool: Pool, request: Request, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdkd.compare.beside import complete
 from sdkd.compare.calls import TEXT_ENCODER, VAE_DECODER, Request
-from sdkd.compare.cases import Case, House, Pool, common_size, first_images, fit_together, time_images, time_parts
+from sdkd.compare.cases import Case, House, Pool, first_images, first_opened, fit_together, time_images, time_parts
 from sdkd.compare.environment import environment, state_after
 from sdkd.compare.isolation import prepare_children
 from sdkd.compare.measure import Sample, Timer
@@ -76,8 +76,8 @@ def compare(
     house = House(where, fit_together(subjects, where, isolate), isolate, scheduler)
     pool = Pool(house, size)
     try:
-        side, used = common_size(cases[0], pool)
-        request = Request(kept, steps, guidance_scale, seed, side, batch, scheduler)
+        first = first_opened(cases[0], pool)
+        request = Request(kept, steps, guidance_scale, seed, first.size_px, batch, scheduler, first.copies)
         _make_images(cases, pool, request, image_runs, within(progress, *SHARES["images"]))
         left_out = [case.failure for case in cases if case.failure]
         cases, subjects = keep_measured(cases)
@@ -91,12 +91,12 @@ def compare(
         prompts=kept,
         steps=steps,
         guidance_scale=guidance_scale,
-        size_px=side,
+        size_px=first.size_px,
         seed=seed,
         unet_batch=request.unet_batch,
         runs=runs,
         min_seconds=min_seconds,
-        scheduler=used,
+        scheduler=first.scheduler,
         batch=batch,
         timing=Timer(where).method,
         open_together=house.together,
@@ -112,7 +112,7 @@ def compare(
         images={case.subject.label: tuple(case.images) for case in cases},
         baselines=baselines,
         command=command,
-        notes=(*random_notes(subjects), *notes, *left_out, *truths.notes),
+        notes=(*random_notes(subjects), *_input_notes(cases), *notes, *left_out, *truths.notes),
     )
     return complete(report, where)
 
@@ -138,6 +138,11 @@ def random_notes(subjects: Sequence[Subject]) -> list[str]:
     """A warning for every model of random weights: its speed and size count, its images mean nothing."""
     names = dict.fromkeys(subject.model_label for subject in subjects if has_random_weights(subject))
     return [f"{name} has random weights: its speed and size count, its images mean nothing" for name in names]
+
+
+def _input_notes(cases: Sequence[Case]) -> list[str]:
+    """What models were given beside prompts."""
+    return list(dict.fromkeys(case.opened.inputs for case in cases if case.opened and case.opened.inputs))
 
 
 def _default_device() -> str:

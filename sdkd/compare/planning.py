@@ -13,7 +13,7 @@ from sdkd.console import Progress, quiet, within
 from sdkd.contract import check_precision, vae_scale
 from sdkd.errors import EngineError, InputError, ModelError, SdkdError
 from sdkd.files import read_json
-from sdkd.models import ModelSource, provenance, resolve
+from sdkd.models import ModelSource, provenance, resolve, unet_config
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import TARGETS, availability, check_target, slot_precision
 from sdkd.text_files import prompts_of
@@ -37,6 +37,8 @@ PHOTOGRAPHS = (
 )
 
 
+REPLACEMENTS = ("vae", "controlnet")  # what `sdkd export` takes from elsewhere, as a manifest's source names it
+Replaced = tuple[tuple[str, str], ...]
 GUIDANCE, SMALL_GUIDANCE = 7.5, 4.0  # diffusers' default; what suits drawn shapes
 
 
@@ -77,8 +79,20 @@ def default_judge(models: Sequence[str], prompts: Sequence[str], size: int | Non
     from sdkd.demo.reader import LEAST_PX
 
     sides = [side for model in models if (side := _native_px(model)) is not None and side <= SMALL_PX]
-    readable = len(sides) == len(models) and (size or min(sides, default=0)) >= LEAST_PX
+    readable = (
+        all(_from_text_alone(model) for model in models)
+        and len(sides) == len(models)
+        and (size or min(sides, default=0)) >= LEAST_PX
+    )
     return judge_captions if readable and are_captions(prompts) else None
+
+
+def _from_text_alone(model: str) -> bool:
+    """Whether a model of this machine draws from prompts, not from images, too."""
+    source = resolve(model)
+    if source.kind == "bundle" and source.path and "controlnet" in Bundle.open(source.path).manifest.components:
+        return False
+    return source.path is None or int(unet_config(model).get("in_channels", 4)) == 4
 
 
 def _is_small(model: str) -> bool:
@@ -183,10 +197,12 @@ def _origin(source: ModelSource) -> ModelSource | None:
     return None if found.kind == "bundle" else found
 
 
-def _torch_subjects(model: str, name: str, role: str, targets: tuple[str, ...] | None) -> list[Subject]:
+def _torch_subjects(
+    model: str, name: str, role: str, targets: tuple[str, ...] | None, replaced: Replaced = ()
+) -> list[Subject]:
     wanted = [EAGER] if targets is None else [target for target in targets if _in_torch(target)]
     return [
-        Subject(f"{name} {target}", model, target.partition("-")[0], _torch_precision(target), None, role)
+        Subject(f"{name} {target}", model, target.partition("-")[0], _torch_precision(target), None, role, replaced)
         for target in wanted
     ]
 
@@ -233,7 +249,13 @@ def _engine_subject(model: str, name: str, role: str, bundle: Path, slot: str) -
     opened = Bundle.open(bundle)
     unet = opened.component("unet") if slot == OPTIMUM else opened.engine(slot, "unet")
     precision = unet.precision
-    return Subject(f"{name} {slot}", model, slot, precision, bundle, role)
+    return Subject(f"{name} {slot}", model, slot, precision, bundle, role, _replaced(opened))
+
+
+def _replaced(bundle: Bundle) -> Replaced:
+    """Parts that the bundle was exported with in place of its model's own, or beside them."""
+    source = bundle.manifest.source
+    return tuple((part, str(source[part])) for part in REPLACEMENTS if part in source)
 
 
 def _plan_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, progress: Progress) -> None:
@@ -241,8 +263,9 @@ def _plan_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wi
     assert source.path is not None
     bundle, origin = Bundle.open(source.path), _origin(source)
     model = source.name if origin is None else origin.name
-    eager = _torch_subjects(model, name, role, wish.targets)
-    if eager and (why := _why_not_eager(model)):
+    replaced = _replaced(bundle)
+    eager = _torch_subjects(model, name, role, wish.targets, replaced)
+    if eager and (why := _why_not_eager(model, replaced)):
         plan.notes.append(f"{name}: no eager baseline ({why})")
         eager = []
     plan.subjects += eager
@@ -256,11 +279,14 @@ def _plan_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wi
     progress("found", 1.0)
 
 
-def _why_not_eager(model: str) -> str | None:
+def _why_not_eager(model: str, replaced: Replaced) -> str | None:
     """Why a bundle's source cannot run eagerly, None when it can; a hub model is tried, it may not be in the cache."""
+    from export.source import replacement_class
     from sdkd.models import load_eager
 
     try:
+        for part, name in replaced:
+            replacement_class(part, name)
         if resolve(model).kind in ("bundle", "hub"):
             load_eager(model)
     except SdkdError as error:

@@ -93,5 +93,6 @@ def _missing(cases: Sequence[Case], found: Truths) -> list[Subject]:
         for precision in dict.fromkeys(("fp32", case.subject.precision)):
             suffix = "" if precision == "fp32" else f"-{precision}"
             label = f"{case.subject.model_label} eager{suffix}"
-            wanted[str(model), precision] = Subject(label, model, precision=precision)
+            made = Subject(label, model, precision=precision, replaced=case.subject.replaced)
+            wanted[made.model_key, precision] = made
     return [subject for key, subject in wanted.items() if key not in found.by_key]

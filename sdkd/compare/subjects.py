@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.image_inputs import as_pipeline
 from sdkd.bundle import Bundle
+from sdkd.compare.pictures import as_drawn
 from sdkd.contract import COMPONENTS, DTYPES, check_precision
 from sdkd.errors import EngineError, InputError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionPipeline
 
 EAGER, COMPILE, OPTIMUM = "eager", "compile", "optimum"
@@ -30,7 +33,8 @@ class Subject:
     """One row of a comparison: a model (name or path) on `eager`, `compile`, `optimum` or an engine slot.
 
     A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for `optimum` the ONNX files; `role` says
-    what the model is to the others (`teacher`, `student`, `model`).
+    what the model is to the others (`teacher`, `student`, `model`). `replaced`: parts of the model that others stand
+    for, (`vae` or `controlnet`, folder or hub id), as the bundle was exported.
     """
 
     label: str
@@ -39,6 +43,7 @@ class Subject:
     precision: str = "fp32"
     bundle: Path | None = None
     role: str = "model"
+    replaced: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -72,8 +77,8 @@ class Subject:
 
     @property
     def model_key(self) -> str:
-        """What is equal for subjects of the same model."""
-        return str(self.model)
+        """What is equal for subjects of the same model with the same parts."""
+        return " + ".join((str(self.model), *(name for _, name in self.replaced)))
 
     @property
     def model_label(self) -> str:
@@ -81,7 +86,8 @@ class Subject:
         for suffix in (self.runs_as, self.target):
             if self.label.endswith(suffix) and (name := self.label.removesuffix(suffix).strip(" ,·-")):
                 return name
-        return re.split(r"[\\/]", self.model_key.rstrip("\\/"))[-1] or self.model_key
+        name = str(self.model)
+        return re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name
 
     @property
     def runs_as(self) -> str:
@@ -115,7 +121,8 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
 
         from sdkd.models import load_eager
 
-        pipe = load_eager(subject.model, torch_dtype=getattr(torch, DTYPES[check_precision(subject.precision)]))
+        dtype = getattr(torch, DTYPES[check_precision(subject.precision)])
+        pipe = as_drawn(with_parts(load_eager(subject.model, torch_dtype=dtype), subject.replaced, dtype))
         pipe = pipe if device == "cpu" else pipe.to(device)
         if subject.is_compiled:
             _compile_unet(pipe)
@@ -125,12 +132,28 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
         from engines.pipeline import load_pipeline
 
         assert subject.bundle is not None
-        pipe = load_pipeline(subject.bundle, subject.target)
+        pipe = as_drawn(load_pipeline(subject.bundle, subject.target))
     if scheduler is not None:
         from engines.cli import set_scheduler
 
         set_scheduler(pipe, scheduler)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
+    """An eager pipeline with other parts in place of its own, as export gives them to a bundle.
+
+    Raises ModelError when a part is gone.
+    """
+    from export.source import CONTROLNET_PIPELINE, load_replacement
+
+    for part, name in replaced:
+        module = load_replacement(part, name, dtype)
+        if hasattr(pipe, part):
+            setattr(pipe, part, module)
+        else:
+            pipe = as_pipeline(pipe, CONTROLNET_PIPELINE, {part: module})
     return pipe
 
 

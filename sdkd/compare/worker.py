@@ -11,6 +11,7 @@ from sdkd.compare.calls import UNET, WORKS, Request, image_size, make_images, st
 from sdkd.compare.environment import attention_kernel
 from sdkd.compare.measure import Sample, Stand, Timer, Work
 from sdkd.compare.peaks import Memory, gpu_used, peak_rss, rss, torch_peak
+from sdkd.compare.pictures import guidance_copies, note, way_of
 from sdkd.compare.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.targets import require
 
@@ -44,6 +45,8 @@ class Opened:
     scheduler: str
     unet_parameters: int
     parameters: int
+    copies: int = 2  # latents per image in a guided UNet call
+    inputs: str | None = None  # what it draws from beside the prompt, in words
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ class Worker:
         self._stand = Stand({}, Timer(device))
         size = image_size(self._pipe, self.job.size_px)
         scheduler = type(self._pipe.scheduler).__name__
-        return Opened(load_s, device, size, scheduler, *count_parameters(subject, self._pipe))
+        inputs = note(subject.model_label, way_of(self._pipe))
+        counts = count_parameters(subject, self._pipe)
+        return Opened(load_s, device, size, scheduler, *counts, guidance_copies(self._pipe), inputs)
 
     def _load(self) -> None:
         self._pipe = open_subject(self.job.subject, self.job.device, self.job.scheduler)
