@@ -44,7 +44,9 @@ def measured(model: Path, targets: tuple[str, ...] | None = None) -> Report:
     return compare(plan.subjects, prompts=PROMPTS, steps=2, runs=1, min_seconds=0, image_runs=1, notes=plan.notes)
 
 
-@pytest.mark.parametrize(("channels", "copies", "words"), [(9, 2, "a drawn picture and a mask"), (8, 3, "a drawn picture, ")])
+@pytest.mark.parametrize(
+    ("channels", "copies", "words"), [(9, 2, "a drawn picture and a mask"), (8, 3, "a drawn picture, ")]
+)
 def test_models_that_look_at_images_run_eagerly(tmp_path: Path, channels: int, copies: int, words: str) -> None:
     report = measured(model(tmp_path / "model", channels), ("eager", "eager-bf16"))
     assert [row.subject.target for row in report.results] == ["eager", "eager"]
@@ -61,7 +63,7 @@ def test_a_bundle_with_other_parts_is_compared_with_the_eager_model_that_has_the
     eager, engine = report.results
     assert (eager.subject.target, engine.subject.target) == ("eager", "onnxruntime")
     assert engine.against_eager is not None
-    assert engine.against_eager.psnr_db > 60
+    assert engine.against_eager.psnr_min_db > 60
     assert engine.verdict is not None
     assert engine.verdict.passed
     assert "a drawn picture and a mask and the outline of a disc for its ControlNet" in report.notes[0]
