@@ -147,9 +147,10 @@ def _json_rows(listed: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _csv_rows(listed: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The rows of a table with a header, separated by commas, semicolons or tabs: by what its header has most of."""
-    text = read_text(listed)
+    text = read_text(listed).lstrip("\n")
     header = text.partition("\n")[0]
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    options: dict[str, Any] = {"delimiter": max(",;\t", key=header.count), "strict": True, "skipinitialspace": True}
+    table = csv.DictReader(io.StringIO(text, newline=""), **options)
     place, advice = f"line 2 of {str(listed)!r}", "put captions that hold separators into double quotes"
     try:
         for row in table:
@@ -176,10 +177,17 @@ def _metadata_row(listed: Path, place: str, read: Callable[[], Any], column: str
         return Row(path, "", _lacks(listed, place, row, captions, (column, captions[0])))
     if caption is None:
         return Row(path, "", f"{place} has no caption in {', '.join(captions)}: add it, or remove the line")
-    if not path.is_file():
+    if not _is_file(path):
         problem = f"{place} names {row[column]!r}, which is not there: restore it or remove the line"
         return Row(path, "", problem)
     return Row(path, caption)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than a name may be
+        return False
 
 
 def _lacks(listed: Path, place: str, row: Mapping[str, Any], wanted: Iterable[str], names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ def row_caption(row: Mapping[str, Any], index: int) -> str:
 def caption_of(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
     """The text in the first of the columns that the row has (of a list of texts the first one); None without one.
 
-    Numbers are text, too, but not NaN, which tables write where nothing is.
+    Numbers are text, too, but not NaN or infinity, which tables write where nothing is.
     """
     for name in columns:
         value = row.get(name)
@@ -59,6 +60,6 @@ def caption_of(row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
             value = value[0] if value else None
         if isinstance(value, str):
             return clean(value).removeprefix("\ufeff")
-        if isinstance(value, int | float) and value == value:
+        if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
             return str(value)
     return None

@@ -63,6 +63,15 @@ def test_bad_metadata_csv(text: str, message: str, tmp_path: Path) -> None:
         open_images(tmp_path)
 
 
+def test_metadata_csv_with_blanks_and_long_names(tmp_path: Path) -> None:
+    picture(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text('\nfile_name, text\n\n1.png, "a, b"\n')
+    assert captions(tmp_path) == ["a, b"]
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{'x' * 5000}.png,a\n")
+    with pytest.raises(InputError, match=r"line 2 of .* names 'x*\.png', which is not there"):
+        open_images(tmp_path)
+
+
 def test_metadata_lines_of_any_unicode(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = ["a\u2028b\u0085c", "süß \U0001f600", "half \ud83d"]
     for index in range(3):
