@@ -50,6 +50,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def no_html(markdown: str) -> str:
+    """Markdown in which names cannot be tags: what `<` begins is read as HTML."""
+    return printable(markdown).replace("<", "&lt;")
+
+
 def styled(text: str, style: str) -> Text:
     """A text in bold, red, ...; what is printed is never read as markup, since names of files may look like it."""
     from rich.text import Text

@@ -19,8 +19,9 @@ _WORDS = {
 def problem(value: Any, shape: Any, where: str = "") -> str | None:
     """The first thing in a JSON value that is not of the shape, with its key; None when there is nothing.
 
-    A dataclass or TypedDict is an object of its fields: those with a default (NotRequired) may be left out, others than
-    its fields are wrong. A dataclass with an attribute JSON is written as that shape instead.
+    A dataclass or TypedDict is an object of its fields: those with a default (NotRequired) may be left out; other keys
+    are wrong in a dataclass and left alone in a TypedDict. A class
+    with an attribute JSON is written as that shape instead.
     """
     return next(_problems(value, shape, where), None)
 
@@ -55,7 +56,7 @@ def _one_of(value: Any, shapes: Sequence[Any], where: str) -> Iterator[str]:
         yield from _problems(value, first, where)
 
 
-def _object(value: Any, fields: Mapping[str, Any], needed: frozenset[str], where: str) -> Iterator[str]:
+def _object(value: Any, fields: Mapping[str, Any], needed: frozenset[str], closed: bool, where: str) -> Iterator[str]:
     if not isinstance(value, dict):
         yield _wrong(value, "an object", where)
         return
@@ -63,7 +64,7 @@ def _object(value: Any, fields: Mapping[str, Any], needed: frozenset[str], where
         yield f"{_at(where, name)} is missing"
     for name, part in value.items():
         if name not in fields:
-            yield f"{_at(where, name)} is unknown"
+            yield from (f"{_at(where, name)} is unknown",) if closed else ()
         else:
             yield from _problems(part, fields[name], _at(where, name))
 
@@ -96,8 +97,8 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 @functools.cache
-def _fields(shape: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
-    """Shape of each field, and the names of those that must be there."""
+def _fields(shape: Any) -> tuple[Mapping[str, Any], frozenset[str], bool]:
+    """Shape of each field, the names of those that must be there, and whether there may be no other."""
     hints = get_type_hints(shape, include_extras=True)
     if is_typeddict(shape):
         needed = frozenset(name for name, hint in hints.items() if get_origin(hint) is not NotRequired)
@@ -107,9 +108,8 @@ def _fields(shape: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
             each.name for each in dataclasses.fields(shape) if (each.default, each.default_factory) == plain
         )
         hints = {each.name: hints[each.name] for each in dataclasses.fields(shape)}
-    return {
-        name: get_args(hint)[0] if get_origin(hint) is NotRequired else hint for name, hint in hints.items()
-    }, needed
+    shapes = {name: get_args(hint)[0] if get_origin(hint) is NotRequired else hint for name, hint in hints.items()}
+    return shapes, needed, not is_typeddict(shape)
 
 
 def _at(where: str, name: str) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sdkd.compare.quality import IDENTICAL_DB
 from sdkd.compare.stats import Spread
+from sdkd.documents import parse_json, read_regular
 from sdkd.errors import InputError
+from sdkd.schema import problem
 
 # Schemas: 1 had one image per call and no comparison with an earlier report, 2 no memory at its peak, no times of text
 # encoder and VAE, all subjects in one process, no limits and no SSIM.
@@ -47,16 +48,40 @@ class Earlier:
         return str(self.environment["date_utc"])[:10]
 
 
+class _RowJson(TypedDict):
+    label: str
+    model: str
+    precision: str
+    unet_parameters: int
+    unet_step_ms: dict[str, Any]
+    against_eager: dict[str, Any] | None
+    verdict: dict[str, Any] | None
+
+
+class _EnvironmentJson(TypedDict):
+    date_utc: str
+
+
+class _ReportJson(TypedDict):
+    schema: int
+    setup: dict[str, Any]
+    environment: _EnvironmentJson
+    results: list[_RowJson]
+
+
 def read_report(path: Path) -> Earlier:
     """The report.json at `path`; InputError when it is missing, no report of `sdkd compare`, or of another schema."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        path.stat()
+        data = parse_json(read_regular(path), strict=True)
+    except InputError as error:
+        raise InputError(f"{error}; give the report.json of an earlier comparison") from error
     except OSError as error:
         raise InputError(
             f"report {str(path)!r} cannot be read ({error.strerror}): give the report.json of an earlier comparison"
         ) from error
     except ValueError as error:
-        raise InputError(f"report {str(path)!r} is no JSON: give the report.json of an earlier comparison") from error
+        raise InputError(f"report {str(path)!r} {error}: give the report.json of an earlier comparison") from error
     return parse_report(data, str(path))
 
 
@@ -70,11 +95,12 @@ def parse_report(data: Any, name: str) -> Earlier:
             "measure again with this version, or compare with the version that wrote it"
         )
     try:
+        if wrong := problem(data, _ReportJson):
+            raise ValueError(wrong)
         rows = [_row(row) for row in data["results"]]
         setup = {"batch": 1, "isolated": False, **data["setup"]}
         found = Earlier(name, data["schema"], setup, data["environment"], {row.label: row for row in rows})
-        assert found.day
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"report {name!r} is damaged ({error!r}): make it again with its `command`") from error
     return found
 

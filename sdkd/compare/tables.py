@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from sdkd.compare.quality import Likeness
 from sdkd.compare.report import Report, Result
 from sdkd.compare.stats import Ratio, Spread
+from sdkd.console import no_html
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
@@ -251,9 +252,8 @@ def markdown(report: Report) -> str:
     lines += ["", *(f"- {column.title}: {column.help}" for column in (*columns, *parts))]
     lines += [f"- Note: {note}." for note in (noise_note(report), *report.notes) if note]
     lines += [] if report.against is None else ["", *markdown_lines(report.against)]
-    if report.command:
-        lines += ["", "Made again by:", "", f"    {report.command}"]
-    return "\n".join(lines) + "\n"
+    text = no_html("\n".join(lines)) + "\n"
+    return text + (f"\nMade again by:\n\n    {report.command}\n" if report.command else "")
 
 
 def _markdown_table(report: Report, columns: Sequence[Column]) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdkd.console import no_html
 from sdkd.files import new_folder, write_bytes, write_json
 
 SCHEMA = 1
@@ -97,8 +98,8 @@ class Evaluation:
         lines += ["", "## Settings", "", *(f"- {name}: {_short(value)}" for name, value in self.settings.items())]
         lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in self.versions.items())]
         lines += [f"\n{note}" for note in self.notes]
-        lines += ["", f"Made with: `{self.command}`"] if self.command else []
-        return "\n".join(lines) + "\n"
+        text = no_html("\n".join(lines)) + "\n"
+        return text + (f"\nMade with: `{self.command}`\n" if self.command else "")
 
 
 def _short(value: Any) -> str:

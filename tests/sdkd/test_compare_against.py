@@ -19,6 +19,7 @@ from sdkd.compare.earlier import parse_report, read_report
 from sdkd.compare.page import html_page
 from sdkd.compare.report import write_report
 from sdkd.compare.tables import markdown
+from sdkd.console import no_html
 from sdkd.errors import InputError, ParityError, RegressionError
 
 SUBJECT = "tiny onnxruntime"
@@ -176,10 +177,10 @@ def test_reports_that_cannot_be_compared_are_refused(base: dict[str, Any], tmp_p
         parse_report({"loss": 1}, "x")
     broken = copy.deepcopy(base)
     del row(broken)["unet_step_ms"]
-    with pytest.raises(InputError, match=r"report 'x' is damaged \(KeyError\('unet_step_ms'\)\): make it again"):
+    with pytest.raises(InputError, match=r"is damaged \(.*results\[2\]\.unet_step_ms is missing.*\): make it again"):
         parse_report(broken, "x")
     (tmp_path / "text.json").write_text("hello")
-    with pytest.raises(InputError, match=r"report '.*text.json' is no JSON"):
+    with pytest.raises(InputError, match=r"report '.*text.json' is not JSON"):
         read_report(tmp_path / "text.json")
     with pytest.raises(InputError, match=r"report '.*none.json' cannot be read \(No such file or directory\)"):
         read_report(tmp_path / "none.json")
@@ -272,3 +273,22 @@ def test_bad_combinations_are_refused(tmp_path: Path) -> None:
     assert missing.exit_code == 1
     assert "cannot be read" in missing.stderr.replace("\n", " ")
     assert call("--threshold", "-1").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"results": {}}, r"results is an object, not a list"),
+        ({"results": [{"label": []}]}, r"results\[0\]\.\w+ is "),
+        ({"environment": {"date_utc": 3}}, r"environment\.date_utc is 3, not text"),
+        ({"setup": []}, r"setup is a list, not an object"),
+    ],
+)
+def test_a_report_of_odd_types_names_the_key(change: dict[str, object], message: str) -> None:
+    usual = {"schema": 3, "setup": {}, "environment": {"date_utc": "2026-01-01"}, "results": []}
+    with pytest.raises(InputError, match=rf"report 'x' is damaged .*{message}"):
+        parse_report(usual | change, "x")
+
+
+def test_names_in_markdown_are_no_tags() -> None:
+    assert no_html("| <img src=x onerror=y> | a > b |") == "| &lt;img src=x onerror=y> | a > b |"

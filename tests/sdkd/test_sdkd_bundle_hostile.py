@@ -201,3 +201,9 @@ def test_a_model_is_refused_before_anything_is_built(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "vae" / "pipe")
     with pytest.raises(ModelError, match="pipe' is no regular file"):
         check_pipeline_folder(tmp_path)
+
+
+def test_keys_of_later_versions_are_left_alone(bundle: Bundle) -> None:
+    file = bundle.path / "bundle.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"later": 1}))
+    assert Bundle.open(bundle.path).manifest == bundle.manifest

@@ -58,7 +58,7 @@ PART = {"name": "x", "bytes": 1}
         ({"kind": "c", "parts": []}, Whole, "kind is 'c', not one of 'a', 'b'"),
         ({"kind": [], "parts": []}, Whole, "kind is a list, not one of 'a', 'b'"),
         ([], Whole, "the file is a list, not an object"),
-        ({"shards": [1], "by_name": {"x": PART}}, Index, None),
+        ({"shards": [1], "by_name": {"x": PART}, "of later versions": 1}, Index, None),
         ({"shards": [1], "by_name": {"x": PART}, "pair": [1, 2]}, Index, None),
         ({"shards": [1], "by_name": {"x": PART}, "pair": [1]}, Index, "pair has 1 items instead of 2"),
         ({"shards": ["1"], "by_name": {}}, Index, "shards[0] is '1', not a whole number"),
