@@ -23,11 +23,11 @@ from engines.image_inputs import (
 )
 from engines.processes import check_gpus, ended_like_ctrl_c, join, main_progress
 from engines.prompts import check_images, image_files, missing, write_metadata
+from engines.schedulers import SCHEDULERS, check_steps, scheduler_class, set_scheduler
 from sdkd.bundle import MANIFEST, Bundle
 from sdkd.console import show
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.errors import InputError
-from sdkd.noise_schedule import scheduler_like
 from sdkd.numbers import DRAWING, check_number, check_numbers
 from sdkd.profiles import ShapeRanges
 from sdkd.targets import check_target
@@ -37,22 +37,6 @@ __all__ = [
     "SCHEDULERS", "Request", "check_bundle_size", "default_size", "draw", "draw_all", "encode_png", "generate", "load",
     "metadata", "output_files", "output_folder", "parse_size", "prompt_texts", "set_scheduler",
 ]  # fmt: skip
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "dpm++-single": "DPMSolverSinglestepScheduler",
-    "dpm-sde": "DPMSolverSDEScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
 
 
 def generate(
@@ -115,6 +99,8 @@ def generate(
     check_images(files, overwrite, [model, image, mask, control, prompts], folder=prompts is not None)
     wanted = None if size is None else parse_size(size)
     inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
+    if scheduler is not None:
+        scheduler_class(scheduler)
     check_bundle_size(model, wanted)
     check_inputs(model, target, inputs, steps)
     slot = choose_target(model, target, control=control is not None)
@@ -127,7 +113,7 @@ def generate(
         pipe, used = load(model, slot, control=control is not None, low_memory=low_memory)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
-    check_steps(pipe, steps)
+    check_steps(pipe.scheduler, steps)
     height, width = wanted or default_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
     way = find_way(model, int(pipe.unet.config.in_channels), inputs)
@@ -299,22 +285,6 @@ def load(model: str, target: str | None, *, control: bool = False, low_memory: b
     if control:
         bundle.engine(slot, "controlnet")
     return load_pipeline(bundle, slot, controlnet=control, low_memory=low_memory), slot
-
-
-def set_scheduler(pipe: Any, name: str) -> None:
-    """Swap the scheduler for one of SCHEDULERS or a diffusers class, same noise schedule; InputError if unknown."""
-    import diffusers
-
-    kind = SCHEDULERS.get(name.lower(), name)
-    found = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
-    if found is None or not hasattr(found, "from_config"):
-        raise InputError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}, or a diffusers class")
-    pipe.scheduler = scheduler_like(pipe.scheduler, found)
-
-
-def check_steps(pipe: Any, steps: int) -> None:
-    """InputError for more steps than the scheduler's noise schedule has."""
-    check_number("steps", steps, 1, pipe.scheduler.config.num_train_timesteps, whole=True)
 
 
 def default_size(pipe: Any) -> tuple[int, int]:

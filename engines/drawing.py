@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.image_inputs import TEXT, Inputs, Way, done_steps
+from engines.schedulers import seed_scheduler
 from sdkd.console import Progress, within
 from sdkd.contract import guidance_copies
 from sdkd.errors import EngineError
@@ -99,6 +100,7 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
     full = [*indices, *[indices[-1]] * (at_least - len(indices))]
     size = {"height": request.height, "width": request.width} if request.way.sized else {}
     pipe.set_progress_bar_config(disable=True)
+    seed_scheduler(pipe.scheduler, [request.seed + index for index in full])
     images: np.ndarray = pipe(
         [request.prompt(index) for index in full],
         negative_prompt=None if request.negative_prompt is None else [request.negative_prompt] * len(full),

@@ -63,8 +63,8 @@ def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | 
     Raises RangeError, from the session, for every other axis and for a part below the smallest built batch.
     """
     batched = [spec.name for spec in session.contract.inputs if spec.axes[:1] == ("batch",)]
-    if not batched:  # all shapes are fixed
-        return session.run(feeds)
+    if not batched:
+        return _run_fixed(session, feeds)
     built = largest_batch(session, feeds)
     parts = -(-feeds[batched[0]].shape[0] // min(built, limit or built))
     if parts <= 1:
@@ -72,6 +72,24 @@ def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | 
     pieces = zip(*(feeds[name].tensor_split(parts) for name in batched), strict=True)
     results = [session.run({**feeds, **dict(zip(batched, piece, strict=True))}) for piece in pieces]
     return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def _run_fixed(session: Session, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a session of fixed shapes on any batch: in parts, the last row repeated where one is not full."""
+    size = session.contract.inputs[0].axes[0]
+    count = feeds[session.contract.inputs[0].name].shape[0]
+    if not isinstance(size, int) or count in (0, size):
+        return session.run(feeds)
+
+    def part(tensor: torch.Tensor, start: int) -> torch.Tensor:
+        rows = tensor[start : start + size]
+        return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]) if len(rows) < size else rows
+
+    results = [
+        session.run({name: part(tensor, start) if tensor.dim() else tensor for name, tensor in feeds.items()})
+        for start in range(0, count, size)
+    ]
+    return {name: torch.cat([result[name] for result in results])[:count] for name in results[0]}
 
 
 def largest_batch(session: Session, feeds: Mapping[str, torch.Tensor]) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sdkd.contract import Contract, guidance_copies, split_axis
+from sdkd.contract import Contract, guidance_copies, size_multiple, split_axis
 from sdkd.errors import RangeError
 from sdkd.profiles import Range, ShapeRanges
 
@@ -31,12 +31,30 @@ def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> None:
             )
     if fitting_profiles(checked, sizes):
         return
+    _check_image(checked, sizes)
     asked = asked_ranges(checked, sizes)
     built = " and for ".join(str(profile) for profile in checked.record.profiles)
     raise RangeError(
         f"{checked.label} was asked for {_describe(checked, sizes)}, and was built for {built}. "
         f"Build one that covers {'all' if len(checked.profiles) > 1 else 'both'} with: {cover_command(checked, asked)}"
     )
+
+
+def _check_image(checked: Checked, sizes: Mapping[str, int]) -> None:
+    """RangeError for an image that no engine can be built for: a VAE takes sizes that the model's UNet does not."""
+    bundle = checked.bundle
+    if not checked.contract.component.startswith("vae") or not (bundle.path / "unet" / "config.json").is_file():
+        return
+    multiple = size_multiple(bundle.config("unet"), bundle.vae_config())
+    asked = asked_ranges(checked, sizes)
+    wrong = [name for name in ("height", "width") if asked[name] % multiple]
+    if wrong:
+        near = [max(multiple, round(asked[name] / multiple) * multiple) for name in ("height", "width")]
+        raise RangeError(
+            f"an image of {asked['height']}x{asked['width']} px (height x width) does not fit: {wrong[0]} "
+            f"{asked[wrong[0]]} is not a multiple of {multiple} pixels, as this model needs: resize it, to "
+            f"{near[0]}x{near[1]} px for one"
+        )
 
 
 def fitting_profiles(checked: Checked, sizes: Mapping[str, int]) -> list[int]:

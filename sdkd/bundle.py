@@ -207,6 +207,11 @@ class Bundle:
         """
         root = Path(path)
         if not (root / MANIFEST).is_file():
+            if any(root.glob("unet/model.onnx")) or any(root.glob("unet/openvino_model.xml")):
+                raise BundleError(
+                    f"{str(root)!r} is an export by Optimum or another tool, not a bundle (no {MANIFEST}): make one "
+                    "from the model that it was made from, with: sdkd export MODEL BUNDLE"
+                )
             raise BundleError(f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: {_export_command(root)}")
         bundle = Bundle(root, _read_manifest(root))
         bundle.verify_rest()

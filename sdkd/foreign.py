@@ -114,8 +114,22 @@ def other_pipeline(kind: Any) -> str:
     return next((f", {why}" for mark, why in _PIPELINES.items() if mark.lower() in str(kind).lower()), "")
 
 
+OTHER_EXPORT = (
+    "is an export by Optimum or another tool (ONNX or OpenVINO graphs without PyTorch weights): give the model that it "
+    "was made from"
+)
+
+
+def is_other_export(path: Path) -> bool:
+    """Whether a pipeline folder holds ONNX or OpenVINO graphs in the place of PyTorch weights."""
+    graphs = any(any(path.glob(f"*/*{kind}")) for kind in ("model.onnx", "openvino_model.xml"))
+    return graphs and not any(path.glob("unet/*.safetensors"))
+
+
 def other_folder(path: Path) -> str:
     """What a folder without model_index.json is, for a message."""
+    if any(path.glob("*.onnx")) or any(path.glob("*.xml")) or is_other_export(path):
+        return OTHER_EXPORT
     for name, what in _FILES.items():
         if (path / name).is_file():
             return what

@@ -14,7 +14,7 @@ from sdkd.clip_tokenizer import bounded
 from sdkd.errors import InputError, ModelError
 from sdkd.families import HEAVY, check_class, empty
 from sdkd.files import new_folder, read_json, sha256, write_bytes, write_json
-from sdkd.foreign import SUPPORTED, other_folder, other_pipeline
+from sdkd.foreign import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder, other_pipeline
 from sdkd.model_numbers import config_problem
 from sdkd.weight_files import current_names, folder_tensors, weight_files
 from sdkd.weights import check_complete, check_shapes, fill, shapes_of
@@ -54,6 +54,8 @@ def check_pipeline_folder(path: Path) -> None:
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{where} {other_folder(path)}")
     index = _json(path / "model_index.json")
+    if is_other_export(path):
+        raise ModelError(f"{where} {OTHER_EXPORT}")
     kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
         raise ModelError(f"{where} holds a {kind}{other_pipeline(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")

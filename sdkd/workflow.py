@@ -64,7 +64,7 @@ def prepare(
     onnx = onnx_precision(plain, wanted)
     path = Path(folder) / onnx
     like = () if reuse is None else (Path(reuse) / onnx,)
-    exported = _export_if_needed(model, path, onnx, components, like, within(progress, 0.0, 0.8))
+    exported = _export_if_needed(model, path, onnx, plain, components, like, within(progress, 0.0, 0.8))
     before = _engines(path)
     from export.build import build_engine
 
@@ -81,6 +81,7 @@ def _export_if_needed(
     model: str | Path,
     path: Path,
     precision: Precision,
+    target: str,
     components: tuple[str, ...],
     reuse: tuple[Path, ...],
     progress: Progress,
@@ -97,6 +98,7 @@ def _export_if_needed(
         path,
         precision=precision,
         components=components,
+        target=target,
         overwrite=(path / MANIFEST).exists(),
         reuse=reuse,
         progress=progress,
