@@ -67,7 +67,7 @@ def test_options_of_builds_are_numbers() -> None:
 
 def test_more_steps_than_the_schedule_has_are_refused(eager: StableDiffusionPipeline) -> None:
     with pytest.raises(InputError, match="steps 1001 is too large: give a whole number from 1 to 1000"):
-        check_steps(eager, 1001)
+        check_steps(eager.scheduler, 1001)
 
 
 def test_pixels_that_are_no_numbers_are_an_error(eager: StableDiffusionPipeline, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_every_name_works_or_says_what_to_install(name: str) -> None:
         return
     set_scheduler(pipe, name)
     check_steps(pipe.scheduler, 5)
-    with pytest.raises(InputError, match="steps 1001.*1000"):
+    with pytest.raises(InputError, match=r"steps 1001.*1000"):
         check_steps(pipe.scheduler, 1001)
 
 
