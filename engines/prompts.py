@@ -54,7 +54,7 @@ def check_images(files: Sequence[Path], overwrite: bool, inputs: Sequence[Input]
         for file in files:
             check_file_free(file, overwrite, inputs)
         return
-    check_filled(files[0].parent, [*files, files[0].with_name(METADATA)], inputs)
+    check_filled(files[0].parent, [*(files if overwrite else ()), files[0].with_name(METADATA)], inputs)
     check_metadata(files[0].parent)
 
 
