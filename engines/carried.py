@@ -6,6 +6,7 @@ other attention, more tokens, other weights would be gone without a word: they a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CheckWeights = Literal["sample", "all", "none"]
 RUN = 64  # numbers that are compared at the beginning, in the middle and at the end of a weight
+WHOLE = 16_384  # numbers of a weight that is compared as a whole; of a table with more rows, one number of each row
 LIBRARIES = ("diffusers", "transformers", "torch", "peft", "sdkd")  # whose modules do what the exporter saw
 # Attention that computes the same in another way; any other is part of what a module computes.
 PLAIN_ATTENTION = (
@@ -27,6 +29,16 @@ PLAIN_ATTENTION = (
     *("AttnProcessorNPU", "XLAFlashAttnProcessor2_0"),
 )
 FREEU = ("s1", "s2", "b1", "b2")  # of an up block
+UNFUSED = ("to_qkv", "to_kv")  # stay in an attention module when fused projections are taken apart
+# Plain values of a module that change how it computes, and not what.
+SWITCHES = (
+    "training",
+    "gradient_checkpointing",
+    "use_slicing",
+    "use_tiling",
+    "sliceable_head_dim",
+    "fused_projections",
+)
 METHODS = ("forward", "decode", "encode", "__call__")
 # What diffusers does not ask of a text encoder, and what is no weight.
 EXTRA = ("text_projection.weight", "embeddings.position_ids")
@@ -50,6 +62,42 @@ def check_patches(name: str, module: Any) -> None:
                 raise ModelError(f"{where} of this pipeline has {what}, which an engine would be without: {repair}")
 
 
+def check_layers(name: str, module: Any) -> None:
+    """ModelError naming the first layer, or plain value of one, that the module's own config does not give it."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        kind = type(module)
+        usual = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
+    layers = dict(module.named_modules())
+    for path, layer in usual.named_modules():
+        found = layers.get(path)
+        found = getattr(found, "base_layer", found)  # under an adapter
+        if found is None:
+            continue  # its weights tell
+        changed = "class" if type(found) is not type(layer) else _changed(layer, found)
+        if changed:
+            where = ".".join(filter(None, (name, path)))
+            raise ModelError(
+                f"{where} of this pipeline has another {changed} than its config says, which an engine would be "
+                f"without (such as circular padding): load the {name} again, or export this pipeline"
+            )
+
+
+def _changed(usual: Any, found: Any) -> str | None:
+    """The name of the first plain value that differs."""
+    plain = (bool, int, float, str, tuple)
+    return next(
+        (
+            name
+            for name, value in vars(usual).items()
+            if isinstance(value, plain) and not name.startswith(("_", "tile_")) and name not in SWITCHES
+            if name in vars(found) and vars(found)[name] != value
+        ),
+        None,
+    )
+
+
 Found = tuple[str, str] | None  # what a module has, and what to do about it
 
 
@@ -69,11 +117,11 @@ def _features(part: Any) -> Found:
     own = vars(part)
     if any(own.get(name) is not None for name in FREEU):
         return "FreeU on", "call pipe.disable_freeu() first"
-    if getattr(part, "fused_projections", False):
-        return "fused QKV projections", "call pipe.unfuse_qkv_projections() first"
     if getattr(part, "encoder_hid_proj", None) is not None:
         return "an IP-Adapter or another projection (encoder_hid_proj)", "call pipe.unload_ip_adapter() first"
     kind = type(own.get("processor")).__name__
+    if kind.startswith("Fused"):  # what they leave behind when they are unfused is harmless
+        return "fused QKV projections", "call pipe.unfuse_qkv_projections() first"
     if own.get("processor") is not None and kind not in PLAIN_ATTENTION:
         return f"attention of its own ({kind})", "call the module's set_default_attn_processor() first"
     return None
@@ -136,7 +184,7 @@ def of_module(module: Any) -> Given:
     tensors = {_plain(name): tensor.detach() for name, tensor in eager_tensors(module).items()}
 
     def read(name: str, stored: StoredWeight, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        places = torch.cat([torch.arange(first, last) for first, last in spans]) if spans else torch.arange(0)
+        places = torch.tensor(list(itertools.chain.from_iterable(range(*span) for span in spans)), dtype=torch.long)
         index = torch.unravel_index(places, stored.stored) if stored.stored else ()
         index = index[::-1] if stored.transposed else index
         tensor = tensors[name]
@@ -173,7 +221,7 @@ def check_weights_of(part: str, given: Given, bundle: Bundle, component: str, ho
         return False
     known = {*stored, *map(_plain, record.details.get("unmatched_weights", ())), *EXTRA}
     prefixes = STATE_PREFIXES.get(component, ("",))
-    own = [name for name in given.shapes if name.startswith(prefixes)]
+    own = [name for name in given.shapes if name.startswith(prefixes) and not set(name.split(".")) & set(UNFUSED)]
     wrong = [
         *(f"{name} is in the bundle alone" for name in stored if name not in given.shapes),
         *(f"{name} is in the pipeline alone" for name in own if name not in known),
@@ -205,8 +253,10 @@ def _spans(shape: Sequence[int], how: CheckWeights) -> list[tuple[int, int]]:
     import math
 
     count = math.prod(shape)
-    if how == "all" or count <= 3 * RUN:
+    if how == "all" or count <= WHOLE:
         return [(0, count)]
+    if len(shape) == 2 and shape[0] > WHOLE:  # token embeddings, of which textual inversion changes single ones
+        return [(row * shape[1], row * shape[1] + 1) for row in range(shape[0])]
     middle = (count - RUN) // 2
     return [(0, RUN), (middle, middle + RUN), (count - RUN, count)]
 
@@ -223,6 +273,9 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor, precision: str) -> bool:
     kinds = (ours.dtype, theirs.dtype, getattr(torch, DTYPES[precision]))  # type: ignore[index]
     coarse = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     one, other = (tensor.to(coarse).double() for tensor in (ours, theirs))
-    size, apart = one.square().mean().sqrt(), (one - other).square().mean().sqrt()
+    if not len(one):
+        return True
+    size, apart = one.square().mean().sqrt(), (one - other).abs()
     limit = max(torch.finfo(coarse).eps / 2, 1e-6)
-    return bool(apart <= limit * size + 6e-8) or not len(one)
+    alone = apart <= 8 * limit * (one.abs() + size) + 6e-8  # each number by itself
+    return bool(apart.square().mean().sqrt() <= limit * size + 6e-8) and bool(alone.all())

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from engines import adapters
-from engines.carried import CheckWeights, check_how, check_patches, check_tokens, check_weights_of, of_graph, of_module
+from engines.carried import (
+    CheckWeights,
+    check_how,
+    check_layers,
+    check_patches,
+    check_tokens,
+    check_weights_of,
+    of_graph,
+    of_module,
+)
 from engines.parts import BASE_PARTS, PARTS, check_agreement, check_devices, chosen_parts, engine_names
 from engines.slots import best_slot
 from sdkd.bundle import Bundle
@@ -98,6 +107,7 @@ def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], h
             check_exported(part, type(eager), f"this {type(pipe).__name__}")
             adapters.check(part, getattr(pipe, part))
             check_patches(part, eager)
+            check_layers(part, eager)
     check_agreement(pipe, bundle, parts)
     if how == "none":
         return

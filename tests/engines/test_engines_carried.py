@@ -110,6 +110,19 @@ CARRIED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "DeepCache": (lambda p: setattr(p.unet, "forward", p.unet.forward), r"unet of .* a forward of its own.*DeepCache"),
     "ToMe": (patched_class, r"unet\.down_blocks.* code of its own \(.*ToMeBlock\).*tomesd\.remove_patch"),
     "hook": (lambda p: p.unet.conv_in.register_forward_hook(near), r"unet\.conv_in .* a forward hook \(near\)"),
+    "circular padding": (
+        lambda p: setattr(p.unet.conv_in, "padding_mode", "circular"),
+        r"unet\.conv_in .* another padding_mode than its config says.*circular padding",
+    ),
+    "activation": (lambda p: setattr(p.unet, "conv_act", torch.nn.GELU()), r"unet\.conv_act .* another class than its"),
+    "epsilon": (
+        lambda p: setattr(p.text_encoder.encoder.layers[0].layer_norm1, "eps", 0.1),
+        r"text_encoder\.encoder\.layers\.0\.layer_norm1 .* another eps than",
+    ),
+    "one number": (
+        lambda p: p.unet.conv_out.weight.data[1, 2, 0, 1].add_(0.1),
+        r"unet of bundle .*: conv_out\.weight differs\.",
+    ),
     "offloading": (lambda p: p.enable_model_cpu_offload(device="cpu"), r"hooks of accelerate.*remove_all_hooks\(\)"),
     "attention": (own_attention, r"attention of its own \(Prompt2Prompt\).*set_default_attn_processor"),
     "IP-Adapter": (
@@ -141,6 +154,8 @@ def harmless(pipe: Any) -> None:
     pipe.vae.set_attn_processor(AttnProcessor())
     pipe.unet.enable_gradient_checkpointing()
     pipe.text_encoder(torch.zeros(1, 77, dtype=torch.long), output_hidden_states=True)
+    pipe.fuse_qkv_projections()
+    pipe.unfuse_qkv_projections()
     pipe.unet = torch.compile(pipe.unet)
 
 
@@ -155,8 +170,8 @@ def test_other_kernels_and_rounding_are_no_other_weights(
 
 
 def test_how_much_is_compared_is_ones_choice(exported_bundle: Path, pipe: StableDiffusionPipeline) -> None:
-    pipe.text_encoder.get_input_embeddings().weight.data[100] += 1  # a row of 600 that no sample has
-    plug(small_pipeline(), exported_bundle, "onnxruntime", components="text_encoder", check_weights="sample")
+    pipe.text_encoder.get_input_embeddings().weight.data[100, 7] += 1  # of 19,200 numbers: no sample has it
+    plug(pipe, exported_bundle, "onnxruntime", components="vae", check_weights="sample")
     with pytest.raises(ModelError, match=r"token_embedding\.weight differs\."):
         plug(pipe, exported_bundle, "onnxruntime", check_weights="all")
     assert isinstance(plug(pipe, exported_bundle, "onnxruntime", check_weights="none").unet, EngineUNet)
