@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from engines.image_inputs import (
     resized,
     with_defaults,
 )
+from engines.long_prompts import reading
 from engines.processes import check_gpus, ended_like_ctrl_c, join, main_progress
 from engines.prompts import check_images, image_files, missing, write_metadata
 from engines.schedulers import SCHEDULERS, check_steps, scheduler_class, set_scheduler
@@ -130,7 +132,9 @@ def generate(
         way=way,
         inputs=inputs,
     )
-    for line in lines if state.is_main_process else ():
+    read = reading(pipe, [*texts, request.negative_prompt or ""], height, width)
+    request = replace(request, parts=read.parts)
+    for line in (*lines, *read.lines) if state.is_main_process else ():
         show(line)
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)

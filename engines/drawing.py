@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.image_inputs import TEXT, Inputs, Way, done_steps
+from engines.long_prompts import arguments, limit_of
 from engines.schedulers import seed_scheduler
 from sdkd.console import Progress, within
 from sdkd.contract import guidance_copies
@@ -36,6 +37,7 @@ class Request:
     count: int
     way: Way = TEXT
     inputs: Inputs = field(default_factory=Inputs)
+    parts: int = 1  # in which prompts are read: see engines.long_prompts
 
     def __post_init__(self) -> None:
         check_numbers({**self.inputs.scales, **vars(self)}, DRAWING)
@@ -65,7 +67,7 @@ def engine_batch(pipe: Any, request: Request) -> Range:
     if isinstance(fixed, int):
         return Range.fixed(max(1, fixed // used))
     profiles: Sequence[ShapeRanges] = session.checked.record.profiles
-    tokens = pipe.tokenizer.model_max_length
+    tokens = request.parts * limit_of(pipe)
     fitting = [
         profile.batch
         for profile in profiles
@@ -97,13 +99,13 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
         report(f"{which} of {request.count}", min(1.0, (step + 1) / steps))
         return tensors
 
+    guided = request.guidance_scale > 1
     full = [*indices, *[indices[-1]] * (at_least - len(indices))]
     size = {"height": request.height, "width": request.width} if request.way.sized else {}
     pipe.set_progress_bar_config(disable=True)
     seed_scheduler(pipe.scheduler, [request.seed + index for index in full])
     images: np.ndarray = pipe(
-        [request.prompt(index) for index in full],
-        negative_prompt=None if request.negative_prompt is None else [request.negative_prompt] * len(full),
+        **arguments(pipe, [request.prompt(index) for index in full], request.negative_prompt, request.parts, guided),
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
         generator=[torch.Generator().manual_seed(request.seed + index) for index in full],
@@ -159,6 +161,7 @@ def metadata(request: Request, index: int, model: str, target: str, pipe: Any) -
         "scheduler": type(pipe.scheduler).__name__,
         "model": model,
         "target": target,
+        "prompt_parts": request.parts if request.parts > 1 else None,
         **request.inputs.settings(),
     }
     return {key: str(value) for key, value in values.items() if value is not None}

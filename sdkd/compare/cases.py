@@ -60,6 +60,7 @@ class House:
     together: bool
     isolated: bool
     scheduler: str | None = None
+    prompts: tuple[str, ...] = ()
 
 
 class Pool:
@@ -90,7 +91,7 @@ class Pool:
 
         house, threads = self.house, torch.get_num_threads()
         drag = DRAG.get(subject.label)
-        return Job(subject, house.device, house.scheduler, self.size_px, drag, house.isolated, threads)
+        return Job(subject, house.device, house.scheduler, self.size_px, drag, house.isolated, threads, house.prompts)
 
     def finish(self) -> None:
         """Note what memory the open cases took, and let go of them."""

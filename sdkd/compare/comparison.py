@@ -73,7 +73,7 @@ def compare(
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
         prepare_children()
-    house = House(where, fit_together(subjects, where, isolate), isolate, scheduler)
+    house = House(where, fit_together(subjects, where, isolate), isolate, scheduler, kept)
     pool = Pool(house, size)
     try:
         first = first_opened(cases[0], pool)
@@ -112,7 +112,7 @@ def compare(
         images={case.subject.label: tuple(case.images) for case in cases},
         baselines=baselines,
         command=command,
-        notes=(*random_notes(subjects), *_input_notes(cases), *notes, *left_out, *truths.notes),
+        notes=(*random_notes(subjects), *_notes_of(cases), *notes, *left_out, *truths.notes),
     )
     return complete(report, where)
 
@@ -140,9 +140,9 @@ def random_notes(subjects: Sequence[Subject]) -> list[str]:
     return [f"{name} has random weights: its speed and size count, its images mean nothing" for name in names]
 
 
-def _input_notes(cases: Sequence[Case]) -> list[str]:
-    """What models were given beside prompts."""
-    return list(dict.fromkeys(case.opened.inputs for case in cases if case.opened and case.opened.inputs))
+def _notes_of(cases: Sequence[Case]) -> list[str]:
+    """What models were given beside prompts, and what of prompts was cut."""
+    return list(dict.fromkeys(note for case in cases if case.opened for note in case.opened.notes))
 
 
 def _default_device() -> str:

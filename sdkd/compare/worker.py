@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from engines.long_prompts import cut_lines
 from sdkd.compare.calls import UNET, WORKS, Request, image_size, make_images, step_work, unet_calls
 from sdkd.compare.environment import attention_kernel
 from sdkd.compare.measure import Sample, Stand, Timer, Work
@@ -33,6 +34,7 @@ class Job:
     drag: Drag | None = None
     alone: bool = False  # whether its process is its own, so that the process's peak is the case's
     threads: int | None = None  # PyTorch's, where they are not what the process begins with
+    prompts: tuple[str, ...] = ()  # that it will be asked for
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Opened:
     unet_parameters: int
     parameters: int
     copies: int = 2  # latents per image in a guided UNet call
-    inputs: str | None = None  # what it draws from beside the prompt, in words
+    notes: tuple[str, ...] = ()  # what it draws from beside prompts, and what of prompts it does not read
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,13 @@ class Worker:
         self._stand = Stand({}, Timer(device))
         size = image_size(self._pipe, self.job.size_px)
         scheduler = type(self._pipe.scheduler).__name__
-        inputs = note(subject.model_label, way_of(self._pipe))
         counts = count_parameters(subject, self._pipe)
-        return Opened(load_s, device, size, scheduler, *counts, guidance_copies(self._pipe), inputs)
+        return Opened(load_s, device, size, scheduler, *counts, guidance_copies(self._pipe), self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        given = note(self.job.subject.model_label, way_of(self._pipe))
+        cut = cut_lines(self._pipe, self.job.prompts)
+        return (*([given] if given else []), *cut)
 
     def _load(self) -> None:
         self._pipe = open_subject(self.job.subject, self.job.device, self.job.scheduler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from engines.long_prompts import cut_lines
 from sdkd.compare.environment import versions
 from sdkd.compare.planning import SMALL_GUIDANCE, default_guidance, find_roles, parse_prompts
 from sdkd.compare.subjects import TEACHER
@@ -66,13 +67,14 @@ def evaluate(
     _check_files(settings)
     real = RealImages(settings.real) if settings.real is not None else None
     reference = Reference("no teacher is known; give it with --teacher", None, real)
-    results = []
+    results, cut = [], dict[str, None]()
     for place, name in enumerate(names):
         part = within(progress, place / len(names), (place + 1) / len(names), f"{name}: ")
         part("loading", 0.0)
         pipe = load_eager(name).to(settings.device)
         if name == teacher:
             reference = Reference(_probe(pipe, data, settings, within(part, 0.0, 0.3)), None, real)
+        cut |= dict.fromkeys(cut_lines(pipe, plan.prompts))
         images = _draw(pipe, plan, settings, within(part, 0.3, 0.8))
         if name == teacher:
             reference = Reference(reference.probe, images, real)
@@ -81,7 +83,8 @@ def evaluate(
         role = TEACHER if name == teacher else roles[name]
         parameters = sum(parameter.numel() for parameter in pipe.unet.parameters())
         results.append(ModelResult(name, role, resolve(name).random_weights, parameters, metrics))
-    return Evaluation(tuple(results), _settings(settings, plan, teacher), _versions(), command, _notes(plan, reference))
+    notes = (*_notes(plan, reference), *cut)
+    return Evaluation(tuple(results), _settings(settings, plan, teacher), _versions(), command, notes)
 
 
 def _plan(models: Sequence[str], settings: Settings, data: Any) -> Plan:
