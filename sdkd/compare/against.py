@@ -38,6 +38,7 @@ class Setting:
 # machine, because an image is measured against eager images of the same machine.
 SETTINGS = (
     Setting("setup", "size_px", "image side in pixels", True, True),
+    Setting("setup", "width_px", "image width where it is not square", True, True),
     Setting("setup", "batch", "images per call", True, True),
     Setting("setup", "unet_batch", "latents per UNet call", True, True),
     Setting("setup", "steps", "steps", False, True),

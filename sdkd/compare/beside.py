@@ -54,8 +54,8 @@ def subject_work(subject: Subject, setup: Setup) -> Work:
     from sdkd.models import latent_scale, unet_config
 
     home = subject.bundle or subject.model
-    side = setup.size_px // latent_scale(home)
-    return unet_work(unet_config(home), setup.unet_batch, side, side, element_bytes=element_bytes(subject.precision))
+    height, width = (pixels // latent_scale(home) for pixels in setup.size)
+    return unet_work(unet_config(home), setup.unet_batch, height, width, element_bytes=element_bytes(subject.precision))
 
 
 @functools.cache

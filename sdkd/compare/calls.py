@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdkd.compare.measure import Work
-from sdkd.compare.pictures import inputs_for, way_of
+from sdkd.compare.pictures import Size, inputs_for, way_of
 from sdkd.compare.subjects import native_size
 from sdkd.contract import check_size, size_multiple
 
@@ -30,6 +30,12 @@ class Request:
     batch: int = 1  # images per call
     scheduler: str | None = None  # as `sdkd generate` takes it; None: each model's own
     copies: int = 2  # latents per image in a guided UNet call
+    width_px: int | None = None  # None: square
+
+    @property
+    def size(self) -> Size:
+        """Height and width in pixels."""
+        return self.size_px, self.width_px or self.size_px
 
     @property
     def guided(self) -> bool:
@@ -51,11 +57,11 @@ class Request:
         return list(range(prompt, len(self.image_prompts), len(self.prompts)))
 
 
-def image_size(pipe: Any, size: int | None) -> int:
-    """The asked image side in pixels, or the model's own; InputError when it does not fit the model's levels."""
-    found = size or native_size(pipe)
-    check_size(found, found, size_multiple(pipe.unet.config, pipe.vae.config))
-    return found
+def image_size(pipe: Any, size: Size | None) -> Size:
+    """The asked height and width in pixels, or the model's own; InputError when they do not fit the model's levels."""
+    height, width = size or (native_size(pipe),) * 2
+    check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
+    return height, width
 
 
 def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
@@ -69,7 +75,7 @@ def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
     shape = (1, pipe.vae.config.latent_channels, *_latent_sides(pipe, request))
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])  # [batch, c, h, w]
     way = way_of(pipe)
-    size = {"height": request.size_px, "width": request.size_px} if way.sized else {}
+    size = dict(zip(("height", "width"), request.size, strict=True)) if way.sized else {}
     images: list[Image] = pipe(
         [request.prompts[prompt]] * request.batch,
         num_inference_steps=request.steps,
@@ -77,7 +83,7 @@ def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
         generator=generators,  # for schedulers that add noise in every step
         latents=noise.to(pipe.device, pipe.text_encoder.dtype),
         **size,
-        **inputs_for(way, request.size_px, request.steps).arguments(way, request.batch),
+        **inputs_for(way, request.size, request.steps).arguments(way, request.batch),
     ).images
     return images
 
@@ -124,8 +130,8 @@ WORKS: dict[str, Callable[[Any, Request], Work]] = {UNET: step_work, TEXT_ENCODE
 
 
 def _latent_sides(pipe: Any, request: Request) -> tuple[int, int]:
-    side = request.size_px // pipe.vae_scale_factor
-    return side, side
+    height, width = request.size
+    return height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
 
 
 def _seeded(pipe: Any, request: Request, batch: int, channels: int) -> torch.Tensor:

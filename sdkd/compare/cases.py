@@ -12,6 +12,7 @@ from sdkd.compare.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request
 from sdkd.compare.isolation import Child
 from sdkd.compare.measure import Bench, Enter, Part, Sample, Timed, interleave
 from sdkd.compare.peaks import Memory
+from sdkd.compare.pictures import Size
 from sdkd.compare.subjects import Subject, size_on_disk
 from sdkd.compare.worker import Drag, Drawn, Job, Opened, Seat, Worker
 from sdkd.console import Progress, within
@@ -66,8 +67,8 @@ class House:
 class Pool:
     """Open seats: all of them when the house has them together, otherwise only the last one asked for."""
 
-    def __init__(self, house: House, size_px: int | None = None) -> None:
-        self.house, self.size_px = house, size_px
+    def __init__(self, house: House, size: Size | None = None) -> None:
+        self.house, self.size = house, size
         self._open: dict[str, tuple[Case, Seat]] = {}
 
     def seat(self, case: Case) -> Seat:
@@ -83,7 +84,7 @@ class Pool:
             except InputError as error:
                 raise InputError(f"{label!r}: {error}") from error
             case.opened = case.opened or opened
-            self.size_px = self.size_px or opened.size_px
+            self.size = self.size or opened.size
         return self._open[label][1]
 
     def _job(self, subject: Subject) -> Job:
@@ -91,7 +92,7 @@ class Pool:
 
         house, threads = self.house, torch.get_num_threads()
         drag = DRAG.get(subject.label)
-        return Job(subject, house.device, house.scheduler, self.size_px, drag, house.isolated, threads, house.prompts)
+        return Job(subject, house.device, house.scheduler, self.size, drag, house.isolated, threads, house.prompts)
 
     def finish(self) -> None:
         """Note what memory the open cases took, and let go of them."""
@@ -124,7 +125,7 @@ def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bo
 
 
 def first_opened(case: Case, pool: Pool) -> Opened:
-    """The first subject, which stays open: image side in pixels, scheduler and guidance copies are all subjects'."""
+    """The first subject, which stays open: size, scheduler and guidance copies are all subjects'."""
     pool.seat(case)
     assert case.opened is not None
     return case.opened

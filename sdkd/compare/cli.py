@@ -34,7 +34,9 @@ def compare(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="Guidance scale. Default: 7.5, or 4 for the demo's small models.")
     ] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Image side in pixels. Default: the model's own.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels: 512, or height x width as 512x768. Default: the model's own.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
     scheduler: Annotated[
         str | None, typer.Option(help="For all subjects, as in sdkd generate. Default: each model's own.")
@@ -72,6 +74,7 @@ def compare(
     from sdkd.compare.environment import load_average
 
     load = load_average()  # before engines are built
+    from engines.cli import parse_size
     from sdkd.compare.against import check_common, hold_against
     from sdkd.compare.comparison import compare as measure
     from sdkd.compare.earlier import read_report
@@ -86,7 +89,8 @@ def compare(
     guidance = default_guidance(names) if guidance_scale is None else guidance_scale
     if scheduler is not None:
         check_scheduler(scheduler)
-    wish = Wish(_targets(targets), precision, size, bundles, batch)
+    pixels = None if size is None else parse_size(size)
+    wish = Wish(_targets(targets), precision, pixels, bundles, batch)
     command = make_again(names, targets, precision, kept, steps, guidance, size, batch, scheduler, seed, runs, baseline)
     command += " --in-process" if in_process else ""
     with lock(output), progress("compare") as bar:
@@ -98,13 +102,13 @@ def compare(
             prompts=kept,
             steps=steps,
             guidance_scale=guidance,
-            size=size,
+            size=pixels,
             seed=seed,
             runs=runs,
             baseline=baseline,
             batch=batch,
             scheduler=scheduler,
-            judge=default_judge(names, kept, size),
+            judge=default_judge(names, kept, pixels),
             command=command,
             notes=plan.notes,
             isolate=not in_process,
@@ -159,7 +163,7 @@ def make_again(
     prompts: tuple[str, ...],
     steps: int,
     guidance_scale: float,
-    size: int | None,
+    size: str | None,
     batch: int,
     scheduler: str | None,
     seed: int,

@@ -11,6 +11,7 @@ from sdkd.compare.cases import Case, House, Pool, first_images, first_opened, fi
 from sdkd.compare.environment import environment, state_after
 from sdkd.compare.isolation import prepare_children
 from sdkd.compare.measure import Sample, Timer
+from sdkd.compare.pictures import Size
 from sdkd.compare.references import Truths, find_truths
 from sdkd.compare.report import Report, Result, Setup
 from sdkd.compare.stats import CONFIDENCE, Ratio, Spread, speedup
@@ -38,7 +39,7 @@ def compare(
     prompts: Sequence[str],
     steps: int = 25,
     guidance_scale: float = 7.5,
-    size: int | None = None,
+    size: int | Size | None = None,
     seed: int = 0,
     runs: int = RUNS,
     min_seconds: float = MIN_SECONDS,
@@ -56,17 +57,20 @@ def compare(
 ) -> Report:
     """Measure subjects side by side: speed, size, and how far each one's images are from eager PyTorch's.
 
-    `size`: image side in pixels (default: the first model's own). `runs`: UNet calls timed per subject, at least;
-    `image_runs`: whole calls timed. `baseline`: label of one more subject to give ratios to. `batch`: images per call.
-    `scheduler`: for all subjects, as `sdkd generate` takes it (default: each model's own). `judge` reads the images
-    (caption accuracy). Image n starts from `seed + n`. `isolate`: every subject in a fresh process of its own, which
-    tells their memory apart and survives their crashes; a script that asks for it needs `if __name__ == "__main__":`.
+    `size`: image side, or height and width, in pixels (default: the first model's own). `runs`: UNet calls timed per
+    subject, at least; `image_runs`: whole calls timed. `baseline`: label of one more subject to give ratios to.
+    `batch`: images per call. `scheduler`: for all subjects, as `sdkd generate` takes it (default: each model's own).
+    `judge` reads the images (caption accuracy). Image n starts from `seed + n`. `isolate`: every subject in a fresh
+    process of its own, which tells their memory apart and survives their crashes; a script that asks for it needs
+    `if __name__ == "__main__":`.
     `load_before`: the machine's load average before work of the caller's own, such as building engines.
     Raises InputError, EngineError when a process ends by itself, and whatever opening a subject raises.
     """
     check_subjects(subjects)
     kept = _check_request(prompts, steps=steps, runs=runs, image_runs=image_runs, batch=batch)
-    numbers = {"guidance_scale": guidance_scale, "seed": seed, "height": size, "min_seconds": min_seconds}
+    pixels = (size, size) if isinstance(size, int) else size
+    numbers = {"guidance_scale": guidance_scale, "seed": seed, "min_seconds": min_seconds}
+    numbers |= dict(zip(("height", "width"), pixels or (), strict=False))
     check_numbers(numbers | {"steps": steps, "runs": runs, "batch": batch}, DRAWING)
     _check_baseline(baseline, subjects)
     where, cases = device or _default_device(), [Case(subject) for subject in subjects]
@@ -74,10 +78,12 @@ def compare(
     if isolate:
         prepare_children()
     house = House(where, fit_together(subjects, where, isolate), isolate, scheduler, kept)
-    pool = Pool(house, size)
+    pool = Pool(house, pixels)
     try:
         first = first_opened(cases[0], pool)
-        request = Request(kept, steps, guidance_scale, seed, first.size_px, batch, scheduler, first.copies)
+        height, width = first.size
+        wide = None if width == height else width
+        request = Request(kept, steps, guidance_scale, seed, height, batch, scheduler, first.copies, wide)
         _make_images(cases, pool, request, image_runs, within(progress, *SHARES["images"]))
         left_out = [case.failure for case in cases if case.failure]
         cases, subjects = keep_measured(cases)
@@ -91,7 +97,7 @@ def compare(
         prompts=kept,
         steps=steps,
         guidance_scale=guidance_scale,
-        size_px=first.size_px,
+        size_px=request.size_px,
         seed=seed,
         unet_batch=request.unet_batch,
         runs=runs,
@@ -102,6 +108,7 @@ def compare(
         open_together=house.together,
         confidence=CONFIDENCE,
         isolated=isolate,
+        width_px=request.width_px,
     )
     baselines = {case.subject.label: find_baselines(case.subject, subjects, baseline) for case in cases}
     by_label = {case.subject.label: case for case in cases}

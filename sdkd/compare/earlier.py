@@ -98,7 +98,7 @@ def parse_report(data: Any, name: str) -> Earlier:
         if wrong := problem(data, _ReportJson):
             raise ValueError(wrong)
         rows = [_row(row) for row in data["results"]]
-        setup = {"batch": 1, "isolated": False, **data["setup"]}
+        setup = {"batch": 1, "isolated": False, "width_px": None, **data["setup"]}
         found = Earlier(name, data["schema"], setup, data["environment"], {row.label: row for row in rows})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"report {name!r} is damaged ({error!r}): make it again with its `command`") from error

@@ -85,7 +85,7 @@ def _context(report: Report) -> dict[str, Any]:
         "first_kind": next(iter(kinds(report)), "eager"),
         "shows": SHOWS,
         "againsts": [(kind, name, name) for kind, name in kinds(report).items()],
-        "pixelated": report.setup.size_px <= PIXELATED_PX,
+        "pixelated": max(report.setup.size) <= PIXELATED_PX,
         "environment": _environment(report.environment),
         "versions": report.environment["versions"],
         "attention": _attention(report),

@@ -9,6 +9,8 @@ from engines.image_inputs import EDIT, SEEING, TEXT, WAYS, Inputs, Way, as_pipel
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Size = tuple[int, int]
+"""Height and width in pixels."""
 EDIT_CHANNELS = 8  # of an instruct-pix2pix UNet
 
 
@@ -32,43 +34,45 @@ def guidance_copies(pipe: Any) -> int:
     return 3 if int(pipe.unet.config.in_channels) == EDIT_CHANNELS else 2
 
 
-def inputs_for(way: Way, side: int, steps: int) -> Inputs:
-    """The drawn images that a pipeline takes, `side` pixels wide and high, and its scales' defaults."""
+def inputs_for(way: Way, size: Size, steps: int) -> Inputs:
+    """The drawn images that a pipeline takes, in the size to draw, and its scales' defaults."""
     drawn = {"image": picture, "mask": mask, "control": edges}
-    images = {name: drawn[name](side) for name in sorted(set(way.images.values()))}
+    images = {name: drawn[name](size) for name in sorted(set(way.images.values()))}
     return with_defaults(Inputs(images=images), way, steps)
 
 
-def picture(side: int) -> Image:
+def picture(size: Size) -> Image:
     """A red disc on a field that goes from blue to yellow, RGB."""
     from PIL import Image, ImageDraw
 
-    across, down = Image.linear_gradient("L").rotate(90).resize((side, side)), Image.linear_gradient("L")
-    field = Image.merge("RGB", (across, down.resize((side, side)), across.point(lambda value: 255 - value)))
-    ImageDraw.Draw(field).ellipse(_middle(side), fill=(220, 40, 40))
+    gradient, wide = Image.linear_gradient("L"), size[::-1]
+    across, down = gradient.rotate(90).resize(wide), gradient.resize(wide)
+    field = Image.merge("RGB", (across, down, across.point(lambda value: 255 - value)))
+    ImageDraw.Draw(field).ellipse(_middle(size), fill=(220, 40, 40))
     return field
 
 
-def mask(side: int) -> Image:
+def mask(size: Size) -> Image:
     """White, drawn anew, in the middle; mode L."""
     from PIL import Image, ImageDraw
 
-    field = Image.new("L", (side, side), 0)
-    ImageDraw.Draw(field).rectangle(_middle(side), fill=255)
+    field = Image.new("L", size[::-1], 0)
+    ImageDraw.Draw(field).rectangle(_middle(size), fill=255)
     return field
 
 
-def edges(side: int) -> Image:
+def edges(size: Size) -> Image:
     """The outline of the picture's disc, white on black, as edge detectors give it, RGB."""
     from PIL import Image, ImageDraw
 
-    field = Image.new("RGB", (side, side), "black")
-    ImageDraw.Draw(field).ellipse(_middle(side), outline="white", width=max(1, side // 64))
+    field = Image.new("RGB", size[::-1], "black")
+    ImageDraw.Draw(field).ellipse(_middle(size), outline="white", width=max(1, min(size) // 64))
     return field
 
 
-def _middle(side: int) -> tuple[int, int, int, int]:
-    return side // 4, side // 4, side - side // 4 - 1, side - side // 4 - 1
+def _middle(size: Size) -> tuple[int, int, int, int]:
+    height, width = size
+    return width // 4, height // 4, width - width // 4 - 1, height - height // 4 - 1
 
 
 def note(name: str, way: Way) -> str | None:

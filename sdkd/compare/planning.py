@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle import Bundle
+from sdkd.compare.pictures import Size
 from sdkd.compare.subjects import EAGER, IN_TORCH, OPTIMUM, STUDENT, TEACHER, Subject, optimum_problem
 from sdkd.console import Progress, quiet, within
 from sdkd.contract import check_precision, vae_scale
@@ -56,7 +57,7 @@ class Wish:
 
     targets: tuple[str, ...] | None
     precision: str | None
-    size: int | None
+    size: Size | None
     bundles: Path
     batch: int = 1
 
@@ -73,7 +74,7 @@ def default_guidance(models: Sequence[str]) -> float:
     return SMALL_GUIDANCE if all(_is_small(model) for model in models) else GUIDANCE
 
 
-def default_judge(models: Sequence[str], prompts: Sequence[str], size: int | None) -> Judge | None:
+def default_judge(models: Sequence[str], prompts: Sequence[str], size: Size | None) -> Judge | None:
     """The reader of drawn shapes, where all models are small and all prompts are captions of such drawings."""
     from sdkd.demo.accuracy import are_captions, judge_captions
     from sdkd.demo.reader import LEAST_PX
@@ -82,7 +83,7 @@ def default_judge(models: Sequence[str], prompts: Sequence[str], size: int | Non
     readable = (
         all(_from_text_alone(model) for model in models)
         and len(sides) == len(models)
-        and (size or min(sides, default=0)) >= LEAST_PX
+        and (min(size) if size else min(sides, default=0)) >= LEAST_PX
     )
     return judge_captions if readable and are_captions(prompts) else None
 
@@ -233,8 +234,8 @@ def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
 def _ranges(wish: Wish) -> ShapeRanges | None:
     """Engines for one call of this size, or the bundle's default shapes; InputError for a batch beyond those."""
     if wish.size is not None:
-        fixed = Range.fixed(wish.size)
-        return ShapeRanges(Range.fixed(wish.batch), fixed, fixed, Range.fixed(TOKENS))
+        height, width = map(Range.fixed, wish.size)
+        return ShapeRanges(Range.fixed(wish.batch), height, width, Range.fixed(TOKENS))
     from export.ranges import BATCH
 
     if wish.batch not in BATCH:

@@ -49,6 +49,12 @@ class Setup:
     confidence: float
     batch: int = 1  # images per call
     isolated: bool = False  # every subject in a process of its own
+    width_px: int | None = None  # None: as wide as high, `size_px`
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.size_px, self.width_px or self.size_px
 
     @property
     def image_prompts(self) -> tuple[str, ...]:

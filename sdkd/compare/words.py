@@ -40,10 +40,11 @@ def models(report: Report) -> str:
 def asked(report: Report) -> str:
     """On what the models ran, and what each was asked for."""
     setup, targets = report.setup, listing(_target_word(row.subject.runs_as) for row in report.results)
+    height, width = setup.size
     batch = "" if setup.batch == 1 else f", {setup.batch} images per call"
     return (
         f"on {targets}: {plural(len(setup.prompts), 'prompt')} from the same noise, "
-        f"{setup.size_px} × {setup.size_px} px, {plural(setup.steps, 'step')}, guidance {setup.guidance_scale:g}{batch}"
+        f"{width} × {height} px, {plural(setup.steps, 'step')}, guidance {setup.guidance_scale:g}{batch}"
     )
 
 

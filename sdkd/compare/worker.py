@@ -12,7 +12,7 @@ from sdkd.compare.calls import UNET, WORKS, Request, image_size, make_images, st
 from sdkd.compare.environment import attention_kernel
 from sdkd.compare.measure import Sample, Stand, Timer, Work
 from sdkd.compare.peaks import Memory, gpu_used, peak_rss, rss, torch_peak
-from sdkd.compare.pictures import guidance_copies, note, way_of
+from sdkd.compare.pictures import Size, guidance_copies, note, way_of
 from sdkd.compare.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.targets import require
 
@@ -30,7 +30,7 @@ class Job:
     subject: Subject
     device: str
     scheduler: str | None = None
-    size_px: int | None = None  # None: the model's own
+    size: Size | None = None  # None: the model's own
     drag: Drag | None = None
     alone: bool = False  # whether its process is its own, so that the process's peak is the case's
     threads: int | None = None  # PyTorch's, where they are not what the process begins with
@@ -43,7 +43,7 @@ class Opened:
 
     load_s: float
     device: str
-    size_px: int
+    size: Size
     scheduler: str
     unet_parameters: int
     parameters: int
@@ -106,7 +106,7 @@ class Worker:
         load_s = Timer().time(self._load).wall_s
         device = str(self._pipe.device)
         self._stand = Stand({}, Timer(device))
-        size = image_size(self._pipe, self.job.size_px)
+        size = image_size(self._pipe, self.job.size)
         scheduler = type(self._pipe.scheduler).__name__
         counts = count_parameters(subject, self._pipe)
         return Opened(load_s, device, size, scheduler, *counts, guidance_copies(self._pipe), self._notes())

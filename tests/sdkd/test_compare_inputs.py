@@ -20,6 +20,7 @@ from sdkd.compare.pictures import edges, mask, picture
 from sdkd.compare.planning import Wish, default_judge, make_plan
 from sdkd.compare.report import Report
 from sdkd.compare.subjects import Subject, open_subject
+from sdkd.compare.words import sentence
 from sdkd.errors import ModelError
 from sdkd.profiles import Range, ShapeRanges
 
@@ -38,19 +39,22 @@ def model(folder: Path, channels: int) -> Path:
     return folder
 
 
-def measured(model: Path, targets: tuple[str, ...] | None = None) -> Report:
+def measured(model: Path, targets: tuple[str, ...] | None = None, size: tuple[int, int] | None = None) -> Report:
     """A model or bundle on targets, in this process."""
     plan = make_plan([str(model)], Wish(targets, None, None, model.parent / "others"))
-    return compare(plan.subjects, prompts=PROMPTS, steps=2, runs=1, min_seconds=0, image_runs=1, notes=plan.notes)
+    few = {"steps": 2, "runs": 1, "min_seconds": 0, "image_runs": 1}
+    return compare(plan.subjects, prompts=PROMPTS, size=size, notes=plan.notes, **few)
 
 
 @pytest.mark.parametrize(
     ("channels", "copies", "words"), [(9, 2, "a drawn picture and a mask"), (8, 3, "a drawn picture, ")]
 )
 def test_models_that_look_at_images_run_eagerly(tmp_path: Path, channels: int, copies: int, words: str) -> None:
-    report = measured(model(tmp_path / "model", channels), ("eager", "eager-bf16"))
+    report = measured(model(tmp_path / "model", channels), ("eager", "eager-bf16"), (32, 48))
     assert [row.subject.target for row in report.results] == ["eager", "eager"]
-    assert report.setup.unet_batch == copies
+    assert (report.setup.unet_batch, report.setup.size) == (copies, (32, 48))
+    assert {image.size for row in report.images.values() for image in row} == {(48, 32)}
+    assert "48 × 32 px" in sentence(report)
     assert f"model was given {words}" in report.notes[0]
 
 
@@ -65,12 +69,12 @@ def test_a_bundle_with_other_parts_is_compared_with_the_eager_model_that_has_the
     assert engine.against_eager is not None
     assert engine.against_eager.psnr_min_db > 60
     assert engine.verdict is not None
-    assert engine.verdict.passed
+    assert engine.verdict.ok
     assert "a drawn picture and a mask and the outline of a disc for its ControlNet" in report.notes[0]
     plain = open_subject(Subject("plain", tmp_path / "model"))
     bare = make_images(plain, Request(PROMPTS, 2, 7.5, 0, 32), 0)
     assert np.abs(np.asarray(bare[0], float) - np.asarray(report.images[eager.subject.label][0], float)).max() > 20
-    assert default_judge([str(bundle.path)], ["a large red star on a white background"], 64) is None
+    assert default_judge([str(bundle.path)], ["a large red star on a white background"], (64, 64)) is None
 
     (tmp_path / "vae" / "config.json").unlink()
     plan = make_plan([str(bundle.path)], Wish(None, None, None, tmp_path / "others"))
@@ -81,10 +85,10 @@ def test_a_bundle_with_other_parts_is_compared_with_the_eager_model_that_has_the
 
 
 def test_drawn_inputs_fit_every_pipeline() -> None:
-    for side in (8, 32, 100):
-        assert [drawn(side).size for drawn in (picture, mask, edges)] == [(side, side)] * 3
-    seen = np.asarray(mask(32)).astype(float) / 255
+    for size in ((8, 8), (32, 48), (100, 60)):
+        assert [drawn(size).size for drawn in (picture, mask, edges)] == [size[::-1]] * 3
+    seen = np.asarray(mask((32, 32))).astype(float) / 255
     assert seen.mean() == 0.25
-    assert np.asarray(picture(32))[16, 16].tolist() == [220, 40, 40]
+    assert np.asarray(picture((32, 32)))[16, 16].tolist() == [220, 40, 40]
     known = {name for way in (*WAYS.values(), EDIT, TEXT) for name in way.images.values()}
     assert known == {"image", "mask", "control"}

@@ -175,8 +175,8 @@ def test_peaks_of_two_processes_of_one_subject_are_the_larger_ones() -> None:
 
 
 def test_a_scheduler_may_call_the_unet_more_often_than_it_is_asked_for_steps() -> None:
-    worker = Worker(Job(subjects()[0], "cpu", "heun", size_px=32))
+    worker = Worker(Job(subjects()[0], "cpu", "heun", size=(32, 32)))
     opened = worker.open()
-    assert (opened.size_px, opened.scheduler, opened.device) == (32, "HeunDiscreteScheduler", "cpu")
+    assert (opened.size, opened.scheduler, opened.device) == ((32, 32), "HeunDiscreteScheduler", "cpu")
     assert worker.images(REQUEST, 0).unet_calls == 2 * REQUEST.steps - 1
     worker.close()

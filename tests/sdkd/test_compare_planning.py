@@ -71,10 +71,10 @@ def test_images_of_drawn_shapes_are_read() -> None:
     [
         ([DEMO], ("a red star",), None),  # no caption of the demo's
         ([DEMO, "random:sd15-tiny"], SHAPES, None),  # a model that draws anything
-        ([DEMO], SHAPES, 8),  # too small to be read
+        ([DEMO], SHAPES, (8, 64)),  # too small to be read
     ],
 )
-def test_other_images_have_no_reader(names: list[str], prompts: tuple[str, ...], size: int | None) -> None:
+def test_other_images_have_no_reader(names: list[str], prompts: tuple[str, ...], size: tuple[int, int] | None) -> None:
     assert default_judge(names, prompts, size) is None
 
 

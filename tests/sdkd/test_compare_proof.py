@@ -130,7 +130,7 @@ def test_settings_are_recorded_in_the_report_and_the_command(tmp_path: Path) -> 
 
 
 def test_engines_are_built_for_the_batch(tmp_path: Path) -> None:
-    assert str(_ranges(Wish(None, None, 64, tmp_path, 3))) == "batch 3, height 64 px, width 64 px, 77 tokens"
+    assert str(_ranges(Wish(None, None, (64, 64), tmp_path, 3))) == "batch 3, height 64 px, width 64 px, 77 tokens"
     assert _ranges(Wish(None, None, None, tmp_path, 4)) is None
     with pytest.raises(InputError, match=r"batch 8 is outside 1..4, which engines are built for by default: give --s"):
         _ranges(Wish(None, None, None, tmp_path, 8))
