@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,20 +119,9 @@ def generate(
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
     way = find_way(model, int(pipe.unet.config.in_channels), inputs)
     inputs, lines = resized(with_defaults(inputs, way, steps), height, width)
-    request = Request(
-        texts,
-        negative_prompt and typed_text(negative_prompt),
-        height,
-        width,
-        steps,
-        guidance_scale,
-        seed,
-        len(files),
-        way=way,
-        inputs=inputs,
-    )
-    read = reading(pipe, [*texts, request.negative_prompt or ""], height, width)
-    request = replace(request, parts=read.parts)
+    unwanted = negative_prompt and typed_text(negative_prompt)
+    read = reading(pipe, [*texts, unwanted or ""], height, width)
+    request = Request(texts, unwanted, height, width, steps, guidance_scale, seed, len(files), way, inputs, read.parts)
     for line in (*lines, *read.lines) if state.is_main_process else ():
         show(line)
     start = time.perf_counter()

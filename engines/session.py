@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
+from engines.closing import Closing
 from engines.out_of_memory import once_more, told_of_memory
 from engines.ranges import check_sizes, output_sizes
-from engines.refusals import COPIES
 from engines.slots import of_newest
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
 from sdkd.contract import Contract, TensorSpec, axis_ranges
@@ -183,27 +183,6 @@ def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
         down = int(2 ** (len(bundle.config(contract.component)["block_out_channels"]) - 1))
         steps = {axis: step * down for axis, step in steps.items()}
     return {axis: step for axis, step in steps.items() if axis in contract.axis_names()}
-
-
-class Closing:
-    """A context manager that closes what it stands for."""
-
-    def close(self) -> None:
-        """Release what is held."""
-        raise NotImplementedError
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise EngineError(
-            f"{type(self).__name__} {COPIES}: open another with engines.session.open_session(bundle, slot, component)"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class EngineSession(Closing, ABC):

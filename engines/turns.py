@@ -12,16 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
-from engines.session import (
-    Checked,
-    Closing,
-    EngineSession,
-    Rebuild,
-    check_engine,
-    expected_device,
-    on_gpu,
-    open_session,
-)
+from engines.closing import Closing
+from engines.session import Checked, EngineSession, Rebuild, check_engine, expected_device, on_gpu, open_session
 from engines.slots import of_newest
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError

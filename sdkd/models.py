@@ -6,12 +6,8 @@ teacher) or `random:sd15`, `random:sd15-tiny`, ... (full-size shapes with random
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -24,6 +20,7 @@ from sdkd.errors import ModelError
 from sdkd.families import FAMILIES, HEAVY, student_names
 from sdkd.files import read_json, sha256
 from sdkd.hub import downloaded
+from sdkd.model_source import ModelSource, as_model_error
 from sdkd.pipelines import (
     check_pipeline_folder,
     component_digest,
@@ -61,26 +58,11 @@ __all__ = [
 ]
 
 Part = Literal["unet", "vae", "text_encoder"]
-Kind = Literal["folder", "hub", "single-file", "bundle", "checkpoint", "demo", "random"]
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 _OWN = {name: part for name, part in CONFIG_FOLDERS.items() if part in HEAVY}  # the components that a model itself has
 _FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".onnx")  # what ends so is a file that is not there
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model's name as given, what kind of name it is, where its files are (None: hub, random), and its weights.
-
-    `notes` are what a user should know, such as how it is known what a single file predicts.
-    """
-
-    name: str
-    kind: Kind
-    path: Path | None = None
-    random_weights: bool = False
-    notes: tuple[str, ...] = ()
 
 
 def resolve(model: str | Path) -> ModelSource:
@@ -154,7 +136,7 @@ def load_eager(model: str | Path, torch_dtype: torch.dtype | None = None) -> Sta
     import torch
 
     source = resolve(model)
-    with _as_model_error(source), quiet_libraries():
+    with as_model_error(source), quiet_libraries():
         pipe = _load_whole(_original(source), torch_dtype or torch.float32)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval().requires_grad_(False)
@@ -170,7 +152,7 @@ def load_component(model: str | Path, part: Part, torch_dtype: torch.dtype | Non
     import torch
 
     source = resolve(model)
-    with _as_model_error(source), quiet_libraries():
+    with as_model_error(source), quiet_libraries():
         module = _load_part(_original(source), part, torch_dtype or torch.float32)
     return module.eval().requires_grad_(False)
 
@@ -182,7 +164,7 @@ def load_rest(model: str | Path) -> StableDiffusionPipeline:
     `load_eager` does.
     """
     source = resolve(model)
-    with _as_model_error(source), quiet_libraries():
+    with as_model_error(source), quiet_libraries():
         pipe = _load_rest(_original(source))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -233,38 +215,8 @@ def _folder_of(source: ModelSource) -> Path:
     """Where a folder's, a bundle's or a hub model's files are; ModelError when the hub does not give it."""
     if source.path is not None:
         return source.path
-    with _as_model_error(source), quiet_libraries():
+    with as_model_error(source), quiet_libraries():
         return _downloaded(source)
-
-
-@contextlib.contextmanager
-def _as_model_error(source: ModelSource) -> Iterator[None]:
-    """Turn the libraries' errors on a damaged or unreachable model into one that names it and says what to do."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except ModelError:
-        raise
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {source.name!r} could not be loaded ({reason}): {_ADVICE[source.kind]}") from error
-
-
-_ADVICE: dict[Kind, str] = {
-    "folder": "its files are damaged or incomplete; save or download it again",
-    "demo": "install sdkd again",
-    "bundle": "give the original model instead",
-    "checkpoint": "its files are damaged or incomplete; give another checkpoint",
-    "random": "give another name",
-    "hub": (
-        "there is no such folder here, and the hub did not give it; check the spelling and the network, or download it "
-        "elsewhere with `hf download` and give the folder"
-    ),
-    "single-file": "the file is damaged or incomplete; download it again",
-}
 
 
 def _original(source: ModelSource) -> ModelSource:

@@ -93,23 +93,7 @@ def compare(
         truths = find_truths(cases, request, pool, within(progress, *SHARES["references"]))
     finally:
         pool.close()
-    setup = Setup(
-        prompts=kept,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        size_px=request.size_px,
-        seed=seed,
-        unet_batch=request.unet_batch,
-        runs=runs,
-        min_seconds=min_seconds,
-        scheduler=first.scheduler,
-        batch=batch,
-        timing=Timer(where).method,
-        open_together=house.together,
-        confidence=CONFIDENCE,
-        isolated=isolate,
-        width_px=request.width_px,
-    )
+    setup = _setup(request, house, first.scheduler, runs, min_seconds)
     baselines = {case.subject.label: find_baselines(case.subject, subjects, baseline) for case in cases}
     by_label = {case.subject.label: case for case in cases}
     report = Report(
@@ -122,6 +106,26 @@ def compare(
         notes=(*random_notes(subjects), *_notes_of(cases), *notes, *left_out, *truths.notes),
     )
     return complete(report, where)
+
+
+def _setup(request: Request, house: House, scheduler: str, runs: int, min_seconds: float) -> Setup:
+    return Setup(
+        prompts=request.prompts,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        size_px=request.size_px,
+        seed=request.seed,
+        unet_batch=request.unet_batch,
+        runs=runs,
+        min_seconds=min_seconds,
+        scheduler=scheduler,
+        batch=request.batch,
+        timing=Timer(house.device).method,
+        open_together=house.together,
+        confidence=CONFIDENCE,
+        isolated=house.isolated,
+        width_px=request.width_px,
+    )
 
 
 def _make_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:
