@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,13 +31,13 @@ from sdkd.console import show
 from sdkd.contract import check_size, size_multiple, vae_scale
 from sdkd.errors import InputError
 from sdkd.numbers import DRAWING, check_number, check_numbers
-from sdkd.profiles import ShapeRanges
+from sdkd.profiles import ShapeRanges, parse_size
 from sdkd.targets import check_target
 from sdkd.text_files import prompt_lines, typed_text
 
 __all__ = [
-    "SCHEDULERS", "Request", "check_bundle_size", "default_size", "draw", "draw_all", "encode_png", "generate", "load",
-    "metadata", "output_files", "output_folder", "parse_size", "prompt_texts", "set_scheduler",
+    "SCHEDULERS", "Request", "check_bundle_size", "default_size", "draw", "draw_all", "drawn_size", "encode_png",
+    "generate", "load", "metadata", "output_files", "output_folder", "prompt_texts", "set_scheduler",
 ]  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def generate(
         else image_files(output_folder(output, prompts), len(texts) * count)
     )
     check_images(files, overwrite, [model, image, mask, control, prompts], folder=prompts is not None)
-    wanted = None if size is None else parse_size(size)
+    wanted = None if size is None else drawn_size(size)
     inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
     if scheduler is not None:
         scheduler_class(scheduler)
@@ -220,13 +221,11 @@ def output_files(output: Path | None, prompt: str, count: int) -> list[Path]:
     return [first] if count == 1 else [first.with_stem(f"{first.stem}-{index + 1}") for index in range(count)]
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Read `512` or `512x768` as (height, width) in pixels."""
-    if not re.fullmatch(r"\d{1,9}(x\d{1,9})?", text.strip()):
-        raise InputError(f"size {text!r} is not understood: give pixels as 512, or height x width as 512x768")
-    numbers = [int(part) for part in text.strip().split("x")]
-    check_numbers({"height": numbers[0], "width": numbers[-1]}, DRAWING)
-    return numbers[0], numbers[-1]
+def drawn_size(text: str) -> tuple[int, int]:
+    """Read `512` or `512x768` as (height, width) in pixels of an image; InputError, also for too large ones."""
+    height, width = parse_size(text)
+    check_numbers({"height": height, "width": width}, DRAWING)
+    return height, width
 
 
 def check_bundle_size(model: str, size: tuple[int, int] | None) -> None:
@@ -248,7 +247,7 @@ def choose_target(model: str, target: str | None, *, control: bool = False) -> s
         if target not in (None, "eager"):
             raise InputError(
                 f"model {model!r} is not a bundle, so it has no {target} engine: build one with: "
-                f"sdkd build-engine {model} --target {target} --output artifacts/bundle"
+                f"sdkd build-engine {shlex.quote(model)} --target {target} --output artifacts/bundle"
             )
         return "eager"
     if target is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -173,7 +174,7 @@ def check_control(model: str, target: str | None, inputs: Inputs) -> None:
         advice = (
             "leave out --target eager"
             if has
-            else f"make a bundle with one: sdkd export {model} artifacts/bundle --controlnet FOLDER"
+            else f"make a bundle with one: sdkd export {shlex.quote(model)} artifacts/bundle --controlnet FOLDER"
         )
         raise InputError(f"control {str(inputs.files['control'])!r} was given, and model {model!r} {why}: {advice}")
 

@@ -111,7 +111,7 @@ def cover_command(checked: Checked, asked: Mapping[str, int]) -> str:
 
     One profile is widened; beside several, the request becomes one more.
     """
-    command = f"sdkd build-engine {checked.bundle.path} --target {checked.record.slot}"
+    command = checked.bundle.build_command(checked.record.slot)
     built = checked.record.profiles
     if len(built) > 1:
         exactly = ShapeRanges(

@@ -134,7 +134,7 @@ def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
     if check_target(record.target).runs_on_gpu and gpu() is None:
         raise EngineError(
             f"the {slot} engine of {component} needs an NVIDIA GPU with a driver, and torch sees none here: run it on "
-            f"such a machine, or build one for this machine: sdkd build-engine {bundle.path} --target onnxruntime"
+            f"such a machine, or build one for this machine: {bundle.build_command('onnxruntime')}"
         )
     scale = bundle.scale()
     contract = bundle.component(component).contract

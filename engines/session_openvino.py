@@ -56,7 +56,7 @@ class OpenVinoSession(EngineSession):
         if found != self._options["INFERENCE_PRECISION_HINT"]:
             raise EngineError(
                 f"{self.checked.label} would run in {found} instead of {self._options['INFERENCE_PRECISION_HINT']} "
-                f"here. Rebuild it with: sdkd build-engine {self.checked.bundle.path} --target {self.slot}"
+                f"here. Rebuild it with: {self.checked.bundle.build_command(self.slot)}"
             )
         return model
 

@@ -122,7 +122,7 @@ class TensorRTSession(EngineSession):
 
     @property
     def _rebuild(self) -> str:
-        return f"sdkd build-engine {self.checked.bundle.path} --target {self.slot}"
+        return self.checked.bundle.build_command(self.slot)
 
     @property
     def _failed(self) -> Callable[[str], EngineError]:

@@ -34,8 +34,7 @@ def best_slot(bundle: Bundle, parts: Sequence[str] = BASE_PARTS) -> str:
     found = "; ".join(f"{slot}: {reason}" for slot, reason in refused.items()) or "it has none"
     runnable = next((name for name in ORDER if (here := availability(name)).can_run and here.can_build), "onnxruntime")
     raise EngineError(
-        f"no engine of {str(bundle.path)!r} runs here ({found}). Build one with: "
-        f"sdkd build-engine {bundle.path} --target {runnable}"
+        f"no engine of {str(bundle.path)!r} runs here ({found}). Build one with: {bundle.build_command(runnable)}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,7 +99,7 @@ def build_engine(
     show(table(f"Engines for {found['slot']} in {path}", COLUMNS, [_row(engine) for engine in found["engines"]]))
     for shapes in dict.fromkeys(text for engine in found["engines"] for text in engine["shapes"]):
         show(f"  takes {shapes}")
-    show(f"Run it with: sdkd generate {path} PROMPT --target {found['slot']}")
+    show(f"Run it with: sdkd generate {shlex.quote(str(path))} PROMPT --target {found['slot']}")
 
 
 def _is_bundle(model: str) -> bool:

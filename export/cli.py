@@ -10,7 +10,7 @@ import typer
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.console import progress, show, show_json, table
 from sdkd.errors import InputError
-from sdkd.profiles import Range, ShapeRanges
+from sdkd.profiles import Range, ShapeRanges, parse_size
 
 COLUMNS = ("component", "opset", "nodes", "parameters", "MB", "max error", "seconds")
 
@@ -62,7 +62,7 @@ def export(
         return
     show(table(f"{bundle} ({precision})", COLUMNS, [_row(part) for part in summary(done)["components"]]))
     show(*notes(done))
-    show(f"Build engines with: sdkd build-engine {bundle} --target onnxruntime")
+    show(f"Build engines with: {done.build_command('onnxruntime')}")
 
 
 def static_ranges(static: bool, size: str | None, batch: int | None, tokens: int | None) -> ShapeRanges | None:
@@ -78,19 +78,13 @@ def static_ranges(static: bool, size: str | None, batch: int | None, tokens: int
         return None
     if size is None:
         raise InputError("--static fixes all shapes and needs the image size: add --size 512")
-    height, _, width = size.partition("x")
+    height, width = parse_size(size)
     return ShapeRanges(
         Range.fixed(1 if batch is None else batch),
-        Range.fixed(_pixels(height, size)),
-        Range.fixed(_pixels(width or height, size)),
+        Range.fixed(height),
+        Range.fixed(width),
         Range.fixed(77 if tokens is None else tokens),
     )
-
-
-def _pixels(text: str, size: str) -> int:
-    if not text.isdigit():
-        raise InputError(f"size {size!r} is not understood: with --static give 512 or 512x768 (height x width)")
-    return int(text)
 
 
 def notes(bundle: Bundle) -> list[str]:

@@ -187,9 +187,9 @@ def _read_manifest(root: Path) -> Manifest:
 def _export_command(root: Path) -> str:
     """The command that makes a bundle where there is none: at `root`, or of the model that lies there."""
     if not root.exists():
-        return f"sdkd export MODEL {root}"
-    model = root if (root / "model_index.json").is_file() else "MODEL"
-    return f"sdkd export {model} artifacts/bundle, and give that folder"
+        return shlex.join(["sdkd", "export", "MODEL", str(root)])
+    model = str(root) if (root / "model_index.json").is_file() else "MODEL"
+    return f"{shlex.join(['sdkd', 'export', model, 'artifacts/bundle'])}, and give that folder"
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Bundle:
             have = ", ".join(self.slots()) or "none"
             raise BundleError(
                 f"bundle {str(self.path)!r} has no {slot} engine for {component} (built so far: {have}): "
-                f"build it with: sdkd build-engine {self.path} --target {slot}"
+                f"build it with: {self.build_command(slot)}"
             )
         return self.manifest.engines[key]
 
@@ -282,7 +282,7 @@ class Bundle:
         """BundleError when a file of the record is missing, truncated or altered (sizes first, then SHA-256)."""
         found = next((found for file in record.files if (found := self._file_problem(file))), None)
         if found:
-            raise BundleError(f"bundle {str(self.path)!r}: {found}; make it again: {self._repair(record)}")
+            raise BundleError(f"bundle {str(self.path)!r}: {found}; make it again: {self.repair(record)}")
 
     def verify_weights(self, record: ComponentRecord | EngineRecord) -> None:
         """BundleError when a graph of the record takes weights from a file that the record does not list."""
@@ -327,10 +327,15 @@ class Bundle:
             return f"{file.path} was altered: its SHA-256 differs from the manifest's"
         return None
 
-    def _repair(self, record: ComponentRecord | EngineRecord) -> str:
+    def repair(self, record: ComponentRecord | EngineRecord) -> str:
+        """The command that makes a graph or an engine again, as a shell reads it."""
         if isinstance(record, ComponentRecord):
             return self._made_by()
-        return shlex.join(["sdkd", "build-engine", str(self.path), "--target", record.slot])
+        return self.build_command(record.slot)
+
+    def build_command(self, slot: str) -> str:
+        """The command that builds the engines of a slot into this bundle, as a shell reads it."""
+        return shlex.join(["sdkd", "build-engine", str(self.path), "--target", slot])
 
     def _made_by(self) -> str:
         model = str(self.manifest.source.get("model", "MODEL"))
@@ -359,5 +364,5 @@ class Bundle:
         if reasons := self.stale_reasons(record, environment):
             raise StaleEngineError(
                 f"the {record.slot} engine of {record.component} in {str(self.path)!r} does not fit: "
-                f"{'; '.join(reasons)}. Rebuild it with: {self._repair(record)}"
+                f"{'; '.join(reasons)}. Rebuild it with: {self.repair(record)}"
             )

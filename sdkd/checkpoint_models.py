@@ -24,9 +24,10 @@ def is_checkpoint(folder: Path) -> bool:
 def unet_folder(folder: Path) -> Path:
     """The folder of the UNet that a checkpoint stands for; ModelError for one of a LoRA or without weights."""
     if (folder / "lora").is_dir():
+        base = provenance(folder).get(BASE) or "its model"
         raise ModelError(
-            f"checkpoint {str(folder)!r} holds a LoRA, not a model: use it on its model, with: "
-            f"sdkd generate {provenance(folder).get(BASE) or 'MODEL'} PROMPT --lora {folder / 'lora'}"
+            f"checkpoint {str(folder)!r} holds a LoRA, not a model: load {base}, and give its pipeline's "
+            f"load_lora_weights the folder {str(folder / 'lora')!r}"
         )
     found = next((folder / name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()), None)
     if found is None:

@@ -237,4 +237,9 @@ def inspect(
                 "Scheduler, tokenizer and configurations have no hashes here: bundles that are exported now have them."
             )
     if problems:
-        raise BundleError(f"{len(problems)} of the parts need repair: {problems[0]}")
+        row = next(row for row in found["components"] + found["engines"] if row["problems"])
+        opened = Bundle.open(bundle)
+        record = opened.engine(row["slot"], row["component"]) if "slot" in row else opened.component(row["component"])
+        command = opened.repair(record)
+        again = "" if problems[0].endswith(command) else f". Make it again with: {command}"
+        raise BundleError(f"{len(problems)} of the parts need repair: {problems[0]}{again}")

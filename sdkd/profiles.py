@@ -48,6 +48,14 @@ class Range:
         return Range(low, numbers[1] if len(numbers) == 3 else low, high)
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Read `512` or `512x768` as (height, width) in pixels; InputError names the text and the forms."""
+    if not re.fullmatch(r"\d{1,9}(x\d{1,9})?", text.strip()):
+        raise InputError(f"size {text!r} is not understood: give pixels as 512, or height x width as 512x768")
+    height, _, width = text.strip().partition("x")
+    return int(height), int(width or height)
+
+
 @dataclass(frozen=True)
 class ShapeRanges:
     """One optimization profile: images per call, image size in pixels, tokens per prompt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,4 +143,5 @@ def student(
     show(*tables(found))
     for note in source.notes:
         show(f"Note on {source.name}: {note}.")
-    show(f"Saved {output}. Train it with: sdkd distill --teacher {teacher} --student {spec.short} --data DATA ...")
+    show(f"Saved {output}. Train it with: sdkd distill --teacher {shlex.quote(teacher)} --student {spec.short} "
+         "--data DATA --output RUN")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +167,10 @@ class Report:
     def _repair(self, subject: Subject) -> str:
         if subject.is_compiled:
             return "Leave the target compile out, or try another version of PyTorch"
-        again = f"sdkd build-engine {subject.model} --target {subject.target} --output {subject.bundle} --overwrite"
+        again = (
+            f"sdkd build-engine {shlex.quote(str(subject.model))} --target {subject.target} "
+            f"--output {shlex.quote(str(subject.bundle))} --overwrite"
+        )
         if subject.precision == "fp32":
             return f"Export and build the engine again, with: {again}"
         few = len(self.setup.prompts)

@@ -6,6 +6,7 @@ import contextlib
 import json as jsonlib
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def cache(
     if cut := summary["cut"]:
         show(f"{cut} captions have more tokens than the text encoder reads, and were cut there")
     show(f"{summary['images']} images at {summary['resolution']} pixels in {summary['output']}. "
-         f"Train from them: sdkd distill --data {summary['output']}")  # fmt: skip
+         f"Train from them: sdkd distill --teacher {shlex.quote(job.model)} --student STUDENT "
+         f"--data {shlex.quote(summary['output'])} --output RUN")  # fmt: skip
 
 
 def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: Progress = quiet) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import shlex
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -139,12 +140,10 @@ def _tell(summary: dict[str, Any]) -> None:
         show(f"{remark[0].upper()}{remark[1:]}.")
     if unreadable := summary["unreadable"]:
         show(f"{len(unreadable)} images could not be read and were replaced: {'; '.join(unreadable)}")
-    lora = summary["objective"] == "lora"
-    model = summary.get("model") if lora else summary["output"]
-    more = f" --lora {summary['output']}" if lora else ""
+    command = shlex.join(["sdkd", "generate", str(summary["output"]), "a prompt"])
     show(
         f"{summary['steps']} steps in {summary['seconds']:.0f} s. Saved {summary['output']}."
-        + ("" if lora else f" Try it: sdkd generate {model}{more} 'a prompt'")
+        + ("" if summary["objective"] == "lora" else f" Try it: {command}")
     )
 
 

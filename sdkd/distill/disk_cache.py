@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ class DiskCache:
             raise InputError(
                 f"cache {str(path)!r} is not complete: run the same `sdkd cache` again, it goes on where it ended"
                 if unfinished
-                else f"folder {str(path)!r} is no cache (no {INDEX}): make one with sdkd cache MODEL {path} NEW_FOLDER"
+                else f"folder {str(path)!r} is no cache (no {INDEX}): make one with: "
+                f"sdkd cache MODEL {shlex.quote(str(path))} NEW_FOLDER"
             )
         self.index: dict[str, Any] = read_json(path / INDEX)
         if not isinstance(self.index, dict) or self.index.get("schema") != SCHEMA or "latents" not in self.index:

@@ -15,7 +15,7 @@ from PIL import Image
 from small_bundles import small_pipeline
 from typer.testing import CliRunner
 
-from engines.cli import encode_png, generate, output_files, parse_size
+from engines.cli import drawn_size, encode_png, generate, output_files
 from sdkd.errors import InputError, ModelError, OutputExistsError, RangeError
 
 app = typer.Typer()
@@ -125,8 +125,8 @@ def test_models_that_are_not_there_are_named_first(tmp_path: Path) -> None:
 
 
 def test_sizes_and_names() -> None:
-    assert parse_size("512") == (512, 512)
-    assert parse_size("512x768") == (512, 768)
+    assert drawn_size("512") == (512, 512)
+    assert drawn_size("512x768") == (512, 768)
     assert output_files(None, "A small, RED star!", 1) == [Path("artifacts/a-small-red-star.png")]
     assert output_files(Path("x/y.png"), "", 2) == [Path("x/y-1.png"), Path("x/y-2.png")]
     assert output_files(None, "???", 1) == [Path("artifacts/image.png")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from engines.cli import check_steps, generate, parse_size
+from engines.cli import check_steps, drawn_size, generate
 from engines.drawing import Request, draw
 from export.build_options import BuildOptions
 from sdkd.console import quiet
@@ -53,7 +53,7 @@ def test_scales_of_images_are_finite(name: str, value: float) -> None:
 @pytest.mark.parametrize("text", ["1000000000", "9" * 5000, "9000000"])
 def test_sizes_are_bounded(text: str) -> None:
     with pytest.raises(InputError, match=r"is too large|is not understood"):
-        parse_size(text)
+        drawn_size(text)
     with pytest.raises(InputError, match=r"is too large|is not understood|is not a whole"):
         Range.parse(f"1..{text}0")
 

@@ -159,7 +159,7 @@ def test_a_lora_starts_from_a_checkpoint_of_one(work: Path, tmp_path: Path) -> N
         run(job(work, tmp_path / "three", init=tmp_path / "one", objective="lora"))
     with pytest.raises(InputError, match="is not of the layers and rank that are to be trained"):
         run(job(work, tmp_path / "three", init=tmp_path / "one", **(lora | {"lora_targets": "all"})))
-    with pytest.raises(ModelError, match=r"holds a LoRA, not a model: .* --lora .*checkpoint-2/lora$"):
+    with pytest.raises(ModelError, match=r"holds a LoRA, not a model: load .*load_lora_weights .*checkpoint-2/lora'$"):
         resolve(tmp_path / "one" / "checkpoint-2")
 
 
