@@ -62,7 +62,7 @@ def test_what_is_only_known_of_a_model_by_a_guess_is_said() -> None:
     bundle = small_bundle()
     source = {"model": "/models/[mine].safetensors", "notes": ["predicts epsilon (a guess)", "holds EMA weights"]}
     told = notes(Bundle(bundle.path, replace(bundle.manifest, source=source)))
-    assert told[:2] == ["\\[mine].safetensors: predicts epsilon (a guess).", "\\[mine].safetensors: holds EMA weights."]
+    assert told[:2] == ["[mine].safetensors: predicts epsilon (a guess).", "[mine].safetensors: holds EMA weights."]
     assert notes(bundle) == told[2:]
 
 
