@@ -18,7 +18,7 @@ from typing import Any, NotRequired, TypedDict
 from sdkd.contract import Contract, vae_scale
 from sdkd.errors import BundleError, InputError, StaleEngineError
 from sdkd.files import read_json, sha256, write_json
-from sdkd.manifest_checks import check_places, strange_values
+from sdkd.manifest_checks import check_places, export_command, file_problem, strange_values
 from sdkd.model_numbers import config_problem
 from sdkd.onnx_trust import check_external_data
 from sdkd.profiles import ShapeRanges
@@ -184,14 +184,6 @@ def _read_manifest(root: Path) -> Manifest:
         raise BundleError(f"{MANIFEST} of {str(root)!r} is damaged ({error}): export the model again") from error
 
 
-def _export_command(root: Path) -> str:
-    """The command that makes a bundle where there is none: at `root`, or of the model that lies there."""
-    if not root.exists():
-        return shlex.join(["sdkd", "export", "MODEL", str(root)])
-    model = str(root) if (root / "model_index.json").is_file() else "MODEL"
-    return f"{shlex.join(['sdkd', 'export', model, 'artifacts/bundle'])}, and give that folder"
-
-
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle folder."""
@@ -212,7 +204,7 @@ class Bundle:
                     f"{str(root)!r} is an export by Optimum or another tool, not a bundle (no {MANIFEST}): make one "
                     "from the model that it was made from, with: sdkd export MODEL BUNDLE"
                 )
-            raise BundleError(f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: {_export_command(root)}")
+            raise BundleError(f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: {export_command(root)}")
         bundle = Bundle(root, _read_manifest(root))
         bundle.verify_rest()
         return bundle
@@ -280,7 +272,7 @@ class Bundle:
 
     def verify_files(self, record: ComponentRecord | EngineRecord) -> None:
         """BundleError when a file of the record is missing, truncated or altered (sizes first, then SHA-256)."""
-        found = next((found for file in record.files if (found := self._file_problem(file))), None)
+        found = next((found for file in record.files if (found := file_problem(self.path, asdict(file)))), None)
         if found:
             raise BundleError(f"bundle {str(self.path)!r}: {found}; make it again: {self.repair(record)}")
 
@@ -304,27 +296,16 @@ class Bundle:
             )
 
     def _file_problem_once(self, file: FileRecord) -> str | None:
-        """As `_file_problem`, which is asked once per process as long as size and time of change stay the same."""
+        """As `file_problem`, which is asked once per process as long as size and time of change stay the same."""
         path = self.path / file.path
         if not path.is_file():
             return f"{file.path} is missing"
         status = path.stat()
         key = (str(path.resolve()), status.st_size, status.st_mtime_ns, file)
         if key not in _verified:
-            if found := self._file_problem(file):
+            if found := file_problem(self.path, asdict(file)):
                 return found
             _verified.add(key)
-        return None
-
-    def _file_problem(self, file: FileRecord) -> str | None:
-        path = self.path / file.path
-        if not path.is_file():
-            return f"{file.path} is missing"
-        size = path.stat().st_size
-        if size != file.bytes:
-            return f"{file.path} has {size} bytes instead of {file.bytes} (truncated or altered)"
-        if sha256(path) != file.sha256:
-            return f"{file.path} was altered: its SHA-256 differs from the manifest's"
         return None
 
     def repair(self, record: ComponentRecord | EngineRecord) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdkd.contract import PRECISIONS
 from sdkd.errors import BundleError
+from sdkd.files import sha256
 
 # Options of OpenVINO that an engine's build writes down; any other could name files to write or libraries to load.
 OPENVINO_CONFIG = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")
@@ -71,3 +73,25 @@ def _strange_tensor(where: str, spec: Mapping[str, Any]) -> Iterator[str]:
         known = _AXIS.fullmatch(axis) if isinstance(axis, str) else 1 <= axis <= _LARGEST_AXIS
         if not known:
             yield f"{where}: {spec['name']} has the axis {axis!r}, which is neither a size nor a known name"
+
+
+def file_problem(root: Path, file: Mapping[str, Any]) -> str | None:
+    """Why a bundle's file is not what its record (as JSON) says, bytes first, then SHA-256; None when it is."""
+    name, size = file["path"], file["bytes"]
+    path = root / name
+    if not path.is_file():
+        return f"{name} is missing"
+    found = path.stat().st_size
+    if found != size:
+        return f"{name} has {found} bytes instead of {size} (truncated or altered)"
+    if sha256(path) != file["sha256"]:
+        return f"{name} was altered: its SHA-256 differs from the manifest's"
+    return None
+
+
+def export_command(root: Path) -> str:
+    """The command that makes a bundle where there is none: at `root`, or of the model that lies there."""
+    if not root.exists():
+        return shlex.join(["sdkd", "export", "MODEL", str(root)])
+    model = str(root) if (root / "model_index.json").is_file() else "MODEL"
+    return f"{shlex.join(['sdkd', 'export', model, 'artifacts/bundle'])}, and give that folder"

@@ -74,7 +74,7 @@ def compare(
     from sdkd.compare.environment import load_average
 
     load = load_average()  # before engines are built
-    from engines.cli import parse_size
+    from engines.cli import drawn_size
     from sdkd.compare.against import check_common, hold_against
     from sdkd.compare.comparison import compare as measure
     from sdkd.compare.earlier import read_report
@@ -89,7 +89,7 @@ def compare(
     guidance = default_guidance(names) if guidance_scale is None else guidance_scale
     if scheduler is not None:
         check_scheduler(scheduler)
-    pixels = None if size is None else parse_size(size)
+    pixels = None if size is None else drawn_size(size)
     wish = Wish(_targets(targets), precision, pixels, bundles, batch)
     command = make_again(names, targets, precision, kept, steps, guidance, size, batch, scheduler, seed, runs, baseline)
     command += " --in-process" if in_process else ""
