@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from ctrl_c import hear_ctrl_c
 
 SCRIPT = """
 import sys, time
@@ -40,11 +39,7 @@ guarded(work)()
 def started(*words: str) -> subprocess.Popen[str]:
     """The script, in the middle of its work."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=hear_ctrl_c,
+        [sys.executable, "-c", SCRIPT, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout
     assert process.stdout.readline() == "begun\n"
