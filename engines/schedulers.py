@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 from sdkd.errors import InputError, MissingExtraError
-from sdkd.noise_schedule import scheduler_like
+from sdkd.noise_schedule import check_schedule, scheduler_like
 from sdkd.numbers import check_number
 
 SCHEDULERS = {
@@ -61,7 +61,8 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 def check_steps(scheduler: Any, steps: int) -> None:
-    """InputError unless the scheduler can do so many steps; it stays as it is."""
+    """InputError unless the scheduler can do so many steps, ModelError for one of another family; it stays as it is."""
+    check_schedule(scheduler)
     name, trained = type(scheduler).__name__, int(scheduler.config.get("num_train_timesteps", 1000))
     check_number("steps", steps, 1, trained, whole=True)
     try:

@@ -20,6 +20,7 @@ from sdkd.errors import InputError, ModelError
 from sdkd.exportable import check_configs, check_extra_parts
 from sdkd.families import EXPORTED, check_exported
 from sdkd.files import read_json, write_json
+from sdkd.noise_schedule import check_schedule
 from sdkd.pipelines import quiet_libraries, write_tokenizer_files
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Source:
 
     def check(self, components: Sequence[str]) -> None:
         """ModelError or ExportError, before weights are read, for what would not run as these components' engines."""
+        if (scheduler := getattr(self.rest, "scheduler", None)) is not None:
+            check_schedule(scheduler)
         if self.model is None:
             check_extra_parts(self.rest)
             for component in components:

@@ -153,6 +153,8 @@ def _residuals(config: Config) -> list[tuple[Any, int]]:
 
 def check_module(part: str, module: Any) -> None:
     """ExportError for a PyTorch module with adapters, or with fused, quantized or offloaded weights."""
+    if "IPAdapter" in type(getattr(module, "encoder_hid_proj", None)).__name__:  # no key of the config says so
+        raise ExportError(f"the {part} cannot run as an engine: {_IP_ADAPTER}")
     if has_adapters(module.state_dict()):
         raise ExportError(
             f"{part} has LoRA layers that are not fused: call pipe.fuse_lora() and pipe.unload_lora_weights() first"

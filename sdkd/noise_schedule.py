@@ -14,6 +14,17 @@ _TRAINED = (
 )
 
 
+def check_schedule(scheduler: Any) -> None:
+    """ModelError for a scheduler without a noise schedule by betas, as those of flow matching and EDM are."""
+    config: Mapping[str, Any] = scheduler.config
+    if config.get("trained_betas") is None and not all(key in config for key in _TRAINED[1:4]):
+        raise ModelError(
+            f"the scheduler {type(scheduler).__name__} has no noise schedule by beta_start, beta_end and "
+            "beta_schedule, as Stable Diffusion 1.x and 2.x have: give the model with the scheduler that it was "
+            "published with"
+        )
+
+
 def scheduler_like(scheduler: Any, kind: Any, **changes: Any) -> Any:
     """A scheduler of the class `kind` with the noise schedule of another; `changes` are of its own settings.
 
@@ -21,11 +32,8 @@ def scheduler_like(scheduler: Any, kind: Any, **changes: Any) -> Any:
     DDPM's. Raises ModelError when the other has no such schedule, as those of flow matching.
     """
     config: Mapping[str, Any] = scheduler.config
-    name = type(scheduler).__name__
-    if config.get("trained_betas") is None and not all(key in config for key in _TRAINED[1:4]):
-        raise ModelError(
-            f"the scheduler {name} has no noise schedule by beta_start, beta_end and beta_schedule, as Stable "
-            "Diffusion 1.x and 2.x have: give the model with the scheduler that it was published with"
-        )
+    check_schedule(scheduler)
     drawn = [key for key in config.get("_use_default_values", ()) if key not in _TRAINED]
-    return kind.from_config({"_class_name": name, **config, "_use_default_values": drawn}, **changes)
+    return kind.from_config(
+        {"_class_name": type(scheduler).__name__, **config, "_use_default_values": drawn}, **changes
+    )

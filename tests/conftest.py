@@ -17,8 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).parent))
 limits.BUDGET_S, limits.COPY_BYTES = 0.01, 2**20  # every comparison measures them; only tools need good figures
 limits.CONVOLUTION = (2, 4, 8)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by nohup, or by `&` in a script
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # heard all the same by tests and their children
+# Started by nohup, or by `&` in a script: tests, and their children, hear Ctrl-C all the same.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -38,6 +38,11 @@ def test_schedulers_of_other_families_are_refused(name: str) -> None:
         scheduler_class(name)
 
 
+def test_a_models_own_scheduler_of_another_family_is_refused() -> None:
+    with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler has no noise schedule"):
+        check_steps(diffusers.FlowMatchEulerDiscreteScheduler(), 5)
+
+
 def test_steps_that_a_scheduler_cannot_do_are_refused() -> None:
     with pytest.raises(InputError, match=r"LCMScheduler cannot do 60 steps .*give another number or --scheduler"):
         check_steps(diffusers.LCMScheduler(), 60)

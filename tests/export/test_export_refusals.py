@@ -12,11 +12,13 @@ import torch
 from diffusers import (
     AutoencoderKLTemporalDecoder,
     AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
     T2IAdapter,
     UNet2DConditionModel,
 )
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from graph_bundles import graph_bundle
 from helpers import fixed_weights, tiny_text_encoder
 from small_bundles import TINY_VAE, UNET, small_controlnet, small_pipeline
@@ -128,6 +130,19 @@ def test_parts_of_other_classes_are_refused() -> None:
     pipe = small_pipeline()
     pipe.adapter = T2IAdapter(channels=(8, 8), num_res_blocks=1, downscale_factor=2)
     with pytest.raises(ModelError, match="has a T2I-Adapter, whose residuals no graph takes"):
+        open_source(pipe, {}).check(("unet",))
+
+
+def test_a_scheduler_of_flow_matching_is_refused() -> None:
+    pipe = pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ModelError, match="scheduler FlowMatchEulerDiscreteScheduler has no noise schedule by beta_st"):
+        open_source(pipe, {}).check(("unet",))
+
+
+def test_an_ip_adapter_that_a_pipeline_loaded_is_refused() -> None:
+    pipe = pipeline(unet=fixed_weights(UNet2DConditionModel(**UNET)))
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([])  # as load_ip_adapter leaves it
+    with pytest.raises(ExportError, match=r"it has an IP-Adapter.*pipe\.unload_ip_adapter\(\)"):
         open_source(pipe, {}).check(("unet",))
 
 
