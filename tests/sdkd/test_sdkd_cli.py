@@ -47,7 +47,7 @@ def _raiser(error: BaseException) -> Callable[[], None]:
         (ModelError("'x' is no pipeline: give a diffusers folder"), 1, "sdkd: 'x' is no pipeline: give a diffusers"),
         (MissingExtraError("openvino", "openvino", "target 'openvino'"), 1, "pip install 'sdkd[openvino]'"),
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "the disk is full while writing '/a/b'"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "no permission for '/root/x'"),
+        (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 1, "no permission for '/srv/x'"),
         (OSError(errno.EROFS, "x", "/ro/a"), 1, "'/ro/a' is on a read-only file system: choose another folder"),
         (IsADirectoryError(errno.EISDIR, "x", "/a"), 1, "'/a' is a folder, and a file is wanted"),
         (NotADirectoryError(errno.ENOTDIR, "x", b"/a/b"), 1, "'/a/b' is no folder, or lies below a file"),
