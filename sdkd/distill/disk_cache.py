@@ -9,13 +9,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
+from sdkd.contract import Precision
 from sdkd.distill.encode import limit_of, model_digests
 from sdkd.errors import InputError
 from sdkd.files import read_json, sha256
+from sdkd.numbers import check_number
+from sdkd.schema import problem
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -34,6 +37,29 @@ def open_cache(path: str | Path) -> DiskCache:
     return DiskCache(Path(path))
 
 
+class _Shard(TypedDict):
+    file: str
+    bytes: int
+    sha256: str
+    cut: NotRequired[int]
+
+
+class _Captions(TypedDict):
+    sha256: str
+
+
+class _Index(TypedDict):
+    """What is read of a cache's index; `latents` and `texts` are its shards, in order."""
+
+    resolution: int
+    precision: Precision
+    shard_images: int
+    latents: list[_Shard]
+    texts: list[_Shard]
+    captions: _Captions
+    flip: NotRequired[bool]
+
+
 class DiskCache:
     """Latents of a cache folder, read by row from memory-mapped shards; see the protocol `Latents`.
 
@@ -50,9 +76,12 @@ class DiskCache:
                 else f"folder {str(path)!r} is no cache (no {INDEX}): make one with: "
                 f"sdkd cache MODEL {shlex.quote(str(path))} NEW_FOLDER"
             )
-        self.index: dict[str, Any] = read_json(path / INDEX)
-        if not isinstance(self.index, dict) or self.index.get("schema") != SCHEMA or "latents" not in self.index:
+        self.index: dict[str, Any] = read_json(path / INDEX, dict[str, Any], strict=True)
+        if self.index.get("schema") != SCHEMA or "latents" not in self.index:
             raise InputError(f"{str(path / INDEX)!r} is not of a cache that this version reads: make the cache again")
+        if wrong := problem(self.index, _Index):
+            raise self._damaged(INDEX, f"is not what was written ({wrong})")
+        check_number(f"shard_images of {str(path / INDEX)!r}", self.index["shard_images"], 1)
         self.size, self.precision = int(self.index["resolution"]), str(self.index["precision"])
         for record in (*self.index["latents"], *self.index["texts"]):
             if not _SHARD.fullmatch(str(record["file"])):
