@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engines.drawing import check_finite
 from sdkd.compare.measure import Work
 from sdkd.compare.pictures import Size, inputs_for, way_of
 from sdkd.compare.subjects import native_size
@@ -76,15 +77,18 @@ def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])  # [batch, c, h, w]
     way = way_of(pipe)
     size = dict(zip(("height", "width"), request.size, strict=True)) if way.sized else {}
-    images: list[Image] = pipe(
+    made = pipe(
         [request.prompts[prompt]] * request.batch,
         num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale,
         generator=generators,  # for schedulers that add noise in every step
         latents=noise.to(pipe.device, pipe.text_encoder.dtype),
+        output_type="np",
         **size,
         **inputs_for(way, request.size, request.steps).arguments(way, request.batch),
     ).images
+    check_finite(made, f"images of prompt {prompt + 1}")
+    images: list[Image] = pipe.image_processor.numpy_to_pil(made)
     return images
 
 

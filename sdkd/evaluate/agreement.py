@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engines.drawing import check_finite
 from sdkd.compare.subjects import native_size
 from sdkd.console import Progress, quiet
 from sdkd.distill.data import CaptionedImages, row_caption, to_pixels
@@ -180,5 +181,9 @@ def draw_images(
     for place, prompt in enumerate(prompts):
         progress(f"image {place + 1} of {len(prompts)}", place / len(prompts))
         generator = torch.Generator().manual_seed(seed + place)
-        images += pipe(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images
+        made = pipe(
+            prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator, output_type="np"
+        ).images
+        check_finite(made, f"image {place + 1} of {len(prompts)}")
+        images += pipe.image_processor.numpy_to_pil(made)
     return images

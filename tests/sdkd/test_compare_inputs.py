@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from sdkd.compare.planning import Wish, default_judge, make_plan
 from sdkd.compare.report import Report
 from sdkd.compare.subjects import Subject, open_subject
 from sdkd.compare.words import sentence
-from sdkd.errors import ModelError
+from sdkd.errors import EngineError, ModelError
+from sdkd.evaluate.agreement import draw_images
 from sdkd.profiles import Range, ShapeRanges
 
 PROMPTS = ("a cat", "a dog")
@@ -82,6 +84,15 @@ def test_a_bundle_with_other_parts_is_compared_with_the_eager_model_that_has_the
     assert "no eager baseline (vae" in plan.notes[0]
     with pytest.raises(ModelError, match=r"has no config\.json"):
         open_subject(Subject("gone", tmp_path / "model", replaced=(("vae", str(tmp_path / "vae")),)))
+
+
+def test_pixels_that_are_not_finite_are_no_black_pictures() -> None:
+    pipe = copy.deepcopy(small_pipeline())
+    pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))
+    with pytest.raises(EngineError, match=r"images of prompt 1: pixels are not finite"):
+        make_images(pipe, Request(PROMPTS, 1, 1.0, 0, 32), 0)
+    with pytest.raises(EngineError, match=r"image 1 of 2: pixels are not finite"):
+        draw_images(pipe, PROMPTS, steps=1, guidance_scale=1.0, seed=0)
 
 
 def test_drawn_inputs_fit_every_pipeline() -> None:
