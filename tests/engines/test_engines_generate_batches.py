@@ -201,7 +201,9 @@ def test_one_process_that_fails_ends_the_command(folder: Path, prompts: Path, tm
     words = command(folder, "--prompts", prompts, "--steps", 1, "--batch", 2, "-o", out, "--num-processes=2")
     done = subprocess.run([*words, "--overwrite"], capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 1
-    assert "Is a directory" in done.stderr
+    said = " ".join(done.stderr.split())
+    assert "00003.png" in said, said
+    assert "and a file is wanted" in said, said
     assert "sdkd: one of 2 processes ended with status 1: its message is above" in done.stderr
     there = [name for name in numbers(out) if (out / name).is_file()]
     assert "00002.png" in there
