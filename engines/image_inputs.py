@@ -125,6 +125,11 @@ def resized(inputs: Inputs, height: int, width: int) -> tuple[Inputs, list[str]]
     return replace(inputs, images={**inputs.images, **made}), lines
 
 
+def way_for(channels: int, names: frozenset[str]) -> Way:
+    """The pipeline for a UNet of so many input channels and these inputs, which go together."""
+    return EDIT if channels == 8 else WAYS[names]
+
+
 def find_way(model: str, channels: int, inputs: Inputs) -> Way:
     """The pipeline for a model and the images that are given; InputError when they do not go together.
 
@@ -137,7 +142,7 @@ def find_way(model: str, channels: int, inputs: Inputs) -> Way:
         raise InputError(
             f"model {model!r} is {kind} (its UNet takes {channels} channels), and was given {found}: {advice}"
         )
-    way = EDIT if channels == 8 else WAYS[names]
+    way = way_for(channels, names)
     for name in inputs.scales:
         if name not in way.scales:
             raise InputError(

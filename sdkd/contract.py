@@ -77,16 +77,21 @@ class Contract:
 
 
 def guidance_copies(contract: Contract) -> int:
-    """How many inputs a pipeline stacks for classifier-free guidance: 2, for instruct-pix2pix 3, outside the UNet 1.
-
-    InstructPix2Pix (arXiv 2211.09800, section 3.2.1) guides by text and by image, and its UNet takes the image's
-    latents beside the noisy ones: twice as many channels in as out.
-    """
+    """How many inputs a pipeline stacks for classifier-free guidance: 2, for instruct-pix2pix 3, outside the UNet 1."""
     if contract.component == "controlnet":
         return 2
     if contract.component != "unet":
         return 1
-    return 3 if contract.inputs[0].axes[1] == 2 * int(contract.outputs[0].axes[1]) else 2
+    return unet_copies(int(contract.inputs[0].axes[1]), int(contract.outputs[0].axes[1]))
+
+
+def unet_copies(in_channels: int, out_channels: int) -> int:
+    """Latents per image in a guided UNet call: 2, for instruct-pix2pix 3.
+
+    InstructPix2Pix (arXiv 2211.09800, section 3.2.1) guides by text and by image, and its UNet takes the image's
+    latents beside the noisy ones: twice as many channels in as out.
+    """
+    return 3 if in_channels == 2 * out_channels else 2
 
 
 def split_axis(axis: str) -> tuple[str, int]:

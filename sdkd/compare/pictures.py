@@ -4,34 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engines.image_inputs import EDIT, SEEING, TEXT, WAYS, Inputs, Way, as_pipeline, with_defaults
+from engines.image_inputs import SEEING, TEXT, Inputs, Way, as_pipeline, way_for, with_defaults
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Size = tuple[int, int]
 """Height and width in pixels."""
-EDIT_CHANNELS = 8  # of an instruct-pix2pix UNet
 
 
 def way_of(pipe: Any) -> Way:
     """The pipeline of diffusers that a model is for, by what its UNet takes and whether it has a ControlNet."""
     channels = int(pipe.unet.config.in_channels)
-    if channels == EDIT_CHANNELS:
-        return EDIT
     seen = SEEING[channels][1][0] if channels in SEEING else frozenset[str]()
-    return WAYS[seen | {"control"} if getattr(pipe, "controlnet", None) is not None else seen]
+    return way_for(channels, seen | {"control"} if getattr(pipe, "controlnet", None) is not None else seen)
 
 
 def as_drawn(pipe: Any) -> Any:
     """The pipeline in the class that its model is for; text-to-image stays as it is, whatever its class."""
     way = way_of(pipe)
     return pipe if way is TEXT else as_pipeline(pipe, way.pipeline)
-
-
-def guidance_copies(pipe: Any) -> int:
-    """Latents per image in a guided UNet call: instruct-pix2pix has one more condition, the image."""
-    return 3 if int(pipe.unet.config.in_channels) == EDIT_CHANNELS else 2
 
 
 def inputs_for(way: Way, size: Size, steps: int) -> Inputs:

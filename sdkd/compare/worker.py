@@ -12,8 +12,9 @@ from sdkd.compare.calls import UNET, WORKS, Request, image_size, make_images, st
 from sdkd.compare.environment import attention_kernel
 from sdkd.compare.measure import Sample, Stand, Timer, Work
 from sdkd.compare.peaks import Memory, gpu_used, peak_rss, rss, torch_peak
-from sdkd.compare.pictures import Size, guidance_copies, note, way_of
+from sdkd.compare.pictures import Size, note, way_of
 from sdkd.compare.subjects import Subject, close_subject, compiling, count_parameters, open_subject
+from sdkd.contract import unet_copies
 from sdkd.targets import require
 
 if TYPE_CHECKING:
@@ -108,8 +109,9 @@ class Worker:
         self._stand = Stand({}, Timer(device))
         size = image_size(self._pipe, self.job.size)
         scheduler = type(self._pipe.scheduler).__name__
-        counts = count_parameters(subject, self._pipe)
-        return Opened(load_s, device, size, scheduler, *counts, guidance_copies(self._pipe), self._notes())
+        counts, config = count_parameters(subject, self._pipe), self._pipe.unet.config
+        copies = unet_copies(int(config.in_channels), int(config.out_channels))
+        return Opened(load_s, device, size, scheduler, *counts, copies, self._notes())
 
     def _notes(self) -> tuple[str, ...]:
         given = note(self.job.subject.model_label, way_of(self._pipe))
