@@ -293,8 +293,8 @@ def test_full_size_sd_tiny_unet_builds_without_a_gpu(tmp_path: Path) -> None:
         torch.set_default_dtype(torch.float32)
     record = export_component(tmp_path, "unet", unet.eval().requires_grad_(False), "fp16")
     configs = {
-        "vae_decoder": {"block_out_channels": [128, 256, 512, 512]},
-        "text_encoder": {"max_position_embeddings": 77},
+        "vae_decoder": {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4},
+        "text_encoder": {"max_position_embeddings": 77, "hidden_size": 768, "vocab_size": 49408},
     }
     for name, config in configs.items():
         (tmp_path / name).mkdir()
