@@ -67,8 +67,12 @@ def test_what_is_only_known_of_a_model_by_a_guess_is_said() -> None:
 
 
 def test_a_model_that_is_none_and_an_output_that_is_there_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputExistsError, match="already exists"):
+    with pytest.raises(InputError, match="is the input"):
         runner.invoke(app, [str(model), str(model)], catch_exceptions=False)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.txt").write_text("x")
+    with pytest.raises(OutputExistsError, match="already exists"):
+        runner.invoke(app, [str(model), str(tmp_path / "there")], catch_exceptions=False)
     with pytest.raises(InputError, match="precision 'half' is unknown"):
         runner.invoke(app, [str(model), str(tmp_path / "b"), "--precision", "half"], catch_exceptions=False)
 
