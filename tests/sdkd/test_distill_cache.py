@@ -163,7 +163,8 @@ def test_truncated_and_altered_files_are_refused(name: str, pipe: Any, tmp_path:
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/hostname", "sub/latents-00000.safetensors", "index.json"])
 def test_an_index_names_files_of_its_own_folder_only(kind: str, name: str, tmp_path: Path) -> None:
     record = {"file": name, "bytes": 0, "sha256": "", "shapes": {}}
-    index = {"schema": 1, "resolution": 64, "precision": "fp32", "latents": [], "texts": []} | {kind: [record]}
+    index = {"schema": 1, "resolution": 64, "precision": "fp32", "shard_images": 3, "captions": {"sha256": ""}}
+    index |= {"latents": [], "texts": []} | {kind: [record]}
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=rf"index.json of cache .* names '{name}', which is no file of a cache"):
         open_cache(tmp_path)
