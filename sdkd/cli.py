@@ -18,7 +18,7 @@ from sdkd.children import environment
 from sdkd.console import prepare_streams, printable
 from sdkd.errors import in_words
 from sdkd.help_page import Command, rows_of, show_page
-from sdkd.interrupts import ended, hear_signals
+from sdkd.interrupts import ended, hear_signals, heard
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -74,6 +74,8 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:
             raise  # who reads our output has left: no message can reach them
         except Exception as error:
+            if heard() and not _debug:  # a KeyboardInterrupt that a library took for a fault of the file that it read
+                leave(*ended(""))
             message = in_words(error)
             if _debug or message is None:
                 raise

@@ -47,8 +47,16 @@ def ended_by_term() -> bool:
     return _heard[:1] == [signal.SIGTERM]
 
 
+def heard() -> bool:
+    """Whether a signal to end was raised in this process: what fails after it fails because of it."""
+    return bool(_heard)
+
+
 def ended(said: str) -> tuple[str, int]:
     """What a command that was interrupted says, and its exit status: 130, or 143 after SIGTERM."""
+    # Python notes a KeyboardInterrupt that left an `exec` of text (dataclasses are made so), and kills itself by SIGINT
+    # when it ends, whoever caught it. The next such text takes that back.
+    eval("0")  # noqa: S307
     number, what = (signal.SIGTERM, "ended by SIGTERM") if ended_by_term() else (signal.SIGINT, "interrupted")
     return said or f"{what}: nothing half-written was kept", 128 + number
 

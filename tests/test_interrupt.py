@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -88,3 +89,27 @@ def test_an_interrupted_command_leaves_nothing_half_written(name: str, model: Pa
     while (running := _marked(str(tmp_path))) and time.monotonic() < end:
         time.sleep(0.1)
     assert running == []
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        'exec("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")',  # as inside a dataclass that is being made
+        "try:\n        os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\n"
+        "    except BaseException as error:\n        raise OSError('model.safetensors is damaged') from error",
+    ],
+)
+def test_an_interrupt_ends_with_status_130_wherever_it_came(raised: str, tmp_path: Path) -> None:
+    source = f"""\
+import os, signal, time
+from sdkd.cli import guarded, hear_signals
+hear_signals()
+@guarded
+def work():
+    {raised}
+work()
+"""
+    (tmp_path / "work.py").write_text(source)
+    places = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])}
+    done = subprocess.run([sys.executable, "-m", "work"], env=places, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "sdkd: interrupted: nothing half-written was kept\n")
