@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
+import copy
 import json
 import shutil
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
+from made_once import made_once
 
 from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
 from sdkd.contract import BASE_COMPONENTS, DTYPES, Precision, component_contract
@@ -113,24 +113,21 @@ def export_component(root: Path, component: str, module: torch.nn.Module, precis
     return ComponentRecord(component, contract, precision, OPSETS[component], files, "0" * 64, count, 0.0)
 
 
-@cache
-def _small_bundle(precision: Precision, components: tuple[str, ...]) -> Path:
-    import copy
-
-    home = Path(tempfile.mkdtemp(prefix="sdkd-test-bundle-"))
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    root = home / "bundle"
-    modules = small_modules()
-    for name, module in modules.items():  # every config, whatever is exported
-        _write_config(root / name, module)
-    records = {name: export_component(root, name, copy.deepcopy(modules[name]), precision) for name in components}
-    Bundle(root, Manifest({"model": "small"}, {}, records)).save()
-    return root
+def _export(folder: Path, component: str, precision: Precision) -> None:
+    record = export_component(folder, component, copy.deepcopy(small_modules()[component]), precision)
+    Bundle(folder, Manifest({"model": "small"}, {}, {component: record})).save()
 
 
 def small_bundle(folder: Path, precision: Precision = "fp32", components: tuple[str, ...] = BASE_COMPONENTS) -> Bundle:
-    """A fresh copy of the small bundle at `folder`; the export happens once per precision and test run."""
-    shutil.copytree(_small_bundle(precision, components), folder)
+    """A fresh bundle at `folder`; each component is exported once per precision and test run."""
+    for name, module in small_modules().items():  # every config, whatever is exported
+        _write_config(folder / name, module)
+    records = {}
+    for name in components:
+        made = made_once(f"small-{precision}-{name}", lambda path, name=name: _export(path, name, precision))
+        shutil.copytree(made / name, folder / name, dirs_exist_ok=True)
+        records[name] = Bundle.open(made).component(name)
+    Bundle(folder, Manifest({"model": "small"}, {}, records)).save()
     return Bundle.open(folder)
 
 

@@ -13,6 +13,7 @@ import small_bundles
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import fixed_weights, tiny_text_encoder, tiny_tokenizer
+from made_once import made_once
 
 from export.components import component_config, component_module, graph_module, module_contract
 from export.parity import Reference, case_inputs, parity_cases, run_eager
@@ -45,7 +46,7 @@ def small_bundle() -> Bundle:
     """The exported pipeline in float32, checked; read it, do not change it."""
     from export import export_pipeline
 
-    return export_pipeline(small_pipeline(), Path(tempfile.mkdtemp()) / "bundle")
+    return Bundle.open(made_once("exported", lambda path: export_pipeline(small_pipeline(), path)))
 
 
 def bundle_copy(folder: Path) -> Bundle:
