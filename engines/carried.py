@@ -22,24 +22,12 @@ if TYPE_CHECKING:
 CheckWeights = Literal["sample", "all", "none"]
 RUN = 64  # numbers that are compared at the beginning, in the middle and at the end of a weight
 WHOLE = 16_384  # numbers of a weight that is compared as a whole; of a table with more rows, one number of each row
-LIBRARIES = ("diffusers", "transformers", "torch", "peft", "sdkd")  # whose modules do what the exporter saw
 # Attention that computes the same in another way; any other is part of what a module computes.
 PLAIN_ATTENTION = (
     *("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"),
     *("AttnProcessorNPU", "XLAFlashAttnProcessor2_0"),
 )
-FREEU = ("s1", "s2", "b1", "b2")  # of an up block
 UNFUSED = ("to_qkv", "to_kv")  # stay in an attention module when fused projections are taken apart
-# Plain values of a module that change how it computes, and not what.
-SWITCHES = (
-    "training",
-    "gradient_checkpointing",
-    "use_slicing",
-    "use_tiling",
-    "sliceable_head_dim",
-    "fused_projections",
-)
-METHODS = ("forward", "decode", "encode", "__call__")
 # What diffusers does not ask of a text encoder, and what is no weight.
 EXTRA = ("text_projection.weight", "embeddings.position_ids")
 
@@ -50,99 +38,14 @@ def check_how(how: str) -> None:
         raise InputError(f"check_weights is {how!r}: choose from {', '.join(get_args(CheckWeights))}")
 
 
-# Patches
-
-
-def check_patches(name: str, module: Any) -> None:
-    """ModelError naming the first thing that makes a module compute something else than its class and weights say."""
-    for path, part in module.named_modules():
-        for look in _LOOKS:
-            if found := look(part):
-                where, (what, repair) = ".".join(filter(None, (name, path))), found
-                raise ModelError(f"{where} of this pipeline has {what}, which an engine would be without: {repair}")
-
-
-def check_layers(name: str, module: Any) -> None:
-    """ModelError naming the first layer, or plain value of one, that the module's own config does not give it."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        kind = type(module)
-        usual = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
-    layers = dict(module.named_modules())
-    for path, layer in usual.named_modules():
-        found = layers.get(path)
-        found = getattr(found, "base_layer", found)  # under an adapter
-        if found is None:
-            continue  # its weights tell
-        changed = "class" if type(found) is not type(layer) else _changed(layer, found)
-        if changed:
-            where = ".".join(filter(None, (name, path)))
+def check_attention(name: str, module: Any) -> None:
+    """ModelError for attention processors that are more than another kernel: a graph could hold them, when exported."""
+    for path, kind in ((path, type(it).__name__) for path, it in getattr(module, "attn_processors", {}).items()):
+        if kind not in PLAIN_ATTENTION:
             raise ModelError(
-                f"{where} of this pipeline has another {changed} than its config says, which an engine would be "
-                f"without (such as circular padding): load the {name} again, or export this pipeline"
+                f"{name}.{path.removesuffix('.processor')} of this pipeline has attention of its own ({kind}), which "
+                "an engine would be without: call the module's set_default_attn_processor() first"
             )
-
-
-def _changed(usual: Any, found: Any) -> str | None:
-    """The name of the first plain value that differs."""
-    plain = (bool, int, float, str, tuple)
-    return next(
-        (
-            name
-            for name, value in vars(usual).items()
-            if isinstance(value, plain) and not name.startswith(("_", "tile_")) and name not in SWITCHES
-            if name in vars(found) and vars(found)[name] != value
-        ),
-        None,
-    )
-
-
-Found = tuple[str, str] | None  # what a module has, and what to do about it
-
-
-def _hooks(part: Any) -> Found:
-    if "_hf_hook" in vars(part):
-        return "hooks of accelerate (offloading)", "call pipe.remove_all_hooks() first"
-    if "_diffusers_hook" in vars(part):
-        kinds = ", ".join(getattr(part._diffusers_hook, "hooks", {}))
-        return f"hooks of diffusers ({kinds})", "load the model again, and leave out casting, caching and offloading"
-    for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
-        if _root(hook) != "transformers":  # which captures hidden states in this way
-            return f"a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})", "remove it first"
-    return None
-
-
-def _features(part: Any) -> Found:
-    own = vars(part)
-    if any(own.get(name) is not None for name in FREEU):
-        return "FreeU on", "call pipe.disable_freeu() first"
-    if getattr(part, "encoder_hid_proj", None) is not None:
-        return "an IP-Adapter or another projection (encoder_hid_proj)", "call pipe.unload_ip_adapter() first"
-    kind = type(own.get("processor")).__name__
-    if kind.startswith("Fused"):  # what they leave behind when they are unfused is harmless
-        return "fused QKV projections", "call pipe.unfuse_qkv_projections() first"
-    if own.get("processor") is not None and kind not in PLAIN_ATTENTION:
-        return f"attention of its own ({kind})", "call the module's set_default_attn_processor() first"
-    return None
-
-
-def _patches(part: Any) -> Found:
-    kind = type(part)
-    if replaced := next((name for name in METHODS if name in vars(part)), None):
-        return f"a {replaced} of its own", "remove the patch (such as DeepCache's) first"
-    if _root(kind) not in LIBRARIES or _root(kind.forward) not in LIBRARIES:
-        return f"code of its own ({kind.__module__}.{kind.__qualname__})", "take it off first (as tomesd.remove_patch)"
-    if hasattr(part, "parametrizations"):
-        return "parametrized weights", "call torch.nn.utils.parametrize.remove_parametrizations first"
-    return None
-
-
-def _root(thing: Any) -> str:
-    return str(getattr(thing, "__module__", None)).partition(".")[0]
-
-
-_LOOKS: tuple[Callable[[Any], Found], ...] = (_hooks, _features, _patches)
 
 
 def check_tokens(pipe: Any, bundle: Bundle) -> None:

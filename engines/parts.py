@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sdkd.bundle import Bundle
 from sdkd.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
 from sdkd.errors import EngineError, InputError, ModelError
-from sdkd.exportable import check_config, check_controlnet, check_extra_parts
+from sdkd.exportable import check_config, check_controlnet, check_extra_parts, module_config
 
 if TYPE_CHECKING:
     from engines.module import EngineModule
@@ -61,12 +61,11 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
     if "unet" in parts:
         check_extra_parts(pipe)
     for part in parts:
-        config = getattr(pipe, part).config
-        check_config(part, config)
+        theirs = module_config(getattr(pipe, part))
+        check_config(part, theirs)
         ours = bundle.config(PARTS[part].required[0])
-        values = {key: (ours.get(key), getattr(config, key, None)) for key in PARTS[part].agree}
+        values = {key: (ours.get(key), theirs.get(key)) for key in PARTS[part].agree}
         if part == "vae":
-            theirs = dict(config)
             values = {"pixels per latent": (vae_scale(ours), vae_scale(theirs))} | values
             if is_tiny_vae(ours) != is_tiny_vae(theirs):  # each kind scales and computes in its own way
                 values = {key: values[key] for key in ("pixels per latent", "latent_channels")}

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from engines import adapters
 from engines.carried import (
     CheckWeights,
+    check_attention,
     check_how,
-    check_layers,
-    check_patches,
     check_tokens,
     check_weights_of,
     of_graph,
@@ -24,6 +23,7 @@ from engines.parts import BASE_PARTS, PARTS, check_agreement, check_devices, cho
 from engines.slots import best_slot
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError, EngineError
+from sdkd.exportable import check_layers, check_patches
 from sdkd.families import check_exported
 from sdkd.targets import check_target
 
@@ -107,6 +107,7 @@ def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], h
             check_exported(part, type(eager), f"this {type(pipe).__name__}")
             adapters.check(part, getattr(pipe, part))
             check_patches(part, eager)
+            check_attention(part, eager)
             check_layers(part, eager)
     check_agreement(pipe, bundle, parts)
     if how == "none":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from export.components import component_config, component_state, graph_module, module_contract, standard_attention
+from export.components import component_state, graph_module, module_contract, standard_attention
 from export.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
 from export.parity import Reference, case_inputs, check_graph, parity_cases, run_eager
 from export.precision import cast, check_finite, torch_dtype
@@ -26,6 +26,7 @@ from sdkd.bundle import Bundle, ComponentRecord, FileRecord
 from sdkd.console import Progress
 from sdkd.contract import COMPONENTS, Contract, Extras, Precision, check_size, static_contract
 from sdkd.errors import InputError
+from sdkd.exportable import module_config
 from sdkd.files import write_json
 from sdkd.onnx_weights import TRANSFORMS_FILE
 from sdkd.profiles import ShapeRanges
@@ -113,7 +114,7 @@ def export_component(
     digest, opset = source.digest(name), choose_opset(name, options.opset, options.target)
     ready = _prepare(source, name, options, in_place, progress)
     lighter()
-    config = component_config(ready.module)
+    config = module_config(ready.module)
     parameters = sum(tensor.numel() for tensor in component_state(name, ready.module).values())
     progress("exporting to ONNX", 0.3)
     with kept_float(ready.module, ready.islands, torch_dtype(options.precision)):
@@ -182,7 +183,7 @@ def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, 
     ready = original if in_place and source.is_ours(name) else copy.deepcopy(original)
     del original
     ready = standard_attention(ready.cpu().eval().requires_grad_(False))
-    config = component_config(ready)
+    config = module_config(ready)
     extras = options.extras(name, config, "controlnet" in source.components)
     contract = _shaped(module_contract(name, ready, precision, extras), config, source, options)
     if not options.verify:

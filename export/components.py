@@ -24,7 +24,7 @@ from sdkd.contract import (
     split_axis,
 )
 from sdkd.errors import ModelError
-from sdkd.exportable import check_config, check_module
+from sdkd.exportable import check_config, check_module, module_config
 
 # Every size differs from every other, and none is 0 or 1: torch.export must not take two axes for one, nor a size for
 # a constant.
@@ -155,12 +155,6 @@ def standard_attention(module: nn.Module) -> nn.Module:
     return module
 
 
-def component_config(module: nn.Module) -> dict[str, Any]:
-    """A module's config as a plain dictionary (diffusers' FrozenDict or transformers' PretrainedConfig)."""
-    config: Any = module.config
-    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
-
-
 def graph_module(contract: Contract, module: nn.Module) -> ComponentGraph:
     """The component's module behind positional tensor inputs and a tuple of outputs, in eval mode."""
     return GRAPHS[contract.component](module, contract).eval()
@@ -168,7 +162,7 @@ def graph_module(contract: Contract, module: nn.Module) -> ComponentGraph:
 
 def module_contract(component: str, module: nn.Module, precision: Precision, extras: Extras = Extras()) -> Contract:
     """The contract from the module's own config; ModelError for a UNet or ControlNet that needs other inputs."""
-    config = component_config(module)
+    config = module_config(module)
     check_config(CONFIG_FOLDERS[component], config)
     return component_contract(component, config, precision, extras)
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from export.components import component_config, component_module, component_state
+from export.components import component_module, component_state
 from sdkd.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
-from sdkd.errors import InputError, ModelError
-from sdkd.exportable import check_configs, check_extra_parts
+from sdkd.errors import InputError, ModelError, an
+from sdkd.exportable import check_configs, check_extra_parts, module_config
 from sdkd.families import EXPORTED, check_exported
 from sdkd.files import read_json, write_json
 from sdkd.noise_schedule import check_schedule
@@ -75,13 +75,13 @@ class Source:
         """ModelError or ExportError, before weights are read, for what would not run as these components' engines."""
         if (scheduler := getattr(self.rest, "scheduler", None)) is not None:
             check_schedule(scheduler)
+        parts = dict.fromkeys(CONFIG_FOLDERS[name] for name in self.components)
+        check_configs({part: config for part in parts if (config := self._config(part)) is not None})
         if self.model is None:
             check_extra_parts(self.rest)
             for component in components:
                 if CONFIG_FOLDERS[component] not in self.replaced:
                     component_module(self.rest, component)
-        parts = dict.fromkeys(CONFIG_FOLDERS[name] for name in self.components)
-        check_configs({part: config for part in parts if (config := self._config(part)) is not None})
 
     def _config(self, part: str) -> dict[str, Any] | None:
         if part in self.replaced:
@@ -91,14 +91,14 @@ class Source:
 
             return part_config(self.model, part)
         module: Any = getattr(self.rest, part, None)
-        return component_config(module) if hasattr(module, "config") else None  # several ControlNets have none
+        return module_config(module) if hasattr(module, "config") else None  # several ControlNets have none
 
     @functools.cached_property
     def geometry(self) -> tuple[int, int]:
         """Pixels per latent, and tokens that the text encoder takes at once."""
-        found = vae_scale(component_config(self.module("vae_decoder")))
+        found = vae_scale(module_config(self.module("vae_decoder")))
         self.release("vae_decoder")
-        positions = int(component_config(self.module("text_encoder"))["max_position_embeddings"])
+        positions = int(module_config(self.module("text_encoder"))["max_position_embeddings"])
         self.release("text_encoder")
         return found, positions
 
@@ -212,7 +212,7 @@ def _checked_class(part: str, name: str, config: Mapping[str, Any]) -> str:
     if "quantization_config" in config:
         raise ModelError(f"{part} {name!r} is quantized, and sdkd needs the weights as they were before: give those")
     if kind not in EXPORTED[part]:
-        raise ModelError(f"{part} {name!r} is a {kind}: give one of {', '.join(EXPORTED[part])}")
+        raise ModelError(f"{part} {name!r} is {an(kind)}: give one of {', '.join(EXPORTED[part])}")
     return kind
 
 

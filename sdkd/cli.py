@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -98,8 +99,23 @@ def load_command(name: str) -> Any:
 
 def _command(name: str, function: Callable[..., Any]) -> Any:
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    one.command(name, cls=Command, help=inspect.getdoc(function) or SUMMARIES.get(name))(function)
+    one.command(name, cls=Once, help=inspect.getdoc(function) or SUMMARIES.get(name))(function)
     return typer.main.get_command(one)
+
+
+class Once(Command):
+    """A command that takes an option twice only where that makes a list: of two values, one would be lost."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words of the command line; status 2 for an option that is given again."""
+        given = Counter(param.name for param in self.make_parser(ctx).parse_args(list(args))[2])
+        options: list[Any] = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        for param in options:
+            single = not param.multiple and (not param.is_flag or param.secondary_opts)
+            if single and given[param.name] > 1:
+                names = " / ".join((*param.opts, *param.secondary_opts))
+                ctx.fail(f"Option '{names}' is given {given[param.name]} times: give it once.")
+        return super().parse_args(ctx, args)
 
 
 class Commands(TyperGroup):

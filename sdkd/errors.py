@@ -127,6 +127,11 @@ _SYSTEM: dict[int, str] = {
 _SPELLED = {os.strerror(number).lower(): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)}
 
 
+def an(name: str) -> str:
+    """A name, such as a class's, behind its article: a UNet2DConditionModel, an AutoencoderKL."""
+    return f"{'an' if name[:1] in tuple('AEIOaeio') else 'a'} {name}"
+
+
 def in_words(error: BaseException) -> str | None:
     """The one message that a user sees of an error, or None when it is a bug of ours."""
     if isinstance(error, SdkdError):

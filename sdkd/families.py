@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sdkd.errors import ModelError
+from sdkd.errors import ModelError, an
 from sdkd.students import STUDENTS, TEACHER_CONFIG
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ def check_class(part: str, library: Any, kind: Any, where: str) -> None:
     """ModelError unless sdkd can load this class as this part."""
     own, kinds = CLASSES[part]
     if library != own or kind not in kinds:
-        raise ModelError(f"the {part} of {where} is a {library}.{kind}: sdkd loads {' or '.join(kinds)} of {own}")
+        raise ModelError(
+            f"the {part} of {where} is {an(f'{library}.{kind}')}: sdkd loads {' or '.join(kinds)} of {own}"
+        )
 
 
 def check_exported(part: str, kind: type | str, where: str) -> None:
@@ -118,7 +120,8 @@ def check_exported(part: str, kind: type | str, where: str) -> None:
     names = [kind] if isinstance(kind, str) else [base.__name__ for base in kind.__mro__]
     if not set(names) & set(EXPORTED[part]):
         raise ModelError(
-            f"the {part} of {where} is a {names[0]}, which is not exported: sdkd exports {' or '.join(EXPORTED[part])}"
+            f"the {part} of {where} is {an(names[0])}, which is not exported: "
+            f"sdkd exports {' or '.join(EXPORTED[part])}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdkd.errors import InputError
+from sdkd.errors import InputError, an
 from sdkd.files import read_json
 from sdkd.weights import Tensor
 
@@ -141,7 +141,7 @@ def other_folder(path: Path) -> str:
     if kind.startswith("ControlNet"):
         return _CONTROLNET
     if kind:
-        return f"holds a {kind} alone, a part of a pipeline: give the folder above it, which has model_index.json"
+        return f"holds {an(kind)} alone, a part of a pipeline: give the folder above it, which has model_index.json"
     return (
         "is not a diffusers pipeline (no model_index.json): give the folder that pipeline.save_pretrained wrote, "
         "not one of its parts"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sdkd.errors import ModelError
+from sdkd.errors import ModelError, an
 
 _WRAPPERS = ("base_model.model.unet.", "base_model.model.", "unet.")  # of PEFT's own files, the longest first
 _UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
@@ -50,7 +50,7 @@ def other_kind(names: Iterable[str]) -> str | None:
         return None
     first = next(iter(found.values()))
     return (
-        f"is a {' and '.join(found)} (by {first!r}): only plain LoRA is taken, an up and a down matrix and alpha for "
+        f"is {an(' and '.join(found))} (by {first!r}): only plain LoRA is taken, an up and a down matrix and alpha for "
         "each layer. Merge it into its model with the program that made it, and give that model"
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.clip_tokenizer import bounded
-from sdkd.errors import InputError, ModelError
+from sdkd.errors import InputError, ModelError, an
 from sdkd.families import HEAVY, check_class, empty
 from sdkd.files import new_folder, read_json, sha256, write_bytes, write_json
 from sdkd.foreign import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder, other_pipeline
@@ -58,7 +58,7 @@ def check_pipeline_folder(path: Path) -> None:
         raise ModelError(f"{where} {OTHER_EXPORT}")
     kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
-        raise ModelError(f"{where} holds a {kind}{other_pipeline(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")
+        raise ModelError(f"{where} holds {an(kind)}{other_pipeline(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")
     missing = [part for part in NEEDED if not (path / part).is_dir()]
     if missing:
         raise ModelError(f"pipeline {where} lacks {', '.join(missing)}: save or download it again")
@@ -71,7 +71,9 @@ def check_pipeline_folder(path: Path) -> None:
     for part, allowed in (("tokenizer", TOKENIZERS), ("scheduler", "Scheduler")):
         name = str((*(index.get(part) or ()), None, None)[1])
         if not (name.endswith(allowed) if isinstance(allowed, str) else name in allowed):
-            raise ModelError(f"the {part} of {where} is a {name}: sdkd loads {TOKENIZERS[0]} and diffusers' schedulers")
+            raise ModelError(
+                f"the {part} of {where} is {an(name)}: sdkd loads {TOKENIZERS[0]} and diffusers' schedulers"
+            )
     for file in path.rglob("*"):
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise ModelError(f"{str(file)!r} is no regular file: save or download the model again")

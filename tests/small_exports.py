@@ -15,12 +15,13 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from helpers import fixed_weights, tiny_text_encoder, tiny_tokenizer
 from made_once import made_once
 
-from export.components import component_config, component_module, graph_module, module_contract
+from export.components import component_module, graph_module, module_contract
 from export.parity import Reference, case_inputs, parity_cases, run_eager
 from export.precision import cast
 from export.to_onnx import GRAPH, OnnxGraph, save, to_onnx
 from sdkd.bundle import Bundle
 from sdkd.contract import Contract
+from sdkd.exportable import module_config
 from sdkd.files import read_json, write_json
 from sdkd.onnx_weights import TRANSFORMS_FILE
 
@@ -70,7 +71,7 @@ def half_unet() -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
     """The UNet in fp16, as `small_graph` gives it."""
     module = cast(small_pipeline().unet, "fp16")
     contract = module_contract("unet", module, "fp16")
-    graph = to_onnx(module, contract, component_config(module))
+    graph = to_onnx(module, contract, module_config(module))
     folder = Path(tempfile.mkdtemp())
     (file,) = save(graph, folder)
     write_json(folder / TRANSFORMS_FILE, dict(graph.transforms))
@@ -79,7 +80,7 @@ def half_unet() -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
 
 def references(module: torch.nn.Module, contract: Contract) -> list[Reference]:
     """PyTorch's answers of a float32 module to the gate's own cases."""
-    config = component_config(module)
+    config = module_config(module)
     cases = parity_cases(contract, config)
     inputs = [case_inputs(contract, case, config) for case in cases]
     exact = run_eager(graph_module(contract, module), inputs, torch.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from sdkd.errors import InputError
+from sdkd.errors import InputError, an
 
 # Corners of the RGB cube, softened: no two are closer than 120 of 255 in every mixture that a blurred edge makes.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -112,7 +112,7 @@ class Scene:
                 raise InputError(f"{field} {getattr(self, field)!r} is unknown: choose one of {', '.join(words)}")
         if self.colour == self.background:
             others = ", ".join(word for word in COLOURS if word != self.colour)
-            raise InputError(f"background {self.background!r} hides a {self.colour} shape: choose one of {others}")
+            raise InputError(f"background {self.background!r} hides {an(self.colour)} shape: choose one of {others}")
 
 
 def caption(scene: Scene) -> str:

@@ -98,7 +98,7 @@ CARRIED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "TAESD": (lambda p: setattr(p, "vae", AutoencoderTiny(**TINY_VAE)), r"vae of this .* \(AutoencoderTiny\) has"),
     "asymmetric VAE": (
         lambda p: setattr(p, "vae", asymmetric_vae()),
-        r"the vae of this StableDiffusionPipeline is a AsymmetricAutoencoderKL, which is not exported: sdkd exports "
+        r"the vae of this StableDiffusionPipeline is an AsymmetricAutoencoderKL, which is not exported: sdkd exports "
         r"AutoencoderKL or AutoencoderTiny",
     ),
     "FreeU": (lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4), r"unet\.up_blocks\.0 .* FreeU on.*pipe\.disable_freeu\(\)"),
@@ -108,6 +108,10 @@ CARRIED: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"unet\.conv_in .* hooks of diffusers \(layerwise_casting\)",
     ),
     "DeepCache": (lambda p: setattr(p.unet, "forward", p.unet.forward), r"unet of .* a forward of its own.*DeepCache"),
+    "seamless tiling": (
+        lambda p: setattr(p.vae.decoder.conv_in, "_conv_forward", near),
+        r"vae\.decoder\.conv_in .* a _conv_forward of its own",
+    ),
     "ToMe": (patched_class, r"unet\.down_blocks.* code of its own \(.*ToMeBlock\).*tomesd\.remove_patch"),
     "hook": (lambda p: p.unet.conv_in.register_forward_hook(near), r"unet\.conv_in .* a forward hook \(near\)"),
     "circular padding": (
@@ -156,6 +160,7 @@ def harmless(pipe: Any) -> None:
     pipe.text_encoder(torch.zeros(1, 77, dtype=torch.long), output_hidden_states=True)
     pipe.fuse_qkv_projections()
     pipe.unfuse_qkv_projections()
+    pipe.text_encoder.config.vocab_size += 1  # as unload_textual_inversion leaves it
     pipe.unet = torch.compile(pipe.unet)
 
 

@@ -9,7 +9,6 @@ from small_exports import small_pipeline
 
 from export.components import (
     axis_factors,
-    component_config,
     component_module,
     component_state,
     dynamic_shapes,
@@ -21,6 +20,7 @@ from export.components import (
 )
 from sdkd.contract import BASE_COMPONENTS
 from sdkd.errors import ExportError, ModelError
+from sdkd.exportable import module_config
 
 LEVELS = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -35,7 +35,7 @@ LEVELS = {
 def test_a_graph_module_has_the_contracts_outputs(component: str) -> None:
     module = component_module(small_pipeline(), component)
     contract = module_contract(component, module, "fp32")
-    inputs = example_inputs(contract, example_sizes(contract, component_config(module)))
+    inputs = example_inputs(contract, example_sizes(contract, module_config(module)))
     latents = {"batch": 2, "sequence": 11, "height": 3, "width": 5}
     if component == "unet":
         latents |= {"height": 6, "width": 10}
@@ -69,7 +69,7 @@ def test_the_text_encoder_gives_both_outputs() -> None:
 @pytest.mark.parametrize(("changes", "multiple"), [({}, 8), (LEVELS, 4), (LEVELS | {"mid_block_type": None}, 4)])
 def test_latents_are_multiples_of_what_the_unet_halves(changes: dict[str, object], multiple: int) -> None:
     unet = tiny_unet(**changes)
-    config = component_config(unet)
+    config = module_config(unet)
     contract = module_contract("unet", unet, "fp32")
     assert axis_factors(contract, config)["height"] == ("height", multiple)
     sizes = example_sizes(contract, config)
@@ -79,14 +79,14 @@ def test_latents_are_multiples_of_what_the_unet_halves(changes: dict[str, object
 @pytest.mark.parametrize("component", BASE_COMPONENTS)
 def test_example_sizes_differ_and_are_neither_zero_nor_one(component: str) -> None:
     module = component_module(tiny_pipeline(), component)
-    sizes = list(example_sizes(module_contract(component, module, "fp32"), component_config(module)).values())
+    sizes = list(example_sizes(module_contract(component, module, "fp32"), module_config(module)).values())
     assert min(sizes) > 1
     assert len(set(sizes)) == len(sizes)
 
 
 def test_dynamic_shapes_share_one_dim_per_axis_name() -> None:
     unet = tiny_unet()
-    sample, timestep, context = dynamic_shapes(module_contract("unet", unet, "fp32"), component_config(unet))
+    sample, timestep, context = dynamic_shapes(module_contract("unet", unet, "fp32"), module_config(unet))
     assert timestep is None
     assert sample is not None
     assert context is not None
@@ -104,7 +104,7 @@ def test_state_of_the_vae_halves_is_disjoint_and_complete() -> None:
 
 def test_inputs_are_the_same_question_in_every_precision() -> None:
     unet = tiny_unet()
-    sizes = example_sizes(module_contract("unet", unet, "fp32"), component_config(unet))
+    sizes = example_sizes(module_contract("unet", unet, "fp32"), module_config(unet))
     full, half = (example_inputs(module_contract("unet", unet, kind), sizes) for kind in ("fp32", "fp16"))
     assert [tensor.dtype for tensor in half] == [torch.float16, torch.float32, torch.float16]
     torch.testing.assert_close(half[0].float(), full[0], atol=2e-3, rtol=1e-3)

@@ -13,10 +13,10 @@ from helpers import tiny_text_encoder
 from onnx import numpy_helper
 from small_exports import references, small_graph, small_pipeline
 
-from export.components import component_config
 from export.parity import Case, Reference, check_graph, check_values, parity_cases
 from sdkd.contract import BASE_COMPONENTS, vae_decoder_contract
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
+from sdkd.exportable import module_config
 
 ENCODER = "text_encoder"
 
@@ -45,7 +45,7 @@ def test_right_graphs_pass_at_batches_timesteps_and_shapes_they_were_not_traced_
 
 def test_cases_have_two_shapes_and_none_is_square() -> None:
     _, _, contract, _ = small_graph("unet")
-    cases = parity_cases(contract, component_config(small_pipeline().unet))
+    cases = parity_cases(contract, module_config(small_pipeline().unet))
     sizes = [(case.sizes["height"], case.sizes["width"]) for case in cases]
     assert len(set(sizes)) == 3
     assert all(height != width and not height % 2 and not width % 2 for height, width in sizes)

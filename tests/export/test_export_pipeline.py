@@ -265,7 +265,7 @@ def test_a_teacher_and_its_students_export_through_the_same_code(student: str | 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (AsymmetricAutoencoderKL, "the vae of .* is a AsymmetricAutoencoderKL, which is not exported"),
+        (AsymmetricAutoencoderKL, "the vae of .* is an AsymmetricAutoencoderKL, which is not exported"),
         (ConsistencyDecoderVAE, "the vae of .* is a ConsistencyDecoderVAE.*AutoencoderKL or AutoencoderTiny"),
     ],
 )

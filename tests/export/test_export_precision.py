@@ -7,10 +7,11 @@ import torch
 from helpers import tiny_unet
 from small_exports import half_unet, small_graph, small_pipeline
 
-from export.components import component_config, module_contract
+from export.components import module_contract
 from export.precision import cast, check_finite, torch_dtype
 from export.to_onnx import to_onnx
 from sdkd.errors import ExportError, InputError
+from sdkd.exportable import module_config
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_float32_graph_has_no_islands() -> None:
 def test_softmax_of_attention_that_is_not_whole_stays_float32(precision: str) -> None:
     vae = cast(small_pipeline().vae, torch_precision(precision))
     contract = module_contract("vae_decoder", vae, torch_precision(precision))
-    graph = to_onnx(vae, contract, component_config(vae))
+    graph = to_onnx(vae, contract, module_config(vae))
     assert graph.float_nodes["Softmax"] == graph.nodes["Softmax"] == 1
     (softmax,) = (node for node in graph.model.graph if node.op_type == "Softmax")
     assert [use.node.op_type for use in softmax.outputs[0].uses()] == ["Cast"]

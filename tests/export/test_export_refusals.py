@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from diffusers import (
     T2IAdapter,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from graph_bundles import graph_bundle
 from helpers import fixed_weights, tiny_text_encoder
+from peft import LoraConfig
 from small_bundles import TINY_VAE, UNET, small_controlnet, small_pipeline
+from torch.nn.utils.parametrizations import weight_norm
 from typer.testing import CliRunner
 
 from engines.pipeline import plug
@@ -125,7 +129,7 @@ def test_a_vae_of_other_latents_is_refused(tmp_path: Path) -> None:
 def test_parts_of_other_classes_are_refused() -> None:
     pipe = small_pipeline()
     pipe.vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,), layers_per_block=1)
-    with pytest.raises(ModelError, match=r"vae of this .* is a AutoencoderKLTemporalDecoder, which is not exported"):
+    with pytest.raises(ModelError, match=r"vae of this .* is an AutoencoderKLTemporalDecoder, which is not exported"):
         open_source(pipe, {})
     pipe = small_pipeline()
     pipe.adapter = T2IAdapter(channels=(8, 8), num_res_blocks=1, downscale_factor=2)
@@ -149,7 +153,7 @@ def test_an_ip_adapter_that_a_pipeline_loaded_is_refused() -> None:
 def test_weights_that_are_not_plain_are_refused() -> None:
     unet = fixed_weights(UNet2DConditionModel(**UNET))
     unet.fuse_qkv_projections()
-    with pytest.raises(ExportError, match=r"fused projections \(to_qkv\): call pipe\.unfuse_qkv_projections\(\) first"):
+    with pytest.raises(ModelError, match=r"fused QKV projections.*: call pipe\.unfuse_qkv_projections\(\) first"):
         check_module("unet", unet)
     unet.unfuse_qkv_projections()
     check_module("unet", unet)
@@ -161,9 +165,71 @@ def test_weights_that_are_not_plain_are_refused() -> None:
         check_module("text_encoder", tiny_text_encoder().to("meta"))
 
 
-def test_a_folder_saved_with_a_lora_says_so(tmp_path: Path) -> None:
-    from peft import LoraConfig
+def seamless(pipe: Any) -> None:
+    """As scripts make tiles that fit together."""
+    pipe.unet.conv_in._conv_forward = lambda x, weight, bias: pipe.unet.conv_in(x)
 
+
+def token_merging(pipe: Any) -> None:
+    """As tomesd patches a model."""
+    pipe.unet.register_forward_pre_hook(seamless)
+
+
+def blocks_cached(pipe: Any) -> None:
+    """As DeepCache patches blocks."""
+    pipe.unet.up_blocks[0].forward = pipe.unet.up_blocks[1].forward
+
+
+PATCHES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "FreeU": (
+        lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        r"unet\.up_blocks\.0 .* FreeU on, .*pipe\.disable_freeu\(\)",
+    ),
+    "DeepCache": (blocks_cached, r"unet\.up_blocks\.0 .* a forward of its own, .*DeepCache"),
+    "ToMe": (token_merging, r"unet of this pipeline has a forward hook \(seamless\), .*: remove it first"),
+    "seamless tiling": (seamless, r"unet\.conv_in .* a _conv_forward of its own, .*remove the patch"),
+    "layerwise casting": (
+        lambda p: p.unet.enable_layerwise_casting(torch.bfloat16, torch.float32),
+        r"hooks of diffusers \(layerwise_casting\), .*leave out casting",
+    ),
+    "offloading": (lambda p: p.enable_model_cpu_offload(device="cpu"), r"hooks of accelerate.*remove_all_hooks\(\)"),
+    "weight norm": (lambda p: weight_norm(p.unet.conv_in), "parametrized weights, .*remove_parametrizations first"),
+}
+
+
+@pytest.mark.parametrize("what", PATCHES)
+def test_what_a_graph_would_not_hold_is_refused_by_name(what: str) -> None:
+    pipe = pipeline(unet=fixed_weights(UNet2DConditionModel(**UNET)))
+    open_source(pipe, {}).check(("unet",))
+    change, message = PATCHES[what]
+    change(pipe)
+    with pytest.raises(ModelError, match=message):
+        open_source(pipe, {}).check(("unet",))
+
+
+def test_a_method_of_a_library_s_class_that_comes_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(UNet2DConditionModel):
+        def get_time_embed(self, *_: Any) -> None:
+            raise NotImplementedError
+
+    with pytest.raises(ModelError, match=r"code of its own \(.*Own\), .*take it off first"):
+        check_module("unet", Own(**UNET))
+    monkeypatch.setattr(BasicTransformerBlock, "_chunked", lambda self: self, raising=False)
+    with pytest.raises(ModelError, match=r"code of its own \(BasicTransformerBlock\._chunked of test_export_"):
+        check_module("unet", UNet2DConditionModel(**UNET))
+
+
+def test_adapters_that_are_fused_and_still_there_have_to_go() -> None:
+    unet = fixed_weights(UNet2DConditionModel(**UNET))
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ExportError, match=r"not fused: call pipe\.fuse_lora\(\) and pipe\.unload_lora"):
+        check_module("unet", unet)
+    unet.fuse_lora()
+    with pytest.raises(ExportError, match=r"fused and still there: call pipe\.unload_lora_weights\(\) first"):
+        check_module("unet", unet)
+
+
+def test_a_folder_saved_with_a_lora_says_so(tmp_path: Path) -> None:
     pipe = pipeline(unet=UNet2DConditionModel(**UNET))
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     pipe.save_pretrained(tmp_path / "model")

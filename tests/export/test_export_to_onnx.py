@@ -12,11 +12,12 @@ from diffusers import AutoencoderKL
 from helpers import tiny_text_encoder
 from small_exports import VAE, half_unet, small_graph
 
-from export.components import component_config, component_state, module_contract
+from export.components import component_state, module_contract
 from export.onnx_run import read_signature
 from export.to_onnx import OPSETS, choose_opset, save, to_onnx
 from sdkd.contract import BASE_COMPONENTS, COMPONENTS
 from sdkd.errors import BundleError, ExportError, InputError
+from sdkd.exportable import module_config
 from sdkd.onnx_weights import read_weights
 
 
@@ -75,7 +76,7 @@ def test_zero_biases_and_unit_norms_stay_and_equal_weights_stay_apart(opset: int
     fresh = AutoencoderKL(**VAE).eval()
     for name, weight in fresh.named_parameters():
         weight.data.fill_(float("norm" in name and name.endswith("weight")))  # all 0, or all 1
-    graph = to_onnx(fresh, module_contract("vae_encoder", fresh, "fp32"), component_config(fresh), opset)
+    graph = to_onnx(fresh, module_contract("vae_encoder", fresh, "fp32"), module_config(fresh), opset)
     state = component_state("vae_encoder", fresh)
     assert graph.unmatched == ()
     assert set(graph.transforms) == set(state)
@@ -144,7 +145,7 @@ class _Branching(torch.nn.Module):
 
 def test_a_failure_names_the_component_and_the_cause(capfd: pytest.CaptureFixture[str]) -> None:
     encoder = tiny_text_encoder()
-    contract, config = module_contract("text_encoder", encoder, "fp32"), component_config(encoder)
+    contract, config = module_contract("text_encoder", encoder, "fp32"), module_config(encoder)
     with pytest.raises(ExportError, match=r"text_encoder could not be exported at opset 23 \(.*: .*data-dependent"):
         to_onnx(_Branching(encoder), contract, config)
     assert capfd.readouterr().out == ""

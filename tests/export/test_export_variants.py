@@ -15,11 +15,12 @@ from small_bundles import TINY_VAE, small_controlnet
 from small_exports import references, small_pipeline
 
 from export import export_pipeline
-from export.components import component_config, component_module, example_inputs, graph_module, module_contract
+from export.components import component_module, example_inputs, graph_module, module_contract
 from export.parity import check_graph
 from export.to_onnx import save, to_onnx
 from sdkd.contract import Contract, Extras
 from sdkd.errors import InputError, ModelError
+from sdkd.exportable import module_config
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.students import build_student
 
@@ -27,7 +28,7 @@ from sdkd.students import build_student
 def exported(folder: Path, component: str, module: torch.nn.Module, extras: Extras = Extras()) -> dict[str, Any]:
     """Export in float32 and pass the gate; the figures."""
     contract = module_contract(component, module, "fp32", extras)
-    graph = to_onnx(module, contract, component_config(module))
+    graph = to_onnx(module, contract, module_config(module))
     (file,) = save(graph, folder)
     return check_graph(file, contract, references(module, contract), "fp32")
 
@@ -129,7 +130,7 @@ def test_a_pipelines_controlnet_is_a_component() -> None:
         controlnet = small_controlnet()
 
     assert component_module(Pipe(), "controlnet") is Pipe.controlnet
-    assert component_config(Pipe.controlnet)["cross_attention_dim"] == CONTEXT
+    assert module_config(Pipe.controlnet)["cross_attention_dim"] == CONTEXT
 
 
 def test_static_shapes_are_in_the_graph_and_pass_the_gate(tmp_path: Path) -> None:

@@ -182,9 +182,9 @@ def test_a_model_is_refused_before_anything_is_built(tmp_path: Path) -> None:
         (
             "model_index.json",
             {"tokenizer": ["transformers", "EvilTokenizer"]},
-            "the tokenizer of .* is a EvilTokenizer",
+            "the tokenizer of .* is an EvilTokenizer",
         ),
-        ("model_index.json", {"scheduler": ["diffusers", "AutoencoderKL"]}, "the scheduler of .* is a AutoencoderKL"),
+        ("model_index.json", {"scheduler": ["diffusers", "AutoencoderKL"]}, "the scheduler of .* is an AutoencoderKL"),
     ):
         folder, file = (tmp_path / name).parent, tmp_path / name
         kept = file.read_bytes()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
+from typer.testing import CliRunner
 
 from sdkd import cli
 from sdkd.errors import MissingExtraError, ModelError
@@ -78,6 +79,20 @@ def test_an_error_is_one_message_and_a_status(
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match="ours"):
         cli.guarded(_raiser(ZeroDivisionError("ours")))()
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["export", "demo", "out", "--controlnet", "a", "--precision", "fp16", "--controlnet", "b"], "--controlnet"),
+        (["build-engine", "bundle", "-t", "onnxruntime", "--target", "openvino"], "--target / -t"),
+        (["cache", "demo", "demo", "out", "--text", "--no-text"], "--text / --no-text"),
+    ],
+)
+def test_an_option_given_twice_is_refused_where_one_value_would_be_lost(words: list[str], option: str) -> None:
+    found = CliRunner().invoke(cli.app, words)
+    assert found.exit_code == 2
+    assert f"Option '{option}' is given 2 times: give it once." in found.output
 
 
 def test_help_and_bad_usage_leave_with_their_status() -> None:

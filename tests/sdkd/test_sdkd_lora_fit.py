@@ -126,33 +126,33 @@ def test_a_kernel_of_one_is_a_linear_layer() -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "DoRA"),
-        ("unet.conv_in.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.conv_in.lora_magnitude_vector.weight", "DoRA"),
-        ("lora_unet_conv_in.hada_w1_a", "LoHa"),
-        ("unet.conv_in.hada_t1", "LoHa"),
-        ("lora_unet_conv_in.lokr_w2", "LoKr"),
-        ("lora_unet_conv_in.oft_blocks", "OFT"),
-        ("oft_unet_conv_in.oft_blocks", "OFT"),
-        ("unet.conv_in.oft_R.weight", "OFT"),
-        ("unet.conv_in.boft_R", "BOFT"),
-        ("lora_unet_conv_in.on_input", "IA3"),
-        ("base_model.model.conv_in.ia3_l", "IA3"),
-        ("lora_unet_conv_in.b2.weight", "GLoRA"),
-        ("lora_unet_conv_in.lora_mid.weight", "LoCon with Tucker decomposition"),
-        ("lora_unet_conv_in.diff", "full difference of weights"),
-        ("lora_unet_conv_in.diff_b", "full difference of weights"),
-        ("lora_unet_conv_norm_out.w_norm", "difference of norm layers"),
-        ("unet.conv_in.lora_B.bias", "LoRA with biases"),
-        ("lora_unet_conv_in.scalar", "LoRA with a trained scalar"),
-        ("bundle_emb.face.string_to_param.*", "textual inversion in a LoRA file"),
-        ("unet.conv_in.vera_lambda_b", "VeRA"),
+        ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "a DoRA"),
+        ("unet.conv_in.lora_magnitude_vector", "a DoRA"),
+        ("base_model.model.conv_in.lora_magnitude_vector.weight", "a DoRA"),
+        ("lora_unet_conv_in.hada_w1_a", "a LoHa"),
+        ("unet.conv_in.hada_t1", "a LoHa"),
+        ("lora_unet_conv_in.lokr_w2", "a LoKr"),
+        ("lora_unet_conv_in.oft_blocks", "an OFT"),
+        ("oft_unet_conv_in.oft_blocks", "an OFT"),
+        ("unet.conv_in.oft_R.weight", "an OFT"),
+        ("unet.conv_in.boft_R", "a BOFT"),
+        ("lora_unet_conv_in.on_input", "an IA3"),
+        ("base_model.model.conv_in.ia3_l", "an IA3"),
+        ("lora_unet_conv_in.b2.weight", "a GLoRA"),
+        ("lora_unet_conv_in.lora_mid.weight", "a LoCon with Tucker decomposition"),
+        ("lora_unet_conv_in.diff", "a full difference of weights"),
+        ("lora_unet_conv_in.diff_b", "a full difference of weights"),
+        ("lora_unet_conv_norm_out.w_norm", "a difference of norm layers"),
+        ("unet.conv_in.lora_B.bias", "a LoRA with biases"),
+        ("lora_unet_conv_in.scalar", "a LoRA with a trained scalar"),
+        ("bundle_emb.face.string_to_param.*", "a textual inversion in a LoRA file"),
+        ("unet.conv_in.vera_lambda_b", "a VeRA"),
     ],
 )
 def test_other_adapters_are_named(name: str, kind: str) -> None:
     plain = ["lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.lora_up.weight", "lora_unet_conv_in.alpha"]
     assert other_kind(plain) is None
-    assert (other_kind([*plain, name]) or "").startswith(f"is a {kind} (by {name!r}): only plain LoRA is taken")
+    assert (other_kind([*plain, name]) or "").startswith(f"is {kind} (by {name!r}): only plain LoRA is taken")
 
 
 @pytest.fixture(scope="module")
