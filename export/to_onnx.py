@@ -19,7 +19,7 @@ from torch import nn
 from export.components import component_state, dynamic_shapes, example_inputs, example_sizes, graph_module
 from export.initializers import fold_transposes, merge_constants, name_initializers, opaque_weights, strip_prefix
 from export.precision import float_nodes, float_softmax
-from export.quick_program import QuickProgram, is_functional
+from export.quick_program import QuickProgram, is_functional, without_repeats
 from export.twins import trace
 from sdkd.collection import paused_gc
 from sdkd.contract import Contract
@@ -136,15 +136,16 @@ def _quickly(program: torch.export.ExportedProgram, contract: Contract, opset: i
 
 
 def _to_ir(program: torch.export.ExportedProgram, contract: Contract, opset: int) -> Any:
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=opset,
-        input_names=[spec.name for spec in contract.inputs],
-        output_names=[spec.name for spec in contract.outputs],
-        optimize=False,  # done by `_simplify`: torch's own way merges equal weights, which no weight swap could undo
-        verbose=False,
-    )
+    with without_repeats():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=[spec.name for spec in contract.inputs],
+            output_names=[spec.name for spec in contract.outputs],
+            optimize=False,  # done by `_simplify`: torch's own merges equal weights, which no weight swap could undo
+            verbose=False,
+        )
     assert exported is not None
     return exported.model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from export import to_onnx as exporter
-from export.quick_program import QuickProgram, is_functional
+from export.quick_program import QuickProgram, is_functional, without_repeats
 from export.twins import Twins, trace
 from sdkd.collection import paused_gc
 from sdkd.contract import Contract, TensorSpec
@@ -100,6 +101,29 @@ def test_a_quick_program_loses_steps_that_change_nothing_and_keeps_the_values() 
     model = exporter._to_ir(quick, contract_of(ROWS, width=24), 23)
     with torch.no_grad():
         torch.testing.assert_close(answer(model, sample=sample), module(sample), rtol=1e-5, atol=1e-6)
+
+
+class Mixed(nn.Module):
+    """Adds integers to floats, which ONNX does not."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """[batch, 16]."""
+        return (sample + torch.arange(16)) * 2
+
+
+def test_operands_are_promoted_without_running_the_graph_again() -> None:
+    place = "torch.onnx._internal.fx.passes.type_promotion:_TypePromotionInterpreter"
+    library = "torch.onnx._internal._lazy_import:onnxscript_apis.get_torchlib_ops"
+    before = pkgutil.resolve_name(place)
+    with without_repeats():
+        assert issubclass(pkgutil.resolve_name(place), before)
+        assert pkgutil.resolve_name(place) is not before
+        assert pkgutil.resolve_name(library)() is pkgutil.resolve_name(library)()
+    assert pkgutil.resolve_name(place) is before
+    sample = torch.randn(3, 16)
+    with exporter.silence():
+        model = exporter._quickly(program_of(Mixed(), sample), contract_of(ROWS, width=16), 23)
+    torch.testing.assert_close(answer(model, sample=sample), Mixed()(sample))
 
 
 class Shrink(nn.Module):
