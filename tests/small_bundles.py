@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffu
 from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
 from made_once import made_once
 
+from export.quick_program import without_repeats
 from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
 from sdkd.contract import BASE_COMPONENTS, DTYPES, Precision, component_contract
 
@@ -94,7 +95,7 @@ def export_component(root: Path, component: str, module: torch.nn.Module, precis
     shapes = tuple(dict.fromkeys(spec.dynamic_axes, DYNAMIC) or None for spec in contract.inputs)
     file = folder / "model.onnx"
     typed = module.to(getattr(torch, DTYPES[precision]))
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), without_repeats():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             Graph(typed, CALLS[component]),
