@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffu
 from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
 from made_once import made_once
 
-from export.quick_program import without_repeats
+from export.to_onnx import save, to_onnx
 from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
 from sdkd.contract import BASE_COMPONENTS, DTYPES, Precision, component_contract
 
-DYNAMIC = torch.export.Dim.DYNAMIC
 UNET: dict[str, Any] = {
     "sample_size": 16,
     "down_block_types": (CROSS, "DownBlock2D"),
@@ -40,18 +38,6 @@ VAE: dict[str, Any] = {
     "latent_channels": 4,
     "sample_size": 32,
 }
-
-
-class Graph(torch.nn.Module):
-    """A module with the contract's positional inputs and a tuple or tensor as output."""
-
-    def __init__(self, module: torch.nn.Module, call: Any) -> None:
-        super().__init__()
-        self.module = module
-        self.call = call
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self.call(self.module, *inputs)
 
 
 def _encode_text(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,26 +76,9 @@ def export_component(root: Path, component: str, module: torch.nn.Module, precis
     folder = root / component
     config = _write_config(folder, module)
     contract = component_contract(component, config, precision)
-    dtypes = [getattr(torch, spec.dtype) for spec in contract.inputs]
-    examples = tuple(torch.ones(spec.shape(SIZES), dtype=d) for spec, d in zip(contract.inputs, dtypes, strict=True))
-    shapes = tuple(dict.fromkeys(spec.dynamic_axes, DYNAMIC) or None for spec in contract.inputs)
-    file = folder / "model.onnx"
     typed = module.to(getattr(torch, DTYPES[precision]))
-    with torch.no_grad(), warnings.catch_warnings(), without_repeats():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Graph(typed, CALLS[component]),
-            examples,
-            str(file),
-            dynamo=True,
-            external_data=True,
-            opset_version=OPSETS[component],
-            input_names=[spec.name for spec in contract.inputs],
-            output_names=[spec.name for spec in contract.outputs],
-            dynamic_shapes=(shapes,),
-            verbose=False,
-        )
-    files = tuple(FileRecord.of(root, path) for path in (file, file.with_name("model.onnx.data")))
+    paths = save(to_onnx(typed, contract, config, OPSETS[component]), folder, limit=0)
+    files = tuple(FileRecord.of(root, path) for path in paths)
     count = sum(parameter.numel() for parameter in module.parameters())
     return ComponentRecord(component, contract, precision, OPSETS[component], files, "0" * 64, count, 0.0)
 
