@@ -10,7 +10,8 @@ from pathlib import Path
 from sdkd.errors import InputError, OutputExistsError
 from sdkd.files import check_file_free, write_bytes
 from sdkd.images import opened
-from sdkd.outputs import Input, check_filled
+from sdkd.marks import is_drawn_image
+from sdkd.outputs import Input, check_filled, check_ours
 
 METADATA = "metadata.jsonl"
 _NUMBERED = re.compile(r"\d{5,}\.png")
@@ -30,6 +31,7 @@ def is_drawn(file: Path, wanted: Mapping[str, str]) -> bool:
     """Whether an image is there already with the same settings in its PNG text; OutputExistsError if with others."""
     if not file.exists():
         return False
+    check_ours(file, is_drawn_image)
     if _settings(file) == dict(wanted):
         return True
     raise OutputExistsError(
@@ -48,12 +50,14 @@ def _settings(file: Path) -> dict[str, str]:
 def check_images(files: Sequence[Path], overwrite: bool, inputs: Sequence[Input], *, folder: bool) -> None:
     """InputError or OutputExistsError, before anything is loaded, where an image must not be written.
 
-    A `folder` of a file of prompts fills beside what is in it, but for a metadata.jsonl that is not of such images.
+    A `folder` of a file of prompts fills beside what is in it; no image and no metadata.jsonl of others is replaced.
     """
     if not folder:
         for file in files:
-            check_file_free(file, overwrite, inputs)
+            check_file_free(file, overwrite, inputs, ours=is_drawn_image)
         return
+    for file in files:
+        check_ours(file, is_drawn_image)
     check_filled(files[0].parent, [*(files if overwrite else ()), files[0].with_name(METADATA)], inputs)
     check_metadata(files[0].parent)
 
@@ -61,19 +65,21 @@ def check_images(files: Sequence[Path], overwrite: bool, inputs: Sequence[Input]
 def check_metadata(folder: Path) -> None:
     """OutputExistsError when the metadata.jsonl in a folder holds captions of other images than `write_metadata`'s."""
     file = folder / METADATA
-    if file.exists() and not all(map(_is_own, file.read_bytes().splitlines())):
+    if file.exists() and not all(_is_own(line, folder) for line in file.read_bytes().splitlines()):
         raise OutputExistsError(
             f"{str(file)!r} holds captions of other images, which would be lost: choose another folder"
         )
 
 
-def _is_own(line: bytes) -> bool:
+def _is_own(line: bytes, folder: Path) -> bool:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    own = isinstance(row, dict) and set(row) == {"file_name", "text"}
-    return own and _NUMBERED.fullmatch(str(row["file_name"])) is not None
+    if not isinstance(row, dict) or set(row) != {"file_name", "text"} or not _NUMBERED.fullmatch(str(row["file_name"])):
+        return False
+    image = folder / row["file_name"]
+    return not image.exists() or is_drawn_image(image)
 
 
 def write_metadata(files: Sequence[Path], captions: Sequence[str]) -> None:

@@ -5,9 +5,11 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,13 @@ from typing import Any
 
 _LARGEST = 1 << 28  # bytes; a record is smaller
 _LINE = 1 << 20  # bytes of a log's first line that are read
+_FIELD = 1 << 20  # bytes of a field of a PNG that are passed over
+LORA_MARK = {"written_by": "sdkd"}  # in the metadata of a LoRA's file
+# What every image of `sdkd generate` says of itself in its PNG text.
+_DRAWN = frozenset(
+    ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "size", "scheduler", "model", "target"]
+)
+_PAGE = re.compile(rb'<link rel="icon" href="data:,">\s*<title>[^<]*: training</title>\s*<style>\s*body \{ margin: 0; ')
 # Left by file managers and by writers that were killed: nobody's work.
 _LITTER = (
     *(".DS_Store", "Thumbs.db", "desktop.ini", ".*.lock", "*/.*.lock"),
@@ -144,3 +153,35 @@ def _files(folder: Path) -> Iterator[Path]:
         here = Path(root)
         yield from (here / name for name in files)
         yield from (here / name for name in folders if (here / name).is_symlink())
+
+
+def is_drawn_image(file: Path) -> bool:
+    """Whether a file is a PNG that `sdkd generate` drew: it carries its settings, before its pixels."""
+    found = set()
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(8) != b"\x89PNG\r\n\x1a\n":
+            return False
+        while len(head := stream.read(8)) == 8 and head[4:] != b"IDAT":
+            if (size := int.from_bytes(head[:4], "big")) > _FIELD:
+                return False
+            field = stream.read(size + 4)
+            if head[4:] in (b"iTXt", b"tEXt"):
+                found.add(field.partition(b"\0")[0].decode("latin-1"))
+    return found >= _DRAWN
+
+
+def is_written_lora(file: Path) -> bool:
+    """Whether a file is a LoRA that sdkd trained or fitted to a student, by the metadata in its header."""
+    with contextlib.suppress(OSError, ValueError, RecursionError), file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        head = json.loads(stream.read(size)) if size <= _LARGEST else None
+        notes = head.get("__metadata__") if isinstance(head, dict) else None
+        return isinstance(notes, dict) and notes.items() >= LORA_MARK.items()
+    return False
+
+
+def is_plot(file: Path) -> bool:
+    """Whether a file is a page that `sdkd plot` drew, by its head."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        return _PAGE.search(stream.read(2000)) is not None
+    return False

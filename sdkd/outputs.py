@@ -101,9 +101,15 @@ def check_place(path: str | os.PathLike[str], inputs: Iterable[Input] = (), *, f
     return place
 
 
-def check_file_free(path: str | os.PathLike[str], overwrite: bool, inputs: Iterable[Input] = ()) -> None:
-    """An output file: InputError when it is an input or cannot be written, OutputExistsError when it is there and
-    `overwrite` is false. An existing file that lies in an input folder counts as an input.
+def check_file_free(
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    inputs: Iterable[Input] = (),
+    *,
+    ours: Callable[[Path], bool] = lambda file: False,
+) -> None:
+    """An output file: InputError when it is an input or cannot be written, OutputExistsError when it is there, unless
+    `overwrite` was asked for and the file is `ours`. An existing file that lies in an input folder counts as an input.
     """
     place = _real(path)
     if place.is_dir():
@@ -114,10 +120,17 @@ def check_file_free(path: str | os.PathLike[str], overwrite: bool, inputs: Itera
         if place.exists() and (source in place.parents or place.samefile(source)):
             word = "lies in" if source in place.parents else "is"
             raise InputError(f"output {str(path)!r} {word} the input {given!r}: give another name")
+    check_ours(path, ours)
     if place.exists() and not overwrite:
         raise OutputExistsError(f"output {str(path)!r} already exists: choose another name or pass --overwrite")
     _check_writable(place.parent)
     sweep(place)
+
+
+def check_ours(path: str | os.PathLike[str], ours: Callable[[Path], bool]) -> None:
+    """OutputExistsError where a file is there that is not `ours`."""
+    if Path(path).exists() and not ours(Path(path)):
+        raise OutputExistsError(f"output {str(path)!r} already exists, and sdkd did not write it: choose another name")
 
 
 def existing(inputs: Iterable[Input]) -> Iterator[tuple[str, Path]]:

@@ -17,6 +17,7 @@ import torch
 from sdkd.errors import InputError, ModelError
 from sdkd.files import write_bytes
 from sdkd.lora_names import other_kind
+from sdkd.marks import LORA_MARK
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -102,7 +103,7 @@ def write_lora(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[
     """Write LoRA weights and their settings as one .safetensors file, whole or not at all."""
     from safetensors.torch import save
 
-    notes = {"format": "pt"}
+    notes = {"format": "pt", **LORA_MARK}
     if metadata:
         notes[METADATA] = json.dumps(dict(metadata), indent=2, sort_keys=True, default=str)
     write_bytes(path, save({name: value.contiguous() for name, value in state.items()}, metadata=notes))

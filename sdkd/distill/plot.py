@@ -14,6 +14,7 @@ from sdkd.distill.log import LOG, read_log
 from sdkd.distill.samples import FOLDER
 from sdkd.errors import InputError
 from sdkd.files import check_file_free, read_json, write_bytes
+from sdkd.marks import is_plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Record = Mapping[str, float]
 PAGE = "plot.html"
 COLOURS = ("#4b6188", "#0d8b77", "#c8611b", "#8756a6", "#96801a", "#b4405f", "#5b8c3a", "#2c7fb8", "#7a7a7a")
-_TITLE = re.compile(rb"<title>[^<]*: training</title>")
 _SAMPLE = re.compile(r"step-(\d+)\.png")
 # Title -> (names of the record, logarithmic axis, unit)
 _LOSSES = ("loss/total", "loss/task", "loss/output", "loss/feature")
@@ -34,10 +34,10 @@ _OTHERS: dict[str, tuple[tuple[str, ...], bool, str]] = {
 }
 
 
-def write_page(folder: Path, output: Path | None = None, overwrite: bool = False) -> Path:
+def write_page(folder: Path, output: Path | None = None) -> Path:
     """Draw a run folder's page (default: plot.html in it) and return where it is; InputError when there is no log.
 
-    An earlier page is drawn again; OutputExistsError when another file is there and `overwrite` is false.
+    An earlier page is drawn again; OutputExistsError when another file is there.
     """
     records = read_log(folder / LOG)
     if not records:
@@ -45,18 +45,9 @@ def write_page(folder: Path, output: Path | None = None, overwrite: bool = False
             f"folder {str(folder)!r} holds no {LOG} with records: give the output folder of a training run"
         )
     path = output or folder / PAGE
-    check_file_free(path, overwrite or is_page(path), () if path.name == PAGE else (folder,))
+    check_file_free(path, True, () if path.name == PAGE else (folder,), ours=is_plot)
     write_bytes(path, page(folder.resolve().name, records, samples(folder), prompts(folder)).encode())
     return path
-
-
-def is_page(path: Path) -> bool:
-    """Whether a file is a page that `write_page` drew."""
-    try:
-        with path.open("rb") as stream:
-            return _TITLE.search(stream.read(2000)) is not None
-    except OSError:
-        return False
 
 
 def page(name: str, records: Sequence[Record], pictures: Sequence[tuple[int, bytes]], said: Sequence[str]) -> str:

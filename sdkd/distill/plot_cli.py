@@ -13,9 +13,8 @@ from sdkd.console import show
 def plot(
     run: Annotated[Path, typer.Argument(help="Output folder of sdkd distill, finetune or lora.")],
     output: Annotated[Path | None, typer.Option(help="HTML file. [default: plot.html in the folder]")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is no such page.")] = False,
 ) -> None:
-    """Draw a run's losses and validation images as one page, also while it goes on."""
+    """Draw a run's losses and validation images as one page, also while it goes on. An earlier page is drawn again."""
     from sdkd.distill.plot import write_page
 
-    show(f"Saved {write_page(run, output, overwrite)}")
+    show(f"Saved {write_page(run, output)}")

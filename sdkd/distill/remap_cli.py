@@ -9,6 +9,7 @@ import typer
 
 from sdkd.console import show, show_json
 from sdkd.files import check_file_free
+from sdkd.marks import is_written_lora
 
 SD1 = "random:sd15"  # only its config is read
 
@@ -18,7 +19,7 @@ def remap(
     output: Annotated[Path, typer.Argument(help="The new file, or a folder for it.")],
     student: Annotated[str, typer.Option(help="small, tiny, bk-base, bk-small or bk-tiny.")],
     teacher: Annotated[str, typer.Option(help="The model that the LoRA is for; its config is read.")] = SD1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a LoRA that sdkd wrote.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Make a LoRA of SD 1.x/2.x fit a student: what it does to the kept layers stays exactly the same.
@@ -49,7 +50,7 @@ def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite
     from sdkd.students import key_map, student_config, student_spec
 
     file = output if output.suffix == ".safetensors" else output / FILE
-    check_file_free(file, overwrite, [lora, teacher])
+    check_file_free(file, overwrite, [lora, teacher], ours=is_written_lora)
     spec, config = student_spec(student), unet_config(teacher)
     own = student_config(config, spec)
     what = f"LoRA {str(lora)!r}"

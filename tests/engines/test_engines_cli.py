@@ -196,7 +196,7 @@ def test_whatever_lies_in_a_folder_of_prompts_is_not_taken_for_ours(
     (tmp_path / "text.png").write_text("no image")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for name in ("bomb.png", "text.png"):
-        with pytest.raises(OutputExistsError, match=rf"{name}' is there and was drawn from other settings"):
+        with pytest.raises(OutputExistsError, match=rf"{name}' already exists, and sdkd did not write it"):
             is_drawn(tmp_path / name, {"prompt": "x"})
 
 

@@ -7,15 +7,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
+from engines.drawing import encode_png
 from engines.prompts import write_metadata
 from sdkd.cli import app
 from sdkd.demo import teacher_path
 from sdkd.demo.run import check_outputs
+from sdkd.distill.lora import write_lora
 from sdkd.distill.plot import write_page
 from sdkd.errors import OutputExistsError
+from sdkd.marks import is_drawn_image, is_written_lora
+
+SETTINGS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "size", "scheduler", "model", "target"]
 
 # Command -> its words; {m} is a model folder, {p} a folder of somebody else's.
 READS = {
@@ -94,7 +101,7 @@ def test_a_picture_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.png").write_bytes(b"x")
     result = call("generate", "demo", "", "-o", "x.png")
-    assert "output 'x.png' already exists: choose another name or pass --overwrite" in result.stderr
+    assert "output 'x.png' already exists, and sdkd did not write it: choose another name" in result.stderr
 
 
 def test_a_page_of_sdkd_is_drawn_again_and_no_other_file(tmp_path: Path) -> None:
@@ -103,15 +110,48 @@ def test_a_page_of_sdkd_is_drawn_again_and_no_other_file(tmp_path: Path) -> None
     assert write_page(tmp_path) == write_page(tmp_path)
     other = tmp_path.parent / f"{tmp_path.name}.html"
     other.write_text("<title>mine</title>")
-    with pytest.raises(OutputExistsError, match="already exists: choose another name or pass --overwrite"):
+    with pytest.raises(OutputExistsError, match="already exists, and sdkd did not write it: choose another name"):
         write_page(tmp_path, other)
-    assert write_page(tmp_path, other, overwrite=True) == write_page(tmp_path, other)
+    other.unlink()
+    assert write_page(tmp_path, other) == write_page(tmp_path, other)
     with pytest.raises(ValueError, match=r"output '.*training\.jsonl' lies in the input"):
-        write_page(tmp_path, tmp_path / "training.jsonl", overwrite=True)
+        write_page(tmp_path, tmp_path / "training.jsonl")
+
+
+def test_single_files_of_others_stay_in_spite_of_overwrite(tmp_path: Path) -> None:
+    """A photo, a LoRA of another tool, a numbered image in a folder that is to be filled."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    shutil.copy(tmp_path / "mine.png", tmp_path / "00001.png")
+    write_lora(tmp_path / "one.safetensors", {"unet.lora_A.weight": torch.zeros(1)}, {})
+    save_file({"unet.lora_A.weight": torch.zeros(1)}, tmp_path / "two.safetensors", {"format": "pt"})
+    assert is_written_lora(tmp_path / "one.safetensors")
+    (tmp_path / "prompts.txt").write_text("a\nb")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for words in (
+        ("generate", "demo", "x", "-o", tmp_path / "mine.png"),
+        ("generate", "demo", "--prompts", tmp_path / "prompts.txt", "-o", tmp_path),
+        ("remap-lora", tmp_path / "one.safetensors", tmp_path / "two.safetensors", "--student", "tiny"),
+    ):
+        result = call(*map(str, words), "--overwrite")
+        assert "already exists, and sdkd did not write it: choose another name" in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_image_of_sdkd_is_known_by_its_settings(tmp_path: Path) -> None:
+    settings = dict.fromkeys(SETTINGS, "1")
+    file = tmp_path / "x.png"
+    file.write_bytes(encode_png(Image.new("RGB", (8, 8)), settings | {"prompt": "x" * 3000}))
+    assert is_drawn_image(file)
+    file.write_bytes(encode_png(Image.new("RGB", (8, 8)), {"prompt": "x", "seed": "1"}))
+    assert not is_drawn_image(file)
+    for other in (b"", b"\x89PNG\r\n\x1a\n", b"\x89PNG\r\n\x1a\n\xff\xff\xff\xffiTXt"):
+        file.write_bytes(other)
+        assert not is_drawn_image(file)
 
 
 def test_captions_of_other_images_stay(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "00000.png")
+    settings = dict.fromkeys(SETTINGS, "1")
+    (tmp_path / "00000.png").write_bytes(encode_png(Image.new("RGB", (8, 8)), settings))
     write_metadata([tmp_path / "00000.png"], ["a cat"])
     (tmp_path / "prompts.txt").write_text("a cat")
     words = ["no-such/model.safetensors", "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path)]

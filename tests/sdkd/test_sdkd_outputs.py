@@ -136,8 +136,10 @@ def test_an_output_file_is_replaced_only_when_asked_and_never_when_it_is_an_inpu
     file.write_text("x")
     os.link(file, tmp_path / "hard")
     with pytest.raises(OutputExistsError, match="already exists: choose another name or pass --overwrite"):
-        check_file_free(file, overwrite=False)
-    check_file_free(file, overwrite=True)
+        check_file_free(file, overwrite=False, ours=Path.is_file)
+    check_file_free(file, overwrite=True, ours=Path.is_file)
+    with pytest.raises(OutputExistsError, match="already exists, and sdkd did not write it: choose another name"):
+        check_file_free(file, overwrite=True)
     with pytest.raises(InputError, match="is the input"):
         check_file_free(file, True, [file])
     with pytest.raises(InputError, match="is the input"):
