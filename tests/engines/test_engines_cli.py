@@ -81,13 +81,14 @@ def test_the_default_target_is_the_best(engine_bundle: Path, tmp_path: Path) -> 
 
 def test_existing_images_are_kept_unless_overwritten(engine_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.png"
-    output.write_bytes(b"mine")
-    refused = run(engine_bundle, "x", "-o", output, "--steps", 1)
+    assert run(engine_bundle, "x", "-o", output, "--steps", 1).exit_code == 0
+    before = output.read_bytes()
+    refused = run(engine_bundle, "x", "-o", output, "--steps", 1, "--seed", 1)
     assert isinstance(refused.exception, OutputExistsError)
     assert "pass --overwrite" in str(refused.exception)
-    assert output.read_bytes() == b"mine"
-    assert run(engine_bundle, "x", "-o", output, "--steps", 1, "--overwrite").exit_code == 0
-    assert Image.open(output).size == (32, 32)
+    assert output.read_bytes() == before
+    assert run(engine_bundle, "x", "-o", output, "--steps", 1, "--seed", 1, "--overwrite").exit_code == 0
+    assert output.read_bytes() != before
 
 
 @pytest.mark.parametrize(
