@@ -20,9 +20,7 @@ _LINE = 1 << 20  # bytes of a log's first line that are read
 _FIELD = 1 << 20  # bytes of a field of a PNG that are passed over
 LORA_MARK = {"written_by": "sdkd"}  # in the metadata of a LoRA's file
 # What every image of `sdkd generate` says of itself in its PNG text.
-_DRAWN = frozenset(
-    ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "size", "scheduler", "model", "target"]
-)
+_DRAWN = frozenset(["prompt", "seed", "steps", "guidance_scale", "size", "scheduler", "model", "target"])
 _PAGE = re.compile(rb'<link rel="icon" href="data:,">\s*<title>[^<]*: training</title>\s*<style>\s*body \{ margin: 0; ')
 # Left by file managers and by writers that were killed: nobody's work.
 _LITTER = (

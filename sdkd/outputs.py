@@ -129,7 +129,7 @@ def check_file_free(
 
 def check_ours(path: str | os.PathLike[str], ours: Callable[[Path], bool]) -> None:
     """OutputExistsError where a file is there that is not `ours`."""
-    if Path(path).exists() and not ours(Path(path)):
+    if Path(path).is_file() and not ours(Path(path)):
         raise OutputExistsError(f"output {str(path)!r} already exists, and sdkd did not write it: choose another name")
 
 
