@@ -79,6 +79,8 @@ def between_steps() -> Iterator[Callable[[], None]]:
     def check() -> None:
         if heard:
             before[heard[0]](heard[0], None)
+        elif _heard:  # its exception was dropped before, in a `__del__`
+            raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         before = {number: found for number in _ENDING if callable(found := signal.getsignal(number))}

@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from sdkd.console import progress, show, show_json, table
-from sdkd.files import check_free
-from sdkd.models import load_eager, resolve, save_pipeline
+from sdkd.files import check_free, new_folder
+from sdkd.interrupts import between_steps
+from sdkd.models import load_eager, resolve
+from sdkd.pipelines import write_pipeline
 from sdkd.students import build_student, count_macs, key_map, meta_unet, student_config, student_spec, teacher_key
 
 _OUTSIDE = "outside"  # of the blocks: conv_in, time_embedding, ...
@@ -131,12 +133,16 @@ def student(
     with progress("student") as step:
         step("loading the teacher", 0.0)
         pipe = load_eager(teacher, torch.float16 if half else None)
-        step("copying the weights", 0.5)
-        unet = build_student(pipe.unet, spec)
-        found = {"teacher": source.name, "output": str(output), **report(pipe.unet.config, spec.name)}
-        step("saving", 0.8)
-        about = {"teacher": source.name, "student": spec.name, "random_weights": source.random_weights, "steps": 0}
-        save_pipeline(pipe, output, unet=unet, about=about, overwrite=overwrite)
+        with between_steps() as check, new_folder(output, overwrite, [teacher]) as partial:
+            check()
+            step("copying the weights", 0.5)
+            unet = build_student(pipe.unet, spec)
+            found = {"teacher": source.name, "output": str(output), **report(pipe.unet.config, spec.name)}
+            check()
+            step("saving", 0.8)
+            about = {"teacher": source.name, "student": spec.name, "random_weights": source.random_weights, "steps": 0}
+            write_pipeline(pipe, partial, unet=unet, about=about)
+            check()
     if json:
         show_json(found)
         return

@@ -1,4 +1,4 @@
-"""A command that runs in a process group of its own and gets Ctrl-C as from a terminal."""
+"""Ctrl-C: for a command that runs in a process group of its own, as from a terminal, and in a `__del__`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+
+class Dropping:
+    """Its `__del__` gets a Ctrl-C: Python prints the exception there and goes on."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(100))  # Python looks at signals here
 
 
 def interrupted(

@@ -13,9 +13,9 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -27,6 +27,7 @@ from sdkd.distill.encode import dtype_of, encode_captions, encode_image, limit_o
 from sdkd.distill.reader import Reader, check_unreadable
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.files import check_free, read_json, sha256, staged_folder, write_bytes, write_json
+from sdkd.interrupts import between_steps
 from sdkd.marks import CACHE, proves
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def write_cache(
     same settings are kept. With `world` > 1 only every `world`-th shard is written, from `rank` on, and None returned:
     a last call with world 1 keeps them all and adds the text and the index. On a CPU the bits depend on torch's number
     of threads. Raises InputError, OutputExistsError when the folder holds something else, ModelError when a result is
-    not finite, and TrainingError when more than 1 % of the images cannot be read.
+    not finite, TrainingError when more than 1 % of the images cannot be read, and KeyboardInterrupt between two images.
     """
     if shard_images < 1 or not 0 <= rank < world:
         raise InputError(f"shard_images {shard_images}, rank {rank} of {world}: give 1 or more, and 0 <= rank < world")
@@ -74,7 +75,8 @@ def write_cache(
         if done := prepare(out, settings):
             progress(f"{out} is complete already: kept", 1.0)
             return done
-        writer = _Writer(pipe, images, out, settings, torch.device(device), progress)
+        check = stack.enter_context(between_steps())
+        writer = _Writer(pipe, images, out, settings, torch.device(device), progress, check)
         writer.latents(rank, world, workers)
         return writer.finish() if world == 1 else None
 
@@ -114,16 +116,34 @@ def prepare(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         check_free(out, overwrite=False)
         write_json(out / SETTINGS, dict(settings))
         return None
-    found = read_json(out / name)
-    if isinstance(found, dict):
-        found.setdefault("flip", False)  # caches of before hold one view
-    differing = [key for key, value in settings.items() if not isinstance(found, dict) or found.get(key) != value]
+    found = {"flip": False} | read_json(out / name, dict[str, Any], strict=True)  # caches of before hold one view
+    differing = [key for key, value in settings.items() if found.get(key) != value]
     if differing:
         shown = "; ".join(f"{key}: there {found.get(key)!r}, asked {settings[key]!r}" for key in differing)
         raise OutputExistsError(
             f"cache {str(out)!r} was made with other settings ({shown}): choose another folder or pass --overwrite"
         )
-    return dict(found) if name == INDEX else None
+    return {"flip": False, "unreadable": {}} | open_cache(out).index if name == INDEX else None
+
+
+class _Shard(TypedDict):
+    """What is read of the record beside a complete shard."""
+
+    file: str
+    bytes: int
+    sha256: str
+    shapes: dict[str, list[int]]
+
+
+class _Latents(_Shard):
+    captions: list[str]
+    sources: list[int]
+    unreadable: dict[str, str]
+
+
+class _Text(_Shard):
+    captions: str
+    cut: int
 
 
 class _Writer:
@@ -137,7 +157,9 @@ class _Writer:
         settings: Mapping[str, Any],
         device: torch.device,
         progress: Progress,
+        check: Callable[[], None],
     ) -> None:
+        self.check = check  # sees to signals, between two images
         self.pipe, self.images, self.out, self.settings, self.progress = pipe, images, out, settings, progress
         self.device, self.dtype = device, dtype_of(settings["precision"])
         self.size, self.count = int(settings["resolution"]), int(settings["images"])
@@ -175,6 +197,7 @@ class _Writer:
         made: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         sources, captions = [], []
         for place, (_, (source, pixels, caption)) in enumerate(itertools.islice(stream, len(rows))):
+            self.check()
             if place % 16 == 0:
                 fraction = (at[0] + place / len(rows)) / at[1]
                 self.progress(f"encoding image {rows.start + place + 1} of {self.count}", fraction)
@@ -205,16 +228,23 @@ class _Writer:
     def _kept(self, name: str, rows: int) -> dict[str, Any] | None:
         """The record of a complete shard; None when it is not there, or damaged and thus made again."""
         path = self.out / f"{name}.safetensors"
-        if not (self.out / f"{name}.json").is_file() or not path.is_file():
+        if not path.is_file():
             return None
-        record = dict(read_json(self.out / f"{name}.json"))
-        whole = all(shape[0] == rows for shape in record["shapes"].values())
+        try:
+            record = self._record(name)
+        except InputError:
+            return None
+        whole = record["file"] == path.name and all(shape[:1] == [rows] for shape in record["shapes"].values())
         return record if whole and sha256(path) == record["sha256"] else None
+
+    def _record(self, name: str) -> dict[str, Any]:
+        shape = _Latents if name.startswith("latents") else _Text
+        return dict(read_json(self.out / f"{name}.json", shape, strict=True))
 
     def finish(self) -> dict[str, Any]:
         """Text shards, captions and the index, once all shards of latents are there."""
         shards = _ranges(self.count, self.settings["shard_images"])
-        records = [dict(read_json(self.out / f"latents-{place:05d}.json")) for place in range(len(shards))]
+        records = [self._record(f"latents-{place:05d}") for place in range(len(shards))]
         unreadable = {int(at): message for record in records for at, message in record.pop("unreadable").items()}
         check_unreadable(unreadable, self.count)
         captions = [caption for record in records for caption in record.pop("captions")]
@@ -244,7 +274,7 @@ class _Writer:
             record = self._kept(name, len(part))
             wanted = hashlib.sha256(json.dumps(part).encode()).hexdigest()
             if record is None or record["captions"] != wanted:
-                table = encode_captions(self.pipe.tokenizer, encoder, part, "cpu")
+                table = encode_captions(self.pipe.tokenizer, encoder, part, "cpu", self.check)
                 cut = len(too_long(self.pipe.tokenizer, part, self.settings["tokens"]))
                 record = self._write(name, {"text": table}, {"captions": wanted, "cut": cut})
             records.append({key: value for key, value in record.items() if key != "captions"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +42,11 @@ def encode_captions(
     text_encoder: CLIPTextModel,
     captions: Sequence[str],
     device: torch.device | str | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Text embeddings [n, s, d] of captions in the text encoder's dtype, on `device` (None: the text encoder's).
+
+    `check` is called before each chunk.
 
     Captions are padded and cut to s tokens (`limit_of`); the last chunk is filled up with the empty caption.
     """
@@ -51,6 +54,7 @@ def encode_captions(
     padded = [*captions, *[""] * (-len(captions) % TEXT_CHUNK)]
     chunks = []
     for start in range(0, len(padded), TEXT_CHUNK):
+        check()
         ids = tokens(tokenizer, padded[start : start + TEXT_CHUNK], limit).to(text_encoder.device)
         output: Any = text_encoder(ids)
         chunks.append(output[0].to(device or text_encoder.device))

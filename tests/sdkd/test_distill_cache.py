@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ctrl_c import interrupted
+from ctrl_c import Dropping, interrupted
 from helpers import tiny_pipeline
 from PIL import Image
 
@@ -23,10 +23,12 @@ from sdkd.errors import InputError, InterruptedRunError, ModelError, OutputExist
 
 
 class Noise:
-    """Images of noise by index; those in `bad` cannot be read, and after `reads` of them comes a Ctrl-C."""
+    """Images of noise by index; those in `bad` cannot be read, and after `reads` of them comes a Ctrl-C, which is
+    `lost` in a `__del__`, or raised.
+    """
 
-    def __init__(self, count: int = 7, bad: tuple[int, ...] = (), reads: int = 10**9) -> None:
-        self.count, self.bad, self.reads = count, bad, reads
+    def __init__(self, count: int = 7, bad: tuple[int, ...] = (), reads: int = 10**9, lost: bool = False) -> None:
+        self.count, self.bad, self.reads, self.lost = count, bad, reads, lost
 
     def __len__(self) -> int:
         return self.count
@@ -35,8 +37,11 @@ class Noise:
         if index in self.bad:
             raise InputError(f"image {index} cannot be read")
         self.reads -= 1
-        if self.reads < 0:
+        if self.reads < 0 and not self.lost:
             raise KeyboardInterrupt("here")
+        if self.reads == -1:
+            thing = Dropping()
+            del thing
         data = torch.randint(0, 256, (80, 64, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
         return {"image": Image.fromarray(data.numpy()), "caption": ["a", "b", "", "a"][index % 4]}
 
@@ -106,10 +111,12 @@ def test_what_is_in_the_folder(pipe: Any, tmp_path: Path) -> None:
     assert "is complete already: kept" in said[0]
 
 
-def test_an_interrupted_cache_goes_on(pipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_interrupted_cache_goes_on(lost: bool, pipe: Any, tmp_path: Path) -> None:
     whole = write(pipe, Noise(7), tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt, match="here"):
-        write(pipe, Noise(7, reads=7 + 5), tmp_path / "c", workers=0)  # 7 to tell the data, then 5 of 7
+    reads = 7 + 5 - lost  # 7 to tell the data, then 5 of 7
+    with pytest.raises(KeyboardInterrupt, match=r"^$" if lost else "here"):
+        write(pipe, Noise(7, reads=reads, lost=lost), tmp_path / "c", workers=0)
     with pytest.raises(InputError, match="is not complete: run the same `sdkd cache` again"):
         open_cache(tmp_path / "c")
     first = tmp_path / "c" / "latents-00000.safetensors"
@@ -124,6 +131,13 @@ def test_a_damaged_shard_is_made_again_on_going_on(pipe: Any, tmp_path: Path) ->
     whole = write(pipe, Noise(7), tmp_path / "whole")
     write(pipe, Noise(7), tmp_path / "c", rank=0, world=2)
     (tmp_path / "c" / "latents-00000.safetensors").write_bytes(b"short")
+    record = tmp_path / "c" / "latents-00002.json"
+    whole_record = json.loads(record.read_text())
+    for change in ({"captions": "abc"}, {"unreadable": []}, {"shapes": {"mean": []}}, {"file": "x"}, {"sha256": None}):
+        record.write_text(json.dumps(whole_record | change))
+        write(pipe, Noise(7), tmp_path / "c", rank=0, world=2)
+        assert json.loads(record.read_text()) == whole_record
+    record.write_text("{")
     write(pipe, Noise(7), tmp_path / "c", rank=1, world=2)
     assert write(pipe, Noise(7), tmp_path / "c") == whole
 

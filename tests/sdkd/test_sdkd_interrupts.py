@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ctrl_c import Dropping
 
+from sdkd import interrupts
 from sdkd.interrupts import between_steps
 
 
@@ -21,14 +23,6 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-class Dropping:
-    """Its `__del__` gets a Ctrl-C: Python prints the exception there and goes on."""
-
-    def __del__(self) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        sum(range(100))  # Python looks at signals here
 
 
 def test_a_signal_in_a_del_is_not_lost() -> None:
@@ -46,6 +40,15 @@ def test_a_signal_in_a_del_is_not_lost() -> None:
         work()
     assert done == [0, 1]  # the step that it came in was done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_was_lost_before_is_acted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_heard", [])
+    interrupts.hear_signals()
+    thing = Dropping()
+    del thing
+    with between_steps() as check, pytest.raises(KeyboardInterrupt, match=r"^$"):
+        check()
 
 
 def test_the_second_signal_acts_at_once() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
 import torch
+from ctrl_c import Dropping
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -15,7 +17,7 @@ from sdkd import student_cli
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.files import read_json
 from sdkd.models import save_pipeline
-from sdkd.students import count_parameters, student_config
+from sdkd.students import build_student, count_parameters, student_config
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,18 @@ def test_json_and_half(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (mid["kept"], mid["student_parameters"]) == ([], 0)
     weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+def test_a_ctrl_c_that_a_del_drops_ends_it(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(unet: Any, spec: Any) -> Any:
+        thing = Dropping()
+        del thing
+        return build_student(unet, spec)
+
+    monkeypatch.setattr(student_cli, "build_student", build)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        student_cli.student(teacher, tmp_path / "out", "tiny")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_is_not_overwritten(teacher: str, tmp_path: Path) -> None:
