@@ -13,8 +13,8 @@ from engines.long_prompts import arguments, limit_of
 from engines.schedulers import seed_scheduler
 from sdkd.console import Progress, within
 from sdkd.contract import guidance_copies
-from sdkd.errors import EngineError
 from sdkd.files import write_bytes
+from sdkd.images import check_finite
 from sdkd.numbers import DRAWING, SEED, check_number, check_numbers
 from sdkd.profiles import Range, ShapeRanges
 
@@ -117,18 +117,6 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
     check_finite(images, which)
     drawn: list[Image] = pipe.image_processor.numpy_to_pil(images[: len(indices)])
     return drawn
-
-
-def check_finite(images: np.ndarray, which: str) -> None:
-    """EngineError for NaN and infinite pixels, which would be saved as black; `images`: [n, h, w, 3], 0 to 1."""
-    import numpy as np
-
-    if not np.isfinite(images).all():
-        raise EngineError(
-            f"{which}: pixels are not finite (NaN or infinity), so nothing was written. Weights that hold NaN, "
-            "activations that overflow in fp16 or a scale that is far too high are usual causes: try --precision fp32 "
-            "when exporting, the original weights, or a guidance scale of about 7"
-        )
 
 
 def draw_all(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkd.errors import InputError
+from sdkd.errors import EngineError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -166,3 +166,20 @@ def _orientation(read: Callable[[Any], Mapping[int, Any]], image: Image) -> int:
     except DAMAGED:
         return 1
     return value if value in range(1, 9) else 1
+
+
+def is_finite(images: NDArray[Any]) -> bool:
+    """Whether pixels (any shape, 0 to 1) are neither NaN nor infinite: a picture would show such ones as black."""
+    import numpy as np
+
+    return bool(np.isfinite(images).all())
+
+
+def check_finite(images: NDArray[Any], which: str) -> None:
+    """EngineError for NaN and infinite pixels, which would be saved as black; `images`: [n, h, w, 3], 0 to 1."""
+    if not is_finite(images):
+        raise EngineError(
+            f"{which}: pixels are not finite (NaN or infinity), so nothing was written. Weights that hold NaN, "
+            "activations that overflow in fp16 or a scale that is far too high are usual causes: try --precision fp32 "
+            "when exporting, the original weights, or a guidance scale of about 7"
+        )

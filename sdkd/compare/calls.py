@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engines.drawing import check_finite
 from sdkd.compare.measure import Work
 from sdkd.compare.pictures import Size, inputs_for, way_of
 from sdkd.compare.subjects import native_size
 from sdkd.contract import check_size, size_multiple
+from sdkd.images import check_finite
 
 if TYPE_CHECKING:
     import torch

@@ -170,7 +170,7 @@ class _Run:
         kept = checkpoints(self.folder) if self.folder is not None else []
         if not kept:
             return f"start again with a lower rate, such as {rate}{less}"
-        return f"{kept[-1]} is finite and kept: go on with {rate}{less} {way_on(kept[-1])}"
+        return f"{str(kept[-1])!r} is finite and kept: go on with {rate}{less} {way_on(kept[-1])}"
 
     def _now_and_then(self, last: bool) -> None:
         """Validation images and a checkpoint where one is due; the one at the end is there to go on from."""
@@ -179,10 +179,21 @@ class _Run:
             return
         if self.config.prompts and (last or (self.config.sample_every and done % self.config.sample_every == 0)):
             self.progress(f"step {done}: validation images", done / self.config.steps)
-            save_samples(self.trainer, folder)
+            self._tell(done, save_samples(self.trainer, folder))
         if last or (self.config.save_every and done % self.config.save_every == 0):
             self.progress(f"step {done}: saving a checkpoint", done / self.config.steps)
             self._save(folder, last)
+
+    def _tell(self, step: int, bad: list[int]) -> None:
+        """Name validation images that were not finite. Training goes on: fp16 may overflow in the VAE alone."""
+        if bad:
+            named = ", ".join(repr(self.config.prompts[place]) for place in bad)
+            note = (
+                f"step {step}: the validation images of {named} are not finite (NaN or infinity), and a cross stands "
+                "for them; try --precision bf16 or fp32, or a lower learning rate"
+            )
+            self.notes.append(note)
+            self.progress(note, step / self.config.steps)
 
     def _save(self, folder: Path, last: bool) -> None:
         """A checkpoint; a disk too full for the last one must not cost the result."""

@@ -11,9 +11,11 @@ import torch
 
 from sdkd.clip_tokenizer import bounded
 from sdkd.files import write_bytes, write_json
+from sdkd.images import is_finite
 from sdkd.noise_schedule import scheduler_like
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
     from sdkd.distill.trainer import Trainer
@@ -27,30 +29,38 @@ def sample_path(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"step-{step:06d}.png"
 
 
-def save_samples(trainer: Trainer, folder: Path) -> Path | None:
-    """Draw the validation prompts with the averaged weights and save them; the first process draws, the others wait."""
-    path = None
+def save_samples(trainer: Trainer, folder: Path) -> list[int]:
+    """Draw the validation prompts with the averaged weights and save them; the first process draws, the others wait.
+
+    Returns the places of the prompts whose pixels were not finite: a cross stands for their images.
+    """
+    bad: list[int] = []
     if trainer.accelerator.is_main_process:
         path = sample_path(folder, trainer.done)
-        stream = io.BytesIO()
-        joined(draw(trainer)).save(stream, "PNG")
+        stream, images = io.BytesIO(), draw(trainer)
+        bad = [place for place, image in enumerate(images) if not is_finite(image)]
+        joined([crossed(image) if place in bad else _picture(image) for place, image in enumerate(images)]).save(
+            stream, "PNG"
+        )
         write_bytes(path, stream.getvalue())
         write_json(path.parent / "prompts.json", {"prompts": list(trainer.config.prompts), "seed": trainer.config.seed})
     trainer.accelerator.wait_for_everyone()
-    return path
+    return bad
 
 
-def draw(trainer: Trainer) -> list[Image]:
-    """One image per validation prompt; prompt i always starts from the noise of seed + i."""
+def draw(trainer: Trainer) -> list[NDArray[Any]]:
+    """Pixels [h, w, 3], 0 to 1, for every validation prompt; prompt i always starts from the noise of seed + i."""
     pipe = _pipeline(trainer)
     images = []
     state = torch.get_rng_state()  # drawing must not change what training draws next
     with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         for index, prompt in enumerate(trainer.config.prompts):
             generator = torch.Generator().manual_seed(trainer.config.seed + index)
-            images += pipe(
-                prompt, num_inference_steps=trainer.config.sample_steps, guidance_scale=GUIDANCE, generator=generator
-            ).images
+            made = pipe(
+                prompt, num_inference_steps=trainer.config.sample_steps, guidance_scale=GUIDANCE, generator=generator,
+                output_type="np",
+            )  # fmt: skip
+            images += list(made.images)
     torch.set_rng_state(state)
     return images
 
@@ -72,6 +82,24 @@ def _pipeline(trainer: Trainer) -> Any:
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _picture(pixels: NDArray[Any]) -> Image:
+    from PIL import Image as Pillow
+
+    return Pillow.fromarray((pixels * 255).round().astype("uint8"))
+
+
+def crossed(pixels: NDArray[Any]) -> Image:
+    """A cross in the size of an image that could not be drawn."""
+    from PIL import Image as Pillow
+    from PIL import ImageDraw
+
+    height, width = pixels.shape[:2]
+    image = Pillow.new("RGB", (width, height), "white")
+    for line in ((0, 0, width, height), (0, height, width, 0)):
+        ImageDraw.Draw(image).line(line, fill="red", width=2)
+    return image
 
 
 def joined(images: Sequence[Image], columns: int = 4) -> Image:

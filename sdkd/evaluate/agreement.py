@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.drawing import check_finite
 from sdkd.compare.subjects import native_size
 from sdkd.console import Progress, quiet
 from sdkd.distill.data import CaptionedImages, row_caption, to_pixels
@@ -20,6 +19,7 @@ from sdkd.distill.encode import encode_captions, encode_image
 from sdkd.distill.latents import Latents
 from sdkd.distill.reader import Reader
 from sdkd.errors import InputError, ModelError
+from sdkd.images import check_finite
 from sdkd.noise_schedule import scheduler_like
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import helpers
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from PIL import Image
 
 from sdkd.distill import TrainConfig, train
 from sdkd.distill.checkpoint import checkpoints, read_record, save_checkpoint
@@ -54,7 +55,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     assert message.count(" at timestep ") == 2
     assert "('number " in message
     last = tmp_path / "checkpoint-2"
-    assert f"{last} is finite and kept: go on with --learning-rate 1e-05 from the weights of {last}" in message
+    said = f"{str(last)!r} is finite and kept: go on with --learning-rate 1e-05 from the weights of {str(last)!r}"
+    assert said in message
     assert f"--init {last} --output {last.parent}-2" in message
     assert checkpoints(tmp_path) == [last]
     assert student.conv_in.weight.isfinite().all()
@@ -89,6 +91,17 @@ def fp16_on_a_cpu(**settings: Any) -> Trainer:
     accelerator._optimizers[:] = [AcceleratedOptimizer(one.optimizer.optimizer, scaler=accelerator.scaler)]
     one.optimizer = accelerator._optimizers[0]
     return one
+
+
+def test_validation_images_that_are_not_finite_are_named_and_not_drawn_black(tmp_path: Path) -> None:
+    pipe = helpers.tiny_pipeline()
+    pipe.vae.decoder.conv_out.bias.data.fill_(NAN)
+    config = TrainConfig(**(RUN | {"steps": 1, "prompts": ("a", "b"), "sample_steps": 1}))
+    done = train(pipe, build_student(pipe.unet, "tiny"), latents(), config, folder=tmp_path)
+    assert "step 1: the validation images of 'a', 'b' are not finite (NaN or infinity), and a cross" in done.notes[0]
+    with Image.open(tmp_path / "samples" / "step-000001.png") as sheet:
+        assert sheet.size == (128, 64)
+        assert (sheet.getpixel((32, 10)), sheet.getpixel((96, 32))) == ((255, 255, 255), (255, 0, 0))
 
 
 def test_fp16_skips_a_step_with_schedule_and_average(tmp_path: Path) -> None:
