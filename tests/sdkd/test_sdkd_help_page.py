@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import typer
 
 from sdkd import cli
 from sdkd.help_page import ARGUMENTS, OUTPUT, PANELS, USUAL, panels
@@ -112,3 +113,32 @@ def test_the_page_of_the_toolkit_lists_its_commands(
     page = _page(typer.main.get_command(cli.app), capsys)
     assert {line.split()[0] for line in page["Commands"]} >= set(cli.SUMMARIES)
     assert _names(page["Options"]) == {"--debug", "--version", "-h", "--help"}
+
+
+def test_an_empty_text_is_no_value_but_of_a_prompt(commands: dict[str, Any]) -> None:
+    """For every option and argument that takes a text: an empty one is not its default, and no path is `.`."""
+    taken = set()
+    for name, command in commands.items():
+        given = [param for param in command.params if not getattr(param, "is_flag", False)]
+        needed = {param.name: [*_words(param), "x"] for param in given if param.required}
+        for param in given:
+            said, empty = (_refusal(command, needed, param, text) for text in ("x", " "))
+            if not said and not empty:
+                taken.add(param.name)
+            elif not said:
+                assert empty == "it is empty: give a value, or leave it out", (name, param.name)
+    assert taken == {"prompt", "negative_prompt"}
+
+
+def _words(param: Any) -> list[str]:
+    return [] if param.param_type_name == "argument" else [param.opts[0]]
+
+
+def _refusal(command: Any, needed: dict[str, list[str]], param: Any, text: str) -> str:
+    """What a command line that gives a text to a parameter is refused with; empty when it is taken."""
+    words = needed | {param.name: [*_words(param), *[text] * abs(param.nargs)]}
+    try:
+        command.make_context("sdkd", [word for one in words.values() for word in one])
+    except typer.BadParameter as error:
+        return str(error.message)
+    return ""
