@@ -146,7 +146,7 @@ def _state(model: str | Path | Mapping[str, torch.Tensor] | None, part: str) -> 
 def check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:
     """ModelError unless these are the weights, by name, that a session's graph has."""
     file = graph_file(session)
-    names = set(read_json(file.parent / TRANSFORMS_FILE))
+    names = set(read_json(file.parent / TRANSFORMS_FILE, dict[str, str]))
     missing, unknown = sorted(names - set(state)), sorted(set(state) - names)
     if missing or unknown:
         raise ModelError(

@@ -169,8 +169,8 @@ def _file() -> Path:
 
 def _kept() -> list[Trial]:
     try:
-        return [Trial(**row) for row in read_json(_file())]
-    except (InputError, OSError, TypeError):  # not there, or of another version
+        return [Trial(**row) for row in read_json(_file(), list[Trial], strict=True)]
+    except (InputError, OSError):  # not there, or of another version
         return []
 
 

@@ -119,7 +119,7 @@ def is_record(file: Path, keys: Mapping[str, type]) -> bool:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) or (kind is float and isinstance(value, int))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _read(file: Path) -> Any:

@@ -62,7 +62,7 @@ def stored_weights_of(onnx_file: Path) -> dict[str, StoredWeight]:
     """
     if not (onnx_file.parent / TRANSFORMS_FILE).is_file():
         return {}
-    transforms: Mapping[str, str] = read_json(onnx_file.parent / TRANSFORMS_FILE)
+    transforms: Mapping[str, str] = read_json(onnx_file.parent / TRANSFORMS_FILE, dict[str, str])
     found = {}
     try:
         with onnx_file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

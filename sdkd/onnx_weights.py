@@ -38,7 +38,7 @@ def read_weights(onnx_file: Path, names: Iterable[str]) -> dict[str, np.ndarray]
 
 
 def _transforms(onnx_file: Path, wanted: Iterable[str]) -> dict[str, str]:
-    transforms: dict[str, str] = read_json(onnx_file.parent / TRANSFORMS_FILE)
+    transforms: dict[str, str] = read_json(onnx_file.parent / TRANSFORMS_FILE, dict[str, str])
     names = list(wanted)
     if missing := [name for name in names if name not in transforms]:
         raise BundleError(

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from sdkd.clip_tokenizer import bounded
 from sdkd.errors import InputError, ModelError, an
@@ -43,9 +43,19 @@ _LOCAL: dict[str, Any] = {
 }
 
 
+class _About(TypedDict):
+    """What is read of a folder's sdkd.json."""
+
+    teacher: NotRequired[str]
+    student: NotRequired[str]
+    base: NotRequired[str]
+    random_weights: NotRequired[bool]
+
+
 def provenance(folder: Path) -> dict[str, Any]:
     """What sdkd wrote about a pipeline folder (teacher, student, steps, random weights); empty for others' folders."""
-    return dict(read_json(folder / PROVENANCE)) if (folder / PROVENANCE).is_file() else {}
+    file = folder / PROVENANCE
+    return dict(read_json(file, _About, strict=True)) if file.exists() else {}
 
 
 def check_pipeline_folder(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -170,6 +171,23 @@ def test_the_walk_finds_the_advice_of_each_package() -> None:
 @pytest.mark.parametrize("advice", ADVICES, ids=lambda one: f"{one.where} {one.text.split()[1]}")
 def test_an_advised_command_is_one_that_the_command_line_takes(advice: Advice) -> None:
     check(advice.words(), advice.where)
+
+
+PATH_OPTION = re.compile(r"--(?:init|resume|output|data|teacher|model|lora|prompts|bundle) $")
+
+
+def test_a_path_behind_an_advised_option_is_quoted() -> None:
+    """As shlex.quote does it, or shown as what was given (!r)."""
+    bare = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else []
+            for before, part in itertools.pairwise(parts):
+                if isinstance(before, ast.Constant) and PATH_OPTION.search(str(before.value)):
+                    shown = ast.unparse(part)
+                    if "!r" not in shown and "shlex.quote" not in shown:
+                        bare.append(f"{file.relative_to(ROOT)}:{node.lineno} {shown}")
+    assert bare == []
 
 
 def run(words: list[str]) -> Any:

@@ -14,19 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
 from sdkd.checkpoint_models import BASE, RECORD
 from sdkd.distill.finite import SkippedSteps, check_weights
+from sdkd.distill.log import LogState
 from sdkd.distill.setup import lay_out_state
 from sdkd.errors import InputError
 from sdkd.files import new_folder, read_json, sha256, write_json
 from sdkd.pipelines import PROVENANCE
+from sdkd.schema import problem
 
 if TYPE_CHECKING:
     from sdkd.distill.config import TrainConfig
@@ -39,6 +42,29 @@ _FREE = {
     *("steps", "log_every", "save_every", "keep", "prompts", "sample_every", "sample_steps", "trackers", "workers"),
     *("device", "compile", "checkpointing", "channels_last"),
 }
+
+
+class _Optimizer(TypedDict):
+    param_groups: list[dict[str, Any]]
+    state: dict[str, dict[str, Any]]
+
+
+class _Record(TypedDict):
+    """checkpoint.json; what came later may be missing in older ones."""
+
+    schema: int
+    step: int
+    processes: int
+    settings: dict[str, Any]
+    optimizer: _Optimizer
+    schedule: dict[str, Any]
+    scaler: dict[str, Any] | None
+    ema_steps: int | None
+    log: NotRequired[LogState | None]
+    digests: NotRequired[dict[str, str]]
+    skipped: NotRequired[dict[str, int]]
+    files: NotRequired[dict[str, str]]
+    sha256: NotRequired[str]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -179,22 +205,22 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     check_settings(path, record, trainer.config, trainer.accelerator.num_processes)
     _check_digests(trainer, path, record)
     check_files(path, record)
+    rank = trainer.accelerator.process_index
     try:
-        _load_weights(trainer, path)
+        _load_weights(trainer, path, record)
         trainer.optimizer.load_state_dict(_joined(load_file(path / "optimizer.safetensors"), record["optimizer"]))
         lay_out_state(trainer.optimizer.state)
         states = load_file(path / "random.safetensors")
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        _load_schedule(trainer, record)
+        if record["scaler"] and trainer.accelerator.scaler is not None:
+            trainer.accelerator.scaler.load_state_dict(record["scaler"])
+        torch.set_rng_state(states[f"cpu.{rank}"])
+        if f"cuda.{rank}" in states and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(states[f"cuda.{rank}"], trainer.device)
+        trainer.skips = SkippedSteps(**record.get("skipped", {}))
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise damaged(path, f"cannot be read ({error})") from error
-    _load_schedule(trainer, record)
-    if record["scaler"] and trainer.accelerator.scaler is not None:
-        trainer.accelerator.scaler.load_state_dict(record["scaler"])
-    rank = trainer.accelerator.process_index
-    torch.set_rng_state(states[f"cpu.{rank}"])
-    if f"cuda.{rank}" in states and trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"cuda.{rank}"], trainer.device)
     trainer.done = record["step"]
-    trainer.skips = SkippedSteps(**record.get("skipped", {}))
     trainer.batches.start(trainer.done)
     return record
 
@@ -212,12 +238,16 @@ def _load_schedule(trainer: Trainer, record: Mapping[str, Any]) -> None:
 def read_record(path: Path) -> dict[str, Any]:
     """What checkpoint.json says; InputError when it is damaged or of another version."""
     try:
-        record = read_json(path / RECORD)
+        record: dict[str, Any] = read_json(path / RECORD, dict[str, Any], strict=True)
     except InputError as error:
         raise damaged(path, f"cannot be read ({error})") from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        schema = record.get("schema") if isinstance(record, dict) else None
-        raise InputError(f"checkpoint {str(path)!r} has schema {schema}, this sdkd reads {SCHEMA}")
+    if (schema := record.get("schema", SCHEMA)) != SCHEMA:
+        raise InputError(
+            f"checkpoint {str(path)!r} has schema {schema!r}, this sdkd reads {SCHEMA}: go on with the version that "
+            "wrote it"
+        )
+    if wrong := problem(record, _Record):
+        raise damaged(path, f"is not what was written ({RECORD}: {wrong})")
     if record.get("sha256", _digest(record)) != _digest(record):
         raise damaged(path, f"was changed in {RECORD}")
     return record
@@ -233,13 +263,18 @@ def check_files(path: Path, record: Mapping[str, Any]) -> None:
 def damaged(path: Path, how: str) -> InputError:
     """The error for a damaged checkpoint: it names the one before, if there is one."""
     before = [other for other in checkpoints(path.parent) if step_of(other) < step_of(path)]
-    way = f"go on from the one before with --resume {before[-1]}" if before else "start anew with --overwrite"
+    way = (
+        f"go on from the one before with --resume {shlex.quote(str(before[-1]))}"
+        if before
+        else "start anew with --overwrite"
+    )
     return InputError(f"checkpoint {str(path)!r} {how}: delete it, and {way}")
 
 
 def way_on(path: Path) -> str:
     """How to start another run from a checkpoint's weights."""
-    return f"from the weights of {path} in another folder: --init {path} --output {path.parent}-2"
+    command = shlex.join(["--init", str(path), "--output", f"{path.parent}-2"])
+    return f"from the weights of {str(path)!r} in another folder: {command}"
 
 
 def check_settings(path: Path, record: Mapping[str, Any], config: TrainConfig, processes: int) -> None:
@@ -281,11 +316,10 @@ def start_from(trainer: Trainer, adapter: Mapping[str, torch.Tensor], name: str)
         ) from error
 
 
-def _load_weights(trainer: Trainer, path: Path) -> None:
+def _load_weights(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> None:
     names = [name for name, parameter in trainer.unet.named_parameters() if parameter.requires_grad]
     _copy(trainer.parameters, names, _read_weights(trainer, path, "unet"))
     if trainer.ema is not None:
-        record = read_json(path / RECORD)
         _copy(trainer.ema.shadow_params, names, _read_weights(trainer, path, "unet_ema"))
         trainer.ema.optimization_step = record["ema_steps"]
 

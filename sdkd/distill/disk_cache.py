@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import threading
@@ -15,6 +14,7 @@ import torch
 
 from sdkd.contract import Precision
 from sdkd.distill.encode import limit_of, model_digests
+from sdkd.documents import parse_json
 from sdkd.errors import InputError
 from sdkd.files import read_json, sha256
 from sdkd.numbers import check_number
@@ -58,6 +58,12 @@ class _Index(TypedDict):
     texts: list[_Shard]
     captions: _Captions
     flip: NotRequired[bool]
+    images: NotRequired[int]
+    unreadable: NotRequired[dict[str, str]]
+
+
+class _Caption(TypedDict):
+    text: str
 
 
 class DiskCache:
@@ -90,6 +96,7 @@ class DiskCache:
                 raise self._damaged(record["file"], f"is not there with its {record['bytes']} bytes")
         self.captions = self._captions()
         self._rows = {text: row for row, text in enumerate(dict.fromkeys(["", *self.captions]))}
+        self._check_counts()
         self._shards: OrderedDict[str, Any] = OrderedDict()
         self._sound: set[str] = set()
         self._lock = threading.Lock()
@@ -112,17 +119,14 @@ class DiskCache:
 
         Raises IndexError outside 0..len-1, InputError when the shard is damaged.
         """
-        shard, row = self._place(self.index["latents"], range(len(self))[index])
-        mean, std = MIRRORED if mirrored else PLAIN
-        return shard.get_slice(mean)[row], shard.get_slice(std)[row]
+        mean, std = self._rows_of("latents", MIRRORED if mirrored else PLAIN, range(len(self))[index])
+        return mean, std
 
     def text(self, index: int) -> torch.Tensor | None:
         """Text embeddings [s, d] of an image's caption, of the empty one for index -1; None in a cache without text."""
         if not self.index["texts"]:
             return None
-        shard, row = self._place(self.index["texts"], self._rows["" if index == -1 else self.captions[index]])
-        found: torch.Tensor = shard.get_slice("text")[row]
-        return found
+        return self._rows_of("texts", ("text",), self._rows["" if index == -1 else self.captions[index]])[0]
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
         """InputError unless the cache was made by this pipeline's VAE encoder, text encoder and tokenizer length."""
@@ -141,11 +145,33 @@ class DiskCache:
         path = self.path / CAPTIONS
         if not path.is_file() or sha256(path) != self.index["captions"]["sha256"]:
             raise self._damaged(CAPTIONS, "was changed")
-        return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+        try:
+            return [parse_json(line, _Caption)["text"] for line in path.read_bytes().split(b"\n") if line]
+        except ValueError as error:
+            raise self._damaged(CAPTIONS, str(error)) from None
 
-    def _place(self, records: Sequence[Mapping[str, Any]], index: int) -> tuple[Any, int]:
+    def _check_counts(self) -> None:
+        """InputError unless there are as many captions and shards as images."""
+        size, rows = self.index["shard_images"], {"latents": len(self.captions)}
+        if self.index["texts"]:
+            rows["texts"] = len(self._rows)
+        images = self.index.get("images", len(self.captions))
+        if len(self.captions) != images or not images:
+            raise self._damaged(CAPTIONS, f"holds {len(self.captions)} captions of {images} images")
+        for name, count in rows.items():
+            if (found := len(self.index[name])) != -(-count // size):
+                raise self._damaged(INDEX, f"names {found} shards of {name} for {count} rows, {size} in each")
+
+    def _rows_of(self, kind: str, names: Sequence[str], index: int) -> list[torch.Tensor]:
+        """A row of some tensors of a kind of shards."""
+        from safetensors import SafetensorError
+
         which, row = divmod(index, int(self.index["shard_images"]))
-        return self._open(records[which]), row
+        shard = self._open(self.index[kind][which])
+        try:
+            return [shard.get_slice(name)[row] for name in names]
+        except (SafetensorError, IndexError) as error:
+            raise self._damaged(self.index[kind][which]["file"], f"has no row {row} ({error})") from error
 
     def _open(self, record: Mapping[str, Any]) -> Any:
         from safetensors import SafetensorError, safe_open

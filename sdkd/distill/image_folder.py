@@ -74,7 +74,7 @@ def images_below(folder: Path) -> list[Path]:
 def find_metadata(folder: Path) -> Path | None:
     """The list of a folder's images: in itself, else in its folder `train`."""
     for place in (folder, folder / TRAIN):
-        found = [place / name for name in (METADATA, METADATA_CSV) if (place / name).is_file()]
+        found = [place / name for name in (METADATA, METADATA_CSV) if (place / name).exists()]
         if len(found) == 2:
             log.warning("%s is used, %s beside it is not", *found)
         if found:

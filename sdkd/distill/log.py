@@ -7,15 +7,27 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
+from sdkd.documents import parse_json, read_regular
+from sdkd.errors import InputError
 from sdkd.files import write_bytes
+from sdkd.schema import problem
 
 LOG = "training.jsonl"
 Send = Callable[[Mapping[str, float], int], None]
 """Called with a record and its step: a tracker."""
+
+
+class LogState(TypedDict):
+    """What `TrainingLog.state` gives; earlier ones have one count, of steps."""
+
+    sums: dict[str, float]
+    images: int
+    counts: NotRequired[dict[str, int]]
+    steps: NotRequired[int]
 
 
 class TrainingLog:
@@ -107,16 +119,30 @@ def _line(record: Mapping[str, float]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
+class _Record(TypedDict):
+    step: int
+    lr: float
+    images_per_second: float
+    seconds: float
+
+
 def read_log(path: Path, last_step: int | None = None) -> list[dict[str, float]]:
-    """Records of a training.jsonl up to `last_step`; a last line that was cut short by a crash is left out."""
+    """Records of a training.jsonl up to `last_step`, none without a file; a last line that was cut short by a crash is
+    left out. InputError for any other line that is no record.
+    """
     records: list[dict[str, float]] = []
-    if not path.is_file():
-        return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = read_regular(path, math.inf).rstrip(b"\n").split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
+            record = parse_json(line, dict[str, float], strict=True)
+            if wrong := problem(record, _Record):
+                raise ValueError(wrong)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise InputError(
+                f"line {number} of {str(path)!r} is no record of a run ({error}): restore the file, or move it away"
+            ) from None
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records

@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from sdkd.distill.log import LOG, read_log
 from sdkd.distill.samples import FOLDER
+from sdkd.documents import read_regular
 from sdkd.errors import InputError
 from sdkd.files import check_file_free, read_json, write_bytes
 from sdkd.marks import is_plot
@@ -32,6 +33,10 @@ _OTHERS: dict[str, tuple[tuple[str, ...], bool, str]] = {
     "Share of the time spent waiting for data": (("data_wait",), False, ""),
     "Peak memory, GB": (("memory_gb",), False, ""),
 }
+
+
+class _Prompts(TypedDict):
+    prompts: list[str]
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:
@@ -131,15 +136,14 @@ def samples(folder: Path) -> list[tuple[int, bytes]]:
     found = []
     for path in sorted((folder / FOLDER).glob("step-*.png")):
         if match := _SAMPLE.fullmatch(path.name):
-            found.append((int(match[1]), path.read_bytes()))
+            found.append((int(match[1]), read_regular(path)))
     return found
 
 
 def prompts(folder: Path) -> list[str]:
     """The validation prompts of a run; empty when there are none."""
     path = folder / FOLDER / "prompts.json"
-    known: dict[str, Any] = dict(read_json(path)) if path.is_file() else {}
-    return [str(prompt) for prompt in known.get("prompts", [])]
+    return list(read_json(path, _Prompts, strict=True)["prompts"]) if path.exists() else []
 
 
 def _uri(data: bytes, kind: str) -> str:

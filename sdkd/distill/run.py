@@ -181,7 +181,8 @@ def find_checkpoint(job: Job) -> Path | None:
         raise InputError(f"resume {job.resume!r} is no checkpoint: give auto, never, or OUTPUT/checkpoint-<step>")
     if path.resolve().parent not in (job.output.resolve(), spare_folder(job.output)):
         raise InputError(
-            f"checkpoint {job.resume!r} is not of the output {str(job.output)!r}: give --output {path.parent}"
+            f"checkpoint {job.resume!r} is not of the output {str(job.output)!r}: "
+            f"give --output {shlex.quote(str(path.parent))}"
         )
     return path
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,9 @@ from sdkd.distill.patterns import matching
 from sdkd.distill.rows import CaptionedImages, caption_of
 from sdkd.distill.tables import TableImages, load_saved, load_table, no_column
 from sdkd.errors import InputError
-from sdkd.files import write_bytes
+from sdkd.files import read_json, write_bytes
 from sdkd.images import image_size, read_rgb
+from sdkd.schema import problem
 from sdkd.text_files import decode_text
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -140,11 +142,14 @@ class TarShards:
         found: dict[str, Any] = {}
         try:
             if "json" in parts:
-                found |= json.loads(decode_text(self._read(shard, parts["json"]), "it"))
+                row = json.loads(decode_text(self._read(shard, parts["json"]), "it"))
+                if wrong := problem(row, dict[str, Any]):
+                    raise ValueError(wrong)
+                found |= row
             for name in _TEXTS:
                 if name in parts:
                     found[_TEXT_COLUMN] = decode_text(self._read(shard, parts[name]), f"caption {key!r}")
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"caption of {key!r} in shard {str(self.shards[shard])!r} cannot be read ({error}): repair the shard"
             ) from error
@@ -188,9 +193,11 @@ def shard_members(path: Path) -> dict[str, dict[str, Member]]:
     note = path.with_name(f".{path.name}.index.json")
     try:
         state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise InputError(f"shard {str(path)!r} is no regular file, and rows are read by their place: copy it first")
         stamp = {"schema": _INDEX_SCHEMA, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
-            kept = json.loads(note.read_bytes())
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
+            kept = read_json(note)
             if {name: kept[name] for name in stamp} == stamp:
                 return {
                     key: {name: _member(at, state.st_size) for name, at in parts.items()}

@@ -97,8 +97,14 @@ def test_answers_are_remembered_for_this_gpu_driver_and_version(here: dict[str, 
     remember([trial(), trial("open", plan="current"), trial(gpu="")])  # the later answer counts; none without a GPU
     assert set(remembered("tensorrt-rtx")) == {trial(), trial("open", plan="current")}
     assert runs_portably("tensorrt-rtx") == "9.0"
-    gpu_trial._file().write_text('[{"of": "another version"}]')
-    assert remembered("tensorrt-rtx") == ()
+    for damaged in (
+        '[{"of": "another version"}]',
+        "[" * 100_000,
+        "5",
+        json.dumps([dataclasses.asdict(trial()) | {"step": []}]),
+    ):
+        gpu_trial._file().write_text(damaged)
+        assert remembered("tensorrt-rtx") == ()
 
 
 def test_an_engine_is_for_this_gpu_too_once_that_was_shown(here: dict[str, str]) -> None:
