@@ -67,6 +67,7 @@ class Command(TyperCommand):
         """Read the command line; typer.BadParameter for an empty value, which otherwise would mean a default."""
         rest: list[str] = super().parse_args(ctx, list(args))
         typed, _, params = self.make_parser(ctx).parse_args(list(args))
+        param: Any
         for param in params:
             values = typed.get(param.name)
             for value in values if isinstance(values, list | tuple) else (values,):

@@ -29,6 +29,7 @@ _MARKS = (
 )
 _MARK = "\ufeff"
 _LARGEST_YAML = 1 << 20  # bytes
+_LARGEST_PIPE = 1 << 24
 _OLD = ("cp1252", "latin-1")  # Windows' encoding of Western text, and what takes every byte
 
 
@@ -133,9 +134,20 @@ def prompt_lines(path: Path) -> tuple[str, ...]:
     """The prompts of a file, one a line, empty lines left out; InputError when there is none."""
     if not path.exists():
         raise InputError(f"prompts {str(path)!r} is no file: give a text file with one prompt a line")
-    if found := _stripped(read_lines(path)):
+    if found := _stripped(_of_pipe(path) if path.is_fifo() else read_lines(path)):
         return found
     raise InputError(f"prompts {str(path)!r} holds no prompt: write one a line")
+
+
+def _of_pipe(path: Path) -> list[str]:
+    """Lines of an open pipe, as the shell's <(...) and /dev/stdin are; InputError for one that nobody may write to."""
+    if path.parts[:2] not in (("/", "dev"), ("/", "proc")):
+        raise InputError(f"prompts {str(path)!r} is a named pipe, of which reading may never end: give a file")
+    with path.open("rb") as stream:
+        data = stream.read(_LARGEST_PIPE + 1)
+    if len(data) > _LARGEST_PIPE:
+        raise InputError(f"prompts {str(path)!r} give more than {_LARGEST_PIPE} bytes: give a file")
+    return decode_text(data, f"prompts {str(path)!r}").split("\n")
 
 
 def prompts_of(text: str) -> tuple[str, ...]:

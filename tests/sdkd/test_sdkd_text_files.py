@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_settings_have_no_anchors_and_are_not_nested_without_end(tmp_path: Path)
         file.write_text(text)
         with pytest.raises(InputError, match=message):
             read_yaml(file)
+
+
+def test_prompts_of_an_open_pipe_are_read_and_a_named_one_is_not_waited_for(tmp_path: Path) -> None:
+    end, begin = os.pipe()
+    os.write(begin, b"a cat\r\n\na dog")
+    os.close(begin)
+    assert prompts_of(f"/dev/fd/{end}") == ("a cat", "a dog")
+    os.close(end)
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(InputError, match=r"prompts\.txt' is a named pipe, of which reading may never end"):
+        prompts_of(str(tmp_path / "prompts.txt"))
