@@ -30,6 +30,7 @@ DAMAGED = (
 _RANGES = {"I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535)}  # the largest value, by PIL's mode
 _LEVELS = 16  # an image that fills less than this part of a wider range was not made for it
 _PROGRAMS = ("EPS", "WMF", "EMF")  # drawings that another program would have to run
+_NAME = "of sdkd"  # key of PIL's info
 _ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = (None, None, 0, 3, 1, 5, 4, 6, 2)  # EXIF orientation -> PIL.Image.Transpose; 5 and more swap the sides
 _REPAIR = "repair it, or remove it and its caption"
@@ -38,7 +39,18 @@ _REPAIR = "repair it, or remove it and its caption"
 def read_rgb(source: Path | bytes, what: str = "", advice: str = _REPAIR) -> Image:
     """An RGB image from a file or its bytes; InputError, which begins with `what`, when it cannot be read."""
     with opened(source, what, advice) as image:
-        return _upright(image, to_rgb(image))
+        found = _upright(image, to_rgb(image))
+    found.info[_NAME] = _name(source, what)
+    return found
+
+
+def name_of(image: Image) -> str:
+    """What an image that `read_rgb` gave is called in messages; 'an image' for others."""
+    return str(image.info.get(_NAME, "an image"))
+
+
+def _name(source: Path | bytes, what: str) -> str:
+    return what or (f"image {str(source)!r}" if isinstance(source, Path) else "an image")
 
 
 def read_mask(source: Path | bytes, what: str = "", advice: str = _REPAIR) -> Image:
@@ -64,7 +76,7 @@ def opened(source: Path | bytes, what: str = "", advice: str = _REPAIR) -> Itera
     """An image as PIL opens it; whatever goes wrong with it inside the block is an InputError that names it."""
     from PIL import Image
 
-    name = what or (f"image {str(source)!r}" if isinstance(source, Path) else "an image")
+    name = _name(source, what)
     try:
         if isinstance(source, Path) and source.is_fifo():
             raise ValueError("it is a pipe, of which reading may never end")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sdkd.errors import InputError
-from sdkd.images import to_rgb
+from sdkd.images import name_of, to_rgb
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def fit_pixels(
         raise InputError("a random crop or flip needs a generator: give one seeded by the position of the sample")
     if max(image.size) > SLIMMEST * min(image.size):
         raise InputError(
-            f"an image of {image.width}x{image.height} px is more than {SLIMMEST} times as long as it is wide: "
+            f"{name_of(image)} of {image.width}x{image.height} px is more than {SLIMMEST} times as long as it is wide: "
             "next to nothing of it would be kept; crop it, or remove it"
         )
     scale = max(width / image.width, height / image.height)

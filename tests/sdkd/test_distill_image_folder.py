@@ -16,6 +16,7 @@ from sdkd.distill.data import open_images
 from sdkd.distill.image_folder import METADATA, files_below
 from sdkd.distill.rows import caption_of, row_caption
 from sdkd.errors import InputError, TrainingError
+from sdkd.images import read_rgb
 
 
 def picture(path: Path, caption: str | None = None, suffix: str = ".txt") -> Path:
@@ -195,6 +196,12 @@ def test_slim_images_cost_what_is_kept() -> None:
         InputError, match=r"an image of 3000x1 px is more than 64 times as long as it is wide: .* crop it"
     ):
         fit_pixels(Image.new("RGB", (3000, 1)), 512, 512)
+
+
+def test_an_image_too_slim_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 1)).save(tmp_path / "slim.png")
+    with pytest.raises(InputError, match=r"^image '.*slim\.png' of 3000x1 px is more than 64 times"):
+        fit_pixels(read_rgb(tmp_path / "slim.png"), 512, 512)
 
 
 def test_deep_pixels_reach_the_trainer() -> None:
