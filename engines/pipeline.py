@@ -210,7 +210,7 @@ def load_pipeline(
     index = opened.json("model_index.json")
     controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
     pipeline_class = _pipeline_class(index, controlled)
-    others = {"tokenizer": _tokenizer(opened), "scheduler": _scheduler(opened, index)}
+    others = {"tokenizer": _tokenizer(opened), "scheduler": bundle_scheduler(opened)}
     dtype, device = torch_dtype or torch.float32, torch.device("cpu")
     names = (*BASE_PARTS, "controlnet") if controlled else BASE_PARTS
     open_one = _opener(opened, slot, names, low_memory)
@@ -302,10 +302,11 @@ def _tokenizer(bundle: Bundle) -> Any:
         return CLIPTokenizer.from_pretrained(bundle.path / "tokenizer", local_files_only=True)
 
 
-def _scheduler(bundle: Bundle, index: Mapping[str, Any]) -> Any:
+def bundle_scheduler(bundle: Bundle) -> Any:
+    """The scheduler that a bundle was exported with; BundleError when it is unknown or damaged."""
     import diffusers
 
-    found = index.get("scheduler")
+    found = bundle.json("model_index.json").get("scheduler")
     name = found[1] if isinstance(found, list) and len(found) == 2 else None
     if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
         raise BundleError(f"bundle {str(bundle.path)!r} names an unknown scheduler {name!r}: export the model again")

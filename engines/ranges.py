@@ -12,6 +12,7 @@ from sdkd.profiles import Range, ShapeRanges
 
 if TYPE_CHECKING:
     from engines.session import Checked
+    from sdkd.bundle import Bundle, EngineRecord
 
 _HEIGHTS = ("height", "image_height")
 _WIDTHS = ("width", "image_width")
@@ -32,11 +33,30 @@ def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> None:
     if fitting_profiles(checked, sizes):
         return
     _check_image(checked, sizes)
-    asked = asked_ranges(checked, sizes)
-    built = " and for ".join(str(profile) for profile in checked.record.profiles)
+    words = _built_for(checked.bundle, checked.record, asked_ranges(checked, sizes))
+    raise RangeError(f"{checked.label} was asked for {_describe(checked, sizes)}, {words}")
+
+
+def check_images(bundle: Bundle, record: EngineRecord, batch: int, size: tuple[int, int] | None) -> None:
+    """RangeError unless one profile of an engine holds so many images a call, of this height and width (None: any).
+
+    Said of the record alone, before the engine is opened.
+    """
+    asked = {"batch": batch} | dict(zip(("height", "width"), size or (), strict=False))
+    if any(all(value in getattr(profile, name) for name, value in asked.items()) for profile in record.profiles):
+        return
+    words = ", ".join(f"{name} {value}{'' if name == 'batch' else ' px'}" for name, value in asked.items())
     raise RangeError(
-        f"{checked.label} was asked for {_describe(checked, sizes)}, and was built for {built}. "
-        f"Build one that covers {'all' if len(checked.profiles) > 1 else 'both'} with: {cover_command(checked, asked)}"
+        f"the {record.slot} engine of {record.component} in {str(bundle.path)!r} was asked for {words}, "
+        f"{_built_for(bundle, record, asked)}"
+    )
+
+
+def _built_for(bundle: Bundle, record: EngineRecord, asked: Mapping[str, int]) -> str:
+    built = " and for ".join(str(profile) for profile in record.profiles)
+    return (
+        f"and was built for {built}. Build one that covers {'all' if len(record.profiles) > 1 else 'both'} with: "
+        f"{cover_command(bundle, record, asked)}"
     )
 
 
@@ -106,13 +126,12 @@ def widened(ranges: ShapeRanges, asked: Mapping[str, int]) -> ShapeRanges:
     return ShapeRanges(*(wide(name) for name in _AXES))
 
 
-def cover_command(checked: Checked, asked: Mapping[str, int]) -> str:
+def cover_command(bundle: Bundle, record: EngineRecord, asked: Mapping[str, int]) -> str:
     """The `sdkd build-engine` command whose engine covers what was built and the request.
 
     One profile is widened; beside several, the request becomes one more.
     """
-    command = checked.bundle.build_command(checked.record.slot)
-    built = checked.record.profiles
+    command, built = bundle.build_command(record.slot), record.profiles
     if len(built) > 1:
         exactly = ShapeRanges(
             *(Range.fixed(asked[name]) if name in asked else getattr(built[0], name) for name in _AXES)

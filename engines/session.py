@@ -23,7 +23,7 @@ from engines.out_of_memory import once_more, told_of_memory
 from engines.ranges import check_sizes, output_sizes
 from engines.slots import of_newest
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord
-from sdkd.contract import Contract, TensorSpec, axis_ranges
+from sdkd.contract import Contract, TensorSpec, axis_ranges, latent_multiple
 from sdkd.errors import EngineError
 from sdkd.onnx_weights import state_arrays, stored_weights
 from sdkd.profiles import Range, ShapeRanges
@@ -180,7 +180,7 @@ def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
     """What latents and pixels must be a multiple of: exported graphs have no odd sizes at any level."""
     steps = {"height": 1, "width": 1, "image_height": bundle.scale(), "image_width": bundle.scale()}
     if contract.component in ("unet", "controlnet"):
-        down = int(2 ** (len(bundle.config(contract.component)["block_out_channels"]) - 1))
+        down = latent_multiple(bundle.config(contract.component))
         steps = {axis: step * down for axis, step in steps.items()}
     return {axis: step for axis, step in steps.items() if axis in contract.axis_names()}
 

@@ -146,7 +146,12 @@ def vae_scale(vae_config: Mapping[str, Any]) -> int:
 
 def size_multiple(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> int:
     """Pixels that image height and width must be a multiple of, so that no UNet level has an odd size."""
-    return vae_scale(vae_config) * int(2 ** (len(unet_config["block_out_channels"]) - 1))
+    return vae_scale(vae_config) * latent_multiple(unet_config)
+
+
+def latent_multiple(unet_config: Mapping[str, Any]) -> int:
+    """What the sides of a UNet's or ControlNet's latents must be a multiple of."""
+    return int(2 ** (len(unet_config["block_out_channels"]) - 1))
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

@@ -145,6 +145,11 @@ def in_words(error: BaseException) -> str | None:
     return _of_kind(error)
 
 
+def one_line(error: BaseException) -> str:
+    """As `in_words`, and of a bug its type and text: the reason of a row or note, without line breaks."""
+    return " ".join((in_words(error) or f"{type(error).__name__}: {error}").split())
+
+
 def _of_system(number: int, name: object) -> str:
     known = name is not None and not isinstance(name, int)
     it = repr(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "a file"

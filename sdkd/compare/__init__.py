@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdkd.compare.comparison import compare
-    from sdkd.compare.report import Report, write_report
+    from sdkd.compare.folder import write_report
+    from sdkd.compare.report import Report
     from sdkd.compare.subjects import Subject
 
 __all__ = ["Report", "Subject", "compare", "write_report"]
 
-_HOMES = {"Report": "report", "Subject": "subjects", "compare": "comparison", "write_report": "report"}
+_HOMES = {"Report": "report", "Subject": "subjects", "compare": "comparison", "write_report": "folder"}
 
 
 def __getattr__(name: str) -> Any:

@@ -135,7 +135,7 @@ class Against:
                 "Find the cause; where the change is wanted, compare against the new report from now on"
             )
         if all(change.speed is None for change in self.changes):
-            why = "; ".join(dict.fromkeys(change.why_not for change in self.changes))
+            why = "; ".join(dict.fromkeys(change.why_not for change in self.changes)) or "all that it has failed now"
             return InputError(
                 f"no speed can be compared with {self.report!r}: {why}. Measure both on one machine with equal settings"
             )
@@ -180,9 +180,9 @@ def check_common(then: Earlier, labels: list[str]) -> None:
 
 
 def hold_against(report: Report, then: Earlier, threshold: float = THRESHOLD) -> Report:
-    """The report with its comparison with an earlier one; InputError where they have no subject in common."""
+    """The report with its comparison with an earlier one; where all subjects in common failed, `problem` says so."""
     now = parse_report(report.to_json(), "this one")
-    return dataclasses.replace(report, against=weigh(then, now, threshold))
+    return dataclasses.replace(report, against=_weigh(then, now, threshold))
 
 
 def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
@@ -190,9 +190,18 @@ def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
 
     Raises InputError for a threshold below 0, and where the reports have no subject in common.
     """
+    check_threshold(threshold)
+    check_common(then, list(now.rows))
+    return _weigh(then, now, threshold)
+
+
+def check_threshold(threshold: float) -> None:
+    """InputError for a threshold that is no share."""
     if not 0 <= threshold < math.inf:
         raise InputError(f"threshold {threshold:g} is below 0: give the share that a step may take longer, like 0.1")
-    check_common(then, list(now.rows))
+
+
+def _weigh(then: Earlier, now: Earlier, threshold: float) -> Against:
     differ = {setting: text for setting in SETTINGS if (text := _difference(setting, then, now))}
     speed = "; ".join(text for setting, text in differ.items() if setting.speed)
     images = any(setting.images for setting in differ)

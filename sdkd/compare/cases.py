@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,10 @@ from sdkd.compare.isolation import Child
 from sdkd.compare.measure import Bench, Enter, Part, Sample, Timed, interleave
 from sdkd.compare.peaks import Memory
 from sdkd.compare.pictures import Size
-from sdkd.compare.subjects import Subject, size_on_disk
+from sdkd.compare.subjects import Failed, Subject, size_on_disk
 from sdkd.compare.worker import Drag, Drawn, Job, Opened, Seat, Worker
 from sdkd.console import Progress, within
-from sdkd.errors import EngineError, InputError
+from sdkd.errors import EngineError
 from sdkd.memory import free_gpu_memory, free_memory
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Case:
     memory: Memory | None = None
     attention: str | None = None
     repeatable: bool = True
-    failure: str = ""  # why the subject is left out
+    failed: Failed | None = None  # set where it could not be measured: it is left out from there on
     images: list[Image] = field(default_factory=list)
     image_samples: list[list[Sample]] = field(default_factory=list)
     parts: Timed = field(default_factory=dict)
@@ -72,17 +73,14 @@ class Pool:
         self._open: dict[str, tuple[Case, Seat]] = {}
 
     def seat(self, case: Case) -> Seat:
-        """The case's seat, opened if need be. Raises what opening raises, which names the subject."""
+        """The case's seat, opened if need be. Raises what opening raises."""
         label = case.subject.label
         if label not in self._open:
             if not self.house.together:
                 self.finish()
             seat: Seat = (Child if self.house.isolated else Worker)(self._job(case.subject))
             self._open[label] = case, seat
-            try:
-                opened = seat.open()
-            except InputError as error:
-                raise InputError(f"{label!r}: {error}") from error
+            opened = seat.open()
             case.opened = case.opened or opened
             self.size = self.size or opened.size
         return self._open[label][1]
@@ -96,22 +94,36 @@ class Pool:
 
     def finish(self) -> None:
         """Note what memory the open cases took, and let go of them."""
-        for case, seat in self._open.values():
-            found = seat.memory()
-            case.memory = found if case.memory is None else case.memory.with_peaks_of(found)
+        for case, seat in tuple(self._open.values()):
+            with self.trying(case):
+                found = seat.memory()
+                case.memory = found if case.memory is None else case.memory.with_peaks_of(found)
         self.close()
 
+    @contextlib.contextmanager
+    def trying(self, case: Case) -> Iterator[None]:
+        """Whatever is raised inside is this case's failure alone: it is let go of, and the others go on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a library raises must not cost the others' measurement
+            self.fail(case, error)
+
+    def fail(self, case: Case, error: Exception) -> None:
+        """Note why a case failed, and let go of it."""
+        case.failed = Failed.of(case.subject, error)
+        with contextlib.suppress(Exception):  # what failed may fail to close, too
+            self.drop(case)
+
     def drop(self, case: Case) -> None:
-        """Let go of a case that failed."""
+        """Let go of a case."""
         if found := self._open.pop(case.subject.label, None):
             found[1].close()
+        gc.collect()
 
     def close(self) -> None:
         """Let go of all seats, whatever they are doing."""
         while self._open:
-            _, (_, seat) = self._open.popitem()
-            seat.close()
-        gc.collect()
+            self.drop(next(iter(self._open.values()))[0])
 
 
 def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bool:
@@ -124,28 +136,41 @@ def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bo
     return needed < MEMORY_SHARE * free
 
 
-def first_opened(case: Case, pool: Pool) -> Opened:
-    """The first subject, which stays open: size, scheduler and guidance copies are all subjects'."""
-    pool.seat(case)
-    assert case.opened is not None
-    return case.opened
+def first_opened(cases: Sequence[Case], pool: Pool) -> Opened | None:
+    """The first subject that opens, and stays open: size, scheduler and guidance copies are all subjects'."""
+    for case in cases:
+        with pool.trying(case):
+            pool.seat(case)
+        if case.opened is not None:
+            return case.opened
+    return None
+
+
+def measured(cases: Sequence[Case], failed: Sequence[Failed] = ()) -> list[Case]:
+    """The cases that did not fail; raises as `nothing_left` when all did, those that `failed` before among them."""
+    if kept := [case for case in cases if not case.failed]:
+        return kept
+    raise nothing_left([*failed, *(case.failed for case in cases if case.failed)])
+
+
+def nothing_left(failed: Sequence[Failed]) -> Exception:
+    """The error to end with when every subject failed: its own of the only one, EngineError with all reasons."""
+    first = failed[0]
+    if len(failed) == 1 and first.error is not None:
+        return first.error
+    words = "; ".join(f"{one.subject.label!r}: {one.reason}" for one in failed)
+    found = EngineError(f"no subject could be measured: {words}")
+    found.__cause__ = first.error
+    return found
 
 
 def first_images(cases: Sequence[Case], pool: Pool, request: Request, progress: Progress) -> None:
-    """Load each subject and make its images, timing the load and the first call (compilation included).
-
-    A subject that the compiler fails on gets a `failure`, in words, and no images.
-    """
+    """Load each subject and make its images, timing the load and the first call (compilation included)."""
     for place, case in enumerate(cases):
         progress(f"{case.subject.label}: loading", place / len(cases))
         part = within(progress, place / len(cases), (place + 1) / len(cases), f"{case.subject.label}: ")
-        try:
+        with pool.trying(case):
             _first_images(case, pool, request, part)
-        except EngineError as error:
-            if not case.subject.is_compiled:
-                raise
-            case.failure = f"{case.subject.label} was left out: {error}"
-            pool.drop(case)
 
 
 def _first_images(case: Case, pool: Pool, request: Request, progress: Progress) -> None:
@@ -169,10 +194,13 @@ def time_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, 
         prompt = turn % len(request.prompts)
         shuffle.shuffle(order)
         for place, case in enumerate(order):
+            if case.failed:
+                continue
             progress("timing whole images", (turn + place / len(order)) / runs)
-            drawn = pool.seat(case).images(request, prompt)
-            case.image_samples.append([drawn.sample])
-            case.repeatable &= _same(drawn, [case.images[number] for number in request.numbers(prompt)])
+            with pool.trying(case):
+                drawn = pool.seat(case).images(request, prompt)
+                case.image_samples.append([drawn.sample])
+                case.repeatable &= _same(drawn, [case.images[number] for number in request.numbers(prompt)])
 
 
 def _same(drawn: Drawn, before: Sequence[Image]) -> bool:
@@ -204,13 +232,15 @@ def time_parts(
 
         return place
 
+    by_label = {case.subject.label: case for case in cases}
     components = (TEXT_ENCODER, VAE_DECODER)
     few = COMPONENT_ROUNDS, min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS  # once a round, or for the time
     samples = interleave(
-        {case.subject.label: enter(case) for case in cases},
+        {label: enter(case) for label, case in by_label.items()},
         [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in components)],
         rounds=None if pool.house.together else ROUNDS_ONE_AT_A_TIME,
         seed=request.seed,
+        lost=lambda label, error: pool.fail(by_label[label], error),
         progress=progress,
     )
     for case in cases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from sdkd.console import progress, show, show_json, styled, within
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
+    from sdkd.compare.earlier import Earlier
     from sdkd.compare.report import Report
 
 DEMO = "demo"
@@ -65,8 +67,8 @@ def compare(
 
     Every subject is measured in a fresh process of its own, in rounds over all. Writes report.html (one page, images
     side by side), report.json (raw samples) and report.md. Engines that are missing are built. Status 1, after the
-    report is written, when an engine breaks its rule, or a subject is slower than in the report of --against by more
-    than --threshold.
+    report is written, when a subject fails, an engine breaks its rule, or a subject is slower than in the report of
+    --against by more than --threshold.
     """
     if report is not None:
         compare_reports(models, against, report, threshold, json)
@@ -75,28 +77,27 @@ def compare(
 
     load = load_average()  # before engines are built
     from engines.cli import drawn_size
-    from sdkd.compare.against import check_common, hold_against
+    from sdkd.compare.against import check_threshold, hold_against
     from sdkd.compare.comparison import compare as measure
     from sdkd.compare.earlier import read_report
-    from sdkd.compare.planning import Wish, check_scheduler, default_guidance, default_judge, make_plan, parse_prompts
-    from sdkd.compare.report import check_report_free, write_report
+    from sdkd.compare.folder import check_report_free
+    from sdkd.compare.planning import Wish, default_guidance, default_judge, make_plan, parse_prompts
+    from sdkd.compare.refusals import check_asked
     from sdkd.files import lock
 
     names = models or [DEMO]
+    check_threshold(threshold)
     earlier = None if against is None else read_report(against)
     check_report_free(output, overwrite, [*names, prompts, against])
     kept = parse_prompts(prompts, names)
     guidance = default_guidance(names) if guidance_scale is None else guidance_scale
-    if scheduler is not None:
-        check_scheduler(scheduler)
     pixels = None if size is None else drawn_size(size)
-    wish = Wish(_targets(targets), precision, pixels, bundles, batch)
+    check_asked(kept, pixels, steps=steps, guidance_scale=guidance, seed=seed, runs=runs, batch=batch)
+    wish = Wish(_targets(targets), precision, pixels, bundles, batch, steps, scheduler)
     command = make_again(names, targets, precision, kept, steps, guidance, size, batch, scheduler, seed, runs, baseline)
     command += " --in-process" if in_process else ""
     with lock(output), progress("compare") as bar:
-        plan = make_plan(names, wish, within(bar, 0.0, 0.3))
-        if earlier is not None:
-            check_common(earlier, [subject.label for subject in plan.subjects])
+        plan = make_plan(names, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
         found = measure(
             plan.subjects,
             prompts=kept,
@@ -111,17 +112,38 @@ def compare(
             judge=default_judge(names, kept, pixels),
             command=command,
             notes=plan.notes,
+            failed=plan.failed,
             isolate=not in_process,
             load_before=load,
             progress=within(bar, 0.3, 1.0),
         )
         found = found if earlier is None else hold_against(found, earlier, threshold)
-        page = write_report(found, output, overwrite)
+        page = _write(found, output, overwrite, json)
     _show_report(found, page, json)
     found.check(page)
 
 
-def _show_report(report: Report, page: Path, json: bool) -> None:
+def _check_labels(baseline: str | None, earlier: Earlier | None, labels: list[str]) -> None:
+    from sdkd.compare.against import check_common
+    from sdkd.compare.comparison import check_baseline
+
+    check_baseline(baseline, labels)
+    if earlier is not None:
+        check_common(earlier, labels)
+
+
+def _write(report: Report, output: Path, overwrite: bool, json: bool) -> Path:
+    """The page of the written report; where it cannot be written, what was measured is shown all the same."""
+    from sdkd.compare.folder import write_report
+
+    try:
+        return write_report(report, output, overwrite)
+    except Exception:
+        _show_report(report, None, json)
+        raise
+
+
+def _show_report(report: Report, page: Path | None, json: bool) -> None:
     """The report on standard output, as JSON or as tables."""
     if json:
         show_json(report.to_json())
@@ -130,7 +152,7 @@ def _show_report(report: Report, page: Path, json: bool) -> None:
     from sdkd.compare.words import noise_note, sentence
 
     notes = [note for note in (noise_note(report), *report.notes) if note]
-    show(styled(sentence(report), "bold"), terminal_table(report), *notes, f"Look at {page}")
+    show(styled(sentence(report), "bold"), terminal_table(report), *notes, *([f"Look at {page}"] if page else []))
 
 
 def compare_reports(models: list[str] | None, against: Path | None, report: Path, threshold: float, json: bool) -> None:

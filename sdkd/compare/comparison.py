@@ -7,19 +7,30 @@ from typing import TYPE_CHECKING
 
 from sdkd.compare.beside import complete
 from sdkd.compare.calls import TEXT_ENCODER, VAE_DECODER, Request
-from sdkd.compare.cases import Case, House, Pool, first_images, first_opened, fit_together, time_images, time_parts
+from sdkd.compare.cases import (
+    Case,
+    House,
+    Pool,
+    first_images,
+    first_opened,
+    fit_together,
+    measured,
+    nothing_left,
+    time_images,
+    time_parts,
+)
 from sdkd.compare.environment import environment, state_after
 from sdkd.compare.isolation import prepare_children
 from sdkd.compare.measure import Sample, Timer
 from sdkd.compare.pictures import Size
 from sdkd.compare.references import Truths, find_truths
+from sdkd.compare.refusals import check_asked, check_models
 from sdkd.compare.report import Report, Result, Setup
 from sdkd.compare.stats import CONFIDENCE, Ratio, Spread, speedup
-from sdkd.compare.subjects import TEACHER, Subject, check_subjects, has_random_weights, size_on_disk
+from sdkd.compare.subjects import TEACHER, Failed, Subject, check_subjects, has_random_weights, size_on_disk
 from sdkd.compare.verdicts import judge_engine
 from sdkd.console import Progress, quiet, within
-from sdkd.errors import EngineError, InputError
-from sdkd.numbers import DRAWING, check_numbers
+from sdkd.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +62,7 @@ def compare(
     device: str | None = None,
     command: str | None = None,
     notes: Sequence[str] = (),
+    failed: Sequence[Failed] = (),
     isolate: bool = False,
     load_before: Sequence[float] | None = None,
     progress: Progress = quiet,
@@ -63,47 +75,53 @@ def compare(
     `judge` reads the images (caption accuracy). Image n starts from `seed + n`. `isolate`: every subject in a fresh
     process of its own, which tells their memory apart and survives their crashes; a script that asks for it needs
     `if __name__ == "__main__":`.
-    `load_before`: the machine's load average before work of the caller's own, such as building engines.
-    Raises InputError, EngineError when a process ends by itself, and whatever opening a subject raises.
+    `load_before`: the machine's load average before work of the caller's own, such as building engines; `failed`: what
+    failed in that. A subject that fails, whatever with, is one of the report's `failed`, and the others are measured.
+    Raises InputError, and where no subject can be measured the only one's own error, or EngineError with all reasons.
     """
+    if not subjects and failed:
+        raise nothing_left(failed)
     check_subjects(subjects)
-    kept = _check_request(prompts, steps=steps, runs=runs, image_runs=image_runs, batch=batch)
     pixels = (size, size) if isinstance(size, int) else size
+    counts = {"steps": steps, "runs": runs, "image_runs": image_runs, "batch": batch}
     numbers = {"guidance_scale": guidance_scale, "seed": seed, "min_seconds": min_seconds}
-    numbers |= dict(zip(("height", "width"), pixels or (), strict=False))
-    check_numbers(numbers | {"steps": steps, "runs": runs, "batch": batch}, DRAWING)
-    _check_baseline(baseline, subjects)
-    where, cases = device or _default_device(), [Case(subject) for subject in subjects]
+    texts = check_asked(prompts, pixels, **counts, **numbers)
+    homes = {row.label: row.bundle or row.model for row in subjects if row.bundle or not row.replaced}
+    pixels = check_models(homes, pixels, steps, scheduler)
+    check_baseline(baseline, [subject.label for subject in (*subjects, *(one.subject for one in failed))])
+    where, cases, known = device or _default_device(), [Case(subject) for subject in subjects], random_notes(subjects)
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
         prepare_children()
-    house = House(where, fit_together(subjects, where, isolate), isolate, scheduler, kept)
+    house = House(where, fit_together(subjects, where, isolate), isolate, scheduler, texts)
     pool = Pool(house, pixels)
     try:
-        first = first_opened(cases[0], pool)
+        if (first := first_opened(cases, pool)) is None:
+            raise nothing_left([*failed, *(case.failed for case in cases if case.failed)])
         height, width = first.size
         wide = None if width == height else width
-        request = Request(kept, steps, guidance_scale, seed, height, batch, scheduler, first.copies, wide)
+        request = Request(texts, steps, guidance_scale, seed, height, batch, scheduler, first.copies, wide)
         _make_images(cases, pool, request, image_runs, within(progress, *SHARES["images"]))
-        left_out = [case.failure for case in cases if case.failure]
-        cases, subjects = keep_measured(cases)
-        time_parts(cases, pool, request, runs, min_seconds, within(progress, *SHARES["steps"]))
+        time_parts(measured(cases, failed), pool, request, runs, min_seconds, within(progress, *SHARES["steps"]))
         pool.finish()
         surroundings |= state_after(where)
+        kept = measured(cases, failed)
         truths = find_truths(cases, request, pool, within(progress, *SHARES["references"]))
     finally:
         pool.close()
     setup = _setup(request, house, first.scheduler, runs, min_seconds)
-    baselines = {case.subject.label: find_baselines(case.subject, subjects, baseline) for case in cases}
-    by_label = {case.subject.label: case for case in cases}
+    others = [case.subject for case in kept]
+    baselines = {case.subject.label: find_baselines(case.subject, others, baseline) for case in kept}
+    by_label = {case.subject.label: case for case in kept}
     report = Report(
         setup=setup,
-        results=tuple(_result(case, by_label, truths, baselines[case.subject.label], judge, request) for case in cases),
+        results=tuple(_result(case, by_label, truths, baselines[case.subject.label], judge, request) for case in kept),
         environment=surroundings,
-        images={case.subject.label: tuple(case.images) for case in cases},
+        images={case.subject.label: tuple(case.images) for case in kept},
         baselines=baselines,
         command=command,
-        notes=(*random_notes(subjects), *_notes_of(cases), *notes, *left_out, *truths.notes),
+        notes=(*known, *_notes_of(kept), *notes, *truths.notes),
+        failed=(*failed, *(case.failed for case in cases if case.failed)),
     )
     return complete(report, where)
 
@@ -134,15 +152,7 @@ def _make_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int,
     for place, group in enumerate(groups):
         part = within(progress, place / len(groups), (place + 1) / len(groups))
         first_images(group, pool, request, within(part, 0.0, 0.65))
-        time_images([case for case in group if not case.failure], pool, request, runs, within(part, 0.65, 1.0))
-
-
-def keep_measured(cases: Sequence[Case]) -> tuple[list[Case], list[Subject]]:
-    """The cases that did not fail, and their subjects; EngineError with the reasons when all failed."""
-    kept = [case for case in cases if not case.failure]
-    if not kept:
-        raise EngineError(f"nothing is left to compare: {'; '.join(case.failure for case in cases)}")
-    return kept, [case.subject for case in kept]
+        time_images([case for case in group if not case.failed], pool, request, runs, within(part, 0.65, 1.0))
 
 
 def random_notes(subjects: Sequence[Subject]) -> list[str]:
@@ -162,18 +172,8 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _check_request(prompts: Sequence[str], **counts: int) -> tuple[str, ...]:
-    kept = tuple(prompts)
-    if not kept or not all(prompt.strip() for prompt in kept):
-        raise InputError("a comparison needs prompts, none of them empty: give --prompts 'a red star; a blue ring'")
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{name} {value} is too few: give at least 1")
-    return kept
-
-
-def _check_baseline(baseline: str | None, subjects: Sequence[Subject]) -> None:
-    labels = [subject.label for subject in subjects]
+def check_baseline(baseline: str | None, labels: Sequence[str]) -> None:
+    """InputError for a baseline that is no label."""
     if baseline is not None and baseline not in labels:
         raise InputError(f"baseline {baseline!r} is not among the subjects: choose one of {', '.join(labels)}")
 

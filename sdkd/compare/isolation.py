@@ -113,10 +113,7 @@ class Child:
         self._process.join(GRACE_SECONDS)
         how, advice = _how_it_ended(self._process.exitcode)
         doing = DOING.get(name, "it was asked for its memory")
-        return EngineError(
-            f"the process of {self.job.subject.label!r} was ended {how} while {doing}: {advice}. "
-            "Without the subject, the others can be compared"
-        )
+        return EngineError(f"the process of {self.job.subject.label!r} was ended {how} while {doing}: {advice}")
 
     def close(self) -> None:
         """End the process: by asking when it waits, by a signal when it is in the middle of something."""
@@ -155,7 +152,7 @@ def _error(failure: Failure, label: str, name: str) -> Exception:
         found = OSError(failure.errno, failure.message, failure.filename)
     else:
         words = f"{label!r} failed while {DOING.get(name, name)}: {failure.name}: {failure.message}"
-        found = EngineError(f"{words}. Leave it out to compare the others; --debug shows where")
+        found = EngineError(f"{words}; --debug shows where")
     found.add_note(failure.traceback)  # seen with --debug
     return found
 

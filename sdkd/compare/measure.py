@@ -139,13 +139,14 @@ def interleave(
     *,
     rounds: int | None = None,
     seed: int = 0,
+    lost: Callable[[str, Exception], None] | None = None,
     progress: Progress = quiet,
 ) -> dict[str, Timed]:
     """Time all cases in rounds, each round in a new (seeded) order, so that drift of the machine hits all alike.
 
     Per case and part: warm-up until stable and a burst of timed calls in its first round, then in every round that is
     its own one call that is thrown away and a burst; at least `runs` calls, and `min_seconds` where the burst limit
-    allows.
+    allows. `lost` hears of a case that raises and is left out from there on; without it the error ends all.
     """
     rounds = rounds or rounds_for(parts[0].runs)
     order, shuffle = list(cases), random.Random(seed)  # noqa: S311 (an order, not a secret)
@@ -154,14 +155,20 @@ def interleave(
     for number in range(rounds):
         shuffle.shuffle(order)
         due = [part for part in parts if part.is_due(number, rounds)]
-        for place, name in enumerate(order):
-            progress("timing UNet steps", (number + place / len(order)) / rounds)
-            bench = cases[name]()
-            for part in due:
-                if (key := (name, part.name)) not in bursts:
-                    call_s = bench.warm(part.name)
-                    bursts[key] = burst_length(part.runs, part.rounds_of(rounds), part.min_seconds, call_s)
-                samples[name][part.name].append(bench.burst(part.name, bursts[key]))
+        for place, name in enumerate(turn := tuple(order)):
+            progress("timing UNet steps", (number + place / len(turn)) / rounds)
+            try:
+                bench = cases[name]()
+                for part in due:
+                    if (key := (name, part.name)) not in bursts:
+                        call_s = bench.warm(part.name)
+                        bursts[key] = burst_length(part.runs, part.rounds_of(rounds), part.min_seconds, call_s)
+                    samples[name][part.name].append(bench.burst(part.name, bursts[key]))
+            except Exception as error:
+                if lost is None:
+                    raise
+                lost(name, error)
+                order.remove(name)
     progress("timed", 1.0)
     return samples
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.schedulers import scheduler_class
 from sdkd.bundle import Bundle
 from sdkd.compare.pictures import Size
-from sdkd.compare.subjects import EAGER, IN_TORCH, OPTIMUM, STUDENT, TEACHER, Subject, optimum_problem
+from sdkd.compare.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
+from sdkd.compare.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
 from sdkd.console import Progress, quiet, within
 from sdkd.contract import check_precision, vae_scale
-from sdkd.errors import EngineError, InputError, ModelError, SdkdError
+from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
 from sdkd.files import read_json
 from sdkd.models import ModelSource, provenance, resolve, unet_config
 from sdkd.profiles import Range, ShapeRanges
-from sdkd.targets import TARGETS, availability, check_target, slot_precision
+from sdkd.targets import TARGETS, availability, check_target, slot_name, slot_precision
 from sdkd.text_files import prompts_of
 
 if TYPE_CHECKING:
@@ -45,21 +47,31 @@ GUIDANCE, SMALL_GUIDANCE = 7.5, 4.0  # diffusers' default; what suits drawn shap
 
 @dataclass
 class Plan:
-    """Subjects to compare, and in words what was left out and why."""
+    """Subjects to compare, those whose engines could not be built, and in words what was left out and why."""
 
     subjects: list[Subject] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What applies to every model: targets (None: what runs here), precision of new engines, size, bundles, batch."""
+    """What applies to every model: targets (None: what runs here), precision of new engines, size, bundles, batch.
+
+    `steps` and `scheduler` are looked at before anything is built.
+    """
 
     targets: tuple[str, ...] | None
     precision: str | None
     size: Size | None
     bundles: Path
     batch: int = 1
+    steps: int = 1
+    scheduler: str | None = None
+
+
+Builder = Callable[[Progress], Subject]
+"""Exports and builds what is missing or stale for a subject."""
 
 
 def parse_prompts(text: str | None, models: Sequence[str]) -> tuple[str, ...]:
@@ -111,55 +123,41 @@ def _native_px(model: str) -> int | None:
     return sample * vae_scale(read_json(path / vae / "config.json")) if isinstance(sample, int) else None
 
 
-def make_plan(models: Sequence[str], wish: Wish, progress: Progress = quiet) -> Plan:
+def make_plan(
+    models: Sequence[str], wish: Wish, progress: Progress = quiet, check: Callable[[list[str]], object] = list
+) -> Plan:
     """Subjects for every model on every target, missing engines built into `wish.bundles`.
 
-    Raises InputError for an unknown target, and what exporting and building raise; a target that was not asked for by
-    name and does not run here is left out with a note.
+    First everything is refused that can be, `check` with the labels of all subjects among it; an engine that cannot be
+    built then is one of the plan's `failed`. A target that was not asked for by name and does not run here is left out
+    with a note. Raises InputError for an unknown target, a size, batch or number of steps that a model cannot have.
     """
     names, plan = short_names(models), Plan()
     check_targets(wish.targets)
     roles = find_roles(models)
-    for place, (model, name) in enumerate(zip(models, names, strict=True)):
-        part = within(progress, place / len(models), (place + 1) / len(models), f"{name}: ")
+    if wish.scheduler is not None:
+        scheduler_class(wish.scheduler)
+    if wish.precision is not None:
+        check_precision(wish.precision)
+    size = check_models(dict(zip(names, models, strict=True)), wish.size, wish.steps, wish.scheduler)
+    wanted: list[tuple[Subject, Builder | None]] = []
+    for model, name in zip(models, names, strict=True):
         source = resolve(model)
-        (_plan_bundle if source.kind == "bundle" else _plan_model)(plan, source, name, roles[model], wish, part)
-    if not plan.subjects:
+        if source.kind == "bundle":
+            wanted += [(subject, None) for subject in _of_bundle(plan, source, name, roles[model], wish, size)]
+        else:
+            wanted += _of_model(source, name, roles[model], wish, size)
+    if not wanted:
         raise InputError(f"nothing of {', '.join(models)} can be compared here: {'; '.join(plan.notes)}")
+    check_subjects([subject for subject, _ in wanted])
+    check([subject.label for subject, _ in wanted])
+    for place, (subject, build) in enumerate(wanted):
+        part = within(progress, place / len(wanted), (place + 1) / len(wanted), f"{subject.label}: ")
+        try:
+            plan.subjects.append(subject if build is None else build(part))
+        except (BuildError, BundleError, EngineError, ExportError, ModelError) as error:
+            plan.failed.append(Failed.of(subject, error))
     return plan
-
-
-def check_scheduler(name: str) -> None:
-    """InputError for a scheduler that `sdkd generate` does not know; said before anything is built."""
-    from types import SimpleNamespace
-
-    from diffusers import PNDMScheduler
-
-    from engines.cli import set_scheduler
-
-    set_scheduler(SimpleNamespace(scheduler=PNDMScheduler()), name)
-
-
-def check_targets(targets: tuple[str, ...] | None) -> None:
-    """InputError for an unknown target, EngineError for one that cannot run here; knows `eager-bf16`, too."""
-    for target in targets or ():
-        if _in_torch(target):
-            _torch_precision(target)
-        elif target == OPTIMUM:
-            if problem := optimum_problem():
-                raise EngineError(f"target 'optimum' does not run here: {problem}")
-        elif not (here := availability(check_target(target).name)).can_run:
-            raise EngineError(f"target {target!r} does not run here: {here.reason}. {here.fix}")
-
-
-def _in_torch(target: str) -> bool:
-    """Whether a target is eager or compile, in any precision."""
-    return target.partition("-")[0] in IN_TORCH
-
-
-def _torch_precision(target: str) -> str:
-    """`eager` -> fp32, `eager-bf16` and `compile-bf16` -> bf16."""
-    return check_precision(target.partition("-")[2] or "fp32")
 
 
 def short_names(models: Sequence[str]) -> list[str]:
@@ -201,34 +199,52 @@ def _origin(source: ModelSource) -> ModelSource | None:
 def _torch_subjects(
     model: str, name: str, role: str, targets: tuple[str, ...] | None, replaced: Replaced = ()
 ) -> list[Subject]:
-    wanted = [EAGER] if targets is None else [target for target in targets if _in_torch(target)]
+    wanted = [EAGER] if targets is None else [target for target in targets if in_torch(target)]
     return [
-        Subject(f"{name} {target}", model, target.partition("-")[0], _torch_precision(target), None, role, replaced)
+        Subject(f"{name} {target}", model, target.partition("-")[0], torch_precision(target), None, role, replaced)
         for target in wanted
     ]
 
 
-def _plan_model(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, progress: Progress) -> None:
+def _of_model(
+    source: ModelSource, name: str, role: str, wish: Wish, size: Size | None
+) -> list[tuple[Subject, Builder | None]]:
     """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
-    from sdkd.workflow import prepare
-
-    plan.subjects += _torch_subjects(source.name, name, role, wish.targets)
+    eager = _torch_subjects(source.name, name, role, wish.targets)
     targets = _engine_targets(wish.targets)
-    for place, target in enumerate(targets):
-        part = within(progress, place / len(targets), (place + 1) / len(targets), f"{target}: ")
-        built = ONNX_ENGINE if target == OPTIMUM else target
-        precision = slot_precision(built) or wish.precision
-        made = prepare(
-            source.name, built, wish.bundles / name, precision=precision, ranges=_ranges(wish), progress=part
+    if targets and wish.size is None and size is not None and (own := _native_px(source.name)) not in (None, size[0]):
+        raise InputError(
+            f"{name!r} makes images of {own} px, and this comparison is of {size[0]} px: give --size, and engines are "
+            "built for that"
         )
-        slot = OPTIMUM if target == OPTIMUM else made.slot
-        plan.subjects.append(_engine_subject(source.name, name, role, made.bundle, slot))
+    found: list[tuple[Subject, Builder | None]] = [(subject, None) for subject in eager]
+    return found + [_engine_to_build(source.name, name, role, target, wish) for target in targets]
+
+
+def _engine_to_build(model: str, name: str, role: str, target: str, wish: Wish) -> tuple[Subject, Builder]:
+    """The subject that an engine will be, and what builds it; raises what building it would raise at once."""
+    from export.build_request import check_buildable, check_conversion
+    from sdkd.workflow import onnx_precision, prepare
+
+    built, folder = ONNX_ENGINE if target == OPTIMUM else target, wish.bundles / name
+    kind, ranges = check_target(built), _ranges(wish)
+    precision = check_precision(slot_precision(built) or wish.precision or kind.precision)
+    onnx = onnx_precision(kind.name, precision)
+    check_conversion(kind.name, onnx, precision)
+    check_buildable(kind)
+    slot = OPTIMUM if target == OPTIMUM else slot_name(kind.name, precision, onnx)
+
+    def build(progress: Progress) -> Subject:
+        made = prepare(model, built, folder, precision=precision, ranges=ranges, progress=progress)
+        return _engine_subject(model, name, role, made.bundle, slot)
+
+    return Subject(f"{name} {slot}", model, slot, precision, folder / onnx, role), build
 
 
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
     if targets is None:
         return [name for name in TARGETS if (here := availability(name)).can_run and here.can_build]
-    return [target for target in targets if not _in_torch(target)]
+    return [target for target in targets if not in_torch(target)]
 
 
 def _ranges(wish: Wish) -> ShapeRanges | None:
@@ -259,25 +275,26 @@ def _replaced(bundle: Bundle) -> Replaced:
     return tuple((part, str(source[part])) for part in REPLACEMENTS if part in source)
 
 
-def _plan_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, progress: Progress) -> None:
+def _of_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, size: Size | None) -> list[Subject]:
     """A bundle: its engines as they are, and the model it was made from as eager where that can be had."""
     assert source.path is not None
     bundle, origin = Bundle.open(source.path), _origin(source)
     model = source.name if origin is None else origin.name
     replaced = _replaced(bundle)
-    eager = _torch_subjects(model, name, role, wish.targets, replaced)
-    if eager and (why := _why_not_eager(model, replaced)):
+    found = _torch_subjects(model, name, role, wish.targets, replaced)
+    if found and (why := _why_not_eager(model, replaced)):
         plan.notes.append(f"{name}: no eager baseline ({why})")
-        eager = []
-    plan.subjects += eager
+        found = []
     asked = None if wish.targets is None else _engine_targets(wish.targets)
     for slot in bundle.slots() if asked is None else asked:
         here = None if slot == OPTIMUM else availability(check_target(slot).name)
-        if here is None or here.can_run:
-            plan.subjects.append(_engine_subject(model, name, role, bundle.path, slot))
-        else:
+        if here is not None and not here.can_run:
             plan.notes.append(f"{name}: {slot} was left out ({here.reason}; {here.fix})")
-    progress("found", 1.0)
+            continue
+        found.append(_engine_subject(model, name, role, bundle.path, slot))
+        if here is not None:
+            check_engines(bundle, slot, size, wish.batch)
+    return found
 
 
 def _why_not_eager(model: str, replaced: Replaced) -> str | None:

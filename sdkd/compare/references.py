@@ -10,9 +10,8 @@ from sdkd.compare.beside import perceptual
 from sdkd.compare.calls import Request
 from sdkd.compare.cases import Case, Pool
 from sdkd.compare.quality import Likeness, likeness
-from sdkd.compare.subjects import STUDENT, TEACHER, Subject
+from sdkd.compare.subjects import STUDENT, TEACHER, Failed, Subject
 from sdkd.console import Progress
-from sdkd.errors import SdkdError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,20 +55,25 @@ class Truths:
 
 
 def find_truths(cases: Sequence[Case], request: Request, pool: Pool, progress: Progress) -> Truths:
-    """Take the references from the measured subjects, and make those that are missing (untimed, after all timing)."""
+    """Take the references from the subjects, and make those that are missing (untimed, after all timing).
+
+    One that failed gives its images where it had made them all, and is not tried again.
+    """
     teacher = next((case.subject.model_key for case in cases if case.subject.role == TEACHER), None)
-    found = Truths(teacher_key=teacher)
+    found, lost = Truths(teacher_key=teacher), set[tuple[str, str]]()
     for case in cases:
-        if case.subject.is_eager:
-            key = case.subject.model_key, case.subject.precision
+        key = case.subject.model_key, case.subject.precision
+        if case.subject.is_eager and case.images:
             found.by_key.setdefault(key, Truth(case.subject.label, case.images))
-    missing = _missing(cases, found)
+        elif case.subject.is_eager:
+            lost.add(key)
+    missing = [one for one in _missing(cases, found) if (one.model_key, one.precision) not in lost]
     for place, subject in enumerate(missing):
         progress(f"reference images of {subject.label}", place / len(missing))
         try:
             images = _images(Case(subject), pool, request)
-        except SdkdError as error:
-            found.notes.append(f"no reference images of {subject.label}: {error}")
+        except Exception as error:  # noqa: BLE001 - the measurement is done, and must not be lost for a reference
+            found.notes.append(f"no reference images of {subject.label}: {Failed.of(subject, error).reason}")
             continue
         found.by_key[subject.model_key, subject.precision] = Truth(subject.label, images)
     return found
@@ -89,6 +93,8 @@ def _missing(cases: Sequence[Case], found: Truths) -> list[Subject]:
     """Eager subjects that must still be run, each once: float32 of every model, and the half of each half engine."""
     wanted = {}
     for case in cases:
+        if case.failed:
+            continue
         model = case.subject.model
         for precision in dict.fromkeys(("fp32", case.subject.precision)):
             suffix = "" if precision == "fp32" else f"-{precision}"

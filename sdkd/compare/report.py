@@ -1,4 +1,4 @@
-"""What a comparison found, as dataclasses, and how it is written: report.json, report.md, report.html, images."""
+"""What a comparison found, as dataclasses and as JSON."""
 
 from __future__ import annotations
 
@@ -13,23 +13,17 @@ from sdkd.compare.limits import Ceilings, Limit, Work
 from sdkd.compare.peaks import Memory
 from sdkd.compare.quality import Likeness
 from sdkd.compare.stats import Ratio, Spread
-from sdkd.compare.subjects import Subject
+from sdkd.compare.subjects import Failed, Subject
 from sdkd.compare.verdicts import Verdict
-from sdkd.errors import InputError, ParityError
-from sdkd.files import staged_folder, write_bytes, write_json
-from sdkd.marks import COMPARISON
-from sdkd.outputs import Input, check_parts_free, is_replaceable
-from sdkd.replace import put, sweep_inside, temporary, temporary_folder
+from sdkd.errors import EngineError, InputError, ParityError, SdkdError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from rich.console import ConsoleRenderable
 
     from sdkd.compare.against import Against
 
 SCHEMA = 3
 NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
-PARTS = ("images", "report.md", "report.html", "report.json")  # the JSON last: it is there only when all is
 
 
 @dataclass(frozen=True)
@@ -133,6 +127,7 @@ class Report:
     against: Against | None = None  # an earlier report
     ceilings: Mapping[str, Ceilings] = field(default_factory=dict)  # by precision
     not_measured: tuple[str, ...] = ()  # scores that lack weights here, and how to get them
+    failed: tuple[Failed, ...] = ()  # subjects that have no result
 
     @property
     def broken(self) -> tuple[Result, ...]:
@@ -141,20 +136,26 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no rule is broken."""
-        return not self.broken
+        """Whether no rule is broken, and no subject failed."""
+        return not self.broken and not self.failed
 
     def check(self, page: Path | None = None) -> None:
-        """Raise one error when a rule is broken or an earlier report was better; `page` is where to look.
+        """Raise one error when a subject failed, a rule is broken or an earlier report was better.
 
-        ParityError for a broken rule, otherwise what `Against.problem` gives; both are said in one message.
+        `page` is where to look. EngineError, ParityError or what `Against.problem` gives, in this order; all are said
+        in one message.
         """
+        found: list[SdkdError] = [EngineError(self._failure())] if self.failed else []
+        found += [ParityError(self._broken_rule())] if self.broken else []
         worse = None if self.against is None else self.against.problem()
-        look = f"See {page}." if page else ""
-        if self.broken:
-            raise ParityError(" ".join(filter(None, (self._broken_rule(), str(worse or ""), look))))
-        if worse is not None:
-            raise type(worse)(f"{worse}. {look}".rstrip())
+        found += [] if worse is None else [worse]
+        if found:
+            words = ". ".join([str(error).rstrip(".") for error in found] + ([f"See {page}"] if page else []))
+            raise type(found[0])(f"{words}.") from (self.failed[0].error if self.failed else None)
+
+    def _failure(self) -> str:
+        first, count = self.failed[0], len(self.failed)
+        return f"{count} of {count + len(self.results)} subjects failed. {first.subject.label!r}: {first.reason}"
 
     def _broken_rule(self) -> str:
         subject, verdict = self.broken[0].subject, self.broken[0].verdict
@@ -209,6 +210,7 @@ class Report:
             "ceilings": {precision: vars(found) for precision, found in self.ceilings.items()},
             "not_measured": list(self.not_measured),
             "results": [_result_json(row, self) for row in self.results],
+            "failed": [{**_subject_json(one.subject), "reason": one.reason} for one in self.failed],
             "against": None if self.against is None else self.against.to_json(),
         }
 
@@ -218,8 +220,8 @@ def image_name(subject: Subject, number: int) -> str:
     return f"images/{subject.slug}-{number}.png"
 
 
-def _result_json(row: Result, report: Report) -> dict[str, Any]:
-    subject, baselines = row.subject, report.baselines.get(row.subject.label, {})
+def _subject_json(subject: Subject) -> dict[str, Any]:
+    """What a report says of a subject, measured or not."""
     return {
         "label": subject.label,
         "model": subject.model_key,
@@ -227,6 +229,13 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
         "precision": subject.precision,
         "role": subject.role,
         "bundle": None if subject.bundle is None else str(subject.bundle),
+    }
+
+
+def _result_json(row: Result, report: Report) -> dict[str, Any]:
+    subject, baselines = row.subject, report.baselines.get(row.subject.label, {})
+    return {
+        **_subject_json(subject),
         "unet_step_ms": _spread_json(row.unet_step_ms),
         "unet_step_cpu_ms": _spread_json(row.unet_step_cpu_ms),
         "image_s": _spread_json(row.image_s),
@@ -295,56 +304,3 @@ def _likeness_json(found: Likeness | None) -> dict[str, Any] | None:
         "lpips_max": found.lpips_max,
         "per_image": [vars(image) for image in found.per_image],
     }
-
-
-def check_report_free(folder: Path, overwrite: bool, inputs: Sequence[Input] = ()) -> None:
-    """As `sdkd.outputs.check_free`, for the parts of a report; other files in `folder` do not matter."""
-    check_parts_free(folder, COMPARISON, PARTS, overwrite, inputs)
-
-
-def write_report(report: Report, folder: str | Path, overwrite: bool = False) -> Path:
-    """Write report.json, report.md, report.html and images/ into `folder`; gives the path of the HTML page.
-
-    Everything is made in a temporary folder first. A folder with nothing else in it is replaced in one step; files of
-    others in `folder` stay, and the parts are moved in among them. Raises OutputExistsError.
-    """
-    folder = Path(folder)
-    check_report_free(folder, overwrite)
-    if is_replaceable(folder) and not _others(folder):
-        with staged_folder(folder) as staged:
-            _write_parts(report, staged)
-        return folder / "report.html"
-    with temporary_folder(folder) as staged:
-        _write_parts(report, staged)
-        whole = temporary(folder / PARTS[-1], "partial")  # after a kill, the proof that the other parts are sdkd's
-        (staged / PARTS[-1]).replace(whole)
-        for part in PARTS[:-1]:
-            (put if (staged / part).is_dir() else Path.replace)(staged / part, folder / part)
-        whole.replace(folder / PARTS[-1])
-    sweep_inside(folder)
-    return folder / "report.html"
-
-
-def _others(folder: Path) -> bool:
-    """Whether a folder holds anything beside a report."""
-    return folder.exists() and any(path.name not in PARTS for path in folder.iterdir())
-
-
-def _write_parts(report: Report, folder: Path) -> None:
-    from sdkd.compare.page import html_page
-    from sdkd.compare.tables import markdown
-
-    (folder / "images").mkdir()
-    for row in report.results:
-        for number, image in enumerate(report.images[row.subject.label]):
-            image.save(folder / image_name(row.subject, number))
-    write_bytes(folder / "report.md", markdown(report).encode())
-    write_bytes(folder / "report.html", html_page(report).encode())
-    write_json(folder / "report.json", report.to_json())
-
-
-def terminal_table(report: Report) -> ConsoleRenderable:
-    """The report for a terminal of 80 columns, for sdkd.console.show."""
-    from sdkd.compare.tables import terminal_table as make
-
-    return make(report)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
+import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from engines.image_inputs import as_pipeline
 from sdkd.bundle import Bundle
 from sdkd.compare.pictures import as_drawn
 from sdkd.contract import COMPONENTS, DTYPES, check_precision
-from sdkd.errors import EngineError, InputError, ModelError
+from sdkd.errors import EngineError, InputError, ModelError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,24 @@ class Subject:
     def slug(self) -> str:
         """The label as a file name."""
         return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-") or "subject"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A subject that could not be built or measured, and why, in one line; `error` is for --debug."""
+
+    subject: Subject
+    reason: str
+    error: Exception | None = field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def of(subject: Subject, error: Exception) -> Failed:
+        """What ended a subject, in words; what its frames held in memory is let go of."""
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        return Failed(subject, one_line(error), error)
 
 
 def check_subjects(subjects: Sequence[Subject]) -> None:

@@ -249,6 +249,8 @@ def markdown(report: Report) -> str:
     columns, parts = shown_columns(report), shown_columns(report, parts=True)
     lines = [f"# {sentence(report)}", "", f"Measured on {machine_line(report)}.", "", *_markdown_table(report, columns)]
     lines += ["", *_markdown_table(report, parts)] if parts else []
+    failed = [f"- **{one.subject.label} failed**: {one.reason}" for one in report.failed]
+    lines += ["", *failed] if failed else []
     lines += ["", *(f"- {column.title}: {column.help}" for column in (*columns, *parts))]
     lines += [f"- Note: {note}." for note in (noise_note(report), *report.notes) if note]
     lines += [] if report.against is None else ["", *markdown_lines(report.against)]
@@ -297,13 +299,15 @@ _STYLES = {"good": "green", "bad": "bold red", "muted": "dim", "": ""}
 def terminal_table(report: Report) -> ConsoleRenderable:
     """Tables for a terminal of 80 columns: speed and size, parts and memory, then the images; the page has the rest."""
     from rich.console import Group
+    from rich.text import Text
 
     from sdkd.compare.against_tables import against_table
 
     tables: list[ConsoleRenderable] = [
         table for heads in (_SPEED, _PARTS, _IMAGES) if (table := _part_table(report, heads)) is not None
     ]
-    return Group(*tables, *([] if report.against is None else [against_table(report.against)]))
+    failed = [Text(f"✗ {one.subject.label} failed: {one.reason}", "bold red") for one in report.failed]
+    return Group(*tables, *failed, *([] if report.against is None else [against_table(report.against)]))
 
 
 def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> Table | None:

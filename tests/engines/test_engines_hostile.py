@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from graph_bundles import graph_bundle
 
-from engines.pipeline import _scheduler, _tokenizer
+from engines.pipeline import _tokenizer, bundle_scheduler
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError
 from sdkd.models import DEMO_WEIGHTS
@@ -23,11 +23,12 @@ def bundle(tmp_path: Path) -> Bundle:
     made = graph_bundle(tmp_path, components=("unet",))
     for part in ("scheduler", "tokenizer"):
         shutil.copytree(DEMO_WEIGHTS / part, tmp_path / part)
+    (made.path / "model_index.json").write_text(json.dumps(INDEX))
     return made
 
 
 def test_whole_files_are_read(bundle: Bundle) -> None:
-    assert type(_scheduler(bundle, INDEX)).__name__ == "DDIMScheduler"
+    assert type(bundle_scheduler(bundle)).__name__ == "DDIMScheduler"
     assert _tokenizer(bundle)("red").input_ids
 
 
@@ -49,12 +50,13 @@ def test_whole_files_are_read(bundle: Bundle) -> None:
 )
 def test_damaged_files_are_one_error(bundle: Bundle, name: str, text: str, message: str) -> None:
     (bundle.path / name).write_text(text)
-    read = _tokenizer if name.startswith("tokenizer") else lambda bundle: _scheduler(bundle, INDEX)
+    read = _tokenizer if name.startswith("tokenizer") else bundle_scheduler
     with pytest.raises(BundleError, match=message):
         read(bundle)
 
 
 @pytest.mark.parametrize("entry", [None, "x", ["diffusers"], ["diffusers", "AutoencoderKL"], ["diffusers", 3]])
 def test_only_schedulers_are_taken_for_one(bundle: Bundle, entry: Any) -> None:
+    (bundle.path / "model_index.json").write_text(json.dumps({"scheduler": entry}))
     with pytest.raises(BundleError, match="names an unknown scheduler"):
-        _scheduler(bundle, {"scheduler": entry})
+        bundle_scheduler(bundle)

@@ -16,8 +16,8 @@ from sdkd import cli
 from sdkd.compare.against import Against, compare_files, hold_against, weigh
 from sdkd.compare.against_tables import against_table
 from sdkd.compare.earlier import parse_report, read_report
+from sdkd.compare.folder import write_report
 from sdkd.compare.page import html_page
-from sdkd.compare.report import write_report
 from sdkd.compare.tables import markdown
 from sdkd.console import no_html
 from sdkd.errors import InputError, ParityError, RegressionError

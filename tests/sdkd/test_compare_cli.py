@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,6 @@ def test_a_bundle_is_compared_with_its_model(tmp_path: Path) -> None:
 
 def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
     import dataclasses
-    import shutil
 
     from sdkd.bundle import Bundle
 
@@ -65,6 +65,69 @@ def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
     page = " ".join((output / "report.html").read_text().split())
     assert "1 of 2 subjects broke a rule." in page
     assert '<h3>Furthest from own eager</h3><p class="sub">bundle onnxruntime, ' in page
+
+
+def test_what_cannot_be_built_is_in_the_report_and_the_others_are_measured(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder, bad, output = engine_models(), tmp_path / "bad", tmp_path / "out"
+    shutil.copytree(folder / "right", bad)
+    weights = bad / "text_encoder" / "model.safetensors"
+    save_file({name: part / 0 for name, part in load_file(weights).items()}, weights)
+    models = [str(bad), str(folder / "bundle")]
+    words = [*models, *QUICK, "--targets", "onnxruntime", "--bundles", str(tmp_path / "bundles")]
+    result = call(*words, "--output", str(output))
+    assert result.exit_code == 1
+    assert "sdkd: 1 of 2 subjects failed. 'bad onnxruntime': the ONNX graph of text_encoder does not" in result.stderr
+    assert f"See {output / 'report.html'}." in result.stderr
+    assert "✗ bad onnxruntime failed: the ONNX graph of text_encoder" in result.stdout.replace("\n", " ")
+    report = json.loads((output / "report.json").read_text())
+    assert [row["label"] for row in report["results"]] == ["bundle onnxruntime"]
+    assert [row["label"] for row in report["failed"]] == ["bad onnxruntime"]
+    assert report["failed"][0]["bundle"] == str(tmp_path / "bundles" / "bad" / "fp32")
+    assert "PyTorch itself gives NaN or infinity" in report["failed"][0]["reason"]
+    assert "\n" not in report["failed"][0]["reason"]
+    assert "- **bad onnxruntime failed**: the ONNX graph of" in (output / "report.md").read_text()
+    page = " ".join((output / "report.html").read_text().split())
+    assert "1 of 2 subjects failed." in page
+    assert "<b>bad onnxruntime</b>: " in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "1001"], "'right': steps 1001 is too large: give a whole number from 1 to 1000"),
+        (["--size", "30"], "'right': height 30 is not a multiple of 4 pixels, as this model needs: use 28 or 32"),
+        (["--batch", "5"], "batch 5 is outside 1..4, which engines are built for by default: give --size, too"),
+        (["--seed", "-1"], "seed -1 is too small"),
+        (["--threshold", "inf"], "threshold inf is below 0: give the share"),
+        (["--baseline", "right"], "baseline 'right' is not among the subjects: choose one of right onnxruntime"),
+        (["--scheduler", "dice"], "scheduler 'dice' is unknown"),
+        (["--precision", "fp64"], "precision 'fp64' is unknown"),
+        (["--targets", "onnxruntime", "--precision", "bf16"], "the ONNX graph is bf16, which onnxruntime cannot run"),
+        (["--targets", "openvino,openvino-fp32"], "subject label 'right openvino' is used twice"),
+    ],
+)
+def test_what_no_subject_can_do_is_refused_before_anything_is_built(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    usual = {"--targets": "onnxruntime", "--bundles": str(tmp_path / "bundles"), "--output": str(tmp_path / "out")}
+    given = [word for name, value in usual.items() if name not in words for word in (name, value)]
+    result = call(str(engine_models() / "right"), *given, *words)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "bundles").exists()
+
+
+def test_engines_that_were_not_built_for_the_size_are_refused_with_the_command_that_builds_others(
+    tmp_path: Path,
+) -> None:
+    bundle = engine_models() / "bundle"
+    result = call(str(bundle), "--size", "64", "--batch", "2", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "onnxruntime engine of unet in" in result.stderr
+    assert "was asked for batch 2, height 64 px, width 64 px, and was built for batch 1, height 32 px" in result.stderr
+    assert f"sdkd build-engine {bundle} --target onnxruntime --size 32..64 --batch 1..2" in result.stderr
 
 
 def test_a_report_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:

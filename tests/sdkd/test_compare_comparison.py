@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compare_models import engine_models
 from helpers import tiny_pipeline
 from PIL.Image import Image
+from safetensors.torch import load_file, save_file
 
 from sdkd.compare import Subject, compare
 from sdkd.compare.calls import Request, make_images, step_work
 from sdkd.compare.comparison import find_baselines, random_notes
 from sdkd.compare.report import Report
-from sdkd.errors import InputError, ParityError
+from sdkd.errors import EngineError, InputError, ParityError
 
 QUICK: dict[str, Any] = {"prompts": ["a red star", "a blue ring"], "steps": 2, "runs": 3, "min_seconds": 0.0}
 
@@ -89,8 +92,6 @@ def test_ratios_are_over_own_eager_teacher_and_baseline(report: Report) -> None:
 
 
 def test_images_are_those_of_diffusers_with_the_same_seed(report: Report) -> None:
-    import torch
-
     pipe = tiny_pipeline()
     expected = pipe("a blue ring", num_inference_steps=2, generator=torch.Generator("cpu").manual_seed(1)).images[0]
     assert report.images["teacher eager"][1].tobytes() == expected.tobytes()
@@ -178,6 +179,33 @@ def test_an_engine_whose_model_is_gone_is_measured_but_not_judged(engines: Path,
     assert report.ok
     assert len(report.notes) == 1
     assert report.notes[0].startswith("no reference images of gone eager: model ")
+
+
+def test_a_reference_that_fails_costs_its_own_row_and_no_other(engines: Path, tmp_path: Path) -> None:
+    """Weights that are not numbers: no likeness and no ratio to what failed, everything else measured."""
+    bad = tmp_path / "bad"
+    shutil.copytree(engines / "right", bad)
+    weights = bad / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: torch.full_like(part, torch.nan) for name, part in load_file(weights).items()}, weights)
+    subjects = [Subject("bad eager", bad), Subject("bad onnxruntime", bad, "onnxruntime", bundle=engines / "bundle")]
+    report = compare(subjects, **QUICK)
+    assert [row.subject.label for row in report.results] == ["bad onnxruntime"]
+    row = report.results[0]
+    assert row.unet_step_ms.count >= 3
+    assert row.image_s.count == 3
+    assert (row.step_speedup, row.against_eager) == ({}, None)
+    assert row.verdict is not None
+    assert (row.verdict.ok, row.verdict.found) == (None, "no eager images to compare with")
+    assert report.notes == ()  # it was not tried again for its images
+    (failed,) = report.to_json()["failed"]
+    assert (failed["label"], failed["target"], failed["bundle"]) == ("bad eager", "eager", None)
+    assert "images of prompt 1: pixels are not finite" in failed["reason"]
+    assert report.to_json()["ok"] is False
+    with pytest.raises(EngineError, match=r"1 of 2 subjects failed. 'bad eager': images of prompt 1: pixels are not"):
+        report.check()
+    again = Subject("again eager", bad)
+    with pytest.raises(EngineError, match=r"no subject could be measured: 'bad eager': images .*; 'again eager': "):
+        compare([subjects[0], again], **QUICK)
 
 
 def test_pipelines_that_do_not_fit_together_are_opened_one_at_a_time(

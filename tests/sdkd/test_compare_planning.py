@@ -11,14 +11,13 @@ import pytest
 from compare_models import engine_models
 from helpers import tiny_pipeline
 
-import sdkd.compare.planning as planning
+import sdkd.compare.refusals as refusals
 from sdkd.bundle import Bundle
 from sdkd.compare.cli import DEMO
 from sdkd.compare.planning import (
     PHOTOGRAPHS,
     SHAPES,
     Wish,
-    check_targets,
     default_guidance,
     default_judge,
     find_roles,
@@ -26,6 +25,7 @@ from sdkd.compare.planning import (
     parse_prompts,
     short_names,
 )
+from sdkd.compare.refusals import check_targets
 from sdkd.compare.subjects import optimum_problem, size_on_disk
 from sdkd.demo.scenes import parse_caption, render
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
@@ -165,7 +165,7 @@ def test_optimum_is_refused_where_it_cannot_be_imported_with_the_command_that_in
 
 
 def test_optimum_takes_the_onnx_files_of_a_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(planning, "optimum_problem", lambda: None)
+    monkeypatch.setattr(refusals, "optimum_problem", lambda: None)
     bundle = engine_models() / "bundle"
     row = make_plan([str(bundle)], wish(tmp_path, "eager", "optimum")).subjects[1]
     assert (row.label, row.target, row.precision, row.bundle) == ("bundle optimum", "optimum", "fp32", bundle)

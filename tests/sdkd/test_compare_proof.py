@@ -24,7 +24,8 @@ import sdkd.compare.worker as worker
 from sdkd import cli
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure import Timer
-from sdkd.compare.planning import Wish, _ranges, check_scheduler, check_targets, make_plan
+from sdkd.compare.planning import Wish, _ranges, make_plan
+from sdkd.compare.refusals import check_targets
 from sdkd.errors import EngineError, InputError
 
 QUICK: dict[str, Any] = {"prompts": ["a red star", "a blue ring"], "steps": 2, "runs": 3, "min_seconds": 0.0}
@@ -117,8 +118,7 @@ def test_a_scheduler_is_for_all_subjects_and_their_references() -> None:
     assert verdict is not None
     assert verdict.ok is True  # against eager images of the same scheduler
     with pytest.raises(InputError, match="scheduler 'dice' is unknown: choose one of ddim"):
-        check_scheduler("dice")
-    check_scheduler("dpm++")
+        compare(subjects, scheduler="dice", **QUICK)
 
 
 def test_settings_are_recorded_in_the_report_and_the_command(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_compiled_unet_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch)
     assert report.notes == ()
 
 
-def test_a_subject_that_the_compiler_fails_on_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subject_that_the_compiler_fails_on_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(graph: object, inputs: object) -> Any:
         raise RuntimeError("no C++ compiler found")
 
@@ -182,8 +182,7 @@ def test_a_subject_that_the_compiler_fails_on_is_left_out_with_a_note(monkeypatc
     subjects = [Subject("right eager", model), Subject("right compile", model, "compile")]
     report = compare(subjects, baseline="right compile", **QUICK)
     assert [row.subject.label for row in report.results] == ["right eager"]
-    assert len(report.notes) == 1
-    assert report.notes[0].startswith("right compile was left out: torch.compile failed (backend='backend' raised")
-    assert "apt install g++" in report.notes[0]
-    with pytest.raises(EngineError, match=r"nothing is left to compare: right compile was left out: torch.compile"):
+    with pytest.raises(EngineError, match=r"1 of 2 subjects failed. 'right compile': torch.compile failed .*install"):
+        report.check()
+    with pytest.raises(EngineError, match=r"^torch.compile failed \(backend='backend' raised"):
         compare(subjects[1:], **QUICK)

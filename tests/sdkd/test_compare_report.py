@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from planted_report import PROMPTS, planted_report
 
+from sdkd.compare.folder import write_report
 from sdkd.compare.quality import likeness
-from sdkd.compare.report import SCHEMA, write_report
+from sdkd.compare.report import SCHEMA
 from sdkd.compare.stats import Spread
 from sdkd.compare.words import noise_note
 from sdkd.errors import InputError, OutputExistsError, ParityError
