@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from sdkd.models import save_pipeline
 from sdkd.students import build_student
 
 SETTINGS: dict[str, Any] = {
-    "steps": 8,
+    "steps": 4,
     "batch_size": 2,
     "accumulation": 2,
     "precision": "fp32",
@@ -71,22 +72,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, torch.Tensor]]]:
+    """By objective: the folder of an uninterrupted run that saved at step 3 of 4, and the weights it ended with."""
+
+    @cache
+    def whole(objective: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        torch.manual_seed(11)
+        folder = tmp_path_factory.mktemp("whole") / objective
+        return folder, trained(objective, folder, save_every=3, **VARIANTS[objective])
+
+    return whole
+
+
 @pytest.mark.parametrize("objective", VARIANTS)
-def test_resumed_equals_uninterrupted_bit_for_bit(objective: str, tmp_path: Path) -> None:
-    settings = VARIANTS[objective]
-    torch.manual_seed(11)
-    whole = trained(objective, tmp_path / "whole", save_every=5, **settings)
+def test_resumed_equals_uninterrupted_bit_for_bit(objective: str, wholes: Any, tmp_path: Path) -> None:
+    folder, whole = wholes(objective)
     torch.manual_seed(99)  # what the checkpoint holds must win
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    again = trained(objective, tmp_path / "again", tmp_path / "again" / "checkpoint-5", save_every=5, **settings)
+    shutil.copytree(folder, tmp_path / "again")
+    resume = tmp_path / "again" / "checkpoint-3"
+    again = trained(objective, tmp_path / "again", resume, save_every=3, **VARIANTS[objective])
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
-    assert [row["step"] for row in losses(tmp_path / "again")] == list(range(1, 9))
+    assert losses(tmp_path / "again") == losses(folder)
+    assert [row["step"] for row in losses(tmp_path / "again")] == list(range(1, 5))
 
 
 def test_dropout_is_seeded_by_the_run(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 2, "lora_rank": 2, "lora_dropout": 0.5}
+    settings: dict[str, Any] = {"steps": 1, "lora_rank": 2, "lora_dropout": 0.5}
     made = []
     for number in (1, 2):
         torch.manual_seed(number)
@@ -97,71 +110,71 @@ def test_dropout_is_seeded_by_the_run(tmp_path: Path) -> None:
 
 
 def test_a_run_in_channels_last_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    whole = trained("distill", tmp_path / "whole", save_every=5, channels_last=True)
+    whole = trained("distill", tmp_path / "whole", save_every=3, channels_last=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    resume = tmp_path / "again" / "checkpoint-5"
-    again = trained("distill", tmp_path / "again", resume, save_every=5, channels_last=True)
+    resume = tmp_path / "again" / "checkpoint-3"
+    again = trained("distill", tmp_path / "again", resume, save_every=3, channels_last=True)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_the_layout_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_the_layout_may_change_when_a_run_goes_on(wholes: Any, tmp_path: Path) -> None:
     """The optimizer's state follows its parameters' strides: AdamW's fused kernel walks both side by side."""
-    whole = trained("distill", tmp_path / "whole", save_every=5)
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    resume = tmp_path / "again" / "checkpoint-5"
-    again = trained("distill", tmp_path / "again", resume, save_every=5, channels_last=True)
+    folder, whole = wholes("distill")
+    shutil.copytree(folder, tmp_path / "again")
+    resume = tmp_path / "again" / "checkpoint-3"
+    again = trained("distill", tmp_path / "again", resume, channels_last=True, **VARIANTS["distill"])
     for name, value in whole.items():  # other kernels: equal but for rounding
         torch.testing.assert_close(again[name], value, rtol=0, atol=2e-5, msg=name)
 
 
 def test_a_checkpoint_is_the_students_and_diffusers_reads_it(tmp_path: Path) -> None:
-    trained("distill", tmp_path, save_every=3, keep=1, ema=0.9)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8"]  # the last one is there to go on from
-    student = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-8" / "unet", local_files_only=True)
-    averaged = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-8" / "unet_ema", local_files_only=True)
+    trained("distill", tmp_path, steps=2, save_every=1, keep=1, ema=0.9)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]  # the last one is there to go on from
+    student = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-2" / "unet", local_files_only=True)
+    averaged = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoint-2" / "unet_ema", local_files_only=True)
     expected = build_student(helpers.tiny_unet(), "tiny")
     assert student.config.layers_per_block == 1
     assert student.config.mid_block_type is None
     assert student.state_dict().keys() == expected.state_dict().keys()  # never the teacher's
     assert not torch.equal(student.conv_in.weight, averaged.conv_in.weight)
-    saved = load_file(tmp_path / "checkpoint-8" / "optimizer.safetensors")
+    saved = load_file(tmp_path / "checkpoint-2" / "optimizer.safetensors")
     assert len(saved) == 3 * len(list(expected.parameters()))  # step and two moments of each parameter
 
 
 def test_old_checkpoints_go_and_the_rest_stays(tmp_path: Path) -> None:
     trained("distill", tmp_path, save_every=1, keep=3)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7", "checkpoint-8"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
-def test_other_settings_are_refused(tmp_path: Path) -> None:
-    trained("distill", tmp_path, save_every=5)
+def test_other_settings_are_refused(wholes: Any, tmp_path: Path) -> None:
+    checkpoint = wholes("distill")[0] / "checkpoint-3"
     with pytest.raises(InputError, match=r"other settings \(learning_rate 0.001 -> 0.01, seed 0 -> 1\)"):
-        trained("distill", tmp_path, tmp_path / "checkpoint-5", learning_rate=1e-2, seed=1)
-    with pytest.raises(InputError, match="is at step 5, beyond --steps 4"):
-        trained("distill", tmp_path, tmp_path / "checkpoint-5", steps=4)
+        trained("distill", tmp_path, checkpoint, ema=0.9, learning_rate=1e-2, seed=1)
+    with pytest.raises(InputError, match="is at step 3, beyond --steps 2"):
+        trained("distill", tmp_path, checkpoint, ema=0.9, steps=2)
 
 
 def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
-    trained("distill", tmp_path, save_every=2, steps=4)
-    newest = tmp_path / "checkpoint-4"
+    trained("distill", tmp_path, save_every=1, steps=2)
+    newest = tmp_path / "checkpoint-2"
     flipped = newest / "optimizer.safetensors"
     data = flipped.read_bytes()
     flipped.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
-    with pytest.raises(InputError, match=r"was changed in optimizer.safetensors: delete it, and go on from .*int-2$"):
-        trained("distill", tmp_path, newest, save_every=2)
+    with pytest.raises(InputError, match=r"was changed in optimizer.safetensors: delete it, and go on from .*int-1$"):
+        trained("distill", tmp_path, newest)
     shutil.copytree(tmp_path, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / newest.name)  # as the message says
-    trained("distill", tmp_path / "copy", tmp_path / "copy" / "checkpoint-2", save_every=2, steps=4)
+    trained("distill", tmp_path / "copy", tmp_path / "copy" / "checkpoint-1", steps=2)
     flipped.write_bytes(data)
     record = newest / "checkpoint.json"
-    record.write_text(record.read_text().replace('"step": 4', '"step": 3'))
+    record.write_text(record.read_text().replace('"step": 2', '"step": 1'))
     with pytest.raises(InputError, match=r"was changed in checkpoint\.json: delete it, and go on from the one before"):
-        trained("distill", tmp_path, newest, save_every=2)
-    (tmp_path / "checkpoint-2" / "checkpoint.json").write_text("{")
+        trained("distill", tmp_path, newest)
+    (tmp_path / "checkpoint-1" / "checkpoint.json").write_text("{")
     with pytest.raises(
-        InputError, match=r"checkpoint-2' cannot be read .*: delete it, and start anew with --overwrite"
+        InputError, match=r"checkpoint-1' cannot be read .*: delete it, and start anew with --overwrite"
     ):
-        trained("distill", tmp_path, tmp_path / "checkpoint-2", save_every=2)
+        trained("distill", tmp_path, tmp_path / "checkpoint-1")
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,50 +206,45 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(teacher: Path, output: Path, *more: str, steps: int = 40) -> list[str]:
-    fixed = f"--student tiny --data demo --max-images 16 --steps {steps} --save-every 3 --batch-size 2 --precision fp32"
-    own = [sys.executable, "-m", "sdkd.cli", "distill", "--teacher", str(teacher), "--output", str(output)]
-    return [*own, *fixed.split(), "--device", "cpu", "--ema", "0.9", *more]
-
-
 def test_killed_and_resumed_equals_uninterrupted(teacher: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(teacher, tmp_path / "whole"), env=environment, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    process = subprocess.Popen(command(teacher, tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
+    settings = {"student": "tiny", "steps": 12, "save_every": 3, "ema": 0.9, "accumulation": 1, "warmup": 0}
+    job = Job(str(teacher), "demo", tmp_path / "whole", TrainConfig(**(SETTINGS | settings)))
+    run(job)
+    killed = replace(job, output=tmp_path / "killed")
+    given = {"teacher": teacher, "data": "demo", "output": killed.output}
+    options = {**given, **SETTINGS, **settings}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    process = subprocess.Popen([sys.executable, "-m", "sdkd.cli", "distill", *words], stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
-    while not checkpoints(tmp_path / "killed") and time.monotonic() < end and process.poll() is None:
+    while not checkpoints(killed.output) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert checkpoints(tmp_path / "killed")
-    assert not (tmp_path / "killed" / "model_index.json").exists()
-    refused = subprocess.run(command(teacher, tmp_path / "killed"), env=environment, capture_output=True, check=False)
-    assert b"holds checkpoints of a run: go on with --resume auto" in refused.stderr
-    again = subprocess.run(
-        command(teacher, tmp_path / "killed", "--resume", "auto"), env=environment, capture_output=True, check=False
-    )
-    assert again.returncode == 0, again.stderr.decode()[-2000:]
+    assert checkpoints(killed.output)
+    assert not (killed.output / "model_index.json").exists()
+    with pytest.raises(OutputExistsError, match="holds checkpoints of a run: go on with --resume auto"):
+        run(killed)
+    run(replace(killed, resume="auto"))
     file = "unet/diffusion_pytorch_model.safetensors"
-    whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)
+    whole, resumed = load_file(job.output / file), load_file(killed.output / file)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert losses(killed.output) == losses(job.output)
 
 
 def test_ctrl_c_keeps_what_was_saved(teacher: Path, tmp_path: Path) -> None:
     def report(message: str, fraction: float | None) -> None:
-        if message.startswith("step 5"):
+        if message.startswith("step 3"):
             raise KeyboardInterrupt
 
     config = TrainConfig(**(SETTINGS | {"save_every": 2}))
     job = Job(str(teacher), "demo", tmp_path / "out", config)
-    with pytest.raises(InterruptedRunError, match=r"checkpoint-4 is kept, go on from it .* --resume auto"):
+    with pytest.raises(InterruptedRunError, match=r"checkpoint-2 is kept, go on from it .* --resume auto"):
         run(job, report)
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
     with pytest.raises(OutputExistsError, match="holds checkpoints of a run"):
         run(job)
     done = run(Job(str(teacher), "demo", tmp_path / "out", config, resume="auto"))
-    assert done["steps"] == 8
+    assert done["steps"] == 4
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
@@ -251,23 +259,23 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(teacher: Path, tmp_path:
         if message.startswith(stop):
             raise KeyboardInterrupt("stop")
 
-    stop = "step 2"
-    config = TrainConfig(**(SETTINGS | {"save_every": 3}))
+    stop = "step 1"
+    config = TrainConfig(**(SETTINGS | {"save_every": 2}))
     job = Job(str(teacher), "demo", tmp_path / "out", config, overwrite=True)
     with pytest.raises(KeyboardInterrupt, match=r"^stop$"):
         run(job, report)
     assert read_json(tmp_path / "out" / "sdkd.json") == old
     assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock"}
-    stop = "step 5"
-    with pytest.raises(InterruptedRunError, match=r"checkpoint-3 is kept, go on from it"):
+    stop = "step 3"
+    with pytest.raises(InterruptedRunError, match=r"checkpoint-2 is kept, go on from it"):
         run(job, report)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"sdkd.json", "checkpoint-9"}
     stop = "never"
     run(replace(job, resume="auto"), report)
     assert {path.name for path in tmp_path.iterdir()} <= {"out", ".out.lock"}
-    assert read_json(tmp_path / "out" / "sdkd.json")["steps"] == 8
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-6", "checkpoint-8"]
-    assert losses(tmp_path / "out")[-1]["step"] == 8
+    assert read_json(tmp_path / "out" / "sdkd.json")["steps"] == 4
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4"]
+    assert losses(tmp_path / "out")[-1]["step"] == 4
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(teacher: Path, tmp_path: Path) -> None:
@@ -283,7 +291,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(teacher: Path, tmp
     (out / ".training.jsonl.12345678.partial").write_text("half")
     with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
         run(replace(job, resume="never"))
-    assert run(job)["steps"] == 8
+    assert run(job)["steps"] == 4
     assert not list(tmp_path.rglob("*.partial"))
     assert "unfinished" not in read_json(out / "sdkd.json")
     assert "was finished before" in run(job)["remarks"][0]  # a whole model is no unfinished run
