@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,30 @@ TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 SPREAD = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
-@pytest.fixture(autouse=True)
-def mini(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def mini() -> Iterator[None]:
     """Two families with narrow modules: alike in shape, unlike in what they predict, as SD 2.x is."""
     vae = {key: value for key, value in helpers.VAE.items() if key != "sample_size"}
-    for name, kind in (("mini", "epsilon"), ("miniv", "v_prediction")):
-        monkeypatch.setitem(FAMILIES, name, Family(helpers.TEACHER_UNET, TEXT, 64, kind, vae=vae))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kind in (("mini", "epsilon"), ("miniv", "v_prediction")):
+            patch.setitem(FAMILIES, name, Family(helpers.TEACHER_UNET, TEXT, 64, kind, vae=vae))
+        yield
 
 
-@pytest.fixture
-def pipe() -> StableDiffusionPipeline:
+@pytest.fixture(scope="module")
+def pipe(mini: None) -> StableDiffusionPipeline:
+    """Read it, do not change it."""
     return random_pipeline(parse("random:mini"), clip_tokenizer(), torch.float32)
 
 
-@pytest.fixture
-def state(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def whole(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     return ldm_files.ldm_state(pipe)
+
+
+@pytest.fixture
+def state(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(whole)
 
 
 def differing(one: Any, other: Any) -> list[str]:
