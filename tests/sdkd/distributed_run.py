@@ -20,7 +20,6 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     from sdkd.distill.latents import LatentCache
     from sdkd.students import build_student
 
-    torch.set_num_threads(1)
     mean = torch.randn(9, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     data = LatentCache(mean, torch.full_like(mean, 0.1), [f"number {index}" for index in range(9)])
     pipe = helpers.tiny_pipeline()

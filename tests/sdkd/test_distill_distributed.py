@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import distributed_run
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("distributed_run.py")
 SETTINGS: dict[str, Any] = {
-    "steps": 6,
+    "steps": 4,
     "accumulation": 2,
     "precision": "fp32",
     "device": "cpu",
     "log_every": 2,
-    "save_every": 3,
+    "save_every": 2,
     "learning_rate": 1e-3,
     "warmup": 2,
     "snr_gamma": 5.0,
@@ -29,14 +29,15 @@ SETTINGS: dict[str, Any] = {
 
 def launched(folder: Path, processes: int, batch_size: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    arguments = [str(SCRIPT), str(folder), json.dumps(SETTINGS | {"batch_size": batch_size})]
-    start = launcher if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *start, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = SETTINGS | {"batch_size": batch_size}
+    if processes == 1:
+        distributed_run.main(folder, settings)
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, distributed_run.__file__, str(folder), json.dumps(settings)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "world").read_text() == str(processes)
     log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
     return load_file(folder / "weights.safetensors"), log
@@ -52,7 +53,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
         assert first["step"] == second["step"]
         for name in ("loss/total", "loss/task", "loss/output", "loss/feature", "grad_norm"):
             torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-5, msg=name)
-    record = json.loads((tmp_path / "two" / "checkpoint-3" / "checkpoint.json").read_text())
+    record = json.loads((tmp_path / "two" / "checkpoint-2" / "checkpoint.json").read_text())
     assert record["processes"] == 2
-    states = load_file(tmp_path / "two" / "checkpoint-3" / "random.safetensors")
+    states = load_file(tmp_path / "two" / "checkpoint-2" / "random.safetensors")
     assert sorted(states) == ["cpu.0", "cpu.1"]
