@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from sdkd.distill.lora import TARGETS, add_lora, lora_metadata, lora_state, read_lora, save_lora
 from sdkd.errors import InputError, ModelError
-from sdkd.students import STUDENTS
 
 
 def output(unet: UNet2DConditionModel) -> torch.Tensor:
@@ -33,8 +32,10 @@ def adapted(student: str | None, targets: str, rank: int = 3, alpha: float = 5.0
     return unet
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("student", [None, *STUDENTS])
+@pytest.mark.parametrize(
+    ("student", "targets"),
+    [(None, "all"), ("sd-small", "attn"), ("sd-tiny", "attn+ff"), ("bk-base", "all"), ("bk-tiny", "all")],
+)
 def test_loaded_by_diffusers_equals_trained(student: str | None, targets: str, tmp_path: Path) -> None:
     unet = adapted(student, targets)
     save_lora(unet, tmp_path)
@@ -74,8 +75,9 @@ def test_a_new_adapter_changes_nothing_and_comes_from_its_seed() -> None:
     same, other = (helpers.tiny_unet() for _ in range(2))
     add_lora(same, rank=2, alpha=2, seed=1)
     add_lora(other, rank=2, alpha=2, seed=2)
-    assert all(torch.equal(value, lora_state(same)[name]) for name, value in lora_state(unet).items())
-    assert not all(torch.equal(value, lora_state(other)[name]) for name, value in lora_state(unet).items())
+    first, again, another = map(lora_state, (unet, same, other))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not all(torch.equal(value, another[name]) for name, value in first.items())
 
 
 def test_half_precision_base_keeps_float32_updates() -> None:

@@ -105,7 +105,7 @@ def test_no_activation_outlives_a_step() -> None:
     assert one.student._found == {}
 
 
-@pytest.mark.parametrize("student", ["small", "tiny", "bk-tiny"])
+@pytest.mark.parametrize("student", ["small", "bk-tiny"])
 def test_features_are_the_same_with_gradient_checkpointing_and_compilation(student: str) -> None:
     plain, recomputed = trainer(student=student), trainer(student=student, checkpointing=True)
     batch = plain.batches.next()
@@ -158,12 +158,11 @@ def test_random_conditioning_keeps_the_task_loss_to_matching_captions() -> None:
 def test_images_keep_their_order_whatever_the_number_of_threads(tmp_path: Path) -> None:
     rows = [{"image": _square(index), "caption": f"number {index}"} for index in range(5)]
     results = []
-    for workers in (0, 1, 4):
+    for workers in (0, 4):
         pipe = helpers.tiny_pipeline()
         config = TrainConfig(**RUN, latents="online", flip=True, crop="random", workers=workers)
         results.append(train(pipe, build_student(pipe.unet, "tiny"), rows, config).unet.conv_in.weight)
     assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
 
 
 def _square(index: int) -> Any:

@@ -16,7 +16,7 @@ from sdkd.distill.remap_cli import run
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.lora_names import common_name, remap_settings
 from sdkd.models import save_pipeline, unet_config
-from sdkd.students import STUDENTS, build_student, key_map
+from sdkd.students import build_student, key_map
 
 
 def output(unet: UNet2DConditionModel) -> torch.Tensor:
@@ -44,7 +44,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_lora(unet, tmp_path_factory.mktemp("remap") / "lora")
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", ["sd-tiny", "bk-base"])
 def test_student_with_it_equals_the_student_of_the_fused_teacher(
     student: str, teacher: Path, lora: Path, tmp_path: Path
 ) -> None:

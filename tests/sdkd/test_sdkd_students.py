@@ -236,13 +236,7 @@ def lora_of_teacher(style: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("style", "name"),
-    [
-        *(("diffusers", name) for name in ("small", "tiny", "bk-small")),
-        *((style, name) for style in ("kohya", "peft") for name in ("small", "tiny")),
-    ],
-)
+@pytest.mark.parametrize(("style", "name"), [("diffusers", "bk-small"), ("kohya", "small"), ("peft", "tiny")])
 def test_remapped_lora_does_what_it_does_in_the_teacher(style: str, name: str) -> None:
     pytest.importorskip("peft")
     lora = lora_of_teacher(style)
