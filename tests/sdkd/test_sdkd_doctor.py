@@ -133,17 +133,19 @@ def test_an_onnxruntime_that_does_not_reach_the_gpu_is_told(
 
 def test_for_people_in_80_columns() -> None:
     root = Path(__file__).parents[2]
-    for arguments in ([], ["--details"]):
-        code = f"import sys; sys.argv = ['sdkd', 'doctor', *{arguments!r}]; from sdkd.cli import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env={"COLUMNS": "80", "PATH": ""}
-        )
-        assert done.returncode == 0, done.stderr
-        tables = [line for line in done.stdout.splitlines() if line[:1] in "┃│┏┡├└"]
+    code = "import sys; sys.argv = ['sdkd', 'doctor', '--details']; from sdkd.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env={"COLUMNS": "80", "PATH": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    short = _run().stdout
+    for said in (done.stdout, short):
+        tables = [line for line in said.splitlines() if line[:1] in "┃│┏┡├└"]
         assert tables
         assert max(map(len, tables)) <= 80
-        assert ("diffusers" in done.stdout) == bool(arguments)
-        assert "onnxruntime for" in done.stdout
+        assert "onnxruntime for" in said
+    assert "diffusers" in done.stdout
+    assert "diffusers" not in short
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if TARGETS[name].extra])
