@@ -51,7 +51,8 @@ def _one_of(value: Any, shapes: Sequence[Any], where: str) -> Iterator[str]:
     """What is wrong with a value that is none of several, but for null the only one where there is one."""
     (first, *others) = [shape for shape in shapes if shape is not type(None)]
     if others:
-        yield _wrong(value, "another type", where)
+        wanted = (_WORDS.get(get_origin(shape) or shape, "an object") for shape in (first, *others))
+        yield _wrong(value, " or ".join(wanted), where)
     else:
         yield from _problems(value, first, where)
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.documents import parse_json
 from sdkd.errors import InputError, ModelError
 from sdkd.files import write_bytes
 from sdkd.lora_names import other_kind
 from sdkd.marks import LORA_MARK
+from sdkd.schema import problem
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -28,6 +30,15 @@ METADATA = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 _CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+# Types of the settings that are read of a file, whatever part of a pipeline they are of.
+_SETTINGS = {
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "target_modules": list[str] | str | None,
+    "exclude_modules": list[str] | str | None,
+}
 TARGETS: dict[str, tuple[str, ...]] = {
     "attn": _ATTENTION,
     "attn+ff": _ATTENTION + _FEED_FORWARD,
@@ -132,11 +143,12 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def _settings(file: Path, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise InputError(f"LoRA {str(file)!r} has settings ({METADATA}) that are no JSON object: make it again")
+        found: dict[str, Any] = parse_json(text.encode(), dict[str, Any])
+        for name, value in found.items():
+            if wrong := problem(value, _SETTINGS.get(name.rpartition(".")[2], Any), name):
+                raise ValueError(f"is damaged ({wrong})")
+    except ValueError as error:
+        raise InputError(f"LoRA {str(file)!r} has unusable settings: {METADATA} {error}; make it again") from None
     return found
 
 

@@ -215,9 +215,18 @@ def test_remap_refuses_before_anything_is_lost(teacher: Path, tmp_path: Path) ->
         with pytest.raises(ModelError, match=message):
             remapped(state | more, teacher, tmp_path, "tiny")
         assert not (tmp_path / "new.safetensors").exists()
-    save_file(state, tmp_path / "odd.safetensors", {"lora_adapter_metadata": "[1"})
-    with pytest.raises(InputError, match=r"settings .* that are no JSON object"):
-        read_lora(tmp_path / "odd.safetensors")
+    for settings, wrong in (
+        ("[1", "is not JSON"),
+        ("[1]", "is damaged"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"unet.r": "x"}', "unet.r is 'x', not a whole number"),
+        ('{"unet.lora_alpha": 1e999}', "unet.lora_alpha is inf, not a finite number"),
+        ('{"unet.rank_pattern": {"a": "b"}}', "unet.rank_pattern.a is 'b', not a whole number"),
+        ('{"text_encoder.target_modules": 5}', "text_encoder.target_modules is 5, not a list or text"),
+    ):
+        save_file(state, tmp_path / "odd.safetensors", {"lora_adapter_metadata": settings})
+        with pytest.raises(InputError, match=rf"odd\.safetensors' has unusable settings: .*{wrong}.*; make it again"):
+            read_lora(tmp_path / "odd.safetensors")
     save_file({"unet.conv_in.hada_w1_a": torch.ones(1)}, tmp_path / "loha.safetensors")
     with pytest.raises(ModelError, match="is a LoHa"):
         run(tmp_path / "loha.safetensors", tmp_path / "x", "tiny", str(teacher))

@@ -64,7 +64,7 @@ PART = {"name": "x", "bytes": 1}
         ({"shards": ["1"], "by_name": {}}, Index, "shards[0] is '1', not a whole number"),
         ({"shards": [], "by_name": {"x": None}}, Index, "by_name.x is None, not an object"),
         ("x", str | int, None),
-        (None, str | int, "the file is None, not another type"),
+        (None, str | int, "the file is None, not text or a whole number"),
     ],
 )
 def test_the_first_wrong_key_is_named(value: Any, shape: Any, message: str | None) -> None:
