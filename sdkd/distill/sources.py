@@ -66,14 +66,18 @@ def _open_folder(path: Path, image_column: str | None, caption_columns: Sequence
         return TarShards(shards, image_column, caption_columns)
     if tables := [*path.glob("*.parquet"), *path.glob("*/*.parquet")]:
         homes = [path, *sorted({table.parent for table in tables} - {path})]
-        return TableImages(_table_of(path, tables), image_column, caption_columns, str(path), homes)
+        beside = any(file.suffix.lower() in SUFFIXES for file in files_below(path))
+        table = _table_of(path, tables) if beside else load_table(str(path))
+        try:
+            return TableImages(table, image_column, caption_columns, str(path), homes)
+        except InputError as error:
+            more = f"; its tables, such as {str(tables[0])!r}, are read before its images: move them away to use those"
+            raise InputError(f"{error}{more if beside else ''}") from None
     return None
 
 
 def _table_of(path: Path, tables: Sequence[Path]) -> Any:
-    """A folder's parquet files. Beside images `datasets` would take those instead: there the files are named."""
-    if not any(file.suffix.lower() in SUFFIXES for file in files_below(path)):
-        return load_table(str(path))
+    """Parquet files beside images, which `datasets` would take instead: the files are named."""
     own = sorted(table for table in tables if not hidden(table.name))
     train = [table for table in own if "train" in re.split(r"[^a-z]+", table.stem.lower())]
     return load_table("parquet", data_files=[str(table) for table in train or own])

@@ -120,10 +120,14 @@ def load_table(name: str, **options: Any) -> Any:
     except (OSError, ValueError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         what = options.get("data_files", [name])[0]
-        not_here = "" if options or Path(name).exists() else "; no folder of that name is here either"
+        if options or Path(name).exists():
+            raise InputError(
+                f"data {what!r} could not be loaded ({reason}): restore or remove the parquet file that is damaged, or "
+                "give a folder with images or tables"
+            ) from error
         raise InputError(
-            f"data {what!r} could not be loaded ({reason}){not_here}: check the name, its split `train` and the "
-            "network; or load it elsewhere, `save_to_disk` it, and give that folder"
+            f"data {what!r} could not be loaded ({reason}); no folder of that name is here either: check the name, its "
+            "split `train` and the network; or load it elsewhere, `save_to_disk` it, and give that folder"
         ) from error
 
 

@@ -252,6 +252,14 @@ def test_a_table_is_taken_before_the_images_that_it_names(tmp_path: Path) -> Non
     found = open_images(tmp_path)
     assert [(red(row["image"]), row["caption"]) for row in map(found.__getitem__, range(3))] == list(enumerate(names))
     assert len(found) == 3
+    for name in ("train-0", "test-0"):
+        (tmp_path / f"{name}.parquet").unlink()
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "numbers.parquet")
+    with pytest.raises(InputError, match=r"columns are a; .*numbers\.parquet', are read before its images: move them"):
+        open_images(tmp_path)
+    (tmp_path / "numbers.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match=r"could not be loaded \(Parquet magic .*: restore or remove the parquet file"):
+        open_images(tmp_path)
 
 
 def test_a_folder_that_is_missing_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
