@@ -35,6 +35,8 @@ def check_adapters(part: str, module: nn.Module) -> None:
 
 def _kind(layer: Any) -> str | None:
     """What makes an adapter's layer more than an up and a down matrix; None for plain LoRA."""
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return f"a whole layer, {type(layer).__name__}"
     if not isinstance(layer, LoraLayer):
         return type(layer).__module__.removeprefix("peft.tuners.").split(".")[0]
     if any(layer.use_dora.values()):

@@ -212,6 +212,8 @@ def fetch(source: Any, options: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     """A LoRA's weights by the names that its file has, and settings, from wherever diffusers reads them."""
     if isinstance(source, dict):
         return dict(source), None
+    if Path(source).suffix in (".safetensors", ".bin") and not Path(source).is_file():  # diffusers asks the hub for it
+        raise InputError(f"LoRA {str(source)!r} does not exist: give a file, a folder or a hub id")
     known = (
         "weight_name",
         "local_files_only",

@@ -262,13 +262,15 @@ class EngineSession(Closing, ABC):
     def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
         if tensor.dtype != torch_dtype(spec.dtype):
             raise EngineError(f"input {spec.name!r} is {tensor.dtype}, {self.checked.label} takes {spec.dtype}")
-        fits = len(tensor.shape) == len(spec.axes) and all(
-            isinstance(axis, str) or axis == size for axis, size in zip(spec.axes, tensor.shape, strict=True)
-        )
-        if not fits:
+        same_rank = len(tensor.shape) == len(spec.axes)
+        if not same_rank or any(
+            isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, tensor.shape, strict=True)
+        ):
             wanted = ", ".join(str(axis) for axis in spec.axes)
+            fixed = ": its shapes were fixed by --static, export the model again without it"
             raise EngineError(
                 f"input {spec.name!r} has shape {tuple(tensor.shape)}, {self.checked.label} takes ({wanted})"
+                f"{fixed if same_rank and not spec.dynamic_axes else ''}"
             )
 
     def swap(self, weights: Mapping[str, torch.Tensor]) -> None:

@@ -73,9 +73,13 @@ class OnnxRuntimeSession(EngineSession):
             raise EngineError(f"{self.checked.label} could not be opened by ONNX Runtime: {error}") from error
 
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
-        """By opening the exported graph with the new weights: the saved one has fused and renamed its own."""
-        if not stored:
-            self._session = self._opened(str(_graph(self.checked, self._providers[0])))
+        """By opening the exported graph with the new weights: the saved one has fused and renamed its own.
+
+        And without them, where engines were built again meanwhile and the file of this one is gone.
+        """
+        own = _graph(self.checked, self._providers[0])
+        if not stored and own.is_file():
+            self._session = self._opened(str(own))
             return
         model = replaced(onnx_file, stored)
         if self.checked.record.flags.get("attention") == FUSED and self._providers[0] == CPU:

@@ -61,10 +61,13 @@ class OpenVinoSession(EngineSession):
         return model
 
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
-        """By compiling the exported graph with the new weights, for the shapes that the engine was built for."""
+        """By compiling the exported graph with the new weights, for the shapes that the engine was built for.
+
+        And without them, where engines were built again meanwhile and the file of this one is gone.
+        """
         core = openvino_core()
         try:
-            if stored:
+            if stored or not self.checked.path.is_file():
                 model = core.read_model(onnx_file)
                 _replace_constants(self._openvino, model, stored, self.checked.label)
                 model.reshape({spec.name: self._partial(spec) for spec in self.contract.inputs})

@@ -62,7 +62,9 @@ def export(
         return
     show(table(f"{bundle} ({precision})", COLUMNS, [_row(part) for part in summary(done)["components"]]))
     show(*notes(done))
-    show(f"Build engines with: {done.build_command('onnxruntime')}")
+    lacking = [name for name in ("text_encoder", "unet", "vae_decoder") if name not in done.manifest.components]
+    build = f"Build engines with: {done.build_command('onnxruntime')}"
+    show(f"Engines need {', '.join(lacking)}, too: export the model again with them." if lacking else build)
 
 
 def static_ranges(static: bool, size: str | None, batch: int | None, tokens: int | None) -> ShapeRanges | None:

@@ -188,7 +188,7 @@ def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, 
     contract = _shaped(module_contract(name, ready, precision, extras), config, source, options)
     if not options.verify:
         return _Ready(check_finite(cast(ready, precision), precision), contract, [], Islands())
-    ready = cast(ready, "fp32")
+    ready = check_finite(cast(ready, "fp32"), "fp32")
     cases = parity_cases(contract, config)
     inputs = [case_inputs(contract, case, config) for case in cases]
     progress("PyTorch in float32", 0.0)

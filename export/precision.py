@@ -48,16 +48,17 @@ def cast(module: nn.Module, precision: Precision, keep: Mapping[str, torch.Tenso
 
 
 def check_finite(module: nn.Module, precision: Precision) -> nn.Module:
-    """The module, unchanged, for an export that nothing compares with PyTorch.
+    """The module, unchanged; to be asked before it is traced.
 
     Raises ExportError when a weight is NaN or infinite: the checkpoint is damaged, or was too large for half precision
     when it was loaded in it.
     """
     broken = [name for name, tensor in module.state_dict().items() if not _is_finite(tensor)]
     if broken:
+        why = "" if precision == "fp32" else " or its numbers are too large for this precision; try --precision fp32"
         raise ExportError(
-            f"{len(broken)} weights are NaN or infinite in {precision} (first: {broken[0]}): the checkpoint is damaged "
-            "or its numbers are too large for this precision; try --precision fp32"
+            f"{len(broken)} weights are NaN or infinite in {precision} (first: {broken[0]}): the checkpoint is damaged"
+            f"{why or ': download or train it again'}"
         )
     return module
 

@@ -231,7 +231,8 @@ class Bundle:
         try:
             return dict(read_json(self.path / name, dict[str, Any]))
         except InputError as error:
-            raise BundleError(f"bundle {str(self.path)!r}: {error}") from error
+            advice = "" if (self.path / name).exists() else ": export the model again, with all its components"
+            raise BundleError(f"bundle {str(self.path)!r}: {error}{advice}") from error
 
     def vae_config(self) -> dict[str, Any]:
         """The VAE's config, from whichever half was exported; BundleError without one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import shutil
 import threading
 import weakref
 from collections.abc import Callable
@@ -360,6 +361,20 @@ def test_an_engine_is_rebuilt_from_the_exported_bundle_each_time(exported_bundle
 
 
 # Saving
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_weights_come_back_after_engines_were_built_again(exported_bundle: Path, tmp_path: Path, target: str) -> None:
+    session = open_session(shutil.copytree(exported_bundle, tmp_path / "bundle"), target, "unet")
+    feeds = {"sample": torch.ones(1, 4, 16, 16), "timestep": torch.tensor(5.0)}
+    feeds["encoder_hidden_states"] = torch.ones(1, 77, 32)
+    before = session.run(feeds)["out_sample"]
+    session.swap({"conv_out.bias": torch.ones(4)})
+    changed = session.run(feeds)["out_sample"]
+    session.checked.path.unlink()  # as a builder takes away what it replaced
+    session.swap({})
+    torch.testing.assert_close(session.run(feeds)["out_sample"], before, atol=1e-5, rtol=0)
+    assert (changed - before).abs().max() > 0.1
 
 
 def test_a_plugged_pipeline_without_eager_modules_is_not_saved(exported_bundle: Path, tmp_path: Path) -> None:

@@ -240,6 +240,8 @@ def test_what_is_refused_leaves_nothing_behind(exported_bundle: Path, style: ByH
         pipe.load_lora_weights(style.file, adapter_name="style.1")
     with pytest.raises(InputError, match="LoRA 'new' has no weights"):
         pipe.load_lora_weights({}, adapter_name="new")
+    with pytest.raises(InputError, match=r"LoRA 'nowhere\.safetensors' does not exist: give a file"):
+        pipe.load_lora_weights("nowhere.safetensors")
     with pytest.raises(InputError, match="adapter_weights nan is not finite"):
         pipe.set_adapters("style", float("nan"))
     assert pipe.get_list_adapters() == before
@@ -275,10 +277,11 @@ def test_an_adapter_of_another_kind_is_refused_at_the_plug(exported_bundle: Path
     for config, kind in (
         (LoraConfig(r=2, target_modules=["to_q"], use_dora=True), "DoRA"),
         (LoHaConfig(r=2, target_modules=["to_q"]), "loha"),
+        (LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv_out"]), "a whole layer, ModulesToSaveWrapper"),
     ):
         pipe = small_pipeline()
         pipe.unet.add_adapter(config)
-        with pytest.raises(ModelError, match=rf"to_q has an adapter that engines do not take \({kind}\)"):
+        with pytest.raises(ModelError, match=rf"(to_q|conv_out) has an adapter that engines do not take \({kind}\)"):
             plug(pipe, exported_bundle, "onnxruntime")
 
 

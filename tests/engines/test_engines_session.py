@@ -19,6 +19,7 @@ from engines.session import EngineSession, check_engine, open_session
 from export.build_cli import build_engine
 from export.ranges import Typed, parse_profiles, parse_ranges
 from sdkd.bundle import Bundle, FileRecord
+from sdkd.contract import TensorSpec
 from sdkd.errors import BundleError, EngineError, MissingExtraError, RangeError, StaleEngineError
 from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import built_environment, environment
@@ -314,6 +315,9 @@ def test_feeds_that_do_not_fit_the_contract_are_named(graph: Bundle) -> None:
             session.run(feeds | {"sample": feeds["sample"][:, 0]})
         with pytest.raises(EngineError, match=r"'sample' has shape \(2, 3, 16, 16\)"):
             session.run(feeds | {"sample": feeds["sample"][:, :3]})
+        fixed = TensorSpec("sample", "float32", (2, 4, 16, 16))
+        with pytest.raises(EngineError, match=r"takes \(2, 4, 16, 16\): its shapes were fixed by --static, export the"):
+            session._check_tensor(fixed, feeds["sample"][:1])
         with pytest.raises(EngineError, match=r"'encoder_hidden_states' has batch 1, another input has 2"):
             session.run(feeds | {"encoder_hidden_states": feeds["encoder_hidden_states"][:1]})
 

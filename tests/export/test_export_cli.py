@@ -46,7 +46,7 @@ def test_the_table_says_when_nothing_was_checked_and_what_comes_next(model: Path
     result = runner.invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0
     assert "Not compared with PyTorch" in result.stdout
-    assert "sdkd build-engine" in result.stdout
+    assert "Engines need unet, vae_decoder, too: export the model again with them." in result.stdout
     row = next(line for line in result.stdout.splitlines() if "text_encoder" in line)
     assert " 22 " in row
     assert "38,816" in row

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import tiny_unet
 from small_exports import half_unet, small_graph, small_pipeline
 
+from export.component import ExportOptions, export_component
 from export.components import module_contract
 from export.precision import cast, check_finite, torch_dtype
+from export.source import open_source
 from export.to_onnx import to_onnx
 from sdkd.errors import ExportError, InputError
 from sdkd.exportable import module_config
@@ -42,12 +46,19 @@ def test_a_weight_that_half_cannot_hold_is_named() -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_weights_that_are_not_finite_are_refused_where_nothing_is_compared(value: float) -> None:
+def test_weights_that_are_not_finite_are_refused_before_the_trace(value: float, tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).half()
     assert check_finite(module, "fp16") is module
     module[1].bias.data[1] = value
     with pytest.raises(ExportError, match=r"1 weights are NaN or infinite in fp16 \(first: 1\.bias\)"):
         check_finite(module, "fp16")
+    pipe, said = small_pipeline(), []
+    pipe.unet.conv_in.bias.data[2] = value
+    with pytest.raises(ExportError, match=r"1 weights are NaN or infinite in fp32 .*conv_in\.bias\): .* or train it"):
+        export_component(
+            open_source(pipe, {}), "unet", ExportOptions("fp32"), {}, tmp_path, False, lambda text, _: said.append(text)
+        )
+    assert not said  # nothing was computed
 
 
 def test_norm_statistics_and_timestep_embedding_stay_float32() -> None:
