@@ -136,17 +136,10 @@ def cover_command(bundle: Bundle, record: EngineRecord, asked: Mapping[str, int]
         exactly = ShapeRanges(
             *(Range.fixed(asked[name]) if name in asked else getattr(built[0], name) for name in _AXES)
         )
-        texts = (",".join(f"{key}={value}" for key, value in _options(one).items()) for one in (*built, exactly))
+        texts = (",".join(f"{key}={value}" for key, value in one.options().items()) for one in (*built, exactly))
         return command + "".join(f' --profile "{text}"' for text in texts)
-    options = _options(widened(built[0], asked))
+    options = widened(built[0], asked).options()
     return command + "".join(f" --{key} {options[key]}" for key in options if key != "tokens" or "sequence" in asked)
-
-
-def _options(ranges: ShapeRanges) -> dict[str, str]:
-    """Ranges as `sdkd build-engine` reads them back."""
-    height, width = _option(ranges.height), _option(ranges.width)
-    size = height if height == width else f"{height}x{width}"
-    return {"size": size, "batch": _option(ranges.batch), "tokens": _option(ranges.sequence)}
 
 
 def _describe(checked: Checked, sizes: Mapping[str, int]) -> str:
@@ -155,8 +148,3 @@ def _describe(checked: Checked, sizes: Mapping[str, int]) -> str:
     units = {"batch": guided, "height": " px", "width": " px", "sequence": ""}
     words = {"sequence": "tokens"}
     return ", ".join(f"{words.get(name, name)} {value}{units[name]}" for name, value in asked.items())
-
-
-def _option(r: Range) -> str:
-    """A range as `sdkd build-engine` reads it back."""
-    return str(r) if r.opt == r.min else f"{r.min}..{r.opt}..{r.max}"

@@ -47,7 +47,7 @@ class OpenVinoSession(EngineSession):
         return dict(record.flags.get("config") or plain) | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
 
     def _load(self, core: Any) -> Any:
-        path = self.checked.path
+        path, record = self.checked.path, self.checked.record
         if path.suffix == ".blob":
             model = core.import_model(path.read_bytes(), "CPU", self._options)
         else:
@@ -56,7 +56,7 @@ class OpenVinoSession(EngineSession):
         if found != self._options["INFERENCE_PRECISION_HINT"]:
             raise EngineError(
                 f"{self.checked.label} would run in {found} instead of {self._options['INFERENCE_PRECISION_HINT']} "
-                f"here. Rebuild it with: {self.checked.bundle.build_command(self.slot)}"
+                f"here. Rebuild it with: {self.checked.bundle.repair(record)} --force"
             )
         return model
 

@@ -122,7 +122,7 @@ class TensorRTSession(EngineSession):
 
     @property
     def _rebuild(self) -> str:
-        return self.checked.bundle.build_command(self.slot)
+        return f"{self.checked.bundle.repair(self.checked.record)} --force"  # its record says that it is fresh
 
     @property
     def _failed(self) -> Callable[[str], EngineError]:

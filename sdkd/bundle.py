@@ -18,7 +18,7 @@ from typing import Any, NotRequired, TypedDict
 from sdkd.contract import Contract, vae_scale
 from sdkd.errors import BundleError, InputError, StaleEngineError
 from sdkd.files import read_json, sha256, write_json
-from sdkd.manifest_checks import check_places, export_command, file_problem, strange_values
+from sdkd.manifest_checks import check_places, export_command, file_problem, rebuild_command, strange_values
 from sdkd.model_numbers import config_problem
 from sdkd.onnx_trust import check_external_data
 from sdkd.profiles import ShapeRanges
@@ -313,7 +313,8 @@ class Bundle:
         """The command that makes a graph or an engine again, as a shell reads it."""
         if isinstance(record, ComponentRecord):
             return self._made_by()
-        return self.build_command(record.slot)
+        onnx = self.manifest.components.get("unet", record).precision
+        return rebuild_command(self.path, asdict(record), onnx, [one.options() for one in record.profiles])
 
     def build_command(self, slot: str) -> str:
         """The command that builds the engines of a slot into this bundle, as a shell reads it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,6 +14,14 @@ from sdkd.files import sha256
 
 # Options of OpenVINO that an engine's build writes down; any other could name files to write or libraries to load.
 OPENVINO_CONFIG = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")
+# What an engine's record can say of its build, as `sdkd build-engine` takes it.
+BUILD_OPTIONS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        *("optimization_level", "workspace_gb", "refit", "strip_weights", "weight_streaming", "version_compatible"),
+        *("hardware_compatible", "memory_cap_gb"),
+    )
+} | {"compute_capabilities": "--compute-capability"}
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 _AXIS = re.compile(r"(batch|sequence|(image_)?(height|width))(_\d{1,2})?( [*/] [1-9]\d?)?")
 _LARGEST_AXIS = 1 << 20
@@ -87,6 +95,23 @@ def file_problem(root: Path, file: Mapping[str, Any]) -> str | None:
     if sha256(path) != file["sha256"]:
         return f"{name} was altered: its SHA-256 differs from the manifest's"
     return None
+
+
+def rebuild_command(root: Path, engine: Mapping[str, Any], onnx: str, shapes: Sequence[Mapping[str, str]]) -> str:
+    """The command that builds an engine (its record as JSON) again, from a graph of precision `onnx`, as it was built.
+
+    `shapes`: its profiles as the command's options.
+    """
+    one, several = (shapes[0], []) if len(shapes) == 1 else ({}, shapes)
+    wanted = ["--precision", onnx] if engine["slot"] == engine["target"] else []
+    wanted += [word for name, value in one.items() for word in (f"--{name}", value)]
+    wanted += [word for each in several for word in ("--profile", ",".join(f"{k}={v}" for k, v in each.items()))]
+    built = engine.get("flags", {}).get("options", {})
+    for option, value in built.items() if isinstance(built, Mapping) else ():
+        if option in BUILD_OPTIONS:
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            wanted += [BUILD_OPTIONS[option]] if value is True else [BUILD_OPTIONS[option], text]
+    return shlex.join(["sdkd", "build-engine", str(root), "--target", engine["slot"], *wanted])
 
 
 def export_command(root: Path) -> str:

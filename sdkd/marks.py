@@ -107,6 +107,12 @@ def kind_of(folder: Path) -> Kind | None:
     return next((kind for kind in KINDS if proves(folder, kind)), None)
 
 
+def damaged_mark(folder: Path) -> str | None:
+    """The name of a record of ours in a folder whose content proves nothing; None where there is none of that name."""
+    names = (name for kind in KINDS for name, _ in kind.marks)
+    return next((name for name in names if (folder / name).is_file()), None)
+
+
 def proves(folder: Path, kind: Kind) -> bool:
     """Whether a folder holds a record that proves that it is an output of this kind."""
     return any(is_record(file, keys) for pattern, keys in kind.marks for file in sorted(folder.glob(pattern)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sdkd.errors import InputError, OutputExistsError
-from sdkd.marks import Kind, foreign, kind_of, proves
+from sdkd.marks import Kind, damaged_mark, foreign, kind_of, proves
 from sdkd.replace import TEMPORARY, sweep, sweep_inside
 
 Input = str | os.PathLike[str] | None
@@ -43,6 +43,8 @@ def check_free(path: str | os.PathLike[str], overwrite: bool, inputs: Iterable[I
 def why_kept(folder: Path) -> str | None:
     """Why a folder that is there must not be replaced, in words; None when sdkd wrote all that is in it."""
     kind = kind_of(folder)
+    if kind is None and (name := damaged_mark(folder)):
+        return f"its {name} is damaged or another program's, so that only you can say whether to remove it"
     if kind is None:
         return "sdkd did not write what is in it"
     name = foreign(folder, kind)

@@ -33,6 +33,10 @@ class Range:
     def __str__(self) -> str:
         return str(self.min) if self.min == self.max else f"{self.min}..{self.max}"
 
+    def option(self) -> str:
+        """As `parse` reads it back, the best size included."""
+        return str(self) if self.opt == self.min else f"{self.min}..{self.opt}..{self.max}"
+
     @staticmethod
     def fixed(value: int) -> Range:
         """A static axis."""
@@ -74,6 +78,12 @@ class ShapeRanges:
     def from_json(data: Mapping[str, Any]) -> ShapeRanges:
         """The inverse of `to_json`."""
         return ShapeRanges(**{name: Range(*data[name]) for name in ("batch", "height", "width", "sequence")})
+
+    def options(self) -> dict[str, str]:
+        """As `sdkd build-engine` reads them back: its options `size`, `batch` and `tokens`."""
+        height, width = self.height.option(), self.width.option()
+        size = height if height == width else f"{height}x{width}"
+        return {"size": size, "batch": self.batch.option(), "tokens": self.sequence.option()}
 
     def __str__(self) -> str:
         return f"batch {self.batch}, height {self.height} px, width {self.width} px, {self.sequence} tokens"

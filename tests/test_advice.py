@@ -29,6 +29,8 @@ from sdkd.targets import check_target
 ROOT = Path(__file__).parents[1]
 SAMPLES = {  # what the placeholders of messages stand for; a folder with a space, as people have
     "self.path": "my bundle",
+    "engine['slot']": "openvino-bf16",
+    "*wanted": "--size=64",
     "str(self.path)": "my bundle",
     "slot": "openvino-bf16",
     "str(subject.model)": "my model",
@@ -233,6 +235,7 @@ def test_the_advice_of_a_bundle_mends_it_when_it_is_followed(tmp_path: Path) -> 
     assert result.exit_code == 1
     assert run(advised(result.stderr)).exit_code == 0
     assert run(["sdkd", "inspect", str(folder)]).exit_code == 0
+    assert Bundle.open(folder).engine("onnxruntime", "unet").profiles == record.profiles  # not the default shapes
 
 
 def test_the_advice_of_a_target_without_a_bundle(tmp_path: Path) -> None:

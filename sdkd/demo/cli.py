@@ -33,6 +33,8 @@ def demo(
         with progress("demo") as report:
             result: DemoResult = run_demo(output, settings, report)
     _tell(result)
+    if result.report is not None and result.report.failed:
+        result.report.check(output / "report.html")
 
 
 def _forget(output: Path) -> None:

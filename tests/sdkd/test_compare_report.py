@@ -151,6 +151,25 @@ def test_files_of_others_stay_and_a_report_is_replaced_only_when_asked(tmp_path:
     assert (tmp_path / "models" / "mine").read_text() == "kept"
 
 
+def _killed(new: Path, place: Path) -> None:
+    raise RuntimeError("killed")
+
+
+def test_a_kill_between_the_parts_leaves_no_report_that_looks_whole_and_the_next_one_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").write_text("kept")
+    write_report(planted_report(models=("teacher",)), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("sdkd.compare.folder.put", _killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            write_report(planted_report(models=("teacher", "tiny")), tmp_path, overwrite=True)
+    assert not (tmp_path / "report.json").exists()
+    write_report(planted_report(models=("teacher", "tiny")), tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "images", "report.md", "report.html", "report.json"}
+    assert {path.name.split("-")[0] for path in (tmp_path / "images").iterdir()} == {"teacher", "tiny"}
+
+
 def test_a_failure_while_writing_leaves_the_old_report(tmp_path: Path) -> None:
     write_report(planted_report(models=("teacher",)), tmp_path / "report")
     before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir() if path.is_file()}

@@ -46,7 +46,7 @@ def test_what_sdkd_wrote_is_known_by_its_record(name: str, tmp_path: Path) -> No
     for other in ("{}", "[]", '{"schema": "1"}', "{", "", '{"a":' * 100_000):
         (folder / name).write_text(other)
         assert kind_of(folder) is None, other[:20]
-        with pytest.raises(OutputExistsError, match=r"sdkd did not write what is in it: choose another folder$"):
+        with pytest.raises(OutputExistsError, match=rf"its {name} is damaged .*: choose another folder$"):
             check_free(folder, overwrite=True)
 
 
