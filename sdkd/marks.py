@@ -108,9 +108,9 @@ def kind_of(folder: Path) -> Kind | None:
 
 
 def damaged_mark(folder: Path) -> str | None:
-    """The name of a record of ours in a folder whose content proves nothing; None where there is none of that name."""
-    names = (name for kind in KINDS for name, _ in kind.marks)
-    return next((name for name in names if (folder / name).is_file()), None)
+    """The record that proves nothing in a folder of what is otherwise sdkd's alone; None for any other folder."""
+    names = ((kind, name) for kind in KINDS for name, _ in kind.marks if (folder / name).is_file())
+    return next((name for kind, name in names if foreign(folder, kind) is None), None)
 
 
 def proves(folder: Path, kind: Kind) -> bool:
