@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,20 @@ from typing import Any
 import onnx_ir
 import small_bundles
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from helpers import fixed_weights, tiny_text_encoder, tiny_tokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from helpers import CROSS, fixed_weights, tiny_text_encoder, tiny_tokenizer
 from made_once import made_once
 
+from export import export_pipeline
 from export.components import component_module, graph_module, module_contract
 from export.parity import Reference, case_inputs, parity_cases, run_eager
 from export.precision import cast
@@ -25,13 +34,19 @@ from sdkd.exportable import module_config
 from sdkd.files import read_json, write_json
 from sdkd.onnx_weights import TRANSFORMS_FILE
 
-VAE: dict[str, Any] = small_bundles.VAE | {"scaling_factor": 0.5}
+# The smallest UNet that there is: one level.
+ONE_LEVEL: dict[str, Any] = small_bundles.UNET | {
+    "down_block_types": (CROSS,),
+    "up_block_types": ("UpBlock2D",),
+    "block_out_channels": (16,),
+    "attention_head_dim": (1,),
+}
 
 
 def small_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
     """A whole pipeline for images of 32x32 pixels: 2 levels, no mid block."""
     return StableDiffusionPipeline(
-        vae=fixed_weights(AutoencoderKL(**VAE), seed + 1),
+        vae=fixed_weights(AutoencoderKL(**small_bundles.VAE), seed + 1),
         text_encoder=tiny_text_encoder(seed + 2),
         tokenizer=tiny_tokenizer(),
         unet=fixed_weights(UNet2DConditionModel(**(small_bundles.UNET | unet)), seed),
@@ -42,11 +57,17 @@ def small_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
     )
 
 
+def ddim_pipeline() -> StableDiffusionPipeline:
+    """What `small_bundles.small_pipeline` is, of modules that nobody else has: the same weights, and its scheduler."""
+    pipe = small_pipeline()
+    pipe.scheduler = small_bundles.small_pipeline().scheduler
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @cache
 def small_bundle() -> Bundle:
     """The exported pipeline in float32, checked; read it, do not change it."""
-    from export import export_pipeline
-
     return Bundle.open(made_once("exported", lambda path: export_pipeline(small_pipeline(), path)))
 
 
@@ -71,11 +92,63 @@ def half_unet() -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
     """The UNet in fp16, as `small_graph` gives it."""
     module = cast(small_pipeline().unet, "fp16")
     contract = module_contract("unet", module, "fp16")
-    graph = to_onnx(module, contract, module_config(module))
-    folder = Path(tempfile.mkdtemp())
-    (file,) = save(graph, folder)
-    write_json(folder / TRANSFORMS_FILE, dict(graph.transforms))
-    return module, graph, contract, file
+
+    def export(folder: Path) -> None:
+        graph = to_onnx(module, contract, module_config(module))
+        save(graph, folder)
+        write_json(folder / TRANSFORMS_FILE, dict(graph.transforms))
+        write_json(folder / "more.json", [graph.opset, graph.unmatched, dict(graph.float_nodes)])
+
+    folder = made_once("half-unet", export)
+    opset, unmatched, islands = read_json(folder / "more.json")
+    transforms = read_json(folder / TRANSFORMS_FILE)
+    graph = OnnxGraph(onnx_ir.load(folder / GRAPH), opset, transforms, tuple(unmatched), islands)
+    return module, graph, contract, folder / GRAPH
+
+
+def half_decoder(precision: str) -> Path:
+    """A bundle of the VAE's decoder in fp16 or bf16, made once per test run."""
+    options: dict[str, Any] = {"precision": precision, "components": ("vae_decoder",)}
+    return made_once(f"decoder-{precision}", lambda path: export_pipeline(small_pipeline(), path, **options))
+
+
+def with_controlnet(pipe: StableDiffusionPipeline) -> StableDiffusionControlNetPipeline:
+    """The pipeline with a small ControlNet."""
+    parts = pipe.components | {"controlnet": small_bundles.small_controlnet()}
+    found = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def wide_unet(channels: int) -> UNet2DConditionModel:
+    """A UNet that takes more than latents: 8 channels as instruct-pix2pix has them, 9 as inpainting has them."""
+    return fixed_weights(UNet2DConditionModel(**(ONE_LEVEL | {"in_channels": channels})))
+
+
+def tiny_vae() -> AutoencoderTiny:
+    """A TAESD of 2 pixels per latent."""
+    return fixed_weights(AutoencoderTiny(**small_bundles.TINY_VAE))
+
+
+def variant_pipeline(name: str) -> Any:
+    """A pipeline beyond text-to-image by the name of its bundle, its scheduler DDIM: `variant_bundle`."""
+    pipe = ddim_pipeline()
+    if name == "controlnet":
+        return with_controlnet(pipe)
+    if name == "taesd":
+        pipe.vae = tiny_vae()
+        return pipe
+    kind: Any = {"pix2pix": StableDiffusionInstructPix2PixPipeline, "inpaint": StableDiffusionInpaintPipeline}[name]
+    parts = pipe.components | {"unet": wide_unet(8 if name == "pix2pix" else 9)}
+    found = kind(**parts, requires_safety_checker=False)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def variant_bundle(name: str) -> Path:
+    """Its bundle, exported and checked once per test run; what it shares with `small_bundle` is taken from there."""
+    options: dict[str, Any] = {"hidden_states": name == "controlnet", "reuse": [small_bundle().path]}
+    return made_once(f"exported-{name}", lambda path: export_pipeline(variant_pipeline(name), path, **options))
 
 
 def references(module: torch.nn.Module, contract: Contract) -> list[Reference]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import small_exports
 from diffusers import StableDiffusionPipeline
-from engine_bundles import graph_unet, pipeline_bundle
+from engine_bundles import TARGETS, graph_unet, pipeline_bundle, variant_engines
+from made_once import made_once
 from small_bundles import small_pipeline
 
 from export import build_engine
@@ -26,18 +27,27 @@ def eager() -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
-def engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_bundle() -> Path:
     """A whole pipeline on ONNX Runtime and OpenVINO: 32 to 64 px, up to 2 images."""
-    return pipeline_bundle(tmp_path_factory.mktemp("engines") / "bundle")
+    return made_once("engines", pipeline_bundle)
+
+
+def _build_exported(folder: Path) -> None:
+    bundle = small_exports.bundle_copy(folder)
+    for target in TARGETS:
+        bundle = build_engine(bundle, target, ranges=EXPORTED_RANGES)
 
 
 @pytest.fixture(scope="session")
-def exported_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_bundle() -> Path:
     """The small pipeline as the exporter writes it, on both CPU targets: 32 px, up to 2 images. Weights can change."""
-    bundle = small_exports.bundle_copy(tmp_path_factory.mktemp("exported") / "bundle")
-    for target in ("onnxruntime", "openvino"):
-        bundle = build_engine(bundle, target, ranges=EXPORTED_RANGES)
-    return bundle.path
+    return made_once("exported-engines", _build_exported)
+
+
+@pytest.fixture(scope="session")
+def control_bundle() -> Path:
+    """A ControlNet pipeline, with all hidden states, on both CPU targets: `variant_engines`."""
+    return variant_engines("controlnet")
 
 
 @pytest.fixture
@@ -47,9 +57,9 @@ def bundle_copy(engine_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def graph() -> Bundle:
     """A hand-written UNet on both CPU targets: 32 to 64 px, up to 2 images."""
-    return graph_unet(tmp_path_factory.mktemp("graph") / "bundle")
+    return Bundle.open(made_once("graph-unet", graph_unet))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import onnx
 import torch
 from graph_bundles import graph_bundle
+from made_once import made_once
 from onnx import TensorProto, helper
-from small_bundles import small_bundle, small_pipeline
+from small_exports import ddim_pipeline, small_bundle, variant_bundle
 
-from export.build import build_engine
+from export import build_engine, export_pipeline
 from sdkd.bundle import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
 from sdkd.contract import DTYPES, Precision, unet_contract
 from sdkd.profiles import Range, ShapeRanges
@@ -86,14 +88,22 @@ def identity_unet(folder: Path, precision: Precision, target: str) -> Bundle:
 
 def pipeline_bundle(folder: Path, targets: Sequence[str] = TARGETS) -> Path:
     """A whole small pipeline with engines for every CPU target: 32 to 64 px, up to 2 images."""
-    bundle = small_bundle(folder)
-    pipe = small_pipeline()
-    pipe.save_config(folder)
-    pipe.tokenizer.save_pretrained(folder / "tokenizer")
-    pipe.scheduler.save_pretrained(folder / "scheduler")
+    bundle = export_pipeline(ddim_pipeline(), folder, reuse=[small_bundle().path])
     for target in targets:
         bundle = build_engine(bundle, target, ranges=RANGES)
     return bundle.path
+
+
+def variant_engines(name: str, targets: Sequence[str] = TARGETS) -> Path:
+    """Engines of a `variant_bundle`, made once per test run: `RANGES`, and prompts of one or two parts."""
+    ranges = replace(RANGES, sequence=Range(77, 77, 154))
+
+    def build(folder: Path) -> None:
+        shutil.copytree(variant_bundle(name), folder)
+        for target in targets:
+            build_engine(folder, target, ranges=ranges)
+
+    return made_once("-".join((name, *targets)), build)
 
 
 def edit_engine(bundle: Path, slot: str, component: str, **changes: Any) -> Bundle:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import typer
-from engine_bundles import RANGES
 from helpers import fixed_weights
 from PIL import Image
 from small_bundles import UNET, small_controlnet, small_pipeline
@@ -20,7 +19,6 @@ from typer.testing import CliRunner
 
 from engines.cli import generate
 from engines.image_inputs import EDIT, WAYS, done_steps, read_inputs, resized
-from export import build_engine, export_pipeline
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError, EngineError, InputError
 
@@ -61,14 +59,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for channels, kind in kinds.items():
         pipeline(kind, channels).save_pretrained(home / str(channels))
     return {channels: home / str(channels) for channels in kinds}
-
-
-@pytest.fixture(scope="module")
-def control_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a ControlNet, on ONNX Runtime."""
-    folder = tmp_path_factory.mktemp("control") / "bundle"
-    bundle = export_pipeline(pipeline("StableDiffusionControlNetPipeline"), folder, verify=False)
-    return build_engine(bundle, "onnxruntime", ranges=RANGES).path
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +145,8 @@ def test_a_bundle_with_a_controlnet_draws_what_diffusers_draws(
     control_bundle: Path, files: dict[str, Path], tmp_path: Path, kind: str, names: tuple[str, ...],
     words: tuple[Any, ...], call: dict[str, Any],
 ) -> None:  # fmt: skip
-    out = tmp_path / "out.png"
-    result = run(control_bundle, "a cat", "-o", out, *SETTINGS, *options(files, *names), *words)
+    out, target = tmp_path / "out.png", ("--target", "onnxruntime")
+    result = run(control_bundle, "a cat", "-o", out, *SETTINGS, *options(files, *names), *words, *target)
     assert result.exit_code == 0, result.exception
     wanted = expected(kind, files, guidance_scale=7.5, height=32, width=32, **call)
     assert np.abs(pixels(out) - wanted).max() <= 1
@@ -292,8 +282,8 @@ def test_a_bundle_without_the_engines_for_images_says_what_is_missing(
         raise run(engine_bundle, *words, *options(files, "control")).exception
     with pytest.raises(InputError, match=r"runs eagerly without its ControlNet: leave out --target eager"):
         raise run(control_bundle, *words, *options(files, "control"), "--target", "eager").exception
-    with pytest.raises(BundleError, match=r"has no openvino engine for controlnet .*sdkd build-engine"):
-        raise run(control_bundle, *words, *options(files, "control"), "--target", "openvino").exception
+    with pytest.raises(BundleError, match=r"has no openvino-bf16 engine for controlnet .*sdkd build-engine"):
+        raise run(control_bundle, *words, *options(files, "control"), "--target", "openvino-bf16").exception
     whole = Bundle.open(bundle_copy)
     engines = {key: engine for key, engine in whole.manifest.engines.items() if "vae_encoder" not in key}
     Bundle(bundle_copy, replace(whole.manifest, engines=engines)).save()

@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import small_bundles
 import torch
 from diffusers import (
     AutoPipelineForImage2Image,
@@ -20,16 +19,16 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from engine_bundles import edit_engine
-from helpers import fixed_weights, tiny_unet, tiny_vae
+from engine_bundles import edit_engine, variant_engines
+from helpers import tiny_unet, tiny_vae
 from PIL import Image
 from small_bundles import small_pipeline
+from small_exports import variant_pipeline
 
 from engines.modules import EngineTextEncoder, EngineUNet
 from engines.pipeline import load_pipeline, plug, unplug
 from engines.slots import best_slot
 from engines.vae import EngineVAE
-from export import build_engine, export_pipeline
 from sdkd.bundle import Bundle
 from sdkd.errors import (
     BundleError,
@@ -40,7 +39,6 @@ from sdkd.errors import (
     RangeError,
     StaleEngineError,
 )
-from sdkd.profiles import Range, ShapeRanges
 from sdkd.targets import built_environment
 
 TARGETS = ("onnxruntime", "openvino")
@@ -265,8 +263,10 @@ def test_disagreement_names_both_values(bundle_copy: Path, part: str, key: str, 
     folder = bundle_copy / ("vae_decoder" if part == "vae" else part)
     eager = small_pipeline()
     theirs = getattr(getattr(eager, part).config, key)
+    opened = Bundle.open(bundle_copy)
     config = (folder / "config.json").read_text().replace(f'"{key}": {theirs}', f'"{key}": {value}')
     (folder / "config.json").write_text(config)
+    opened.with_rest().save()
     with pytest.raises(ModelError, match=rf"{part} {key} is {value} in the bundle and {theirs} in the pipeline"):
         plug(eager, bundle_copy, "onnxruntime")
 
@@ -316,13 +316,9 @@ def test_offloading_is_refused_and_the_pipeline_still_draws(
     assert psnr(draw(pipe), draw(plain)) > MIN_PSNR
 
 
-def test_inpainting_with_nine_channels(tmp_path: Path) -> None:
-    parts = small_pipeline().components
-    parts["unet"] = fixed_weights(diffusers.UNet2DConditionModel(**(small_bundles.UNET | {"in_channels": 9})))
-    eager = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    bundle = export_pipeline(eager, tmp_path / "bundle", verify=False)
-    sizes = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
-    pipe = load_pipeline(build_engine(bundle, "onnxruntime", ranges=sizes), "onnxruntime")
+def test_inpainting_with_nine_channels() -> None:
+    eager = variant_pipeline("inpaint")
+    pipe = load_pipeline(variant_engines("inpaint", ["onnxruntime"]), "onnxruntime")
     assert type(pipe) is StableDiffusionInpaintPipeline
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (8, 8, 24, 24))

@@ -10,28 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_bundles
 import torch
-from diffusers import (
-    AutoencoderTiny,
-    DDIMScheduler,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from helpers import fixed_weights
+from diffusers import StableDiffusionControlNetPipeline, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from engine_bundles import variant_engines
 from PIL import Image
-from small_bundles import TINY_VAE, small_controlnet, small_pipeline
+from small_bundles import small_pipeline
+from small_exports import variant_pipeline, with_controlnet
 
 from engines import load_pipeline, plug, unplug
 from engines.modules import EngineControlNet
-from export import build_engine, export_pipeline
 from sdkd.errors import EngineError, ModelError
-from sdkd.profiles import Range, ShapeRanges
-
-RANGES = ShapeRanges(Range(1, 1, 2), Range(32, 32, 64), Range(32, 32, 64), Range(77, 77, 154))
-TARGETS = ("onnxruntime", "openvino")
+from sdkd.profiles import Range
 
 
 def picture(size: int = 32, seed: int = 0) -> Image.Image:
@@ -42,18 +31,7 @@ def picture(size: int = 32, seed: int = 0) -> Image.Image:
 
 def controlled() -> StableDiffusionControlNetPipeline:
     """The small pipeline with a ControlNet."""
-    parts = small_pipeline().components | {"controlnet": small_controlnet()}
-    pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def bundle_of(pipe: Any, folder: Path, **options: Any) -> Path:
-    """Exported and built for both CPU targets."""
-    bundle = export_pipeline(pipe, folder / "bundle", verify=False, **options)
-    for target in TARGETS:
-        bundle = build_engine(bundle, target, ranges=RANGES)
-    return bundle.path
+    return with_controlnet(small_pipeline())
 
 
 def draw(pipe: Any, **call: Any) -> np.ndarray:
@@ -70,14 +48,10 @@ def agree(one: np.ndarray, other: np.ndarray) -> None:
     assert 10 * np.log10(1 / max(mse, 1e-12)) > 60
 
 
-@pytest.fixture(scope="module")
-def control_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ControlNet pipeline's engines, with all hidden states."""
-    return bundle_of(controlled(), tmp_path_factory.mktemp("control"), hidden_states=True)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("call", [{}, {"guess_mode": True}, {"controlnet_conditioning_scale": 0.3}])
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [("onnxruntime", {}), ("openvino", {"controlnet_conditioning_scale": 0.3}), ("onnxruntime", {"guess_mode": True})],
+)
 def test_a_controlnet_pipeline_on_engines(control_bundle: Path, target: str, call: dict[str, Any]) -> None:
     expected = draw(controlled(), image=picture(), **call)
     loaded = load_pipeline(control_bundle, target)
@@ -142,28 +116,20 @@ def test_clip_skip_without_hidden_states_says_how_to_get_them(engine_bundle: Pat
         pipe.encode_prompt("a cat", "cpu", 1, False, clip_skip=1)
 
 
-def test_a_tiny_autoencoder_decodes_and_encodes(tmp_path: Path) -> None:
-    vae = fixed_weights(AutoencoderTiny(**TINY_VAE))
-    vae.save_pretrained(tmp_path / "taesd")
-    bundle = bundle_of(small_pipeline(), tmp_path, vae=tmp_path / "taesd")
-    eager = small_pipeline()
-    eager.vae = vae
+def test_a_tiny_autoencoder_decodes_and_encodes() -> None:
+    bundle, eager = variant_engines("taesd"), variant_pipeline("taesd")
     expected = draw(eager)
     pipe = load_pipeline(bundle, "onnxruntime")
     assert pipe.vae.config.scaling_factor == 1.0
     agree(draw(pipe), expected)
     agree(draw(plug(small_pipeline(), bundle, "openvino", check_weights="none")), expected)
     image = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(pipe.vae.encode(image).latents, vae.encode(image).latents, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pipe.vae.encode(image).latents, eager.vae.encode(image).latents, atol=1e-4, rtol=1e-4)
 
 
-def test_instruct_pix2pix_guides_with_three_copies(tmp_path: Path) -> None:
-    pipe = StableDiffusionInstructPix2PixPipeline(**small_pipeline().components, requires_safety_checker=False)
-    pipe.unet = fixed_weights(UNet2DConditionModel(**(small_bundles.UNET | {"in_channels": 8})))
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    expected = draw(pipe, image=picture(), image_guidance_scale=1.5)
-    loaded = load_pipeline(bundle_of(pipe, tmp_path), "onnxruntime")
+def test_instruct_pix2pix_guides_with_three_copies() -> None:
+    expected = draw(variant_pipeline("pix2pix"), image=picture(), image_guidance_scale=1.5)
+    loaded = load_pipeline(variant_engines("pix2pix", ["onnxruntime"]), "onnxruntime")
     assert type(loaded) is StableDiffusionInstructPix2PixPipeline
     assert loaded.unet.session.limits["batch"] == Range(1, 3, 6)
     agree(draw(loaded, image=picture(), image_guidance_scale=1.5), expected)

@@ -50,6 +50,8 @@ def test_the_table_says_when_nothing_was_checked_and_what_comes_next(model: Path
     row = next(line for line in result.stdout.splitlines() if "text_encoder" in line)
     assert " 22 " in row
     assert "38,816" in row
+    assert json.loads((tmp_path / "b" / "bundle.json").read_text())["components"]["text_encoder"]["parity"] is None
+    assert Bundle.open(tmp_path / "b").component("text_encoder").parity is None
 
 
 def test_the_summary_has_every_component_and_its_error() -> None:

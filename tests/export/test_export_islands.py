@@ -123,6 +123,9 @@ def test_the_graph_holds_the_islands_weights_in_float32(bundle: Bundle) -> None:
     assert kinds[f"{LAST}.resnets.0.conv2.weight"] == onnx.TensorProto.FLOAT
     assert kinds["decoder.up_blocks.0.resnets.0.conv2.weight"] == onnx.TensorProto.FLOAT16
     assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    details = bundle.component("vae_decoder").details  # the softmax of its attention, too, which is no island
+    assert not [name for name in details["islands"]["float32_blocks"] if "mid_block" in name]
+    assert details["float32_nodes"]["Softmax"] == details["operators"]["Softmax"] == 1
 
 
 def test_the_graph_does_not_overflow_on_large_latents(bundle: Bundle) -> None:

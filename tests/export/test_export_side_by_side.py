@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from small_exports import small_pipeline
+from diffusers import UNet2DConditionModel
+from helpers import fixed_weights
+from small_exports import ONE_LEVEL, small_pipeline
 
 from export import export_pipeline, side_by_side
 from export.component import ExportOptions
@@ -32,10 +35,16 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-level pipeline in a folder."""
+    """A one-level pipeline in a folder."""
     folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
+    one_level().save_pretrained(folder)
     return folder
+
+
+def one_level() -> Any:
+    pipe = small_pipeline()
+    pipe.unet = fixed_weights(UNet2DConditionModel(**ONE_LEVEL))
+    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +93,7 @@ def test_two_processes_make_the_bundle_of_one(
 
 
 def test_an_error_of_the_child_is_the_exports_own(begun: list[list[str]], tmp_path: Path) -> None:
-    pipe = small_pipeline()
+    pipe = one_level()
     pipe.vae.decoder.conv_out.bias.data.fill_(1e6)
     pipe.save_pretrained(tmp_path / "model")
     with pytest.raises(ExportError, match=r"1 weights are NaN or infinite in fp16 \(first: .*conv_out\.bias\)"):
@@ -96,7 +105,7 @@ def test_an_error_of_the_child_is_the_exports_own(begun: list[list[str]], tmp_pa
 
 def test_an_error_here_ends_the_child(model: Path, begun: list[list[str]], tmp_path: Path) -> None:
     def fail(message: str, fraction: float | None) -> None:
-        if message == "unet: not compared with PyTorch":
+        if message == "unet: exporting to ONNX":
             raise ValueError("no terminal")
 
     (tmp_path / "model").symlink_to(model)
@@ -121,33 +130,21 @@ def _children() -> list[psutil.Process]:
     return found
 
 
-def test_the_check_is_done_in_turn(model: Path, begun: list[list[str]], tmp_path: Path) -> None:
-    bundle = export_pipeline(model, tmp_path / "bundle", components=PARTS)
-    assert begun == []
-    assert all(record.parity for record in bundle.manifest.components.values())
-
-
-def test_what_is_there_already_needs_no_child(in_turn: Bundle, begun: list[list[str]], tmp_path: Path) -> None:
-    other = small_pipeline(seed=7)
-    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
-        setattr(other, part, getattr(small_pipeline(), part))
-    other.save_pretrained(tmp_path / "model")
-    bundle = _unchecked(tmp_path, components=PARTS, reuse=[in_turn.path])
-    assert begun == []
-    assert [bundle.component(name).details.get("reused") for name in PARTS] == [True, None]
-
-
-def test_one_process_for_modules_in_memory_one_thread_or_little_memory(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_process_for_modules_in_memory_what_is_there_a_check_one_thread_or_little_memory(
+    model: Path, in_turn: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unchecked = ExportOptions("fp32", verify=False)
 
-    def worth(source: Any) -> bool:
-        return side_by_side._worth_a_child(source, ["text_encoder"], unchecked, {})
+    def worth(source: Any, options: ExportOptions = unchecked, part: str = "text_encoder") -> bool:
+        return side_by_side._worth_a_child(source, [part], options, in_turn.manifest.versions)
 
     named = side_by_side.source_for(model, {}, unchecked)
     monkeypatch.setattr(side_by_side, "free_memory", lambda: 4 * 10**9)
     assert worth(named)
+    assert not worth(named, ExportOptions("fp32"))  # the check has work for every core
+    there = replace(unchecked, reuse=(in_turn.path,))
+    assert not worth(named, there)
+    assert worth(named, there, "vae_decoder")  # which is not there
     assert not worth(side_by_side.source_for(small_pipeline(), {}, unchecked))
     monkeypatch.setattr(side_by_side, "free_memory", lambda: 2 * 10**9)
     assert not worth(named)
