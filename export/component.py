@@ -17,7 +17,7 @@ from torch import nn
 
 from export.components import component_state, graph_module, module_contract, standard_attention
 from export.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
-from export.parity import Reference, case_inputs, check_graph, parity_cases, run_eager
+from export.parity import Reference, case_inputs, check_graph, check_references, parity_cases, run_eager
 from export.precision import cast, check_finite, torch_dtype
 from export.reuse import Wanted, find, take
 from export.source import Source
@@ -113,6 +113,7 @@ def export_component(
         return take(*found, folder)
     digest, opset = source.digest(name), choose_opset(name, options.opset, options.target)
     ready = _prepare(source, name, options, in_place, progress)
+    check_references(ready.contract, ready.references, options.precision)
     lighter()
     config = module_config(ready.module)
     parameters = sum(tensor.numel() for tensor in component_state(name, ready.module).values())

@@ -172,6 +172,18 @@ def check_shapes(
     return results
 
 
+def check_references(contract: Contract, references: Sequence[Reference], precision: Precision) -> None:
+    """ValuesError where PyTorch's own answers are not finite: no graph of it could pass, so none need be traced."""
+    findings = [
+        f"{spec.name} at {reference.case}: {problem}"
+        for reference in references
+        for spec, exact, eager in zip(contract.outputs, reference.float32, reference.eager, strict=True)
+        if (problem := _not_finite_in_torch(exact, eager, precision))
+    ]
+    if findings:
+        raise ValuesError(f"{contract.component} was not exported: {'; '.join(findings)}")
+
+
 def check_values(
     contract: Contract,
     references: Sequence[Reference],
@@ -194,11 +206,17 @@ def check_values(
     return _summary(rows, references, precision)
 
 
-def _not_finite(value: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, precision: Precision) -> str | None:
+def _not_finite_in_torch(exact: torch.Tensor, eager: torch.Tensor, precision: Precision) -> str | None:
     if not torch.isfinite(exact).all():
         return "PyTorch itself gives NaN or infinity in float32; the model's weights are damaged"
     if not torch.isfinite(eager).all():
         return f"PyTorch itself gives NaN or infinity in {precision}; export with --precision bf16 or fp32"
+    return None
+
+
+def _not_finite(value: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, precision: Precision) -> str | None:
+    if problem := _not_finite_in_torch(exact, eager, precision):
+        return problem
     return None if torch.isfinite(value).all() else "the graph gives NaN or infinity, PyTorch does not"
 
 
