@@ -78,16 +78,16 @@ def test_what_cannot_be_built_is_in_the_report_and_the_others_are_measured(tmp_p
     words = [*models, *QUICK, "--targets", "onnxruntime", "--bundles", str(tmp_path / "bundles")]
     result = call(*words, "--output", str(output))
     assert result.exit_code == 1
-    assert "sdkd: 1 of 2 subjects failed. 'bad onnxruntime': the ONNX graph of text_encoder does not" in result.stderr
+    assert "sdkd: 1 of 2 subjects failed. 'bad onnxruntime': " in result.stderr
     assert f"See {output / 'report.html'}." in result.stderr
-    assert "✗ bad onnxruntime failed: the ONNX graph of text_encoder" in result.stdout.replace("\n", " ")
+    assert "✗ bad onnxruntime failed: " in result.stdout.replace("\n", " ")
     report = json.loads((output / "report.json").read_text())
     assert [row["label"] for row in report["results"]] == ["bundle onnxruntime"]
     assert [row["label"] for row in report["failed"]] == ["bad onnxruntime"]
     assert report["failed"][0]["bundle"] == str(tmp_path / "bundles" / "bad" / "fp32")
-    assert "PyTorch itself gives NaN or infinity" in report["failed"][0]["reason"]
+    assert "weights are NaN or infinite in fp32 (first: " in report["failed"][0]["reason"]
     assert "\n" not in report["failed"][0]["reason"]
-    assert "- **bad onnxruntime failed**: the ONNX graph of" in (output / "report.md").read_text()
+    assert "- **bad onnxruntime failed**: " in (output / "report.md").read_text()
     page = " ".join((output / "report.html").read_text().split())
     assert "1 of 2 subjects failed." in page
     assert "<b>bad onnxruntime</b>: " in page
