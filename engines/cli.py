@@ -107,7 +107,7 @@ def generate(
     check_inputs(model, target, inputs, steps)
     slot = choose_target(model, target, control=control is not None)
     if num_processes > 1:
-        start_processes(num_processes, slot, files, None if prompts is None else texts)
+        start_processes(num_processes, slot, files, prompts, texts)
         return
     state = join(slot)
     with main_progress("load", state) as report:
@@ -179,11 +179,13 @@ def carry_out(
     return len(indices)
 
 
-def start_processes(processes: int, target: str, files: Sequence[Path], texts: Sequence[str] | None) -> None:
+def start_processes(
+    processes: int, target: str, files: Sequence[Path], prompts: Path | None, texts: Sequence[str]
+) -> None:
     """Run this command in several processes; InputError without a file of prompts, TrainingError when one fails."""
     from sdkd.distill.launch import relaunch
 
-    if texts is None:
+    if prompts is None or prompts.is_fifo():  # a pipe is read once
         raise InputError(f"{processes} processes share a file of prompts: give --prompts FILE, or leave out the number")
     check_gpus(target, processes)
     try:

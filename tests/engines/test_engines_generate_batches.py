@@ -259,9 +259,15 @@ def wait_until_quiet(out: Path) -> None:
         time.sleep(1.5)
 
 
-def test_processes_share_a_file_of_prompts_and_have_a_gpu_each(folder: Path) -> None:
+def test_processes_share_a_file_of_prompts_and_have_a_gpu_each(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"2 processes share a file of prompts: give --prompts FILE"):
         raise run(folder, "x", "--num-processes", 2).exception
+    end, begin = os.pipe()
+    os.write(begin, b"x")
+    os.close(begin)
+    with pytest.raises(InputError, match=r"2 processes share a file of prompts: give --prompts FILE"):
+        raise run(folder, "--prompts", f"/dev/fd/{end}", "-o", tmp_path, "--num-processes", 2).exception
+    os.close(end)
     with pytest.raises(InputError, match=r"1000 processes need 1000 GPUs for target tensorrt, and this machine has"):
         check_gpus("tensorrt", 1000)
     check_gpus("openvino", 1000)
