@@ -333,8 +333,7 @@ class Bundle:
         if record.onnx_sha256 != self.component(record.component).onnx_sha256:
             reasons.append(f"{record.component} was exported again after the engine was built")
         for key, built in record.environment.items():
-            here = None if environment is None else environment.get(key)
-            if here is not None and here != built:
+            if (here := (environment or {}).get(key)) not in (None, built):
                 reasons.append(f"built with {key.replace('_', ' ')} {built}, here it is {here}")
         gpu = (environment or {}).get("compute_capability")
         if gpu and record.built_for and gpu not in record.built_for:

@@ -141,9 +141,9 @@ def existing(inputs: Iterable[Input]) -> Iterator[tuple[str, Path]]:
         if given is None or str(given) in ("", "demo"):  # the embedded model, whatever else is called so
             continue
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long, or no path at all
-            path = Path(given).expanduser()
-            if path.exists():
-                yield str(given), Path(os.path.realpath(path))
+            path = Path(os.path.realpath(Path(given).expanduser()))
+            if path.exists():  # a pipe's real path is none
+                yield str(given), path
 
 
 def _relation(place: Path, source: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import (
     AutoencoderKLTemporalDecoder,
     AutoencoderTiny,
@@ -192,7 +193,7 @@ PATCHES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda p: p.unet.enable_layerwise_casting(torch.bfloat16, torch.float32),
         r"hooks of diffusers \(layerwise_casting\), .*leave out casting",
     ),
-    "offloading": (lambda p: p.enable_model_cpu_offload(device="cpu"), r"hooks of accelerate.*remove_all_hooks\(\)"),
+    "offloading": (lambda p: cpu_offload_with_hook(p.unet, "cpu"), r"hooks of accelerate.*remove_all_hooks\(\)"),
     "weight norm": (lambda p: weight_norm(p.unet.conv_in), "parametrized weights, .*remove_parametrizations first"),
 }
 
