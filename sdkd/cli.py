@@ -51,6 +51,7 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
 _debug = False
 
@@ -99,23 +100,30 @@ def load_command(name: str) -> Any:
 
 def _command(name: str, function: Callable[..., Any]) -> Any:
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    one.command(name, cls=Once, help=inspect.getdoc(function) or SUMMARIES.get(name))(function)
+    one.command(name, cls=Strict, help=inspect.getdoc(function) or SUMMARIES.get(name))(function)
     return typer.main.get_command(one)
 
 
-class Once(Command):
-    """A command that takes an option twice only where that makes a list: of two values, one would be lost."""
+class Strict(Command):
+    """A command that takes an option twice only where that makes a list, since one of two values would be lost, and an
+    empty text for a prompt alone, since elsewhere it would mean the default.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words of the command line; status 2 for an option that is given again."""
-        given = Counter(param.name for param in self.make_parser(ctx).parse_args(list(args))[2])
-        options: list[Any] = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
-        for param in options:
-            single = not param.multiple and (not param.is_flag or param.secondary_opts)
-            if single and given[param.name] > 1:
+        """Read the words of the command line; typer.BadParameter (status 2) for what is given again or empty."""
+        values, _, order = self.make_parser(ctx).parse_args(list(args))
+        given = Counter(param.name for param in order)
+        param: Any
+        for param in self.get_params(ctx):
+            found = values.get(param.name)
+            texts = found if isinstance(found, list | tuple) else (found,)
+            if param.name not in MAY_BE_EMPTY and any(isinstance(text, str) and not text.strip() for text in texts):
+                raise typer.BadParameter("it is empty: give a value, or leave it out", ctx=ctx, param=param)
+            single = not param.multiple and (not getattr(param, "is_flag", False) or param.secondary_opts)
+            if single and param.param_type_name == "option" and given[param.name] > 1:
                 names = " / ".join((*param.opts, *param.secondary_opts))
                 ctx.fail(f"Option '{names}' is given {given[param.name]} times: give it once.")
-        return super().parse_args(ctx, args)
+        return list(super().parse_args(ctx, args))
 
 
 class Commands(TyperGroup):

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
@@ -56,24 +55,11 @@ _OWN: dict[str, dict[str, str]] = {
         EARLIER: "against threshold report",
     },
 }
-_MAY_BE_EMPTY = ("prompt", "negative_prompt")
 _LEAST = 36  # characters that a help text gets, however narrow the terminal says it is
 
 
 class Command(TyperCommand):
-    """A command whose help page is ours, and which takes an empty text for no option but a prompt."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command line; typer.BadParameter for an empty value, which otherwise would mean a default."""
-        rest: list[str] = super().parse_args(ctx, list(args))
-        typed, _, params = self.make_parser(ctx).parse_args(list(args))
-        param: Any
-        for param in params:
-            values = typed.get(param.name)
-            for value in values if isinstance(values, list | tuple) else (values,):
-                if isinstance(value, str) and not value.strip() and param.name not in _MAY_BE_EMPTY:
-                    raise typer.BadParameter("it is empty: give a value, or leave it out", ctx=ctx, param=param)
-        return rest
+    """A command whose help page is ours."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page."""
