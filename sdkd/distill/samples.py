@@ -39,9 +39,9 @@ def save_samples(trainer: Trainer, folder: Path) -> list[int]:
         path = sample_path(folder, trainer.done)
         stream, images = io.BytesIO(), draw(trainer)
         bad = [place for place, image in enumerate(images) if not is_finite(image)]
-        joined([crossed(image) if place in bad else _picture(image) for place, image in enumerate(images)]).save(
-            stream, "PNG"
-        )
+        to_pil = trainer.pipe.image_processor.numpy_to_pil
+        pictures = [crossed(image) if place in bad else to_pil(image)[0] for place, image in enumerate(images)]
+        joined(pictures).save(stream, "PNG")
         write_bytes(path, stream.getvalue())
         write_json(path.parent / "prompts.json", {"prompts": list(trainer.config.prompts), "seed": trainer.config.seed})
     trainer.accelerator.wait_for_everyone()
@@ -82,12 +82,6 @@ def _pipeline(trainer: Trainer) -> Any:
     )
     made.set_progress_bar_config(disable=True)
     return made
-
-
-def _picture(pixels: NDArray[Any]) -> Image:
-    from PIL import Image as Pillow
-
-    return Pillow.fromarray((pixels * 255).round().astype("uint8"))
 
 
 def crossed(pixels: NDArray[Any]) -> Image:

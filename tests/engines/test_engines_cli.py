@@ -89,6 +89,7 @@ def test_existing_images_are_kept_unless_overwritten(engine_bundle: Path, tmp_pa
     assert output.read_bytes() == before
     assert run(engine_bundle, "x", "-o", output, "--steps", 1, "--seed", 1, "--overwrite").exit_code == 0
     assert output.read_bytes() != before
+    assert Image.open(output).size == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_whatever_lies_in_a_folder_of_prompts_is_not_taken_for_ours(
     (tmp_path / "text.png").write_text("no image")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for name in ("bomb.png", "text.png"):
-        with pytest.raises(OutputExistsError, match=rf"{name}' already exists, and sdkd did not write it"):
+        with pytest.raises(OutputExistsError, match=rf"{name}' is there and was drawn from other settings"):
             is_drawn(tmp_path / name, {"prompt": "x"})
 
 
