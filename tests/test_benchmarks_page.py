@@ -1,4 +1,4 @@
-"""The page of all results: current, made of nothing but the files, and never mixed with what others published."""
+"""The page of results and the table of the README: current, and made of nothing but the files."""
 
 from __future__ import annotations
 
@@ -155,47 +155,47 @@ def test_the_committed_page_is_current() -> None:
     assert benchmarks_page.main(["--check"]) == 0
 
 
-def test_the_committed_page_shows_every_machine_and_links_files_that_are_there() -> None:
+def test_the_committed_pages_show_every_machine_and_link_files_that_are_there() -> None:
     text = (ROOT / benchmarks_page.PAGE).read_text(encoding="utf-8")
     links = re.findall(r"\]\((\.\.[^)]*)\)", text)
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
     folders = {path.parent for path in (ROOT / "benchmarks").glob("*/*.json")}
     assert {f"## {folder.name}" for folder in folders} <= set(text.splitlines())
-
-
-def test_the_committed_page_holds_no_path_of_this_machine() -> None:
-    text = (ROOT / benchmarks_page.PAGE).read_text(encoding="utf-8")
     assert [place for place in (ROOT, Path.home(), tempfile.gettempdir()) if str(place) in text] == []
 
 
-def test_every_result_has_its_figures_device_versions_date_commit_command_and_file(tmp_path: Path) -> None:
+def test_every_result_has_its_figures_device_date_commit_command_and_file(tmp_path: Path) -> None:
     put(tmp_path, demo=comparison_file(), train_256_tiny=train_file(), export=export_file(), build=build_file())
     text = benchmarks_page.whole_page(put(tmp_path, runtime=runtime_file()))
-    results = text.split("\n## example-2-cores\n")[1].split("\n## On a GPU\n")[0].split("\n### ")[1:]
-    assert len(results) == 5
-    for section in results:
-        assert "- Device: Example CPU @ 2.10GHz, 2 cores, 25.1 GB, Debian GNU/Linux 12" in section
-        assert "- Date: 2026-01-02; commit: `abc1234`\n" in section
-        assert "- Versions: python 3.11.9, sdkd 0.1.0, torch 2.13.0, diffusers 0.42.1, onnxruntime 1.32.0\n" in section
-        assert "- Made again by: `python tools/bench" in section
-        assert "](../benchmarks/example-2-cores/" in section
-    build, demo, export, runtime, train = results
-    assert "| openvino | 33.5 | 20.0 | 7.2 | 4.00 | 3.00 | 9 |" in build
-    assert "| tiny onnxruntime |" in demo
-    assert "| tiny | onnx-fp32 | 24.8 | 6.0 |" in demo
-    assert "| sdkd fp32 | 45.0 | 2.00x (2.00 to 2.00) | 4.00 | 3.00 | 28 | 4,800 |" in export
-    assert "- Optimum's environment: optimum-onnx 0.1.0, transformers 4.57.1\n" in export
-    assert "| demo | onnxruntime | 10.50 | 10.80 | 0.250 (0.100 to 0.300) | 2.38% | 1.10 | 12.38% |" in runtime
-    assert "| student, onnxruntime | 1.55 | 1,050 | " in runtime
-    assert "| 2.00x (2.00 to 2.00) | 2.00x (2.00 to 2.00) | 61.2 |" in runtime
-    assert "| tiny | Trainer.step | 2.50 | 0.800 | 2.00x (1.80 to 2.20) |" in train
+    section = text.split("\n## example-2-cores\n")[1].split("\n## Not measured on a GPU yet\n")[0]
+    assert "Measured on: Example CPU @ 2.10GHz, 2 cores.\n" in section
+    sources = [line for line in section.splitlines() if line.startswith("- [")]
+    rule = r"- \[(.*)\]\(\.\./benchmarks/example-2-cores/\1\): 2026-01-02, commit `abc1234`, `python tools/bench.*`"
+    assert [line for line in sources if not re.fullmatch(rule, line)] == []
+    assert len(tables(section)) == len(sources) == 5
+    assert "| build | random:sd15-tiny | openvino | 33.5 | 4.00 | 9 |" in section
+    assert "| demo | tiny onnxruntime | 13.4 ms | 8.37 ms | 1.60× (1.59–1.63) | 55.3 dB |" in section
+    assert "| export | random:sd15-tiny | sdkd fp32 | 45.0 | 4.00 | 28 |" in section
+    assert "| runtime | student, eager fp32 | student, onnxruntime | 3.1 s | 1.6 s | 2.00× (2.00–2.00) |" in section
+    assert "| train-256-tiny | tiny | 0.400 images/s | 0.800 images/s | 2.00× (1.80–2.20) |" in section
 
 
 def test_what_a_file_does_not_say_is_not_recorded(tmp_path: Path) -> None:
     found = json.loads((ROOT / "benchmarks" / "demo-teacher" / "accuracy.json").read_text(encoding="utf-8"))
     write_json(tmp_path / "benchmarks" / "demo-teacher" / "accuracy.json", found)
     text = benchmarks_page.whole_page(tmp_path)
-    assert "- Device: not recorded\n- Date: not recorded; commit: not recorded\n" in text
+    assert "Measured on: not recorded." in text
+    assert ": date not recorded, commit not recorded, `python benchmarks/demo-teacher/measure.py`\n" in text
+
+
+def test_the_readme_has_a_row_for_each_chosen_result_and_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = tables(benchmarks_page.readme_block(ROOT))[0].splitlines()[2:]
+    assert len(rows) == len(benchmarks_page.README_ROWS) == 4
+    assert "\n".join(rows) in text
+    (tmp_path / "README.md").write_text(text.replace("9,968 ms", "9,000 ms"), encoding="utf-8")
+    assert benchmarks_page.texts(tmp_path)[tmp_path / "README.md"] == text
 
 
 def test_a_changed_figure_changes_the_page_and_fails_the_check(tmp_path: Path) -> None:
@@ -208,13 +208,7 @@ def test_a_changed_figure_changes_the_page_and_fails_the_check(tmp_path: Path) -
         benchmarks_page.main([*arguments, "--check"])
     assert (tmp_path / benchmarks_page.PAGE).read_bytes() == first
     assert benchmarks_page.main(arguments) == 0
-    assert b"| tiny | Trainer.step | 2.00 | 1.000 | 2.50x" in (tmp_path / benchmarks_page.PAGE).read_bytes()
-
-
-def test_a_missing_page_fails_the_check(tmp_path: Path) -> None:
-    put(tmp_path, train_256_tiny=train_file())
-    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not what benchmarks/ says"):
-        benchmarks_page.main(["--root", str(tmp_path), "--check"])
+    assert "| tiny | 0.400 images/s | 1.000 images/s | 2.50× " in (tmp_path / benchmarks_page.PAGE).read_text("utf-8")
 
 
 def test_a_file_of_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
@@ -260,26 +254,18 @@ def test_published_figures_need_their_source(tmp_path: Path) -> None:
         benchmarks_page.whole_page(put(tmp_path, train_256_tiny=train_file()), peers)
 
 
-def test_what_no_gpu_has_measured_is_not_measured_yet(tmp_path: Path) -> None:
+def test_what_no_gpu_has_measured_is_listed(tmp_path: Path) -> None:
     text = benchmarks_page.whole_page(put(tmp_path, demo=comparison_file(), train_256_tiny=train_file()))
-    rows = tables(text.split("## On a GPU\n")[1])[0].splitlines()[2:]
-    assert len(rows) == len(benchmarks_page.GPU_ROWS)
-    assert all("| not measured yet |" in row for row in rows)
-    tools = re.findall(r"python (tools/\w+\.py)", "\n".join(rows))
-    assert tools
-    assert all((ROOT / tool).is_file() for tool in tools)
+    listed = re.findall(r"^- `([\w-]+)`:", text.split("## Not measured on a GPU yet\n")[1], flags=re.MULTILINE)
+    assert listed == [name for _, name in benchmarks_page.GPU_ROWS]
+    assert (ROOT / benchmarks_page.GPU_COMMAND.removeprefix("python ")).is_file()
 
 
-def test_what_a_gpu_has_measured_leaves_that_table(tmp_path: Path) -> None:
+def test_what_a_gpu_has_measured_leaves_that_list(tmp_path: Path) -> None:
     put(tmp_path, demo=comparison_file(GPU), train_256_tiny=train_file(environment=GPU))
-    pieces = ("onnxruntime/tiny", "compile/tiny", "images/tiny", "vae/tiny", "lora/tiny", "ceilings")
-    report = gpu_report_file(pieces)
-    name = "2026-01-02"
-    text = benchmarks_page.whole_page(put(tmp_path, **{name: report}))
-    assert "### Everything on Example GPU\n" in text
-    assert "- Device: Example GPU, driver 580.10, CUDA 13.0, Example CPU @ 2.10GHz" in text
-    rows = tables(text.split("## On a GPU\n")[1])[0].splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == [
-        "| the same as TensorRT engines",
-        "| the same as TensorRT-RTX engines",
-    ]
+    report = gpu_report_file(("onnxruntime/tiny", "compile/tiny", "images/tiny", "vae/tiny", "lora/tiny", "ceilings"))
+    text = benchmarks_page.whole_page(put(tmp_path, **{"2026-01-02": report}))
+    assert "| 2026-01-02 | UNet step of tiny on its best target, over eager | at least 2.5x | not measured |" in text
+    assert "Measured on: Example GPU, driver 580.10, CUDA 13.0, Example CPU @ 2.10GHz" in text
+    listed = re.findall(r"^- `([\w-]+)`:", text.split("## Not measured on a GPU yet\n")[1], flags=re.MULTILINE)
+    assert listed == ["tensorrt", "tensorrt-rtx"]

@@ -1,11 +1,11 @@
-"""Measure on this machine and keep the results: benchmarks/<machine>/<piece>.json and .md, and the table in README.md.
+"""Measure on this machine and keep the results: benchmarks/<machine>/<piece>.json and .md.
 
     python tools/bench.py                       # all pieces; more than an hour on two CPU cores
     python tools/bench.py --pieces demo         # the embedded models: teacher and students, eager and engines
     python tools/bench.py --pieces sd15-tiny    # full-size SD 1.5 shapes with random weights: builds and latency
     python tools/bench.py --pieces sd15-small,sd15    # the same of the small student, and of the teacher
 
-Raw samples stay in the JSON. Run it on a quiet machine.
+Raw samples stay in the JSON. Run it on a quiet machine; `make benchmarks-page` puts it into docs and README.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import itertools
 import os
 import re
 import shutil
@@ -31,14 +30,12 @@ from sdkd.compare.subjects import COMPILE
 from sdkd.compare.tables import markdown
 from sdkd.console import progress
 from sdkd.demo.run import DemoResult, wanted_engines
-from sdkd.files import read_json, write_bytes, write_json
+from sdkd.files import write_bytes, write_json
 from sdkd.half_products import has_units
 from sdkd.targets import availability, cpu_name, gpu
 from sdkd.workflow import prepare
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 FULL_SIZE = ("sd15-tiny", "sd15-small", "sd15")  # random weights
 
 
@@ -162,68 +159,6 @@ def keep(name: str, found: dict[str, Any]) -> None:
     write_bytes(folder / f"{name}.md", text.encode())
 
 
-def brief(text: str) -> str:
-    """The sentence, the machine and the first table of a comparison's Markdown, without its explanations."""
-    lines = text.splitlines()
-    return "\n".join([f"{lines[0].removeprefix('# ')}. {lines[2]}", "", *first_table(text)])
-
-
-def first_table(text: str) -> list[str]:
-    """The lines of the first table of a comparison's Markdown."""
-    lines = text.splitlines()
-    first = next(place for place, line in enumerate(lines) if line.startswith("|"))
-    return list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
-
-
-def readme_tables(folder: Path) -> list[str]:
-    """Of one machine's kept pieces: the first table of each comparison, full-size models in one where columns agree."""
-    kept = {path: data for path in sorted(folder.glob("*.json")) if "comparison" in (data := read_json(path))}
-    full = [path for name in reversed(FULL_SIZE) if (path := folder / f"{name}.json") in kept]
-    joined = len(full) > 1 and len({first_table(kept[path]["markdown"])[0] for path in full}) == 1
-    tables = [_single(path, data) for path, data in kept.items() if not (joined and path in full)]
-    return [*tables, _joined({path: kept[path] for path in full})] if joined else tables
-
-
-def _link(path: Path) -> str:
-    place = path.relative_to(path.parents[2]).as_posix()
-    return f"[`{place}`]({place})"
-
-
-def _single(path: Path, data: dict[str, Any]) -> str:
-    origin = f"From {_link(path)} ({data['date']}), made by `{data['command']}`:"
-    return f"{origin}\n\n{brief(data['markdown'])}"
-
-
-def _joined(found: dict[Path, dict[str, Any]]) -> str:
-    """One table of models that were each compared for themselves, so that ratios are within a model."""
-    first = next(iter(found.values()))
-    origins = [f"{_link(path)} ({data['date']}, commit {data['commit']})" for path, data in found.items()]
-    setup, notes = first["comparison"]["setup"], [note for data in found.values() for note in left_out(data)]
-    origin = (
-        f"SD 1.5's shapes with random weights, {setup['size_px']} × {setup['size_px']} px, {setup['steps']} steps, "
-        f"guidance {setup['guidance_scale']:g}. {first['markdown'].splitlines()[2]} Each model was compared for "
-        f"itself, by `python tools/bench.py --pieces NAME`: {', '.join(origins)}."
-    )
-    head, rule, *_ = first_table(first["markdown"])
-    rows = [f"| {path.stem} {line}" for path, data in found.items() for line in first_table(data["markdown"])[2:]]
-    missing = ["", f"Left out: {'; '.join(dict.fromkeys(notes))}."] if notes else []
-    return "\n".join([origin, "", f"| Model {head}", f"|---{rule}", *rows, *missing])
-
-
-def left_out(data: dict[str, Any]) -> list[str]:
-    """What a full-size comparison could not measure on its machine, and why."""
-    return [note for note in data["comparison"]["notes"] if "random weights" not in note]
-
-
-def update_readme() -> None:
-    """Fill README's block with the tables of every kept piece."""
-    folders = sorted(path for path in (ROOT / "benchmarks").iterdir() if path.is_dir())
-    parts = [part for folder in folders for part in readme_tables(folder)]
-    text = README.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    write_bytes(README, (text[:start] + "\n" + "\n\n".join(parts) + "\n" + text[end:]).encode())
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,7 +170,6 @@ def main() -> int:
         if name not in PIECES:
             parser.error(f"piece {name!r} is unknown: choose from {', '.join(PIECES)}")
         keep(name, PIECES[name](args.work))
-    update_readme()
     return 0
 
 

@@ -1,178 +1,214 @@
-"""Write docs/benchmarks.md from the results under benchmarks/ and the figures of others in tools/peers.yaml.
+"""Write docs/benchmarks.md and the README's table of results from benchmarks/ and tools/peers.yaml.
 
-    python tools/benchmarks_page.py            # write the page
-    python tools/benchmarks_page.py --check    # fail when the page is not what the results say
+    python tools/benchmarks_page.py            # write both
+    python tools/benchmarks_page.py --check    # fail when one of them is not what the results say
 
-Every figure of ours comes from a JSON file; KINDS says which function shows which file. The same results make the same
-page, byte for byte.
+KINDS says which rows of which file are shown, README_ROWS the four of the README. The same results make the same text,
+byte for byte.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import yaml
-from bench import PIECES, ROOT, brief
+from bench import PIECES, ROOT
+from gpu_bench.goals import goals
 from gpu_bench.missing import GPU_COMMAND, GPU_ROWS, environment_of, on_gpu
-from gpu_bench.page import over_reference
+from gpu_bench.page import table as table_lines
 
 from sdkd.errors import InputError, SdkdError
 from sdkd.files import read_json, write_bytes
 
-PAGE = "docs/benchmarks.md"
+PAGE, README = "docs/benchmarks.md", "README.md"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 COMMAND = "python tools/benchmarks_page.py"
 PEERS = Path(__file__).with_name("peers.yaml")
-UNKNOWN = "not recorded"
+UNKNOWN, NONE = "not recorded", "–"
 Json = Mapping[str, Any]
+Rows = list[list[str]]
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """A Markdown table; the columns after the first `left` hold numbers and stand to the right."""
-    lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left)]
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (*lines, *cells))
+    return "\n".join(table_lines(heads, rows, left))
 
 
-def comparison(found: Json) -> tuple[str, str]:
-    """A comparison of tools/bench.py: its own table and notes, and the builds of each model summed up."""
-    title, _, text = brief(found["markdown"]).partition(". Measured on ")
-    notes = [line for line in found["markdown"].splitlines() if line.startswith("- Note: ")]
-    sums: dict[tuple[str, str], tuple[float, float]] = {}
-    for row in found["builds"]:
-        seconds, size = sums.get((row["model"], row["made"]), (0.0, 0))
-        sums[row["model"], row["made"]] = (seconds + row["seconds"], size + row["bytes"])
-    builds = [[*key, f"{seconds:.1f}", f"{size / 1e6:,.1f}"] for key, (seconds, size) in sorted(sums.items())]
-    parts = [text.partition("\n\n")[2], *(["\n".join(notes)] if notes else [])]
-    if builds:
-        parts += [
-            "Exports (`onnx-...`) and engine builds, all components of a model together:",
-            table(("model", "made", "s", "MB"), builds, left=2),
-        ]
-    return title, "\n\n".join(parts)
+def faster(value: float, low: float, high: float, tie: bool = False) -> str:
+    """A ratio of medians with its 95 % interval; a tie where the interval holds 1."""
+    return f"{'tie' if tie else f'{value:.2f}×'} ({low:.2f}–{high:.2f})"
 
 
-def training(found: Json) -> tuple[str, str]:
-    """A distillation step of tools/bench_train.py, whose own function would load torch."""
-    students = ", ".join(part["student"] for part in found["students"])
-    title = f"Distillation step of {students}: {found['size']} px, batch {found['batch_size']}, {found['precision']}"
-    rows = [
-        [
-            part["student"],
-            row["step"],
-            f"{row['seconds_median']:.2f}",
-            f"{row['images_per_second']:.3f}",
-            over_reference(row),
-        ]
-        for part in found["students"]
-        for row in part["rows"]
+def likeness(row: Json) -> str:
+    """The distance of a subject's images to its own eager float32, and whether they keep their rule."""
+    close, verdict = row["against_eager"], row["verdict"]
+    shown = "identical" if close["identical"] else f"{close['psnr_mean_db']:.1f} dB"
+    return shown if not verdict or verdict["ok"] else f"{shown}: breaks its rule ({verdict['found']})"
+
+
+def milliseconds(row: Json) -> str:
+    """The median of a subject's UNet steps."""
+    value = row["unet_step_ms"]["median"]
+    return f"{value:,.0f} ms" if value >= 1000 else f"{value:.3g} ms"
+
+
+def against_eager(found: Json) -> dict[str, list[str]]:
+    """Of every subject that has an eager float32 of its own: that one's UNet step, its own, the ratio, its images."""
+    results = {row["label"]: row for row in found["comparison"]["results"]}
+    rows = {}
+    for label, row in results.items():
+        if ratio := row["step_speedup"].get("eager"):
+            times = [milliseconds(results[ratio["over"]]), milliseconds(row)]
+            rows[label] = [*times, faster(*(ratio[key] for key in ("value", "low", "high", "tie"))), likeness(row)]
+    return rows
+
+
+def comparison(found: Json) -> Rows:
+    """tools/bench.py."""
+    return [[label, *cells] for label, cells in against_eager(found).items()]
+
+
+def trained(found: Json, student: str) -> list[str]:
+    """Images per second of the reference's step and of ours, and the ratio."""
+    rows = next(part["rows"] for part in found["students"] if part["student"] == student)
+    base, own = (next(row for row in rows if row["step"] == step) for step in ("reference", "Trainer.step"))
+    ratio = faster(*(own[key] for key in ("speedup", "speedup_low", "speedup_high")))
+    return [*(f"{row['images_per_second']:.3f} images/s" for row in (base, own)), ratio]
+
+
+def training(found: Json) -> Rows:
+    """tools/bench_train.py."""
+    return [[part["student"], *trained(found, part["student"])] for part in found["students"]]
+
+
+def drawn(rows: Sequence[Json]) -> dict[str, list[str]]:
+    """Of every way to draw an image: the first way's seconds, its own, and the ratio."""
+    return {
+        row["way"]: [*(f"{each['seconds']:.1f} s" for each in (rows[0], row)), faster(*row["image_faster"])]
+        for row in rows
+        if row["image_faster"]
+    }
+
+
+def runtime(found: Json) -> Rows:
+    """tools/bench_runtime.py: whole images."""
+    pieces = [found[name] for name in found["runs"] if found[name] and "image_faster" in found[name][0]]
+    return [[rows[0]["way"], way, *cells] for rows in pieces for way, cells in drawn(rows).items()]
+
+
+def export(found: Json) -> Rows:
+    """tools/bench_export.py."""
+    return [_cost(row, [part["model"], row["way"]], "bytes") for part in found["models"] for row in part["rows"]]
+
+
+def build(found: Json) -> Rows:
+    """tools/bench_build.py."""
+    return [
+        _cost(row, [part["model"], row["target"]], "engine_bytes") for part in found["models"] for row in part["rows"]
     ]
-    words = "SD 1.5's shapes with random weights. Rows are cumulative up to `Trainer.step`, the trainer itself."
-    heads = ("student", "step", "s", "images/s", "over the reference (95 %)")
-    return title, f"{words}\n\n{table(heads, rows, left=2)}"
 
 
-def of_tool(module: str) -> Callable[[Json], tuple[str, str]]:
-    """The tables that a tool itself writes for people."""
-
-    def show(found: Json) -> tuple[str, str]:
-        text: str = importlib.import_module(module).markdown(found)
-        title, _, body = text.partition("\n")
-        body = body.partition("\nMade again by:")[0]
-        lines = [f"#### {line[3:]}" if line.startswith("## ") else line for line in body.strip().splitlines()]
-        return title.removeprefix("# "), "\n".join(lines)
-
-    return show
+def _cost(row: Json, names: list[str], size: str) -> list[str]:
+    return [*names, f"{row['seconds']:.1f}", f"{row['peak_rss_bytes'] / 1e9:.2f}", f"{row[size] / 1e6:,.0f}"]
 
 
-def gpu_report(found: Json) -> tuple[str, str]:
-    """A report of tools/gpu_report.py; InputError for a dry run, which measures nothing."""
+def gpu_report(found: Json) -> Rows:
+    """tools/gpu_report.py: its goals; InputError for a dry run, which measures nothing."""
     if found["dry_run"]:
         raise InputError("a dry run of tools/gpu_report.py measures nothing: keep it elsewhere, with --out")
-    return of_tool("gpu_bench.page")(found)
+    return [
+        [goal.words, goal.wanted, "not measured" if goal.value is None else f"{goal.value:,.2f}{goal.unit}"]
+        for goal in goals(found)
+    ]
+
+
+def ablation(found: Json) -> Rows:
+    """tools/ablate_distillation.py: means over seeds, with the range."""
+    names = (("noise_mse", ".4f"), ("held_out", ".0%"), ("shape_held_out", ".0%"))
+    return [
+        [row["student"], row["variant"], *(_range(row[name], form) for name, form in names)] for row in found["rows"]
+    ]
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    return f"{format(mean(values), form)} ({format(min(values), form)} to {format(max(values), form)})"
+    return f"{mean(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
-def ablation(found: Json) -> tuple[str, str]:
-    """What each part of the distillation brings, over seeds."""
-    settings = found["settings"]
-    rows = [
-        [
-            row["student"],
-            row["variant"],
-            str(len(row["seeds"])),
-            _range(row["noise_mse"], ".4f"),
-            *(_range(row[name], ".0%") for name in ("held_out", "shape_held_out")),
-        ]
-        for row in found["rows"]
+ATTRIBUTES = ("shape", "colour", "background", "size", "position")
+
+
+def accuracy(found: Json) -> Rows:
+    """benchmarks/demo-teacher/measure.py: the share of images that are as their captions say."""
+    return [
+        [f"{found[name]['count']} {words}", *(f"{found[name]['accuracy'][head]:.1%}" for head in ATTRIBUTES)]
+        for name, words in (("seen", "of combinations it has seen"), ("held_out", "of combinations held out"))
     ]
-    words = (
-        f"The embedded models, {settings['steps']} steps of {settings['batch_size']} images on a CPU; mean over seeds "
-        "and range. Noise MSE is that between student and teacher; captions and shapes are the shares that a reader "
-        f"finds right in images of {settings['scenes']} held-out captions."
-    )
-    heads = ("student", "variant", "seeds", "noise MSE", "captions", "shapes")
-    return "What each part of the distillation brings", f"{words}\n\n{table(heads, rows, left=2)}"
-
-
-def conditioning(found: Json) -> tuple[str, str]:
-    """Why random conditioning does not help there."""
-    shown = {name: each for name, each in found.items() if isinstance(each, Mapping) and "own" in each}
-    rows = [[name, f"{each['own']:.4f}", f"{each['other']:.4f}"] for name, each in sorted(shown.items())]
-    words = f"Noise MSE to the teacher, student {found['student']}, seed {found['seed']}."
-    heads = ("variant", "images' own captions", "captions of other images")
-    return "Random conditioning", f"{words}\n\n{table(heads, rows)}"
-
-
-def accuracy(found: Json) -> tuple[str, str]:
-    """How many images follow their captions."""
-    names = {
-        "seen": "the teacher's images of seen captions",
-        "held_out": "the teacher's images of held-out captions",
-        "reader_on_drawings": "the reader on drawings",
-        "reader_on_vae_reconstructions": "the reader on drawings after the VAE",
-    }
-    heads = list(found["seen"]["accuracy"])
-    rows = [
-        [text, str(found[name]["count"]), *(f"{found[name]['accuracy'][head]:.1%}" for head in heads)]
-        for name, text in names.items()
-    ]
-    words = f"{found['steps']} steps, guidance scale {found['guidance_scale']:g}, {found['scheduler']}."
-    return "The embedded teacher: attributes as the caption says", f"{words}\n\n{table(['', 'images', *heads], rows)}"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Files whose path under benchmarks/ matches `pattern`: their heading and body, and the command if they lack it."""
+    """Files whose path under benchmarks/ matches `pattern`, and the rows that are shown of them in one table."""
 
     pattern: str
-    show: Callable[[Json], tuple[str, str]] | None  # None: raw samples of another file
-    command: str = UNKNOWN
+    show: Callable[[Json], Rows] | None  # None: raw samples of another file
+    heads: tuple[str, ...] = ()
+    left: int = 2  # columns that hold words
+    command: str = UNKNOWN  # where a file does not say its own
 
 
-ABLATE = "python tools/ablate_distillation.py"
+COMPARED = ("subject", "own eager", "UNet step", "faster (95 %)", "images to own eager")
+COST = ("s", "peak memory, GB", "files, MB")
+ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
 KINDS = (
-    *(Kind(f"*/{piece}.json", comparison) for piece in PIECES),
-    Kind("*/train-*.json", training),
-    Kind("*/export.json", of_tool("bench_export")),
-    Kind("*/build.json", of_tool("bench_build")),
-    Kind("*/runtime.json", of_tool("bench_runtime")),
-    Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*.json", gpu_report),  # a day's second one ends in -2
-    Kind("ablation-demo/ablation.json", ablation, ABLATE),
+    *(Kind(f"*/{piece}.json", comparison, COMPARED) for piece in PIECES),
+    Kind("*/train-*.json", training, ("student", "reference's step", "`Trainer.step`", "faster (95 %)")),
+    Kind("*/export.json", export, ("model", "way", *COST), left=3),
+    Kind("*/build.json", build, ("model", "target", *COST), left=3),
+    Kind("*/runtime.json", runtime, ("from", "to", "an image", "then", "faster (95 %)"), left=3),
+    Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*.json", gpu_report, ("goal", "wanted", "measured")),
+    Kind("ablation-demo/ablation.json", ablation, ABLATED, 3, "python tools/ablate_distillation.py"),
     Kind("ablation-demo/runs/*.json", None),
-    Kind("ablation-demo/why.json", conditioning, f"{ABLATE} --why"),
-    Kind("demo-teacher/accuracy.json", accuracy),
+    Kind("ablation-demo/why.json", None),
+    Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
 )
+
+# The README's rows: words, file, piece of a file that holds several, and the function that picks baseline, ours, ratio.
+MACHINE = "benchmarks/amd-epyc-avx512-bf16-2-cores"
+README_ROWS: tuple[tuple[str, str, str, Callable[[Json], list[str]]], ...] = (
+    ("a UNet step of SD 1.5: eager fp32, `openvino` bf16", "sd15.json", "",
+     lambda found: against_eager(found)["openvino bf16"]),
+    ("a UNet step of SD 1.5: eager fp32, `onnxruntime` fp32", "sd15.json", "",
+     lambda found: against_eager(found)["onnxruntime fp32"]),
+    ("an image of 4 steps: SD 1.5 in eager fp32, SD-Tiny on `openvino` bf16", "runtime.json", "teacher",
+     lambda found: [*drawn(found["teacher"])["student, openvino-bf16"], NONE]),
+    ("distilling SD-Tiny at 256 px: the reference trainers' step, `Trainer.step`", "train-256-tiny.json", "",
+     lambda found: [*trained(found, "tiny"), NONE]),
+)  # fmt: skip
+
+
+def readme_block(root: Path) -> str:
+    """The README's table of results with file, commit and command of each."""
+    rows, sources, machines = [], {}, set()
+    for words, name, piece, pick in README_ROWS:
+        found = read_json(root / MACHINE / name)
+        made = found["runs"][piece] if piece else found
+        rows.append([words, *pick(found), f"[{name}]({MACHINE}/{name})"])
+        sources[name] = f"{name}: commit `{made['commit']}`, `{made['command']}`."
+        machines.add(device(environment_of(found)))
+    heads = ("measured: baseline, sdkd", "baseline", "sdkd", "faster (95 %)", "images to eager", "file")
+    _, bf16, ratio, _ = against_eager(read_json(root / MACHINE / "sd15.json"))["eager bf16"]
+    where = (
+        f"{'; '.join(sorted(machines))}; full-size shapes, random weights, 512 px where not said, medians. The UNet "
+        f"step in eager bf16 takes {bf16}: {ratio}."
+    )
+    return "\n".join([table(heads, rows, left=1), "", where, *sources.values()])
 
 
 def kind_of(path: Path) -> Kind:
@@ -192,64 +228,55 @@ def device(environment: Json) -> str:
         return UNKNOWN
     gpu = environment.get("gpu")
     names = [gpu["gpu"], f"driver {environment['gpu_driver']}", f"CUDA {environment['cuda']}"] if gpu else []
-    names += [environment["cpu"], f"{environment['cores_usable']} cores", f"{environment['memory_total_gb']} GB"]
-    return ", ".join([*names, environment["os"]])
+    return ", ".join([*names, environment["cpu"], f"{environment['cores_usable']} cores"])
 
 
-def facts(found: Json, path: Path, kind: Kind, root: Path) -> str:
-    """Device, versions, date, commit, command and files of a result."""
-    page = root / PAGE
-    environment = environment_of(found)
+def source(path: Path, found: Json, kind: Kind) -> str:
+    """File, date, commit and command of a result."""
     runs = [read_json(run) for run in sorted(path.parent.glob("runs/*.json"))] if "commit" not in found else []
     commits = sorted({str(each["commit"]) for each in (found, *runs) if each.get("commit")})
-    versions = dict(environment.get("versions") or found.get("versions") or {})
-    if "python" in environment:
-        versions = {"python": environment["python"], **versions}
-    lines = [
-        f"Device: {device(environment)}",
-        f"Date: {found.get('date', UNKNOWN)}; commit: {', '.join(f'`{each}`' for each in commits) or UNKNOWN}",
-        f"Versions: {_versions(versions)}",
-        *([f"Optimum's environment: {_versions(found['optimum'])}"] if found.get("optimum") else []),
-        f"Made again by: `{found.get('command', kind.command)}`",
-        f"Data: {_link(path, page)}"
-        + (f", explained in {_link(told, page)}" if (told := path.with_suffix(".md")).is_file() else ""),
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+    commands = dict.fromkeys(each["command"] for each in found.get("runs", {}).values())
+    told = f" ([in words]({_link(path.with_suffix('.md'))}))" if path.with_suffix(".md").is_file() else ""
+    return (
+        f"- [{path.name}]({_link(path)}){told}: {found.get('date', 'date ' + UNKNOWN)}, commit "
+        f"{', '.join(f'`{each}`' for each in commits) or UNKNOWN}, "
+        f"{', '.join(f'`{each}`' for each in commands or [found.get('command', kind.command)])}"
+    )
 
 
-def _versions(versions: Json) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) or UNKNOWN
+def _link(path: Path) -> str:
+    return f"../benchmarks/{'/'.join(path.parts[-2:])}"
 
 
-def _link(path: Path, page: Path) -> str:
-    return f"[{path.name}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
-
-
-def section(path: Path, kind: Kind, found: Json, root: Path) -> str:
-    """One result with all that is known of it; InputError when the file lacks what its kind has."""
+def shown(path: Path, kind: Kind, found: Json) -> Rows:
+    """The rows of one result; InputError when the file lacks what its kind has."""
     assert kind.show is not None
     try:
-        title, body = kind.show(found)
-        return f"### {title}\n\n{facts(found, path, kind, root)}\n\n{body}"
-    except (LookupError, TypeError, AttributeError) as error:
+        return [[path.stem, *row] for row in kind.show(found)]
+    except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise InputError(
-            f"file '{path.relative_to(root).as_posix()}' is not as tools/benchmarks_page.py expects it ({error!r}): "
-            "measure again, or change the function that shows it"
+            f"file '{'/'.join(('benchmarks', *path.parts[-2:]))}' is not as tools/benchmarks_page.py expects it "
+            f"({error!r}): measure again, or change the function that shows it"
         ) from error
+
+
+def machine_section(folder: str, results: Sequence[tuple[Path, Kind, Json]]) -> str:
+    """The results of one folder: one table for each kind of file, then where each comes from."""
+    machines = dict.fromkeys(device(environment_of(found)) for _, _, found in results)
+    parts = [f"## {folder}", f"Measured on: {'; '.join(machines)}."]
+    for heads, group in groupby(results, key=lambda result: result[1].heads):
+        same = list(group)
+        rows = [row for path, kind, found in same for row in shown(path, kind, found)]
+        parts.append(table(("file", *heads), rows, same[0][1].left))
+    return "\n\n".join([*parts, "\n".join(source(path, found, kind) for path, kind, found in results)])
 
 
 def gpu_section(results: Sequence[Json]) -> str:
     """What is not measured on a GPU yet; empty when all is."""
     measured = on_gpu(results)
-    rows = [
-        [words, "not measured yet", f"`{GPU_COMMAND} --pieces {name}`"]
-        for words, name in GPU_ROWS
-        if name not in measured
-    ]
-    if not rows:
-        return ""
-    words = f"One call measures all of it: `{GPU_COMMAND}` ([gpu.md](gpu.md))."
-    return f"## On a GPU\n\n{words}\n\n" + table(("what", "figure", "measured by"), rows, left=3)
+    missing = [f"- `{name}`: {words}" for words, name in GPU_ROWS if name not in measured]
+    words = f"One call measures all of it, or some with `--pieces`: `{GPU_COMMAND}` ([gpu.md](gpu.md))."
+    return "\n".join(["## Not measured on a GPU yet", "", words, "", *missing]) if missing else ""
 
 
 def peers_section(peers: Path) -> str:
@@ -257,61 +284,68 @@ def peers_section(peers: Path) -> str:
     rows = []
     try:
         for each in yaml.safe_load(peers.read_text(encoding="utf-8")):
-            source = f"[{each['place']}]({each['source']})"
+            place = f"[{each['place']}]({each['source']}), {each['date'] or 'no date'}"
             for figure in each["figures"]:
                 said = ", ".join(f"{name} {value}" for name, value in figure["published"].items())
                 setting = f"{figure['model']}, {figure['setting']}"
-                date = str(each["date"] or "not stated")
-                rows.append([each["peer"], figure["device"], setting, f"{said} {each['unit']}", date, source])
+                rows.append([each["peer"], figure["device"], setting, f"{said} {each['unit']}", place])
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"file 'tools/{peers.name}' is not a list of published figures ({error!r})") from error
     words = (
-        "Published by the named projects, on their machines, with their settings. None of it was measured here, and "
-        "none of it can be set against the figures above: devices, versions, models and clocks differ."
+        "By the named projects, on their machines, with their settings. None of it was measured here, and none of it "
+        "can be set against the figures above: devices, versions, models and clocks differ."
     )
-    heads = ("project", "device", "model and setting", "published", "date", "source")
-    return f"## Published by others, not measured here\n\n{words}\n\n{table(heads, rows, left=6)}"
+    heads = ("project", "device", "model and setting", "published", "source")
+    return f"## Published by others, not measured here\n\n{words}\n\n{table(heads, rows, left=5)}"
 
 
 def whole_page(root: Path, peers: Path = PEERS) -> str:
     """The page of all results under `root`/benchmarks."""
     folder = root / "benchmarks"
-    groups: dict[str, list[str]] = {}
-    results = []
-    for path in sorted(folder.rglob("*.json")):
-        kind = kind_of(path.relative_to(folder))
-        if kind.show is None:
-            continue
-        results.append(found := read_json(path))
-        groups.setdefault(path.parent.name, []).append(section(path, kind, found, root))
+    found = [(path, kind_of(path.relative_to(folder)), read_json(path)) for path in sorted(folder.rglob("*.json"))]
+    results = sorted((each for each in found if each[1].show), key=lambda each: (each[0].parent, KINDS.index(each[1])))
     parts = [
         "# Benchmarks",
         f"<!-- Written by {COMMAND} from benchmarks/**/*.json and tools/{peers.name}: change those, not this page. -->",
-        "Every figure of this project comes from a JSON file under [benchmarks/](../benchmarks), which holds the raw "
-        f"samples, too; this page is made from them by `{COMMAND}`, and `make test` fails when it is not current. "
-        f'"{UNKNOWN.capitalize()}" means that the file does not say.',
-        *("\n\n".join([f"## {name}", *sections]) for name, sections in sorted(groups.items())),
-        gpu_section(results),
+        "The rows that matter of every result under [benchmarks/](../benchmarks), medians. The JSON files hold the raw "
+        "samples and the versions of libraries. `sd15`, `sd15-small` and `sd15-tiny` are full-size models with random "
+        f"weights. `make test` fails when `{COMMAND}` would write another page.",
+        *(
+            machine_section(place.name, list(group))
+            for place, group in groupby(results, key=lambda result: result[0].parent)
+        ),
+        gpu_section([found for _, _, found in results]),
         peers_section(peers),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def texts(root: Path) -> dict[Path, str]:
+    """What each page has to say."""
+    made = {root / PAGE: whole_page(root)}
+    if (readme := root / README).is_file():
+        text = readme.read_text(encoding="utf-8")
+        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+        made[readme] = f"{text[:start]}\n{readme_block(root)}\n{text[end:]}"
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is not current")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds benchmarks/ and docs/")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a page is not current")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds benchmarks/, docs/, README.md")
     asked = parser.parse_args(arguments)
-    page = asked.root / PAGE
     try:
-        text = whole_page(asked.root)
+        made = texts(asked.root)
     except SdkdError as error:
         raise SystemExit(f"error: {error}") from error
-    if not asked.check:
-        write_bytes(page, text.encode())
-    elif not page.is_file() or page.read_text(encoding="utf-8") != text:
-        raise SystemExit(f"error: {PAGE} is not what benchmarks/ says: run `{COMMAND}` and keep what it writes")
+    for page, text in made.items():
+        if not asked.check:
+            write_bytes(page, text.encode())
+        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+            place = page.relative_to(asked.root).as_posix()
+            raise SystemExit(f"error: {place} is not what benchmarks/ says: run `{COMMAND}` and keep what it writes")
     return 0
 
 
