@@ -35,7 +35,7 @@ from engines.weights import EngineWeights, swap_weights
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.onnx_index import stored_weights_of
-from sdkd.onnx_weights import read_weights, stored_weights
+from sdkd.onnx_weights import read_weights
 from sdkd.workflow import rebuild
 
 TO_V = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"
@@ -339,30 +339,6 @@ def test_weights_asked_for_while_others_are_taken_over_are_not_lost(exported_bun
         assert given == [{"conv_in.bias"}, {"conv_in.bias", "conv_out.bias"}]
 
 
-def test_an_engine_is_rebuilt_from_the_exported_bundle_each_time(exported_bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
-    bundle = Bundle.open(shutil.copytree(exported_bundle, tmp_path / "bundle"))
-    state = small_pipeline().unet.state_dict()
-    with open_session(bundle, "onnxruntime", "unet") as session:
-        stored = [
-            stored_weights(bundle.path / "unet" / "model.onnx", {TO_V: state[TO_V].numpy() * factor})
-            for factor in (0.5, 0.25)
-        ]
-        with pytest.raises(
-            EngineError, match=r"was built for its own weights: .*--refit lora.*sdkd\.workflow\.rebuild"
-        ):
-            session.rebuilt(stored[0])
-        session.rebuild = rebuild
-        folders = [session.rebuilt(one).bundle.path for one in stored]
-        assert len(set(folders)) == 2
-        assert session.rebuilt({}) is session.checked
-        session.swap({TO_V: state[TO_V] * 0.5})
-
-
-# Saving
-
-
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_weights_come_back_after_engines_were_built_again(exported_bundle: Path, tmp_path: Path, target: str) -> None:
     session = open_session(shutil.copytree(exported_bundle, tmp_path / "bundle"), target, "unet")
@@ -375,6 +351,9 @@ def test_weights_come_back_after_engines_were_built_again(exported_bundle: Path,
     session.swap({})
     torch.testing.assert_close(session.run(feeds)["out_sample"], before, atol=1e-5, rtol=0)
     assert (changed - before).abs().max() > 0.1
+
+
+# Saving
 
 
 def test_a_plugged_pipeline_without_eager_modules_is_not_saved(exported_bundle: Path, tmp_path: Path) -> None:
