@@ -133,14 +133,16 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
 def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = None) -> StableDiffusionPipeline:
     """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or from its bundle.
 
-    `scheduler`: as `sdkd generate` takes it, None for the model's own; InputError when it is unknown.
+    Scheduler and latents are in the subject's precision, on engines as in PyTorch: an engine that is judged by eager
+    half precision has no rounding fewer. `scheduler`: as `sdkd generate` takes it, None for the model's own; InputError
+    when it is unknown.
     """
-    if subject.in_torch:
-        import torch
+    import torch
 
+    dtype = getattr(torch, DTYPES[check_precision(subject.precision)])
+    if subject.in_torch:
         from sdkd.models import load_eager
 
-        dtype = getattr(torch, DTYPES[check_precision(subject.precision)])
         pipe = as_drawn(with_parts(load_eager(subject.model, torch_dtype=dtype), subject.replaced, dtype))
         pipe = pipe if device == "cpu" else pipe.to(device)
         if subject.is_compiled:
@@ -151,7 +153,7 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
         from engines.pipeline import load_pipeline
 
         assert subject.bundle is not None
-        pipe = as_drawn(load_pipeline(subject.bundle, subject.target))
+        pipe = as_drawn(load_pipeline(subject.bundle, subject.target, torch_dtype=dtype))
     if scheduler is not None:
         from engines.cli import set_scheduler
 

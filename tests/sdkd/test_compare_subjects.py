@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compare_models import engine_models
 from helpers import tiny_pipeline
 
+from sdkd.compare.calls import Request, make_images
 from sdkd.compare.subjects import (
     Subject,
     check_subjects,
@@ -69,6 +72,24 @@ def test_an_eager_subject_opens_in_its_precision(model: Path) -> None:
     pipe = open_subject(Subject("x", model, precision="bf16"))
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
     assert native_size(pipe) == 64
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_an_engine_s_scheduler_rounds_as_eager_s_of_its_precision(precision: str, dtype: torch.dtype) -> None:
+    """An engine in half precision is judged by eager in half precision: both have the same latents between steps."""
+    models, request = engine_models(), Request(("a",), 2, 1.0, 0, 32)
+    on_engines = Subject("x", models / "right", "onnxruntime", precision, models / "bundle")
+    for subject in (on_engines, Subject("x", models / "right", precision=precision)):
+        pipe, seen = open_subject(subject), set()
+        step = pipe.scheduler.step
+
+        def noted(output: torch.Tensor, time: int, sample: torch.Tensor, step: Any = step, **more: Any) -> Any:
+            seen.update({output.dtype, sample.dtype})  # noqa: B023 - called at once
+            return step(output, time, sample, **more)
+
+        pipe.scheduler.step = noted
+        make_images(pipe, request, 0)
+        assert seen == {dtype}
 
 
 def test_parameters_and_bytes_of_an_eager_subject(model: Path) -> None:
