@@ -69,7 +69,7 @@ format: install ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-benchmarks-page: install ## Write docs/benchmarks.md from benchmarks/
+benchmarks-page: install ## Write docs/benchmarks.md and the README's table
 	@$(BIN)/python tools/benchmarks_page.py $(ARGS)
 
 bench: install ## Measure on this machine -> benchmarks/

@@ -38,25 +38,30 @@ def test_the_wheel_holds_every_module_and_the_embedded_teacher(wheel: list[str])
     assert "sdkd/demo/weights/unet/diffusion_pytorch_model.safetensors" in wheel
 
 
-def _readme_commands() -> list[list[str]]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if re.match(r"\s+sdkd \S", line)]
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of every `sdkd` command that a page shows on a line of its own."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^\s+sdkd (\S.*)$", text, flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def test_the_readme_shows_the_commands() -> None:
-    assert len(_readme_commands()) >= 6
+    assert {"build-engine", "generate", "compare", "distill"} <= {words[0] for words in commands_of(ROOT / "README.md")}
 
 
-@pytest.mark.parametrize("words", _readme_commands(), ids=" ".join)
-def test_a_readme_command_exists_with_its_options(words: list[str]) -> None:
-    command = cli.load_command(words[0])
-    assert command is not None
-    known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
-    assert {word for word in words[1:] if word.startswith("--")} <= known
-
-
-def test_readme_links_lead_somewhere() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    for words in commands_of(page):
+        command = cli.load_command(words[0])
+        assert command is not None, words
+        known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        assert {word for word in words[1:] if word.startswith("--")} <= known, words
+    text = page.read_text(encoding="utf-8")
+    assert [tool for tool in re.findall(r"python (tools/\w+\.py)", text) if not (ROOT / tool).is_file()] == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
     local = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert [link for link in local if not (ROOT / link).exists()] == []
+    assert [link for link in local if not (page.parent / link).exists()] == []
