@@ -88,7 +88,7 @@ def _export_if_needed(
 ) -> bool:
     from sdkd.models import source_digests
 
-    if _is_current(path, source_digests(model), components):
+    if _is_current(path, source_digests(model), components, target):
         progress(f"{path.name} ONNX is fresh, re-used", 1.0)
         return False
     from export.pipeline import export_pipeline
@@ -106,14 +106,16 @@ def _export_if_needed(
     return True
 
 
-def _is_current(path: Path, digests: dict[str, str], components: tuple[str, ...]) -> bool:
-    """Whether a bundle holds these components, of these weights, undamaged."""
+def _is_current(path: Path, digests: dict[str, str], components: tuple[str, ...], target: str) -> bool:
+    """Whether a bundle holds these components, of these weights, undamaged, in opsets that the target parses."""
+    from export.to_onnx import choose_opset
+
     try:
         bundle = Bundle.open(path)
         for name in components:
             record = bundle.component(name)
             bundle.verify_files(record)
-            if digests.get(name) != record.source_sha256:
+            if digests.get(name) != record.source_sha256 or record.opset > choose_opset(name, target=target):
                 return False
     except BundleError:
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import onnxruntime
 import pytest
 import torch
 from engine_bundles import edit_engine, graph_unet, reference, unet_feeds
+from small_exports import small_pipeline
 
-from engines import session_onnxruntime
+from engines import pipeline, session_onnxruntime
 from engines.session import expected_device, open_session
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
@@ -53,6 +56,33 @@ def test_the_file_is_the_one_made_for_where_it_runs(
         session._swap(Path(), {})  # back to the weights as exported
     wanted = (str(graph_copy / file), {"cuda": runs == "cuda", "device": 1 if runs == "cuda" else 0})
     assert opened == [wanted, wanted]
+
+
+def test_engines_are_opened_on_the_gpu_of_the_pipeline(exported_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current, opened = [0], []
+
+    @contextlib.contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], place.index
+        yield
+        current[0] = before
+
+    def build(bundle: Any, slot: str, part: str, *more: Any) -> Any:
+        with more[-1](part) as session:  # whose tensors are on no GPU, since there is none
+            opened.append(str(session.device))
+        raise EngineError("as far as it goes without a GPU")
+
+    original = session_onnxruntime.open_session
+    monkeypatch.setattr(session_onnxruntime, "open_session", lambda model, options, **_: original(model, options))
+    monkeypatch.setattr(session_onnxruntime, "runs_on_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(pipeline, "build_module", build)
+    pipe = small_pipeline()
+    monkeypatch.setattr(type(pipe.unet), "device", property(lambda _: torch.device("cuda", 1)))
+    with pytest.raises(EngineError, match="as far as it goes"):
+        pipeline.plug(pipe, exported_bundle, "onnxruntime", components=["unet"])
+    assert opened == ["cuda:1"]
 
 
 def test_an_engine_built_for_cuda_runs_on_a_cpu(graph_copy: Path) -> None:
