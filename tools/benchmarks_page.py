@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and the README's table of results from benchmarks/ and tools/peers.yaml.
+"""Write docs/benchmarks.md and the README's table of results from benchmarks/.
 
     python tools/benchmarks_page.py            # write both
     python tools/benchmarks_page.py --check    # fail when one of them is not what the results say
@@ -13,12 +13,12 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
 from bench import PIECES, ROOT
 from gpu_bench.goals import goals
 from gpu_bench.missing import GPU_COMMAND, GPU_ROWS, environment_of, on_gpu
@@ -30,7 +30,6 @@ from sdkd.files import read_json, write_bytes
 PAGE, README = "docs/benchmarks.md", "README.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 COMMAND = "python tools/benchmarks_page.py"
-PEERS = Path(__file__).with_name("peers.yaml")
 UNKNOWN, NONE = "not recorded", "–"
 Json = Mapping[str, Any]
 Rows = list[list[str]]
@@ -59,64 +58,42 @@ def milliseconds(row: Json) -> str:
     return f"{value:,.0f} ms" if value >= 1000 else f"{value:.3g} ms"
 
 
-def against_eager(found: Json) -> dict[str, list[str]]:
-    """Of every subject that has an eager float32 of its own: that one's UNet step, its own, the ratio, its images."""
-    results = {row["label"]: row for row in found["comparison"]["results"]}
-    rows = {}
+def comparison(found: Json) -> Rows:
+    """tools/bench.py: every subject that has an eager float32 of its own, against that one."""
+    results, rows = {row["label"]: row for row in found["comparison"]["results"]}, []
     for label, row in results.items():
-        if ratio := row["step_speedup"].get("eager"):
-            times = [milliseconds(results[ratio["over"]]), milliseconds(row)]
-            rows[label] = [*times, faster(*(ratio[key] for key in ("value", "low", "high", "tie"))), likeness(row)]
+        if over := row["step_speedup"].get("eager"):
+            ratio = faster(over["value"], over["low"], over["high"], over["tie"])
+            rows.append([label, milliseconds(results[over["over"]]), milliseconds(row), ratio, likeness(row)])
     return rows
 
 
-def comparison(found: Json) -> Rows:
-    """tools/bench.py."""
-    return [[label, *cells] for label, cells in against_eager(found).items()]
-
-
-def trained(found: Json, student: str) -> list[str]:
-    """Images per second of the reference's step and of ours, and the ratio."""
-    rows = next(part["rows"] for part in found["students"] if part["student"] == student)
-    base, own = (next(row for row in rows if row["step"] == step) for step in ("reference", "Trainer.step"))
-    ratio = faster(*(own[key] for key in ("speedup", "speedup_low", "speedup_high")))
-    return [*(f"{row['images_per_second']:.3f} images/s" for row in (base, own)), ratio]
-
-
 def training(found: Json) -> Rows:
-    """tools/bench_train.py."""
-    return [[part["student"], *trained(found, part["student"])] for part in found["students"]]
-
-
-def drawn(rows: Sequence[Json]) -> dict[str, list[str]]:
-    """Of every way to draw an image: the first way's seconds, its own, and the ratio."""
-    return {
-        row["way"]: [*(f"{each['seconds']:.1f} s" for each in (rows[0], row)), faster(*row["image_faster"])]
-        for row in rows
-        if row["image_faster"]
-    }
+    """tools/bench_train.py: the reference's step and ours."""
+    rows = []
+    for part in found["students"]:
+        steps = {row["step"]: row for row in part["rows"]}
+        own = steps["Trainer.step"]
+        rates = [f"{row['images_per_second']:.3f} images/s" for row in (steps["reference"], own)]
+        rows.append([part["student"], *rates, faster(own["speedup"], own["speedup_low"], own["speedup_high"])])
+    return rows
 
 
 def runtime(found: Json) -> Rows:
-    """tools/bench_runtime.py: whole images."""
+    """tools/bench_runtime.py: whole images, every way against the first of its piece."""
     pieces = [found[name] for name in found["runs"] if found[name] and "image_faster" in found[name][0]]
-    return [[rows[0]["way"], way, *cells] for rows in pieces for way, cells in drawn(rows).items()]
-
-
-def export(found: Json) -> Rows:
-    """tools/bench_export.py."""
-    return [_cost(row, [part["model"], row["way"]], "bytes") for part in found["models"] for row in part["rows"]]
-
-
-def build(found: Json) -> Rows:
-    """tools/bench_build.py."""
+    pairs = [(piece[0], row) for piece in pieces for row in piece if row["image_faster"]]
     return [
-        _cost(row, [part["model"], row["target"]], "engine_bytes") for part in found["models"] for row in part["rows"]
+        [*(one["way"] for one in pair), *(f"{one['seconds']:.1f} s" for one in pair), faster(*pair[1]["image_faster"])]
+        for pair in pairs
     ]
 
 
-def _cost(row: Json, names: list[str], size: str) -> list[str]:
-    return [*names, f"{row['seconds']:.1f}", f"{row['peak_rss_bytes'] / 1e9:.2f}", f"{row[size] / 1e6:,.0f}"]
+def costs(found: Json, name: str, size: str) -> Rows:
+    """tools/bench_export.py and tools/bench_build.py."""
+    rows = [(part["model"], row) for part in found["models"] for row in part["rows"]]
+    scales = (("seconds", 1, ".1f"), ("peak_rss_bytes", 1e9, ".2f"), (size, 1e6, ",.0f"))
+    return [[model, row[name], *(f"{row[key] / unit:{form}}" for key, unit, form in scales)] for model, row in rows]
 
 
 def gpu_report(found: Json) -> Rows:
@@ -160,7 +137,7 @@ class Kind:
     show: Callable[[Json], Rows] | None  # None: raw samples of another file
     heads: tuple[str, ...] = ()
     left: int = 2  # columns that hold words
-    command: str = UNKNOWN  # where a file does not say its own
+    made: str = ""  # date, commit and command, where a file does not say them
 
 
 COMPARED = ("subject", "own eager", "UNet step", "faster (95 %)", "images to own eager")
@@ -169,46 +146,15 @@ ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
 KINDS = (
     *(Kind(f"*/{piece}.json", comparison, COMPARED) for piece in PIECES),
     Kind("*/train-*.json", training, ("student", "reference's step", "`Trainer.step`", "faster (95 %)")),
-    Kind("*/export.json", export, ("model", "way", *COST), left=3),
-    Kind("*/build.json", build, ("model", "target", *COST), left=3),
+    Kind("*/export.json", partial(costs, name="way", size="bytes"), ("model", "way", *COST), left=3),
+    Kind("*/build.json", partial(costs, name="target", size="engine_bytes"), ("model", "target", *COST), left=3),
     Kind("*/runtime.json", runtime, ("from", "to", "an image", "then", "faster (95 %)"), left=3),
     Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*.json", gpu_report, ("goal", "wanted", "measured")),
-    Kind("ablation-demo/ablation.json", ablation, ABLATED, 3, "python tools/ablate_distillation.py"),
+    Kind("ablation-demo/ablation.json", ablation, ABLATED, 3, "`python tools/ablate_distillation.py`; commits: runs/"),
     Kind("ablation-demo/runs/*.json", None),
     Kind("ablation-demo/why.json", None),
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
 )
-
-# The README's rows: words, file, piece of a file that holds several, and the function that picks baseline, ours, ratio.
-MACHINE = "benchmarks/amd-epyc-avx512-bf16-2-cores"
-README_ROWS: tuple[tuple[str, str, str, Callable[[Json], list[str]]], ...] = (
-    ("a UNet step of SD 1.5: eager fp32, `openvino` bf16", "sd15.json", "",
-     lambda found: against_eager(found)["openvino bf16"]),
-    ("a UNet step of SD 1.5: eager fp32, `onnxruntime` fp32", "sd15.json", "",
-     lambda found: against_eager(found)["onnxruntime fp32"]),
-    ("an image of 4 steps: SD 1.5 in eager fp32, SD-Tiny on `openvino` bf16", "runtime.json", "teacher",
-     lambda found: [*drawn(found["teacher"])["student, openvino-bf16"], NONE]),
-    ("distilling SD-Tiny at 256 px: the reference trainers' step, `Trainer.step`", "train-256-tiny.json", "",
-     lambda found: [*trained(found, "tiny"), NONE]),
-)  # fmt: skip
-
-
-def readme_block(root: Path) -> str:
-    """The README's table of results with file, commit and command of each."""
-    rows, sources, machines = [], {}, set()
-    for words, name, piece, pick in README_ROWS:
-        found = read_json(root / MACHINE / name)
-        made = found["runs"][piece] if piece else found
-        rows.append([words, *pick(found), f"[{name}]({MACHINE}/{name})"])
-        sources[name] = f"{name}: commit `{made['commit']}`, `{made['command']}`."
-        machines.add(device(environment_of(found)))
-    heads = ("measured: baseline, sdkd", "baseline", "sdkd", "faster (95 %)", "images to eager", "file")
-    _, bf16, ratio, _ = against_eager(read_json(root / MACHINE / "sd15.json"))["eager bf16"]
-    where = (
-        f"{'; '.join(sorted(machines))}; full-size shapes, random weights, 512 px where not said, medians. The UNet "
-        f"step in eager bf16 takes {bf16}: {ratio}."
-    )
-    return "\n".join([table(heads, rows, left=1), "", where, *sources.values()])
 
 
 def kind_of(path: Path) -> Kind:
@@ -222,6 +168,44 @@ def kind_of(path: Path) -> Kind:
     )
 
 
+# The README's rows: words, file, the words of the row that is shown, and its piece where a file holds several.
+MACHINE = "benchmarks/amd-epyc-avx512-bf16-2-cores"
+README_ROWS = (
+    ("a UNet step of SD 1.5: eager fp32, `openvino` bf16", "sd15.json", ("openvino bf16",), ""),
+    ("a UNet step of SD 1.5: eager fp32, `onnxruntime` fp32", "sd15.json", ("onnxruntime fp32",), ""),
+    ("an image of 4 steps: SD 1.5 in eager fp32, SD-Tiny on `openvino` bf16", "runtime.json",
+     ("teacher, eager fp32", "student, openvino-bf16"), "teacher"),
+    ("distilling SD-Tiny at 256 px: the reference trainers' step, `Trainer.step`", "train-256-tiny.json",
+     ("tiny",), ""),
+)  # fmt: skip
+
+
+def readme_block(root: Path) -> str:
+    """The README's table of results with file, commit and command of each."""
+    rows, sources, machines = [], {}, set()
+    for words, name, shown, piece in README_ROWS:
+        found = read_json(root / MACHINE / name)
+        rows.append([words, *_cells(found, name, shown), f"[{name}]({MACHINE}/{name})"])
+        made = found["runs"][piece] if piece else found
+        sources[name] = f"{name}: commit `{made['commit']}`, `{made['command']}`."
+        machines.add(device(environment_of(found)))
+    _, bf16, ratio, _ = _cells(read_json(root / MACHINE / "sd15.json"), "sd15.json", ("eager bf16",))
+    where = (
+        f"{'; '.join(sorted(machines))}; full-size shapes, random weights, 512 px where not said, medians. The UNet "
+        f"step in eager bf16 takes {bf16}: {ratio}."
+    )
+    heads = ("measured: baseline, sdkd", "baseline", "sdkd", "faster (95 %)", "images to eager", "file")
+    return "\n".join([table(heads, rows, left=1), "", where, *sources.values()])
+
+
+def _cells(found: Json, name: str, words: tuple[str, ...]) -> list[str]:
+    """What follows these words in a result's rows."""
+    kind = kind_of(Path(MACHINE).relative_to("benchmarks") / name)
+    assert kind.show is not None
+    cells = next(row[len(words) :] for row in kind.show(found) if tuple(row[: len(words)]) == words)
+    return [*cells, NONE][:4]  # no images were compared in the last ones
+
+
 def device(environment: Json) -> str:
     """The machine in words."""
     if not environment:
@@ -233,15 +217,13 @@ def device(environment: Json) -> str:
 
 def source(path: Path, found: Json, kind: Kind) -> str:
     """File, date, commit and command of a result."""
-    runs = [read_json(run) for run in sorted(path.parent.glob("runs/*.json"))] if "commit" not in found else []
-    commits = sorted({str(each["commit"]) for each in (found, *runs) if each.get("commit")})
-    commands = dict.fromkeys(each["command"] for each in found.get("runs", {}).values())
-    told = f" ([in words]({_link(path.with_suffix('.md'))}))" if path.with_suffix(".md").is_file() else ""
-    return (
-        f"- [{path.name}]({_link(path)}){told}: {found.get('date', 'date ' + UNKNOWN)}, commit "
-        f"{', '.join(f'`{each}`' for each in commits) or UNKNOWN}, "
-        f"{', '.join(f'`{each}`' for each in commands or [found.get('command', kind.command)])}"
+    commands = dict.fromkeys(each["command"] for each in found.get("runs", {}).values()) or [found.get("command")]
+    made = kind.made or (
+        f"{found.get('date', 'date ' + UNKNOWN)}, commit {found.get('commit', UNKNOWN)}, "
+        f"{', '.join(f'`{each}`' for each in commands)}"
     )
+    told = f" ([in words]({_link(path.with_suffix('.md'))}))" if path.with_suffix(".md").is_file() else ""
+    return f"- [{path.name}]({_link(path)}){told}: {made}"
 
 
 def _link(path: Path) -> str:
@@ -279,43 +261,20 @@ def gpu_section(results: Sequence[Json]) -> str:
     return "\n".join(["## Not measured on a GPU yet", "", words, "", *missing]) if missing else ""
 
 
-def peers_section(peers: Path) -> str:
-    """What others published, in a table of its own."""
-    rows = []
-    try:
-        for each in yaml.safe_load(peers.read_text(encoding="utf-8")):
-            place = f"[{each['place']}]({each['source']}), {each['date'] or 'no date'}"
-            for figure in each["figures"]:
-                said = ", ".join(f"{name} {value}" for name, value in figure["published"].items())
-                setting = f"{figure['model']}, {figure['setting']}"
-                rows.append([each["peer"], figure["device"], setting, f"{said} {each['unit']}", place])
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"file 'tools/{peers.name}' is not a list of published figures ({error!r})") from error
-    words = (
-        "By the named projects, on their machines, with their settings. None of it was measured here, and none of it "
-        "can be set against the figures above: devices, versions, models and clocks differ."
-    )
-    heads = ("project", "device", "model and setting", "published", "source")
-    return f"## Published by others, not measured here\n\n{words}\n\n{table(heads, rows, left=5)}"
-
-
-def whole_page(root: Path, peers: Path = PEERS) -> str:
+def whole_page(root: Path) -> str:
     """The page of all results under `root`/benchmarks."""
     folder = root / "benchmarks"
     found = [(path, kind_of(path.relative_to(folder)), read_json(path)) for path in sorted(folder.rglob("*.json"))]
     results = sorted((each for each in found if each[1].show), key=lambda each: (each[0].parent, KINDS.index(each[1])))
     parts = [
         "# Benchmarks",
-        f"<!-- Written by {COMMAND} from benchmarks/**/*.json and tools/{peers.name}: change those, not this page. -->",
+        f"<!-- Written by {COMMAND} from benchmarks/**/*.json: change those, not this page. -->",
         "The rows that matter of every result under [benchmarks/](../benchmarks), medians. The JSON files hold the raw "
         "samples and the versions of libraries. `sd15`, `sd15-small` and `sd15-tiny` are full-size models with random "
-        f"weights. `make test` fails when `{COMMAND}` would write another page.",
-        *(
-            machine_section(place.name, list(group))
-            for place, group in groupby(results, key=lambda result: result[0].parent)
-        ),
+        f"weights. `make test` fails when `{COMMAND}` would write another page. What others published: "
+        "[peers.md](peers.md).",
+        *(machine_section(name, list(group)) for name, group in groupby(results, lambda result: result[0].parent.name)),
         gpu_section([found for _, _, found in results]),
-        peers_section(peers),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
