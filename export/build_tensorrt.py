@@ -13,14 +13,14 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from export.build_errors import advice_for
-from export.build_job import Built, Job, check_io
+from export.build_job import Built, Job, Run, check_io
 from export.build_options import CURRENT, GIB, HARDWARE, RTX, BuildOptions, lean_runtime
 from export.build_parser import parser_errors
 from export.build_progress import progress_monitor
@@ -43,7 +43,7 @@ def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
 
 
 def build(job: Job, progress: Progress) -> Built:
-    """Build <component>.engine with all of the job's optimization profiles; it is not opened (that needs the GPU).
+    """Build <component>.engine with all of the job's optimization profiles, to be run where a GPU is there for it.
 
     Raises BuildError or Polygraphy's exception when the parser or the builder refuses the graph.
     """
@@ -63,7 +63,77 @@ def build(job: Job, progress: Progress) -> Built:
     file = job.file(".engine")
     with file.open("wb") as stream:
         stream.write(plan)
-    return Built((file.name,), {**facts, **_plan_facts(plan)}, _built_for(trt, job.target, options))
+    built_for = _built_for(trt, job.target, options)
+    run = _runner(trt, job, plan) if _runs_here(job, options, built_for) else None
+    return Built((file.name,), {**facts, **_plan_facts(plan)}, built_for, run)
+
+
+def _runs_here(job: Job, options: BuildOptions, built_for: Sequence[str]) -> bool:
+    """Whether a plan can be compared where it was built: on a GPU that it is for, with weights of its own on it, and in
+    a precision that ONNX Runtime has on the CPU.
+    """
+    here = gpu()
+    if here is None or (built_for and here["compute_capability"] not in built_for):
+        return False
+    return not options.strip_weights and not options.weight_streaming and job.precision != "bf16"
+
+
+def _runner(trt: ModuleType, job: Job, plan: memoryview) -> Run:
+    """Runs a plan on this GPU, with the activation memory that a call's shapes need where the library says how much.
+
+    BuildError names the step that the library refuses.
+    """
+    import torch
+    from polygraphy.backend.trt import EngineFromBytes
+
+    def checked(answer: Any, what: str) -> Any:
+        if answer is None or answer is False:
+            raise BuildError(f"{job.component} was built for {job.target}, but {what} failed here: it was not kept")
+        return answer
+
+    probe, strategies = trt.IExecutionContext, trt.ExecutionContextAllocationStrategy
+    managed = hasattr(probe, "update_device_memory_size_for_shapes") and hasattr(probe, "set_device_memory")
+    engine = EngineFromBytes(plan)()
+    context = engine.create_execution_context(strategies.USER_MANAGED if managed else strategies.STATIC)
+    checked(context, "creating an execution context")
+
+    def run(feeds: Mapping[str, Any]) -> list[Any]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            tensors = {name: torch.from_numpy(array).cuda() for name, array in feeds.items()}
+            profile = _profile_of(job, feeds)
+            checked(context.set_optimization_profile_async(profile, stream.cuda_stream), "selecting a profile")
+            for name, tensor in tensors.items():
+                checked(context.set_input_shape(name, tuple(tensor.shape)), f"setting the shape of {name!r}")
+            for spec in job.contract.outputs:
+                shape, dtype = tuple(context.get_tensor_shape(spec.name)), getattr(torch, spec.dtype)
+                tensors[spec.name] = torch.empty(shape, dtype=dtype, device="cuda")
+            for name, tensor in tensors.items():
+                checked(context.set_tensor_address(name, tensor.data_ptr()), f"binding {name!r}")
+            if managed:
+                needed = context.update_device_memory_size_for_shapes()
+                needed = needed or engine.get_device_memory_size_for_profile_v2(profile)
+                workspace = torch.empty(needed, dtype=torch.uint8, device="cuda")
+                context.set_device_memory(workspace.data_ptr(), needed)
+            checked(context.execute_async_v3(stream.cuda_stream), "running it")
+            stream.synchronize()
+        return [tensors[spec.name].cpu().numpy() for spec in job.contract.outputs]
+
+    return run
+
+
+def _profile_of(job: Job, feeds: Mapping[str, Any]) -> int:
+    """The first profile that holds the inputs' shapes."""
+
+    def holds(profile: Mapping[str, Any]) -> bool:
+        shapes = ((array.shape, profile[name]) for name, array in feeds.items())
+        return all(
+            low <= size <= high
+            for shape, (least, _, most) in shapes
+            for low, size, high in zip(least, shape, most, strict=True)
+        )
+
+    return next(index for index, profile in enumerate(job.profiles) if holds(profile))
 
 
 @dataclass(frozen=True)
