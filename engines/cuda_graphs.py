@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -27,8 +28,27 @@ REMEMBERED = 64  # shapes that were seen once
 CAPTURING = threading.Lock()
 """Held while one is captured: synchronizing the device would break the capture, whatever thread does it."""
 
+STREAMS = 32  # that torch has of each priority, and gives out in turn
+_taken: set[tuple[torch.device, int]] = set()
+_taking = threading.Lock()
+
 Key = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]
 Entry = TypeVar("Entry")
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream that no other session has for as long as this one is held, of a priority that is seldom asked for; None
+    when each has an owner. What others queue on a stream while it is captured would be captured, too.
+    """
+    with _taking:
+        for _ in range(STREAMS):
+            stream = torch.cuda.Stream(device, priority=-1)
+            key = (device, stream.cuda_stream)
+            if key not in _taken:
+                _taken.add(key)
+                weakref.finalize(stream, _taken.discard, key)
+                return stream
+    return None
 
 
 def graph_key(profile: int, shapes: Shapes) -> Key:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.cuda_graphs import Buffers, GraphCache, ShapeGraph, graph_key, synchronize
+from engines.cuda_graphs import STREAMS, Buffers, GraphCache, ShapeGraph, graph_key, own_stream, synchronize
 from engines.refit_tensorrt import HalfRefitError, refit
 from engines.runtime_cache import RuntimeCache
 from engines.session import Checked, EngineSession, check_names
@@ -71,8 +71,8 @@ class TensorRTSession(EngineSession):
         self._log = recorder(checked.record.target)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._native = captures_by_itself(self._trt)
-        # Torch gives out a few streams in turn: one of high priority is seldom another's, who would be captured, too.
-        self._side = torch.cuda.Stream(self.device, priority=-1)
+        own = own_stream(self.device)
+        self._side = own or torch.cuda.Stream(self.device, priority=-1)
         self._done = torch.cuda.Event()
         self._swapped: Mapping[str, np.ndarray] = {}  # by a refit
         self._graphs: GraphCache[ShapeGraph] = GraphCache(ShapeGraph.close)
@@ -83,6 +83,8 @@ class TensorRTSession(EngineSession):
             self._graphs.off = "cuda_graphs=False"
         elif options_of(checked).get("weight_streaming"):  # copies from the host, as the moment's budget wants them
             self._graphs.disable(self.checked.label, "its weights are streamed from host memory")
+        elif own is None:
+            self._graphs.disable(self.checked.label, f"{STREAMS} other engines have the streams to capture on")
 
     # Opening
 
@@ -264,4 +266,4 @@ class TensorRTSession(EngineSession):
         synchronize(self.device)
         self._drop_graphs()
         self._kernels.save()
-        del self._main, self._engine, self._kernels
+        del self._main, self._engine, self._kernels, self._side

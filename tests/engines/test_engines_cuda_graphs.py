@@ -15,7 +15,7 @@ from engine_bundles import reference, unet_feeds
 from onnx import numpy_helper
 from test_engines_gpu import KINDS, graph_for_gpu, on_gpu, real_feeds, real_unet
 
-from engines.cuda_graphs import CAPACITY, REMEMBERED, Buffers, GraphCache, Key, graph_key
+from engines.cuda_graphs import CAPACITY, REMEMBERED, STREAMS, Buffers, GraphCache, Key, graph_key, own_stream
 from engines.runtime_cache import RuntimeCache
 from engines.session import EngineSession, open_session
 from engines.tensorrt_context import Spans, failure, pick_profile
@@ -106,6 +106,30 @@ def test_graphs_are_switched_off_with_one_reason(caplog: pytest.LogCaptureFixtur
     assert cache.off == "an operation cannot be captured"
     assert dropped == ["1", "2"]
     assert not any(cache.due(key(7)) for _ in range(3))
+
+
+def test_no_two_sessions_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch hands out streams of a pool in turn, whoever has them."""
+
+    class Stream:
+        made = 0
+
+        def __init__(self, device: torch.device, priority: int) -> None:
+            assert priority == -1
+            self.cuda_stream = Stream.made % STREAMS
+            Stream.made += 1
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    kept = [own_stream(first)]
+    for _ in range(STREAMS - 1):  # others take and give back all between
+        own_stream(first)
+    kept += [own_stream(first) for _ in range(STREAMS - 1)]
+    assert {stream.cuda_stream for stream in kept if stream} == set(range(STREAMS))
+    assert own_stream(first) is None
+    assert own_stream(second) is not None
+    kept.pop(7)
+    assert own_stream(first) is not None
 
 
 def test_a_cache_holds_something() -> None:
