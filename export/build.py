@@ -165,7 +165,7 @@ def _run(jobs: list[Job], requests: list[Request], progress: Progress) -> list[d
 
     try:
         answers: list[dict[str, Any]] = run_in_child(
-            "export.build_job:build_all", {"jobs": [job.to_json() for job in jobs]}, follow
+            "export.build_run:build_all", {"jobs": [job.to_json() for job in jobs]}, follow
         )
     except ChildError as error:
         raise BuildError(explain(current[0], requests[0].target, error)) from error

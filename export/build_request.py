@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from export.build_job import BUILDERS
 from export.build_options import BuildOptions, check_options, difference
+from export.build_run import BUILDERS
 from export.ranges import check_ranges, cover, default_ranges
 from sdkd.bundle import Bundle, ComponentRecord
 from sdkd.contract import COMPONENTS, check_precision

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from sdkd.compare.earlier import Earlier, Row, parse_report, read_report
+from sdkd.compare.earlier import Earlier, Row, read_report
 from sdkd.compare.stats import Ratio, speedup
 from sdkd.errors import InputError, RegressionError, SdkdError
-
-if TYPE_CHECKING:
-    from sdkd.compare.report import Report
 
 THRESHOLD = 0.1  # a UNet step may take so much longer before it is an error
 CHANGED_DB = 1.0  # a mean PSNR that moved by more is said
@@ -179,12 +175,6 @@ def check_common(then: Earlier, labels: list[str]) -> None:
         )
 
 
-def hold_against(report: Report, then: Earlier, threshold: float = THRESHOLD) -> Report:
-    """The report with its comparison with an earlier one; where all subjects in common failed, `problem` says so."""
-    now = parse_report(report.to_json(), "this one")
-    return dataclasses.replace(report, against=_weigh(then, now, threshold))
-
-
 def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
     """Compare two reports subject by subject; `threshold` 0.1 lets a step take 10 % longer.
 
@@ -192,7 +182,7 @@ def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
     """
     check_threshold(threshold)
     check_common(then, list(now.rows))
-    return _weigh(then, now, threshold)
+    return differences_of(then, now, threshold)
 
 
 def check_threshold(threshold: float) -> None:
@@ -201,7 +191,8 @@ def check_threshold(threshold: float) -> None:
         raise InputError(f"threshold {threshold:g} is below 0: give the share that a step may take longer, like 0.1")
 
 
-def _weigh(then: Earlier, now: Earlier, threshold: float) -> Against:
+def differences_of(then: Earlier, now: Earlier, threshold: float) -> Against:
+    """What changed between two reports; unlike `weigh`, reports without a subject in common are compared, too."""
     differ = {setting: text for setting in SETTINGS if (text := _difference(setting, then, now))}
     speed = "; ".join(text for setting, text in differ.items() if setting.speed)
     images = any(setting.images for setting in differ)

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from sdkd.compare.against import Against, Change
-from sdkd.compare.tables import EMPTY, Cell, Tone, number
+from sdkd.compare.cells import EMPTY, STYLES, Cell, Tone, number
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
@@ -17,7 +17,6 @@ _TONES: dict[str, Tone] = {
     "better": "good", "worse": "bad", "changed": "", "same": "muted",
 }  # fmt: skip
 _PLURALS = {"faster": "faster", "slower": "slower", "tie": "ties", "not compared": "not compared"}
-_STYLES = {"good": "green", "bad": "bold red", "muted": "dim", "": ""}
 
 
 def title(against: Against) -> str:
@@ -58,7 +57,7 @@ def markdown_lines(against: Against) -> list[str]:
     heads = ["Subject", *(f"{name}, {unit}" if unit else name for name, unit in HEADS)]
     lines = [f"## {title(against)}", "", f"| {' | '.join(heads)} |", f"|---|{'---:|' * len(HEADS)}"]
     for change in against.changes:
-        texts = (f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in cells(change))
+        texts = (cell.inline for cell in cells(change))
         lines.append("| " + " | ".join(text.replace("|", "\\|") for text in (change.label, *texts)) + " |")
     return [*lines, "", *(f"- {remark}." for remark in remarks(against))]
 
@@ -76,6 +75,6 @@ def against_table(against: Against) -> ConsoleRenderable:
         table.add_column(f"{name.lower()}\n{unit}", justify="right", no_wrap=True)
     for change in against.changes:
         row = cells(change)
-        texts = [Text.assemble((c.text, _STYLES[c.tone]), (f" ({c.note})" if c.note else "", "dim")) for c in row]
+        texts = [Text.assemble((c.text, STYLES[c.tone]), (f" ({c.note})" if c.note else "", "dim")) for c in row]
         table.add_row(change.label, *texts)
     return Group(Text(title(against), style="bold"), table, *(Text(remark) for remark in remarks(against)))

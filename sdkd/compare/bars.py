@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sdkd.compare.cells import number
 from sdkd.compare.report import Report, Result
-from sdkd.compare.tables import MB, memory_bytes, number
+from sdkd.compare.tables import MB, memory_bytes
 
 COLOURS = 6  # custom properties --c0 to --c5 of the style sheet
 FEW_TICKS = 5

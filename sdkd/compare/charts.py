@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from html import escape
 
 from sdkd.compare.bars import FEW_TICKS, model_colours, nice_ceiling, tick
+from sdkd.compare.cells import number
 from sdkd.compare.quality import Likeness
 from sdkd.compare.report import Report, Result
-from sdkd.compare.tables import MB, number
+from sdkd.compare.tables import MB
 
 CHARACTER_PX = 6.4  # width of a 12 px letter, for placing labels
 LINE_PX = 14.0

@@ -77,7 +77,7 @@ def compare(
 
     load = load_average()  # before engines are built
     from engines.cli import drawn_size
-    from sdkd.compare.against import check_threshold, hold_against
+    from sdkd.compare.against import check_threshold
     from sdkd.compare.comparison import compare as measure
     from sdkd.compare.earlier import read_report
     from sdkd.compare.folder import check_report_free
@@ -117,7 +117,7 @@ def compare(
             load_before=load,
             progress=within(bar, 0.3, 1.0),
         )
-        found = found if earlier is None else hold_against(found, earlier, threshold)
+        found = found if earlier is None else found.held_against(earlier, threshold)
         page = _write(found, output, overwrite, json)
     _show_report(found, page, json)
     found.check(page)

@@ -1,6 +1,6 @@
 """One subject in a process of its own: the same calls as a Worker's, over a pipe; a crash there is one message here.
 
-On Linux children are forked from a server that has imported what every case needs (`sdkd.compare.preload`), so that a
+On Linux children are forked from a server that has imported what every case needs (`LIBRARIES`), so that a
 fresh process costs milliseconds; where torch sees a GPU, and elsewhere, each is started anew, because a GPU that any
 library looked at before a fork cannot be used after it.
 """
@@ -21,7 +21,7 @@ import sdkd.errors
 from sdkd.children import inherited
 from sdkd.compare.measure import Sample
 from sdkd.compare.peaks import Memory
-from sdkd.compare.worker import Drawn, Job, Opened, Worker
+from sdkd.compare.worker import LIBRARIES, Drawn, Job, Opened, Worker
 from sdkd.errors import EngineError, SdkdError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sdkd.compare.calls import Request
 
 GRACE_SECONDS = 5.0
-PRELOAD = ["sdkd.compare.preload"]
+PRELOAD = [*LIBRARIES, "sdkd.compare.worker"]
 DOING = {
     "open": "it was loaded",
     "images": "it made images",

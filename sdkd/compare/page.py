@@ -8,10 +8,11 @@ from typing import Any
 
 from sdkd.compare.against_tables import HEADS, cells, remarks, title
 from sdkd.compare.bars import latency_bars, latency_ridges, memory_bars, model_colours
+from sdkd.compare.cells import EMPTY, number
 from sdkd.compare.charts import plots, scatter
 from sdkd.compare.gallery import GAINS, PIXELATED_PX, differences, gallery, kinds, worst_images
 from sdkd.compare.report import Report
-from sdkd.compare.tables import COLUMNS, EMPTY, GIGA, best_rows, full_title, number, shown_columns
+from sdkd.compare.tables import COLUMNS, GIGA, best_rows, full_title, shown_columns
 from sdkd.compare.words import asked, findings, machine_line, method, models, noise_note
 
 # What the gallery can show: value, name, and a short name for a narrow screen.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.compare.against import THRESHOLD, Against, differences_of
+from sdkd.compare.earlier import Earlier, parse_report
 from sdkd.compare.environment import busy
 from sdkd.compare.limits import Ceilings, Limit, Work
 from sdkd.compare.peaks import Memory
@@ -19,8 +21,6 @@ from sdkd.errors import EngineError, InputError, ParityError, SdkdError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from sdkd.compare.against import Against
 
 SCHEMA = 3
 NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
@@ -195,6 +195,11 @@ class Report:
         if label not in found:
             raise InputError(f"the report has no subject {label!r}: it has {', '.join(found)}")
         return found[label]
+
+    def held_against(self, then: Earlier, threshold: float = THRESHOLD) -> Report:
+        """A copy with its comparison with an earlier one; where all subjects in common failed, `check` says so."""
+        now = parse_report(self.to_json(), "this one")
+        return replace(self, against=differences_of(then, now, threshold))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary (finite numbers only), units in field names, raw samples kept; see docs."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sdkd.compare.against_tables import against_table, markdown_lines
+from sdkd.compare.cells import EMPTY, STYLES, Cell, Tone, number
 from sdkd.compare.quality import Likeness
 from sdkd.compare.report import Report, Result
 from sdkd.compare.stats import Ratio, Spread
@@ -18,20 +20,6 @@ if TYPE_CHECKING:
 MB = 1e6
 MILLION = 1e6
 GIGA = 1e9
-Tone = Literal["", "good", "bad", "muted"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: what it says, a smaller remark, the value it sorts by, and whether it is good news."""
-
-    text: str
-    note: str = ""
-    sort: float | str | None = None
-    tone: Tone = ""
-
-
-EMPTY = Cell("–", tone="muted")
 
 
 @dataclass(frozen=True)
@@ -46,15 +34,6 @@ class Column:
     better: Literal["", "low", "high"] = ""
     page_only: bool = False
     parts: bool = False  # shown in a table of its own, with the parts of an image
-
-
-def number(value: float) -> str:
-    """About three significant digits, without an exponent: 1,234; 123; 12.3; 1.23; 0.123; 0.012."""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def _spread(row: Result) -> Cell:
@@ -237,13 +216,8 @@ def full_title(column: Column) -> str:
     return f"{column.title}, {column.unit}" if column.unit else column.title
 
 
-def _inline(cell: Cell) -> str:
-    return f"{cell.text} ({cell.note})" if cell.note else cell.text
-
-
 def markdown(report: Report) -> str:
     """The table for a README, with what was asked and where it was measured."""
-    from sdkd.compare.against_tables import markdown_lines
     from sdkd.compare.words import machine_line, noise_note, sentence
 
     columns, parts = shown_columns(report), shown_columns(report, parts=True)
@@ -262,7 +236,7 @@ def _markdown_table(report: Report, columns: Sequence[Column]) -> list[str]:
     head = ["Subject", *(full_title(column) for column in columns)]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---', *['---:'] * len(columns)])}|"]
     for row in report.results:
-        cells = [row.subject.label, *(_inline(column.cell(row)) for column in columns)]
+        cells = [row.subject.label, *(column.cell(row).inline for column in columns)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
 
@@ -293,15 +267,12 @@ _IMAGES = {
     "clip": ("CLIP", "score", False),
     "judged": ("caption", "right", False),
 }
-_STYLES = {"good": "green", "bad": "bold red", "muted": "dim", "": ""}
 
 
 def terminal_table(report: Report) -> ConsoleRenderable:
     """Tables for a terminal of 80 columns: speed and size, parts and memory, then the images; the page has the rest."""
     from rich.console import Group
     from rich.text import Text
-
-    from sdkd.compare.against_tables import against_table
 
     tables: list[ConsoleRenderable] = [
         table for heads in (_SPEED, _PARTS, _IMAGES) if (table := _part_table(report, heads)) is not None
@@ -328,6 +299,6 @@ def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> T
         for column in columns:
             cell = column.cell(row)
             remark = f" ({cell.note.removeprefix('worst ')})" if cell.note and heads[column.key][2] else ""
-            texts.append(Text.assemble((cell.text, _STYLES[cell.tone]), (remark, "dim")))
+            texts.append(Text.assemble((cell.text, STYLES[cell.tone]), (remark, "dim")))
         table.add_row(row.subject.label, *texts)
     return table

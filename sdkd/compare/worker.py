@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -193,6 +194,21 @@ def dragged(work: Work, drag: Drag | None) -> Work:
     return lambda: (delay(), work())
 
 
+# What every case needs before it is timed. The server that cases are forked from imports these, too, so nothing in them
+# may start a thread that computes or touch a GPU: neither survives a fork.
+LIBRARIES = (
+    "accelerate",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.schedulers",
+    "safetensors.torch",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "engines.pipeline",
+    "sdkd.models",
+)
+
+
 def import_libraries() -> None:
     """Import what every case needs, so that no case's load pays for it."""
-    import sdkd.compare.preload  # noqa: F401
+    for name in LIBRARIES:
+        importlib.import_module(name)

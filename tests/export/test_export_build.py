@@ -390,7 +390,7 @@ def test_ctrl_c_leaves_bundle_and_folders_as_they_were(built: Bundle) -> None:
 
 def test_a_build_never_touches_the_files_of_the_manifest(built: Bundle) -> None:
     """Killed at any moment, a build leaves engines that match; who opened the bundle just before finds the new ones."""
-    from engines.session import open_session
+    from engines.opening import open_session
 
     old = built.engine("onnxruntime", "unet")
     seen: list[str] = []

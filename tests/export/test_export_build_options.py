@@ -267,7 +267,7 @@ def test_a_cap_below_the_need_is_refused_with_both_numbers(bundle: Bundle) -> No
 
 def test_the_cap_is_strict() -> None:
     code = (
-        "import sys, numpy; from export.build_job import cap_memory\n"
+        "import sys, numpy; from export.build_run import cap_memory\n"
         "cap_memory({'target': sys.argv[1], 'flags': {'options': {'memory_cap_gb': 1}}})\n"
         "numpy.zeros(1 << 28)"  # 2 GiB
     )

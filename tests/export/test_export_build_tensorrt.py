@@ -186,7 +186,7 @@ def _attention_job(folder: Path, width: int, precision: str) -> Job:
 def test_attention_of_every_head_width_builds(tmp_path: Path) -> None:
     widths = {"fp16": (4, 8, 16, 40, 64, 80, 160, 512), "fp32": (8, 40, 512)}
     jobs = [_attention_job(tmp_path, width, precision) for precision in widths for width in widths[precision]]
-    answers = run_in_child("export.build_job:build_all", {"jobs": [job.to_json() for job in jobs]})
+    answers = run_in_child("export.build_run:build_all", {"jobs": [job.to_json() for job in jobs]})
     assert [answer["files"] for answer in answers] == [["unet.engine"]] * len(jobs)
     assert {answer["flags"]["attention"] for answer in answers} == {"1 attention layers, fused where a kernel exists"}
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from sdkd import cli
-from sdkd.compare.against import Against, compare_files, hold_against, weigh
+from sdkd.compare.against import Against, compare_files, weigh
 from sdkd.compare.against_tables import against_table
 from sdkd.compare.earlier import parse_report, read_report
 from sdkd.compare.folder import write_report
@@ -217,7 +217,7 @@ def test_a_report_of_the_second_schema_is_read_and_its_one_process_is_noted(base
 def test_the_report_says_it_everywhere(base: dict[str, Any], tmp_path: Path) -> None:
     then = changed(base, slower=1 / 1.2)
     del then["results"][0]
-    report = hold_against(planted_report(models=("teacher", "tiny")), parse_report(then, "old.json"))
+    report = planted_report(models=("teacher", "tiny")).held_against(parse_report(then, "old.json"))
     assert report.against is not None
     words = "Against old.json of 2026-01-02: 1 tie, 1 slower"
     data = report.to_json()["against"]
@@ -241,7 +241,7 @@ def test_the_report_says_it_everywhere(base: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_a_broken_rule_and_a_slowdown_are_one_message(base: dict[str, Any]) -> None:
-    report = hold_against(planted_report(wrong=SUBJECT, models=("teacher", "tiny")), parse_report(base, "old.json"))
+    report = planted_report(wrong=SUBJECT, models=("teacher", "tiny")).held_against(parse_report(base, "old.json"))
     with pytest.raises(ParityError, match=r"1 of 8 subjects broke a rule. .*1 of 3 subjects is worse"):
         report.check()
 

@@ -8,8 +8,9 @@ import pytest
 from planted_report import planted_report
 from rich.console import Console
 
+from sdkd.compare.cells import number
 from sdkd.compare.stats import Ratio, Spread
-from sdkd.compare.tables import COLUMNS, best_rows, markdown, number, shown_columns, similarity, terminal_table
+from sdkd.compare.tables import COLUMNS, best_rows, markdown, shown_columns, similarity, terminal_table
 from sdkd.compare.words import findings, listing, plural, sentence
 
 BY_KEY = {column.key: column for column in COLUMNS}

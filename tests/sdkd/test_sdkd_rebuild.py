@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_exports import bundle_copy, small_pipeline
 
-from engines.session import open_session
+from engines.opening import open_session
 from export import build_engine, export_pipeline
 from sdkd.bundle import Bundle
 from sdkd.onnx_weights import exported_weights, stored_weights
