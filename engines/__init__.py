@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engines.opening import open_session
     from engines.pipeline import load_pipeline, plug, unplug
+    from engines.swap import swap_weights
 
-__all__ = ["load_pipeline", "plug", "unplug"]
+__all__ = ["load_pipeline", "open_session", "plug", "swap_weights", "unplug"]
+
+_HOMES = {"open_session": "engines.opening", "swap_weights": "engines.swap"}
 
 
 def __getattr__(name: str) -> Any:
@@ -15,5 +19,5 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in __all__:
-        return getattr(importlib.import_module("engines.pipeline"), name)
+        return getattr(importlib.import_module(_HOMES.get(name, "engines.pipeline")), name)
     raise AttributeError(f"module 'engines' has no attribute {name!r}")

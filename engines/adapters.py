@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from engines.parts import LORA_PARTS
 from sdkd.errors import EngineError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from engines.module import EngineModule
 
 # Methods of StableDiffusionLoraLoaderMixin that change or show adapters.
 METHODS = (
@@ -30,7 +26,6 @@ REFUSED = {
     "enable_lora_hotswap": "an engine takes adapters of any rank, one after the other: call load_lora_weights",
     "set_lora_device": "adapters stay on the CPU until they are added to the engine's weights",
 }
-PARTS = ("unet", "text_encoder")
 
 
 @functools.cache
@@ -66,10 +61,10 @@ def on_engines(pipe: Any) -> bool:
     """Whether adapters of this pipeline change an engine."""
     from engines.module import EngineModule
 
-    return any(isinstance(getattr(pipe, part, None), EngineModule) for part in PARTS)
+    return any(isinstance(getattr(pipe, part, None), EngineModule) for part in LORA_PARTS)
 
 
-# What `plug` and `unplug` ask of adapters; PEFT is imported only where there are some.
+# What `plug` asks of adapters; PEFT is imported only where there are some.
 
 
 def check(part: str, module: Any) -> None:
@@ -80,17 +75,9 @@ def check(part: str, module: Any) -> None:
         check_adapters(part, module)
 
 
-def carry_over(part: str, source: Any, module: EngineModule) -> None:
+def carry_over(part: str, source: Any, module: Any) -> None:
     """Give a new engine the adapters of the module that it stands for."""
-    if part in PARTS and (hasattr(source, "peft_config") or getattr(source, "adapters", None) is not None):
+    if part in LORA_PARTS and (hasattr(source, "peft_config") or getattr(source, "adapters", None) is not None):
         from engines.carried_adapters import carry_over
 
         carry_over(part, source, module)
-
-
-def bring_back(module: EngineModule, eager: nn.Module) -> None:
-    """Give an eager module the adapters that its engine has now."""
-    if module.adapters is not None:
-        from engines.carried_adapters import bring_back
-
-        bring_back(module, eager)

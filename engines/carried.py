@@ -135,7 +135,7 @@ def check_weights_of(part: str, given: Given, bundle: Bundle, component: str, ho
             f"the {part} of this pipeline ({given.kind}) has other weights than {component} of bundle "
             f"{str(bundle.path)!r}: {wrong[0]}{f' ({len(wrong) - 1} more)' if wrong[1:] else ''}. Export this pipeline "
             "with all that is fused into it; or run the bundle's weights, plug(..., check_weights='none'), and give "
-            "engines others with engines.weights.swap_weights"
+            "engines others with engines.swap_weights"
         )
     return True
 

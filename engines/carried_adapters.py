@@ -1,17 +1,15 @@
-"""Adapters that move with a part of a pipeline: from an eager module to its engine, to the next engine, and back."""
+"""Adapters that move with a part of a pipeline: from an eager module to its engine, and to the next engine."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-from diffusers.utils import recurse_remove_peft_layers
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from engines.lora import adapters_of, announce, fill_adapter, lora_layers
+from engines.lora_layers import adapters_of, announce, copy_adapters, has_adapters
 from engines.module import EngineModule
 from sdkd.errors import ModelError
 
@@ -46,44 +44,9 @@ def _kind(layer: Any) -> str | None:
     return None if isinstance(layer.get_base_layer(), nn.Linear | nn.Conv2d) else type(layer).__name__
 
 
-def has_adapters(module: Any) -> bool:
-    """Whether a module carries adapters of PEFT, active or not."""
-    return bool(getattr(module, "peft_config", None))
-
-
 def carry_over(part: str, source: nn.Module, module: EngineModule) -> None:
     """Give a new engine the adapters of the module that it stands for: an eager one, or another engine's."""
     held = source.adapters if isinstance(source, EngineModule) else source
     if held is not None and has_adapters(held):
         copy_adapters(held, adapters_of(part, module))
         announce(module)
-
-
-def bring_back(module: EngineModule, eager: nn.Module) -> None:
-    """Give an eager module the adapters that its engine has now, in place of its own."""
-    if module.adapters is not None:
-        recurse_remove_peft_layers(eager)
-        for name in ("peft_config", "_hf_peft_config_loaded"):
-            eager.__dict__.pop(name, None)
-        copy_adapters(module.adapters, eager)
-
-
-def copy_adapters(source: Any, target: Any) -> None:
-    """Names, matrices, scales, and which are active or disabled: layer by layer, as they are."""
-    layers = dict(lora_layers(source))
-    for name, config in getattr(source, "peft_config", {}).items():
-        config = copy.deepcopy(config)
-        config.init_lora_weights = True  # others look at the weights of the layer, and change them
-        state = {
-            f"{path}.{half}.weight": getattr(layer, half)[name].weight.detach().clone()
-            for path, layer in layers.items()
-            for half in ("lora_A", "lora_B")
-            if name in layer.lora_A
-        }
-        fill_adapter(target, name, state, config)
-    placed = dict(lora_layers(target))
-    for path, layer in layers.items():
-        for name in ("scaling", "r", "lora_alpha", "use_rslora"):
-            getattr(placed[path], name).update(getattr(layer, name))
-        placed[path]._active_adapter = copy.copy(layer._active_adapter)
-        placed[path]._disable_adapters = layer._disable_adapters

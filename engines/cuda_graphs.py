@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from engines.out_of_memory import CAPTURING
 from engines.tensorrt_context import Shapes
 from sdkd.collection import paused_gc
 
@@ -25,8 +26,6 @@ log = logging.getLogger(__name__)
 
 CAPACITY = 8  # graphs of one session
 REMEMBERED = 64  # shapes that were seen once
-CAPTURING = threading.Lock()
-"""Held while one is captured: synchronizing the device would break the capture, whatever thread does it."""
 
 STREAMS = 32  # that torch has of each priority, and gives out in turn
 _taken: set[tuple[torch.device, int]] = set()

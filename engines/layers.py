@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engines.session import Checked, check_engine
+from engines.checks import Checked, check_engine
 from sdkd.bundle import Bundle
 
 Layer = tuple[str, str]

@@ -1,16 +1,14 @@
 """LoRA on plugged pipelines: what diffusers and PEFT make of adapters, given to engines.
 
-They do what they always do, on a hollow copy of the module: its layers are there, its weights are not. What the active
+They do what they always do, on a copy of the module: its layers are there, its weights are not. What the active
 adapters add up to then goes into the engine, on top of the bundle's own weights: any scale, several adapters, exact
 removal. A LoRA of SD 1.x/2.x goes through the layer map where the engine is a student's.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,18 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import delete_adapter_layers
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
-from transformers import CLIPTextModel
 
-from engines.adapters import PARTS
+from engines.lora_layers import adapters_of, announce, fill_adapter
 from engines.module import EngineModule
-from engines.weights import Delta, EngineWeights
+from engines.parts import LORA_PARTS
 from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.lora_fit import Fit, check_text_width, fit_model, fit_student
 from sdkd.lora_layers import Layer, peft_settings, peft_state, read_layers, text_names
 from sdkd.lora_names import other_kind, remap_settings
 from sdkd.numbers import check_number
-from sdkd.students import key_map, meta_unet, recognised, teacher_layout
+from sdkd.students import key_map, recognised, teacher_layout
 
 log = logging.getLogger(__name__)
 
@@ -40,76 +35,15 @@ log = logging.getLogger(__name__)
 _OTHERWISE = ". Were it the teacher's, rewrite it first: sdkd remap-lora FILE OUT --student {}"
 
 
-def fill_adapter(module: Any, name: str, state: Mapping[str, torch.Tensor], config: Any) -> None:
-    """Put one adapter into a module."""
-    values = dict(state)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
-        inject_adapter_in_model(config, module, name, low_cpu_mem_usage=True, state_dict=values)
-    set_peft_model_state_dict(module, values, name, low_cpu_mem_usage=True)
-    module._hf_peft_config_loaded = True
-
-
-def hollow(module: nn.Module) -> nn.Module:
-    """Give every parameter on the meta device a value that takes no memory: one zero, seen many times over.
-
-    PEFT would move adapters to the meta device, to where their layers are.
-    """
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            zeros = torch.zeros(()).expand(parameter.shape)
-            part.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
-    return module.eval()
-
-
-def hollow_copy(part: str, config: Any) -> nn.Module:
-    """The eager module that an engine module of this config stands for, without weights."""
-    if part == "unet":
-        return hollow(meta_unet(dict(config)))
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        empty = CLIPTextModel(config)
-    return hollow(empty)
-
-
-class LoraScale(nn.Module, BaseTunerLayer):
-    """Takes the factor of `encode_prompt(lora_scale=...)`: diffusers scales the adapter layers that a module has."""
-
-    def __init__(self, weights: EngineWeights) -> None:
-        super().__init__()
-        self.weights = weights
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply what the active adapters add, until it is unscaled."""
-        self.weights.scale(scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Back to the scales that `set_adapters` gave."""
-        self.weights.scale(1.0)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """What diffusers calls to undo a factor of 0."""
-        self.weights.scale(1.0)
-
-
-def adapters_of(part: str, module: EngineModule) -> Any:
-    """The hollow copy on which an engine module's adapters are kept: made once."""
-    if module.adapters is None:
-        object.__setattr__(module, "adapters", hollow_copy(part, module.config))  # no submodule: it has parameters
-        module.add_module("lora_scale", LoraScale(module.weights))
-    return module.adapters
-
-
 class Adapters(StableDiffusionLoraLoaderMixin):
-    """The adapters of a pipeline: for diffusers a pipeline of hollow modules, and of those that run eagerly."""
+    """The adapters of a pipeline: for diffusers a pipeline of copies without weights, and of eager modules."""
 
     hf_device_map = None  # diffusers looks at these when it loads a LoRA into a pipeline
     components: Mapping[str, Any] = {}
 
     def __init__(self, pipe: Any) -> None:
         self.engines: dict[str, EngineModule] = {}
-        for part in PARTS:
+        for part in LORA_PARTS:
             module = getattr(pipe, part, None)
             if isinstance(module, EngineModule):
                 self.engines[part], module = module, adapters_of(part, module)
@@ -134,7 +68,7 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         if kind := other_kind(state):
             raise EngineError(f"adapter {name!r} {kind}")
         fitted, settings = self._fitted(state, dict(settings or {}), f"LoRA {name!r}")
-        parts = [part for part in PARTS if _of_part(fitted, part)]
+        parts = [part for part in LORA_PARTS if _of_part(fitted, part)]
         if not parts:
             raise InputError(f"LoRA {name!r} has no weights: give a LoRA's .safetensors file")
         before = self.get_list_adapters()
@@ -273,29 +207,3 @@ def _fit_text(layers: Mapping[str, Layer], module: Any, what: str) -> dict[str, 
                 f"this one's is {sizes[1]}. Give a LoRA that was made for this model"
             )
     return peft_state("text_encoder", layers, text_names(layers))
-
-
-def lora_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers of a module that have adapters, by path."""
-    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, LoraLayer))
-
-
-def announce(module: EngineModule) -> None:
-    """Tell an engine what its active adapters add; it takes it at its next run."""
-    if module.adapters is not None:
-        module.weights.add(active_deltas(module.adapters))
-
-
-def active_deltas(module: nn.Module) -> dict[str, Delta]:
-    """What the active adapters of a module add, by name of the weight."""
-    found: dict[str, Delta] = {}
-    for path, layer in lora_layers(module):
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
-        if names and not layer.disable_adapters:
-            found[f"{path}.weight"] = functools.partial(_total, layer, names)
-    return found
-
-
-def _total(layer: Any, names: list[str]) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.stack([layer.get_delta_weight(name).float() for name in names]).sum(0)

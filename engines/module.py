@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -18,10 +18,10 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch.func import functional_call
 
-from engines import adapters
 from engines.carried import eager_tensors
+from engines.checks import torch_dtype
 from engines.refusals import COPIES, EAGERLY, LAYERS, UNREACHABLE, UNSETTABLE, UnreachableError
-from engines.session import Rebuild, Session, torch_dtype
+from engines.session import Rebuild, Session
 from engines.weights import EngineWeights, check_state
 from sdkd.errors import EngineError
 from sdkd.numbers import check_number
@@ -118,7 +118,10 @@ class EngineModule(torch.nn.Module):
 
     place: torch.Tensor
     falls_back = False
-    adapters: Any = None  # a hollow copy of the eager module that holds them: see engines.lora
+    # Set where there are adapters: a copy of the eager module, without weights, that holds them, and what gives a
+    # module those that it holds. See engines.lora.
+    adapters: Any = None
+    bring_back: Callable[[torch.nn.Module], None] | None = None
 
     def __init__(
         self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
@@ -236,7 +239,7 @@ class EngineModule(torch.nn.Module):
         """EngineError: an engine takes other weights in another way."""
         raise EngineError(
             f"{type(self).__name__} has no parameters to load: its weights live inside the engine. Give other weights "
-            "with engines.weights.swap_weights(pipe, model)"
+            "with engines.swap_weights(pipe, model)"
         )
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -279,7 +282,8 @@ class EngineModule(torch.nn.Module):
             eager.to(self.device, self.dtype)
         if self._weights is not None:
             fill(eager, self._weights.checkpoint)
-        adapters.bring_back(self, eager)
+        if self.bring_back is not None:
+            self.bring_back(eager)
         restored: torch.nn.Module = eager
         return restored
 

@@ -12,8 +12,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from engines.checks import torch_dtype, verify_once
 from engines.module import FIXED, EngineModule, adapter_scale, cast_feeds, full_config, harmless, refuse, run_split
-from engines.session import Session, torch_dtype, verify_once
+from engines.session import Session
 from sdkd.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, split_axis
 from sdkd.errors import EngineError, RangeError
 

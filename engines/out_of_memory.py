@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 
-from engines.cuda_graphs import CAPTURING
 from sdkd.errors import OutOfMemoryError
 from sdkd.memory import free_gpu_memory, free_memory, size
 
 Made = TypeVar("Made")
+CAPTURING = threading.Lock()
+"""Held while a CUDA graph is captured: synchronizing the device would break the capture, whatever thread does it."""
+
 # How CUDA, torch, TensorRT, ONNX Runtime, OpenVINO and C++ call it.
 WORDS = re.compile(
     r"out of memory|OutOfMemory|insufficient gpu memory|fail(ed|ure) to allocate|(cannot|can't) allocate|bad.alloc"
     r"|could not be allocated|ALLOC_FAILED|cudaErrorMemoryAllocation",
     re.IGNORECASE,
 )
+OOM_ON_LOAD_HINT = "Close other programs, or open the engines in turn: low_memory=True"
+OOM_ON_RUN_HINT = "Ask for fewer images at once or a smaller size, or close other programs"
 SAID = 300  # characters of the library's words
 
 
@@ -46,7 +51,7 @@ def give_back(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def told_of_memory(what: str, advice: str, *, on_gpu: bool) -> Iterator[None]:
+def raises_out_of_memory(what: str, advice: str, *, on_gpu: bool) -> Iterator[None]:
     """OutOfMemoryError in place of any error that says so: what ran out, the library's words, what is free, the advice.
 
     Other errors pass. Large tensors belong into calls made inside: those of the frame that holds this block stay.

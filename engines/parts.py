@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdkd.bundle import Bundle
 from sdkd.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
-from sdkd.errors import EngineError, InputError, ModelError
+from sdkd.errors import InputError, ModelError
 from sdkd.exportable import check_config, check_controlnet, check_extra_parts, module_config
-
-if TYPE_CHECKING:
-    from engines.module import EngineModule
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ PARTS: dict[str, Part] = {
     "controlnet": Part(("controlnet",), (), ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
 }
 BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
+LORA_PARTS = ("unet", "text_encoder")  # what adapters change, and other checkpoints
 
 
 def engine_names(bundle: Bundle, slot: str, parts: Sequence[str]) -> list[str]:
@@ -138,15 +136,3 @@ def part_names(components: Sequence[str] | str | None, usual: Sequence[str]) -> 
     if not names:
         raise InputError(f"components is empty: choose from {', '.join(PARTS)}, or leave it out for all that there are")
     return tuple(dict.fromkeys(names))
-
-
-def check_devices(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
-    """EngineError when modules that stay eager sit on another device than the engines' tensors."""
-    eager = {name: getattr(pipe, name, None) for name in PARTS if name not in modules}
-    for name, place in ((name, module.device) for name, module in eager.items() if module is not None):
-        for other, module in modules.items():
-            if module.device != place:
-                raise EngineError(
-                    f"{name} stays eager on {place}, the engine of {other} works on {module.device}: move the "
-                    f"pipeline first with pipe.to({str(module.device)!r})"
-                )

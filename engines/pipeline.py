@@ -19,7 +19,7 @@ from engines.carried import (
     of_graph,
     of_module,
 )
-from engines.parts import BASE_PARTS, PARTS, check_agreement, check_devices, chosen_parts, engine_names
+from engines.parts import BASE_PARTS, PARTS, check_agreement, chosen_parts, engine_names
 from engines.slots import best_slot
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError, EngineError
@@ -70,9 +70,9 @@ def plug(
     eager modules, `eager_fallback`, `rebuild`, a VAE's slicing and tiling; and adapters of either, as they are.
     Nothing changes unless every engine opens. Raises ModelError when bundle and pipeline disagree, naming both values,
     and for what an eager module carries besides (`engines.carried`), EngineError when memory is short or an eager
-    module to keep is gone, and what `engines.session.open_session` raises.
+    module to keep is gone, and what `engines.open_session` raises.
     """
-    from engines.session import on_gpu
+    from engines.opening import on_gpu
 
     check_how(check_weights)
     opened, pipeline = _open(bundle), cast(Any, pipe)
@@ -90,7 +90,7 @@ def plug(
                 modules[name] = build_module(opened, slot, name, before.dtype, before.device, kept, open_one)
                 modules[name].follow(before, rebuild, eager_fallback)
                 adapters.carry_over(name, before, modules[name])
-            check_devices(pipeline, modules)
+            _check_devices(pipeline, modules)
     for name, module in modules.items():
         setattr(pipeline, name, module)
     _install()
@@ -123,6 +123,18 @@ def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], h
         log.warning("weights were not compared: bundle %s does not hold %s by name", bundle.path, ", ".join(unknown))
 
 
+def _check_devices(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
+    """EngineError when modules that stay eager sit on another device than the engines' tensors."""
+    eager = {name: getattr(pipe, name, None) for name in PARTS if name not in modules}
+    for name, place in ((name, module.device) for name, module in eager.items() if module is not None):
+        for other, module in modules.items():
+            if module.device != place:
+                raise EngineError(
+                    f"{name} stays eager on {place}, the engine of {other} works on {module.device}: move the "
+                    f"pipeline first with pipe.to({str(module.device)!r})"
+                )
+
+
 def _check_kept(pipe: Any, parts: Sequence[str]) -> None:
     for name in parts:
         if _eager(getattr(pipe, name)) is None:
@@ -147,7 +159,7 @@ def _all_or_none() -> Iterator[dict[str, EngineModule]]:
 def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -> Opener:
     """How the engines of these parts are opened: at once, or in turn; after a look at the memory that is free."""
     from engines.memory import check_memory
-    from engines.session import expected_device, open_session
+    from engines.opening import expected_device, open_session
     from engines.turns import Turns
 
     place = expected_device(check_target(slot).name).type
@@ -240,7 +252,7 @@ def build_module(
     `open_one`: gives a component's session, `open_session` by default.
     """
     from engines.modules import EngineControlNet, EngineTextEncoder, EngineUNet
-    from engines.session import open_session
+    from engines.opening import open_session
     from engines.vae import EngineVAE
 
     wanted = engine_names(bundle, slot, (part,))

@@ -11,7 +11,7 @@ from sdkd.errors import RangeError
 from sdkd.profiles import Range, ShapeRanges
 
 if TYPE_CHECKING:
-    from engines.session import Checked
+    from engines.checks import Checked
     from sdkd.bundle import Bundle, EngineRecord
 
 _HEIGHTS = ("height", "image_height")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.session import Checked, EngineSession, check_names, verify_once
+from engines.checks import Checked, check_names, verify_once
+from engines.session import EngineSession
 from sdkd.errors import EngineError
 from sdkd.onnx_attention import FUSED, fuse_attention
 from sdkd.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole

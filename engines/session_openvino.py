@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.session import Checked, EngineSession, check_names
+from engines.checks import Checked, check_names
+from engines.session import EngineSession
 from sdkd.contract import TensorSpec
 from sdkd.errors import EngineError
 from sdkd.openvino_timesteps import FLOAT32, keep_timesteps

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engines.checks import Checked, check_names
 from engines.cuda_graphs import STREAMS, Buffers, GraphCache, ShapeGraph, graph_key, own_stream, synchronize
 from engines.refit_tensorrt import HalfRefitError, refit
 from engines.runtime_cache import RuntimeCache
-from engines.session import Checked, EngineSession, check_names
+from engines.session import EngineSession
 from engines.tensorrt_context import BoundContext, Call, failure, pick_profile, read_spans
 from engines.tensorrt_open import captures_by_itself, deserialize, open_context, options_of
 from sdkd.errors import EngineError

@@ -1,18 +1,15 @@
-"""Which of a bundle's slots runs here, why the others do not, and engines that are built again meanwhile."""
+"""Which of a bundle's slots runs here, and why the others do not."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Sequence
 
 from engines.parts import BASE_PARTS, PARTS
 from sdkd.bundle import Bundle
 from sdkd.errors import BundleError, EngineError, MissingExtraError, StaleEngineError
 from sdkd.targets import availability, check_target, environment
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ORDER = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")
@@ -50,30 +47,3 @@ def why_not(bundle: Bundle, slot: str, parts: Sequence[str]) -> str | None:
     except (BundleError, StaleEngineError, MissingExtraError) as error:
         return str(error)
     return None
-
-
-def of_newest(bundle: Bundle, slot: str, component: str, act: Callable[[Bundle], T]) -> T:
-    """`act` with a bundle, and again with its newest engine when that fails and one was built since it was opened.
-
-    A builder removes the files that its manifest replaced.
-    """
-    while True:
-        try:
-            return act(bundle)
-        except (BundleError, EngineError, OSError):
-            again = _built_again(bundle, slot, component)
-            if again is None:
-                raise
-            bundle = again
-
-
-def _built_again(bundle: Bundle, slot: str, component: str) -> Bundle | None:
-    """The bundle with the engine that it has now, of the same exported component; None when it is the one it had."""
-    try:
-        now = Bundle.open(bundle.path)
-        record, exported = now.engine(slot, component), now.component(component)
-    except BundleError:
-        return None
-    then = bundle.manifest
-    same = then.engines.get(f"{slot}/{component}") == record or then.components.get(component) != exported
-    return None if same else replace(bundle, manifest=then.with_engine(record))

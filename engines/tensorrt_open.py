@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from engines.checks import Checked, verify_once
 from engines.runtime_cache import RuntimeCache
-from engines.session import Checked, verify_once
 from engines.tensorrt_context import BoundContext, said, told
 from sdkd.errors import EngineError
 from sdkd.gpu_trial import reasons

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
-from engines.closing import Closing
-from engines.session import Checked, EngineSession, Rebuild, check_engine, expected_device, on_gpu, open_session
-from engines.slots import of_newest
+from engines.checks import Checked, check_engine, of_newest
+from engines.opening import expected_device, on_gpu, open_session
+from engines.session import EngineSession, Session
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
 
@@ -49,22 +49,20 @@ class Turns:
                 session.pause()
 
 
-class TurnSession(Closing):
+class TurnSession(Session):
     """An engine that is open while its stage runs; weights that it was given are given again when it is opened."""
 
     def __init__(self, turns: Turns, checked: Checked) -> None:
-        self._turns, self.checked = turns, checked
-        self.contract, self.slot, self.ranges = checked.contract, checked.record.slot, checked.record.ranges
-        self.limits, self.profiles = checked.limits, checked.profiles
+        super().__init__(checked)
+        self._turns = turns
         self.device = expected_device(checked.record.target)
-        self.rebuild: Rebuild | None = None
         self._weights: Mapping[str, torch.Tensor] = {}
         self._session: EngineSession | None = None
         self._closed = False
 
     def _opened(self) -> EngineSession:
         if self._closed:
-            raise EngineError(f"{self.checked.label} is closed: open it again with engines.session.open_session")
+            raise EngineError(f"{self.checked.label} is closed: open it again with engines.open_session")
         component = self.checked.record.component
         if self._session is None:
             self._turns.close_others(component)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.adapters import PARTS
-from sdkd.errors import EngineError, InputError, ModelError
+from sdkd.errors import ModelError
 from sdkd.files import read_json
 from sdkd.onnx_weights import TRANSFORMS_FILE, read_weights
 
@@ -112,35 +111,6 @@ def graph_file(session: Session) -> Path:
     """The exported graph that a session's engine was built from."""
     bundle = session.checked.bundle
     return bundle.path / bundle.component(session.checked.record.component).files[0].path
-
-
-def swap_weights(pipe: Any, model: str | Path | Mapping[str, torch.Tensor] | None, part: str = "unet") -> None:
-    """Run a plugged pipeline's `unet` or `text_encoder` with another checkpoint of the same architecture.
-
-    `model`: any model that sdkd can name (a fine-tuned student's folder), a state dict, or None for the bundle's own
-    weights. Adapters stay on top. Engines take the weights at their next run; whether they can is a matter of the
-    target. Raises InputError for another part, EngineError where the part runs eagerly, ModelError for weights that do
-    not fit.
-    """
-    if part not in PARTS:
-        raise InputError(f"part {part!r} has no weights to swap: choose one of {', '.join(PARTS)}")
-    module: Any = getattr(pipe, part, None)
-    if not hasattr(module, "weights"):
-        raise EngineError(f"the {part} of this {type(pipe).__name__} runs eagerly: plug an engine first")
-    state = _state(model, part)
-    if state:
-        check_state(module.weights.session, state)
-    module.weights.use(state)
-
-
-def _state(model: str | Path | Mapping[str, torch.Tensor] | None, part: str) -> dict[str, torch.Tensor]:
-    if model is None:
-        return {}
-    if isinstance(model, Mapping):
-        return dict(model)
-    from sdkd.models import load_component
-
-    return dict(load_component(model, part).state_dict())  # type: ignore[arg-type]
 
 
 def check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from small_bundles import small_pipeline
 from typer.testing import CliRunner
 
 from engines.cli import choose_target
-from engines.session import open_session
+from engines.opening import open_session
 from export.ranges import Typed, parse_profile
 from sdkd.bundle import Bundle
 from sdkd.cli import SUMMARIES, app, load_command

@@ -28,10 +28,10 @@ from helpers import fixed_weights
 from small_bundles import TINY_VAE, small_controlnet
 from small_exports import small_pipeline
 
-from engines import load_pipeline, plug, unplug
+from engines import load_pipeline, plug, swap_weights, unplug
 from engines.modules import EngineControlNet, EngineUNet
-from engines.session import open_session
-from engines.weights import EngineWeights, swap_weights
+from engines.opening import open_session
+from engines.weights import EngineWeights
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.onnx_index import stored_weights_of

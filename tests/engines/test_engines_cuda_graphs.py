@@ -16,8 +16,9 @@ from onnx import numpy_helper
 from test_engines_gpu import KINDS, graph_for_gpu, on_gpu, real_feeds, real_unet
 
 from engines.cuda_graphs import CAPACITY, REMEMBERED, STREAMS, Buffers, GraphCache, Key, graph_key, own_stream
+from engines.opening import open_session
 from engines.runtime_cache import RuntimeCache
-from engines.session import EngineSession, open_session
+from engines.session import EngineSession
 from engines.tensorrt_context import Spans, failure, pick_profile
 from sdkd.bundle import Bundle
 from sdkd.targets import cache_folder

@@ -16,9 +16,8 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from engines import plug, unplug
+from engines import plug, swap_weights, unplug
 from engines.module import EngineModule
-from engines.weights import swap_weights
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError, RangeError
 

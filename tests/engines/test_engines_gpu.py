@@ -18,8 +18,9 @@ from small_exports import bundle_copy
 
 from engines import session_tensorrt
 from engines.layers import count_layers
+from engines.opening import open_session
 from engines.pipeline import load_pipeline, plug
-from engines.session import EngineSession, open_session
+from engines.session import EngineSession
 from engines.session_tensorrt import recorder
 from export.build import build_engine
 from export.build_options import REFIT, BuildOptions

@@ -25,7 +25,7 @@ from test_engines_gpu import KINDS, LARGE, SMALL, for_this_gpu, graph_for_gpu, o
 from test_engines_lora import draw, save_lora
 
 from engines import load_pipeline, plug
-from engines.session import open_session
+from engines.opening import open_session
 from engines.session_tensorrt import recorder
 from export.build import build_engine
 from export.build_options import BuildOptions

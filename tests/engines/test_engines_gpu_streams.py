@@ -15,8 +15,8 @@ import torch
 from engine_bundles import graph_unet, unet_feeds
 
 from engines import session_tensorrt
+from engines.checks import Checked, check_engine
 from engines.cuda_graphs import CAPACITY
-from engines.session import Checked, check_engine
 from engines.session_tensorrt import DATA_TYPES, TensorRTSession
 from sdkd.errors import OutOfMemoryError
 

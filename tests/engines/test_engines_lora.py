@@ -19,8 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from small_exports import small_pipeline
 
-from engines import load_pipeline, plug, session_onnxruntime, unplug
-from engines.weights import swap_weights
+from engines import load_pipeline, plug, session_onnxruntime, swap_weights, unplug
 from export import build_engine, export_pipeline
 from sdkd import onnx_attention
 from sdkd.errors import EngineError, InputError, ModelError

@@ -13,10 +13,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import engines.memory as memory
-from engines import load_pipeline, plug
+from engines import load_pipeline, plug, swap_weights
 from engines.memory import check_memory, needed
 from engines.turns import TurnSession
-from engines.weights import swap_weights
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
 from sdkd.memory import run_memory

@@ -14,7 +14,7 @@ from engine_bundles import edit_engine, graph_unet, reference, unet_feeds
 from small_exports import small_pipeline
 
 from engines import pipeline, session_onnxruntime
-from engines.session import expected_device, open_session
+from engines.opening import expected_device, open_session
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
 from sdkd.onnxruntime_cuda import CPU, CUDA

@@ -13,8 +13,9 @@ from diffusers import StableDiffusionPipeline
 from engine_bundles import unet_feeds
 
 from engines import load_pipeline, plug
-from engines.out_of_memory import is_out_of_memory, once_more, told_of_memory
-from engines.session import EngineSession, open_session
+from engines.opening import open_session
+from engines.out_of_memory import is_out_of_memory, once_more, raises_out_of_memory
+from engines.session import EngineSession
 from engines.session_onnxruntime import OnnxRuntimeSession
 from engines.tensorrt_context import failure
 from sdkd.bundle import Bundle
@@ -179,8 +180,8 @@ def test_one_error_is_told_once() -> None:
         pytest.raises(
             OutOfMemoryError, match=r"^the inner ran out of memory \(no words\.\): .* are free now\. Wait\.$"
         ),
-        told_of_memory("the outer", "Hurry.", on_gpu=False),
-        told_of_memory("the inner", "Wait.", on_gpu=False),
+        raises_out_of_memory("the outer", "Hurry.", on_gpu=False),
+        raises_out_of_memory("the inner", "Wait.", on_gpu=False),
     ):
         raise torch.cuda.OutOfMemoryError("no words.")
 

@@ -16,9 +16,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from small_exports import small_pipeline
 
-from engines import load_pipeline, plug, unplug
+from engines import load_pipeline, plug, swap_weights, unplug
 from engines.module import EngineModule
-from engines.weights import swap_weights
 from sdkd.errors import EngineError, ModelError
 
 ORDERS = [("onnxruntime", "openvino"), ("openvino", "onnxruntime")]

@@ -14,8 +14,10 @@ import pytest
 import torch
 from engine_bundles import CONTEXT, edit_engine, graph_unet, identity_unet, reference, replace_file, unet_feeds
 
+from engines.checks import check_engine
+from engines.opening import open_session
 from engines.ranges import fitting_profiles
-from engines.session import EngineSession, check_engine, open_session
+from engines.session import EngineSession
 from export.build_cli import build_engine
 from export.ranges import Typed, parse_profiles, parse_ranges
 from sdkd.bundle import Bundle, FileRecord

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from engines.cuda_graphs import CAPTURING, Buffers, ShapeGraph
+from engines.cuda_graphs import Buffers, ShapeGraph
 from engines.modules import _one_timestep, _scalar
+from engines.out_of_memory import CAPTURING
 from engines.refit_tensorrt import HalfRefitError, refit
 from engines.runtime_cache import RuntimeCache
 from engines.tensorrt_context import BoundContext, Call

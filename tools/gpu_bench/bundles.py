@@ -128,7 +128,7 @@ def check_place(sessions: Iterable[Any], device: Device) -> None:
 
 def runnable(settings: Settings) -> list[str]:
     """The targets of the report that build here and run on its device."""
-    from engines.session import expected_device
+    from engines.opening import expected_device
     from sdkd.targets import availability
 
     found = {target: availability(target) for target in settings.targets}

@@ -230,7 +230,7 @@ def compiled(settings: Settings, device: Device, record: Record, model: str) -> 
 
 def engine(settings: Settings, device: Device, record: Record, model: str, target: str) -> None:
     """A target's engine: exported, built, opened, with CUDA graphs and without; the bare library beside the runtime."""
-    from engines.session import expected_device
+    from engines.opening import expected_device
 
     steps = Steps(settings, device, record, model)
     with record.part("export"):
@@ -265,8 +265,8 @@ def run_engine(steps: Steps, bundle: Any, target: str, way: str, options: dict[s
     """Rows of one way to run an engine: first call, all shapes, parity, and for TensorRT the library's bare call."""
     import torch
 
+    from engines.opening import open_session
     from engines.pipeline import build_module
-    from engines.session import open_session
 
     steps.device.begin()
     opened = partial(open_session, bundle, target, **options)

@@ -64,8 +64,8 @@ def change(steps: Steps, bundle: Bundle, target: str, way: str, weights: Mapping
     """Time an engine's steps, its change of weights, its steps then, and the change back, which must be exact."""
     import torch
 
+    from engines.opening import open_session
     from engines.pipeline import build_module
-    from engines.session import open_session
     from sdkd.workflow import rebuild
 
     shapes, name = steps.settings.shapes[:1], f"{target}, {way}"
