@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from engines.parts import LORA_PARTS
 from sdkd.errors import EngineError
 
 # Methods of StableDiffusionLoraLoaderMixin that change or show adapters.
@@ -59,7 +58,7 @@ def _extended(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_engines(pipe: Any) -> bool:
     """Whether adapters of this pipeline change an engine."""
-    from engines.module import EngineModule
+    from engines.module import LORA_PARTS, EngineModule
 
     return any(isinstance(getattr(pipe, part, None), EngineModule) for part in LORA_PARTS)
 
@@ -77,6 +76,8 @@ def check(part: str, module: Any) -> None:
 
 def carry_over(part: str, source: Any, module: Any) -> None:
     """Give a new engine the adapters of the module that it stands for."""
+    from engines.module import LORA_PARTS
+
     if part in LORA_PARTS and (hasattr(source, "peft_config") or getattr(source, "adapters", None) is not None):
         from engines.carried_adapters import carry_over
 

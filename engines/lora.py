@@ -20,8 +20,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 
 from engines.lora_layers import adapters_of, announce, fill_adapter
-from engines.module import EngineModule
-from engines.parts import LORA_PARTS
+from engines.module import LORA_PARTS, EngineModule
 from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.lora_fit import Fit, check_text_width, fit_model, fit_student
 from sdkd.lora_layers import Layer, peft_settings, peft_state, read_layers, text_names

@@ -26,6 +26,7 @@ from engines.weights import EngineWeights, check_state
 from sdkd.errors import EngineError
 from sdkd.numbers import check_number
 
+LORA_PARTS = ("unet", "text_encoder")  # parts whose weights adapters change, and other checkpoints
 FIXED = "the engine's graph has no such input"
 log = logging.getLogger(__name__)
 

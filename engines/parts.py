@@ -39,7 +39,6 @@ PARTS: dict[str, Part] = {
     "controlnet": Part(("controlnet",), (), ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
 }
 BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
-LORA_PARTS = ("unet", "text_encoder")  # what adapters change, and other checkpoints
 
 
 def engine_names(bundle: Bundle, slot: str, parts: Sequence[str]) -> list[str]:

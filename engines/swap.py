@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engines.parts import LORA_PARTS
+from engines.module import LORA_PARTS
 from engines.weights import check_state
 from sdkd.errors import EngineError, InputError
 

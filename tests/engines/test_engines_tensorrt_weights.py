@@ -13,8 +13,9 @@ import torch
 from small_exports import small_pipeline
 
 from engines import session_tensorrt
+from engines.checks import Checked, check_engine
+from engines.opening import open_session
 from engines.refit_tensorrt import HalfRefitError
-from engines.session import Checked, check_engine, open_session
 from engines.session_tensorrt import TensorRTSession
 from sdkd.bundle import Bundle
 from sdkd.errors import EngineError
