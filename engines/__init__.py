@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engines.opening import open_session
-    from engines.pipeline import load_pipeline, plug, unplug
-    from engines.swap import swap_weights
+    from engines.pipelines.pipeline import load_pipeline, plug, unplug
+    from engines.pipelines.swap import swap_weights
+    from engines.sessions.opening import open_session
 
 __all__ = ["load_pipeline", "open_session", "plug", "swap_weights", "unplug"]
 
-_HOMES = {"open_session": "engines.opening", "swap_weights": "engines.swap"}
+_HOMES = {"open_session": "engines.sessions.opening", "swap_weights": "engines.pipelines.swap"}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,5 +19,5 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in __all__:
-        return getattr(importlib.import_module(_HOMES.get(name, "engines.pipeline")), name)
+        return getattr(importlib.import_module(_HOMES.get(name, "engines.pipelines.pipeline")), name)
     raise AttributeError(f"module 'engines' has no attribute {name!r}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from export.build import build_engine
+    from export.build.engines import build_engine
     from export.pipeline import export_pipeline
 
 __all__ = ["build_engine", "export_pipeline"]
 
-_HOMES = {"export_pipeline": "export.pipeline", "build_engine": "export.build"}
+_HOMES = {"export_pipeline": "export.pipeline", "build_engine": "export.build.engines"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdkd.bundle import MANIFEST, Bundle, EngineRecord
-from sdkd.console import Progress, progress, show, show_json, table, within
-from sdkd.contract import BASE_COMPONENTS, COMPONENTS, Precision, check_precision, size_multiple
+from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
+from sdkd.core.console import Progress, progress, show, show_json, table, within
+from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS, Precision, check_precision, size_multiple
+from sdkd.core.files import read_json
 from sdkd.errors import InputError, OutputExistsError
-from sdkd.files import read_json
-from sdkd.targets import check_target, slot_name, slot_precision
+from sdkd.targets.registry import check_target, slot_name, slot_precision
 
 if TYPE_CHECKING:
-    from export.build_options import BuildOptions
-    from export.ranges import Typed
+    from export.build.options import BuildOptions
+    from export.build.ranges import Typed
 
 ARTIFACTS = Path("artifacts")
 FROM_FLOAT = ("openvino",)  # targets that make their own precision from an fp32 graph
@@ -63,10 +63,10 @@ def build_engine(
 
     What is fresh is kept. An image size must be a multiple of 64 pixels for Stable Diffusion (32 for sd-tiny).
     """
-    from export import build
-    from export.build_options import BuildOptions
-    from export.build_request import check_components, onnx_precision
-    from export.ranges import Typed, parse_profile, parse_profiles
+    from export.build.engines import build_engine as build
+    from export.build.options import BuildOptions
+    from export.build.ranges import Typed, parse_profile, parse_profiles
+    from export.build.request import check_components, onnx_precision
 
     options = BuildOptions(
         optimization_level=optimization_level,
@@ -89,7 +89,7 @@ def build_engine(
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
         wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
-        after = build.build_engine(path, target, options=options, progress=within(step, start, 1.0), **wanted)
+        after = build(path, target, options=options, progress=within(step, start, 1.0), **wanted)
     onnx = onnx_precision(after)
     slot = slot_name(check_target(target).name, precision or slot_precision(target) or onnx, onnx)
     found = summary(before, after, slot, parts, force)
@@ -108,9 +108,9 @@ def _is_bundle(model: str) -> bool:
 
 def _check_model(model: str, target: str, precision: str | None, profiles: list[Typed], options: BuildOptions) -> None:
     """Whatever can be refused before minutes are spent on an export."""
-    from export.build_request import check_buildable, check_conversion
-    from export.ranges import check_sizes
-    from sdkd.models import resolve
+    from export.build.ranges import check_sizes
+    from export.build.request import check_buildable, check_conversion
+    from sdkd.models.resolve import resolve
 
     found = check_target(target)
     if precision:
@@ -175,9 +175,9 @@ def export_reasons(bundle: Bundle, model: str, precision: str, target: str) -> l
     """How a bundle differs from what an export of the model would be now, in words: weights, precision, opset,
     libraries; empty when it can be used again.
     """
+    from export.graph.to_onnx import choose_opset
     from export.pipeline import versions
-    from export.to_onnx import choose_opset
-    from sdkd.models import source_digests
+    from sdkd.models.resolve import source_digests
 
     digests, records = source_digests(model), bundle.manifest.components
     changed = [name for name in BASE_COMPONENTS if name not in records or records[name].source_sha256 != digests[name]]

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sdkd.bundle import Bundle, ComponentRecord
-from sdkd.console import progress, show, show_json, table
+from sdkd.bundle.manifest import Bundle, ComponentRecord
+from sdkd.core.console import progress, show, show_json, table
+from sdkd.core.profiles import Range, ShapeRanges, parse_size
 from sdkd.errors import InputError
-from sdkd.profiles import Range, ShapeRanges, parse_size
 
 COLUMNS = ("component", "opset", "nodes", "parameters", "MB", "max error", "seconds")
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.component import ExportOptions
+from export.graph.to_onnx import choose_opset
 from export.side_by_side import export_components, source_for
-from export.to_onnx import choose_opset
 from sdkd import __version__
-from sdkd.bundle import Bundle, Manifest
-from sdkd.console import Progress, quiet
-from sdkd.contract import COMPONENTS, check_precision
+from sdkd.bundle.manifest import Bundle, Manifest
+from sdkd.core.console import Progress, quiet
+from sdkd.core.contract import COMPONENTS, check_precision
+from sdkd.core.files import check_free, lock, new_folder
+from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import InputError
-from sdkd.files import check_free, lock, new_folder
-from sdkd.profiles import ShapeRanges
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdkd.bundle import Bundle, ComponentRecord
+from sdkd.bundle.manifest import Bundle, ComponentRecord
 from sdkd.errors import BundleError
 
 

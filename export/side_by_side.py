@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from export.component import ExportOptions, export_component, reusable
-from export.precision import torch_dtype
+from export.graph.precision import torch_dtype
 from export.source import Source, open_source
-from export.worker import Aside, aside
-from sdkd.bundle import ComponentRecord, Manifest
-from sdkd.console import Progress, quiet, within
-from sdkd.contract import CONFIG_FOLDERS
-from sdkd.memory import free_memory
+from sdkd.bundle.manifest import ComponentRecord, Manifest
+from sdkd.bundle.memory import free_memory
+from sdkd.core.child import Aside, aside
+from sdkd.core.console import Progress, quiet, within
+from sdkd.core.contract import CONFIG_FOLDERS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from export.components import component_module, component_state
-from sdkd.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
+from export.graph.components import component_module, component_state
+from sdkd.core.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
+from sdkd.core.files import read_json, write_json
 from sdkd.errors import InputError, ModelError, an
-from sdkd.exportable import check_configs, check_extra_parts, module_config
-from sdkd.families import EXPORTED, check_exported
-from sdkd.files import read_json, write_json
-from sdkd.noise_schedule import check_schedule
-from sdkd.pipelines import quiet_libraries, write_tokenizer_files
+from sdkd.models.diffusers_folder import quiet_libraries, write_tokenizer_files
+from sdkd.models.exportable import check_configs, check_extra_parts, module_config
+from sdkd.models.families import EXPORTED, check_exported
+from sdkd.models.noise_schedule import check_schedule
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -66,7 +66,7 @@ class Source:
         if self.model is None:
             return component_module(self.rest, component)
         if part not in self._loaded:
-            from sdkd.models import load_component
+            from sdkd.models.resolve import load_component
 
             self._loaded[part] = load_component(self.model, part, self.dtype)  # type: ignore[arg-type]
         return self._loaded[part]
@@ -87,7 +87,7 @@ class Source:
         if part in self.replaced:
             return replacement_config(part, self.replaced[part])
         if self.model is not None:
-            from sdkd.models import part_config
+            from sdkd.models.resolve import part_config
 
             return part_config(self.model, part)
         module: Any = getattr(self.rest, part, None)
@@ -153,7 +153,7 @@ def open_source(
         check_parts(model, replaced, f"this {type(model).__name__}")
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
         return Source(about, model, replaced=replaced, dtype=dtype)
-    from sdkd.models import load_rest, resolve, source_digests
+    from sdkd.models.resolve import load_rest, resolve, source_digests
 
     found = resolve(model)
     name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file", "checkpoint") else found.name

@@ -15,7 +15,7 @@ def _leave_working_folder() -> None:
 
 _leave_working_folder()
 
-from sdkd.telemetry import switch_off  # noqa: E402 - from now on, imports find what is installed
+from sdkd.core.telemetry import switch_off  # noqa: E402 - from now on, imports find what is installed
 
 __version__ = "0.1.0"
 

@@ -15,11 +15,11 @@ import typer
 from typer.core import TyperGroup
 
 from sdkd import __version__
-from sdkd.children import environment
-from sdkd.console import prepare_streams, printable
+from sdkd.core.children import environment
+from sdkd.core.console import prepare_streams, printable
+from sdkd.core.help_page import Command, rows_of, show_page
+from sdkd.core.interrupts import ended, hear_signals, heard
 from sdkd.errors import in_words
-from sdkd.help_page import Command, rows_of, show_page
-from sdkd.interrupts import ended, hear_signals, heard
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdkd.bundle import MANIFEST, Bundle, EngineRecord, FileRecord
-from sdkd.console import Progress, quiet, within
-from sdkd.contract import BASE_COMPONENTS, Precision, check_precision
+from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord, FileRecord
+from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, replaced, save_whole
+from sdkd.core.console import Progress, quiet, within
+from sdkd.core.contract import BASE_COMPONENTS, Precision, check_precision
+from sdkd.core.files import lock, new_folder, write_bytes
+from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError
-from sdkd.files import lock, new_folder, write_bytes
-from sdkd.onnx_weights import TRANSFORMS_FILE, replaced, save_whole
-from sdkd.profiles import ShapeRanges
-from sdkd.targets import check_target, slot_name, slot_precision
+from sdkd.targets.registry import check_target, slot_name, slot_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,7 @@ def prepare(
     like = () if reuse is None else (Path(reuse) / onnx,)
     exported = _export_if_needed(model, path, onnx, plain, components, like, within(progress, 0.0, 0.8))
     before = _engines(path)
-    from export.build import build_engine
+    from export.build.engines import build_engine
 
     options = {"precision": wanted, "ranges": ranges, "components": components}
     build_engine(path, plain, progress=within(progress, 0.8, 1.0), **options)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def _export_if_needed(
     reuse: tuple[Path, ...],
     progress: Progress,
 ) -> bool:
-    from sdkd.models import source_digests
+    from sdkd.models.resolve import source_digests
 
     if _is_current(path, source_digests(model), components, target):
         progress(f"{path.name} ONNX is fresh, re-used", 1.0)
@@ -108,7 +108,7 @@ def _export_if_needed(
 
 def _is_current(path: Path, digests: dict[str, str], components: tuple[str, ...], target: str) -> bool:
     """Whether a bundle holds these components, of these weights, undamaged, in opsets that the target parses."""
-    from export.to_onnx import choose_opset
+    from export.graph.to_onnx import choose_opset
 
     try:
         bundle = Bundle.open(path)
@@ -125,12 +125,12 @@ def _is_current(path: Path, digests: dict[str, str], components: tuple[str, ...]
 def rebuild(bundle: Bundle, record: EngineRecord, stored: Mapping[str, np.ndarray]) -> Bundle:
     """Build one engine of a bundle again from other weights; kept in the bundle's folder `swapped`, by content.
 
-    `stored`: weights by name as the graph stores them (`sdkd.onnx_weights.stored_weights`); the others stay. Same
-    target, precision, profiles and options. Returns a bundle with that engine alone, whose ONNX is not kept. Raises
-    what `export.build_engine` raises.
+    `stored`: weights by name as the graph stores them (`sdkd.bundle.onnx_weights.stored_weights`); the others stay.
+    Same target, precision, profiles and options. Returns a bundle with that engine alone, whose ONNX is not kept.
+    Raises what `export.build_engine` raises.
     """
-    from export.build import build_engine
-    from export.build_options import BuildOptions
+    from export.build.engines import build_engine
+    from export.build.options import BuildOptions
 
     home = bundle.path / SWAPPED / content_key(record, stored)
     with lock(home):

@@ -11,9 +11,9 @@ from helpers import fixed_weights
 from made_once import made_once, shared_root
 from small_bundles import small_bundle, small_pipeline
 
-from export.build import build_engine
-from sdkd.bundle import Bundle
-from sdkd.profiles import Range, ShapeRanges
+from export.build.engines import build_engine
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.profiles import Range, ShapeRanges
 
 
 @cache

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import sdkd.compare.limits as limits
+import sdkd.compare.measure.limits as limits
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
-from sdkd.contract import BASE_COMPONENTS, Contract, Precision, component_contract
+from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord, Manifest
+from sdkd.core.contract import BASE_COMPONENTS, Contract, Precision, component_contract
 
 VAE = {"block_out_channels": [8, 16], "latent_channels": 4, "in_channels": 3, "out_channels": 3}
 CONFIGS: dict[str, dict[str, Any]] = {

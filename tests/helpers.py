@@ -98,7 +98,7 @@ def tiny_pipeline(seed: int = 0, student: str | None = None) -> StableDiffusionP
     """A whole Stable Diffusion 1.x-shaped pipeline for 64x64 images; with `student`, its UNet is that student."""
     unet = tiny_unet(seed)
     if student:
-        from sdkd.students import build_student
+        from sdkd.students.blocks import build_student
 
         unet = build_student(unet, student).eval().requires_grad_(False)
     pipe = StableDiffusionPipeline(

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdkd.compare.limits import Ceilings, Work, fraction
-from sdkd.compare.peaks import Memory
-from sdkd.compare.quality import Likeness, likeness
-from sdkd.compare.report import Report, Result, Setup
-from sdkd.compare.stats import Spread, speedup
-from sdkd.compare.subjects import Subject
-from sdkd.compare.verdicts import judge_engine
+from sdkd.compare.measure.limits import Ceilings, Work, fraction
+from sdkd.compare.measure.peaks import Memory
+from sdkd.compare.measure.quality import Likeness, likeness
+from sdkd.compare.measure.results import Report, Result, Setup
+from sdkd.compare.measure.stats import Spread, speedup
+from sdkd.compare.measure.subjects import Subject
+from sdkd.compare.measure.verdicts import judge_engine
 
 PROMPTS = (
     "a large red star on a blue background",

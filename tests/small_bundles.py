@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffu
 from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
 from made_once import made_once
 
-from export.to_onnx import save, to_onnx
-from sdkd.bundle import Bundle, ComponentRecord, FileRecord, Manifest
-from sdkd.contract import BASE_COMPONENTS, DTYPES, Precision, component_contract
+from export.graph.to_onnx import save, to_onnx
+from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord, Manifest
+from sdkd.core.contract import BASE_COMPONENTS, DTYPES, Precision, component_contract
 
 UNET: dict[str, Any] = {
     "sample_size": 16,

@@ -24,15 +24,15 @@ from helpers import CROSS, fixed_weights, tiny_text_encoder, tiny_tokenizer
 from made_once import made_once
 
 from export import export_pipeline
-from export.components import component_module, graph_module, module_contract
-from export.parity import Reference, case_inputs, parity_cases, run_eager
-from export.precision import cast
-from export.to_onnx import GRAPH, OnnxGraph, save, to_onnx
-from sdkd.bundle import Bundle
-from sdkd.contract import Contract
-from sdkd.exportable import module_config
-from sdkd.files import read_json, write_json
-from sdkd.onnx_weights import TRANSFORMS_FILE
+from export.check.parity import Reference, case_inputs, parity_cases, run_eager
+from export.graph.components import component_module, graph_module, module_contract
+from export.graph.precision import cast
+from export.graph.to_onnx import GRAPH, OnnxGraph, save, to_onnx
+from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
+from sdkd.core.contract import Contract
+from sdkd.core.files import read_json, write_json
+from sdkd.models.exportable import module_config
 
 # The smallest UNet that there is: one level.
 ONE_LEVEL: dict[str, Any] = small_bundles.UNET | {

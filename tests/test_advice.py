@@ -17,14 +17,14 @@ from graph_bundles import graph_bundle
 from small_bundles import small_pipeline
 from typer.testing import CliRunner
 
-from engines.cli import choose_target
-from engines.opening import open_session
-from export.ranges import Typed, parse_profile
-from sdkd.bundle import Bundle
+from engines.generate.cli import choose_target
+from engines.sessions.opening import open_session
+from export.build.ranges import Typed, parse_profile
+from sdkd.bundle.manifest import Bundle
 from sdkd.cli import SUMMARIES, app, load_command
 from sdkd.errors import BundleError, InputError, RangeError
-from sdkd.students import student_spec
-from sdkd.targets import check_target
+from sdkd.students.blocks import student_spec
+from sdkd.targets.registry import check_target
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = {  # what the placeholders of messages stand for; a folder with a space, as people have

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from planted_report import ENVIRONMENT, planted_report
 
-from sdkd.compare.tables import markdown
+from sdkd.compare.report.tables import markdown
+from sdkd.core.files import write_json
 from sdkd.errors import InputError
-from sdkd.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 

@@ -15,9 +15,9 @@ import small_exports
 import torch
 from helpers import tiny_pipeline
 
-from sdkd import gpu_trial
+from sdkd.core.files import read_json, write_json
 from sdkd.errors import EngineError, InputError
-from sdkd.files import read_json, write_json
+from sdkd.targets import gpu_trial
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 

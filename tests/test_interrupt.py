@@ -16,7 +16,7 @@ from helpers import tiny_pipeline
 
 MARK = "SDKD_TEST_MARK"  # a variable by which processes of a command are known
 # Each command with a sign (in what it prints) that it is in the middle of its work; `cache` is interrupted in
-# tests/sdkd/test_distill_cache_job.py, and finetune and lora are distill's run.
+# tests/sdkd/distill/test_distill_cache_job.py, and finetune and lora are distill's run.
 COMMANDS = {
     "student": (["student", "{model}", "{out}", "--student", "tiny"], None),
     "distill": (

@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import ROOT, commit
 
-from sdkd.files import read_json, write_bytes, write_json
+from sdkd.core.files import read_json, write_bytes, write_json
 
 FOLDER = ROOT / "benchmarks" / "ablation-demo"
 ATTRIBUTES = ("shape", "colour", "background")
@@ -55,10 +55,10 @@ class Lessons:
 
     def __init__(self, settings: Settings) -> None:
         from sdkd.demo.dataset import DemoImages
-        from sdkd.demo.scenes import held_out_scenes, seen_scenes
-        from sdkd.distill.latents import encode_images, training_size
+        from sdkd.distill.data.latents import encode_images, training_size
         from sdkd.evaluate.agreement import make_probe
-        from sdkd.models import load_eager
+        from sdkd.models.resolve import load_eager
+        from sdkd.toyworld.scenes import held_out_scenes, seen_scenes
 
         self.pipe = load_eager("demo")
         self.latents = encode_images(
@@ -81,7 +81,7 @@ def student_unet(lessons: Lessons, student: str, copied: bool, seed: int) -> Any
     import torch
     from diffusers import UNet2DConditionModel
 
-    from sdkd.students import build_student, student_config
+    from sdkd.students.blocks import build_student, student_config
 
     if copied:
         return build_student(lessons.pipe.unet, student)
@@ -128,8 +128,8 @@ def pipeline(lessons: Lessons, unet: Any) -> Any:
 
 def examined(lessons: Lessons, pipe: Any, settings: Settings) -> dict[str, Any]:
     """Agreement with the teacher and caption accuracy of a pipeline."""
-    from sdkd.demo.accuracy import evaluate_captions
     from sdkd.evaluate.agreement import noise_agreement
+    from sdkd.toyworld.accuracy import evaluate_captions
 
     agreement = noise_agreement(pipe, lessons.probe)
     found: dict[str, Any] = {"noise_mse": agreement.mean, "noise_mse_buckets": list(agreement.buckets)}

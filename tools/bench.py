@@ -22,17 +22,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdkd.bundle import Bundle
+from export.check.half_products import has_units
+from sdkd.bundle.manifest import Bundle
 from sdkd.compare import Subject, compare
-from sdkd.compare.environment import load_average
-from sdkd.compare.report import Report
-from sdkd.compare.subjects import COMPILE
-from sdkd.compare.tables import markdown
-from sdkd.console import progress
+from sdkd.compare.measure.environment import load_average
+from sdkd.compare.measure.results import Report
+from sdkd.compare.measure.subjects import COMPILE
+from sdkd.compare.report.tables import markdown
+from sdkd.core.console import progress
+from sdkd.core.files import write_bytes, write_json
 from sdkd.demo.run import DemoResult, wanted_engines
-from sdkd.files import write_bytes, write_json
-from sdkd.half_products import has_units
-from sdkd.targets import availability, cpu_name, gpu
+from sdkd.targets.registry import availability, cpu_name, gpu
 from sdkd.workflow import prepare
 
 ROOT = Path(__file__).parent.parent

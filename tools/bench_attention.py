@@ -4,7 +4,7 @@
 
 Attention            one node of opset 23, between split into heads and joining, as the exporter writes it
 MatMul and Softmax   the same at opset 18
-MultiHeadAttention   ONNX Runtime's own node, which `sdkd.onnx_attention` puts in the place of the first
+MultiHeadAttention   ONNX Runtime's own node, which `sdkd.targets.ort_attention` puts in the place of the first
 PyTorch              scaled_dot_product_attention
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sdkd.compare.stats import speedup
+from sdkd.compare.measure.stats import speedup
 
 HEADS, BATCH, ROUNDS = 8, 2, 7
 SHAPES = ((4096, 4096, 40), (4096, 77, 40), (1024, 1024, 80), (1024, 77, 80), (256, 256, 160))  # queries, keys, width
@@ -30,7 +30,7 @@ def graph(form: str, width: int) -> bytes:
     """q, k, v [batch, tokens, heads x width] to out, as one of the forms."""
     from onnx import TensorProto, helper
 
-    from sdkd.onnx_attention import fuse_attention
+    from sdkd.targets.ort_attention import fuse_attention
 
     made, opset = helper.make_node, 18 if form.startswith("MatMul") else 23
     nodes = [

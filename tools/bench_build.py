@@ -22,8 +22,8 @@ from typing import Any
 from bench import ROOT, commit, machine
 from bench_export import Run, check_private, interop_python, optimum_versions, run, save, scratch
 
-from sdkd.bundle import Bundle
-from sdkd.files import write_bytes, write_json
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.files import write_bytes, write_json
 
 # FOLDER stands for the model, OUT for the bundle.
 _BUILD = ("sdkd", "build-engine", "FOLDER", "--size", "512", "--batch", "1..4", "--output", "OUT")
@@ -140,7 +140,7 @@ def main() -> None:
         with scratch() as work:
             save(model, work / "model")
             parts.append({"model": model, "rows": measure(work / "model", work, targets, asked.rounds, interop)})
-    from sdkd.compare.environment import environment  # only now: it loads torch, and memory was measured
+    from sdkd.compare.measure.environment import environment  # only now: it loads torch, and memory was measured
 
     found = {
         "schema": 1,

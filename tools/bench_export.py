@@ -33,8 +33,8 @@ from typing import Any
 import psutil
 from bench import ROOT, commit, machine
 
-from sdkd.compare.stats import speedup
-from sdkd.files import read_json, write_bytes, write_json
+from sdkd.compare.measure.stats import speedup
+from sdkd.core.files import read_json, write_bytes, write_json
 
 SAMPLES_PER_SECOND = 20
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -47,7 +47,7 @@ OPTIMUM = (
 _SAVE = """
 import sys
 from pathlib import Path
-from sdkd.models import load_eager, save_pipeline
+from sdkd.models.resolve import load_eager, save_pipeline
 save_pipeline(load_eager(sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -325,7 +325,7 @@ def main() -> None:
             save(model, work / "model")
             measured = measure(work / "model", interop, asked.rounds, work, ways)
         parts.append(result(Path(model).name if asked.model else model, measured))
-    from sdkd.compare.environment import environment  # only now: it loads torch, and memory was measured
+    from sdkd.compare.measure.environment import environment  # only now: it loads torch, and memory was measured
 
     chosen = f"--model {Path(asked.model).name}" if asked.model else f"--models {asked.models}"
     found = {

@@ -32,8 +32,8 @@ from bench_export import check_private, interop_python, optimum_versions
 from runtime_tables import PIECES, SLOTS, markdown
 from runtime_ways import Way, take_turns
 
-from sdkd.compare.stats import speedup
-from sdkd.files import read_json, write_bytes, write_json
+from sdkd.compare.measure.stats import speedup
+from sdkd.core.files import read_json, write_bytes, write_json
 
 SCHEMA = 2
 DEMO_SIZE, DEMO_STEPS, DEMO_IMAGES = 64, 30, 10
@@ -57,7 +57,7 @@ class Bench:
 
     def bundle(self, model: str, slot: str, size: int) -> Path:
         """A model's bundle with the engines of one slot for single images of one size, made where they are missing."""
-        from sdkd.profiles import Range, ShapeRanges
+        from sdkd.core.profiles import Range, ShapeRanges
         from sdkd.workflow import prepare
 
         side, folder = Range.fixed(size), self.asked.work / f"{model.replace(':', '-').replace('/', '-')}-{size}"
@@ -76,7 +76,7 @@ class Bench:
 
 def slots() -> list[str]:
     """Slots that this CPU has units for."""
-    from sdkd.targets import cpu_precisions
+    from sdkd.targets.registry import cpu_precisions
 
     return [name for name, kind in SLOTS.items() if kind in cpu_precisions() | {"fp32"}]
 
@@ -86,7 +86,7 @@ def slots() -> list[str]:
 
 def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], object]:
     """What the target's library itself does for these tensors, everything bound now; they must outlive the call."""
-    from engines.session_onnxruntime import ELEMENT
+    from engines.sessions.onnxruntime_session import ELEMENT
 
     if hasattr(session, "_request"):
         for name, tensor in {**feeds, **outputs}.items():
@@ -114,7 +114,7 @@ class Steps:
         """Run the UNet as the pipeline asks; what it answers is the runtime's own answer."""
         import torch
 
-        from engines.module import cast_feeds
+        from engines.modules.base import cast_feeds
 
         started, session = time.perf_counter(), self.unet.session
         tensors = {
@@ -302,7 +302,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Measure and write, piece by piece: what is done stays when the rest is interrupted."""
-    from sdkd.compare.environment import environment
+    from sdkd.compare.measure.environment import environment
 
     asked = parse()
     bench, folder = Bench(asked), asked.output / machine()

@@ -26,22 +26,22 @@ from bench import ROOT, commit, machine
 from gpu_bench.page import over_reference
 from torch.nn import functional as F
 
-from sdkd.compare.environment import environment
-from sdkd.compare.measure import Timer
-from sdkd.compare.stats import Spread, speedup
-from sdkd.distill.batches import Batch
-from sdkd.distill.config import TrainConfig
-from sdkd.distill.encode import tokens
-from sdkd.distill.features import FeatureUNet
-from sdkd.distill.latents import encode_images
-from sdkd.distill.loop import peak_memory
-from sdkd.distill.losses import task_target
-from sdkd.distill.setup import lay_out_state
-from sdkd.distill.trainer import Trainer
+from sdkd.compare.measure.environment import environment
+from sdkd.compare.measure.stats import Spread, speedup
+from sdkd.compare.measure.timing import Timer
+from sdkd.core.files import write_bytes, write_json
+from sdkd.distill.data.encode import tokens
+from sdkd.distill.data.latents import encode_images
+from sdkd.distill.training.batches import Batch
+from sdkd.distill.training.config import TrainConfig
+from sdkd.distill.training.features import FeatureUNet
+from sdkd.distill.training.loop import peak_memory
+from sdkd.distill.training.losses import task_target
+from sdkd.distill.training.setup import lay_out_state
+from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError
-from sdkd.files import write_bytes, write_json
-from sdkd.models import load_eager
-from sdkd.students import build_student
+from sdkd.models.resolve import load_eager
+from sdkd.students.blocks import build_student
 
 CAPTIONS = ("a lighthouse in a storm", "a bowl of oranges", "an old bicycle", "two cats on a wall")
 

@@ -24,8 +24,8 @@ from gpu_bench.goals import goals
 from gpu_bench.missing import GPU_COMMAND, GPU_ROWS, environment_of, on_gpu
 from gpu_bench.page import table as table_lines
 
+from sdkd.core.files import read_json, write_bytes
 from sdkd.errors import InputError, SdkdError
-from sdkd.files import read_json, write_bytes
 
 PAGE, README = "docs/benchmarks.md", "README.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"

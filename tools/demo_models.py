@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sdkd.demo.scenes import IMAGE_SIZE, caption, seen_scenes
+from sdkd.toyworld.scenes import IMAGE_SIZE, caption, seen_scenes
 
 TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdkd.bundle import FileRecord
-from sdkd.files import write_bytes, write_json
+from sdkd.bundle.manifest import FileRecord
+from sdkd.core.files import write_bytes, write_json
 
 ROOT = Path(__file__).parent.parent
 INSTALLER = Path(__file__).with_name("gpu_kit_install.py")

@@ -36,15 +36,15 @@ from gpu_bench.page import add_limits, markdown  # noqa: E402
 from gpu_bench.runner import child, run_all  # noqa: E402
 from gpu_bench.settings import Settings, all_pieces, chosen, dry  # noqa: E402
 
+from sdkd.core.files import read_json, write_bytes, write_json  # noqa: E402
 from sdkd.errors import InputError, SdkdError  # noqa: E402
-from sdkd.files import read_json, write_bytes, write_json  # noqa: E402
 
 SCHEMA = 1
 BUDGET_S = 540.0  # all of it: ten minutes are a usual limit of one command
 IDENTIFY = """
 import importlib.util, json, sys
-from sdkd.compare.environment import environment
-from sdkd.targets import TARGETS, cpu_name, gpu
+from sdkd.compare.measure.environment import environment
+from sdkd.targets.registry import TARGETS, cpu_name, gpu
 found = environment(sys.argv[1])
 name = (found["gpu"] or {}).get("gpu") or f"{cpu_name()} cpu"
 missing = [one.name for one in TARGETS.values() if importlib.util.find_spec(one.module) is None]

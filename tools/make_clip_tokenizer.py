@@ -1,4 +1,4 @@
-"""Make sdkd/clip/merges.txt.gz: the merges of OpenAI's CLIP tokenizer, out of the package open_clip_torch.
+"""Make sdkd/models/clip/merges.txt.gz: the merges of OpenAI's CLIP tokenizer, out of the package open_clip_torch.
 
     pip download --no-deps open_clip_torch
     python tools/make_clip_tokenizer.py open_clip_torch-*.whl
@@ -14,7 +14,7 @@ import gzip
 import zipfile
 from pathlib import Path
 
-from sdkd.clip_tokenizer import MERGES, vocabulary
+from sdkd.models.clip_tokenizer import MERGES, vocabulary
 
 SOURCE = "open_clip/bpe_simple_vocab_16e6.txt.gz"
 USED = 49_408 - 2 * 256 - 2

@@ -29,7 +29,7 @@ elif kind == "engine":
     from engines import load_pipeline
     pipe = load_pipeline(model, slot)
 else:
-    from sdkd.models import load_eager
+    from sdkd.models.resolve import load_eager
     pipe = load_eager(model, getattr(torch, slot))
 pipe.set_progress_bar_config(disable=True)
 spent = {}

@@ -1,4 +1,4 @@
-"""What TensorRT's Python bindings have, by generation: `tests/export/tensorrt_api.json`, from the published wheels.
+"""What TensorRT's Python bindings have, by generation: tests/export/build/tensorrt_api.json, from the wheels.
 
     python tools/tensorrt_api.py
 
@@ -36,7 +36,7 @@ CLASSES = (
     "LayerType", "Logger", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserRefitter",
     "ParserError", "Refitter", "Runtime", "TensorIOMode", "TensorLocation",
 )  # fmt: skip
-OUTPUT = Path(__file__).parent.parent / "tests" / "export" / "tensorrt_api.json"
+OUTPUT = Path(__file__).parent.parent / "tests" / "export" / "build" / "tensorrt_api.json"
 
 
 def names(module: Any) -> dict[str, list[str]]:

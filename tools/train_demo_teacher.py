@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from demo_models import NOISE, TOKENS, new_denoiser, new_tokenizer, new_vae, token_ids
 
-from sdkd.demo.scenes import IMAGE_SIZE, Scene, caption, render, seen_scenes
+from sdkd.toyworld.scenes import IMAGE_SIZE, Scene, caption, render, seen_scenes
 
 STAGES = ("images", "vae", "latents", "unet", "decoder", "pack")
 
@@ -247,8 +247,8 @@ def pack(args: argparse.Namespace, log: Log) -> None:
     """The averaged weights as a StableDiffusionPipeline folder in half precision."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    from sdkd.files import new_folder, read_json, write_json
-    from sdkd.models import write_pipeline
+    from sdkd.core.files import new_folder, read_json, write_json
+    from sdkd.models.resolve import write_pipeline
 
     tokenizer, vae = new_tokenizer(args.work / "tokenizer"), new_vae()
     model, state = new_denoiser(tokenizer), torch.load(args.work / "unet.pt", weights_only=False)
@@ -317,7 +317,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run the stages in order."""
-    from sdkd.files import check_free
+    from sdkd.core.files import check_free
 
     args = arguments()
     check_free(args.output, overwrite=False)

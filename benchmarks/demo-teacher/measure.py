@@ -2,7 +2,8 @@
 
     python benchmarks/demo-teacher/measure.py
 
-The pictures are named by sdkd.demo.reader, whose own accuracy on drawings and on VAE reconstructions is measured too.
+The pictures are named by sdkd.toyworld.reader, whose own accuracy on drawings and on VAE
+reconstructions is measured too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sdkd.demo.accuracy import CaptionAccuracy, draw
+from sdkd.core.files import read_json, write_json
 from sdkd.demo.dataset import to_tensor
-from sdkd.demo.reader import read_image
-from sdkd.demo.scenes import SHAPES, Scene, all_scenes, caption, held_out_scenes, render, sample_scenes, seen_scenes
 from sdkd.demo.teacher import GUIDANCE_SCALE, STEPS, teacher_path
-from sdkd.files import read_json, write_json
+from sdkd.toyworld.accuracy import CaptionAccuracy, draw
+from sdkd.toyworld.reader import read_image
+from sdkd.toyworld.scenes import SHAPES, Scene, all_scenes, caption, held_out_scenes, render, sample_scenes, seen_scenes
 
 HERE = Path(__file__).parent
 DRAWING = 987_654  # a seed of drawings that was not trained on

@@ -8,14 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdkd.compare.comparison import compare
-    from sdkd.compare.folder import write_report
-    from sdkd.compare.report import Report
-    from sdkd.compare.subjects import Subject
+    from sdkd.compare.measure.comparison import compare
+    from sdkd.compare.measure.results import Report
+    from sdkd.compare.measure.subjects import Subject
+    from sdkd.compare.report.folder import write_report
 
 __all__ = ["Report", "Subject", "compare", "write_report"]
 
-_HOMES = {"Report": "report", "Subject": "subjects", "compare": "comparison", "write_report": "folder"}
+_HOMES = {
+    "Report": "measure.results",
+    "Subject": "measure.subjects",
+    "compare": "measure.comparison",
+    "write_report": "report.folder",
+}
 
 
 def __getattr__(name: str) -> Any:

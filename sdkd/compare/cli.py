@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdkd.console import progress, show, show_json, styled, within
+from sdkd.core.console import progress, show, show_json, styled, within
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
-    from sdkd.compare.earlier import Earlier
-    from sdkd.compare.report import Report
+    from sdkd.compare.measure.earlier import Earlier
+    from sdkd.compare.measure.results import Report
 
 DEMO = "demo"
 
@@ -73,17 +73,17 @@ def compare(
     if report is not None:
         compare_reports(models, against, report, threshold, json)
         return
-    from sdkd.compare.environment import load_average
+    from sdkd.compare.measure.environment import load_average
 
     load = load_average()  # before engines are built
-    from engines.cli import drawn_size
-    from sdkd.compare.against import check_threshold
-    from sdkd.compare.comparison import compare as measure
-    from sdkd.compare.earlier import read_report
-    from sdkd.compare.folder import check_report_free
-    from sdkd.compare.planning import Wish, default_guidance, default_judge, make_plan, parse_prompts
-    from sdkd.compare.refusals import check_asked
-    from sdkd.files import lock
+    from engines.generate.cli import drawn_size
+    from sdkd.compare.measure.against import check_threshold
+    from sdkd.compare.measure.comparison import compare as measure
+    from sdkd.compare.measure.earlier import read_report
+    from sdkd.compare.measure.planning import Wish, default_guidance, default_judge, make_plan, parse_prompts
+    from sdkd.compare.measure.refusals import check_asked
+    from sdkd.compare.report.folder import check_report_free
+    from sdkd.core.files import lock
 
     names = models or [DEMO]
     check_threshold(threshold)
@@ -124,8 +124,8 @@ def compare(
 
 
 def _check_labels(baseline: str | None, earlier: Earlier | None, labels: list[str]) -> None:
-    from sdkd.compare.against import check_common
-    from sdkd.compare.comparison import check_baseline
+    from sdkd.compare.measure.against import check_common
+    from sdkd.compare.measure.comparison import check_baseline
 
     check_baseline(baseline, labels)
     if earlier is not None:
@@ -134,7 +134,7 @@ def _check_labels(baseline: str | None, earlier: Earlier | None, labels: list[st
 
 def _write(report: Report, output: Path, overwrite: bool, json: bool) -> Path:
     """The page of the written report; where it cannot be written, what was measured is shown all the same."""
-    from sdkd.compare.folder import write_report
+    from sdkd.compare.report.folder import write_report
 
     try:
         return write_report(report, output, overwrite)
@@ -148,8 +148,8 @@ def _show_report(report: Report, page: Path | None, json: bool) -> None:
     if json:
         show_json(report.to_json())
         return
-    from sdkd.compare.tables import terminal_table
-    from sdkd.compare.words import noise_note, sentence
+    from sdkd.compare.report.tables import terminal_table
+    from sdkd.compare.report.words import noise_note, sentence
 
     notes = [note for note in (noise_note(report), *report.notes) if note]
     show(styled(sentence(report), "bold"), terminal_table(report), *notes, *([f"Look at {page}"] if page else []))
@@ -161,13 +161,13 @@ def compare_reports(models: list[str] | None, against: Path | None, report: Path
         raise InputError(
             f"--report {str(report)!r} compares two reports and measures nothing: give --against earlier.json, no model"
         )
-    from sdkd.compare.against import compare_files
+    from sdkd.compare.measure.against import compare_files
 
     found = compare_files(against, report, threshold)
     if json:
         show_json(found.to_json())
     else:
-        from sdkd.compare.against_tables import against_table
+        from sdkd.compare.report.against_tables import against_table
 
         show(against_table(found))
     if (problem := found.problem()) is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdkd.console import progress, show
+from sdkd.core.console import progress, show
 
 
 def demo(
@@ -22,8 +22,8 @@ def demo(
     Builds and distils the small and tiny students, exports all three models, builds every engine this machine can,
     generates the same prompts with each and compares them. Run again, it re-uses what is fresh.
     """
+    from sdkd.core.files import lock
     from sdkd.demo.run import DemoResult, DemoSettings, check_outputs, run_demo
-    from sdkd.files import lock
 
     settings = DemoSettings() if steps is None else DemoSettings(distill_steps=steps)
     check_outputs(output)
@@ -48,7 +48,7 @@ def _forget(output: Path) -> None:
 
 def _tell(result: object) -> None:
 
-    from sdkd.compare.tables import terminal_table
+    from sdkd.compare.report.tables import terminal_table
     from sdkd.demo.run import DemoResult
 
     assert isinstance(result, DemoResult)

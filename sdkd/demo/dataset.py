@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from sdkd.demo.scenes import IMAGE_SIZE, Scene, caption, held_out_scenes, render, seen_scenes
 from sdkd.errors import InputError
+from sdkd.toyworld.scenes import IMAGE_SIZE, Scene, caption, held_out_scenes, render, seen_scenes
 
 
 @lru_cache(maxsize=4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdkd.files import write_bytes
+from sdkd.core.files import write_bytes
 
 CELL, GAP, LABEL, HEAD = 160, 8, 150, 64  # pixels
 INK, PAPER = (32, 33, 36), (255, 255, 255)

@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdkd.console import Progress, quiet, within
+from sdkd.core.console import Progress, quiet, within
+from sdkd.core.files import check_file_free, check_free, new_folder, read_json, write_json
+from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import InputError
-from sdkd.files import check_file_free, check_free, new_folder, read_json, write_json
-from sdkd.profiles import Range, ShapeRanges
-from sdkd.targets import availability, cpu_precisions
+from sdkd.targets.registry import availability, cpu_precisions
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from sdkd.compare.report import Report
-    from sdkd.compare.subjects import Subject
-    from sdkd.distill.latents import LatentCache
+    from sdkd.compare.measure.results import Report
+    from sdkd.compare.measure.subjects import Subject
+    from sdkd.distill.data.latents import LatentCache
 
 STUDENTS = ("small", "tiny")
 MODELS = ("teacher", *STUDENTS)
@@ -83,7 +83,7 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progr
 
     Every subject is measured in a process of its own: a script that calls this needs `if __name__ == "__main__":`.
     """
-    from sdkd.compare.environment import load_average
+    from sdkd.compare.measure.environment import load_average
 
     check_outputs(folder)
     load, settings = load_average(), settings or DemoSettings()
@@ -103,7 +103,7 @@ def made_folders(folder: Path) -> list[Path]:
 
 def check_outputs(folder: Path) -> None:
     """OutputExistsError or InputError, before any work, where a run would replace what sdkd did not write."""
-    from sdkd.compare.folder import check_report_free
+    from sdkd.compare.report.folder import check_report_free
 
     check_report_free(folder, overwrite=True)
     for path in made_folders(folder):
@@ -144,8 +144,8 @@ def make_students(folder: Path, settings: DemoSettings, result: DemoResult, prog
 def _lessons(settings: DemoSettings, progress: Progress) -> tuple[StableDiffusionPipeline, LatentCache]:
     """The teacher, and the latents of the procedural images that both students learn from."""
     from sdkd.demo.dataset import DemoImages
-    from sdkd.distill.latents import encode_images, training_size
-    from sdkd.models import load_eager
+    from sdkd.distill.data.latents import encode_images, training_size
+    from sdkd.models.resolve import load_eager
 
     progress("loading the teacher", 0.0)
     pipe = load_eager("demo")
@@ -163,8 +163,8 @@ def _make_student(
     progress: Progress,
 ) -> None:
     from sdkd.distill import TrainConfig, train
-    from sdkd.pipelines import write_pipeline
-    from sdkd.students import build_student
+    from sdkd.models.diffusers_folder import write_pipeline
+    from sdkd.students.blocks import build_student
 
     config = TrainConfig(
         student=name,
@@ -208,7 +208,7 @@ def wanted_engines(result: DemoResult) -> list[tuple[str, str]]:
 
 def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[Subject]:
     """Export every model, build every engine that this machine can, and name what can be compared here."""
-    from sdkd.compare.subjects import Subject
+    from sdkd.compare.measure.subjects import Subject
     from sdkd.workflow import prepare
 
     engines = wanted_engines(result)
@@ -257,7 +257,7 @@ def compare_all(
     `load`: the machine's load average before anything was trained or built.
     """
     from sdkd.compare import compare, write_report
-    from sdkd.demo.accuracy import judge_captions
+    from sdkd.toyworld.accuracy import judge_captions
 
     result.report = compare(
         subjects,

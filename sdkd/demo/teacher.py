@@ -31,6 +31,6 @@ def teacher_path() -> Path:
 
 def load_teacher(torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
     """The teacher as an eager pipeline on the CPU, in float32 unless another dtype is asked for."""
-    from sdkd.models import load_eager
+    from sdkd.models.resolve import load_eager
 
     return load_eager("demo", torch_dtype)

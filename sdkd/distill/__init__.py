@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdkd.distill.config import TrainConfig
-    from sdkd.distill.loop import TrainResult, train
+    from sdkd.distill.training.config import TrainConfig
+    from sdkd.distill.training.loop import TrainResult, train
 
 __all__ = ["TrainConfig", "TrainResult", "train"]
 
-_HOMES = {"TrainConfig": "config", "TrainResult": "loop", "train": "loop"}
+_HOMES = {"TrainConfig": "training.config", "TrainResult": "training.loop", "train": "training.loop"}
 
 
 def __getattr__(name: str) -> Any:

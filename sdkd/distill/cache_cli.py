@@ -20,16 +20,16 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 import sdkd.errors
-from sdkd.children import environment
-from sdkd.console import Progress, progress, quiet, show, show_json, within
-from sdkd.distill.data import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
-from sdkd.distill.rows import check_columns, split_columns
+from sdkd.core.children import environment
+from sdkd.core.console import Progress, progress, quiet, show, show_json, within
+from sdkd.core.files import check_free, lock, staged_folder
+from sdkd.core.marks import CACHE, proves
+from sdkd.core.outputs import check_place
+from sdkd.core.replace import sweep_inside
+from sdkd.distill.data.opening import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
+from sdkd.distill.data.rows import check_columns, split_columns
 from sdkd.errors import InputError, InterruptedRunError, SdkdError, TrainingError
-from sdkd.files import check_free, lock, staged_folder
-from sdkd.marks import CACHE, proves
-from sdkd.models import load_eager, resolve
-from sdkd.outputs import check_place
-from sdkd.replace import sweep_inside
+from sdkd.models.resolve import load_eager, resolve
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -142,12 +142,12 @@ def _fill(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
 
 
 def _run(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
-    from sdkd.distill.cache import prepare
+    from sdkd.distill.data.cache import prepare
 
     report("loading the model", None)
     pipe, images, options = _opened(job, 0)
     if processes > 1:
-        from sdkd.distill.cache import cache_settings
+        from sdkd.distill.data.cache import cache_settings
 
         wanted = {name: options[name] for name in ("size", "precision", "shard_images", "text", "flip")}
         if prepare(Path(job.output), cache_settings(pipe, images, **wanted)) is None:
@@ -157,7 +157,7 @@ def _run(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
 
 def _opened(job: CacheJob, rank: int) -> tuple[StableDiffusionPipeline, CaptionedImages, dict[str, Any]]:
     """Pipeline, images and the options of `write_cache`."""
-    from sdkd.distill.latents import training_size
+    from sdkd.distill.data.latents import training_size
 
     device = _device(job, rank)
     images = open_images(job.data, image_column=job.image_column, caption_columns=job.caption_columns)
@@ -174,7 +174,7 @@ def _device(job: CacheJob, rank: int) -> Any:
     """The device of a process; InputError when it is not there or cannot do the precision."""
     import torch
 
-    from sdkd.distill.encode import dtype_of
+    from sdkd.distill.data.encode import dtype_of
 
     gpus = torch.cuda.device_count() if job.device in ("auto", "cuda") else 0
     if job.device not in ("auto", "cpu", "cuda") or (job.device == "cuda" and not gpus):
@@ -187,14 +187,14 @@ def _device(job: CacheJob, rank: int) -> Any:
 def _write(
     job: CacheJob, pipe: Any, images: CaptionedImages, options: Mapping[str, Any], report: Progress, **which: Any
 ) -> dict[str, Any] | None:
-    from sdkd.distill.cache import write_cache
+    from sdkd.distill.data.cache import write_cache
 
     return write_cache(pipe, images, Path(job.output), progress=report, **options, **which)
 
 
 def _tidy(out: Path) -> int:
     """Remove half-written files, and the folder when no shard is complete; returns how many are."""
-    from sdkd.distill.disk_cache import INDEX, SETTINGS
+    from sdkd.distill.data.disk_cache import INDEX, SETTINGS
 
     if not proves(out, CACHE):
         return 0

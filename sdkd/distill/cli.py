@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sdkd.console import progress, show, show_json, table
-from sdkd.distill.config import TrainConfig, make_config, parse_prompts, settings_of
-from sdkd.distill.recipes import read_recipe, recipe_names
-from sdkd.distill.run import Job, is_main, run
-from sdkd.numbers import check_number
+from sdkd.core.console import progress, show, show_json, table
+from sdkd.core.numbers import check_number
+from sdkd.distill.training.config import TrainConfig, make_config, parse_prompts, settings_of
+from sdkd.distill.training.recipes import read_recipe, recipe_names
+from sdkd.distill.training.run import Job, is_main, run
 
 _TEXTS = ("prompts", "trackers")  # tuples that are given as one text
 _MODEL = {
@@ -94,7 +94,7 @@ def _main(objective: str, values: dict[str, Any]) -> None:
     others = {name: value for name, value in values.items() if name not in known}
     check_number("num_processes", others["num_processes"], 1, 4096, whole=True)
     if others["num_processes"] > 1:
-        from sdkd.distill.launch import relaunch
+        from sdkd.core.torchrun import relaunch
 
         relaunch(others["num_processes"])
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sdkd.console import show
+from sdkd.core.console import show
 
 
 def plot(
@@ -15,6 +15,6 @@ def plot(
     output: Annotated[Path | None, typer.Option(help="HTML file. [default: plot.html in the folder]")] = None,
 ) -> None:
     """Draw a run's losses and validation images as one page, also while it goes on. An earlier page is drawn again."""
-    from sdkd.distill.plot import write_page
+    from sdkd.distill.training.plot import write_page
 
     show(f"Saved {write_page(run, output)}")

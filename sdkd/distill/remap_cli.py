@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sdkd.console import show, show_json
-from sdkd.files import check_file_free
-from sdkd.marks import is_written_lora
+from sdkd.core.console import show, show_json
+from sdkd.core.files import check_file_free
+from sdkd.core.marks import is_written_lora
 
 SD1 = "random:sd15"  # only its config is read
 
@@ -42,12 +42,12 @@ def remap(
 
 def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite: bool = False) -> dict[str, Any]:
     """What the command does; returns its summary. Raises InputError, ModelError and OutputExistsError."""
-    from sdkd.distill.lora import FILE, read_lora, write_lora
-    from sdkd.lora_fit import check_text_width, fit_student
-    from sdkd.lora_layers import peft_settings, peft_state, read_layers, text_names
-    from sdkd.lora_names import remap_settings
-    from sdkd.models import unet_config
-    from sdkd.students import key_map, student_config, student_spec
+    from sdkd.distill.training.lora import FILE, read_lora, write_lora
+    from sdkd.models.resolve import unet_config
+    from sdkd.students.blocks import key_map, student_config, student_spec
+    from sdkd.students.lora_fit import check_text_width, fit_student
+    from sdkd.students.lora_layers import peft_settings, peft_state, read_layers, text_names
+    from sdkd.students.lora_names import remap_settings
 
     file = output if output.suffix == ".safetensors" else output / FILE
     check_file_free(file, overwrite, [lora, teacher], ours=is_written_lora)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.compare.subjects import native_size
-from sdkd.console import Progress, quiet
-from sdkd.distill.data import CaptionedImages, row_caption, to_pixels
-from sdkd.distill.encode import encode_captions, encode_image
-from sdkd.distill.latents import Latents
-from sdkd.distill.reader import Reader
+from sdkd.compare.measure.subjects import native_size
+from sdkd.core.console import Progress, quiet
+from sdkd.core.images import check_finite
+from sdkd.distill.data.encode import encode_captions, encode_image
+from sdkd.distill.data.latents import Latents
+from sdkd.distill.data.opening import CaptionedImages, row_caption, to_pixels
+from sdkd.distill.data.reader import Reader
 from sdkd.errors import InputError, ModelError
-from sdkd.images import check_finite
-from sdkd.noise_schedule import scheduler_like
+from sdkd.models.noise_schedule import scheduler_like
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from sdkd.console import progress, show, show_json, table
-from sdkd.distill.rows import CAPTION_COLUMNS, split_columns
+from sdkd.core.console import progress, show, show_json, table
+from sdkd.distill.data.rows import CAPTION_COLUMNS, split_columns
 
 
 def evaluate(
@@ -46,10 +46,10 @@ def evaluate(
 
     Writes evaluation.json (every value) and evaluation.md. Nothing is downloaded for a metric: what it lacks is said.
     """
+    from sdkd.core.files import check_free, lock
     from sdkd.evaluate.evaluation import evaluate as measure
     from sdkd.evaluate.metrics import Settings
     from sdkd.evaluate.report import TITLES, rows, write_report
-    from sdkd.files import check_free, lock
 
     check_free(output, overwrite, [*models, teacher, data, prompts, real, clip, inception])
     settings = Settings(

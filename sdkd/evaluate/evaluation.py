@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from engines.long_prompts import cut_lines
-from sdkd.compare.environment import versions
-from sdkd.compare.planning import SMALL_GUIDANCE, default_guidance, find_roles, parse_prompts
-from sdkd.compare.subjects import TEACHER
-from sdkd.console import Progress, quiet, within
-from sdkd.demo.scenes import caption, held_out_scenes, sample_scenes, seen_scenes
+from engines.generate.long_prompts import cut_lines
+from sdkd.compare.measure.environment import versions
+from sdkd.compare.measure.planning import SMALL_GUIDANCE, default_guidance, find_roles, parse_prompts
+from sdkd.compare.measure.subjects import TEACHER
+from sdkd.core.console import Progress, quiet, within
 from sdkd.errors import InputError, SdkdError
 from sdkd.evaluate.metrics import Plan, Reference, Settings, measure
 from sdkd.evaluate.real_images import RealImages
 from sdkd.evaluate.report import Evaluation, ModelResult
-from sdkd.models import load_eager, provenance, resolve
-from sdkd.targets import installed_version
+from sdkd.models.resolve import load_eager, provenance, resolve
+from sdkd.targets.registry import installed_version
+from sdkd.toyworld.scenes import caption, held_out_scenes, sample_scenes, seen_scenes
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -109,8 +109,8 @@ def _plan(models: Sequence[str], settings: Settings, data: Any) -> Plan:
 
 def _captions(data: Any, settings: Settings) -> tuple[str, ...]:
     """Captions of the data, at most as many as images are drawn; where one is missing the next stands for it."""
-    from sdkd.distill.data import caption_at
-    from sdkd.distill.reader import Reader
+    from sdkd.distill.data.opening import caption_at
+    from sdkd.distill.data.reader import Reader
 
     count = min(len(data), settings.images or 16)
     if (captions := getattr(data, "captions", None)) is not None:  # a cache
@@ -121,7 +121,7 @@ def _captions(data: Any, settings: Settings) -> tuple[str, ...]:
 
 def _check_files(settings: Settings) -> None:
     """InputError for weights that were given and are not there: before any image is drawn."""
-    from sdkd.scores import find_clip, find_inception
+    from sdkd.compare.measure.scores import find_clip, find_inception
 
     if settings.clip is not None:
         find_clip(settings.clip, "")
@@ -148,7 +148,7 @@ def _open(settings: Settings) -> Any:
         from sdkd.demo.dataset import DemoImages
 
         return DemoImages(settings.images or 64, settings.seed, held_out=True)
-    from sdkd.distill.run import open_images_or_cache
+    from sdkd.distill.training.run import open_images_or_cache
 
     return open_images_or_cache(settings.data, settings.image_column, settings.caption_columns)
 
@@ -187,7 +187,7 @@ def _versions() -> dict[str, str]:
 
 
 def _notes(plan: Plan, reference: Reference) -> tuple[str, ...]:
-    from sdkd.scores import FEATURES
+    from sdkd.compare.measure.scores import FEATURES
 
     real, probe = reference.real, reference.probe
     notes = []

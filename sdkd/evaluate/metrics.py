@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkd.compare.quality import likeness
-from sdkd.compare.subjects import TEACHER
-from sdkd.demo.accuracy import CaptionAccuracy
-from sdkd.demo.reader import read_image
-from sdkd.demo.scenes import Scene
-from sdkd.distill.rows import CAPTION_COLUMNS, check_columns
+from sdkd.compare.measure.quality import likeness
+from sdkd.compare.measure.subjects import TEACHER
+from sdkd.distill.data.rows import CAPTION_COLUMNS, check_columns
 from sdkd.errors import InputError, ModelError
 from sdkd.evaluate.report import CAPTIONS, CLIP, CMMD, FID, NOISE, PSNR, Metric
+from sdkd.toyworld.accuracy import CaptionAccuracy
+from sdkd.toyworld.reader import read_image
+from sdkd.toyworld.scenes import Scene
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -89,7 +89,7 @@ def measure(
 
 def _or_why(measure: Callable[[], Mapping[str, Any] | str]) -> Metric:
     """The metric, or why there is none: a message of ours is a reason, anything else a bug."""
-    from sdkd.scores import NotMeasuredError
+    from sdkd.compare.measure.scores import NotMeasuredError
 
     try:
         found = measure()
@@ -142,7 +142,7 @@ def _accuracy(images: Sequence[Image], plan: Plan) -> Mapping[str, Any] | str:
 
 
 def _clip(images: Sequence[Image], prompts: Sequence[str], settings: Settings) -> Mapping[str, Any]:
-    from sdkd.scores import CLIP_SCORE_MODEL, clip_scores, find_clip, load_clip
+    from sdkd.compare.measure.scores import CLIP_SCORE_MODEL, clip_scores, find_clip, load_clip
 
     model, processor = load_clip(find_clip(settings.clip, CLIP_SCORE_MODEL), settings.device)
     scores = clip_scores(model, processor, images, prompts)
@@ -151,7 +151,7 @@ def _clip(images: Sequence[Image], prompts: Sequence[str], settings: Settings) -
 
 
 def _fid(images: Sequence[Image], real: RealImages | None, settings: Settings) -> Mapping[str, Any] | str:
-    from sdkd.scores import find_inception, frechet_distance
+    from sdkd.compare.measure.scores import find_inception, frechet_distance
 
     if real is None:
         return _NO_REAL
@@ -162,8 +162,8 @@ def _fid(images: Sequence[Image], real: RealImages | None, settings: Settings) -
 
 
 def _cmmd(images: Sequence[Image], real: RealImages | None, settings: Settings) -> Mapping[str, Any] | str:
+    from sdkd.compare.measure.scores import CMMD_MODEL, find_clip, load_clip
     from sdkd.evaluate.cmmd import clip_embeddings, cmmd
-    from sdkd.scores import CMMD_MODEL, find_clip, load_clip
 
     if real is None:
         return _NO_REAL

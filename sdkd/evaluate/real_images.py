@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdkd.distill.image_folder import images_below
-from sdkd.distill.reader import check_unreadable
+from sdkd.core.images import image_size, read_rgb
+from sdkd.distill.data.image_folder import images_below
+from sdkd.distill.data.reader import check_unreadable
 from sdkd.errors import InputError
-from sdkd.images import image_size, read_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image

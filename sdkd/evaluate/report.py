@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdkd.console import no_html
-from sdkd.files import new_folder, write_bytes, write_json
+from sdkd.core.console import no_html
+from sdkd.core.files import new_folder, write_bytes, write_json
 
 SCHEMA = 1
 FILES = ("evaluation.json", "evaluation.md")

@@ -14,8 +14,8 @@ from made_once import made_once
 from small_bundles import small_pipeline
 
 from export import build_engine
-from sdkd.bundle import Bundle
-from sdkd.profiles import Range, ShapeRanges
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.profiles import Range, ShapeRanges
 
 EXPORTED_RANGES = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 

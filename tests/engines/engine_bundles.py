@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 from small_exports import ddim_pipeline, small_bundle, variant_bundle
 
 from export import build_engine, export_pipeline
-from sdkd.bundle import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
-from sdkd.contract import DTYPES, Precision, unet_contract
-from sdkd.profiles import Range, ShapeRanges
-from sdkd.targets import built_environment
+from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
+from sdkd.core.contract import DTYPES, Precision, unet_contract
+from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.targets.registry import built_environment
 
 CONTEXT = 32
 TARGETS = ("onnxruntime", "openvino")

@@ -12,7 +12,7 @@ from small_exports import small_bundle, small_pipeline
 from typer.testing import CliRunner
 
 from export.cli import export, notes, summary
-from sdkd.bundle import Bundle
+from sdkd.bundle.manifest import Bundle
 from sdkd.errors import InputError, OutputExistsError
 
 runner = CliRunner()

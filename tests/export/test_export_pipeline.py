@@ -19,10 +19,10 @@ from small_exports import bundle_copy, half_decoder, small_bundle, small_pipelin
 from export import export_pipeline
 from export.reuse import Wanted, find
 from export.source import state_digest
-from sdkd.bundle import Bundle, Manifest
-from sdkd.contract import BASE_COMPONENTS, component_contract
+from sdkd.bundle.manifest import Bundle, Manifest
+from sdkd.core.contract import BASE_COMPONENTS, component_contract
+from sdkd.core.files import lock, read_json
 from sdkd.errors import BundleError, BusyError, InputError, ModelError, OutputExistsError
-from sdkd.files import lock, read_json
 
 CHEAP = ("text_encoder",)  # the component that exports in the least time
 
@@ -160,7 +160,7 @@ def test_other_weights_opset_precision_or_damage_are_not_reused(tmp_path: Path) 
 
 
 def test_a_named_model_is_loaded_and_its_source_recorded(tmp_path: Path) -> None:
-    from sdkd.models import source_digests
+    from sdkd.models.resolve import source_digests
 
     folder = tmp_path / "model"
     small_pipeline().save_pretrained(folder)

@@ -29,12 +29,12 @@ from small_bundles import TINY_VAE, UNET, small_controlnet, small_pipeline
 from torch.nn.utils.parametrizations import weight_norm
 from typer.testing import CliRunner
 
-from engines.pipeline import plug
+from engines.pipelines.pipeline import plug
 from export import build_engine, export_pipeline
 from export.source import open_source
 from sdkd.cli import app
 from sdkd.errors import ExportError, ModelError
-from sdkd.exportable import check_config, check_module
+from sdkd.models.exportable import check_config, check_module
 
 
 def pipeline(**parts: Any) -> Any:

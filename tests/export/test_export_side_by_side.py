@@ -18,9 +18,9 @@ from small_exports import ONE_LEVEL, small_pipeline
 
 from export import export_pipeline, side_by_side
 from export.component import ExportOptions
-from sdkd.bundle import Bundle
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import ExportError
-from sdkd.profiles import Range, ShapeRanges
 
 PARTS = ("text_encoder", "unet")
 
@@ -125,7 +125,7 @@ def _children() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):  # ZombieProcess is one
-            if "export.worker" in " ".join(child.cmdline()):
+            if "sdkd.core.child" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 

@@ -14,12 +14,12 @@ from small_bundles import small_controlnet
 from small_exports import ONE_LEVEL, small_pipeline, tiny_vae, variant_bundle, variant_pipeline
 
 from export import export_pipeline
-from export.components import component_module, example_inputs, graph_module, module_contract
-from sdkd.bundle import Bundle
-from sdkd.contract import BASE_COMPONENTS, Contract, Extras, static_contract
+from export.graph.components import component_module, example_inputs, graph_module, module_contract
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.contract import BASE_COMPONENTS, Contract, Extras, static_contract
+from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import InputError, ModelError
-from sdkd.exportable import module_config
-from sdkd.profiles import Range, ShapeRanges
+from sdkd.models.exportable import module_config
 
 
 @pytest.mark.parametrize(

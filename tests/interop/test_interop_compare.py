@@ -13,7 +13,7 @@ import small_bundles
 from interop_environment import ROOT, EnvironmentFailedError, interop_python
 
 from export import export_pipeline
-from sdkd.models import save_pipeline
+from sdkd.models.resolve import save_pipeline
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]  # the first run installs Optimum
 

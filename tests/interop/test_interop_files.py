@@ -12,7 +12,7 @@ from interop_environment import EnvironmentFailedError, interop_python
 from transformers import CLIPImageProcessor
 
 from export import export_pipeline
-from sdkd.files import read_json
+from sdkd.core.files import read_json
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from interop_environment import EnvironmentFailedError, interop_python
 from transformers import CLIPImageProcessor
 
 from export import export_pipeline
-from sdkd.files import sha256
-from sdkd.models import load_eager, save_pipeline
+from sdkd.core.files import sha256
+from sdkd.models.resolve import load_eager, save_pipeline
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]  # the first run installs Optimum
 SMALL, DEMO = {"size": 32, "latents": 16}, {"size": 64, "latents": 8}

@@ -16,7 +16,9 @@ from sdkd.errors import MissingExtraError, ModelError
 HEAVY = {"torch", "diffusers", "transformers", "tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "openvino", "numpy"}
 
 
-@pytest.mark.parametrize("package", ["sdkd", "export", "engines", "sdkd.cli", "sdkd.bundle", "sdkd.contract"])
+@pytest.mark.parametrize(
+    "package", ["sdkd", "export", "engines", "sdkd.cli", "sdkd.students", "sdkd.bundle.manifest", "sdkd.core.contract"]
+)
 def test_importing_loads_nothing_heavy(package: str) -> None:
     code = f"import {package}, sys; print(' '.join(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -12,15 +12,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from engines.drawing import encode_png
-from engines.prompts import write_metadata
+from engines.generate.drawing import encode_png
+from engines.generate.prompts import write_metadata
 from sdkd.cli import app
+from sdkd.core.marks import is_drawn_image, is_written_lora
 from sdkd.demo import teacher_path
 from sdkd.demo.run import check_outputs
-from sdkd.distill.lora import write_lora
-from sdkd.distill.plot import write_page
+from sdkd.distill.training.lora import write_lora
+from sdkd.distill.training.plot import write_page
 from sdkd.errors import OutputExistsError
-from sdkd.marks import is_drawn_image, is_written_lora
 
 SETTINGS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "size", "scheduler", "model", "target"]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from small_exports import small_pipeline
 
-from export import build, to_onnx
-from sdkd.bundle import Bundle
+from export.build import engines as build
+from export.graph import to_onnx
+from sdkd.bundle.manifest import Bundle
 from sdkd.workflow import prepare
 
 

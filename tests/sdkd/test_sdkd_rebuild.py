@@ -9,11 +9,11 @@ import pytest
 import torch
 from small_exports import bundle_copy, small_pipeline
 
-from engines.opening import open_session
+from engines.sessions.opening import open_session
 from export import build_engine, export_pipeline
-from sdkd.bundle import Bundle
-from sdkd.onnx_weights import exported_weights, stored_weights
-from sdkd.profiles import Range, ShapeRanges
+from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.onnx_weights import exported_weights, stored_weights
+from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.workflow import SWAPPED, content_key, rebuild
 
 ONE = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from gpu_bench.device import Device
 from gpu_bench.record import Record
 from gpu_bench.settings import TENSORRT, Settings
-from sdkd.bundle import Bundle
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError
-from sdkd.profiles import Range, ShapeRanges
 
 if TYPE_CHECKING:
-    from export.build_options import BuildOptions
-    from sdkd.gpu_trial import Trial
+    from export.build.options import BuildOptions
+    from sdkd.targets.gpu_trial import Trial
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder")
 GUIDANCE = 2  # latents per image
@@ -88,9 +88,9 @@ def build_facts(record: Record, bundle: Bundle, target: str, components: Sequenc
 
 def build_options(settings: Settings, target: str, **options: Any) -> BuildOptions:
     """How engines of a target are built here: for this GPU alone where no other plan ran, or can be refitted."""
-    from export.build_options import CURRENT, BuildOptions
-    from sdkd.gpu_trial import PORTABLE
-    from sdkd.targets import TARGETS
+    from export.build.options import CURRENT, BuildOptions
+    from sdkd.targets.gpu_trial import PORTABLE
+    from sdkd.targets.registry import TARGETS
 
     found = trials(settings, target)  # what they showed is part of what an engine records, too
     portable = any(trial.ran and trial.plan == PORTABLE for trial in found)
@@ -104,8 +104,8 @@ def trials(settings: Settings, target: str) -> Sequence[Trial]:
     """What plans of a TensorRT kind did on this GPU, tried before or now; empty for others, and for a dry run."""
     if settings.device != "cuda" or target not in TENSORRT:
         return ()
-    from sdkd.doctor import try_target
-    from sdkd.gpu_trial import remembered
+    from sdkd.commands.doctor import try_target
+    from sdkd.targets.gpu_trial import remembered
 
     return remembered(target) or try_target(target)
 
@@ -128,8 +128,8 @@ def check_place(sessions: Iterable[Any], device: Device) -> None:
 
 def runnable(settings: Settings) -> list[str]:
     """The targets of the report that build here and run on its device."""
-    from engines.opening import expected_device
-    from sdkd.targets import availability
+    from engines.sessions.opening import expected_device
+    from sdkd.targets.registry import availability
 
     found = {target: availability(target) for target in settings.targets}
     return [

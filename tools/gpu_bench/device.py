@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from gpu_bench.settings import Settings
-from sdkd.compare.measure import Sample, Timer, warm_up
+from sdkd.compare.measure.timing import Sample, Timer, warm_up
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ class Device:
         """Bytes: the most that torch allocated since `reset_peak`, and what is taken now beyond the process's start."""
         import torch
 
-        from sdkd.distill.loop import peak_memory
+        from sdkd.distill.training.loop import peak_memory
 
         return {"peak_bytes": peak_memory(torch.device(self.name)), "taken_bytes": max(0, self.taken() - self.before)}
 
@@ -111,7 +111,7 @@ class Device:
     @property
     def dtype(self) -> torch.dtype:
         """Torch's dtype of the settings' precision."""
-        from sdkd.distill.encode import dtype_of
+        from sdkd.distill.data.encode import dtype_of
 
         return dtype_of(self.settings.precision)
 

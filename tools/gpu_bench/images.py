@@ -17,7 +17,7 @@ PARTS = ("text_encoder", "unet", "vae")
 
 def images(settings: Settings, device: Device, record: Record, model: str) -> None:
     """One image of the first size in all steps, with guidance; TensorRT with CUDA graphs and without."""
-    from sdkd.compare.subjects import Subject
+    from sdkd.compare.measure.subjects import Subject
 
     name = settings.models[model]
     with record.part("eager"):
@@ -53,8 +53,8 @@ def draw_rows(
 
 def draw_row(settings: Settings, device: Device, record: Record, model: str, subject: Any, graphs: bool) -> None:
     """One row; the pipeline is gone afterwards."""
-    from sdkd.compare.calls import Request, make_images
-    from sdkd.compare.subjects import close_subject, open_subject
+    from sdkd.compare.measure.calls import Request, make_images
+    from sdkd.compare.measure.subjects import close_subject, open_subject
 
     size, batch = settings.sizes[0], settings.batches[0]
     pipe = open_subject(subject, device.name)

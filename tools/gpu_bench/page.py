@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from gpu_bench.goals import EAGER, goals
-from sdkd.compare.limits import EXPLAINED, Ceilings, Work, fraction
+from sdkd.compare.measure.limits import EXPLAINED, Ceilings, Work, fraction
 
 Json = Mapping[str, Any]
 NONE = "–"

@@ -15,7 +15,7 @@ from gpu_bench.unets import TOKENS, answer, distances, exact_float32
 if TYPE_CHECKING:
     import torch
 
-    from sdkd.bundle import Bundle
+    from sdkd.bundle.manifest import Bundle
 
 PARTS = ("text_encoder", "vae_decoder")
 EAGER = "eager, channels_last"
@@ -47,7 +47,7 @@ def eagerly(
     """PyTorch's own rows; fills in float32's answers, and the work of decoding by size."""
     import torch
 
-    from sdkd.models import load_component
+    from sdkd.models.resolve import load_component
 
     name = settings.models[model]
     with record.part("eager text encoder"):
@@ -75,7 +75,7 @@ def on_engines(
     """The same on a target's engines."""
     import torch
 
-    from engines.pipeline import build_module
+    from engines.pipelines.pipeline import build_module
 
     place = torch.device(device.name)
     device.begin()
@@ -115,7 +115,7 @@ def decoding(decoder: Any, size: int, device: Device, dtype: torch.dtype) -> Cal
 
 def latent_shape(config: Any, size: int) -> tuple[int, int, int, int]:
     """Of one image of that many pixels."""
-    from sdkd.contract import vae_scale
+    from sdkd.core.contract import vae_scale
 
     side = size // vae_scale(config)
     return 1, config["latent_channels"], side, side
@@ -150,7 +150,7 @@ def decoding_work(settings: Settings, decoder: Any, size: int) -> dict[str, int]
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from sdkd.compare.limits import element_bytes
+    from sdkd.compare.measure.limits import element_bytes
 
     with torch.device("meta"):
         twin = type(decoder).from_config(decoder.config)

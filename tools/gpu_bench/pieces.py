@@ -11,7 +11,7 @@ from gpu_bench.settings import TENSORRT, Settings
 
 def doctor(settings: Settings, device: Device, record: Record, model: str) -> None:
     """First of all whether each TensorRT kind builds, opens and runs a small engine here; then all of doctor."""
-    from sdkd.doctor import examine, try_target
+    from sdkd.commands.doctor import examine, try_target
 
     trials = []
     for target in TENSORRT:
@@ -25,7 +25,7 @@ def doctor(settings: Settings, device: Device, record: Record, model: str) -> No
 
 def ceilings(settings: Settings, device: Device, record: Record, model: str) -> None:
     """The largest rate of a matrix product in each precision, and of a copy."""
-    from sdkd.compare.limits import measure_ceilings
+    from sdkd.compare.measure.limits import measure_ceilings
 
     for precision in dict.fromkeys((settings.precision, settings.train_precision)):
         with record.part(precision):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdkd.files import write_json
+from sdkd.core.files import write_json
 
 LAST = 30  # lines of a traceback
 

@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import Any
 
 from gpu_bench.settings import Piece, Settings, cap, cost
+from sdkd.core.files import read_json
 from sdkd.errors import InputError
-from sdkd.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "gpu_report.py"

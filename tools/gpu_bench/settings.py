@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sdkd.errors import InputError
-from sdkd.targets import TARGETS
+from sdkd.targets.registry import TARGETS
 
 FULL_SIZE = {"tiny": "random:sd15-tiny", "teacher": "random:sd15", "small": "random:sd15-small"}
 TENSORRT = ("tensorrt-rtx", "tensorrt")

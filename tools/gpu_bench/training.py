@@ -13,7 +13,7 @@ from gpu_bench.settings import TEACHER, Settings
 
 def train(settings: Settings, device: Device, record: Record, model: str) -> None:
     """A student (`model` is its name) from the report's teacher at every batch; a lack of memory costs one row."""
-    from sdkd.models import load_eager
+    from sdkd.models.resolve import load_eager
 
     pipe = load_eager(settings.models[TEACHER])
     for batch in settings.train_batches:
@@ -46,7 +46,7 @@ def rows(settings: Settings, device: Device, record: Record, model: str, pipe: A
 
 def step_work(settings: Settings, pipe: Any, student: Any, batch: int) -> dict[str, int]:
     """FLOPs and least bytes of a step: the teacher forward, the student forward and twice as much backward."""
-    from sdkd.compare.limits import element_bytes, unet_work
+    from sdkd.compare.measure.limits import element_bytes, unet_work
 
     scale = int(pipe.vae_scale_factor)
     side, width = settings.train_size // scale, element_bytes(settings.train_precision)

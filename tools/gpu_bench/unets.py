@@ -15,12 +15,12 @@ from gpu_bench.device import Device, Work, sampled
 from gpu_bench.record import Record
 from gpu_bench.settings import Settings, cap
 from sdkd.errors import EngineError
-from sdkd.targets import installed_version, require
+from sdkd.targets.registry import installed_version, require
 
 if TYPE_CHECKING:
     import torch
 
-    from engines.session import EngineSession
+    from engines.sessions.base import EngineSession
 
 TOKENS = 77
 TIMESTEP = 500.0
@@ -28,11 +28,11 @@ TIMESTEP = 500.0
 
 def scale_of(model: str) -> int:
     """Pixels per latent of a model's VAE, from its config."""
-    from sdkd.contract import vae_scale
-    from sdkd.families import FAMILIES
-    from sdkd.files import read_json
-    from sdkd.models import resolve
-    from sdkd.random_models import parse
+    from sdkd.core.contract import vae_scale
+    from sdkd.core.files import read_json
+    from sdkd.models.families import FAMILIES
+    from sdkd.models.random_weights import parse
+    from sdkd.models.resolve import resolve
 
     path = resolve(model).path
     return vae_scale(FAMILIES[parse(model).family].vae if path is None else read_json(path / "vae" / "config.json"))
@@ -58,7 +58,7 @@ def step(unet: Any, feeds: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor
 
 def work_of(settings: Settings, config: Any, batch: int, side: int) -> dict[str, int]:
     """FLOPs and least bytes of one call, for the limit."""
-    from sdkd.compare.limits import element_bytes, unet_work
+    from sdkd.compare.measure.limits import element_bytes, unet_work
 
     return dataclasses.asdict(unet_work(dict(config), batch, side, side, TOKENS, element_bytes(settings.precision)))
 
@@ -140,7 +140,7 @@ class Steps:
         file = Path(self.settings.work, f"truth-{self.model}.pt")
         if file.is_file():
             return torch.load(file, weights_only=True)
-        from sdkd.models import load_component
+        from sdkd.models.resolve import load_component
 
         unet = load_component(self.settings.models[self.model], "unet").to(self.device.name)
         return self.make_truth(unet)
@@ -174,8 +174,8 @@ def eager(settings: Settings, device: Device, record: Record, model: str) -> Non
     """PyTorch as it is: SDPA, first in torch's own layout at one shape, then channels-last at all."""
     import torch
 
-    from sdkd.compare.environment import attention_kernel
-    from sdkd.models import load_component
+    from sdkd.compare.measure.environment import attention_kernel
+    from sdkd.models.resolve import load_component
 
     steps = Steps(settings, device, record, model)
     unet = load_component(settings.models[model], "unet").to(device.name)
@@ -202,7 +202,7 @@ def compiled(settings: Settings, device: Device, record: Record, model: str) -> 
     """
     import torch
 
-    from sdkd.models import load_component
+    from sdkd.models.resolve import load_component
 
     steps = Steps(settings, device, record, model)
     unet = load_component(settings.models[model], "unet", device.dtype).to(device.name)
@@ -230,7 +230,7 @@ def compiled(settings: Settings, device: Device, record: Record, model: str) -> 
 
 def engine(settings: Settings, device: Device, record: Record, model: str, target: str) -> None:
     """A target's engine: exported, built, opened, with CUDA graphs and without; the bare library beside the runtime."""
-    from engines.opening import expected_device
+    from engines.sessions.opening import expected_device
 
     steps = Steps(settings, device, record, model)
     with record.part("export"):
@@ -265,8 +265,8 @@ def run_engine(steps: Steps, bundle: Any, target: str, way: str, options: dict[s
     """Rows of one way to run an engine: first call, all shapes, parity, and for TensorRT the library's bare call."""
     import torch
 
-    from engines.opening import open_session
-    from engines.pipeline import build_module
+    from engines.pipelines.pipeline import build_module
+    from engines.sessions.opening import open_session
 
     steps.device.begin()
     opened = partial(open_session, bundle, target, **options)
@@ -296,8 +296,8 @@ def bare_rows(steps: Steps, session: EngineSession, target: str) -> None:
     """
     import torch
 
-    from engines.cuda_graphs import ShapeGraph
-    from engines.tensorrt_context import Call, pick_profile
+    from engines.sessions.trt.context import Call, pick_profile
+    from engines.sessions.trt.cuda_graphs import ShapeGraph
 
     batch, size = steps.settings.shapes[0]
     trt_session: Any = session

@@ -19,7 +19,7 @@ from gpu_bench.unets import Steps, answer, distance, step
 if TYPE_CHECKING:
     import torch
 
-    from sdkd.bundle import Bundle
+    from sdkd.bundle.manifest import Bundle
 
 TOUCHED = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what a LoRA of attention changes
 STRENGTH = 0.05  # of the change, in standard deviations of each weight
@@ -29,8 +29,8 @@ def changed_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     """All attention weights of the UNet, changed a little, as a LoRA would."""
     import torch
 
-    from sdkd.files import read_json
-    from sdkd.onnx_weights import TRANSFORMS_FILE, read_weights
+    from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
+    from sdkd.core.files import read_json
 
     file = bundle.path / bundle.component("unet").files[0].path
     names = [name for name in read_json(file.parent / TRANSFORMS_FILE) if TOUCHED.search(name)]
@@ -64,8 +64,8 @@ def change(steps: Steps, bundle: Bundle, target: str, way: str, weights: Mapping
     """Time an engine's steps, its change of weights, its steps then, and the change back, which must be exact."""
     import torch
 
-    from engines.opening import open_session
-    from engines.pipeline import build_module
+    from engines.pipelines.pipeline import build_module
+    from engines.sessions.opening import open_session
     from sdkd.workflow import rebuild
 
     shapes, name = steps.settings.shapes[:1], f"{target}, {way}"

@@ -1,0 +1,294 @@
+"""`sdkd generate`: images from a prompt and from images, on engines or eagerly."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engines.generate.drawing import Request, draw, draw_all, encode_png, engine_batch, in_batches, metadata
+from engines.generate.image_inputs import (
+    Inputs,
+    as_pipeline,
+    check_control,
+    find_way,
+    known_channels,
+    read_inputs,
+    resized,
+    with_defaults,
+)
+from engines.generate.long_prompts import reading
+from engines.generate.processes import check_gpus, ended_like_ctrl_c, join, main_progress
+from engines.generate.prompts import check_images, image_files, missing, write_metadata
+from sdkd.bundle.manifest import MANIFEST, Bundle
+from sdkd.core.console import show
+from sdkd.core.contract import check_size, size_multiple, vae_scale
+from sdkd.core.numbers import DRAWING, check_number, check_numbers
+from sdkd.core.profiles import ShapeRanges, parse_size
+from sdkd.core.text_files import prompt_lines, typed_text
+from sdkd.errors import InputError
+from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, set_scheduler
+from sdkd.targets.registry import check_target
+
+__all__ = [
+    "SCHEDULERS", "Request", "check_bundle_size", "default_size", "draw", "draw_all", "drawn_size", "encode_png",
+    "generate", "load", "metadata", "output_files", "output_folder", "prompt_texts", "set_scheduler",
+]  # fmt: skip
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A bundle (runs on its engines) or any other model (runs eagerly).")],
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file with one prompt a line; --output is then a folder, which can be gone on with."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A .png file, or with --prompts a folder. [default: in artifacts/]"),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="A target of the bundle, or `eager`; default: the best that runs here.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 or less turns guidance off.")] = 7.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next ones count up.")] = 0,
+    size: Annotated[
+        str | None, typer.Option(help="Pixels: 512, or height x width as 512x768; default: the model's own.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep out of the image.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(SCHEDULERS)}, or a diffusers class; default: the model's.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images per call; default: with --prompts what the engine was built for, else 1."),
+    ] = None,
+    num_processes: Annotated[int, typer.Option(min=1, help="With --prompts: processes, one per GPU.")] = 1,
+    image: Annotated[Path | None, typer.Option(help="An image to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="What to draw anew of --image: white.")] = None,
+    control: Annotated[Path | None, typer.Option(help="The image that the bundle's ControlNet reads.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image to change, 0 to 1; default: 0.8, with --mask 1.")
+    ] = None,
+    control_scale: Annotated[float | None, typer.Option(help="Weight of the ControlNet; default: 1.")] = None,
+    image_guidance_scale: Annotated[
+        float | None, typer.Option(help="Instruct-pix2pix: how much to keep of --image; default: 1.5.")
+    ] = None,
+    low_memory: Annotated[bool, typer.Option("--low-memory", help="Open the engines in turn.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
+) -> None:
+    """Make images from a prompt, and from an image: a bundle runs on its engines, any other model eagerly.
+
+    With --prompts the folder of images fills; the same command goes on where it was interrupted.
+    """
+    given = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "count": count, "batch": batch}
+    scales = {"strength": strength, "control_scale": control_scale, "image_guidance_scale": image_guidance_scale}
+    check_numbers({**given, **scales, "num_processes": num_processes}, DRAWING)
+    texts = prompt_texts(prompt, prompts)
+    check_number("number of images", len(texts) * count, high=DRAWING["count"].high)
+    files = (
+        output_files(output, prompt, count)
+        if prompt is not None
+        else image_files(output_folder(output, prompts), len(texts) * count)
+    )
+    check_images(files, overwrite, [model, image, mask, control, prompts], folder=prompts is not None)
+    wanted = None if size is None else drawn_size(size)
+    inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
+    if scheduler is not None:
+        scheduler_class(scheduler)
+    check_bundle_size(model, wanted)
+    check_inputs(model, target, inputs, steps)
+    slot = choose_target(model, target, control=control is not None)
+    if num_processes > 1:
+        start_processes(num_processes, slot, files, prompts, texts)
+        return
+    state = join(slot)
+    with main_progress("load", state) as report:
+        report(model, None)
+        pipe, used = load(model, slot, control=control is not None, low_memory=low_memory)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    check_steps(pipe.scheduler, steps)
+    height, width = wanted or default_size(pipe)
+    check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
+    way = find_way(model, int(pipe.unet.config.in_channels), inputs)
+    inputs, lines = resized(with_defaults(inputs, way, steps), height, width)
+    unwanted = negative_prompt and typed_text(negative_prompt)
+    read = reading(pipe, [*texts, unwanted or ""], height, width)
+    request = Request(texts, unwanted, height, width, steps, guidance_scale, seed, len(files), way, inputs, read.parts)
+    for line in (*lines, *read.lines) if state.is_main_process else ():
+        show(line)
+    start = time.perf_counter()
+    size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
+    drawn = carry_out(
+        as_pipeline(pipe, way.pipeline), request, files, (model, used), state, size_of_batch,
+        overwrite=overwrite or prompt is not None, folder=prompts is not None,
+    )  # fmt: skip
+    if state.is_main_process:
+        tell(request, files if prompt is not None else [files[0].parent], used, drawn, time.perf_counter() - start)
+    if state.num_processes > 1:
+        state.destroy_process_group()  # or NCCL complains when the process ends
+
+
+def tell(request: Request, places: Sequence[Path], target: str, drawn: int, seconds: float) -> None:
+    """Say where the images are and how long they took."""
+    for place in places:
+        show(str(place))
+    kept = f", {request.count - drawn} were there" if drawn < request.count else ""
+    plural = "" if drawn == 1 else "s"
+    show(
+        f"{request.width}x{request.height} px (width x height), {request.steps} steps, target {target}: "
+        f"{seconds:.2f} s for {drawn} image{plural}{kept}"
+    )
+
+
+def carry_out(
+    pipe: Any,
+    request: Request,
+    files: Sequence[Path],
+    made_by: tuple[str, str],
+    state: Any,
+    batch: int,
+    *,
+    overwrite: bool,
+    folder: bool,
+) -> int:
+    """Draw and write every image that is not there yet, this process's share; returns how many all of them drew.
+
+    `made_by`: model and target. A `folder` gets its metadata.jsonl from the main process, also when it is interrupted.
+    """
+    settings = [metadata(request, index, *made_by, pipe) for index in range(len(files))]
+    indices = list(range(len(files))) if overwrite else missing(files, settings)
+    state.wait_for_everyone()  # all have looked before the first one writes: they must agree on what is missing
+    batches = in_batches(indices, batch)[state.process_index :: state.num_processes]
+    at_least = min(batch, engine_batch(pipe, request).min)
+    try:
+        with ended_like_ctrl_c(state), main_progress("generate", state) as report:
+            draw_all(pipe, request, files, settings, batches, report, at_least=at_least)
+        state.wait_for_everyone()
+    finally:
+        if folder and state.is_main_process:
+            write_metadata(files, [request.prompt(index) for index in range(len(files))])
+    return len(indices)
+
+
+def start_processes(
+    processes: int, target: str, files: Sequence[Path], prompts: Path | None, texts: Sequence[str]
+) -> None:
+    """Run this command in several processes; InputError without a file of prompts, TrainingError when one fails."""
+    from sdkd.core.torchrun import relaunch
+
+    if prompts is None or prompts.is_fifo():  # a pipe is read once
+        raise InputError(f"{processes} processes share a file of prompts: give --prompts FILE, or leave out the number")
+    check_gpus(target, processes)
+    try:
+        relaunch(processes)
+    finally:  # processes that were ended could not do this
+        write_metadata(files, [texts[index % len(texts)] for index in range(len(files))])
+
+
+def check_inputs(model: str, target: str | None, inputs: Inputs, steps: int) -> None:
+    """InputError, before anything is loaded, when a model cannot draw from the images that are given."""
+    check_control(model, target, inputs)
+    channels = known_channels(model)
+    if channels is not None:
+        with_defaults(inputs, find_way(model, channels, inputs), steps)
+
+
+def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:
+    """What is asked for by one of both; InputError when it is both or none."""
+    if (prompt is None) == (prompts is None):
+        raise InputError("give a prompt, or --prompts with a file of prompts, one of the two")
+    return (typed_text(prompt),) if prompt is not None else prompt_lines(prompts or Path())
+
+
+def output_folder(output: Path | None, prompts: Path | None) -> Path:
+    """Where the images of a file of prompts go."""
+    return output or Path("artifacts") / (prompts or Path("images")).stem
+
+
+def output_files(output: Path | None, prompt: str, count: int) -> list[Path]:
+    """Where the images go: one file, or the name numbered from 1; InputError unless it is a .png."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "image"
+    first = output or Path("artifacts") / f"{slug}.png"
+    if first.suffix.lower() != ".png":
+        raise InputError(f"output {str(first)!r} is not a .png file: name one, images carry their settings as PNG text")
+    return [first] if count == 1 else [first.with_stem(f"{first.stem}-{index + 1}") for index in range(count)]
+
+
+def drawn_size(text: str) -> tuple[int, int]:
+    """Read `512` or `512x768` as (height, width) in pixels of an image; InputError, also for too large ones."""
+    height, width = parse_size(text)
+    check_numbers({"height": height, "width": width}, DRAWING)
+    return height, width
+
+
+def check_bundle_size(model: str, size: tuple[int, int] | None) -> None:
+    """InputError, before anything is loaded, when a bundle's UNet cannot have that size."""
+    if size is not None and (Path(model).expanduser() / MANIFEST).is_file():
+        bundle = Bundle.open(Path(model).expanduser())
+        check_size(*size, size_multiple(bundle.config("unet"), bundle.config("vae_decoder")))
+
+
+def choose_target(model: str, target: str | None, *, control: bool = False) -> str:
+    """The target to draw on, `eager` without a bundle; InputError when a target is asked for without a bundle."""
+    path = Path(model).expanduser()
+    if target not in (None, "eager"):
+        check_target(target)
+    if target == "eager" or not (path / MANIFEST).is_file():
+        from sdkd.models.resolve import resolve
+
+        resolve(model)
+        if target not in (None, "eager"):
+            raise InputError(
+                f"model {model!r} is not a bundle, so it has no {target} engine: build one with: "
+                f"sdkd build-engine {shlex.quote(model)} --target {target} --output artifacts/bundle"
+            )
+        return "eager"
+    if target is not None:
+        return target
+    from engines.pipelines.parts import BASE_PARTS
+    from engines.pipelines.slots import best_slot
+
+    return best_slot(Bundle.open(path), (*BASE_PARTS, "controlnet") if control else BASE_PARTS)
+
+
+def load(model: str, target: str | None, *, control: bool = False, low_memory: bool = False) -> tuple[Any, str]:
+    """The pipeline and the target that it runs on, with the bundle's ControlNet for `control`.
+
+    `low_memory`: a bundle's engines take turns.
+
+    Raises InputError when a target is asked for without a bundle, BundleError when the ControlNet has no engine.
+    """
+    slot = choose_target(model, target, control=control)
+    if slot == "eager":
+        from sdkd.models.resolve import load_eager
+
+        return load_eager(model), slot
+    from engines.pipelines.pipeline import load_pipeline
+
+    bundle = Bundle.open(Path(model).expanduser())
+    if control:
+        bundle.engine(slot, "controlnet")
+    return load_pipeline(bundle, slot, controlnet=control, low_memory=low_memory), slot
+
+
+def default_size(pipe: Any) -> tuple[int, int]:
+    """The model's native height and width, or the engine's best where it was not built for those; pixels."""
+    native = pipe.unet.config.sample_size
+    scale = vae_scale(pipe.vae.config)
+    height, width = (native * scale,) * 2 if isinstance(native, int) else (native[0] * scale, native[1] * scale)
+    session = getattr(pipe.unet, "session", None)
+    if session is None:
+        return height, width
+    ranges: ShapeRanges = session.ranges
+    return (
+        (height, width) if height in ranges.height and width in ranges.width else (ranges.height.opt, ranges.width.opt)
+    )

@@ -1,0 +1,212 @@
+"""Images that `sdkd generate` starts from: which of diffusers' pipelines they ask for, and what they must be like."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.bundle.manifest import MANIFEST, Bundle
+from sdkd.core.images import read_mask, read_rgb
+from sdkd.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+READERS = {"image": read_rgb, "mask": read_mask, "control": read_rgb}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of diffusers' pipelines: its image arguments by input, its scales with defaults.
+
+    `sized`: whether the call takes height and width; if not, they are the image's.
+    """
+
+    pipeline: str
+    images: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    sized: bool = True
+
+    @property
+    def changes_image(self) -> bool:
+        """Whether noise is added to an image, and only the steps from there on are done."""
+        return "strength" in self.scales
+
+
+TEXT = Way("StableDiffusionPipeline")
+WAYS: dict[frozenset[str], Way] = {
+    frozenset(): TEXT,
+    frozenset({"image"}): Way("StableDiffusionImg2ImgPipeline", {"image": "image"}, {"strength": 0.8}, sized=False),
+    frozenset({"image", "mask"}): Way(
+        "StableDiffusionInpaintPipeline", {"image": "image", "mask_image": "mask"}, {"strength": 1.0}
+    ),
+    frozenset({"control"}): Way("StableDiffusionControlNetPipeline", {"image": "control"}, {"control_scale": 1.0}),
+    frozenset({"image", "control"}): Way(
+        "StableDiffusionControlNetImg2ImgPipeline",
+        {"image": "image", "control_image": "control"},
+        {"strength": 0.8, "control_scale": 1.0},
+    ),
+    frozenset({"image", "mask", "control"}): Way(
+        "StableDiffusionControlNetInpaintPipeline",
+        {"image": "image", "mask_image": "mask", "control_image": "control"},
+        {"strength": 1.0, "control_scale": 1.0},
+    ),
+}
+EDIT = Way("StableDiffusionInstructPix2PixPipeline", {"image": "image"}, {"image_guidance_scale": 1.5}, sized=False)
+# UNets that look at images beside the latents, by input channels: what they are, and the inputs that they can have.
+SEEING: dict[int, tuple[str, tuple[frozenset[str], ...], str]] = {
+    8: ("an instruct-pix2pix model", (frozenset({"image"}),), "give --image FILE alone"),
+    9: (
+        "an inpainting model",
+        (frozenset({"image", "mask"}), frozenset({"image", "mask", "control"})),
+        "give --image FILE and --mask FILE",
+    ),
+}
+CALLED = {"control_scale": "controlnet_conditioning_scale"}  # scales that diffusers calls otherwise
+ACTS_ON = {
+    "strength": "the image of image-to-image and inpainting: give --image FILE",
+    "control_scale": "the ControlNet: give --control FILE",
+    "image_guidance_scale": "the image of an instruct-pix2pix model (a UNet of 8 input channels)",
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Image files as given, by input (`image`, `mask`, `control`), the images in them, and the scales that are set."""
+
+    files: Mapping[str, Path] = field(default_factory=dict)
+    images: Mapping[str, Image] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, object]:
+        """What a PNG says about them."""
+        return {**self.files, **self.scales}
+
+    def arguments(self, way: Way, count: int) -> dict[str, Any]:
+        """What a call for `count` images gets: every picture its own copy, since each is encoded with its own seed."""
+        images = {argument: [self.images[name]] * count for argument, name in way.images.items()}
+        return images | {CALLED.get(name, name): self.scales[name] for name in way.scales}
+
+
+def read_inputs(files: Mapping[str, Path | None], scales: Mapping[str, float | None]) -> Inputs:
+    """Read the images that are given; InputError for a file that cannot be, a mask alone, a strength outside 0..1."""
+    given = {name: path for name, path in files.items() if path is not None}
+    if "mask" in given and "image" not in given:
+        raise InputError(f"mask {str(given['mask'])!r} has no image to act on: give --image FILE, too")
+    strength = scales.get("strength")
+    if strength is not None and not 0 <= strength <= 1:
+        raise InputError(f"strength {strength:g} is not in 0..1: give 0 to keep the image, up to 1 to draw it anew")
+    images = {name: read_image(name, path) for name, path in given.items()}
+    return Inputs(given, images, {name: value for name, value in scales.items() if value is not None})
+
+
+def read_image(name: str, path: Path) -> Image:
+    """One image as sdkd.core.images reads it, a mask in grey; InputError when it is missing or unreadable."""
+    if not path.is_file():
+        raise InputError(f"{name} {str(path)!r} is no file: give a PNG, JPEG or other image file")
+    return READERS[name](path, f"{name} {str(path)!r}", "save it again as PNG or JPEG")
+
+
+def resized(inputs: Inputs, height: int, width: int) -> tuple[Inputs, list[str]]:
+    """The images in the size to draw (pixels, Lanczos), and a line about each that had another."""
+    from PIL.Image import Resampling
+
+    other = {name: image for name, image in inputs.images.items() if image.size != (width, height)}
+    lines = [
+        f"{name} {inputs.files[name]}: {image.width}x{image.height} px resized to {width}x{height} px (width x height)"
+        for name, image in other.items()
+    ]
+    made = {name: image.resize((width, height), Resampling.LANCZOS) for name, image in other.items()}
+    return replace(inputs, images={**inputs.images, **made}), lines
+
+
+def way_for(channels: int, names: frozenset[str]) -> Way:
+    """The pipeline for a UNet of so many input channels and these inputs, which go together."""
+    return EDIT if channels == 8 else WAYS[names]
+
+
+def find_way(model: str, channels: int, inputs: Inputs) -> Way:
+    """The pipeline for a model and the images that are given; InputError when they do not go together.
+
+    `channels`: what the UNet takes; 4 are latents alone.
+    """
+    names = frozenset(inputs.files)
+    kind, possible, advice = SEEING.get(channels, ("", tuple(WAYS), ""))
+    if names not in possible:
+        found = " and ".join(f"--{name}" for name in inputs.files) or "no image"
+        raise InputError(
+            f"model {model!r} is {kind} (its UNet takes {channels} channels), and was given {found}: {advice}"
+        )
+    way = way_for(channels, names)
+    for name in inputs.scales:
+        if name not in way.scales:
+            raise InputError(
+                f"--{name.replace('_', '-')} {inputs.scales[name]:g} has nothing to act on here: it is for "
+                f"{ACTS_ON[name]}, or leave it out"
+            )
+    return way
+
+
+def with_defaults(inputs: Inputs, way: Way, steps: int) -> Inputs:
+    """All scales of a pipeline; InputError when its strength leaves none of the steps."""
+    scales = {name: inputs.scales.get(name, default) for name, default in way.scales.items()}
+    if way.changes_image and done_steps(scales, steps) < 1:
+        raise InputError(
+            f"strength {scales['strength']:g} leaves none of {steps} steps: give --strength "
+            f"{math.ceil(100 / steps) / 100:g} or more, or more --steps"
+        )
+    return replace(inputs, scales=scales)
+
+
+def done_steps(scales: Mapping[str, float], steps: int) -> int:
+    """How many of the steps diffusers does: a strength leaves the first ones out."""
+    return min(int(steps * scales.get("strength", 1.0)), steps)
+
+
+def check_control(model: str, target: str | None, inputs: Inputs) -> None:
+    """InputError, before anything is loaded, when a control image is given and there is no ControlNet to read it."""
+    if "control" not in inputs.files:
+        return
+    path = Path(model).expanduser()
+    has = (path / MANIFEST).is_file() and "controlnet" in Bundle.open(path).manifest.components
+    if not has or target == "eager":
+        why = "runs eagerly without its ControlNet" if has else "has no ControlNet"
+        advice = (
+            "leave out --target eager"
+            if has
+            else f"make a bundle with one: sdkd export {shlex.quote(model)} artifacts/bundle --controlnet FOLDER"
+        )
+        raise InputError(f"control {str(inputs.files['control'])!r} was given, and model {model!r} {why}: {advice}")
+
+
+def known_channels(model: str) -> int | None:
+    """Channels that a model's UNet takes, read without its weights; None where that would need a download."""
+    path = Path(model).expanduser()
+    if (path / MANIFEST).is_file():
+        return int(Bundle.open(path).config("unet").get("in_channels", 4))
+    from sdkd.models.resolve import resolve, unet_config
+
+    if resolve(model).kind == "hub":
+        return None
+    return int(unet_config(model).get("in_channels", 4))
+
+
+def as_pipeline(pipe: Any, name: str, more: Mapping[str, Any] | None = None) -> Any:
+    """The pipeline as another class of diffusers, of the same components and `more`; itself where it is of it."""
+    import diffusers
+
+    if type(pipe).__name__ == name:
+        return pipe
+    kind = getattr(diffusers, name)
+    taken = inspect.signature(kind.__init__).parameters
+    parts = (
+        pipe.components
+        | dict(more or {})
+        | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
+    return kind(**{part: value for part, value in parts.items() if part in taken})

@@ -1,0 +1,110 @@
+"""Prompts of more tokens than the text encoder reads at once: in parts, or cut and said.
+
+A part is a start token, as much of the prompt as fits, and an end token; parts are encoded alone and joined along the
+tokens, as compel and other front ends do. All prompts of a request get as many parts as the longest one needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdkd.models.clip_tokenizer import token_limit
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_PARTS = 8  # in PyTorch, where nothing else limits them
+CLIP_TOKENS = 77
+_SHOWN = 40  # characters of a prompt in a message
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a request's prompts are read: in how many parts of `limit` tokens, and a line about each long one."""
+
+    parts: int
+    limit: int
+    lines: tuple[str, ...] = ()
+
+
+def limit_of(pipe: Any) -> int:
+    """Tokens that the text encoder takes at once, start and end included."""
+    positions = getattr(pipe.text_encoder.config, "max_position_embeddings", None) or CLIP_TOKENS  # Optimum has none
+    return token_limit(pipe.tokenizer, positions)
+
+
+def reading(pipe: Any, texts: Sequence[str], height: int, width: int) -> Reading:
+    """How the prompts are read for images of this size (pixels)."""
+    limit = limit_of(pipe)
+    kept = list(dict.fromkeys(texts))
+    long = {text: ids for text, ids in zip(kept, token_ids(pipe, kept), strict=True) if len(ids) > limit - 2}
+    needed = max((-(-len(ids) // (limit - 2)) for ids in long.values()), default=1)
+    parts = max((count for count in range(1, needed + 1) if count in _takes(pipe, limit, height, width)), default=1)
+    lines = tuple(_said(pipe, text, ids, parts, limit) for text, ids in long.items())
+    return Reading(parts, limit, lines)
+
+
+def cut_lines(pipe: Any, texts: Sequence[str]) -> list[str]:
+    """What diffusers' own calls leave out of prompts, a line for each that is too long."""
+    limit, kept = limit_of(pipe), list(dict.fromkeys(texts))
+    found = zip(kept, token_ids(pipe, kept), strict=True)
+    return [_said(pipe, text, ids, 1, limit) for text, ids in found if len(ids) > limit - 2]
+
+
+def _takes(pipe: Any, limit: int, height: int, width: int) -> Iterator[int]:
+    """Numbers of parts that the UNet takes at this size."""
+    session = getattr(pipe.unet, "session", None)
+    if session is None:
+        yield from range(1, MOST_PARTS + 1)
+        return
+    for profile in session.checked.record.profiles:
+        if height in profile.height and width in profile.width:
+            counts = range(1, profile.sequence.max // limit + 1)
+            yield from (count for count in counts if count * limit in profile.sequence)
+
+
+def token_ids(pipe: Any, texts: Sequence[str]) -> list[list[int]]:
+    """All tokens of each text, without start and end."""
+    if not texts:
+        return []
+    words = [pipe.maybe_convert_prompt(text, pipe.tokenizer) for text in texts]  # of textual inversion
+    found: list[list[int]] = pipe.tokenizer(words, truncation=False, add_special_tokens=False, verbose=False).input_ids
+    return found
+
+
+def _said(pipe: Any, text: str, ids: Sequence[int], parts: int, limit: int) -> str:
+    name = f"prompt {text[:_SHOWN] + '...'!r} has {len(ids)} tokens"
+    if len(ids) <= parts * (limit - 2):
+        return f"{name}: read in {parts} parts of {limit}"
+    lost = pipe.tokenizer.decode(list(ids[parts * (limit - 2) :])).strip()
+    wider = f"; engines built with a wider --tokens, such as {limit}..{2 * limit}, take more"
+    advice = wider if hasattr(pipe.unet, "session") else ""
+    return f"{name}, {parts * (limit - 2)} can be read{advice}. Cut off: {lost!r}"
+
+
+def encode(pipe: Any, texts: Sequence[str], parts: int) -> torch.Tensor:
+    """Embeddings `[texts, parts * limit, width]` of texts read in parts, in the text encoder's dtype and place."""
+    import torch
+
+    limit, tokenizer = limit_of(pipe), pipe.tokenizer
+    rows = []
+    for ids in token_ids(pipe, texts):
+        pieces = [ids[start * (limit - 2) : (start + 1) * (limit - 2)] for start in range(parts)]
+        full = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
+        rows += [[*row, *[tokenizer.pad_token_id] * (limit - len(row))] for row in full]
+    with torch.no_grad():
+        found = pipe.text_encoder(torch.tensor(rows, device=pipe.text_encoder.device))[0]  # [texts * parts, limit, w]
+    joined: torch.Tensor = found.reshape(len(texts), parts * limit, found.shape[-1])
+    return joined
+
+
+def arguments(pipe: Any, prompts: list[str], negative: str | None, parts: int, guided: bool) -> dict[str, Any]:
+    """What a pipeline call gets for its prompts: the texts, or their embeddings where they are read in parts."""
+    if parts == 1:
+        return {"prompt": prompts, "negative_prompt": None if negative is None else [negative] * len(prompts)}
+    found = {"prompt_embeds": encode(pipe, prompts, parts)}
+    if guided:
+        found["negative_prompt_embeds"] = encode(pipe, [negative or ""] * len(prompts), parts)
+    return found

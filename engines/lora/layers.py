@@ -1,0 +1,147 @@
+"""The adapters of an engine module: held on a copy of the eager module that has layers and no weights.
+
+PEFT does there what it always does; what the active adapters add up to goes into the engine, on top of its own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers.utils import recurse_remove_peft_layers
+from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import CLIPTextModel
+
+from engines.modules.base import EngineModule
+from engines.sessions.weights import Delta, EngineWeights
+from sdkd.students.blocks import meta_unet
+
+
+def fill_adapter(module: Any, name: str, state: Mapping[str, torch.Tensor], config: Any) -> None:
+    """Put one adapter into a module."""
+    values = dict(state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
+        inject_adapter_in_model(config, module, name, low_cpu_mem_usage=True, state_dict=values)
+    set_peft_model_state_dict(module, values, name, low_cpu_mem_usage=True)
+    module._hf_peft_config_loaded = True
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """Give every parameter on the meta device a value that takes no memory: one zero, seen many times over.
+
+    PEFT would move adapters to the meta device, to where their layers are.
+    """
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            zeros = torch.zeros(()).expand(parameter.shape)
+            part.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+    return module.eval()
+
+
+def copy_without_weights(part: str, config: Any) -> nn.Module:
+    """The eager module that an engine module of this config stands for, without weights."""
+    if part == "unet":
+        return without_weights(meta_unet(dict(config)))
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        empty = CLIPTextModel(config)
+    return without_weights(empty)
+
+
+class LoraScale(nn.Module, BaseTunerLayer):
+    """Takes the factor of `encode_prompt(lora_scale=...)`: diffusers scales the adapter layers that a module has."""
+
+    def __init__(self, weights: EngineWeights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply what the active adapters add, until it is unscaled."""
+        self.weights.scale(scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Back to the scales that `set_adapters` gave."""
+        self.weights.scale(1.0)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """What diffusers calls to undo a factor of 0."""
+        self.weights.scale(1.0)
+
+
+def adapters_of(part: str, module: EngineModule) -> Any:
+    """The copy without weights on which an engine module's adapters are kept: made once."""
+    if module.adapters is None:
+        held = copy_without_weights(part, module.config)
+        object.__setattr__(module, "adapters", held)  # no submodule: it has parameters
+        object.__setattr__(module, "bring_back", functools.partial(bring_back, held))
+        module.add_module("lora_scale", LoraScale(module.weights))
+    return module.adapters
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of a module that have adapters, by path."""
+    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, LoraLayer))
+
+
+def announce(module: EngineModule) -> None:
+    """Tell an engine what its active adapters add; it takes it at its next run."""
+    if module.adapters is not None:
+        module.weights.add(active_deltas(module.adapters))
+
+
+def active_deltas(module: nn.Module) -> dict[str, Delta]:
+    """What the active adapters of a module add, by name of the weight."""
+    found: dict[str, Delta] = {}
+    for path, layer in lora_layers(module):
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if names and not layer.disable_adapters:
+            found[f"{path}.weight"] = functools.partial(_total, layer, names)
+    return found
+
+
+def _total(layer: Any, names: list[str]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([layer.get_delta_weight(name).float() for name in names]).sum(0)
+
+
+def has_adapters(module: Any) -> bool:
+    """Whether a module carries adapters of PEFT, active or not."""
+    return bool(getattr(module, "peft_config", None))
+
+
+def bring_back(held: nn.Module, eager: nn.Module) -> None:
+    """Give an eager module the adapters that are held now, in place of its own."""
+    recurse_remove_peft_layers(eager)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        eager.__dict__.pop(name, None)
+    copy_adapters(held, eager)
+
+
+def copy_adapters(source: Any, target: Any) -> None:
+    """Names, matrices, scales, and which are active or disabled: layer by layer, as they are."""
+    layers = dict(lora_layers(source))
+    for name, config in getattr(source, "peft_config", {}).items():
+        config = copy.deepcopy(config)
+        config.init_lora_weights = True  # others look at the weights of the layer, and change them
+        state = {
+            f"{path}.{half}.weight": getattr(layer, half)[name].weight.detach().clone()
+            for path, layer in layers.items()
+            for half in ("lora_A", "lora_B")
+            if name in layer.lora_A
+        }
+        fill_adapter(target, name, state, config)
+    placed = dict(lora_layers(target))
+    for path, layer in layers.items():
+        for name in ("scaling", "r", "lora_alpha", "use_rslora"):
+            getattr(placed[path], name).update(getattr(layer, name))
+        placed[path]._active_adapter = copy.copy(layer._active_adapter)
+        placed[path]._disable_adapters = layer._disable_adapters

@@ -1,0 +1,340 @@
+"""What all engine modules share: a parameterless `nn.Module` with a config, a device and a dtype, as pipelines expect.
+
+They are plain modules, not `ModelMixin`s: `DiffusionPipeline.from_pipe` hands a ModelMixin over only when its class is
+exactly the one in the signature. Dtypes are cast once, at the edge: engines run in the bundle's precision, the pipeline
+keeps its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch.func import functional_call
+
+from engines.modules.carried import eager_tensors
+from engines.sessions.base import Rebuild, Session
+from engines.sessions.checks import torch_dtype
+from engines.sessions.refusals import COPIES, EAGERLY, LAYERS, UNREACHABLE, UNSETTABLE, UnreachableError
+from engines.sessions.weights import EngineWeights, check_state
+from sdkd.core.numbers import check_number
+from sdkd.errors import EngineError
+
+LORA_PARTS = ("unet", "text_encoder")  # parts whose weights adapters change, and other checkpoints
+FIXED = "the engine's graph has no such input"
+log = logging.getLogger(__name__)
+
+
+def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """EngineError naming the first argument that is neither None nor empty, with the reason and the way out."""
+    for name, value in arguments.items():
+        empty = value is None or value is False or (isinstance(value, Mapping | tuple | list) and not value)
+        if not empty:
+            raise EngineError(
+                f"{type(module).__name__} cannot take {name}: {reasons.get(name, FIXED)}. Leave it out, or {EAGERLY}"
+            )
+
+
+def harmless(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without masks of ones, as compel gives them: they change nothing."""
+    masks = {name: value for name, value in arguments.items() if name.endswith("attention_mask")}
+    ones = [name for name, mask in masks.items() if isinstance(mask, torch.Tensor) and bool((mask == 1).all())]
+    return {**arguments, **dict.fromkeys(ones)}
+
+
+def adapter_scale(module: object, options: Mapping[str, Any] | None) -> float:
+    """The factor of adapters in `cross_attention_kwargs`; EngineError for anything else there, by name."""
+    for name, value in (options or {}).items():
+        if name != "scale":
+            refuse(module, {f"cross_attention_kwargs[{name!r}]": value}, {})
+    factor = (options or {}).get("scale", 1.0)
+    check_number("cross_attention_kwargs['scale']", factor)
+    return float(factor)
+
+
+def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | None = None) -> dict[str, torch.Tensor]:
+    """Run a session, a batch larger than it was built for (or `limit`) in near-equal parts along the batch axis.
+
+    Raises RangeError, from the session, for every other axis and for a part below the smallest built batch.
+    """
+    batched = [spec.name for spec in session.contract.inputs if spec.axes[:1] == ("batch",)]
+    if not batched:
+        return _run_fixed(session, feeds)
+    built = largest_batch(session, feeds)
+    parts = -(-feeds[batched[0]].shape[0] // min(built, limit or built))
+    if parts <= 1:
+        return session.run(feeds)
+    pieces = zip(*(feeds[name].tensor_split(parts) for name in batched), strict=True)
+    results = [session.run({**feeds, **dict(zip(batched, piece, strict=True))}) for piece in pieces]
+    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+
+
+def _run_fixed(session: Session, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a session of fixed shapes on any batch: in parts, the last row repeated where one is not full."""
+    size = session.contract.inputs[0].axes[0]
+    count = feeds[session.contract.inputs[0].name].shape[0]
+    if not isinstance(size, int) or count in (0, size):
+        return session.run(feeds)
+
+    def part(tensor: torch.Tensor, start: int) -> torch.Tensor:
+        rows = tensor[start : start + size]
+        return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])]) if len(rows) < size else rows
+
+    results = [
+        session.run({name: part(tensor, start) if tensor.dim() else tensor for name, tensor in feeds.items()})
+        for start in range(0, count, size)
+    ]
+    return {name: torch.cat([result[name] for result in results])[:count] for name in results[0]}
+
+
+def largest_batch(session: Session, feeds: Mapping[str, torch.Tensor]) -> int:
+    """The largest batch among the profiles that hold the other sizes of `feeds`; of all profiles when none does."""
+    sizes = {
+        axis: feeds[spec.name].shape[position]
+        for spec in session.contract.inputs
+        for position, axis in spec.dynamic_axes.items()
+        if axis != "batch"
+    }
+    fitting = [profile["batch"].max for profile in session.profiles if all(sizes[a] in profile[a] for a in sizes)]
+    return max(fitting, default=session.limits["batch"].max)
+
+
+def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in the dtypes of the session's contract."""
+    return {spec.name: tensors[spec.name].to(torch_dtype(spec.dtype)) for spec in session.contract.inputs}
+
+
+class EngineModule(torch.nn.Module):
+    """A parameterless module with a device and a dtype that follow `.to()`, as pipelines expect.
+
+    `original` is the eager module that it stands for, kept for `unplug`, or None. With `falls_back` that module answers
+    where the engine cannot.
+    """
+
+    place: torch.Tensor
+    falls_back = False
+    # Set where there are adapters: a copy of the eager module, without weights, that holds them, and what gives a
+    # module those that it holds. See engines.lora.adapters.
+    adapters: Any = None
+    bring_back: Callable[[torch.nn.Module], None] | None = None
+
+    def __init__(
+        self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
+    ) -> None:
+        torch.nn.Module.__init__(self)  # not the next class's: ControlNetModel would draw a whole network at random
+        self.register_buffer("place", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self._internal_dict = config  # diffusers repairs old configs by replacing this attribute
+        object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
+        object.__setattr__(self, "_weights", None)
+        self._announced: set[str] = set()
+        object.__setattr__(self, "_state", (None, {}))  # of the eager module: see _eager_state
+
+    @property
+    def config(self) -> Any:
+        """The component's configuration, as the eager module has it."""
+        return self._internal_dict
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The pipeline's dtype; the engine's own precision is in its contract."""
+        return self.place.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline keeps its tensors."""
+        return self.place.device
+
+    def sessions(self) -> Iterable[Session]:
+        """The opened engines of this module."""
+        raise NotImplementedError
+
+    def follow(self, before: Any, rebuild: Rebuild | None, falls_back: bool = False) -> None:
+        """Go on as the module that was in this place: weights that were swapped in, fallback, how engines are rebuilt.
+
+        ModelError when such weights do not fit this engine.
+        """
+        engine = before if isinstance(before, EngineModule) else None
+        self.falls_back = falls_back or (engine is not None and engine.falls_back)
+        earlier = next(iter(engine.sessions())).rebuild if engine is not None else None
+        for session in self.sessions():
+            session.rebuild = rebuild or earlier
+        if engine is not None and engine._weights is not None and engine._weights.checkpoint:
+            check_state(self.weights.session, engine._weights.checkpoint)
+            self.weights.use(engine._weights.checkpoint)
+
+    @property
+    def weights(self) -> EngineWeights:
+        """The weights of this module's first engine, which can be changed; a forward pass begins with `settle()`."""
+        if self._weights is None:
+            object.__setattr__(self, "_weights", EngineWeights(next(iter(self.sessions()))))
+        found: EngineWeights = self._weights
+        return found
+
+    def scale_adapters(self, options: Mapping[str, Any] | None) -> None:
+        """Take the factor of adapters from `cross_attention_kwargs`, for this call."""
+        factor = adapter_scale(self, options)
+        if self._weights is not None:
+            self._weights.scale(factor)
+
+    def settle(self) -> None:
+        """Take over weights that were asked for since the last run."""
+        if self._weights is not None:
+            self._weights.settle()
+
+    def fall_back(self, error: EngineError, arguments: Mapping[str, Any], method: str = "forward") -> Any:
+        """The eager module's answer to what the engine cannot do, announced once; `error` itself where not asked for.
+
+        The engine's other weights and adapters count for it, too. Its dtype and device follow the pipeline's.
+        """
+        eager: Any = self.__dict__["original"]
+        if not self.falls_back or eager is None:
+            raise error
+        if str(error) not in self._announced:
+            self._announced.add(str(error))
+            log.warning("%s: runs eagerly, as eager_fallback asks, since %s", type(self).__name__, error)
+        if (eager.device, eager.dtype) != (self.device, self.dtype):
+            eager.to(self.device, self.dtype)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if method != "forward":
+            return getattr(eager, method)(**given)
+        with own_adapters_off(eager):  # the engine's are in its weights, those that it took over as well
+            return functional_call(eager, eager_names(eager, self._eager_state()), kwargs=given)
+
+    def _eager_state(self) -> dict[str, torch.Tensor]:
+        """The engine's other weights for the eager module, made once for each change of them, device and dtype."""
+        if self._weights is None:
+            return {}
+        key = (self._weights.version, self.device, self.dtype)
+        if key != self._state[0]:
+            made = {name: tensor.to(self.device, self.dtype) for name, tensor in self._weights.changed().items()}
+            object.__setattr__(self, "_state", (key, made))
+        state: dict[str, torch.Tensor] = self._state[1]
+        return state
+
+    def close(self) -> None:
+        """Release the engines; calling the module afterwards is an EngineError."""
+        for session in self.sessions():
+            session.close()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise self._unreachable(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in UNSETTABLE:
+            raise EngineError(f"{type(self).__name__} {UNSETTABLE[name]}, or {EAGERLY}")
+        super().__setattr__(name, value)
+
+    def _unreachable(self, name: str) -> UnreachableError:
+        return UnreachableError(f"{type(self).__name__} has no {name!r}: {UNREACHABLE.get(name, LAYERS)}; {EAGERLY}")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """EngineError: an engine takes other weights in another way."""
+        raise EngineError(
+            f"{type(self).__name__} has no parameters to load: its weights live inside the engine. Give other weights "
+            "with engines.swap_weights(pipe, model)"
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Save the eager module that is kept, with the weights that count now; EngineError where none is kept."""
+        with self.lent() as eager:
+            eager.save_pretrained(save_directory, **options)
+
+    def check_kept(self) -> None:
+        """EngineError unless an eager module is kept that can be saved in this one's place."""
+        name, place = type(self).__name__, str(next(iter(self.sessions())).checked.bundle.path)
+        if self.__dict__["original"] is None:
+            raise EngineError(
+                f"{name} cannot be saved: its weights live in the engine of bundle {place!r}, and no eager module is "
+                f"kept. Load that bundle again with engines.load_pipeline, or plug it with keep_eager=True"
+            )
+        if getattr(self.adapters, "peft_config", None):
+            raise EngineError(
+                f"{name} cannot be saved with adapters on it, which would be lost: call pipe.unload_lora_weights() "
+                "first, and keep the adapters' own files"
+            )
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Any]:
+        """The kept eager module as `restore` gives it, for a while: its own weights come back."""
+        self.check_kept()
+        own = eager_tensors(self.__dict__["original"])
+        swapped = self._weights.checkpoint if self._weights is not None else {}
+        kept = {name: own[name].detach().clone() for name in swapped}
+        try:
+            yield self.restore()
+        finally:
+            fill(self.__dict__["original"], kept)
+
+    def restore(self) -> torch.nn.Module | None:
+        """The kept eager module as the pipeline is now: its device and dtype, swapped weights, adapters."""
+        eager: Any = self.__dict__["original"]
+        if eager is None:
+            return None
+        if (eager.device, eager.dtype) != (self.device, self.dtype):  # the pipeline was moved while plugged
+            eager.to(self.device, self.dtype)
+        if self._weights is not None:
+            fill(eager, self._weights.checkpoint)
+        if self.bring_back is not None:
+            self.bring_back(eager)
+        restored: torch.nn.Module = eager
+        return restored
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        self._refuse_copies()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._refuse_copies()
+
+    def _refuse_copies(self) -> NoReturn:
+        place = str(next(iter(self.sessions())).checked.bundle.path)
+        raise EngineError(
+            f"{type(self).__name__} {COPIES}: make another with engines.load_pipeline({place!r}) or engines.plug, or "
+            "share the engines: StableDiffusionImg2ImgPipeline.from_pipe(pipe)"
+        )
+
+
+def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give a module these weights, by plain name, in its own dtypes."""
+    own = eager_tensors(module) if state else {}
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def eager_names(eager: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names that they have where a module carries adapters of its own."""
+    wrapped = {path for path, layer in eager.named_modules() if "base_layer" in layer._modules}
+    parts = {name: name.rpartition(".") for name in state}
+    return {
+        f"{parts[name][0]}.base_layer.{parts[name][2]}" if parts[name][0] in wrapped else name: tensor
+        for name, tensor in state.items()
+    }
+
+
+@contextlib.contextmanager
+def own_adapters_off(eager: torch.nn.Module) -> Iterator[None]:
+    """Run an eager module without the adapters that it carries itself."""
+    on: list[Any] = [layer for layer in eager.modules() if getattr(layer, "_disable_adapters", True) is False]
+    try:
+        for layer in on:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in on:
+            layer._disable_adapters = False
+
+
+def full_config(model: Any, config: Mapping[str, Any]) -> FrozenDict:
+    """A diffusers config with the defaults of the model's class where an older config.json has no value."""
+    parameters = inspect.signature(model.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return FrozenDict(defaults | dict(config))

@@ -1,0 +1,294 @@
+"""Modules that honour diffusers' and transformers' contracts and run on engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from transformers import CLIPTextConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from engines.modules.base import (
+    FIXED,
+    EngineModule,
+    adapter_scale,
+    cast_feeds,
+    full_config,
+    harmless,
+    refuse,
+    run_split,
+)
+from engines.sessions.base import Session
+from engines.sessions.checks import torch_dtype, verify_once
+from sdkd.core.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, split_axis
+from sdkd.errors import EngineError, RangeError
+
+MASKS = f"{FIXED}: Stable Diffusion attends to all tokens, so only a mask of ones can be given"
+# Why an argument of the eager module has no counterpart in an engine.
+UNET_REFUSALS = {
+    "class_labels": FIXED,
+    "timestep_cond": f"{FIXED}: guidance-embedded (LCM-distilled) UNets are not exported",
+    "attention_mask": MASKS,
+    "encoder_attention_mask": MASKS,
+    "added_cond_kwargs": f"{FIXED}: IP-Adapter and SDXL conditions are not exported",
+    "down_intrablock_additional_residuals": f"{FIXED}: T2I-Adapter residuals are not exported",
+}
+CONTROLNET_REFUSALS = {name: UNET_REFUSALS[name] for name in UNET_REFUSALS if name not in (
+    "encoder_attention_mask", "down_intrablock_additional_residuals")}  # fmt: skip
+NO_RESIDUALS = f"{FIXED}: export the model with --controlnet for residual inputs"
+TEXT_REFUSALS = {
+    "attention_mask": "the engine has CLIP's causal mask built in, so only a mask of ones can be given",
+    "position_ids": FIXED,
+    "inputs_embeds": FIXED,
+    "output_attentions": "the engine returns the last hidden state and the pooled output only",
+    "output_hidden_states": "the engine returns the last hidden state only; for clip_skip export with --hidden-states",
+}
+
+
+class EngineUNet(EngineModule):
+    """Stands for UNet2DConditionModel; `session` is an engine of component `unet`."""
+
+    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
+                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
+        super().__init__(full_config(UNet2DConditionModel, config), dtype, device, original)
+        self.session = session
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.config.in_channels)
+
+    def sessions(self) -> Iterable[Session]:
+        """The UNet's engine."""
+        return (self.session,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[torch.Tensor, ...] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        """Predict from latents `[batch, in_channels, height, width]`, one timestep and text `[batch, tokens, width]`.
+
+        Returns `[batch, out_channels, height, width]` in the latents' dtype. EngineError for an argument that the
+        engine has no input for; RangeError outside the built sizes.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        refuse(self, {name: harmless(given)[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
+        self.scale_adapters(cross_attention_kwargs)
+        self.settle()
+        tensors = {
+            "sample": sample,
+            "timestep": _one_timestep(timestep, sample),
+            "encoder_hidden_states": encoder_hidden_states,
+        }
+        tensors |= self._residuals(sample, down_block_additional_residuals, mid_block_additional_residual)
+        try:
+            result = run_split(self.session, cast_feeds(self.session, tensors))["out_sample"].to(sample.dtype)
+        except RangeError as error:
+            found: UNet2DConditionOutput | tuple[torch.Tensor] = self.fall_back(error, given)
+            return found
+        return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _residuals(
+        self, sample: torch.Tensor, down: Sequence[torch.Tensor] | None, middle: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """ControlNet's residuals by input name, zeros where there are none; EngineError when they do not fit."""
+        wanted = [spec for spec in self.session.contract.inputs if spec.name.startswith((DOWN_RESIDUAL, MID_RESIDUAL))]
+        if down is None and middle is None:
+            return {spec.name: self._zeros(spec, sample) for spec in wanted}
+        given = [*(down or ()), *(() if middle is None else (middle,))]
+        if not wanted:
+            refuse(
+                self,
+                {DOWN_RESIDUAL: down, MID_RESIDUAL: middle},
+                dict.fromkeys((DOWN_RESIDUAL, MID_RESIDUAL), NO_RESIDUALS),
+            )
+        if len(given) != len(wanted):
+            raise EngineError(
+                f"EngineUNet takes {len(wanted)} residuals, one per skip connection and the middle's, not "
+                f"{len(given)}: a ControlNet fits the UNet that it was made for, not a student with fewer blocks"
+            )
+        return {spec.name: tensor for spec, tensor in zip(wanted, given, strict=True)}
+
+    def _zeros(self, spec: TensorSpec, sample: torch.Tensor) -> torch.Tensor:
+        """No residual: zeros that take no memory of their own until a session makes them contiguous."""
+        (batch, height, width), channels = (sample.shape[0], *sample.shape[2:]), int(spec.axes[1])
+        by = split_axis(str(spec.axes[2]))[1]
+        zero = torch.zeros((), dtype=torch_dtype(spec.dtype), device=sample.device)
+        return zero.expand(batch, channels, height // by, width // by)
+
+
+def _one_timestep(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    """The timestep as a scalar tensor beside the latents; EngineError when samples have different ones."""
+    if not isinstance(timestep, torch.Tensor):
+        return _scalar(timestep, sample)
+    if timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):
+        raise EngineError(
+            f"EngineUNet takes one timestep for the whole batch, not {timestep.tolist()}: call it once per timestep"
+        )
+    return timestep.flatten()[0].to(sample.device)
+
+
+def _scalar(value: float, beside: torch.Tensor) -> torch.Tensor:
+    """A number beside a tensor: written by a kernel, where a copy from the host would wait for the GPU in each step."""
+    return torch.full((), float(value), dtype=torch.float32, device=beside.device)
+
+
+class EngineControlNet(EngineModule, ControlNetModel):
+    """Stands for ControlNetModel, which it also is by class: diffusers' pipelines ask for that before they call it."""
+
+    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
+                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
+        EngineModule.__init__(self, full_config(ControlNetModel, config), dtype, device, original)
+        self.session = session
+
+    def sessions(self) -> Iterable[Session]:
+        """The ControlNet's engine."""
+        return (self.session,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        controlnet_cond: torch.Tensor,
+        conditioning_scale: float = 1.0,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+    ) -> ControlNetOutput | tuple[list[torch.Tensor], torch.Tensor]:
+        """Residuals for a UNet from its own inputs and an image `[batch, 3, 8 height, 8 width]` in [0, 1].
+
+        `guess_mode` lets them grow from 0.1 to 1 with depth, as diffusers does. EngineError for an argument that the
+        engine has no input for; RangeError outside the built sizes.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        refuse(self, {name: harmless(given)[name] for name in CONTROLNET_REFUSALS}, CONTROLNET_REFUSALS)
+        adapter_scale(self, cross_attention_kwargs)
+        tensors = {
+            "sample": sample,
+            "timestep": _one_timestep(timestep, sample),
+            "encoder_hidden_states": encoder_hidden_states,
+            "controlnet_cond": controlnet_cond,
+            "conditioning_scale": _scalar(conditioning_scale, sample),
+        }
+        try:
+            found = run_split(self.session, cast_feeds(self.session, tensors))
+        except RangeError as error:
+            answer: ControlNetOutput | tuple[list[torch.Tensor], torch.Tensor] = self.fall_back(error, given)
+            return answer
+        every = [found[spec.name].to(sample.dtype) for spec in self.session.contract.outputs]
+        if guess_mode:
+            scales = torch.logspace(-1, 0, len(every), device=sample.device)
+            every = [tensor * scale for tensor, scale in zip(every, scales, strict=True)]
+        if not return_dict:
+            return every[:-1], every[-1]
+        return ControlNetOutput(down_block_res_samples=tuple(every[:-1]), mid_block_res_sample=every[-1])
+
+
+class _OutOfReach:
+    """What ControlNetModel has and an engine has not: to read it is the error that all engine modules raise."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: object, owner: type) -> Any:
+        raise AttributeError(self.name)  # of a module: its `__getattr__` says why
+
+
+for _name in dir(ControlNetModel):
+    if not _name.startswith("_") and not hasattr(EngineModule, _name) and _name not in vars(EngineControlNet):
+        setattr(EngineControlNet, _name, _OutOfReach(_name))
+
+
+class EngineTextEncoder(EngineModule):
+    """Stands for transformers' CLIPTextModel; `session` is an engine of component `text_encoder`."""
+
+    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
+                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
+        super().__init__(CLIPTextConfig.from_dict(dict(config)), dtype, device, original)
+        self.session = session
+        object.__setattr__(self, "_norm", None)  # no submodule: an engine module has no parameters
+
+    def sessions(self) -> Iterable[Session]:
+        """The text encoder's engine."""
+        return (self.session,)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, ...]:
+        """Token ids `[batch, tokens]` to `last_hidden_state [batch, tokens, width]` and `pooler_output [batch, width]`.
+
+        Both in this module's dtype. EngineError for an argument that the engine has no input or output for.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        asked = dict(given)
+        layers = [spec.name for spec in self.session.contract.outputs[2:]]
+        given["output_hidden_states"] = output_hidden_states and not layers
+        refuse(self, {name: harmless(given)[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
+        self.settle()
+        try:
+            found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
+        except RangeError as error:
+            answer: BaseModelOutputWithPooling | tuple[torch.Tensor, ...] = self.fall_back(error, asked)
+            return answer
+        results = [found[spec.name].to(self.dtype) for spec in self.session.contract.outputs[:2]]
+        hidden = tuple(found[name].to(self.dtype) for name in layers) if output_hidden_states else None
+        if return_dict is False:
+            return (*results, hidden) if hidden else tuple(results)
+        return BaseModelOutputWithPooling(last_hidden_state=results[0], pooler_output=results[1], hidden_states=hidden)
+
+    @property
+    def text_model(self) -> torch.nn.Module:
+        """Where StableDiffusionPipeline looks for `final_layer_norm` when clip_skip asks for an earlier layer."""
+        if self._norm is None:
+            object.__setattr__(self, "_norm", _final_norm(self.session, self.config).to(self.device, self.dtype))
+        holder = torch.nn.Module()
+        holder.final_layer_norm = self._norm
+        return holder
+
+
+def _final_norm(session: Session, config: Any) -> torch.nn.LayerNorm:
+    """CLIP's last norm, with its weights from the exported graph; EngineError where the graph has lost their names."""
+    import onnx
+    from onnx import numpy_helper
+
+    bundle = session.checked.bundle
+    record = bundle.component("text_encoder")
+    verify_once(bundle, record)
+    file = bundle.path / record.files[0].path
+    found = {}
+    for tensor in onnx.load(file).graph.initializer:
+        if "final_layer_norm." in tensor.name:
+            found[tensor.name.rpartition(".")[2]] = torch.tensor(numpy_helper.to_array(tensor).tolist())
+    if set(found) != {"weight", "bias"}:
+        raise EngineError(f"{file.name} of the text encoder has no final_layer_norm by name: export the model again")
+    norm = torch.nn.LayerNorm(len(found["bias"]), eps=float(config.layer_norm_eps))
+    norm.load_state_dict(found)
+    return norm.requires_grad_(False)

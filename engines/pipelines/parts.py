@@ -1,0 +1,137 @@
+"""The parts of a pipeline that engines can stand for, and whether a bundle's fit a pipeline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
+from sdkd.errors import InputError, ModelError
+from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, module_config
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a pipeline: the engines it needs, those it can use, and what must agree with the eager module."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    agree: tuple[str, ...]
+
+
+# What the weights of a UNet or ControlNet do not show, and changes what they compute.
+_BLOCKS = (
+    *("attention_head_dim", "num_attention_heads", "act_fn", "norm_num_groups", "norm_eps"),
+    *("flip_sin_to_cos", "freq_shift", "resnet_time_scale_shift"),
+)
+PARTS: dict[str, Part] = {
+    "unet": Part(
+        ("unet",), (), ("in_channels", "out_channels", "cross_attention_dim", *_BLOCKS, "center_input_sample")
+    ),
+    "vae": Part(("vae_decoder",), ("vae_encoder",), ("latent_channels", "scaling_factor", "act_fn", "norm_num_groups")),
+    "text_encoder": Part(
+        ("text_encoder",),
+        (),
+        ("hidden_size", "vocab_size", "max_position_embeddings", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    ),
+    "controlnet": Part(("controlnet",), (), ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
+}
+BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
+
+
+def engine_names(bundle: Bundle, slot: str, parts: Sequence[str]) -> list[str]:
+    """The components whose engines a slot has for these parts: the required ones, and the optional ones there are."""
+    return [
+        name
+        for part in parts
+        for name in (
+            *PARTS[part].required,
+            *(name for name in PARTS[part].optional if f"{slot}/{name}" in bundle.manifest.engines),
+        )
+    ]
+
+
+def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
+    """ModelError, naming both values, when a bundle's component does not fit where a pipeline has its own."""
+    if "unet" in parts:
+        check_extra_parts(pipe)
+    for part in parts:
+        theirs = module_config(getattr(pipe, part))
+        check_config(part, theirs)
+        ours = bundle.config(PARTS[part].required[0])
+        values = {key: (ours.get(key), theirs.get(key)) for key in PARTS[part].agree}
+        if part == "vae":
+            values = {"pixels per latent": (vae_scale(ours), vae_scale(theirs))} | values
+            if is_tiny_vae(ours) != is_tiny_vae(theirs):  # each kind scales and computes in its own way
+                values = {key: values[key] for key in ("pixels per latent", "latent_channels")}
+        _refuse_differences(bundle, part, values)
+    scheduler = bundle.path / "scheduler" / "scheduler_config.json"
+    if "unet" in parts and scheduler.is_file():
+        ours = bundle.json("scheduler/scheduler_config.json")
+        key = "prediction_type"
+        _refuse_differences(bundle, "scheduler", {key: (ours.get(key), getattr(pipe.scheduler.config, key, None))})
+
+
+def _refuse_differences(bundle: Bundle, part: str, values: Mapping[str, tuple[Any, Any]]) -> None:
+    for key, (ours, theirs) in values.items():
+        if ours is not None and theirs is not None and not _same(ours, theirs):
+            raise ModelError(
+                f"bundle {str(bundle.path)!r} does not fit this pipeline: {part} {key} is {ours} in the bundle and "
+                f"{theirs} in the pipeline. Plug it into the pipeline that it was exported from, "
+                "or use engines.load_pipeline"
+            )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equality of config values, where a number may stand for as many of it as there are levels."""
+    values = [tuple(value) if isinstance(value, list | tuple) else (value,) for value in (one, other)]
+    longest = max(map(len, values))
+    return len({value * longest if len(value) == 1 else value for value in values}) == 1
+
+
+def chosen_parts(components: Sequence[str] | str | None, pipe: Any, bundle: Bundle) -> tuple[str, ...]:
+    """What to plug: by default the pipeline's own parts, one ControlNet included where the bundle has one.
+
+    InputError for no name or an unknown one; ModelError for a pipeline of another kind, for a part that the pipeline
+    has not, and for a ControlNet beside a UNet without its inputs.
+    """
+    if not all(hasattr(pipe, name) for name in BASE_PARTS) or hasattr(pipe, "text_encoder_2"):
+        raise ModelError(
+            f"{type(pipe).__name__} is no Stable Diffusion 1.x/2.x pipeline: "
+            "plug needs one with unet, vae and text_encoder"
+        )
+    there = [name for name in PARTS if getattr(pipe, name, None) is not None]
+    single = getattr(pipe, "controlnet", None) is not None and not hasattr(pipe.controlnet, "nets")
+    chosen = part_names(components, [name for name in BASE_PARTS if name in there])
+    if missing := [name for name in chosen if name not in there]:
+        raise ModelError(f"this {type(pipe).__name__} has no {missing[0]} to plug: leave it out of components")
+    if "controlnet" in chosen and not single:
+        raise ModelError(
+            f"this {type(pipe).__name__} has {len(pipe.controlnet.nets)} ControlNets, and a bundle holds one: leave "
+            "controlnet out of components, and they stay eager beside the engines"
+        )
+    takes = {spec.name for spec in bundle.component("unet").contract.inputs} if "unet" in chosen else {MID_RESIDUAL}
+    if "controlnet" in there and MID_RESIDUAL not in takes:
+        raise ModelError(
+            f"the UNet of bundle {str(bundle.path)!r} has no inputs for this {type(pipe).__name__}'s ControlNet: "
+            "export the model again with --controlnet FOLDER"
+        )
+    if "controlnet" in there and "unet" in chosen:
+        for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):
+            if "block_out_channels" in net.config:  # other kinds of ControlNet have other layouts
+                check_controlnet(net.config, bundle.config("unet"))
+    ours = "controlnet" in bundle.manifest.components
+    return (*chosen, "controlnet") if components is None and single and ours else chosen
+
+
+def part_names(components: Sequence[str] | str | None, usual: Sequence[str]) -> tuple[str, ...]:
+    """The names in `components`, one name or several, each once; `usual` for None. InputError as above."""
+    names = (components,) if isinstance(components, str) else tuple(usual if components is None else components)
+    for name in names:
+        if name not in PARTS:
+            raise InputError(f"component {name!r} is unknown: choose from {', '.join(PARTS)}")
+    if not names:
+        raise InputError(f"components is empty: choose from {', '.join(PARTS)}, or leave it out for all that there are")
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,339 @@
+"""Engines inside diffusers pipelines: plug a bundle into one, unplug it, or load one from a bundle alone."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from engines.lora import methods
+from engines.modules.carried import (
+    CheckWeights,
+    check_attention,
+    check_how,
+    check_tokens,
+    check_weights_of,
+    of_graph,
+    of_module,
+)
+from engines.pipelines.parts import BASE_PARTS, PARTS, check_agreement, chosen_parts, engine_names
+from engines.pipelines.slots import best_slot
+from sdkd.bundle.manifest import Bundle
+from sdkd.errors import BundleError, EngineError
+from sdkd.models.exportable import check_layers, check_patches
+from sdkd.models.families import check_exported
+from sdkd.targets.registry import check_target
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from engines.modules.base import EngineModule
+    from engines.sessions.base import Rebuild, Session
+
+    Opener = Callable[[str], Session]
+
+Pipe = TypeVar("Pipe")
+log = logging.getLogger(__name__)
+
+# Pipelines that are loaded as such from a bundle; any other is loaded as text-to-image.
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+             "StableDiffusionInstructPix2PixPipeline")  # fmt: skip
+CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
+
+
+def plug(
+    pipe: Pipe,
+    bundle: Bundle | str | Path,
+    target: str | None = None,
+    components: Sequence[str] | str | None = None,
+    *,
+    rebuild: Rebuild | None = None,
+    keep_eager: bool = False,
+    eager_fallback: bool = False,
+    low_memory: bool = False,
+    check_weights: CheckWeights = "sample",
+) -> Pipe:
+    """Replace a diffusers pipeline's `unet`, `vae` and `text_encoder` by engines, in place; returns the pipeline.
+
+    `target`: a slot of the bundle (`openvino`, `tensorrt`, `openvino-bf16`, ...), or None for the best that runs here.
+    `components`: some of `unet`, `vae`, `text_encoder`, `controlnet`; None for those of the first three that the
+    pipeline has, and the fourth where it has one ControlNet and the bundle, too. `rebuild`: how engines that cannot be
+    refitted get other weights, for LoRA and `swap_weights`: `sdkd.workflow.rebuild`. The eager modules are let go, and
+    their memory with them, unless `keep_eager` (for `unplug`) or `eager_fallback`: then what the engines were not built
+    for runs eagerly, which is announced once per shape. `low_memory` opens engines in turn (`engines.sessions`).
+    `check_weights`: whether the pipeline's weights are the bundle's is looked at in numbers of each (`sample`), in all
+    numbers (`all`), or not (`none`). What an engine in the same place had stays: weights that were swapped in, kept
+    eager modules, `eager_fallback`, `rebuild`, a VAE's slicing and tiling; and adapters of either, as they are.
+    Nothing changes unless every engine opens. Raises ModelError when bundle and pipeline disagree, naming both values,
+    and for what an eager module carries besides (`engines.modules.carried`), EngineError when memory is short or an
+    eager module to keep is gone, and what `engines.open_session` raises.
+    """
+    from engines.sessions.opening import on_gpu
+
+    check_how(check_weights)
+    opened, pipeline = _open(bundle), cast(Any, pipe)
+    parts = chosen_parts(components, pipe, opened)
+    slot = target or best_slot(opened, parts)
+    _check_carried(pipeline, opened, slot, parts, check_weights)
+    if keep_eager or eager_fallback:
+        _check_kept(pipeline, parts)
+    with on_gpu(getattr(pipeline, parts[0]).device):
+        open_one = _opener(opened, slot, parts, low_memory)
+        with _all_or_none() as modules:
+            for name in parts:
+                before = getattr(pipeline, name)
+                kept = _eager(before) if keep_eager or eager_fallback or _is_engine(before) else None
+                modules[name] = build_module(opened, slot, name, before.dtype, before.device, kept, open_one)
+                modules[name].follow(before, rebuild, eager_fallback)
+                methods.carry_over(name, before, modules[name])
+            _check_devices(pipeline, modules)
+    for name, module in modules.items():
+        setattr(pipeline, name, module)
+    _install()
+    return pipe
+
+
+def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], how: CheckWeights) -> None:
+    """ModelError when a part of the pipeline computes what the bundle's engine would not."""
+    if "text_encoder" in parts:
+        check_tokens(pipe, bundle)
+    for part in parts:
+        eager = _eager(getattr(pipe, part))
+        if eager is not None:
+            check_exported(part, type(eager), f"this {type(pipe).__name__}")
+            methods.check(part, getattr(pipe, part))
+            check_patches(part, eager)
+            check_attention(part, eager)
+            check_layers(part, eager)
+    check_agreement(pipe, bundle, parts)
+    if how == "none":
+        return
+    unknown = []
+    for part in parts:
+        module = getattr(pipe, part)
+        eager = _eager(module)
+        for component in engine_names(bundle, slot, (part,)):
+            given = of_module(eager) if eager is not None else of_graph(_bundle_of(module), component)
+            unknown += [] if check_weights_of(part, given, bundle, component, how) else [component]
+    if unknown:
+        log.warning("weights were not compared: bundle %s does not hold %s by name", bundle.path, ", ".join(unknown))
+
+
+def _check_devices(pipe: Any, modules: Mapping[str, EngineModule]) -> None:
+    """EngineError when modules that stay eager sit on another device than the engines' tensors."""
+    eager = {name: getattr(pipe, name, None) for name in PARTS if name not in modules}
+    for name, place in ((name, module.device) for name, module in eager.items() if module is not None):
+        for other, module in modules.items():
+            if module.device != place:
+                raise EngineError(
+                    f"{name} stays eager on {place}, the engine of {other} works on {module.device}: move the "
+                    f"pipeline first with pipe.to({str(module.device)!r})"
+                )
+
+
+def _check_kept(pipe: Any, parts: Sequence[str]) -> None:
+    for name in parts:
+        if _eager(getattr(pipe, name)) is None:
+            raise EngineError(
+                f"the {name} of this {type(pipe).__name__} runs on an engine already, and its eager module was not "
+                "kept: leave out keep_eager and eager_fallback, or plug a new eager pipeline"
+            )
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[dict[str, EngineModule]]:
+    """Modules by name, to be filled; those that are there are closed when the next one cannot be opened."""
+    modules: dict[str, EngineModule] = {}
+    try:
+        yield modules
+    except BaseException:
+        for module in modules.values():
+            module.close()
+        raise
+
+
+def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -> Opener:
+    """How the engines of these parts are opened: at once, or in turn; after a look at the memory that is free."""
+    from engines.pipelines.memory import check_memory
+    from engines.sessions.low_memory import Turns
+    from engines.sessions.opening import expected_device, open_session
+
+    place = expected_device(check_target(slot).name).type
+    check_memory(bundle, slot, engine_names(bundle, slot, parts), place, low_memory)
+    return Turns(bundle, slot).session if low_memory else functools.partial(open_session, bundle, slot)
+
+
+def _install() -> None:
+    """What a pipeline does in another way on engines: LoRA, and saving."""
+    from engines.pipelines.saving import guard_saving
+
+    guard_saving()
+    methods.install()
+
+
+def unplug(pipe: Pipe) -> Pipe:
+    """Put the eager modules back; returns the pipeline. EngineError where there are none to put back.
+
+    They come back as the pipeline is now: on its device, in its dtype, with a VAE's slicing and tiling, with its
+    adapters, and with the weights that were swapped in, which are written into them.
+    """
+    from engines.modules.base import EngineModule
+
+    pipeline: Any = pipe
+    plugged = {name: getattr(pipeline, name, None) for name in PARTS}
+    engines = {name: module for name, module in plugged.items() if isinstance(module, EngineModule)}
+    if gone := [name for name, module in engines.items() if _eager(module) is None]:
+        raise EngineError(
+            f"this {type(pipe).__name__} has no eager modules, since it was loaded from a bundle or plugged without "
+            f"keep_eager=True ({', '.join(gone)}): nothing to unplug"
+        )
+    if not engines:
+        raise EngineError(f"this {type(pipe).__name__} runs on no engine: nothing to unplug")
+    for name, module in engines.items():
+        setattr(pipeline, name, module.restore())
+    return pipe
+
+
+def load_pipeline(
+    bundle: Bundle | str | Path,
+    target: str | None = None,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    controlnet: bool = True,
+    rebuild: Rebuild | None = None,
+    low_memory: bool = False,
+) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline from a bundle's tokenizer, scheduler, configs and engines: no eager weights are read.
+
+    `target`, `rebuild` and `low_memory` as in `plug`. `torch_dtype` (float32) is what latents and schedulers compute
+    in; engines keep their own precision. With a ControlNet in the bundle the pipeline is
+    StableDiffusionControlNetPipeline, unless `controlnet` is False: then its UNet runs without residuals. Raises
+    EngineError when memory is short, and when no engine of the bundle runs
+    here, and says why of each.
+    """
+    import torch
+
+    opened = _open(bundle)
+    slot = target or best_slot(opened)
+    index = opened.json("model_index.json")
+    controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
+    pipeline_class = _pipeline_class(index, controlled)
+    others = {"tokenizer": _tokenizer(opened), "scheduler": bundle_scheduler(opened)}
+    dtype, device = torch_dtype or torch.float32, torch.device("cpu")
+    names = (*BASE_PARTS, "controlnet") if controlled else BASE_PARTS
+    open_one = _opener(opened, slot, names, low_memory)
+    with _all_or_none() as modules:
+        for name in names:
+            modules[name] = build_module(opened, slot, name, dtype, device, None, open_one)
+        pipe: StableDiffusionPipeline = pipeline_class(
+            **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    for module in modules.values():
+        module.follow(None, rebuild)
+    _install()
+    return pipe
+
+
+def build_module(
+    bundle: Bundle,
+    slot: str,
+    part: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    original: torch.nn.Module | None = None,
+    open_one: Opener | None = None,
+) -> EngineModule:
+    """Open the engines of one part of a pipeline and wrap them; on a GPU target the module lives on that GPU.
+
+    `open_one`: gives a component's session, `open_session` by default.
+    """
+    from engines.modules.components import EngineControlNet, EngineTextEncoder, EngineUNet
+    from engines.modules.vae import EngineVAE
+    from engines.sessions.opening import open_session
+
+    wanted = engine_names(bundle, slot, (part,))
+    open_one = open_one or functools.partial(open_session, bundle, slot)
+    sessions: dict[str, Session] = {}
+    try:
+        for name in wanted:
+            sessions[name] = open_one(name)
+    except BaseException:
+        for session in sessions.values():
+            session.close()
+        raise
+    first = sessions[wanted[0]]
+    place = first.device if first.device.type != "cpu" else device
+    common = (bundle.config(wanted[0]), dtype, place, original)
+    if part == "vae":
+        return EngineVAE(first, sessions.get("vae_encoder"), *common)
+    kinds = {"unet": EngineUNet, "text_encoder": EngineTextEncoder, "controlnet": EngineControlNet}
+    module: EngineModule = kinds[part](first, *common)
+    return module
+
+
+def _open(bundle: Bundle | str | Path) -> Bundle:
+    return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+
+
+def _is_engine(module: Any) -> bool:
+    from engines.modules.base import EngineModule
+
+    return isinstance(module, EngineModule)
+
+
+def _bundle_of(module: EngineModule) -> Bundle:
+    return next(iter(module.sessions())).checked.bundle
+
+
+def _eager(module: Any) -> torch.nn.Module | None:
+    """The eager module behind an engine module, or the module itself."""
+    from engines.modules.base import EngineModule
+
+    original: Any = module.__dict__["original"] if isinstance(module, EngineModule) else module
+    found: torch.nn.Module | None = getattr(original, "_orig_mod", original)  # of torch.compile
+    return found
+
+
+def _pipeline_class(index: Mapping[str, Any], controlled: bool) -> Callable[..., Any]:
+    import diffusers
+
+    name = index.get("_class_name")
+    plain = name if name in PIPELINES else PIPELINES[0]
+    found: Callable[..., Any] = getattr(diffusers, CONTROLNET_PIPELINE if controlled else plain)
+    return found
+
+
+def _tokenizer(bundle: Bundle) -> Any:
+    from transformers import CLIPTokenizer
+
+    with _as_bundle_error(bundle, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(bundle.path / "tokenizer", local_files_only=True)
+
+
+def bundle_scheduler(bundle: Bundle) -> Any:
+    """The scheduler that a bundle was exported with; BundleError when it is unknown or damaged."""
+    import diffusers
+
+    found = bundle.json("model_index.json").get("scheduler")
+    name = found[1] if isinstance(found, list) and len(found) == 2 else None
+    if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise BundleError(f"bundle {str(bundle.path)!r} names an unknown scheduler {name!r}: export the model again")
+    bundle.config("scheduler", "scheduler_config.json")
+    with _as_bundle_error(bundle, "scheduler"):
+        return getattr(diffusers, name).from_pretrained(bundle.path / "scheduler", local_files_only=True)
+
+
+@contextlib.contextmanager
+def _as_bundle_error(bundle: Bundle, part: str) -> Iterator[None]:
+    """BundleError for whatever the libraries raise when files of a bundle are damaged."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BundleError(
+            f"bundle {str(bundle.path)!r}: its {part} cannot be read ({reason}): restore it, or export the model again"
+        ) from error

@@ -1,0 +1,1 @@
+"""Sessions: one opened engine each, checked before it is opened."""

@@ -1,0 +1,193 @@
+"""Sessions: one engine each, for torch tensors in and fresh torch tensors out."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from engines.sessions.checks import Checked, check_engine, torch_dtype, verify_once
+from engines.sessions.out_of_memory import OOM_ON_LOAD_HINT, OOM_ON_RUN_HINT, raises_out_of_memory
+from engines.sessions.ranges import check_sizes, output_sizes
+from engines.sessions.refusals import COPIES
+from sdkd.bundle.manifest import Bundle, EngineRecord
+from sdkd.bundle.onnx_weights import state_arrays, stored_weights
+from sdkd.core.contract import TensorSpec
+from sdkd.errors import EngineError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Rebuild = Callable[[Bundle, EngineRecord, "Mapping[str, np.ndarray]"], Bundle]
+"""Builds an engine again from other weights, as the graph stores them: a bundle that holds it in the same slot."""
+
+
+class Session(ABC):
+    """The engine of one component, open or opened on use: thread-safe, and a context manager that closes it."""
+
+    device = torch.device("cpu")
+    rebuild: Rebuild | None = None  # for targets that can change weights in no other way
+
+    def __init__(self, checked: Checked) -> None:
+        self.checked = checked
+        self.contract = checked.contract
+        self.slot = checked.record.slot
+        self.ranges = checked.record.ranges
+        self.limits, self.profiles = checked.limits, checked.profiles
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Outputs by contract name: fresh tensors on the inputs' device; RangeError outside the built ranges."""
+
+    @abstractmethod
+    def swap(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Run with these weights, by state-dict name, all others as exported; EngineError where that cannot be."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the engine; running it afterwards is an EngineError, closing twice is harmless."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise EngineError(
+            f"{type(self).__name__} {COPIES}: open another with engines.open_session(bundle, slot, component)"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EngineSession(Session):
+    """What all targets share: the checks of every call, one lock, and the way in and out.
+
+    Thread-safe: calls of one session wait for one another, and one that was closed meanwhile says so. A CPU target
+    reads and writes torch's memory as it is: inputs are copied only where they are not contiguous.
+    """
+
+    def __init__(self, checked: Checked) -> None:
+        super().__init__(checked)
+        self._lock = threading.Lock()
+        self._open = True
+
+    @abstractmethod
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        """Fill `outputs` from `feeds`: contiguous tensors on this session's device, dtypes as in the contract."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop what the target's library holds."""
+
+    @torch.no_grad()
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run the engine once.
+
+        `feeds`: tensors by contract name, in the contract's dtypes and axes, all on one device. Returns fresh tensors
+        on that device that never share memory with an input or with a later call. EngineError names a tensor that does
+        not fit the contract; RangeError shows the asked and the built sizes and the command that covers them;
+        OutOfMemoryError leaves the session as it was, for smaller calls.
+        """
+        self._check_open()
+        sizes = self._sizes(feeds)
+        check_sizes(self.checked, sizes)
+        asked = ", ".join(f"{axis} {count}" for axis, count in sizes.items()) or "its fixed sizes"
+        with raises_out_of_memory(
+            f"{self.checked.label}, run at {asked},", OOM_ON_RUN_HINT, on_gpu=self.device.type == "cuda"
+        ):
+            return self._run(feeds, sizes)
+
+    def _run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        origin = next(iter(feeds.values())).device
+        ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
+        every = output_sizes(self.contract, sizes, self.checked.scale)
+        outputs = {
+            spec.name: torch.empty(spec.shape(every), dtype=torch_dtype(spec.dtype), device=self.device)
+            for spec in self.contract.outputs
+        }
+        with self._lock:
+            self._check_open()  # another thread may have closed it meanwhile
+            self._execute(ready, outputs)
+        return {name: tensor.to(origin) for name, tensor in outputs.items()}
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise EngineError(f"{self.checked.label} is closed: open it again with engines.open_session")
+
+    def _sizes(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Size of each dynamic axis, after names, dtypes, ranks and fixed axes were found right."""
+        wanted = [spec.name for spec in self.contract.inputs]
+        if set(feeds) != set(wanted):
+            raise EngineError(f"{self.checked.label} takes {', '.join(wanted)}, not {', '.join(feeds) or 'nothing'}")
+        sizes: dict[str, int] = {}
+        for spec in self.contract.inputs:
+            self._check_tensor(spec, feeds[spec.name])
+            for position, axis in spec.dynamic_axes.items():
+                size = feeds[spec.name].shape[position]
+                if sizes.setdefault(axis, size) != size:
+                    raise EngineError(f"input {spec.name!r} has {axis} {size}, another input has {sizes[axis]}")
+        return sizes
+
+    def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
+        if tensor.dtype != torch_dtype(spec.dtype):
+            raise EngineError(f"input {spec.name!r} is {tensor.dtype}, {self.checked.label} takes {spec.dtype}")
+        same_rank = len(tensor.shape) == len(spec.axes)
+        if not same_rank or any(
+            isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, tensor.shape, strict=True)
+        ):
+            wanted = ", ".join(str(axis) for axis in spec.axes)
+            fixed = ": its shapes were fixed by --static, export the model again without it"
+            raise EngineError(
+                f"input {spec.name!r} has shape {tuple(tensor.shape)}, {self.checked.label} takes ({wanted})"
+                f"{fixed if same_rank and not spec.dynamic_axes else ''}"
+            )
+
+    def swap(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Run with these weights in the place of the bundle's, all others as they were exported; none: all of them.
+
+        `weights`: by state-dict name, in state-dict shapes, any float dtype. When it fails, the session runs as before.
+        Raises BundleError for names that the graph lacks, ModelError for other shapes, EngineError where this engine
+        cannot change its weights.
+        """
+        self._check_open()
+        component = self.checked.bundle.component(self.checked.record.component)
+        verify_once(self.checked.bundle, component)
+        file = self.checked.bundle.path / component.files[0].path
+        stored = stored_weights(file, state_arrays(weights))
+        words = f"{self.checked.label}, given other weights,"
+        with self._lock, raises_out_of_memory(words, OOM_ON_LOAD_HINT, on_gpu=self.device.type == "cuda"):
+            self._check_open()
+            self._swap(file, stored)
+
+    def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        raise EngineError(f"{self.checked.label} cannot change its weights")
+
+    def rebuilt(self, stored: Mapping[str, np.ndarray]) -> Checked:
+        """The engine built again from these weights, as the graph stores them, and checked; itself when none.
+
+        Each is built from the exported bundle, never from an engine that was rebuilt before. EngineError without
+        `rebuild`.
+        """
+        if not stored:
+            return self.checked
+        if self.rebuild is None:
+            raise EngineError(
+                f"{self.checked.label} was built for its own weights: build it with --refit lora (or all, for whole "
+                f"checkpoints), or give rebuild=sdkd.workflow.rebuild to plug or load_pipeline"
+            )
+        again = self.rebuild(self.checked.bundle, self.checked.record, stored)
+        return check_engine(again, self.slot, self.checked.record.component)
+
+    def close(self) -> None:
+        """Release the engine; closing twice is harmless."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._release()

@@ -1,0 +1,99 @@
+"""Engines that take turns: in low-memory mode only those of one stage of a pipeline are open at a time.
+
+A pipeline runs its text encoder, then its UNet (with a ControlNet) many times, then its VAE: the memory of one stage is
+enough, for the price of opening each engine once a call.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+
+import torch
+
+from engines.sessions.base import EngineSession, Session
+from engines.sessions.checks import Checked, check_engine, of_newest
+from engines.sessions.opening import expected_device, on_gpu, open_session
+from sdkd.bundle.manifest import Bundle
+from sdkd.errors import EngineError
+
+STAGES = (("text_encoder",), ("unet", "controlnet"), ("vae_decoder", "vae_encoder"))
+
+
+def stage(component: str) -> tuple[str, ...]:
+    """The components that are open together with this one."""
+    return next(group for group in STAGES if component in group)
+
+
+class Turns:
+    """The engines of one slot of a bundle, those of one stage open; thread-safe: calls wait for one another."""
+
+    def __init__(self, bundle: Bundle, slot: str) -> None:
+        self.bundle, self.slot = bundle, slot
+        self.lock = threading.RLock()
+        # They hold this: without a circle, engines are freed as soon as their pipeline is.
+        self._sessions: weakref.WeakValueDictionary[str, TurnSession] = weakref.WeakValueDictionary()
+
+    def session(self, component: str) -> TurnSession:
+        """A session that opens when it runs; raises now what `check_engine` raises."""
+        checked = of_newest(self.bundle, self.slot, component, lambda now: check_engine(now, self.slot, component))
+        found = TurnSession(self, checked)
+        self._sessions[component] = found
+        return found
+
+    def close_others(self, component: str) -> None:
+        """Release the engines of every other stage."""
+        for name, session in self._sessions.items():
+            if name not in stage(component):
+                session.pause()
+
+
+class TurnSession(Session):
+    """An engine that is open while its stage runs; weights that it was given are given again when it is opened."""
+
+    def __init__(self, turns: Turns, checked: Checked) -> None:
+        super().__init__(checked)
+        self._turns = turns
+        self.device = expected_device(checked.record.target)
+        self._weights: Mapping[str, torch.Tensor] = {}
+        self._session: EngineSession | None = None
+        self._closed = False
+
+    def _opened(self) -> EngineSession:
+        if self._closed:
+            raise EngineError(f"{self.checked.label} is closed: open it again with engines.open_session")
+        component = self.checked.record.component
+        if self._session is None:
+            self._turns.close_others(component)
+            with on_gpu(self.device):
+                session = open_session(self._turns.bundle, self.slot, component)
+            session.rebuild = self.rebuild
+            if self._weights:
+                session.swap(self._weights)
+            self._session = session
+        return self._session
+
+    def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Open the engine if it is not, after those of other stages were released, and run it."""
+        with self._turns.lock:
+            return self._opened().run(feeds)
+
+    def swap(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """As every session, now and whenever the engine is opened again."""
+        with self._turns.lock:
+            self._opened().swap(weights)
+            self._weights = dict(weights)
+
+    def pause(self) -> None:
+        """Release the engine until the next run."""
+        with self._turns.lock:
+            if self._session is not None:
+                self._session.close()
+                self._session = None
+
+    def close(self) -> None:
+        """Release the engine; running it afterwards is an EngineError."""
+        with self._turns.lock:
+            self.pause()
+            self._closed = True

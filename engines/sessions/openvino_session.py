@@ -1,0 +1,124 @@
+"""OpenVINO sessions on the CPU: the compiled blob, torch memory shared with the infer request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engines.sessions.base import EngineSession
+from engines.sessions.checks import Checked, check_names
+from sdkd.core.contract import TensorSpec
+from sdkd.errors import EngineError
+from sdkd.targets.openvino_timesteps import FLOAT32, keep_timesteps
+from sdkd.targets.registry import openvino_core
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+
+
+class OpenVinoSession(EngineSession):
+    """One compiled model and one infer request.
+
+    `threads`: CPU threads (the library's default when None). The file is a blob, imported
+    as it was compiled, or an IR, compiled now; the record's flags hold the options.
+    """
+
+    def __init__(self, checked: Checked, *, threads: int | None = None) -> None:
+        super().__init__(checked)
+        import openvino
+
+        self._openvino = openvino
+        self._options = self._compile_options(threads)
+        try:
+            self._model: Any = self._load(openvino_core())
+            self._request: Any = self._model.create_infer_request()
+        except RuntimeError as error:
+            raise EngineError(f"{checked.label} could not be opened by OpenVINO: {error}") from error
+        check_names(checked, self._names(self._model.inputs), self._names(self._model.outputs))
+
+    def _compile_options(self, threads: int | None) -> dict[str, Any]:
+        """The options of its build: an imported blob forgets them, and f32 becomes bf16."""
+        record = self.checked.record
+        plain = {"INFERENCE_PRECISION_HINT": HINTS[record.precision]}
+        return dict(record.flags.get("config") or plain) | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+
+    def _load(self, core: Any) -> Any:
+        path, record = self.checked.path, self.checked.record
+        if path.suffix == ".blob":
+            model = core.import_model(path.read_bytes(), "CPU", self._options)
+        else:
+            model = core.compile_model(core.read_model(path), "CPU", self._options)
+        found = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if found != self._options["INFERENCE_PRECISION_HINT"]:
+            raise EngineError(
+                f"{self.checked.label} would run in {found} instead of {self._options['INFERENCE_PRECISION_HINT']} "
+                f"here. Rebuild it with: {self.checked.bundle.repair(record)} --force"
+            )
+        return model
+
+    def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        """By compiling the exported graph with the new weights, for the shapes that the engine was built for.
+
+        And without them, where engines were built again meanwhile and the file of this one is gone.
+        """
+        core = openvino_core()
+        try:
+            if stored or not self.checked.path.is_file():
+                model = core.read_model(onnx_file)
+                _replace_constants(self._openvino, model, stored, self.checked.label)
+                model.reshape({spec.name: self._partial(spec) for spec in self.contract.inputs})
+                if self.checked.record.flags.get("timesteps") == FLOAT32:
+                    keep_timesteps(core, model)  # as in the engine's file
+                compiled = core.compile_model(model, "CPU", self._options)
+            else:
+                compiled = self._load(core)
+            self._model, self._request = compiled, compiled.create_infer_request()
+        except RuntimeError as error:
+            raise EngineError(f"{self.checked.label} could not be compiled with other weights: {error}") from error
+
+    def _partial(self, spec: TensorSpec) -> Any:
+        """An input's shape as the engine was built for it: ranges of its dynamic axes."""
+
+        def dimension(axis: str | int) -> Any:
+            if isinstance(axis, int):
+                return self._openvino.Dimension(axis)
+            return self._openvino.Dimension(self.limits[axis].min, self.limits[axis].max)
+
+        return self._openvino.PartialShape([dimension(axis) for axis in spec.axes])
+
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        try:
+            for tensors in (feeds, outputs):
+                for name, tensor in tensors.items():
+                    self._request.set_tensor(name, self._shared(tensor))
+            self._request.infer()
+        except RuntimeError as error:
+            raise EngineError(f"{self.checked.label} failed in OpenVINO: {error}") from error
+
+    def _shared(self, tensor: torch.Tensor) -> Any:
+        """The same memory as an OpenVINO tensor; numpy has no bfloat16, so those travel as int16."""
+        if tensor.dtype == torch.bfloat16:
+            return self._openvino.Tensor(tensor.view(torch.int16).numpy(), tensor.shape, self._openvino.Type.bf16)
+        return self._openvino.Tensor(tensor.numpy(), shared_memory=True)
+
+    def _release(self) -> None:
+        self._request = self._model = None
+
+    def _names(self, ports: Any) -> list[str]:
+        """One name of each port: the contract's where a tensor has several."""
+        ours = {spec.name for spec in (*self.contract.inputs, *self.contract.outputs)}
+        return [next(iter(port.names & ours), port.any_name) for port in ports]
+
+
+def _replace_constants(openvino: Any, model: Any, stored: Mapping[str, np.ndarray], label: str) -> None:
+    """Put other constants where a model has those of the same names; EngineError when it lacks one."""
+    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+    if missing := [name for name in stored if name not in constants]:
+        raise EngineError(f"{label}: OpenVINO lost the name of {len(missing)} weights (first: {missing[0]})")
+    for name, array in stored.items():
+        constants[name].output(0).replace(openvino.opset13.constant(array, name=name).output(0))

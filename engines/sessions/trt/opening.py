@@ -1,0 +1,130 @@
+"""Opening for TensorRT: an engine from its plan, with weights where it brings none, and execution contexts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from engines.sessions.checks import Checked, verify_once
+from engines.sessions.trt.context import BoundContext, said, told
+from engines.sessions.trt.runtime_cache import RuntimeCache
+from sdkd.errors import EngineError
+from sdkd.targets.gpu_trial import reasons
+
+Failed = Callable[[str], EngineError]
+"""Makes the error for a step that failed."""
+
+
+def options_of(checked: Checked) -> Mapping[str, Any]:
+    """What an engine was built with, where that is not as by default."""
+    return dict(checked.record.flags.get("options", {}))
+
+
+def deserialize(trt: ModuleType, log: Any, checked: Checked, rebuild: str, failed: Failed) -> Any:
+    """The engine of a plan, its weights filled in and its streaming budget set where it was built for that.
+
+    `log` records what the library says, `rebuild` is the command that builds the engine again. EngineError says which
+    step failed, and what the library said.
+    """
+    log.messages.clear()  # what was said before is no reason for what happens now
+    plan, options = checked.path.read_bytes(), options_of(checked)
+    runtime = trt.Runtime(log)
+    if hasattr(runtime, "get_engine_validity"):
+        validity, diagnostics = runtime.get_engine_validity(plan)
+        if validity == trt.EngineValidity.INVALID:
+            raise EngineError(
+                f"{checked.label} cannot run here: {trt.__name__} {trt.__version__} says "
+                f"{', '.join(reasons(trt, diagnostics))}. Rebuild it with: {rebuild}"
+            )
+    if options.get("version_compatible"):  # such a plan brings the runtime that it was built for
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        words = said(trt.__name__, log.messages)
+        raise EngineError(f"{checked.label} was refused{words}. Rebuild it with: {rebuild}")
+    if options.get("strip_weights"):
+        _fill_weights(trt, log, checked, engine, failed)
+    if options.get("weight_streaming"):
+        stream_weights(engine, failed)
+    return engine
+
+
+def stream_weights(engine: Any, failed: Failed) -> None:
+    """Let the library keep as many weights on the GPU as it thinks fit; before there is a context.
+
+    EngineError when the budget was not taken: the bindings do not say so.
+    """
+    budget = engine.get_weight_streaming_automatic_budget()
+    engine.weight_streaming_budget_v2 = budget
+    taken = engine.weight_streaming_budget_v2
+    if taken not in (budget, min(budget, engine.streamable_weights_size)):  # more than all of them is all of them
+        raise failed(f"setting the budget of streamed weights to {budget} bytes (it is {taken})")
+
+
+def _fill_weights(trt: ModuleType, log: Any, checked: Checked, engine: Any, failed: Failed) -> None:
+    """Give a plan without weights those of the ONNX that it was built from, which is checked first."""
+    bundle = checked.bundle
+    component = bundle.component(checked.record.component)
+    verify_once(bundle, component)
+    with told(failed, "preparing to fill in the weights"):
+        refitter = trt.Refitter(engine, log)
+        parser_refitter = trt.OnnxParserRefitter(refitter, log)
+    if not parser_refitter.refit_from_file(str(bundle.path / component.files[0].path)):
+        raise failed(f"reading the weights of {component.files[0].path}")
+    if missing := refitter.get_missing_weights():
+        raise failed(f"filling in {len(missing)} weights, first {missing[0]!r},")
+    if not refitter.refit_cuda_engine():
+        raise failed("filling in the weights")
+
+
+def captures_by_itself(trt: ModuleType) -> bool:
+    """Whether the library's contexts can capture and replay CUDA graphs themselves."""
+    return hasattr(getattr(trt, "IRuntimeConfig", None), "cuda_graph_strategy")
+
+
+def open_context(
+    trt: ModuleType, engine: Any, kernels: RuntimeCache, failed: Failed, *, graphs: bool = False, streamed: bool = False
+) -> BoundContext:
+    """An execution context, its activation memory lent by us where the library has that.
+
+    `graphs`: one for a single shape, that captures by itself if it can; `streamed`: of an engine that streams weights.
+    EngineError says which step failed.
+    """
+    probe, strategies = trt.IExecutionContext, trt.ExecutionContextAllocationStrategy
+    managed = hasattr(probe, "update_device_memory_size_for_shapes") and hasattr(probe, "set_device_memory")
+    strategy = strategies.USER_MANAGED if managed else strategies.STATIC
+    if hasattr(engine, "create_runtime_config"):
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        if not kernels.attach(runtime_config):
+            raise failed("setting the runtime cache")
+        if graphs:
+            configure_graphs(runtime_config, failed)
+        context = engine.create_execution_context(runtime_config)
+    else:
+        context = engine.create_execution_context(strategy)
+    if context is None:
+        raise failed("creating an execution context")
+    if hasattr(context, "nvtx_verbosity"):  # plans are built to tell all of their layers, which slows each call
+        context.nvtx_verbosity = type(context.nvtx_verbosity).NONE
+    return BoundContext(context, managed, failed, streamed)
+
+
+def configure_graphs(runtime_config: Any, failed: Failed) -> None:
+    """Make contexts that capture by themselves, and compile the kernels for a shape before they run it.
+
+    Both are off by default, and stay so for plain runs: those have other addresses each time, and would be captured
+    again, and shapes that may never come again. EngineError when one is not taken.
+    """
+    if hasattr(runtime_config, "cuda_graph_strategy"):
+        whole = type(runtime_config.cuda_graph_strategy).WHOLE_GRAPH_CAPTURE
+        runtime_config.cuda_graph_strategy = whole
+        if runtime_config.cuda_graph_strategy != whole:
+            raise failed("setting the CUDA graph strategy")
+    if hasattr(runtime_config, "dynamic_shapes_kernel_specialization_strategy"):
+        # Lazily, a fallback kernel runs at first, and may be what is captured.
+        eager = type(runtime_config.dynamic_shapes_kernel_specialization_strategy).EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+        if runtime_config.dynamic_shapes_kernel_specialization_strategy != eager:
+            raise failed("setting the strategy of kernels for one shape")

@@ -1,0 +1,279 @@
+"""TensorRT and TensorRT-RTX sessions: torch pointers bound directly, on torch's stream, with torch's memory.
+
+One code path for TensorRT 10, 11 and TensorRT-RTX: features are found with hasattr, never by version. Every value that
+the library returns is checked, and the tensor named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import cache as once
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engines.sessions.base import EngineSession
+from engines.sessions.checks import Checked, check_names
+from engines.sessions.trt.context import BoundContext, Call, failure, pick_profile, read_spans
+from engines.sessions.trt.cuda_graphs import (
+    STREAMS,
+    Buffers,
+    GraphCache,
+    ShapeGraph,
+    graph_key,
+    own_stream,
+    synchronize,
+)
+from engines.sessions.trt.opening import captures_by_itself, deserialize, open_context, options_of
+from engines.sessions.trt.refit import HalfRefitError, refit
+from engines.sessions.trt.runtime_cache import RuntimeCache
+from sdkd.bundle.onnx_weights import exported_weights
+from sdkd.errors import EngineError
+from sdkd.targets.registry import require
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
+ALIGNMENT = 256  # bytes, of every address given to TensorRT
+
+
+@once
+def recorder(target: str) -> Any:
+    """The logger of a target's library, which keeps one for the whole process: its last errors."""
+    trt = require(target)
+
+    class Recorder(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: deque[str] = deque(maxlen=8)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.messages.append(message)
+            log.debug("%s: %s", severity, message)
+
+    return Recorder()
+
+
+class TensorRTSession(EngineSession):
+    """One engine and one execution context on torch's current CUDA device.
+
+    Work is queued on torch's current stream, or on a side stream tied to it by events when that is the default
+    stream, where TensorRT would synchronize the device. Activation memory comes from torch's allocator for the time of
+    one call, sized for the call's shapes, so that all engines of a process share it.
+
+    `cuda_graphs`: False for none; by default, shapes that come again run through a CUDA graph
+    (`engines.sessions.trt.cuda_graphs`), and keep their buffers and activation memory. Where that fails, calls run as
+    without, and the log says why.
+    """
+
+    def __init__(self, checked: Checked, cuda_graphs: bool | None = None) -> None:
+        super().__init__(checked)
+        self._trt: ModuleType = require(checked.record.target)
+        self._log = recorder(checked.record.target)
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._native = captures_by_itself(self._trt)
+        own = own_stream(self.device)
+        self._side = own or torch.cuda.Stream(self.device, priority=-1)
+        self._done = torch.cuda.Event()
+        self._swapped: Mapping[str, np.ndarray] = {}  # by a refit
+        self._graphs: GraphCache[ShapeGraph] = GraphCache(ShapeGraph.close)
+        self._workspace: torch.Tensor | None = None  # activation memory that the graphs share
+        with torch.cuda.device(self.device):
+            self._open_engine(checked)
+        if cuda_graphs is False:
+            self._graphs.off = "cuda_graphs=False"
+        elif options_of(checked).get("weight_streaming"):  # copies from the host, as the moment's budget wants them
+            self._graphs.disable(self.checked.label, "its weights are streamed from host memory")
+        elif own is None:
+            self._graphs.disable(self.checked.label, f"{STREAMS} other engines have the streams to capture on")
+
+    # Opening
+
+    def _open_engine(self, checked: Checked) -> None:
+        """Deserialize, and make the context of plain runs; what was open stays when that fails."""
+        engine = deserialize(self._trt, self._log, checked, self._rebuild, self._failed)
+        self._check_io(engine)
+        kernels = RuntimeCache(checked.record.files[0].sha256)
+        main = self._context(engine, kernels)
+        spans = read_spans(engine, [spec.name for spec in self.contract.inputs])
+        self._main, self._engine, self._kernels, self._spans = main, engine, kernels, spans
+
+    # Other weights
+
+    def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        """By refit, the weights of an earlier swap brought back; by rebuilding where the engine cannot be refitted."""
+        synchronize(self.device)
+        with torch.cuda.device(self.device):
+            self._drop_graphs()  # they hold the old weights, and their contexts the old engine
+            if options_of(self.checked).get("refit", "none") == "none":
+                self._open_engine(self.rebuilt(stored))
+                return
+            try:
+                self._refit(onnx_file, stored)
+            except HalfRefitError:  # the weights from before come back
+                self._open_engine(self.checked)
+                if before := self._swapped:
+                    self._swapped = {}
+                    self._refit(onnx_file, before)
+                raise
+
+    def _refit(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
+        back = exported_weights(onnx_file, set(self._swapped) - set(stored))
+        fill = partial(exported_weights, onnx_file)
+        refit(self._trt, self._engine, self._log, {**back, **stored}, self.checked.label, fill)
+        self._swapped = stored
+
+    @property
+    def _rebuild(self) -> str:
+        return f"{self.checked.bundle.repair(self.checked.record)} --force"  # its record says that it is fresh
+
+    @property
+    def _failed(self) -> Callable[[str], EngineError]:
+        """Makes the error for a step that failed; holds no session, so that none is part of a cycle."""
+        return partial(failure, self.checked.label, self._trt.__name__, self._log.messages)
+
+    def _context(self, engine: Any, kernels: RuntimeCache, graphs: bool = False) -> BoundContext:
+        """An execution context of an engine; `graphs`: for one shape, that captures by itself if it can."""
+        streamed = bool(options_of(self.checked).get("weight_streaming"))
+        return open_context(self._trt, engine, kernels, self._failed, graphs=graphs, streamed=streamed)
+
+    def _check_io(self, engine: Any) -> None:
+        """Names, directions, places and dtypes as in the contract: a silent float32 engine is refused here."""
+        trt = self._trt
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        check_names(self.checked, inputs, set(names) - set(inputs))
+        for spec in (*self.contract.inputs, *self.contract.outputs):
+            if engine.get_tensor_dtype(spec.name) != getattr(trt.DataType, DATA_TYPES[spec.dtype]):
+                raise EngineError(
+                    f"{self.checked.label} has tensor {spec.name!r} as {engine.get_tensor_dtype(spec.name)}, the "
+                    f"contract says {spec.dtype}. Rebuild it with: {self._rebuild}"
+                )
+            if engine.get_tensor_location(spec.name) != trt.TensorLocation.DEVICE:
+                raise EngineError(f"{self.checked.label} wants tensor {spec.name!r} in host memory. Rebuild it")
+
+    def layer_information(self) -> str:
+        """What the engine says of its layers, as JSON; EngineError when it says nothing."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._main.context  # shapes of the active profile
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        if not text:
+            raise self._failed("inspecting the layers")
+        return str(text)
+
+    # Running
+
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
+        profile = pick_profile(self._spans, shapes)
+        if profile is None:
+            raise EngineError(
+                f"{self.checked.label} has no optimization profile for {shapes}, though its manifest says "
+                f"{' and '.join(map(str, self.checked.record.profiles))}. Rebuild it with: {self._rebuild}"
+            )
+        call = Call(feeds, outputs, profile, shapes)
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream(self.device)
+            if not self._run_graph(call, current):
+                self._run_plainly(call, current)
+
+    def _run_plainly(self, call: Call, current: torch.cuda.Stream) -> None:
+        stream = self._side if current.cuda_stream == 0 else current
+        stream.wait_event(self._done)  # a context runs, and changes its profile, once at a time, on any stream
+        self._main.prepare(call, stream)
+        # A slice of a batch, or one of many timesteps, may start anywhere: those are copied.
+        aligned = {name: t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for name, t in call.feeds.items()}
+        self._main.bind({**aligned, **call.outputs})
+        # The block is the same one in a steady loop.
+        workspace = self._allocate(self._main.needed)
+        self._main.lend(workspace)
+        stream.wait_stream(current)  # inputs, and copies of them, are made on the current stream
+        try:
+            self._main.enqueue(stream.cuda_stream)
+        finally:
+            self._done.record(stream)
+            current.wait_stream(stream)  # what is freed below is used again only after the engine is done
+            del aligned, workspace
+        self._kernels.save_for(graph_key(call.profile, call.shapes))
+
+    def _allocate(self, size: int) -> torch.Tensor | None:
+        """Activation memory from torch's allocator."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
+
+    # Running through graphs: always on the session's own stream, so that nothing else is captured
+
+    def _run_graph(self, call: Call, current: torch.cuda.Stream) -> bool:
+        """Run through the shape's graph, which its second call makes; False where the call is to run plainly."""
+        key = graph_key(call.profile, call.shapes)
+        graph = self._graphs.find(key)
+        if graph is None and not self._graphs.due(key):
+            return False
+        self._side.wait_event(self._done)  # one run at a time: the graphs share activation memory
+        if graph is None:
+            return self._start_graph(call, current)
+        self._side.wait_stream(current)
+        try:
+            graph.run(call.feeds, call.outputs, self._side)
+        finally:
+            self._done.record(self._side)
+            current.wait_stream(self._side)
+        return True
+
+    def _start_graph(self, call: Call, current: torch.cuda.Stream) -> bool:
+        """Run on static buffers, then capture: TensorRT wants one run of a shape first. False when it did not run."""
+        ran = False
+        try:
+            graph = self._make_graph(call)
+            self._side.wait_stream(current)  # inputs and static buffers come from the current stream
+            graph.run(call.feeds, call.outputs, self._side)
+            ran = True
+            if not self._native:  # TensorRT-RTX captures by itself, once its kernels for the shape are compiled
+                graph.capture(self._side)
+            self._graphs.put(graph_key(call.profile, call.shapes), graph)
+        except (EngineError, RuntimeError) as error:  # no memory, an operation that cannot be captured
+            self._side.synchronize()  # what is freed now may be in use
+            self._graphs.disable(self.checked.label, (str(error).splitlines() or [repr(error)])[0])
+            self._workspace = None
+        finally:
+            self._done.record(self._side)
+            current.wait_stream(self._side)
+        self._kernels.save()
+        return ran
+
+    def _make_graph(self, call: Call) -> ShapeGraph:
+        """A context, buffers and activation memory for one shape, bound to one another once and for all."""
+        bound = self._context(self._engine, self._kernels, graphs=True)
+        bound.prepare(call, self._side)
+        if self._workspace is None or self._workspace.numel() < bound.needed:  # graphs keep the one that they have
+            self._check_memory(bound.needed)
+            self._workspace = self._allocate(bound.needed)
+        buffers = Buffers(call.feeds, call.outputs)
+        bound.bind({**buffers.inputs, **buffers.outputs})
+        bound.lend(self._workspace)
+        return ShapeGraph(buffers, bound.enqueue, self._workspace, self._native)
+
+    def _check_memory(self, needed: int) -> None:
+        """EngineError when lasting activation memory would take more than half of what the device has free."""
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + kept
+        if needed > free // 2:
+            raise EngineError(f"{needed >> 20} MiB of activation memory would be kept, and {free >> 20} MiB are free")
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        self._workspace = None
+
+    def _release(self) -> None:
+        synchronize(self.device)
+        self._drop_graphs()
+        self._kernels.save()
+        del self._main, self._engine, self._kernels, self._side

@@ -1,0 +1,126 @@
+"""What the weights of an opened engine are: the bundle's, another checkpoint's of the same architecture, plus adapters.
+
+Nothing is ever added to what is in the engine: each change starts from the bundle's own weights, so that B after A is B
+and not A + B, and taking everything away gives the engine that was opened.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
+from sdkd.core.files import read_json
+from sdkd.errors import ModelError
+
+if TYPE_CHECKING:
+    from engines.sessions.base import Session
+
+Delta = Callable[[], torch.Tensor]
+"""What adapters add to one weight, computed when called: float32, in the weight's own shape."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the weights are to be; `version` counts what was asked for."""
+
+    checkpoint: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    scale: float = 1.0  # of the deltas
+    version: int = 0
+
+    def same(self, other: Wish) -> bool:
+        """Whether both give the same weights: a scale that comes back asks for nothing new."""
+        equal = self.checkpoint is other.checkpoint and self.deltas is other.deltas
+        return equal and (self.scale == other.scale or not self.deltas)
+
+
+class EngineWeights:
+    """The weights of one session; changes are made at the next run, all at once. Thread-safe."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._wish = Wish()  # replaced as a whole, never changed
+        self._done = self._wish  # what the engine holds
+        self._changed = False  # whether the engine holds other weights than the bundle's
+        self._asking, self._settling = threading.Lock(), threading.Lock()
+
+    @property
+    def version(self) -> int:
+        """Counts what was asked for."""
+        return self._wish.version
+
+    @property
+    def checkpoint(self) -> Mapping[str, torch.Tensor]:
+        """Other weights that are asked for, by state-dict name; empty for the bundle's own."""
+        return self._wish.checkpoint
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are to be on top."""
+        return bool(self._wish.deltas)
+
+    def use(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Other weights of the same architecture, by state-dict name; none: the bundle's own."""
+        with self._asking:
+            self._wish = replace(self._wish, checkpoint=dict(state), version=self.version + 1)
+
+    def add(self, deltas: Mapping[str, Delta]) -> None:
+        """What adapters add; nothing: no adapter."""
+        with self._asking:
+            if deltas or self._wish.deltas:
+                self._wish = replace(self._wish, deltas=dict(deltas), version=self.version + 1)
+
+    def scale(self, factor: float) -> None:
+        """What adapters add, times this, for the calls until the next one says another."""
+        with self._asking:
+            if factor != self._wish.scale:
+                self._wish = replace(self._wish, scale=factor, version=self.version + 1)
+
+    def settle(self) -> None:
+        """Bring the engine to what was asked for; when that fails, it is asked for again at the next run."""
+        with self._settling:  # what is asked for meanwhile counts at the next run
+            wish = self._wish
+            if wish.same(self._done):
+                return
+            if wish.checkpoint or wish.deltas or self._changed:
+                self.session.swap(self._weights_of(wish))
+            self._changed, self._done = bool(wish.checkpoint or wish.deltas), wish
+
+    def changed(self) -> dict[str, torch.Tensor]:
+        """The weights that differ from the bundle's, by state-dict name."""
+        return self._weights_of(self._wish)
+
+    def _weights_of(self, wish: Wish) -> dict[str, torch.Tensor]:
+        exported = [name for name in wish.deltas if name not in wish.checkpoint]
+        base: dict[str, Any] = {name: wish.checkpoint[name] for name in wish.deltas if name in wish.checkpoint}
+        if exported:
+            found = read_weights(graph_file(self.session), exported)
+            base |= {name: torch.tensor(array, dtype=torch.float32) for name, array in found.items()}
+        return dict(wish.checkpoint) | {
+            name: base[name].float() + wish.scale * delta() for name, delta in wish.deltas.items()
+        }
+
+
+def graph_file(session: Session) -> Path:
+    """The exported graph that a session's engine was built from."""
+    bundle = session.checked.bundle
+    return bundle.path / bundle.component(session.checked.record.component).files[0].path
+
+
+def check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:
+    """ModelError unless these are the weights, by name, that a session's graph has."""
+    file = graph_file(session)
+    names = set(read_json(file.parent / TRANSFORMS_FILE, dict[str, str]))
+    missing, unknown = sorted(names - set(state)), sorted(set(state) - names)
+    if missing or unknown:
+        raise ModelError(
+            f"these weights do not fit the {session.checked.record.component} of {str(session.checked.bundle.path)!r}: "
+            f"{len(missing)} are missing and {len(unknown)} unknown (first: {(missing or unknown)[0]}): "
+            "give a model of the same architecture"
+        )

@@ -1,0 +1,1 @@
+"""Engines from ONNX graphs, built in a child process and checked."""

@@ -1,0 +1,199 @@
+"""Build engines into a bundle: what is fresh is kept, what is missing or stale is built in a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from export.build.errors import explain
+from export.build.estimate import check_resources
+from export.build.files import drop_replaced, drop_unnamed, moved, partial_folder, place_for
+from export.build.job import Job
+from export.build.options import BuildOptions
+from export.build.ranges import Geometry, check_shapes, input_shapes
+from export.build.request import Ranges, Request, check_buildable, engine_precision, rebuild_reasons, requests_for
+from sdkd.bundle.manifest import Bundle, EngineRecord, FileRecord
+from sdkd.bundle.memory import size
+from sdkd.core.child import ChildError, run_in_child
+from sdkd.core.console import Progress, quiet
+from sdkd.core.contract import CONFIG_FOLDERS
+from sdkd.core.files import lock, write_bytes
+from sdkd.core.replace import sweep_inside
+from sdkd.errors import BuildError
+from sdkd.models.exportable import check_configs
+from sdkd.targets.registry import built_environment, cache_folder, check_target, environment, timing_cache
+
+# What may differ where an engine runs, by how compatible with other hardware it is.
+FREE: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "ampere-plus": ("gpu", "compute_capability"),
+    "same-compute-capability": ("gpu",),
+}
+
+
+def build_engine(
+    bundle: str | Path | Bundle,
+    target: str,
+    *,
+    precision: str | None = None,
+    ranges: Ranges | None = None,
+    components: Sequence[str] | None = None,
+    options: BuildOptions = BuildOptions(),
+    force: bool = False,
+    progress: Progress = quiet,
+) -> Bundle:
+    """Build the engines of a bundle for a target and return the bundle as it is then.
+
+    `target`: a target or slot (`openvino-bf16`); `precision`: None for the ONNX's own; `ranges`: one profile, several
+    (a target without profiles gets one range that covers them), or None for `default_ranges`; `components`: None for
+    all that were exported. An engine of the same ONNX, profiles, options and environment is kept unless `force`. All
+    or nothing: on failure or Ctrl-C files and manifest stay as they were.
+
+    Raises InputError (target, precision, ranges, components, options), BundleError (no bundle, damaged ONNX),
+    MissingExtraError, BusyError (somebody else builds), BuildError and ValuesError (NaN, infinity, too far off).
+    """
+    root = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
+    kind = check_target(target)
+    Bundle.open(root)
+    with lock(root):
+        sweep_inside(root)
+        opened = Bundle.open(root)
+        wanted = engine_precision(opened, target, precision)
+        check_buildable(kind, options)
+        check_configs({CONFIG_FOLDERS[name]: opened.config(name) for name in opened.manifest.components})
+        requests = requests_for(opened, kind.name, wanted, ranges, components, options)
+        if isinstance(ranges, Sequence) and len(ranges) > 1 and not kind.many_profiles:
+            progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)
+        stale = _split(opened, requests, force, progress)
+        check_resources(opened, stale, options)
+        if not stale:
+            return opened
+        with _told_of_space(root):
+            return _build(opened, stale, progress)
+
+
+@contextlib.contextmanager
+def _told_of_space(root: Path) -> Iterator[None]:
+    """BuildError, with what is free, for a disk that is full after all; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BuildError(
+            f"no space left for the engines in {str(root)!r} ({size(shutil.disk_usage(root).free)} free): nothing was "
+            f"changed. Free some, or copy the bundle elsewhere"
+        ) from error
+
+
+def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progress) -> list[Request]:
+    """The requests to build; says of every one why it is built or that it is kept."""
+    here = environment(requests[0].target) if requests else {}
+    stale = []
+    for request in requests:
+        name = request.component.name
+        bundle.verify_files(request.component)
+        bundle.verify_weights(request.component)
+        reasons = ["forced"] if force else rebuild_reasons(bundle, request, here)
+        if reasons:
+            progress(f"{name}: to build for {request.slot} ({'; '.join(reasons)})", None)
+            stale.append(request)
+        else:
+            progress(f"{name}: {request.slot} engine is fresh, reused", None)
+    return stale
+
+
+def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundle:
+    slot = requests[0].slot
+    home = bundle.path / "engines" / slot
+    drop_unnamed(bundle, slot)
+    with partial_folder(home) as partial:
+        timings = timing_cache(requests[0].target)
+        if timings and (cache_folder() / timings).is_file():
+            shutil.copy2(cache_folder() / timings, partial)
+        jobs = [_job(bundle, request, partial) for request in requests]
+        answers = _run(jobs, requests, progress)
+        if timings and (partial / timings).is_file():
+            _keep(partial / timings)
+        place = place_for(bundle, slot, [request.component.name for request in requests])
+        records = [_record(request, answer, partial, place) for request, answer in zip(requests, answers, strict=True)]
+        manifest = bundle.manifest
+        for record in records:
+            manifest = manifest.with_engine(record)
+        result = replace(bundle, manifest=manifest)
+        with moved(partial, bundle.path / place):
+            result.save()
+        drop_replaced(bundle, result)
+    return result
+
+
+def _keep(timings: Path) -> None:
+    """Move what was timed to the user's caches; a folder that cannot be written only costs the next build its time."""
+    with contextlib.suppress(OSError):
+        write_bytes(cache_folder() / timings.name, timings.read_bytes())
+    timings.unlink()
+
+
+def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
+    contract = request.component.contract
+    geometry = Geometry.of(bundle)
+    return Job(
+        component=request.component.name,
+        target=request.target,
+        precision=request.precision,
+        onnx=str((bundle.path / request.component.files[0].path).resolve()),
+        folder=str(folder.resolve()),
+        contract=contract,
+        profiles=tuple(input_shapes(contract, profile, geometry) for profile in request.profiles),
+        checks=check_shapes(contract, request.profiles, geometry),
+        flags=request.flags,
+        timing_cache=timing_cache(request.target),
+    )
+
+
+def _run(jobs: list[Job], requests: list[Request], progress: Progress) -> list[dict[str, Any]]:
+    current = [jobs[0].component]
+
+    def follow(message: str, fraction: float | None) -> None:
+        current[0] = message.partition(":")[0]
+        progress(message, fraction)
+
+    try:
+        answers: list[dict[str, Any]] = run_in_child(
+            "export.build.run:build_all", {"jobs": [job.to_json() for job in jobs]}, follow
+        )
+    except ChildError as error:
+        raise BuildError(explain(current[0], requests[0].target, error)) from error
+    return answers
+
+
+def _record(request: Request, answer: Mapping[str, Any], folder: Path, place: PurePosixPath) -> EngineRecord:
+    files = tuple(replace(FileRecord.of(folder, folder / name), path=str(place / name)) for name in answer["files"])
+    return EngineRecord(
+        component=request.component.name,
+        target=request.target,
+        precision=request.precision,
+        files=files,
+        onnx_sha256=request.component.onnx_sha256,
+        ranges=request.ranges,
+        profiles=request.profiles,
+        environment=recorded_environment(request),
+        seconds=answer["seconds"],
+        flags={**request.flags, **answer["flags"]},
+        parity=answer["parity"],
+        built_for=tuple(answer["built_for"]),
+        slot=request.slot,
+    )
+
+
+def recorded_environment(request: Request) -> dict[str, str]:
+    """What must be equal where the engine runs: less for an engine that is made for more."""
+    options = BuildOptions.of(request.flags.get("options", {}))
+    free = FREE[options.hardware_compatible]
+    free += (check_target(request.target).module,) if options.version_compatible else ()
+    return {key: value for key, value in built_environment(request.target).items() if key not in free}

@@ -1,0 +1,129 @@
+"""What a build will take, before minutes are spent: the largest tensor, memory and disk, against what there is.
+
+The estimate stays below what was measured, so that it refuses only what cannot go well:
+
+    host memory = 0.3 GB + 3 x weights (+ 2 x largest tensor at the compared shapes, where the engine is compared here)
+    GPU memory  = 2 x weights + 2 x largest tensor at the largest shapes
+    disk        = weights in the engine's precision, old engines stay until the new ones are there
+
+Measured peaks of the building process (512 px, batch 1 with guidance): sd-tiny UNet, tensorrt-rtx fp16 2.3 GB for
+0.65 GB of weights; onnxruntime fp32 7.0 GB and openvino fp32 6.7 GB for 1.3 GB of weights and 1.07 GB of attention
+scores; VAE decoder, 0.6 GB, 3.2 GB and 2.9 GB for 0.1, 0.2 and 0.2 GB of weights and 0.27 GB of features.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from export.build.options import GIB, BuildOptions
+from export.build.ranges import Geometry, check_shapes
+from export.build.request import Request
+from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.memory import (
+    BYTES,
+    UNLIMITED,
+    Largest,
+    check_room,
+    corner,
+    free_gpu_memory,
+    free_memory,
+    fuses,
+    largest_of,
+)
+from sdkd.core.profiles import ShapeRanges
+from sdkd.errors import BuildError, InputError
+from sdkd.targets.registry import check_target, gpu
+
+LARGEST_VOLUME = 2**31 - 1  # elements of one tensor in TensorRT
+BASE_BYTES = 300_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What building one engine takes, in bytes."""
+
+    host: int
+    gpu: int
+    disk: int
+
+
+def check_volume(bundle: Bundle, request: Request) -> None:
+    """InputError when a profile's largest shape has a tensor of more elements than TensorRT can count."""
+    if not request.target.startswith("tensorrt"):
+        return
+    for profile in request.profiles:
+        found = _largest_tensor(bundle, request, profile)
+        if found.elements > LARGEST_VOLUME:
+            raise InputError(
+                f"{request.component.name} at {_largest(profile)} has {found.what} of {found.elements:,} elements, and "
+                f"{request.target} can have {LARGEST_VOLUME:,} in a tensor: narrow --size or --batch"
+                + ("" if _fuses(request) else ", or export in fp16, where attention needs no scores")
+            )
+
+
+def estimate(bundle: Bundle, request: Request) -> Estimate:
+    """What building one engine takes: see the formula above."""
+    target, record = check_target(request.target), request.component
+    weights = record.total_bytes
+    engine = round(weights * BYTES[request.precision] / BYTES[record.precision])
+    largest = max(_largest_tensor(bundle, request, one).elements for one in request.profiles)
+    compared = 0 if target.runs_on_gpu else max(_compared(bundle, request))
+    return Estimate(
+        host=BASE_BYTES + 3 * weights + 2 * compared * BYTES[record.precision],
+        gpu=2 * engine + 2 * largest * BYTES[request.precision] if target.builds_on_gpu else 0,
+        disk=engine,
+    )
+
+
+def _largest_tensor(bundle: Bundle, request: Request, profile: ShapeRanges) -> Largest:
+    sizes = corner(bundle, request.component, profile, "max")
+    return largest_of(bundle, request.component, sizes, _fuses(request))
+
+
+def _fuses(request: Request) -> bool:
+    return fuses(request.target, request.precision)
+
+
+def _compared(bundle: Bundle, request: Request) -> Iterator[int]:
+    for sizes in check_shapes(request.component.contract, request.profiles, Geometry.of(bundle)):
+        yield largest_of(bundle, request.component, sizes, fused=False).elements
+
+
+def _largest(profile: ShapeRanges) -> str:
+    return f"batch {profile.batch.max}, {profile.height.max}x{profile.width.max} px"
+
+
+def check_resources(bundle: Bundle, requests: Sequence[Request], options: BuildOptions) -> None:
+    """Refuse what cannot go well: InputError for a tensor too large, BuildError for memory or disk, with the numbers.
+
+    Engines are built one after the other: the largest need counts, and on disk their sum.
+    """
+    if not requests:
+        return
+    for request in requests:
+        check_volume(bundle, request)
+    needs = {request.component.name: estimate(bundle, request) for request in requests}
+    host = max(needs, key=lambda name: needs[name].host)
+    advice = "close other programs, narrow --size and --batch, or leave it out of --components"
+    check_room(
+        f"the builds, {host} most of all,", "memory", needs[host].host, free_memory(_cap(options)), advice, BuildError
+    )
+    if requests[0].target == "tensorrt" and gpu():
+        name = max(needs, key=lambda name: needs[name].gpu)
+        check_room(
+            f"the builds, {name} most of all,",
+            "GPU memory",
+            needs[name].gpu,
+            free_gpu_memory(_cap(options)),
+            advice,
+            BuildError,
+        )
+    disk = sum(need.disk for need in needs.values())
+    free = shutil.disk_usage(bundle.path).free
+    check_room(f"engines in {str(bundle.path)!r}", "disk space", disk, free, "free some, or copy the bundle elsewhere")
+
+
+def _cap(options: BuildOptions) -> int:
+    return int(options.memory_cap_gb * GIB) if options.memory_cap_gb else UNLIMITED

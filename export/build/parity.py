@@ -1,0 +1,99 @@
+"""Whether an engine computes what its ONNX graph does: both run on the same seeded inputs, at one or two shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sdkd.core.console import Progress
+from sdkd.core.contract import TensorSpec
+from sdkd.errors import ValuesError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from export.build.job import Job, Run
+
+SEED = 20
+TIMESTEP = 981.0  # one of the first of a scheduler: rounded to bfloat16, it would be another
+TOKENS = 400  # ids below any vocabulary's size
+SLOW_SECONDS = 10.0  # the second shape is left out when the graph alone takes longer than this
+# ||engine - graph|| / ||graph|| that rounding explains: half the mantissa's steps, grown over some hundred layers.
+RELATIVE_LIMIT = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
+
+
+def check_engine(job: Job, run: Run, progress: Progress) -> dict[str, Any]:
+    """Compare a saved engine with its ONNX graph in onnxruntime (CPU, no graph optimisation).
+
+    Returns max_abs (absolute), relative (L2), cosine, finite and the shapes compared: the worst over outputs and
+    shapes. Raises ValuesError when a value is not finite or the relative error is over the precision's limit.
+    """
+    from export.build.onnxruntime_graph import open_reference
+
+    progress("opening the ONNX graph to compare with", 0.0)
+    reference = open_reference(job.onnx)
+    rows: list[dict[str, Any]] = []
+    shapes: list[str] = []
+    for sizes in job.checks:
+        feeds = seeded_inputs(job, sizes)
+        progress(f"comparing at {_shape(job, sizes)}", len(shapes) / len(job.checks))
+        start = time.perf_counter()
+        expected = reference(feeds)
+        seconds = time.perf_counter() - start
+        rows += [compare(a, b) for a, b in zip(run(feeds), expected, strict=True)]
+        shapes.append(_shape(job, sizes))
+        if seconds > SLOW_SECONDS:
+            break
+    return _verdict(job, rows, shapes)
+
+
+def _verdict(job: Job, rows: list[dict[str, Any]], shapes: list[str]) -> dict[str, Any]:
+    name = f"the {job.target} engine of {job.component} ({job.precision})"
+    finite = all(row["finite"] for row in rows)
+    if not finite:
+        raise ValuesError(
+            f"{name} gives NaN or infinity at {', '.join(shapes)}: it was not kept; "
+            f"export and build it in fp32, or in bf16"
+        )
+    worst = {"max_abs": max(row["max_abs"] for row in rows), "relative": max(row["relative"] for row in rows)}
+    if worst["relative"] > RELATIVE_LIMIT[job.precision]:
+        raise ValuesError(
+            f"{name} is {worst['relative']:.2g} (relative) from its ONNX graph at {', '.join(shapes)}, more than "
+            f"{RELATIVE_LIMIT[job.precision]:g}: it was not kept; build it with another --precision or target"
+        )
+    return {**worst, "cosine": min(row["cosine"] for row in rows), "finite": finite, "shapes": shapes}
+
+
+def compare(found: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    """Error figures of one output, computed in float64; figures are 0 when a value is not finite."""
+    import numpy as np
+
+    a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return {"max_abs": 0.0, "relative": 0.0, "cosine": 0.0, "finite": False}
+    norm = float(np.linalg.norm(b)) or 1.0
+    cosine = float(a @ b) / ((float(np.linalg.norm(a)) or 1.0) * norm)
+    error = {"max_abs": float(np.abs(a - b).max()), "relative": float(np.linalg.norm(a - b)) / norm}
+    return {**error, "cosine": cosine if b.any() else 1.0, "finite": True}
+
+
+def seeded_inputs(job: Job, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Inputs of a component, the same on every machine: normal values, token ids, timestep 981."""
+    import numpy as np
+
+    generator = np.random.default_rng(SEED)
+
+    def values(spec: TensorSpec) -> np.ndarray:
+        shape = spec.shape(sizes)
+        if spec.dtype.startswith("int"):
+            return generator.integers(0, TOKENS, shape).astype(spec.dtype)
+        if not shape:
+            return np.array(TIMESTEP, dtype=spec.dtype)
+        return generator.standard_normal(shape).astype(spec.dtype)
+
+    return {spec.name: values(spec) for spec in job.contract.inputs}
+
+
+def _shape(job: Job, sizes: Mapping[str, int]) -> str:
+    return "x".join(str(size) for size in job.contract.inputs[0].shape(sizes))

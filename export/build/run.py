@@ -1,0 +1,73 @@
+"""Building and checking engines one after the other, in the child process of a build."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from export.build.job import Built, Job
+from export.build.options import GIB
+from export.build.parity import check_engine
+from sdkd.core.console import Progress, quiet, within
+from sdkd.errors import BuildError
+from sdkd.targets.registry import check_target
+
+# Each module has `flags(engine_precision, onnx_precision) -> dict` (cheap, for the parent) and
+# `build(job, progress) -> Built` (for the child).
+BUILDERS = {
+    "onnxruntime": "export.build.onnxruntime_graph",
+    "openvino": "export.build.openvino_blob",
+    "tensorrt": "export.build.tensorrt_plan",
+    "tensorrt-rtx": "export.build.tensorrt_plan",
+}
+GRAPH_BYTES = 2e7  # a graph costs time even without weights
+
+
+def build_all(jobs: list[dict[str, Any]], progress: Progress = quiet) -> list[dict[str, Any]]:
+    """Build and check one engine after the other (called in the child process); one answer per job.
+
+    Every progress message starts with the component's name, by which the parent knows what a crash hit.
+    """
+    cap_memory(jobs[0])
+    answers = []
+    sizes = [GRAPH_BYTES + Job.from_json(data).weight_bytes() for data in jobs]  # how the time is shared out
+    for index, data in enumerate(jobs):
+        done, total = sum(sizes[:index]), sum(sizes)
+        part = within(progress, done / total, (done + sizes[index]) / total, f"{data['component']}: ")
+        answers.append(_build_one(Job.from_json(data), part))
+    return answers
+
+
+def cap_memory(job: Mapping[str, Any]) -> None:
+    """Let this process take no more memory than its options say; more is an error of whoever asks for it.
+
+    Not where the library itself uses the GPU: there the drivers' reservations count, and the library has its own limit.
+    """
+    cap = job["flags"].get("options", {}).get("memory_cap_gb")
+    if cap and not check_target(job["target"]).builds_on_gpu:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (int(cap * GIB), int(cap * GIB)))
+
+
+def _build_one(job: Job, progress: Progress) -> dict[str, Any]:
+    start = time.perf_counter()
+    progress("starting", 0.0)
+    share = 0.97 if check_target(job.target).runs_on_gpu else 0.8  # the rest is the comparison with the graph
+    built: Built = importlib.import_module(BUILDERS[job.target]).build(job, within(progress, 0.0, share))
+    missing = [name for name in built.files if not (Path(job.folder) / name).stat().st_size]
+    if missing:
+        raise BuildError(f"{job.component} for {job.target}: the builder wrote an empty file {missing[0]!r}")
+    seconds = time.perf_counter() - start
+    parity = check_engine(job, built.run, within(progress, share, 1.0)) if built.run else None
+    progress("done", 1.0)
+    return {
+        "files": list(built.files),
+        "flags": dict(built.flags),
+        "built_for": list(built.built_for),
+        "parity": parity,
+        "seconds": round(seconds, 3),
+    }

@@ -1,0 +1,1 @@
+"""A component's module to an ONNX graph."""

@@ -1,0 +1,242 @@
+"""The components as modules that torch.export understands: tensors in, tensors out, in the contract's order.
+
+Nothing here knows a published model: names, widths and depths come from the component's own config, so that a teacher,
+its students (with or without mid block, three or four levels) and the demo's pipeline go through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdkd.core.contract import (
+    BASE_COMPONENTS,
+    CONFIG_FOLDERS,
+    STATE_PREFIXES,
+    Contract,
+    Extras,
+    Precision,
+    TensorSpec,
+    component_contract,
+    split_axis,
+)
+from sdkd.errors import ModelError
+from sdkd.models.exportable import check_config, check_module, module_config
+
+# Every size differs from every other, and none is 0 or 1: torch.export must not take two axes for one, nor a size for
+# a constant.
+EXAMPLE = {"batch": 2, "sequence": 11, "height": 3, "width": 5}
+
+# Attention processors without weights that compute the same as torch's scaled_dot_product_attention.
+REPLACED = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
+
+
+class ComponentGraph(nn.Module):
+    """A component's module behind the contract's tensors: positional inputs, a tuple of outputs."""
+
+    plain = 1  # leading inputs that are arguments of their own; those after them travel as one tuple
+
+    def __init__(self, module: nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.module = module
+        self.outputs = len(contract.outputs)
+
+
+class TextEncoderGraph(ComponentGraph):
+    """CLIPTextModel: input_ids -> last_hidden_state, pooler_output and, where asked for, every layer's hidden state."""
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Encode token ids with the causal mask only, as StableDiffusionPipeline does."""
+        every = self.outputs > 2
+        output = self.module(input_ids, output_hidden_states=True) if every else self.module(input_ids)
+        return output.last_hidden_state, output.pooler_output, *(output.hidden_states if every else ())
+
+
+class UNetGraph(ComponentGraph):
+    """UNet2DConditionModel: sample, timestep (a float32 scalar), encoder_hidden_states [, residuals] -> out_sample."""
+
+    plain = 3
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        *residuals: torch.Tensor,
+    ) -> tuple[torch.Tensor]:
+        """One denoising step; sample is [batch, channels, height, width] in latents."""
+        added: dict[str, Any] = {}
+        if residuals:
+            added = {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
+        return (self.module(sample, timestep, encoder_hidden_states, return_dict=False, **added)[0],)
+
+
+class ControlNetGraph(ComponentGraph):
+    """ControlNetModel: a UNet's inputs, an image and the conditioning scale -> residuals, the middle's last."""
+
+    plain = 5
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        controlnet_cond: torch.Tensor,
+        conditioning_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Residuals of one step, scaled; `guess_mode` is left to the caller, who multiplies them once more."""
+        down, middle = self.module(
+            sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, return_dict=False
+        )
+        return *down, middle
+
+
+class VaeDecoderGraph(ComponentGraph):
+    """AutoencoderKL's or AutoencoderTiny's decode: latent_sample, already unscaled -> sample."""
+
+    def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
+        """Decode without slicing or tiling, which would be traced as fixed loops."""
+        quant = getattr(self.module, "post_quant_conv", None)
+        return (self.module.decoder(latent_sample if quant is None else quant(latent_sample)),)  # type: ignore[operator]
+
+
+class VaeEncoderGraph(ComponentGraph):
+    """AutoencoderKL's encode: sample -> latent_parameters; AutoencoderTiny's: sample -> latents."""
+
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
+        """Mean and log variance, stacked by channel; sampling stays outside the graph."""
+        moments = self.module.encoder(sample)  # type: ignore[operator]
+        quant = getattr(self.module, "quant_conv", None)
+        return (moments if quant is None else quant(moments),)
+
+
+GRAPHS: dict[str, type[ComponentGraph]] = {
+    "text_encoder": TextEncoderGraph,
+    "unet": UNetGraph,
+    "vae_decoder": VaeDecoderGraph,
+    "vae_encoder": VaeEncoderGraph,
+    "controlnet": ControlNetGraph,
+}
+
+
+def component_module(pipe: Any, component: str) -> nn.Module:
+    """The pipeline's module of a component (both VAE halves share one).
+
+    ModelError when the pipeline lacks it or it is of another class, ExportError as `check_module` raises it.
+    """
+    name = CONFIG_FOLDERS[component]
+    module = getattr(pipe, name, None)
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"the pipeline has no PyTorch {name} (found {type(module).__name__}): give an eager pipeline")
+    if type(module).__name__ == "MultiControlNetModel":
+        raise ModelError(
+            f"the pipeline has {len(module.nets)} ControlNets, and a bundle holds one: set pipe.controlnet to one of "  # type: ignore[arg-type]
+            f"pipe.controlnet.nets, or export components={list(BASE_COMPONENTS)}: several run eagerly beside its UNet"
+        )
+    check_module(name, module)
+    return module
+
+
+def standard_attention(module: nn.Module) -> nn.Module:
+    """Undo memory-saving attention (sliced, xformers, unfused), which would be traced as loops; the module itself.
+
+    Processors with weights of their own, such as an IP-Adapter's, stay.
+    """
+    if hasattr(module, "attn_processors"):
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        found: dict[str, Any] = module.attn_processors  # type: ignore[assignment]
+        plain = {name: AttnProcessor2_0() if type(it).__name__ in REPLACED else it for name, it in found.items()}
+        module.set_attn_processor(plain)  # type: ignore[operator]
+    return module
+
+
+def graph_module(contract: Contract, module: nn.Module) -> ComponentGraph:
+    """The component's module behind positional tensor inputs and a tuple of outputs, in eval mode."""
+    return GRAPHS[contract.component](module, contract).eval()
+
+
+def module_contract(component: str, module: nn.Module, precision: Precision, extras: Extras = Extras()) -> Contract:
+    """The contract from the module's own config; ModelError for a UNet or ControlNet that needs other inputs."""
+    config = module_config(module)
+    check_config(CONFIG_FOLDERS[component], config)
+    return component_contract(component, config, precision, extras)
+
+
+def component_state(component: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    """State dict of a component under its diffusers (or transformers) names; tensors are not copied."""
+    prefixes = STATE_PREFIXES.get(component, ("",))
+    return {name: value for name, value in module.state_dict().items() if name.startswith(prefixes)}
+
+
+def axis_factors(contract: Contract, config: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """Each dynamic axis as a multiple of a root that can be any number: `height_2` of SD's UNet -> (`height`, 4).
+
+    A UNet of n levels halves n - 1 times; with another size its skip connections would differ in size from its
+    up-sampled ones, and diffusers would take a branch (`forward_upsample_size`) that must not be traced.
+    """
+    widths = config.get("block_out_channels") or config.get("decoder_block_out_channels") or (1,)
+    down = int(2 ** (len(widths) - 1))
+    stride = int(2 ** (len(config.get("conditioning_embedding_out_channels", (1,))) - 1))  # of a ControlNet's image
+    latents = down if contract.component in ("unet", "controlnet") else 1
+    pixels = down * stride if contract.component in ("vae_encoder", "controlnet") else 1
+    steps = {"height": latents, "width": latents, "image_height": pixels, "image_width": pixels}
+
+    def factor(axis: str) -> tuple[str, int]:
+        root, divisor = split_axis(axis)
+        return root.removeprefix("image_"), steps.get(root, 1) // divisor
+
+    return {axis: factor(axis) for axis in contract.axis_names()}
+
+
+def axis_sizes(contract: Contract, config: Mapping[str, Any], roots: Mapping[str, int]) -> dict[str, int]:
+    """Axis sizes for batch, sequence, height and width, the last two in the smallest steps that the model allows."""
+    return {axis: roots[root] * factor for axis, (root, factor) in axis_factors(contract, config).items()}
+
+
+def example_sizes(contract: Contract, config: Mapping[str, Any]) -> dict[str, int]:
+    """Axis sizes to trace with: all different, none of them 0 or 1."""
+    return axis_sizes(contract, config, EXAMPLE)
+
+
+def example_inputs(
+    contract: Contract, sizes: Mapping[str, int], seed: int = 0, timestep: float = 500.5, tokens: int = 256
+) -> tuple[torch.Tensor, ...]:
+    """Seeded inputs in the contract's order and dtypes: normal values, token ids below `tokens`, one timestep.
+
+    Values are drawn in float32 and then cast, so that every precision is asked the same question.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(spec: TensorSpec) -> torch.Tensor:
+        shape, dtype = spec.shape(sizes), getattr(torch, spec.dtype)
+        if not shape:
+            return torch.tensor(timestep if spec.name == "timestep" else 0.75, dtype=dtype)
+        if not dtype.is_floating_point:
+            return torch.randint(0, tokens, shape, generator=generator, dtype=dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return tuple(tensor(spec) for spec in contract.inputs)
+
+
+def dynamic_shapes(contract: Contract, config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One `{position: Dim}` per argument of the graph module for torch.export; axes of one root share one Dim."""
+    from torch.export import Dim
+
+    # diffusers' Upsample2D makes batches of 64 and more contiguous: a branch, though the graph has no such step and
+    # takes any batch. A text encoder has as many position embeddings as its config says, 77 for CLIP.
+    limits = {"batch": 63}
+    if contract.component == "text_encoder":
+        limits["sequence"] = config["max_position_embeddings"]
+    factors = axis_factors(contract, config)
+    roots = {root: Dim(f"{root}_", min=1, max=limits.get(root)) for root, _ in factors.values()}
+    dims = {axis: roots[root] * factor if factor > 1 else roots[root] for axis, (root, factor) in factors.items()}
+    shapes = tuple(
+        {position: dims[axis] for position, axis in spec.dynamic_axes.items()} or None for spec in contract.inputs
+    )
+    plain = GRAPHS[contract.component].plain
+    return (*shapes[:plain], shapes[plain:]) if shapes[plain:] else shapes

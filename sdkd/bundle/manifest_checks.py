@@ -1,0 +1,122 @@
+"""What a bundle's manifest may not say, whoever wrote it: looked at before anything that it names is opened."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdkd.core.contract import PRECISIONS
+from sdkd.core.files import sha256
+from sdkd.errors import BundleError
+
+# Options of OpenVINO that an engine's build writes down; any other could name files to write or libraries to load.
+OPENVINO_CONFIG = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")
+# What an engine's record can say of its build, as `sdkd build-engine` takes it.
+BUILD_OPTIONS = {
+    name: f"--{name.replace('_', '-')}"
+    for name in (
+        *("optimization_level", "workspace_gb", "refit", "strip_weights", "weight_streaming", "version_compatible"),
+        *("hardware_compatible", "memory_cap_gb"),
+    )
+} | {"compute_capabilities": "--compute-capability"}
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
+_AXIS = re.compile(r"(batch|sequence|(image_)?(height|width))(_\d{1,2})?( [*/] [1-9]\d?)?")
+_LARGEST_AXIS = 1 << 20
+
+
+def check_places(root: Path, manifest: Mapping[str, Any]) -> None:
+    """BundleError unless every name in a manifest (as JSON) that becomes a path stays inside the bundle's folder."""
+    components, engines = manifest["components"], manifest["engines"]
+    names = [*components, *(row["name"] for row in components.values())]
+    names += [row.get(key, "") for row in engines.values() for key in ("component", "target", "slot")]
+    strange = [name for name in names if not name or name in (".", "..") or set(name) & set("/\\\0:")]
+    rows = [*components.values(), *engines.values(), {"files": manifest.get("files") or ()}]
+    outside = [file["path"] for row in rows for file in row["files"] if _leaves(root, file["path"])]
+    if strange or outside:
+        raise BundleError(
+            f"bundle.json of {str(root)!r} names {(strange + outside)[0]!r}, which does not stay inside the "
+            "bundle's folder: do not trust it; if it is a download that consists of links, make it again "
+            "without them (hf download --local-dir)"
+        )
+
+
+def _leaves(root: Path, path: str) -> bool:
+    """Whether a path of the manifest is absolute, goes up, or leads out of the bundle through a link."""
+    if PurePosixPath(path).is_absolute() or {"..", ""} & set(path.replace("\\", "/").split("/")) or "\0" in path:
+        return True
+    try:
+        return not (root / path).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a circle of links
+        return True
+
+
+def strange_values(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Values of a manifest (as JSON, of the right types) that nothing could have written, with their keys."""
+    for name, row in manifest["components"].items():
+        yield from _strange_record(f"components.{name}", row)
+        for side in ("inputs", "outputs"):
+            for spec in row["contract"][side]:
+                yield from _strange_tensor(f"components.{name}.contract.{side}", spec)
+    for name, row in manifest["engines"].items():
+        yield from _strange_record(f"engines.{name}", row)
+        config = row.get("flags", {}).get("config", {})
+        if not isinstance(config, dict) or not set(config) <= set(OPENVINO_CONFIG):
+            yield f"engines.{name}.flags.config is {config!r}, it can have {' and '.join(OPENVINO_CONFIG)} alone"
+
+
+def _strange_record(where: str, row: Mapping[str, Any]) -> Iterator[str]:
+    if row["precision"] not in PRECISIONS:
+        yield f"{where}.precision is {row['precision']!r}, not one of {', '.join(PRECISIONS)}"
+    if not row["files"]:
+        yield f"{where}.files is empty"
+
+
+def _strange_tensor(where: str, spec: Mapping[str, Any]) -> Iterator[str]:
+    if spec["dtype"] not in DTYPES:
+        yield f"{where}: dtype of {spec['name']} is {spec['dtype']!r}, not one of {', '.join(DTYPES)}"
+    for axis in spec["axes"]:
+        known = _AXIS.fullmatch(axis) if isinstance(axis, str) else 1 <= axis <= _LARGEST_AXIS
+        if not known:
+            yield f"{where}: {spec['name']} has the axis {axis!r}, which is neither a size nor a known name"
+
+
+def file_problem(root: Path, file: Mapping[str, Any]) -> str | None:
+    """Why a bundle's file is not what its record (as JSON) says, bytes first, then SHA-256; None when it is."""
+    name, size = file["path"], file["bytes"]
+    path = root / name
+    if not path.is_file():
+        return f"{name} is missing"
+    found = path.stat().st_size
+    if found != size:
+        return f"{name} has {found} bytes instead of {size} (truncated or altered)"
+    if sha256(path) != file["sha256"]:
+        return f"{name} was altered: its SHA-256 differs from the manifest's"
+    return None
+
+
+def rebuild_command(root: Path, engine: Mapping[str, Any], onnx: str, shapes: Sequence[Mapping[str, str]]) -> str:
+    """The command that builds an engine (its record as JSON) again, from a graph of precision `onnx`, as it was built.
+
+    `shapes`: its profiles as the command's options.
+    """
+    one, several = (shapes[0], []) if len(shapes) == 1 else ({}, shapes)
+    wanted = ["--precision", onnx] if engine["slot"] == engine["target"] else []
+    wanted += [word for name, value in one.items() for word in (f"--{name}", value)]
+    wanted += [word for each in several for word in ("--profile", ",".join(f"{k}={v}" for k, v in each.items()))]
+    built = engine.get("flags", {}).get("options", {})
+    for option, value in built.items() if isinstance(built, Mapping) else ():
+        if option in BUILD_OPTIONS:
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            wanted += [BUILD_OPTIONS[option]] if value is True else [BUILD_OPTIONS[option], text]
+    return shlex.join(["sdkd", "build-engine", str(root), "--target", engine["slot"], *wanted])
+
+
+def export_command(root: Path) -> str:
+    """The command that makes a bundle where there is none: at `root`, or of the model that lies there."""
+    if not root.exists():
+        return shlex.join(["sdkd", "export", "MODEL", str(root)])
+    model = str(root) if (root / "model_index.json").is_file() else "MODEL"
+    return f"{shlex.join(['sdkd', 'export', model, 'artifacts/bundle'])}, and give that folder"

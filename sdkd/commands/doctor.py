@@ -1,0 +1,201 @@
+"""`sdkd doctor`: what this machine can build and run, and what to install."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from sdkd import __version__
+from sdkd.core.console import Progress, progress, quiet, show, show_json, styled, table, within
+from sdkd.errors import BuildError, InputError, MissingExtraError
+from sdkd.targets.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
+from sdkd.targets.registry import (
+    TARGETS,
+    Availability,
+    availability,
+    cpu_name,
+    cuda_packages,
+    driver_cuda,
+    driver_version,
+    gpu,
+    installed_version,
+)
+
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "accelerate", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "nvidia-ml-py",
+)  # fmt: skip
+
+
+def examine() -> dict[str, Any]:
+    """Everything doctor knows, JSON-ready: machine, GPU, libraries and one row per target."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {
+        "sdkd": __version__,
+        "machine": {
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "python": platform.python_version(),
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(memory.total / 2**30, 1),
+            "free_memory_gib": round(memory.available / 2**30, 1),
+        },
+        "gpu": _gpu(),
+        "libraries": {name: installed_version(name) for name in LIBRARIES},
+        "onnxruntime_providers": _providers(),
+        "onnxruntime_cuda": _cuda_problem(),
+        "targets": [asdict(availability(name)) for name in TARGETS],
+        "gpu_support": [asdict(one) for one in gpu_support()],
+    }
+
+
+def gpu_targets() -> list[str]:
+    """The targets that run on GPUs alone."""
+    return [name for name, target in TARGETS.items() if target.runs_on_gpu]
+
+
+def gpu_support(capability: str = "") -> list[Support]:
+    """What is known and what was measured of each installed GPU target on this GPU, or on one of that capability."""
+    device = gpu()
+    here = device["compute_capability"] if device else ""
+    found = []
+    for name in gpu_targets() if capability or here else ():
+        with contextlib.suppress(MissingExtraError):
+            trials = remembered(name) if (capability or here) == here else ()
+            found.append(support(name, capability or here, trials))
+    return found
+
+
+def try_target(target: str, progress: Progress = quiet) -> list[Trial]:
+    """Build, open and run a small engine of a target in child processes, and remember the answers for this GPU."""
+    from sdkd.core.child import run_in_child
+
+    trials, names = [], plans(target)
+    for index, plan in enumerate(names):
+        part = within(progress, index / len(names), (index + 1) / len(names), f"{target}, {plan}: ")
+        asked = {"target": target, "plan": plan}
+        try:
+            trials.append(Trial(**run_in_child(f"{attempt.__module__}:attempt", asked, part)))
+        except BuildError as error:  # the library crashed
+            said = " ".join([str(error), *getattr(error, "tail", ())[-4:]])
+            here: dict[str, Any] = dict(identity(target))
+            trials.append(Trial(target, plan, "crash", said, **here))
+    remember(trials)
+    return trials
+
+
+def _gpu() -> dict[str, Any]:
+    """The device as torch sees it, the driver and its CUDA; None for what is not there."""
+    import torch
+
+    device = gpu()
+    runs = driver_cuda()
+    memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if device else None
+    packages = {
+        name: major for target in TARGETS.values() for name, major in cuda_packages(target.distribution).items()
+    }
+    return {
+        "gpu": device["gpu"] if device else None,
+        "compute_capability": device["compute_capability"] if device else None,
+        "memory_gib": memory,
+        "driver": driver_version(),
+        "driver_cuda": f"{runs[0]}.{runs[1]}" if runs else None,
+        "torch_cuda": torch.version.cuda,
+        "packages_cuda": packages,
+    }
+
+
+def _providers() -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    return [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+
+
+def _cuda_problem() -> str | None:
+    """Why an onnxruntime for CUDA does not run on the GPU that is here; None where it does, or nobody expects it."""
+    from sdkd.targets.ort_cuda import CUDA, cuda_problem
+
+    return cuda_problem() if gpu() and CUDA.removesuffix("ExecutionProvider") in _providers() else None
+
+
+def _yes(value: bool) -> Any:
+    return styled("yes", "green") if value else "no"
+
+
+def _facts(found: dict[str, Any], details: bool) -> list[list[Any]]:
+    rows = [[key.replace("_", " "), value] for key, value in found["machine"].items()]
+    for key, value in found["gpu"].items():
+        text = ", ".join(f"{name}: {major}" for name, major in value.items()) if isinstance(value, dict) else value
+        if details or key in ("gpu", "driver") or value:
+            rows.append([key.replace("_", " ").replace("cuda", "CUDA"), text or "none"])
+    return [*rows, ["onnxruntime for", ", ".join(found["onnxruntime_providers"]) or "nothing"]]
+
+
+def doctor(
+    details: Annotated[bool, typer.Option("--details", help="Show every library, too.")] = False,
+    try_gpu: Annotated[
+        bool, typer.Option("--try", help="Build, open and run a small engine of each GPU target; remembers the answer.")
+    ] = False,
+    capability: Annotated[
+        str, typer.Option("--gpu", help="Say what is known of another GPU, by compute capability: 9.0.")
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say what this machine can build and run, and what to install."""
+    if capability and not re.fullmatch(r"\d+\.\d", capability):
+        raise InputError(f"compute capability {capability!r} is not understood: give one such as 9.0")
+    trials = _try_all() if try_gpu else []
+    found = examine()
+    if capability:
+        found["gpu_support"] = [asdict(one) for one in gpu_support(capability)]
+    if try_gpu:
+        found["trials"] = [asdict(trial) for trial in trials]
+    if json:
+        show_json(found)
+        return
+    show(table("Machine", ["", ""], _facts(found, details)))
+    if details:
+        libraries = [[name, version or "not installed"] for name, version in found["libraries"].items()]
+        show(table("Libraries", ["", "version"], libraries))
+    targets = [Availability(**row) for row in found["targets"]]
+    rows = [
+        [one.target, (one.version or "-").partition("-")[0] or "-", _yes(one.can_build), _yes(one.can_run), one.reason]
+        for one in targets
+    ]
+    show(table("Targets", ["target", "version", "builds here", "runs here", "why"], rows))
+    _show_support([Support(**row) for row in found["gpu_support"]], trials)
+    for one in targets:
+        if one.fix:
+            show(f"  {one.target}: {one.fix}")
+    if found["onnxruntime_cuda"]:
+        show(f"  onnxruntime runs on the CPU, although there is a GPU: {found['onnxruntime_cuda']}")
+
+
+def _try_all() -> list[Trial]:
+    """A trial of every GPU target whose library is installed."""
+    names = [name for name in gpu_targets() if availability(name).version]
+    trials: list[Trial] = []
+    with progress("doctor") as report:
+        for index, name in enumerate(names):
+            trials += try_target(name, within(report, index / len(names), (index + 1) / len(names)))
+    return trials
+
+
+def _show_support(found: Sequence[Support], trials: Sequence[Trial]) -> None:
+    """What is known and what was measured of GPU targets; what was tried where there is no GPU to remember it for."""
+    for one in found:
+        known = f"{one.target} on compute capability {one.compute_capability}: {one.known}."
+        show(known, f"  {one.measured[0].upper()}{one.measured[1:]}.")
+    for trial in trials if not found else ():
+        show(f"{trial.target}: {trial.words()}")

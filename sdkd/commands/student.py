@@ -1,0 +1,161 @@
+"""`sdkd student`: build a student from a teacher, without training, and say what was kept and what it costs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdkd.core.console import progress, show, show_json, table
+from sdkd.core.files import check_free, new_folder
+from sdkd.core.interrupts import between_steps
+from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.resolve import load_eager, resolve
+from sdkd.students.blocks import (
+    build_student,
+    count_macs,
+    key_map,
+    meta_unet,
+    student_config,
+    student_spec,
+    teacher_key,
+)
+
+_OUTSIDE = "outside"  # of the blocks: conv_in, time_embedding, ...
+_STAGES = (_OUTSIDE, "down_blocks", "mid_block", "up_blocks")
+
+
+def _order(part: str) -> tuple[int, str]:
+    """Sort key: the order in which an image goes through the UNet."""
+    return _STAGES.index(part.split(".")[0]), part
+
+
+def report(teacher_config: Mapping[str, Any], student: str) -> dict[str, Any]:
+    """What a student keeps of a teacher, as JSON-ready data; nothing is loaded, all is counted on the meta device.
+
+    `parts` has one row per block of the teacher: layers kept and dropped, parameters before and after. MACs are of one
+    forward pass at the config's own latent size, batch 1, 77 tokens, attention products included.
+    """
+    spec, modules = student_spec(student), key_map(teacher_config, student)
+    config = student_config(teacher_config, spec)
+    sizes = {name: weight.numel() for name, weight in meta_unet(teacher_config).state_dict().items()}
+    used = {teacher_key(name, modules) for name in meta_unet(config).state_dict()}
+    return {
+        "student": spec.name,
+        "latent_size": teacher_config.get("sample_size") or 64,
+        "parts": [_part(name, sizes, used) for name in sorted({_part_name(key) for key in sizes}, key=_order)],
+        "teacher_parameters": sum(sizes.values()),
+        "student_parameters": sum(sizes[name] for name in used),
+        "teacher_macs": count_macs(teacher_config),
+        "student_macs": count_macs(config),
+    }
+
+
+def _part_name(key: str) -> str:
+    """`down_blocks.0.resnets.1.conv1.weight` -> `down_blocks.0`."""
+    parts = key.split(".")
+    if parts[0] == "mid_block":
+        return parts[0]
+    return ".".join(parts[:2]) if parts[0] in ("down_blocks", "up_blocks") else _OUTSIDE
+
+
+def _layer_name(key: str, part: str) -> str:
+    """`down_blocks.0.resnets.1.conv1.weight` -> `resnets.1`; outside the blocks the module's own name."""
+    parts = key.split(".")
+    if part == _OUTSIDE:
+        return parts[0]
+    return ".".join(parts[1:3] if part == "mid_block" else parts[2:4])
+
+
+def _part(part: str, sizes: Mapping[str, int], used: set[str]) -> dict[str, Any]:
+    keys = [key for key in sizes if _part_name(key) == part]
+    layers = dict.fromkeys(_layer_name(key, part) for key in keys)
+    kept = dict.fromkeys(_layer_name(key, part) for key in keys if key in used)
+    return {
+        "part": part,
+        "kept": list(kept),
+        "dropped": [layer for layer in layers if layer not in kept],
+        "teacher_parameters": sum(sizes[key] for key in keys),
+        "student_parameters": sum(sizes[key] for key in keys if key in used),
+    }
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _short(layers: list[str]) -> str:
+    """`resnets.0, resnets.2, conv_in` -> `resnets 0+2, conv_in`; a sampler, alone in its block, needs no number."""
+    groups: dict[str, list[str]] = {}
+    for layer in sorted(layers):
+        kind, _, index = layer.partition(".")
+        groups.setdefault(kind, []).append("" if kind.endswith("samplers") else index)
+    return ", ".join(f"{kind} {'+'.join(indices)}".strip() for kind, indices in groups.items()) or "-"
+
+
+def tables(found: Mapping[str, Any]) -> list[Any]:
+    """The report as tables for people."""
+    rows = [
+        [
+            row["part"], _short(row["kept"]), _short(row["dropped"]),
+            f"{row['teacher_parameters']:,}", f"{row['student_parameters']:,}",
+        ]
+        for row in found["parts"]
+    ]  # fmt: skip
+    size = found["latent_size"]
+    whole = [
+        [
+            "parameters", f"{found['teacher_parameters']:,}", f"{found['student_parameters']:,}",
+            _share(found["student_parameters"], found["teacher_parameters"]),
+        ],
+        [
+            f"GMACs per step ({size}x{size} latents)", f"{found['teacher_macs'] / 1e9:,.3f}",
+            f"{found['student_macs'] / 1e9:,.3f}", _share(found["student_macs"], found["teacher_macs"]),
+        ],
+    ]  # fmt: skip
+    return [
+        table(f"UNet of {found['student']}", ["teacher's part", "kept", "dropped", "parameters", "left"], rows),
+        table("Cost of the UNet", ["", "teacher", "student", "left"], whole),
+    ]
+
+
+def student(
+    teacher: Annotated[str, typer.Argument(help="A diffusers folder, hub id, .safetensors, demo or random:sd15.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the student's pipeline.")],
+    student: Annotated[str, typer.Option("--student", "-s", help="small, tiny, bk-base, bk-small or bk-tiny.")],
+    half: Annotated[bool, typer.Option("--half", help="Save the weights in float16.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Build a student from a teacher without training: fewer blocks, the teacher's own weights in those that stay.
+
+    OUTPUT becomes a whole pipeline folder. Its images are poor until it is distilled (sdkd distill).
+    """
+    import torch
+
+    spec, source = student_spec(student), resolve(teacher)
+    check_free(output, overwrite, [teacher])
+    with progress("student") as step:
+        step("loading the teacher", 0.0)
+        pipe = load_eager(teacher, torch.float16 if half else None)
+        with between_steps() as check, new_folder(output, overwrite, [teacher]) as partial:
+            check()
+            step("copying the weights", 0.5)
+            unet = build_student(pipe.unet, spec)
+            found = {"teacher": source.name, "output": str(output), **report(pipe.unet.config, spec.name)}
+            check()
+            step("saving", 0.8)
+            about = {"teacher": source.name, "student": spec.name, "random_weights": source.random_weights, "steps": 0}
+            write_pipeline(pipe, partial, unet=unet, about=about)
+            check()
+    if json:
+        show_json(found)
+        return
+    show(*tables(found))
+    for note in source.notes:
+        show(f"Note on {source.name}: {note}.")
+    show(f"Saved {output}. Train it with: sdkd distill --teacher {shlex.quote(teacher)} --student {spec.short} "
+         "--data DATA --output RUN")  # fmt: skip

@@ -1,0 +1,1 @@
+"""Measuring subjects: how they are opened, timed, judged, and held against earlier reports."""

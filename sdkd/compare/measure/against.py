@@ -1,0 +1,271 @@
+"""A report held against an earlier one: what became faster or slower, whose images changed, who came and went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sdkd.compare.measure.earlier import Earlier, Row, read_report
+from sdkd.compare.measure.stats import Ratio, speedup
+from sdkd.errors import InputError, RegressionError, SdkdError
+
+THRESHOLD = 0.1  # a UNet step may take so much longer before it is an error
+CHANGED_DB = 1.0  # a mean PSNR that moved by more is said
+
+Speed = Literal["faster", "slower", "tie", "not compared"]
+Images = Literal["same", "changed", "worse", "better", "not compared"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What two reports must have in common, and for what: their speeds, their images."""
+
+    part: str
+    key: str
+    words: str
+    speed: bool
+    images: bool
+
+
+# A UNet call is as long whatever the prompt, the scheduler and the number of steps; likeness does not hang on the
+# machine, because an image is measured against eager images of the same machine.
+SETTINGS = (
+    Setting("setup", "size_px", "image side in pixels", True, True),
+    Setting("setup", "width_px", "image width where it is not square", True, True),
+    Setting("setup", "batch", "images per call", True, True),
+    Setting("setup", "unet_batch", "latents per UNet call", True, True),
+    Setting("setup", "steps", "steps", False, True),
+    Setting("setup", "scheduler", "scheduler", False, True),
+    Setting("setup", "guidance_scale", "guidance scale", False, True),
+    Setting("setup", "seed", "seed", False, True),
+    Setting("setup", "prompts", "prompts", False, True),
+    Setting("setup", "timing", "clock", True, False),
+    Setting("environment", "device", "device", True, False),
+    Setting("environment", "cpu", "CPU", True, False),
+    Setting("environment", "cores_usable", "usable cores", True, False),
+    Setting("environment", "threads_torch", "threads of PyTorch", True, False),
+    Setting("environment", "gpu", "GPU", True, False),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One subject then and now. `speed` is the ratio of medians, then over now: above 1 it became faster."""
+
+    then: Row
+    now: Row
+    speed: Ratio | None
+    images: Images
+    psnr_change_db: float | None
+    why_not: str = ""  # why the speeds were not compared
+
+    @property
+    def label(self) -> str:
+        """The subject's label."""
+        return self.now.label
+
+    @property
+    def verdict(self) -> Speed:
+        """`tie` where the interval holds 1."""
+        if self.speed is None:
+            return "not compared"
+        return "tie" if self.speed.tie else "faster" if self.speed.value > 1 else "slower"
+
+    @property
+    def slower_by(self) -> float:
+        """How much longer a UNet step takes now: 0.2 is 20 % longer; 0 where speeds were not compared."""
+        return 0.0 if self.speed is None else 1 / self.speed.value - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        ratio = self.speed
+        return {
+            "label": self.label,
+            "verdict": self.verdict,
+            "step_speedup": None if ratio is None else {**vars(ratio), "tie": ratio.tie},
+            "then_ms": self.then.step_ms.median,
+            "now_ms": self.now.step_ms.median,
+            "why_not": self.why_not,
+            "images": self.images,
+            "psnr_change_db": self.psnr_change_db,
+        }
+
+
+@dataclass(frozen=True)
+class Against:
+    """A whole report against an earlier one; `differences` and `notes` are in words."""
+
+    report: str
+    day: str
+    threshold: float
+    changes: tuple[Change, ...]
+    appeared: tuple[str, ...]
+    went: tuple[str, ...]
+    differences: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def worse(self) -> tuple[Change, ...]:
+        """Subjects that are slower by more than the threshold, or whose images became wrong."""
+        return tuple(change for change in self.changes if self.is_slower(change) or change.images == "worse")
+
+    def is_slower(self, change: Change) -> bool:
+        """Whether a subject is slower by more than the threshold, with an interval that excludes 1."""
+        return change.verdict == "slower" and change.slower_by > self.threshold
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing became worse, and any speed could be compared."""
+        return self.problem() is None
+
+    def problem(self) -> SdkdError | None:
+        """The error to end with: RegressionError names what is worse, InputError says why nothing was compared."""
+        if self.worse:
+            first, count = self.worse[0], len(self.worse)
+            return RegressionError(
+                f"{count} of {len(self.changes)} subjects {'is' if count == 1 else 'are'} worse than in "
+                f"{self.report!r} of {self.day}. {first.label!r}: {' and '.join(self._complaints(first))}. "
+                "Find the cause; where the change is wanted, compare against the new report from now on"
+            )
+        if all(change.speed is None for change in self.changes):
+            why = "; ".join(dict.fromkeys(change.why_not for change in self.changes)) or "all that it has failed now"
+            return InputError(
+                f"no speed can be compared with {self.report!r}: {why}. Measure both on one machine with equal settings"
+            )
+        return None
+
+    def _complaints(self, change: Change) -> list[str]:
+        found = []
+        if self.is_slower(change) and (ratio := change.speed) is not None:
+            found.append(
+                f"a UNet step takes {change.slower_by:.0%} longer ({change.then.step_ms.median:.4g} ms then, "
+                f"{change.now.step_ms.median:.4g} ms now; speed {ratio.value:.2f}, {ratio.confidence:.0%} interval "
+                f"{ratio.low:.2f}–{ratio.high:.2f}), and {self.threshold:.0%} is allowed"
+            )
+        if change.images == "worse":
+            found.append(f"its images broke their rule, which they did not then ({change.now.found})")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; see docs/compare.md."""
+        problem = self.problem()
+        return {
+            "report": self.report,
+            "day": self.day,
+            "threshold": self.threshold,
+            "ok": problem is None,
+            "problem": None if problem is None else str(problem),
+            "subjects": [change.to_json() for change in self.changes],
+            "appeared": list(self.appeared),
+            "went": list(self.went),
+            "differences": list(self.differences),
+            "notes": list(self.notes),
+        }
+
+
+def check_common(then: Earlier, labels: list[str]) -> None:
+    """InputError when no subject of the earlier report is among `labels`."""
+    if not set(then.rows) & set(labels):
+        raise InputError(
+            f"report {then.name!r} has no subject of this comparison: it has {', '.join(then.rows)}, this one "
+            f"{', '.join(labels)}. Compare the same models and targets"
+        )
+
+
+def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
+    """Compare two reports subject by subject; `threshold` 0.1 lets a step take 10 % longer.
+
+    Raises InputError for a threshold below 0, and where the reports have no subject in common.
+    """
+    check_threshold(threshold)
+    check_common(then, list(now.rows))
+    return differences_of(then, now, threshold)
+
+
+def check_threshold(threshold: float) -> None:
+    """InputError for a threshold that is no share."""
+    if not 0 <= threshold < math.inf:
+        raise InputError(f"threshold {threshold:g} is below 0: give the share that a step may take longer, like 0.1")
+
+
+def differences_of(then: Earlier, now: Earlier, threshold: float) -> Against:
+    """What changed between two reports; unlike `weigh`, reports without a subject in common are compared, too."""
+    differ = {setting: text for setting in SETTINGS if (text := _difference(setting, then, now))}
+    speed = "; ".join(text for setting, text in differ.items() if setting.speed)
+    images = any(setting.images for setting in differ)
+    both = [label for label in now.rows if label in then.rows]
+    return Against(
+        report=then.name,
+        day=then.day,
+        threshold=threshold,
+        changes=tuple(_change(then.rows[label], now.rows[label], speed, images) for label in both),
+        appeared=tuple(label for label in now.rows if label not in then.rows),
+        went=tuple(label for label in then.rows if label not in now.rows),
+        differences=tuple(differ.values()),
+        notes=tuple(_notes(then, now, both)),
+    )
+
+
+def _value(setting: Setting, report: Earlier) -> Any:
+    value = getattr(report, setting.part).get(setting.key)
+    return value.get("gpu") if isinstance(value, Mapping) else value
+
+
+def _difference(setting: Setting, then: Earlier, now: Earlier) -> str | None:
+    """In words how two reports differ in a setting; None where they do not."""
+    old, new = _value(setting, then), _value(setting, now)
+    if old == new:
+        return None
+    if isinstance(old, list) and isinstance(new, list):
+        return f"{setting.words}: {len(old)} then, {len(new)} now, not the same"
+    return f"{setting.words}: {'none' if old is None else old} then, {'none' if new is None else new} now"
+
+
+def _change(then: Row, now: Row, differ: str, other_images: bool) -> Change:
+    why = differ or _other_model(then, now)
+    # The two were not measured in turns: rounds of one have nothing to do with rounds of the other.
+    ratio = None if why else speedup(then.step_ms.samples, now.step_ms.samples, paired=False)
+    if not why and ratio is None:
+        why = "fewer than three rounds were timed"
+    change = None if then.psnr_db is None or now.psnr_db is None else now.psnr_db - then.psnr_db
+    found: Images = "not compared" if other_images or _other_model(then, now) else _images(then, now, change)
+    return Change(then, now, ratio, found, None if found == "not compared" else change, why)
+
+
+def _other_model(then: Row, now: Row) -> str:
+    """In words why the subjects of one label are not the same, or nothing."""
+    if then.unet_parameters != now.unet_parameters:
+        return f"another model: {then.unet_parameters:,} UNet parameters then, {now.unet_parameters:,} now"
+    if then.precision != now.precision:
+        return f"another precision: {then.precision} then, {now.precision} now"
+    return ""
+
+
+def _images(then: Row, now: Row, change: float | None) -> Images:
+    if then.ok is not False and now.ok is False:
+        return "worse"
+    if then.ok is False and now.ok:
+        return "better"
+    if change is None:  # eager fp32 is the measure itself
+        return "not compared"
+    return "changed" if abs(change) > CHANGED_DB else "same"
+
+
+def _notes(then: Earlier, now: Earlier, labels: list[str]) -> list[str]:
+    """What a reader should know and no verdict hangs on: other versions, another place of the model."""
+    old, new = (report.environment.get("versions", {}) for report in (then, now))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    found = [f"{name} {old.get(name, 'not there')} then, {new.get(name, 'not there')} now" for name in names]
+    models = dict.fromkeys((then.rows[label].model, now.rows[label].model) for label in labels)
+    places = {True: "every subject in a process of its own", False: "all in one process"}
+    if then.setup["isolated"] != now.setup["isolated"]:
+        found.append(f"{places[then.setup['isolated']]} then, {places[now.setup['isolated']]} now")
+    return found + [f"model {before!r} then, {after!r} now" for before, after in models if before != after]
+
+
+def compare_files(then: Path, now: Path, threshold: float = THRESHOLD) -> Against:
+    """Compare two report.json files; InputError as `read_report` and `weigh`."""
+    return weigh(read_report(then), read_report(now), threshold)

@@ -1,0 +1,312 @@
+"""From what a user names (models, targets, prompts) to subjects: which engines are used, built or left out, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.bundle.manifest import Bundle
+from sdkd.compare.measure.pictures import Size
+from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
+from sdkd.compare.measure.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
+from sdkd.core.console import Progress, quiet, within
+from sdkd.core.contract import check_precision, vae_scale
+from sdkd.core.files import read_json
+from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.core.text_files import prompts_of
+from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
+from sdkd.models.resolve import ModelSource, provenance, resolve, unet_config
+from sdkd.models.schedulers import scheduler_class
+from sdkd.targets.registry import TARGETS, availability, check_target, slot_name, slot_precision
+
+if TYPE_CHECKING:
+    from sdkd.compare.measure.comparison import Judge
+
+ONNX_ENGINE = "onnxruntime"  # whose bundle Optimum gets: the ONNX files that this engine was built from
+TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models
+SMALL_PX = 64  # models of at most this size are trained on drawn shapes, like the demo's
+SHAPES = (
+    "a large red star on a white background",
+    "a large yellow heart on a blue background",
+    "a medium green circle on a black background",
+    "a large blue cross on a yellow background",
+)
+PHOTOGRAPHS = (
+    "a photograph of an astronaut riding a horse",
+    "a watercolour of a lighthouse at dusk",
+    "a bowl of oranges on a wooden table, soft morning light",
+)
+
+
+REPLACEMENTS = ("vae", "controlnet")  # what `sdkd export` takes from elsewhere, as a manifest's source names it
+Replaced = tuple[tuple[str, str], ...]
+GUIDANCE, SMALL_GUIDANCE = 7.5, 4.0  # diffusers' default; what suits drawn shapes
+
+
+@dataclass
+class Plan:
+    """Subjects to compare, those whose engines could not be built, and in words what was left out and why."""
+
+    subjects: list[Subject] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What applies to every model: targets (None: what runs here), precision of new engines, size, bundles, batch.
+
+    `steps` and `scheduler` are looked at before anything is built.
+    """
+
+    targets: tuple[str, ...] | None
+    precision: str | None
+    size: Size | None
+    bundles: Path
+    batch: int = 1
+    steps: int = 1
+    scheduler: str | None = None
+
+
+Builder = Callable[[Progress], Subject]
+"""Exports and builds what is missing or stale for a subject."""
+
+
+def parse_prompts(text: str | None, models: Sequence[str]) -> tuple[str, ...]:
+    """Prompts from a file (one per line) or `a;b`; by default such as the models know. InputError when empty."""
+    if text is None:
+        return SHAPES if all(_is_small(model) for model in models) else PHOTOGRAPHS
+    return prompts_of(text)
+
+
+def default_guidance(models: Sequence[str]) -> float:
+    """The guidance scale that suits the models, where none is asked for."""
+    return SMALL_GUIDANCE if all(_is_small(model) for model in models) else GUIDANCE
+
+
+def default_judge(models: Sequence[str], prompts: Sequence[str], size: Size | None) -> Judge | None:
+    """The reader of drawn shapes, where all models are small and all prompts are captions of such drawings."""
+    from sdkd.toyworld.accuracy import are_captions, judge_captions
+    from sdkd.toyworld.reader import LEAST_PX
+
+    sides = [side for model in models if (side := _native_px(model)) is not None and side <= SMALL_PX]
+    readable = (
+        all(_from_text_alone(model) for model in models)
+        and len(sides) == len(models)
+        and (min(size) if size else min(sides, default=0)) >= LEAST_PX
+    )
+    return judge_captions if readable and are_captions(prompts) else None
+
+
+def _from_text_alone(model: str) -> bool:
+    """Whether a model of this machine draws from prompts, not from images, too."""
+    source = resolve(model)
+    if source.kind == "bundle" and source.path and "controlnet" in Bundle.open(source.path).manifest.components:
+        return False
+    return source.path is None or int(unet_config(model).get("in_channels", 4)) == 4
+
+
+def _is_small(model: str) -> bool:
+    side = _native_px(model)
+    return side is not None and side <= SMALL_PX
+
+
+def _native_px(model: str) -> int | None:
+    """The side of a model's own images in pixels, from its configs alone; None where they do not tell."""
+    path = resolve(model).path
+    vae = next((name for name in ("vae", "vae_decoder") if path and (path / name / "config.json").is_file()), None)
+    if path is None or vae is None or not (path / "unet" / "config.json").is_file():
+        return None
+    sample = read_json(path / "unet" / "config.json").get("sample_size")
+    return sample * vae_scale(read_json(path / vae / "config.json")) if isinstance(sample, int) else None
+
+
+def make_plan(
+    models: Sequence[str], wish: Wish, progress: Progress = quiet, check: Callable[[list[str]], object] = list
+) -> Plan:
+    """Subjects for every model on every target, missing engines built into `wish.bundles`.
+
+    First everything is refused that can be, `check` with the labels of all subjects among it; an engine that cannot be
+    built then is one of the plan's `failed`. A target that was not asked for by name and does not run here is left out
+    with a note. Raises InputError for an unknown target, a size, batch or number of steps that a model cannot have.
+    """
+    names, plan = short_names(models), Plan()
+    check_targets(wish.targets)
+    roles = find_roles(models)
+    if wish.scheduler is not None:
+        scheduler_class(wish.scheduler)
+    if wish.precision is not None:
+        check_precision(wish.precision)
+    size = check_models(dict(zip(names, models, strict=True)), wish.size, wish.steps, wish.scheduler)
+    wanted: list[tuple[Subject, Builder | None]] = []
+    for model, name in zip(models, names, strict=True):
+        source = resolve(model)
+        if source.kind == "bundle":
+            wanted += [(subject, None) for subject in _of_bundle(plan, source, name, roles[model], wish, size)]
+        else:
+            wanted += _of_model(source, name, roles[model], wish, size)
+    if not wanted:
+        raise InputError(f"nothing of {', '.join(models)} can be compared here: {'; '.join(plan.notes)}")
+    check_subjects([subject for subject, _ in wanted])
+    check([subject.label for subject, _ in wanted])
+    for place, (subject, build) in enumerate(wanted):
+        part = within(progress, place / len(wanted), (place + 1) / len(wanted), f"{subject.label}: ")
+        try:
+            plan.subjects.append(subject if build is None else build(part))
+        except (BuildError, BundleError, EngineError, ExportError, ModelError) as error:
+            plan.failed.append(Failed.of(subject, error))
+    return plan
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """The last part of each model's name; all of it where that is not unique. InputError for a model given twice."""
+    if twice := sorted({model for model in models if models.count(model) > 1}):
+        raise InputError(f"model {twice[0]!r} is given twice: give each model once")
+    short = [Path(model).name.removesuffix(".safetensors").replace(":", "-") or model for model in models]
+    return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
+
+
+def find_roles(models: Sequence[str]) -> dict[str, str]:
+    """`student` for models that sdkd made as students; beside one, the first other model is their `teacher`."""
+    known = {model: _provenance(model) for model in models}
+    students = {model for model, about in known.items() if "student" in about}
+    others = [model for model in models if model not in students]
+    roles = {model: STUDENT if model in students else "model" for model in models}
+    if students and others:
+        roles[others[0]] = TEACHER
+    return roles
+
+
+def _provenance(model: str) -> dict[str, Any]:
+    source = resolve(model)
+    if source.kind == "bundle":
+        source = _origin(source) or source
+    return provenance(source.path) if source.path is not None and source.path.is_dir() else {}
+
+
+def _origin(source: ModelSource) -> ModelSource | None:
+    """The model that a bundle was exported from, None when it is gone."""
+    assert source.path is not None
+    try:
+        found = resolve(str(Bundle.open(source.path).manifest.source.get("model", "")))
+    except ModelError:
+        return None
+    return None if found.kind == "bundle" else found
+
+
+def _torch_subjects(
+    model: str, name: str, role: str, targets: tuple[str, ...] | None, replaced: Replaced = ()
+) -> list[Subject]:
+    wanted = [EAGER] if targets is None else [target for target in targets if in_torch(target)]
+    return [
+        Subject(f"{name} {target}", model, target.partition("-")[0], torch_precision(target), None, role, replaced)
+        for target in wanted
+    ]
+
+
+def _of_model(
+    source: ModelSource, name: str, role: str, wish: Wish, size: Size | None
+) -> list[tuple[Subject, Builder | None]]:
+    """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
+    eager = _torch_subjects(source.name, name, role, wish.targets)
+    targets = _engine_targets(wish.targets)
+    if targets and wish.size is None and size is not None and (own := _native_px(source.name)) not in (None, size[0]):
+        raise InputError(
+            f"{name!r} makes images of {own} px, and this comparison is of {size[0]} px: give --size, and engines are "
+            "built for that"
+        )
+    found: list[tuple[Subject, Builder | None]] = [(subject, None) for subject in eager]
+    return found + [_engine_to_build(source.name, name, role, target, wish) for target in targets]
+
+
+def _engine_to_build(model: str, name: str, role: str, target: str, wish: Wish) -> tuple[Subject, Builder]:
+    """The subject that an engine will be, and what builds it; raises what building it would raise at once."""
+    from export.build.request import check_buildable, check_conversion
+    from sdkd.workflow import onnx_precision, prepare
+
+    built, folder = ONNX_ENGINE if target == OPTIMUM else target, wish.bundles / name
+    kind, ranges = check_target(built), _ranges(wish)
+    precision = check_precision(slot_precision(built) or wish.precision or kind.precision)
+    onnx = onnx_precision(kind.name, precision)
+    check_conversion(kind.name, onnx, precision)
+    check_buildable(kind)
+    slot = OPTIMUM if target == OPTIMUM else slot_name(kind.name, precision, onnx)
+
+    def build(progress: Progress) -> Subject:
+        made = prepare(model, built, folder, precision=precision, ranges=ranges, progress=progress)
+        return _engine_subject(model, name, role, made.bundle, slot)
+
+    return Subject(f"{name} {slot}", model, slot, precision, folder / onnx, role), build
+
+
+def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
+    if targets is None:
+        return [name for name in TARGETS if (here := availability(name)).can_run and here.can_build]
+    return [target for target in targets if not in_torch(target)]
+
+
+def _ranges(wish: Wish) -> ShapeRanges | None:
+    """Engines for one call of this size, or the bundle's default shapes; InputError for a batch beyond those."""
+    if wish.size is not None:
+        height, width = map(Range.fixed, wish.size)
+        return ShapeRanges(Range.fixed(wish.batch), height, width, Range.fixed(TOKENS))
+    from export.build.ranges import BATCH
+
+    if wish.batch not in BATCH:
+        raise InputError(
+            f"batch {wish.batch} is outside {BATCH}, which engines are built for by default: give --size, too, and "
+            "they are built for that size and batch"
+        )
+    return None
+
+
+def _engine_subject(model: str, name: str, role: str, bundle: Path, slot: str) -> Subject:
+    opened = Bundle.open(bundle)
+    unet = opened.component("unet") if slot == OPTIMUM else opened.engine(slot, "unet")
+    precision = unet.precision
+    return Subject(f"{name} {slot}", model, slot, precision, bundle, role, _replaced(opened))
+
+
+def _replaced(bundle: Bundle) -> Replaced:
+    """Parts that the bundle was exported with in place of its model's own, or beside them."""
+    source = bundle.manifest.source
+    return tuple((part, str(source[part])) for part in REPLACEMENTS if part in source)
+
+
+def _of_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, size: Size | None) -> list[Subject]:
+    """A bundle: its engines as they are, and the model it was made from as eager where that can be had."""
+    assert source.path is not None
+    bundle, origin = Bundle.open(source.path), _origin(source)
+    model = source.name if origin is None else origin.name
+    replaced = _replaced(bundle)
+    found = _torch_subjects(model, name, role, wish.targets, replaced)
+    if found and (why := _why_not_eager(model, replaced)):
+        plan.notes.append(f"{name}: no eager baseline ({why})")
+        found = []
+    asked = None if wish.targets is None else _engine_targets(wish.targets)
+    for slot in bundle.slots() if asked is None else asked:
+        here = None if slot == OPTIMUM else availability(check_target(slot).name)
+        if here is not None and not here.can_run:
+            plan.notes.append(f"{name}: {slot} was left out ({here.reason}; {here.fix})")
+            continue
+        found.append(_engine_subject(model, name, role, bundle.path, slot))
+        if here is not None:
+            check_engines(bundle, slot, size, wish.batch)
+    return found
+
+
+def _why_not_eager(model: str, replaced: Replaced) -> str | None:
+    """Why a bundle's source cannot run eagerly, None when it can; a hub model is tried, it may not be in the cache."""
+    from export.source import replacement_class
+    from sdkd.models.resolve import load_eager
+
+    try:
+        for part, name in replaced:
+            replacement_class(part, name)
+        if resolve(model).kind in ("bundle", "hub"):
+            load_eager(model)
+    except SdkdError as error:
+        return str(error)
+    return None

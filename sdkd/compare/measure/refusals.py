@@ -1,0 +1,108 @@
+"""What is refused before anything is built or opened: wishes that a model cannot meet, or nothing here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sdkd.bundle.manifest import Bundle
+from sdkd.compare.measure.pictures import Size
+from sdkd.compare.measure.subjects import IN_TORCH, OPTIMUM, optimum_problem
+from sdkd.core.contract import check_precision, check_size, latent_multiple
+from sdkd.core.numbers import DRAWING, check_numbers
+from sdkd.errors import BundleError, EngineError, InputError, ModelError
+from sdkd.models.resolve import latent_scale, load_rest, resolve, unet_config
+from sdkd.targets.registry import availability, check_target
+
+
+def check_targets(targets: tuple[str, ...] | None) -> None:
+    """InputError for an unknown target, EngineError for one that cannot run here; knows `eager-bf16`, too."""
+    for target in targets or ():
+        if in_torch(target):
+            torch_precision(target)
+        elif target == OPTIMUM:
+            if problem := optimum_problem():
+                raise EngineError(f"target 'optimum' does not run here: {problem}")
+        elif not (here := availability(check_target(target).name)).can_run:
+            raise EngineError(f"target {target!r} does not run here: {here.reason}. {here.fix}")
+
+
+def in_torch(target: str) -> bool:
+    """Whether a target is eager or compile, in any precision."""
+    return target.partition("-")[0] in IN_TORCH
+
+
+def torch_precision(target: str) -> str:
+    """`eager` -> fp32, `eager-bf16` and `compile-bf16` -> bf16."""
+    return check_precision(target.partition("-")[2] or "fp32")
+
+
+def check_asked(prompts: Sequence[str], size: Size | None, **numbers: float) -> tuple[str, ...]:
+    """The prompts, none of them empty; InputError for those and for numbers that no model could be asked for."""
+    kept = tuple(prompts)
+    if not kept or not all(prompt.strip() for prompt in kept):
+        raise InputError("a comparison needs prompts, none of them empty: give --prompts 'a red star; a blue ring'")
+    for name in ("steps", "runs", "image_runs", "batch"):
+        if numbers.get(name, 1) < 1:
+            raise InputError(f"{name} {numbers[name]} is too few: give at least 1")
+    check_numbers(numbers | dict(zip(("height", "width"), size or (), strict=False)), DRAWING)
+    return kept
+
+
+def check_models(homes: Mapping[str, str | Path], size: Size | None, steps: int, scheduler: str | None) -> Size | None:
+    """InputError, which names it, for a model that cannot have the size or do the steps; nothing is loaded.
+
+    `homes`: by label, the model or bundle of each. Returns the size that all are asked for: where none is given, the
+    first's own, None where its config does not tell. A model that cannot be read is left for when it is opened.
+    """
+    seen = set[str]()
+    for label, home in homes.items():
+        if str(home) in seen:
+            continue
+        seen.add(str(home))
+        with contextlib.suppress(ModelError, BundleError):
+            config, scale = unet_config(home), latent_scale(home)
+            own = config.get("sample_size")
+            size = size or ((own * scale, own * scale) if isinstance(own, int) else None)
+            try:
+                if size is not None:
+                    check_size(*size, scale * latent_multiple(config))
+                _check_steps(home, steps, scheduler)
+            except InputError as error:
+                raise InputError(f"{label!r}: {error}") from error
+    return size
+
+
+def _check_steps(home: str | Path, steps: int, scheduler: str | None) -> None:
+    from sdkd.models.schedulers import check_steps, set_scheduler
+
+    pipe = SimpleNamespace(scheduler=_scheduler(home))
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    check_steps(pipe.scheduler, steps)
+
+
+def _scheduler(home: str | Path) -> Any:
+    """The scheduler that a model or bundle comes with."""
+    source = resolve(home)
+    if source.kind != "bundle":
+        return load_rest(home).scheduler
+    from engines.pipelines.pipeline import bundle_scheduler
+
+    assert source.path is not None
+    return bundle_scheduler(Bundle.open(source.path))
+
+
+def check_engines(bundle: Bundle, slot: str, size: Size | None, batch: int) -> None:
+    """RangeError, with the command that builds others, for engines that were not built for a call's images.
+
+    BundleError for a slot that the bundle does not have.
+    """
+    from engines.pipelines.parts import BASE_PARTS, engine_names
+    from engines.sessions.ranges import check_images
+
+    for name in engine_names(bundle, slot, BASE_PARTS):
+        check_images(bundle, bundle.engine(slot, name), batch, size)

@@ -1,0 +1,296 @@
+"""What is compared: a model on a target in a precision, how it is opened, and what it weighs."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines.generate.image_inputs import as_pipeline
+from sdkd.bundle.manifest import Bundle
+from sdkd.compare.measure.pictures import as_drawn
+from sdkd.core.contract import COMPONENTS, DTYPES, check_precision
+from sdkd.errors import EngineError, InputError, ModelError, one_line
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+EAGER, COMPILE, OPTIMUM = "eager", "compile", "optimum"
+IN_TORCH = (EAGER, COMPILE)  # targets that need no bundle
+# `dynamic`: a subject is called with one shape, and must not be compiled otherwise because another model was before it.
+COMPILER: dict[str, Any] = {"dynamic": False}
+MOST_COMPILED = 64  # versions of one function; beyond, PyTorch would run it eagerly without a word
+TEACHER, STUDENT = "teacher", "student"
+WEIGHT_FOLDERS = ("unet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of a comparison: a model (name or path) on `eager`, `compile`, `optimum` or an engine slot.
+
+    A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for `optimum` the ONNX files; `role` says
+    what the model is to the others (`teacher`, `student`, `model`). `replaced`: parts of the model that others stand
+    for, (`vae` or `controlnet`, folder or hub id), as the bundle was exported.
+    """
+
+    label: str
+    model: str | Path
+    target: str = EAGER
+    precision: str = "fp32"
+    bundle: Path | None = None
+    role: str = "model"
+    replaced: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        if self.target not in IN_TORCH and self.bundle is None:
+            raise InputError(f"subject {self.label!r} runs on {self.target!r}, which needs a bundle: give one")
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether it runs in PyTorch, as loaded."""
+        return self.target == EAGER
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs in PyTorch with a UNet that torch.compile compiled."""
+        return self.target == COMPILE
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether it runs in PyTorch, and needs no bundle."""
+        return self.target in IN_TORCH
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether it runs on engines of its bundle."""
+        return not self.in_torch and self.target != OPTIMUM
+
+    @property
+    def is_truth(self) -> bool:
+        """Whether its images are the truth for its model: eager in float32."""
+        return self.is_eager and self.precision == "fp32"
+
+    @property
+    def model_key(self) -> str:
+        """What is equal for subjects of the same model with the same parts."""
+        return " + ".join((str(self.model), *(name for _, name in self.replaced)))
+
+    @property
+    def model_label(self) -> str:
+        """A short name of the model for people: the label without its target, or the last part of the model's name."""
+        for suffix in (self.runs_as, self.target):
+            if self.label.endswith(suffix) and (name := self.label.removesuffix(suffix).strip(" ,·-")):
+                return name
+        name = str(self.model)
+        return re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name
+
+    @property
+    def runs_as(self) -> str:
+        """Target and precision in one word: `eager`, `eager-bf16`, `openvino-bf16`."""
+        shown = self.precision == "fp32" or self.target.endswith(f"-{self.precision}")
+        return self.target if shown else f"{self.target}-{self.precision}"
+
+    @property
+    def slug(self) -> str:
+        """The label as a file name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-") or "subject"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A subject that could not be built or measured, and why, in one line; `error` is for --debug."""
+
+    subject: Subject
+    reason: str
+    error: Exception | None = field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def of(subject: Subject, error: Exception) -> Failed:
+        """What ended a subject, in words; what its frames held in memory is let go of."""
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        return Failed(subject, one_line(error), error)
+
+
+def check_subjects(subjects: Sequence[Subject]) -> None:
+    """InputError when there is nothing to compare, or two subjects would share a label or a file name."""
+    if not subjects:
+        raise InputError("nothing to compare: give at least one subject")
+    for what in ("label", "slug"):
+        names = [getattr(subject, what) for subject in subjects]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"subject {what} {twice[0]!r} is used twice: give every subject its own")
+
+
+def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = None) -> StableDiffusionPipeline:
+    """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or from its bundle.
+
+    Scheduler and latents are in the subject's precision, on engines as in PyTorch: an engine that is judged by eager
+    half precision has no rounding fewer. `scheduler`: as `sdkd generate` takes it, None for the model's own; InputError
+    when it is unknown.
+    """
+    import torch
+
+    dtype = getattr(torch, DTYPES[check_precision(subject.precision)])
+    if subject.in_torch:
+        from sdkd.models.resolve import load_eager
+
+        pipe = as_drawn(with_parts(load_eager(subject.model, torch_dtype=dtype), subject.replaced, dtype))
+        pipe = pipe if device == "cpu" else pipe.to(device)
+        if subject.is_compiled:
+            _compile_unet(pipe)
+    elif subject.target == OPTIMUM:
+        pipe = _optimum_pipeline(subject, device)
+    else:
+        from engines.pipelines.pipeline import load_pipeline
+
+        assert subject.bundle is not None
+        pipe = as_drawn(load_pipeline(subject.bundle, subject.target, torch_dtype=dtype))
+    if scheduler is not None:
+        from engines.generate.cli import set_scheduler
+
+        set_scheduler(pipe, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
+    """An eager pipeline with other parts in place of its own, as export gives them to a bundle.
+
+    Raises ModelError when a part is gone.
+    """
+    from export.source import CONTROLNET_PIPELINE, load_replacement
+
+    for part, name in replaced:
+        module = load_replacement(part, name, dtype)
+        if hasattr(pipe, part):
+            setattr(pipe, part, module)
+        else:
+            pipe = as_pipeline(pipe, CONTROLNET_PIPELINE, {part: module})
+    return pipe
+
+
+def _optimum_pipeline(subject: Subject, device: str) -> Any:
+    """Optimum's pipeline of the bundle's ONNX files, as Optimum's documentation opens it."""
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    from sdkd.models.diffusers_folder import quiet_libraries
+
+    provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    with quiet_libraries():
+        return ORTStableDiffusionPipeline.from_pretrained(str(subject.bundle), provider=provider)
+
+
+def optimum_problem() -> str | None:
+    """Why Optimum's ONNX pipelines cannot be imported here, and what to do; None where they can."""
+    advice = (
+        "it needs transformers older than 4.58, so an environment of its own: pip install 'sdkd[optimum]' there, or "
+        "make interop in a checkout"
+    )
+    try:
+        from optimum.onnxruntime import ORTStableDiffusionPipeline  # noqa: F401
+    except ImportError as error:
+        return f"optimum.onnxruntime cannot be imported ({error}); {advice}"
+    except RuntimeError as error:  # its lazy modules turn an ImportError within into this
+        return f"optimum.onnxruntime cannot be imported ({str(error).splitlines()[0]}); {advice}"
+    return None
+
+
+def _compile_unet(pipe: Any) -> None:
+    """Have the UNet compiled by torch.compile in its default mode, at its first call."""
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILED)
+    pipe.unet.compile(**COMPILER)
+
+
+@contextlib.contextmanager
+def compiling(subject: Subject) -> Iterator[None]:
+    """EngineError in place of what torch.compile raises when it fails on a compiled subject."""
+    if not subject.is_compiled:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        what = next(line for line in (*str(error).strip().splitlines(), type(error).__name__) if line.strip())
+        raise EngineError(
+            f"torch.compile failed ({what.strip()}). It needs a C++ compiler on a CPU and Triton on a GPU: install one "
+            "(apt install g++), or leave the target out"
+        ) from error
+
+
+def close_subject(subject: Subject, pipe: Any) -> None:
+    """Release the engines behind a pipeline; one in PyTorch goes with its last reference."""
+    if subject.has_engines:
+        for part in WEIGHT_FOLDERS:
+            getattr(pipe, part).close()
+
+
+def count_parameters(subject: Subject, pipe: Any) -> tuple[int, int]:
+    """Parameters of the UNet and of the whole pipeline (text encoder, UNet, VAE)."""
+    if subject.bundle is not None:
+        records = Bundle.open(subject.bundle).manifest.components
+        return records["unet"].parameters, sum(record.parameters for record in records.values())
+    counts = {name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters()) for name in WEIGHT_FOLDERS}
+    return counts["unet"], sum(counts.values())
+
+
+def size_on_disk(subject: Subject) -> int | None:
+    """Bytes of the weights (eager), engine or ONNX files; None where there is no file (random weights)."""
+    if subject.bundle is not None:
+        bundle = Bundle.open(subject.bundle)
+        names = [name for name in COMPONENTS if name in bundle.manifest.components]
+        records = [
+            bundle.engine(subject.target, name) if subject.has_engines else bundle.component(name) for name in names
+        ]
+        return sum(record.total_bytes for record in records)
+    from sdkd.models.resolve import resolve
+
+    path = resolve(subject.model).path
+    return None if path is None else weight_bytes(Path(path))
+
+
+def has_random_weights(subject: Subject) -> bool:
+    """Whether the model was never trained; a bundle knows even when its model is gone."""
+    if subject.bundle is not None:
+        return bool(Bundle.open(subject.bundle).manifest.source.get("random_weights"))
+    from sdkd.models.resolve import resolve
+
+    return resolve(subject.model).random_weights
+
+
+def weight_bytes(path: Path) -> int | None:
+    """Bytes of the weight files of a pipeline folder or of a single file; None when there are none.
+
+    Where a component comes in several formats or variants, the first of: plain safetensors, any safetensors, bin.
+    """
+    if path.is_file():
+        return path.stat().st_size
+    return sum(_component_bytes(path / name) for name in WEIGHT_FOLDERS) or None
+
+
+def _component_bytes(folder: Path) -> int:
+    for pattern in ("*model.safetensors", "*model-*-of-*.safetensors", "*.safetensors", "*.bin"):
+        if files := list(folder.glob(pattern)):
+            return sum(file.stat().st_size for file in files)
+    return 0
+
+
+def native_size(pipe: Any) -> int:
+    """Image side in pixels that a model was made for: the UNet's `sample_size` times the VAE's scale."""
+    sample = pipe.unet.config.sample_size
+    if not isinstance(sample, int):
+        raise ModelError(f"the UNet's sample_size {sample!r} is not one integer: give the image size with --size")
+    return sample * int(pipe.vae_scale_factor)

@@ -1,0 +1,196 @@
+"""Timing: one clock for every kind of device, warm-up until stable, and rounds interleaved over the cases."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sdkd.core.console import Progress, quiet
+
+Work = Callable[[], object]
+
+BURST = 3  # timed calls in a row, after one thrown away or a warm-up: caches and threads belong to the case again
+FEWEST_ROUNDS = 3
+LONGEST_BURST = 50
+WARM_CALLS = 3  # as many calls in a row must agree
+WARM_TOLERANCE = 0.10
+MOST_WARM_CALLS = 12
+MOST_WARM_SECONDS = 8.0  # after the first call; what takes seconds has little left to warm up then
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed call, in seconds: wall clock, CPU time of all threads, and the device's own time on CUDA."""
+
+    wall_s: float
+    cpu_s: float
+    device_s: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The device's time where it has a clock of its own, the wall clock elsewhere."""
+        return self.wall_s if self.device_s is None else self.device_s
+
+
+class Timer:
+    """The one place that knows how a device is timed: wall clock and CPU time; on CUDA also a pair of events."""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.process_time,
+    ) -> None:
+        self.device, self.clock, self.cpu_clock = device, clock, cpu_clock
+
+    @property
+    def method(self) -> str:
+        """How it times, for the report."""
+        return "CUDA events" if self.device.startswith("cuda") else "wall clock"
+
+    def time(self, work: Work) -> Sample:
+        """Run once and time it; on CUDA all earlier work is finished first, and this work before the clock stops."""
+        if self.device.startswith("cuda"):
+            return self._time_cuda(work)
+        cpu, wall = self.cpu_clock(), self.clock()
+        work()
+        return Sample(self.clock() - wall, self.cpu_clock() - cpu)
+
+    def _time_cuda(self, work: Work) -> Sample:
+        import torch
+
+        torch.cuda.synchronize(self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cpu, wall = self.cpu_clock(), self.clock()
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return Sample(self.clock() - wall, self.cpu_clock() - cpu, start.elapsed_time(end) / 1000)
+
+
+def warm_up(work: Work, timer: Timer, most: int = MOST_WARM_CALLS) -> list[float]:
+    """Call until three calls in a row lie within 10 % of each other; seconds of each call.
+
+    `most` times at most, and for MOST_WARM_SECONDS after the first call, which compiles where something is compiled.
+    """
+    spent: list[float] = []
+    while len(spent) < most and sum(spent[1:]) < MOST_WARM_SECONDS:
+        spent.append(timer.time(work).seconds)
+        last = spent[-WARM_CALLS:]
+        if len(last) == WARM_CALLS and max(last) <= min(last) * (1 + WARM_TOLERANCE):
+            break
+    return spent
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that is timed of every case: at least `runs` calls and `min_seconds` over `rounds` (None: all)."""
+
+    name: str
+    runs: int
+    min_seconds: float
+    rounds: int | None = None
+
+    def is_due(self, number: int, rounds: int) -> bool:
+        """Whether it is timed in this round, so that its own rounds are spread over all."""
+        own = self.rounds_of(rounds)
+        return number * own // rounds != (number - 1) * own // rounds
+
+    def rounds_of(self, rounds: int) -> int:
+        """In how many of so many rounds it is timed."""
+        return min(self.rounds or rounds, rounds)
+
+
+class Bench(Protocol):
+    """One case, ready to be timed; its parts go by name."""
+
+    def warm(self, part: str) -> float:
+        """Call until it is stable; seconds of the last call."""
+
+    def burst(self, part: str, count: int) -> list[Sample]:
+        """`count` timed calls, straight after a warm-up (made where there was none yet) or one that is thrown away."""
+
+
+Enter = Callable[[], Bench]
+"""Makes a case ready: opens its model if need be."""
+Timed = dict[str, list[list[Sample]]]
+"""Samples of one case by part and round."""
+
+
+def rounds_for(runs: int) -> int:
+    """Number of rounds that spread `runs` calls in bursts."""
+    return max(FEWEST_ROUNDS, math.ceil(runs / BURST))
+
+
+def burst_length(runs: int, rounds: int, min_seconds: float, call_s: float) -> int:
+    """Calls of one case in one round: enough for `runs` calls and for `min_seconds` over all rounds, within reason."""
+    for_time = math.ceil(min_seconds / rounds / call_s) if call_s > 0 else LONGEST_BURST
+    return max(math.ceil(runs / rounds), min(for_time, LONGEST_BURST))
+
+
+def interleave(
+    cases: Mapping[str, Enter],
+    parts: Sequence[Part],
+    *,
+    rounds: int | None = None,
+    seed: int = 0,
+    lost: Callable[[str, Exception], None] | None = None,
+    progress: Progress = quiet,
+) -> dict[str, Timed]:
+    """Time all cases in rounds, each round in a new (seeded) order, so that drift of the machine hits all alike.
+
+    Per case and part: warm-up until stable and a burst of timed calls in its first round, then in every round that is
+    its own one call that is thrown away and a burst; at least `runs` calls, and `min_seconds` where the burst limit
+    allows. `lost` hears of a case that raises and is left out from there on; without it the error ends all.
+    """
+    rounds = rounds or rounds_for(parts[0].runs)
+    order, shuffle = list(cases), random.Random(seed)  # noqa: S311 (an order, not a secret)
+    bursts: dict[tuple[str, str], int] = {}
+    samples: dict[str, Timed] = {name: {part.name: [] for part in parts} for name in cases}
+    for number in range(rounds):
+        shuffle.shuffle(order)
+        due = [part for part in parts if part.is_due(number, rounds)]
+        for place, name in enumerate(turn := tuple(order)):
+            progress("timing UNet steps", (number + place / len(turn)) / rounds)
+            try:
+                bench = cases[name]()
+                for part in due:
+                    if (key := (name, part.name)) not in bursts:
+                        call_s = bench.warm(part.name)
+                        bursts[key] = burst_length(part.runs, part.rounds_of(rounds), part.min_seconds, call_s)
+                    samples[name][part.name].append(bench.burst(part.name, bursts[key]))
+            except Exception as error:
+                if lost is None:
+                    raise
+                lost(name, error)
+                order.remove(name)
+    progress("timed", 1.0)
+    return samples
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A bench of plain work in this process."""
+
+    works: dict[str, Work]
+    timer: Timer
+    fresh: dict[str, bool] = field(default_factory=dict)  # of parts warmed up: whether there was no burst since
+
+    def warm(self, part: str) -> float:
+        """As a Bench."""
+        self.fresh[part] = True
+        return warm_up(self.works[part], self.timer)[-1]
+
+    def burst(self, part: str, count: int) -> list[Sample]:
+        """As a Bench."""
+        if part not in self.fresh:
+            self.warm(part)
+        if not self.fresh[part]:
+            self.works[part]()
+        self.fresh[part] = False
+        return [self.timer.time(self.works[part]) for _ in range(count)]

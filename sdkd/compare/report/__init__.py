@@ -1,0 +1,1 @@
+"""Writing a report: tables, words, charts and the HTML page."""

@@ -1,0 +1,167 @@
+"""Sentences about a comparison: what was compared, what came out, where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sdkd.compare.measure.limits import EXPLAINED
+from sdkd.compare.measure.results import Report, Result
+from sdkd.compare.measure.subjects import STUDENT
+from sdkd.compare.measure.timing import MOST_WARM_CALLS, MOST_WARM_SECONDS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure worth a headline: the value, what it is of, and its fine print."""
+
+    value: str
+    text: str
+    note: str = ""
+    tone: str = ""
+
+
+def listing(names: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`, each name once."""
+    kept = list(dict.fromkeys(names))
+    return kept[0] if len(kept) == 1 else f"{', '.join(kept[:-1])} and {kept[-1]}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def models(report: Report) -> str:
+    """The models, each once."""
+    return listing(row.subject.model_label for row in report.results)
+
+
+def asked(report: Report) -> str:
+    """On what the models ran, and what each was asked for."""
+    setup, targets = report.setup, listing(_target_word(row.subject.runs_as) for row in report.results)
+    height, width = setup.size
+    batch = "" if setup.batch == 1 else f", {setup.batch} images per call"
+    return (
+        f"on {targets}: {plural(len(setup.prompts), 'prompt')} from the same noise, "
+        f"{width} × {height} px, {plural(setup.steps, 'step')}, guidance {setup.guidance_scale:g}{batch}"
+    )
+
+
+def sentence(report: Report) -> str:
+    """What was compared, in one sentence."""
+    return f"{models(report)} {asked(report)}"
+
+
+def _target_word(target: str) -> str:
+    return target.replace("eager", "eager PyTorch", 1).replace("compile", "torch.compile", 1)
+
+
+def machine_line(report: Report) -> str:
+    """The device, its share of the machine and the date."""
+    here = report.environment
+    device = here["gpu"]["gpu"] if report.setup.timing == "CUDA events" and here.get("gpu") else here["cpu"]
+    return f"{device}, {plural(here['cores_usable'], 'core')}, {here['date_utc'][:10]}"
+
+
+def noise_note(report: Report) -> str | None:
+    """A warning when the machine had other work when it began, or calls spread so widely that it had some later."""
+    busy = report.busy_before
+    began = None if busy is None else f"The machine was not quiet when this began: {busy}"
+    return ". ".join(filter(None, (_spread_note(report), began))) or None
+
+
+def _spread_note(report: Report) -> str | None:
+    if not report.noisy:
+        return None
+    return (
+        f"The machine was busy: calls of {len(report.noisy)} of {plural(len(report.results), 'subject')} spread widely "
+        "(p90 − p10 is more than half the median). Trust the intervals, or measure again when it is quiet"
+    )
+
+
+def findings(report: Report) -> list[Finding]:
+    """At most four headline figures, each only where the report supports it."""
+    found = [_fastest(report), _smallest(report), _verdicts(report), _captions(report)]
+    return [finding for finding in found if finding is not None]
+
+
+def _fastest(report: Report) -> Finding | None:
+    for name in ("teacher", "eager", "baseline"):
+        rows = [row for row in report.results if name in row.step_speedup]
+        if rows:
+            row = max(rows, key=lambda one: one.step_speedup[name].value)
+            ratio, over = row.step_speedup[name], report.baselines[row.subject.label][name]
+            note = f"{ratio.confidence:.0%} interval {ratio.low:.2f}–{ratio.high:.2f}"
+            if ratio.tie:
+                return Finding("tie", f"per UNet step: {row.subject.label} over {over}", note)
+            return Finding(f"{ratio.value:.2f}×", f"as fast per UNet step: {row.subject.label} over {over}", note)
+    return None
+
+
+def _smallest(report: Report) -> Finding | None:
+    small = min(report.results, key=lambda row: row.unet_parameters)
+    large = max(report.results, key=lambda row: row.unet_parameters)
+    if small.unet_parameters == large.unet_parameters:
+        return None
+    share = 1 - small.unet_parameters / large.unet_parameters
+    sizes = f"{small.unet_parameters / 1e6:,.1f} M of {large.unet_parameters / 1e6:,.1f} M"
+    return Finding(
+        f"−{share:.0%}", f"UNet parameters: {small.subject.model_label} instead of {large.subject.model_label}", sizes
+    )
+
+
+def _verdicts(report: Report) -> Finding | None:
+    judged = [row for row in report.results if row.verdict and row.verdict.ok is not None]
+    if not judged:
+        return None
+    good = sum(bool(row.verdict and row.verdict.ok) for row in judged)
+    worst = [row.against_eager.psnr_min_db for row in judged if row.against_eager and row.subject.precision == "fp32"]
+    halves = dict.fromkeys(row.subject.precision for row in judged if row.subject.precision != "fp32")
+    notes = [f"worst fp32 image {min(worst):.0f} dB PSNR"] if worst else []
+    note = ", ".join([*notes, *(f"{half} as close as eager {half}" for half in halves if good == len(judged))])
+    tone = "good" if good == len(judged) else "bad"
+    return Finding(f"{good} of {len(judged)}", "engines make the images of eager PyTorch", note, tone)
+
+
+def _captions(report: Report) -> Finding | None:
+    rows = [row for row in report.results if row.judged_mean is not None]
+    students = [row for row in rows if row.subject.role == STUDENT] or rows
+    if not students:
+        return None
+    best = max(students, key=_mean)
+    return Finding(f"{_mean(best):.0%}", f"of caption attributes right: {best.subject.label}", _details(best))
+
+
+def _mean(row: Result) -> float:
+    return row.judged_mean or 0.0
+
+
+def _details(row: Result) -> str:
+    return ", ".join(f"{name} {value:.0%}" for name, value in (row.judged or {}).items())
+
+
+def method(report: Report) -> list[str]:
+    """How the figures came about, for the page."""
+    setup = report.setup
+    memory = "all pipelines open at once" if setup.open_together else "one pipeline in memory at a time"
+    place = "every subject in a fresh one of its own" if setup.isolated else "all subjects in one"
+    guided = "guidance: both halves in one call" if setup.guidance_scale > 1 else "no guidance"
+    fewest = min(row.unet_step_ms.count for row in report.results)
+    return [
+        f"UNet step: one call with batch {setup.unet_batch} ({guided}), {setup.timing}, at least {fewest} calls each, "
+        "after warm-up until three calls in a row agree within 10% "
+        f"({MOST_WARM_CALLS} calls or {MOST_WARM_SECONDS:g} s at most).",
+        "Rounds: every round times each subject in a new random order, after a call thrown away or warm-up, so that "
+        f"a drifting machine hits all alike ({memory}).",
+        f"Ratios: medians, with a {setup.confidence:.0%} bootstrap interval over rounds and samples; a tie is an "
+        "interval that holds 1.",
+        f"Processes: {place}; load, first image and steady state are timed apart.",
+        "Parts: text encoder and VAE are timed like UNet steps, in fewer rounds; the rest of an image is what the "
+        "medians of its parts leave of its own.",
+        "Images: equal noise for every subject, drawn on the CPU in float32; whole images are timed again in rounds.",
+        "Likeness: PSNR and SSIM of 8-bit images; an identical image counts as 100 dB in a mean. An engine is compared "
+        "with eager fp32 of its own model; a student with its teacher in columns of their own.",
+        *([f"Limit: {EXPLAINED}"] if report.ceilings else []),
+        *(f"Not measured: {what}." for what in report.not_measured),
+    ]

@@ -1,0 +1,312 @@
+"""What each component looks like from outside: tensor names, named axes and dtypes.
+
+Export, parity, build and run time all derive from this one declaration. Names follow Optimum's ONNX layout.
+Axis letters: batch, sequence (tokens), height and width (latents), image_height and image_width (pixels), and
+height_2, width_2, height_4, ... (latents halved once, twice, ... inside the UNet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.errors import InputError, ModelError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+BASE_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # of every pipeline
+COMPONENTS = (*BASE_COMPONENTS, "controlnet")
+MID_RESIDUAL = "mid_block_additional_residual"
+DOWN_RESIDUAL = "down_block_additional_residuals"
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    name, *change = axis.split(" ")
+    factor = int(change[1]) if change else 1
+    return sizes[name] // factor if change[:1] == ["/"] else sizes[name] * factor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its name, dtype (torch's name, e.g. `float16`) and axes (a name when dynamic, an int when fixed).
+
+    An output's axis may be worked out from an input's, as in `height * 8`: Optimum allocates outputs by that.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Concrete shape for the given axis sizes; KeyError when a dynamic axis has no size."""
+        return tuple(_size(axis, sizes) if isinstance(axis, str) else axis for axis in self.axes)
+
+    @property
+    def dynamic_axes(self) -> dict[int, str]:
+        """Position -> axis name of every dynamic axis."""
+        return {position: axis for position, axis in enumerate(self.axes) if isinstance(axis, str)}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Inputs and outputs of one component, in order."""
+
+    component: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def axis_names(self) -> tuple[str, ...]:
+        """Names of the dynamic axes of the inputs, each once, in order of appearance."""
+        return tuple(dict.fromkeys(axis for spec in self.inputs for axis in spec.dynamic_axes.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Contract:
+        """The inverse of `to_json`; KeyError or TypeError on foreign data."""
+
+        def specs(rows: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["axes"])) for row in rows)
+
+        return Contract(data["component"], specs(data["inputs"]), specs(data["outputs"]))
+
+
+def guidance_copies(contract: Contract) -> int:
+    """How many inputs a pipeline stacks for classifier-free guidance: 2, for instruct-pix2pix 3, outside the UNet 1."""
+    if contract.component == "controlnet":
+        return 2
+    if contract.component != "unet":
+        return 1
+    return unet_copies(int(contract.inputs[0].axes[1]), int(contract.outputs[0].axes[1]))
+
+
+def unet_copies(in_channels: int, out_channels: int) -> int:
+    """Latents per image in a guided UNet call: 2, for instruct-pix2pix 3.
+
+    InstructPix2Pix (arXiv 2211.09800, section 3.2.1) guides by text and by image, and its UNet takes the image's
+    latents beside the noisy ones: twice as many channels in as out.
+    """
+    return 3 if in_channels == 2 * out_channels else 2
+
+
+def split_axis(axis: str) -> tuple[str, int]:
+    """An axis's root and how often it was divided: `height_4` -> (`height`, 4), `batch` -> (`batch`, 1)."""
+    root, _, divisor = axis.rpartition("_")
+    return (root, int(divisor)) if divisor.isdigit() else (axis, 1)
+
+
+def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> dict[str, Range]:
+    """Range of each dynamic axis of a component's inputs.
+
+    The UNet's batch covers every copy that guidance stacks, and fewer, since guidance can be off. `scale`: pixels per
+    latent. `positions`: how many tokens the text encoder can take at once; longer prompts reach the UNet as several
+    of its outputs, one after the other.
+    """
+
+    def over(r: Range, divisor: int) -> Range:
+        return Range(r.min // divisor, r.opt // divisor, r.max // divisor)
+
+    copies = guidance_copies(contract)
+    longest = positions if positions and contract.component == "text_encoder" else ranges.sequence.max
+    whole = {
+        "batch": Range(ranges.batch.min, copies * ranges.batch.opt, copies * ranges.batch.max),
+        "sequence": Range(*(min(size, longest) for size in (ranges.sequence.min, ranges.sequence.opt, longest))),
+        "height": over(ranges.height, scale),
+        "width": over(ranges.width, scale),
+        "image_height": ranges.height,
+        "image_width": ranges.width,
+    }
+    return {axis: over(whole[root], by) for axis in contract.axis_names() for root, by in [split_axis(axis)]}
+
+
+def static_contract(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> Contract:
+    """The contract with every axis fixed at its best size; `scale` and `positions` as in `axis_ranges`."""
+    sizes = {axis: r.opt for axis, r in axis_ranges(contract, ranges, scale, positions).items()}
+    # Outputs can have pixels where inputs have latents, and the other way round.
+    pixels = {f"image_{axis}": sizes[axis] * scale for axis in ("height", "width") if axis in sizes}
+    latents = {axis: sizes[f"image_{axis}"] // scale for axis in ("height", "width") if f"image_{axis}" in sizes}
+    every = pixels | latents | sizes
+
+    def fixed(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, axes=spec.shape(every))
+
+    return Contract(contract.component, tuple(map(fixed, contract.inputs)), tuple(map(fixed, contract.outputs)))
+
+
+def vae_scale(vae_config: Mapping[str, Any]) -> int:
+    """Pixels per latent: 2 ** (levels - 1) of the VAE's config, 8 for Stable Diffusion."""
+    levels = vae_config.get("block_out_channels") or vae_config["decoder_block_out_channels"]
+    return int(2 ** (len(levels) - 1))
+
+
+def size_multiple(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> int:
+    """Pixels that image height and width must be a multiple of, so that no UNet level has an odd size."""
+    return vae_scale(vae_config) * latent_multiple(unet_config)
+
+
+def latent_multiple(unet_config: Mapping[str, Any]) -> int:
+    """What the sides of a UNet's or ControlNet's latents must be a multiple of."""
+    return int(2 ** (len(unet_config["block_out_channels"]) - 1))
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """InputError unless both are positive multiples of `multiple` pixels; the message names the nearest sizes."""
+    for name, value in (("height", height), ("width", width)):
+        if value <= 0 or value % multiple:
+            low = max(multiple, value // multiple * multiple)
+            raise InputError(
+                f"{name} {value} is not a multiple of {multiple} pixels, as this model needs: "
+                f"use {low} or {low + multiple}"
+            )
+
+
+def check_precision(name: str) -> Precision:
+    """The name as a Precision; InputError lists the choices."""
+    if name not in PRECISIONS:
+        raise InputError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    return name
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a component can have beyond the usual: all hidden states (text encoder), ControlNet residuals (UNet)."""
+
+    hidden_states: bool = False
+    residuals: bool = False
+
+
+def unet_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of UNet2DConditionModel; the timestep stays float32, since schedulers use fractional ones."""
+    dtype = DTYPES[precision]
+    output = TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width"))
+    added = residual_specs(config, dtype, DOWN_RESIDUAL, MID_RESIDUAL) if extras.residuals else ()
+    return Contract("unet", (*_denoising_inputs(config, dtype), *added), (output,))
+
+
+def _denoising_inputs(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
+    context = config["cross_attention_dim"]
+    if not isinstance(context, int):
+        raise ModelError(f"cross_attention_dim {context!r} is not one integer: only SD 1.x/2.x UNets are supported")
+    return (
+        TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
+        TensorSpec("timestep", "float32", ()),
+        TensorSpec("encoder_hidden_states", dtype, ("batch", "sequence", context)),
+    )
+
+
+def residual_specs(config: Mapping[str, Any], dtype: str, down: str, mid: str) -> tuple[TensorSpec, ...]:
+    """One tensor per skip connection of a UNet's down blocks, in order, named `<down>.0`, ...; then the middle's.
+
+    UNet2DConditionModel's order: `conv_in`, then of every block its layers and, but for the last block, its halving.
+    """
+    widths = config["block_out_channels"]
+    layers = config["layers_per_block"]
+    counts = [layers] * len(widths) if isinstance(layers, int) else layers
+    shapes = [(widths[0], 0)]
+    for level, (width, count) in enumerate(zip(widths, counts, strict=True)):
+        shapes += [(width, level)] * count
+        shapes += [(width, level + 1)] * (level < len(widths) - 1)
+    tensors = [(f"{down}.{index}", *shape) for index, shape in enumerate(shapes)]
+    tensors.append((mid, widths[-1], len(widths) - 1))
+    return tuple(
+        TensorSpec(name, dtype, ("batch", width, _halved("height", level), _halved("width", level)))
+        for name, width, level in tensors
+    )
+
+
+def _halved(axis: str, times: int) -> str:
+    return f"{axis}_{2**times}" if times else axis
+
+
+def controlnet_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of ControlNetModel (arXiv 2302.05543): a UNet's inputs, an image in [0, 1], the conditioning scale."""
+    dtype = DTYPES[precision]
+    image = ("batch", config.get("conditioning_channels", 3), "image_height", "image_width")
+    return Contract(
+        "controlnet",
+        (
+            *_denoising_inputs(config, dtype),
+            TensorSpec("controlnet_cond", dtype, image),
+            TensorSpec("conditioning_scale", "float32", ()),
+        ),
+        residual_specs(config, dtype, "down_block_res_samples", "mid_block_res_sample"),
+    )
+
+
+def text_encoder_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of CLIPTextModel: token ids are int64, as tokenizers give them."""
+    dtype, hidden = DTYPES[precision], config["hidden_size"]
+    layers = range(config["num_hidden_layers"] + 1) if extras.hidden_states else ()
+    return Contract(
+        "text_encoder",
+        (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+        (
+            TensorSpec("last_hidden_state", dtype, ("batch", "sequence", hidden)),
+            TensorSpec("pooler_output", dtype, ("batch", hidden)),
+            *(TensorSpec(f"hidden_states.{index}", dtype, ("batch", "sequence", hidden)) for index in layers),
+        ),
+    )
+
+
+def vae_decoder_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of AutoencoderKL's or AutoencoderTiny's `decode`: unscaled latents to an image in [-1, 1]."""
+    dtype, scale = DTYPES[precision], vae_scale(config)
+    return Contract(
+        "vae_decoder",
+        (TensorSpec("latent_sample", dtype, ("batch", config["latent_channels"], "height", "width")),),
+        (TensorSpec("sample", dtype, ("batch", config["out_channels"], f"height * {scale}", f"width * {scale}")),),
+    )
+
+
+def vae_encoder_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of `encode`: an image in [-1, 1] to mean and log variance, stacked by channel.
+
+    AutoencoderTiny has no distribution: its `latents` are the answer.
+    """
+    dtype, scale, channels = DTYPES[precision], vae_scale(config), config["latent_channels"]
+    output = ("latents", channels) if is_tiny_vae(config) else ("latent_parameters", 2 * channels)
+    return Contract(
+        "vae_encoder",
+        (TensorSpec("sample", dtype, ("batch", config["in_channels"], "image_height", "image_width")),),
+        (TensorSpec(output[0], dtype, ("batch", output[1], f"image_height / {scale}", f"image_width / {scale}")),),
+    )
+
+
+def is_tiny_vae(config: Mapping[str, Any]) -> bool:
+    """Whether a VAE's config is AutoencoderTiny's (TAESD)."""
+    return "decoder_block_out_channels" in config
+
+
+CONTRACTS = {
+    "text_encoder": text_encoder_contract,
+    "unet": unet_contract,
+    "vae_decoder": vae_decoder_contract,
+    "vae_encoder": vae_encoder_contract,
+    "controlnet": controlnet_contract,
+}
+# Parameters and buffers that belong to a component, where it shares its module with another one.
+STATE_PREFIXES: dict[str, tuple[str, ...]] = {
+    "vae_decoder": ("decoder.", "post_quant_conv."),
+    "vae_encoder": ("encoder.", "quant_conv."),
+}
+CONFIG_FOLDERS = {
+    "text_encoder": "text_encoder",
+    "unet": "unet",
+    "vae_decoder": "vae",
+    "vae_encoder": "vae",
+    "controlnet": "controlnet",
+}
+
+
+def component_contract(
+    component: str, config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()
+) -> Contract:
+    """Contract of a component from its own config.json; InputError on an unknown component."""
+    if component not in CONTRACTS:
+        raise InputError(f"component {component!r} is unknown: choose one of {', '.join(COMPONENTS)}")
+    return CONTRACTS[component](config, precision, extras)

@@ -1,0 +1,66 @@
+"""Several data-parallel processes of the command that is running, started by torchrun, joined by Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+from sdkd.core.children import environment
+from sdkd.core.interrupts import ended_by_term
+from sdkd.errors import TrainingError
+
+FLAG = "--num-processes"
+PATIENCE = 40.0  # seconds: torchrun gives its processes 30
+
+
+def relaunch(processes: int) -> None:
+    """Run this command again in `processes` processes, and wait; TrainingError when one of them fails.
+
+    Without GPUs the processes talk through gloo. Over several machines, start `torchrun ... -m sdkd.cli distill ...` or
+    `accelerate launch ... --module sdkd.cli distill ...` on each, as their own documentation describes.
+    """
+    with subprocess.Popen(launch_command(processes, sys.argv[1:]), env=_environment()) as launcher:
+        try:
+            status = launcher.wait()
+        except KeyboardInterrupt:
+            _end(launcher)
+            raise
+    if status in (130, -2):
+        raise KeyboardInterrupt
+    if status:
+        raise TrainingError(f"one of {processes} processes ended with status {status}: its message is above")
+
+
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """Wait for a launcher that ends its processes. Ctrl-C reached it, too, and SIGTERM this process alone."""
+    if ended_by_term():
+        launcher.terminate()
+    for patience, next_step in ((PATIENCE, launcher.terminate), (PATIENCE, launcher.kill)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(patience)
+            return
+        next_step()
+
+
+def launch_command(processes: int, arguments: list[str]) -> list[str]:
+    """The torchrun command line; the arguments without the number of processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, "-P", *launcher, "-m", "sdkd.cli", *without_flag(arguments)]
+
+
+def without_flag(arguments: list[str]) -> list[str]:
+    """Command-line arguments without `--num-processes N`."""
+    kept, skip = [], False
+    for word in arguments:
+        if skip:
+            skip = False
+        elif word == FLAG:
+            skip = True
+        elif not word.startswith(f"{FLAG}="):
+            kept.append(word)
+    return kept
+
+
+def _environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1"} | environment()

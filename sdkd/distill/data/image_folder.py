@@ -1,0 +1,219 @@
+"""Folders of image files, with captions in metadata.jsonl, metadata.csv, or a text file beside each image."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdkd.core.images import image_size, read_rgb
+from sdkd.core.text_files import read_lines, read_text
+from sdkd.distill.data.reader import LIMIT
+from sdkd.distill.data.rows import CAPTION_COLUMNS, caption_of
+from sdkd.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+SIDECARS = (".txt", ".caption")  # the first that is there
+METADATA = "metadata.jsonl"
+METADATA_CSV = "metadata.csv"
+TRAIN = "train"  # where Hugging Face's image folders keep the images to train on
+FILE_COLUMN = "file_name"
+
+
+class Row(NamedTuple):
+    """An image file and its caption, or why it cannot be used."""
+
+    path: Path
+    caption: str
+    problem: str = ""
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is no one's data: `._a.png` and `__MACOSX` of macOS, `.ipynb_checkpoints`, `.git`."""
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and its folders, sorted, hidden ones left out.
+
+    Links to folders are followed; a folder that several lead to, or that holds itself, is read once.
+    """
+    found: list[Path] = []
+    known: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        state = Path(place).stat()
+        if (state.st_dev, state.st_ino) in known:
+            folders.clear()
+            continue
+        known.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        found += [Path(place, name) for name in files if not hidden(name)]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def images_below(folder: Path) -> list[Path]:
+    """All images of a folder and its folders, as `files_below`; InputError when there are none."""
+    found = [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
+    if not found:
+        raise InputError(f"folder {str(folder)!r} holds no images ({', '.join(SUFFIXES)}): give one with images")
+    return found
+
+
+def find_metadata(folder: Path) -> Path | None:
+    """The list of a folder's images: in itself, else in its folder `train`."""
+    for place in (folder, folder / TRAIN):
+        found = [place / name for name in (METADATA, METADATA_CSV) if (place / name).exists()]
+        if len(found) == 2:
+            log.warning("%s is used, %s beside it is not", *found)
+        if found:
+            return found[0]
+    return None
+
+
+class ImageFolder:
+    """Images with captions from `metadata.jsonl`, `metadata.csv` (file_name, text), or a text file beside each image.
+
+    Images are opened when asked for; InputError then names one that cannot be read or has no caption. More than 1 % of
+    those that are not there or have none is an InputError at once.
+    """
+
+    def __init__(
+        self, folder: Path, image_column: str | None = None, caption_columns: Sequence[str] = CAPTION_COLUMNS
+    ) -> None:
+        self.folder = folder
+        if (listed := find_metadata(folder)) is not None:
+            rows = _from_metadata(listed, image_column or FILE_COLUMN, caption_columns)
+        else:
+            rows = _from_sidecars(folder)
+        self.rows: list[Row] = list(rows)
+        if not self.rows:
+            if (folder / "captions.jsonl").is_file():  # of sdkd cache
+                raise InputError(f"data folder {str(folder)!r} is a cache of latents: give what it was made from")
+            raise InputError(
+                f"data folder {str(folder)!r} holds no captioned images: add {METADATA} with lines like "
+                f'{{"file_name": "0001.png", "text": "a red star"}}, {METADATA_CSV} with these two columns, or a .txt '
+                f"beside each image ({', '.join(SUFFIXES)})"
+            )
+        problems = [row.problem for row in self.rows if row.problem]
+        if len(problems) > LIMIT * len(self.rows):
+            more = f" ({len(problems)} of {len(self.rows)} are like that, {LIMIT:.0%} may be)" if problems[1:] else ""
+            raise InputError(problems[0] + more)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        row = self._usable(index)
+        return {"image": read_rgb(row.path), "caption": row.caption}
+
+    def caption(self, index: int) -> str:
+        """Caption of one image; InputError when it has none."""
+        return self._usable(index).caption
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Width and height in pixels, from the file's header."""
+        return image_size(self._usable(index).path)
+
+    def _usable(self, index: int) -> Row:
+        row = self.rows[index]
+        if row.problem:
+            raise InputError(row.problem)
+        return row
+
+
+def _from_metadata(listed: Path, column: str, captions: Sequence[str]) -> Iterator[Row]:
+    records = _csv_rows(listed) if listed.suffix == ".csv" else _json_rows(listed)
+    for place, read in records:
+        yield _metadata_row(listed, place, read, column, captions)
+
+
+def _json_rows(listed: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for number, line in enumerate(read_lines(listed), 1):
+        if line.strip():
+            yield f"line {number} of {str(listed)!r}", partial(json.loads, line)
+
+
+def _csv_rows(listed: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The rows of a table with a header, separated by commas, semicolons or tabs: by what its header has most of."""
+    text = read_text(listed).lstrip("\n")
+    header = text.partition("\n")[0]
+    options: dict[str, Any] = {"delimiter": max(",;\t", key=header.count), "strict": True, "skipinitialspace": True}
+    table = csv.DictReader(io.StringIO(text, newline=""), **options)
+    place, advice = f"line 2 of {str(listed)!r}", "put captions that hold separators into double quotes"
+    try:
+        for row in table:
+            if None in row:
+                raise InputError(f"{place} has more values than the header has columns: {advice}")
+            yield place, partial(dict, row)
+            place = f"line {table.line_num + 1} of {str(listed)!r}"
+    except csv.Error as error:
+        raise InputError(f"{place} cannot be read ({error}): {advice}") from None
+
+
+def _metadata_row(listed: Path, place: str, read: Callable[[], Any], column: str, captions: Sequence[str]) -> Row:
+    try:
+        row: Mapping[str, Any] = read()
+        path, caption = listed.parent / row[column], caption_of(row, captions)
+        has_column = any(name in row for name in captions)
+    except KeyError:
+        return Row(listed, "", _lacks(listed, place, row, [column], (column, captions[0])))
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
+        raise InputError(
+            f'{place} is not understood: give {{"file_name": "0001.png", "text": "a caption"}}, one object per line'
+        ) from None
+    if caption is None and not has_column:
+        return Row(path, "", _lacks(listed, place, row, captions, (column, captions[0])))
+    if caption is None:
+        return Row(path, "", f"{place} has no caption in {', '.join(captions)}: add it, or remove the line")
+    if not _is_file(path):
+        problem = f"{place} names {row[column]!r}, which is not there: restore it or remove the line"
+        return Row(path, "", problem)
+    return Row(path, caption)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than a name may be
+        return False
+
+
+def _lacks(listed: Path, place: str, row: Mapping[str, Any], wanted: Iterable[str], names: Sequence[str]) -> str:
+    """That a row has none of the `wanted` columns; `names`: of the image and of its caption."""
+    image, caption = names
+    how = f"{{{image!r}: '0001.png', {caption!r}: 'a caption'}} as JSON, one object per line"
+    if listed.suffix == ".csv":
+        how = f"the columns {image},{caption} in its first line"
+    found = ", ".join(map(str, row))
+    return f"{place} is not understood: give {how} (no column {' or '.join(wanted)}; its columns: {found})"
+
+
+def _from_sidecars(folder: Path) -> Iterator[Row]:
+    files = files_below(folder)
+    texts = {(path.with_suffix(""), path.suffix.lower()): path for path in files if path.suffix.lower() in SIDECARS}
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    pictured = {path.with_suffix("") for path in images}
+    if images and (alone := [path for (stem, _), path in texts.items() if stem not in pictured]):
+        log.warning("%d text files have no image beside them of a kind that is read, such as %s", len(alone), alone[0])
+    told: list[str] = []
+    for path in images:
+        kinds = (texts.get((path.with_suffix(""), kind)) for kind in SIDECARS)
+        if text := next(filter(None, kinds), None):
+            yield Row(path, read_text(text, told).strip())
+            continue
+        wanted = path.with_suffix(SIDECARS[0]).name
+        yield Row(path, "", f"image {str(path)!r} has no caption: put it into {wanted} beside it, or remove the image")
+    if told:
+        log.warning("%s%s", told[0], f" (and {len(told) - 1} more)" if told[1:] else "")

@@ -1,0 +1,131 @@
+"""What the trainer draws its batches from: posteriors of images, and text embeddings of captions.
+
+The VAE encoder costs more than a teacher step: encoding the same images in every step would waste a third of the work,
+so few images are encoded once, before training, and many by `sdkd cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+from sdkd.core.console import Progress, quiet
+from sdkd.core.contract import check_size, size_multiple, vae_scale
+from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, too_long
+from sdkd.distill.data.opening import CaptionedImages, row_caption, to_pixels
+from sdkd.distill.data.reader import Reader
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+_TEXT_LIMIT = 1 << 30  # bytes of text embeddings that are kept
+
+
+@runtime_checkable
+class Latents(Protocol):
+    """Posteriors of images, scaled as the UNet sees them, with their captions."""
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The caption of each image."""
+
+    def __len__(self) -> int: ...
+
+    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [c, h, w]."""
+
+    def text(self, index: int) -> torch.Tensor | None:
+        """Stored text embeddings [s, d], of the empty caption for index -1; None where only captions are stored."""
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Latents in memory."""
+
+    mean: torch.Tensor  # [n, c, h, w]
+    std: torch.Tensor  # [n, c, h, w]
+    captions: Sequence[str]
+    unreadable: Mapping[int, str] = field(default_factory=dict)  # images that could not be read, by index
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [c, h, w] of one image."""
+        return self.mean[index], self.std[index]
+
+    def text(self, index: int) -> None:
+        """None: only captions are kept here."""
+
+
+def training_size(pipe: StableDiffusionPipeline, resolution: int | None) -> int:
+    """Side of the training images in pixels: as asked, else the teacher's own; InputError unless it fits the model."""
+    size = resolution or int(pipe.unet.config.sample_size or 64) * vae_scale(pipe.vae.config)
+    check_size(size, size, size_multiple(pipe.unet.config, pipe.vae.config))
+    return size
+
+
+def encode_images(
+    vae: AutoencoderKL,
+    images: CaptionedImages,
+    *,
+    size: int,
+    limit: int | None = None,
+    workers: int = 4,
+    progress: Progress = quiet,
+) -> LatentCache:
+    """Encode images with a VAE, on its device and in its dtype; the first `limit` of them, or all.
+
+    One that cannot be read is replaced by the next and named in `unreadable`. Raises InputError when there are none,
+    TrainingError when more than 1 % cannot be read.
+    """
+    count = min(len(images), limit or len(images))
+
+    def load(position: int, index: int) -> tuple[torch.Tensor, str]:
+        row = images[index]
+        return to_pixels(row["image"], size), row_caption(row, index)
+
+    reader = Reader(load, count, workers=workers)
+    means, stds, captions = [], [], []
+    for index, (pixels, caption) in reader.rows((index, index) for index in range(count)):
+        if index % 16 == 0:
+            progress(f"encoding image {index + 1} of {count}", index / count)
+        mean, std = encode_image(vae, pixels)
+        means.append(mean.cpu())
+        stds.append(std.cpu())
+        captions.append(caption)
+    return LatentCache(torch.stack(means), torch.stack(stds), captions, reader.unreadable)
+
+
+class TextEmbeddings:
+    """Text embeddings of captions; those seen before are kept in memory as long as they fit."""
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, kept: int = _TEXT_LIMIT) -> None:
+        self._tokenizer, self._encoder, self._kept = tokenizer, text_encoder, kept
+        self.limit = limit_of(tokenizer, text_encoder)  # tokens
+        self.cut: set[str] = set()  # captions that had more
+        self._known: dict[str, torch.Tensor] = {}
+        self._bytes = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The text encoder's."""
+        found: torch.dtype = self._encoder.dtype
+        return found
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Embeddings [b, s, d], in the text encoder's dtype, on its device."""
+        new = [text for text in dict.fromkeys(captions) if text not in self._known]
+        found = dict(zip(new, encode_captions(self._tokenizer, self._encoder, new), strict=True)) if new else {}
+        self.cut.update(too_long(self._tokenizer, new, self.limit))
+        for text, value in found.items():
+            self._keep(text, value)
+        return torch.stack([found[text] if text in found else self._known[text] for text in captions])
+
+    def _keep(self, text: str, value: torch.Tensor) -> None:
+        if self._bytes < self._kept:
+            self._known[text] = value.clone()
+            self._bytes += value.nbytes

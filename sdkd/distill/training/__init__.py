@@ -1,0 +1,1 @@
+"""The trainer: losses, features, batches, checkpoints, and whole runs."""

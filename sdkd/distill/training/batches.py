@@ -1,0 +1,239 @@
+"""The batches of one process: samples in the order of the run, each with what is random about it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from sdkd.distill.data.draws import Draw, draw_at, draw_latents, draw_noise
+from sdkd.distill.data.encode import encode_image
+from sdkd.distill.data.latents import Latents, TextEmbeddings
+from sdkd.distill.data.opening import CaptionedImages, caption_at, row_caption
+from sdkd.distill.data.order import Order
+from sdkd.distill.data.reader import Reader
+from sdkd.distill.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image: its posterior's mean and standard deviation [c, h, w], and the index that its caption is at."""
+
+    position: int
+    index: int
+    mean: torch.Tensor
+    std: torch.Tensor
+    caption: str
+
+
+class Samples(Protocol):
+    """Where samples come from."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for data."""
+
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """What could not be read, by index."""
+
+    def __len__(self) -> int: ...
+
+    def stream(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Sample]:
+        """The samples of (position, index) pairs, in order."""
+
+    def caption(self, index: int) -> str:
+        """The caption at an index, without its image where that is possible."""
+
+    def text(self, index: int) -> torch.Tensor | None:
+        """Stored text embeddings [s, d] of an index (-1: of the empty caption), or None."""
+
+
+class LatentSamples:
+    """Samples from latents that were made before; `mirrored` says at which positions the mirrored image is due."""
+
+    def __init__(
+        self, latents: Latents, limit: int | None = None, mirrored: Callable[[int], bool] | None = None
+    ) -> None:
+        self.latents: Any = latents
+        self.mirrored = mirrored
+        self.waited = 0.0
+        self.unreadable: Mapping[int, str] = getattr(latents, "unreadable", {})
+        self._count = min(len(latents), limit or len(latents))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def stream(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Sample]:
+        """See Samples."""
+        for position, index in pairs:
+            start = time.perf_counter()
+            view = (True,) if self.mirrored and self.mirrored(position) else ()
+            mean, std = self.latents.posterior(index, *view)
+            self.waited += time.perf_counter() - start
+            yield Sample(position, index, mean, std, self.latents.captions[index])
+
+    def caption(self, index: int) -> str:
+        """See Samples."""
+        return self.latents.captions[index]
+
+    def text(self, index: int) -> torch.Tensor | None:
+        """See Samples."""
+        return self.latents.text(index)
+
+
+Pixels = tuple[int, torch.Tensor, str]  # index that was read, pixels [3, height, width] in -1..1, caption
+View = Callable[[int, int, Any], torch.Tensor]  # (position, index, PIL image) -> pixels
+
+
+class ImageSamples:
+    """Samples from images that are read ahead by threads and encoded when they are needed."""
+
+    def __init__(
+        self, images: CaptionedImages, vae: AutoencoderKL, view: View, *, workers: int, limit: int | None = None
+    ) -> None:
+        self.images, self.vae, self.view = images, vae, view
+        self._count = min(len(images), limit or len(images))
+        self._reader: Reader[Pixels] = Reader(self._load, self._count, workers=workers)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for images."""
+        return self._reader.waited
+
+    @property
+    def unreadable(self) -> Mapping[int, str]:
+        """Images that could not be read, by index."""
+        return self._reader.unreadable
+
+    def stream(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Sample]:
+        """See Samples."""
+        for position, (index, pixels, caption) in self._reader.rows(pairs):
+            mean, std = encode_image(self.vae, pixels)
+            yield Sample(position, index, mean, std, caption)
+
+    def caption(self, index: int) -> str:
+        """See Samples; where an image has none, that of the next one that has."""
+        return self._reader.one(index, lambda place: caption_at(self.images, place))
+
+    def text(self, index: int) -> None:
+        """None: captions are encoded in each step."""
+
+    def _load(self, position: int, index: int) -> Pixels:
+        row = self.images[index]
+        return index, self.view(position, index, row["image"]), row_caption(row, index)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What both UNets see: float32 latents and noise [b, c, h, w], timesteps [b] int64, text [b, s, d].
+
+    `matching` [b] bool: the caption is the image's own or empty (False under random conditioning). `named` says of each
+    sample its index, timestep and caption, for messages.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    text: torch.Tensor
+    matching: torch.Tensor
+    named: tuple[tuple[int, int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, and where its tensors go."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+class Batches:
+    """The batches of one process, from optimizer step `start` on; `next` gives that of the next forward pass."""
+
+    def __init__(
+        self, samples: Samples, order: Order, text: TextEmbeddings, config: TrainConfig, place: Place, timesteps: int
+    ) -> None:
+        self.samples, self.order, self.encode_text, self.config, self.place = samples, order, text, config, place
+        self.timesteps = timesteps
+        self.images = 0  # seen by this process
+        self._stream: Iterator[Sample] = iter(())
+        self.start(0)
+
+    @property
+    def together(self) -> int:
+        """Samples of one forward pass over all processes."""
+        return self.config.batch_size * self.place.world
+
+    def start(self, step: int) -> None:
+        """Go on with optimizer step `step` (from 0)."""
+        self.close()
+        pairs = ((position, self.order.index(position)) for position in self._positions(step))
+        self._stream = self.samples.stream(pairs)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if close := getattr(self._stream, "close", None):
+            close()
+
+    def _positions(self, step: int) -> Iterator[int]:
+        own = self.place.rank * self.config.batch_size
+        for batch in itertools.count(step * self.config.accumulation):
+            yield from range(batch * self.together + own, batch * self.together + own + self.config.batch_size)
+
+    def next(self) -> Batch:
+        """The next batch; float32 and int64 tensors on the device."""
+        chosen = [self._drawn(sample) for sample in itertools.islice(self._stream, self.config.batch_size)]
+        self.images += len(chosen)
+        device = self.place.device
+        latents = torch.stack([draw_latents(draw, sample.mean.cpu(), sample.std.cpu()) for sample, draw in chosen])
+        noise = torch.stack([draw_noise(draw, latents.shape[1:], self.config.noise_offset) for _, draw in chosen])
+        timesteps = torch.tensor([draw.timestep for _, draw in chosen])
+        matching = torch.tensor([draw.other is None or draw.empty for _, draw in chosen])
+        text = self._text(chosen)
+        named = tuple((sample.index, draw.timestep, self._shown(sample, draw)) for sample, draw in chosen)
+        return Batch(latents.to(device), noise.to(device), timesteps.to(device), text, matching.to(device), named)
+
+    def _drawn(self, sample: Sample) -> tuple[Sample, Draw]:
+        config = self.config
+        draw = draw_at(
+            config.seed,
+            sample.position,
+            together=self.together,
+            timesteps=self.timesteps,
+            caption_dropout=config.caption_dropout,
+            random_conditioning=config.random_conditioning,
+        )
+        return sample, draw
+
+    def _text(self, chosen: Sequence[tuple[Sample, Draw]]) -> torch.Tensor:
+        stored = [self.samples.text(self._caption_index(sample, draw)) for sample, draw in chosen]
+        known = [value for value in stored if value is not None]
+        if len(known) == len(chosen):
+            return torch.stack(known).to(self.place.device, self.encode_text.dtype)  # a cache has its own precision
+        return self.encode_text([self._caption(sample, draw) for sample, draw in chosen]).to(self.place.device)
+
+    def _caption_index(self, sample: Sample, draw: Draw) -> int:
+        if draw.empty:
+            return -1
+        return sample.index if draw.other is None else int(draw.other * len(self.samples))
+
+    def _shown(self, sample: Sample, draw: Draw) -> str:
+        own = draw.empty or draw.other is None
+        return ("" if draw.empty else sample.caption) if own else f"image {self._caption_index(sample, draw)}'s caption"
+
+    def _caption(self, sample: Sample, draw: Draw) -> str:
+        if draw.empty:
+            return ""
+        return sample.caption if draw.other is None else self.samples.caption(self._caption_index(sample, draw))

@@ -1,0 +1,345 @@
+"""Checkpoints of a run: complete or absent, readable by diffusers, and enough to go on as if nothing had happened.
+
+    checkpoint-500/unet/                  the student as diffusers saves it (a LoRA: lora/)
+    checkpoint-500/unet_ema/              the averaged weights, likewise
+    checkpoint-500/optimizer.safetensors  state tensors of the optimizer, "<parameter>.<name>"
+    checkpoint-500/random.safetensors     states of torch's global generators of every process (dropout draws from them)
+    checkpoint-500/checkpoint.json        step, settings, every other number, digests of data, model and files
+
+What is random about the samples needs no state: it is drawn from the seed and the sample's position (see draws.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+import torch
+
+from sdkd.core.files import new_folder, read_json, sha256, write_json
+from sdkd.core.schema import problem
+from sdkd.distill.training.finite import SkippedSteps, check_weights
+from sdkd.distill.training.log import LogState
+from sdkd.distill.training.setup import lay_out_state
+from sdkd.errors import InputError
+from sdkd.models.checkpoint import BASE, RECORD
+from sdkd.models.diffusers_folder import PROVENANCE
+
+if TYPE_CHECKING:
+    from sdkd.distill.training.config import TrainConfig
+    from sdkd.distill.training.trainer import Trainer
+
+SCHEMA = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+# Settings that may change when a run goes on: they do not touch what was learnt so far.
+_FREE = {
+    *("steps", "log_every", "save_every", "keep", "prompts", "sample_every", "sample_steps", "trackers", "workers"),
+    *("device", "compile", "checkpointing", "channels_last"),
+}
+
+
+class _Optimizer(TypedDict):
+    param_groups: list[dict[str, Any]]
+    state: dict[str, dict[str, Any]]
+
+
+class _Record(TypedDict):
+    """checkpoint.json; what came later may be missing in older ones."""
+
+    schema: int
+    step: int
+    processes: int
+    settings: dict[str, Any]
+    optimizer: _Optimizer
+    schedule: dict[str, Any]
+    scaler: dict[str, Any] | None
+    ema_steps: int | None
+    log: NotRequired[LogState | None]
+    digests: NotRequired[dict[str, str]]
+    skipped: NotRequired[dict[str, int]]
+    files: NotRequired[dict[str, str]]
+    sha256: NotRequired[str]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return folder / f"checkpoint-{step}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and (path / RECORD).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done at a checkpoint, from its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    if not match:
+        raise InputError(f"folder {str(checkpoint)!r} is no checkpoint: give one named checkpoint-<step>")
+    return int(match[1])
+
+
+def save_checkpoint(trainer: Trainer, folder: Path, log: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint, then delete those beyond `keep`; every process must call it, the first one writes.
+
+    `log` is what the log has counted since its last record. Checkpoints of later steps go, too: they are of a run that
+    was left at this one. OSError (no space, for one) and NotFiniteError leave the checkpoints that were there.
+    """
+    path = checkpoint_path(folder, trainer.done)
+    states = _random_states(trainer)
+    if trainer.accelerator.is_main_process:
+        with new_folder(path, overwrite=True) as partial:
+            _write(trainer, partial, states, log)
+        there = checkpoints(folder)
+        newest = there.index(path) + 1
+        for old in (*there[newest:], *there[:newest][: -trainer.config.keep]):
+            shutil.rmtree(old)
+    trainer.accelerator.wait_for_everyone()
+    return path
+
+
+def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], log: Mapping[str, Any] | None) -> None:
+    from safetensors.torch import save_file
+
+    tensors, numbers = _split(trainer.optimizer.state_dict())
+    check_weights(trainer.named_parameters() | tensors, trainer.done)
+    write_json(folder / PROVENANCE, _about(trainer))
+    _save_unet(trainer, folder, "unet")
+    if trainer.ema is not None:
+        with trainer.averaged():
+            _save_unet(trainer, folder, "unet_ema")
+    save_file(tensors, folder / "optimizer.safetensors")
+    save_file(dict(states), folder / "random.safetensors")
+    scaler = trainer.accelerator.scaler
+    record = {
+        "schema": SCHEMA,
+        "step": trainer.done,
+        "processes": trainer.accelerator.num_processes,
+        "settings": trainer.config.to_json(),
+        "digests": trainer.digests(),
+        "optimizer": numbers,
+        "schedule": {key: value for key, value in trainer.schedule.state_dict().items() if key != "lr_lambdas"},
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "log": log,
+        "ema_steps": trainer.ema.optimization_step if trainer.ema is not None else None,
+        "skipped": vars(trainer.skips),
+        "files": {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()},
+    }
+    write_json(folder / RECORD, record | {"sha256": _digest(record)})
+
+
+def _about(trainer: Trainer) -> dict[str, Any]:
+    """The checkpoint's sdkd.json: by it, `resolve` knows the parts that belong to its UNet."""
+    config, base = trainer.config, trainer.model_name
+    named = {"teacher": base, "student": config.spec.name} if config.objective == "distill" else {"model": base}
+    return {BASE: base, **named, "objective": config.objective, "steps": trainer.done}
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record, but for its own."""
+    text = json.dumps({key: value for key, value in record.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _save_unet(trainer: Trainer, folder: Path, name: str) -> None:
+    from sdkd.models.diffusers_folder import quiet_libraries
+
+    if trainer.config.objective == "lora":
+        from sdkd.distill.training.lora import save_lora
+
+        save_lora(trainer.unet, folder / name.replace("unet", "lora"))
+        return
+    with quiet_libraries():
+        trainer.unet.save_pretrained(folder / name)
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors "<parameter>.<name>" and as JSON."""
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                others.setdefault(str(index), {})[name] = value
+    return tensors, {"param_groups": state["param_groups"], "state": others}
+
+
+def _joined(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_split`."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers["state"].items()}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return {"param_groups": numbers["param_groups"], "state": state}
+
+
+def _random_states(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """States of torch's global generators of all processes, by name and rank."""
+    from accelerate.utils import gather_object
+
+    own = {"cpu": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    every = gather_object([own]) if trainer.accelerator.num_processes > 1 else [own]
+    return {f"{name}.{rank}": state for rank, states in enumerate(every) for name, state in states.items()}
+
+
+def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
+    """Put a run where a checkpoint left it and return its record.
+
+    InputError when the checkpoint is of another run, of other data or another model, or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    record = read_record(path)
+    check_settings(path, record, trainer.config, trainer.accelerator.num_processes)
+    _check_digests(trainer, path, record)
+    check_files(path, record)
+    rank = trainer.accelerator.process_index
+    try:
+        _load_weights(trainer, path, record)
+        trainer.optimizer.load_state_dict(_joined(load_file(path / "optimizer.safetensors"), record["optimizer"]))
+        lay_out_state(trainer.optimizer.state)
+        states = load_file(path / "random.safetensors")
+        _load_schedule(trainer, record)
+        if record["scaler"] and trainer.accelerator.scaler is not None:
+            trainer.accelerator.scaler.load_state_dict(record["scaler"])
+        torch.set_rng_state(states[f"cpu.{rank}"])
+        if f"cuda.{rank}" in states and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(states[f"cuda.{rank}"], trainer.device)
+        trainer.skips = SkippedSteps(**record.get("skipped", {}))
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+    trainer.done = record["step"]
+    trainer.batches.start(trainer.done)
+    return record
+
+
+def _load_schedule(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """The schedule's place, and the rates that the run's own settings give there: `steps` may have changed."""
+    schedule = trainer.schedule
+    schedule.load_state_dict({**record["schedule"], "lr_lambdas": [None]})
+    rates = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in schedule.base_lrs]
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What checkpoint.json says; InputError when it is damaged or of another version."""
+    try:
+        record: dict[str, Any] = read_json(path / RECORD, dict[str, Any], strict=True)
+    except InputError as error:
+        raise damaged(path, f"cannot be read ({error})") from None
+    if (schema := record.get("schema", SCHEMA)) != SCHEMA:
+        raise InputError(
+            f"checkpoint {str(path)!r} has schema {schema!r}, this sdkd reads {SCHEMA}: go on with the version that "
+            "wrote it"
+        )
+    if wrong := problem(record, _Record):
+        raise damaged(path, f"is not what was written ({RECORD}: {wrong})")
+    if record.get("sha256", _digest(record)) != _digest(record):
+        raise damaged(path, f"was changed in {RECORD}")
+    return record
+
+
+def check_files(path: Path, record: Mapping[str, Any]) -> None:
+    """InputError when a file is not what was written; checkpoints of before have no digests and are not checked."""
+    for name, digest in record.get("files", {}).items():
+        if not (path / name).is_file() or sha256(path / name) != digest:
+            raise damaged(path, f"was changed in {name}")
+
+
+def damaged(path: Path, how: str) -> InputError:
+    """The error for a damaged checkpoint: it names the one before, if there is one."""
+    before = [other for other in checkpoints(path.parent) if step_of(other) < step_of(path)]
+    way = (
+        f"go on from the one before with --resume {shlex.quote(str(before[-1]))}"
+        if before
+        else "start anew with --overwrite"
+    )
+    return InputError(f"checkpoint {str(path)!r} {how}: delete it, and {way}")
+
+
+def way_on(path: Path) -> str:
+    """How to start another run from a checkpoint's weights."""
+    command = shlex.join(["--init", str(path), "--output", f"{path.parent}-2"])
+    return f"from the weights of {str(path)!r} in another folder: {command}"
+
+
+def check_settings(path: Path, record: Mapping[str, Any], config: TrainConfig, processes: int) -> None:
+    """InputError when a run of other settings would go on from a checkpoint."""
+    now = json.loads(json.dumps(config.to_json() | {"processes": processes}))
+    then = record["settings"] | {"processes": record["processes"]}
+    changed = [key for key in now if key not in _FREE and now[key] != then.get(key)]
+    if changed:
+        listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in changed)
+        raise InputError(
+            f"checkpoint {str(path)!r} is of a run with other settings ({listed}): give the same again, or start anew "
+            f"{way_on(path)}"
+        )
+    if config.steps < record["step"]:
+        raise InputError(
+            f"checkpoint {str(path)!r} is at step {record['step']}, beyond --steps {config.steps}: ask for more"
+        )
+
+
+def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> None:
+    """InputError when data or model are not those that the checkpoint was trained with."""
+    then = record.get("digests", {})
+    if changed := [name for name, digest in trainer.digests().items() if then.get(name, digest) != digest]:
+        others = " and ".join("other data" if name == "data" else f"another {name}" for name in changed)
+        raise InputError(
+            f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start anew {way_on(path)}"
+        )
+
+
+def start_from(trainer: Trainer, adapter: Mapping[str, torch.Tensor], name: str) -> None:
+    """Give a LoRA the weights of another of the same layers; InputError when it is of others."""
+    names = list(trainer.named_parameters())
+    try:
+        _copy(trainer.parameters, names, adapter)
+    except (KeyError, RuntimeError) as error:
+        raise InputError(
+            f"LoRA {name!r} is not of the layers and rank that are to be trained ({error}): give the rank, alpha and "
+            "targets that it was made with"
+        ) from error
+
+
+def _load_weights(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> None:
+    names = [name for name, parameter in trainer.unet.named_parameters() if parameter.requires_grad]
+    _copy(trainer.parameters, names, _read_weights(trainer, path, "unet"))
+    if trainer.ema is not None:
+        _copy(trainer.ema.shadow_params, names, _read_weights(trainer, path, "unet_ema"))
+        trainer.ema.optimization_step = record["ema_steps"]
+
+
+def _read_weights(trainer: Trainer, path: Path, name: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    if trainer.config.objective == "lora":
+        from sdkd.distill.training.lora import read_lora
+
+        return read_lora(path / name.replace("unet", "lora"))[0]
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted((path / name).glob("diffusion_pytorch_model*.safetensors")):  # several when it is large
+        found |= load_file(file)
+    return found
+
+
+@torch.no_grad()
+def _copy(targets: list[Any], names: list[str], weights: Mapping[str, torch.Tensor]) -> None:
+    """Into the memory that is there: the optimizer and a data-parallel wrapper hold on to it."""
+    for target, name in zip(targets, names, strict=True):
+        key = name if name in weights else "unet." + name.replace(".default.", ".")  # PEFT names the adapter
+        target.copy_(weights[key])

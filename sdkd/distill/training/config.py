@@ -1,0 +1,209 @@
+"""What a training run does, as one frozen dataclass: its fields are the commands' options and the recipes' keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from sdkd.core.help_page import DATA, LORA, LOSSES, OPTIMIZER, SAMPLES, SPEED, STATES, USUAL
+from sdkd.core.numbers import SHARE, Bounds
+from sdkd.core.text_files import prompts_of
+from sdkd.distill.training.pairs import PAIRS
+from sdkd.errors import InputError
+from sdkd.students.blocks import LossWeights, StudentSpec, student_spec
+
+OBJECTIVES = ("distill", "finetune", "lora")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "objective": OBJECTIVES,
+    "pairs": (None, *PAIRS),
+    "feature_norm": ("none", "variance"),
+    "optimizer": ("adamw", "adamw8bit"),
+    "schedule": ("cosine", "linear", "constant"),
+    "lora_targets": ("attn", "attn+ff", "all"),
+    "crop": ("center", "random"),
+    "latents": ("auto", "memory", "online"),
+    "precision": ("bf16", "fp16", "fp32"),
+}
+_COUNT = Bounds(1, 10**9, whole=True)
+_NUMBER = Bounds(0, 1e6)
+# What the numbers may be. Beyond these nothing works (a rank above the widest layer adds nothing), or memory ends.
+BOUNDS: dict[str, Bounds] = {
+    **dict.fromkeys(("steps", "log_every", "keep", "max_images"), _COUNT),
+    **dict.fromkeys(("save_every", "sample_every", "warmup"), Bounds(0, 10**9, whole=True)),
+    **dict.fromkeys(("task_weight", "output_weight", "feature_weight", "snr_gamma", "noise_offset"), _NUMBER),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NUMBER),
+    **dict.fromkeys(("random_conditioning", "caption_dropout"), SHARE),
+    "lora_dropout": Bounds(0, below=1),  # 1 would drop every update
+    "batch_size": Bounds(1, 1 << 16, whole=True),
+    "accumulation": Bounds(1, 1 << 16, whole=True),
+    "learning_rate": Bounds(above=0, high=1000),
+    "ema": Bounds(0, below=1),
+    "lora_rank": Bounds(1, 1280, whole=True),
+    "lora_alpha": Bounds(above=0, high=1e6),
+    "resolution": Bounds(1, 1 << 14, whole=True),
+    "workers": Bounds(0, 1024, whole=True),
+    "sample_steps": Bounds(1, 1000, whole=True),
+    "seed": Bounds(0, 2**63 - 1, whole=True),
+}
+_BETA = Bounds(0, below=1)
+
+
+def _setting(default: Any, text: str, *objectives: str, panel: str = USUAL) -> Any:
+    """A field with its help; `objectives` are those that it means something for (all when none is named)."""
+    return field(default=default, metadata={"help": text, "objectives": objectives or OBJECTIVES, "panel": panel})
+
+
+_loss, _optimizer, _lora, _data, _speed, _state, _sample = (
+    partial(_setting, panel=panel) for panel in (LOSSES, OPTIMIZER, LORA, DATA, SPEED, STATES, SAMPLES)
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; InputError lists everything that is wrong with them at once.
+
+    Steps are optimizer steps everywhere. None means: what the student's spec (or the teacher) says.
+    """
+
+    objective: str = _setting("distill", "distill, finetune or lora.")
+    student: str = _setting("tiny", "small, tiny, bk-base, bk-small or bk-tiny.", "distill")
+    steps: int = _setting(1000, "Optimizer steps.")
+    batch_size: int = _setting(32, "Images per forward pass and process.")
+    accumulation: int = _optimizer(1, "Forward passes per step.")
+    # losses
+    task_weight: float | None = _loss(None, "Factor of the task loss. [default: the student's]", "distill")
+    output_weight: float | None = _loss(None, "Factor of output KD. [default: the student's]", "distill")
+    feature_weight: float | None = _loss(None, "Factor of feature KD. [default: the student's]", "distill")
+    pairs: str | None = _loss(None, "Feature pairs: segmind or bk-sdm. [default: the student's]", "distill")
+    feature_norm: str = _loss("none", "variance: divide each pair by the variance of the teacher's.", "distill")
+    snr_gamma: float = _loss(0.0, "Gamma of min-SNR weights (5 is usual); 0: off.")
+    noise_offset: float = _loss(0.0, "Strength of a constant added to each channel's noise; 0: off.")
+    random_conditioning: float = _loss(0.0, "Share of images that get another image's caption.", "distill")
+    # optimizer
+    optimizer: str = _optimizer("adamw", "adamw (fused) or adamw8bit (needs bitsandbytes).")
+    learning_rate: float = _setting(1e-4, "Highest learning rate.")
+    schedule: str = _optimizer("cosine", "cosine, linear or constant, after the warm-up.")
+    warmup: int = _optimizer(0, "Steps of rising learning rate.")
+    weight_decay: float = _optimizer(1e-2, "Of AdamW.")
+    betas: tuple[float, float] = _optimizer((0.9, 0.999), "Of AdamW.")
+    max_grad_norm: float = _optimizer(1.0, "Clip the gradient's global norm; 0: off.")
+    ema: float = _optimizer(0.0, "Decay of averaged weights, which become the result; 0: off.", "distill", "finetune")
+    # LoRA
+    lora_rank: int = _setting(16, "Rank of the update matrices.", "lora")
+    lora_alpha: float | None = _lora(None, "Scale is alpha / rank. [default: the rank]", "lora")
+    lora_targets: str = _lora("attn", "attn, attn+ff or all (convolutions too).", "lora")
+    lora_dropout: float = _lora(0.0, "Dropout before the update matrices.", "lora")
+    # data
+    caption_dropout: float = _data(0.1, "Share of empty captions, for classifier-free guidance.")
+    max_images: int | None = _data(None, "Use the first so many. [default: all]")
+    resolution: int | None = _setting(None, "Pixels. [default: the model's]")
+    buckets: bool = _data(False, "Keep aspect ratios: batches of equal shapes, about resolution^2 pixels.")
+    crop: str = _data("center", "center or random.")
+    flip: bool = _data(False, "Mirror every other image.")
+    latents: str = _data("auto", "memory: encode all images first; online: in each step; auto: by their number.")
+    workers: int = _speed(4, "Threads that read images.")
+    # run
+    precision: str = _speed("bf16", "Of the forward passes: bf16, fp32 or fp16 (CUDA). Trained weights are fp32.")
+    checkpointing: bool = _speed(False, "Recompute activations: less memory, slower steps.")
+    compile: bool = _speed(False, "torch.compile the UNets.")
+    channels_last: bool = _speed(False, "Memory layout of the UNets that suits tensor cores.")
+    device: str = _speed("auto", "auto, cpu or cuda.")
+    seed: int = _setting(0, "Of all randomness.")
+    log_every: int = _state(10, "Steps between records of training.jsonl.")
+    save_every: int = _setting(0, "Steps between checkpoints; 0: one at the end, to go on from.")
+    keep: int = _state(2, "Checkpoints to keep.")
+    prompts: tuple[str, ...] = _sample((), "Validation prompts: a file with one a line, or 'one;another'.")
+    sample_every: int = _sample(0, "Steps between validation images; 0: only with prompts, at the end.")
+    sample_steps: int = _sample(25, "Denoising steps of a validation image.")
+    trackers: tuple[str, ...] = _state((), "tensorboard, wandb, beside training.jsonl.")
+
+    def __post_init__(self) -> None:
+        for name in ("betas", "prompts", "trackers"):  # YAML and JSON know lists only
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if problems := list(self._problems()):
+            raise InputError("; ".join(problems))
+
+    @property
+    def spec(self) -> StudentSpec:
+        """The student's spec."""
+        return student_spec(self.student)
+
+    @property
+    def pair_preset(self) -> str:
+        """Name of the feature pairs: the one asked for, else the student's usual one."""
+        return self.pairs or self.spec.pairs
+
+    @property
+    def weights(self) -> LossWeights:
+        """Loss weights: those asked for, else the student's usual ones; without a teacher, the task loss alone."""
+        if self.objective != "distill":
+            return LossWeights(1.0, 0.0, 0.0)
+        asked = (self.task_weight, self.output_weight, self.feature_weight)
+        return LossWeights(
+            *(usual if own is None else own for own, usual in zip(asked, self.spec.weights, strict=True))
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that mean something for the objective, with the student's defaults filled in."""
+        found = {f.name: value for f in settings_of(self.objective) for value in (asdict(self)[f.name],)}
+        if self.objective == "distill":
+            filled = {f"{name}_weight": value for name, value in self.weights._asdict().items()}
+            found |= filled | {"student": self.spec.name, "pairs": self.pair_preset}
+        return found
+
+    def _problems(self) -> Iterator[str]:
+        student_spec(self.student)
+        yield from self._unknown()
+        yield from filter(None, self._out_of_bounds())
+        if not any(self.weights):
+            yield "all three loss weights are 0, so there is nothing to learn: give at least one above 0"
+        if self.ema and self.objective == "lora":
+            yield "ema averages whole UNets, a LoRA has none: leave it at 0"
+        if self.latents == "memory" and (self.flip or self.crop == "random" or self.buckets):
+            yield "latents 'memory' holds one view of an image: leave flip, random crop and buckets off, or use online"
+
+    def _out_of_bounds(self) -> Iterator[str]:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in BOUNDS and (value is not None or item.default is not None):
+                yield BOUNDS[item.name].problem(item.name, value)
+        betas: tuple[float, ...] = self.betas
+        if len(betas) != 2:
+            yield f"betas {betas} are not two: give e.g. 0.9 0.999"
+        yield from (_BETA.problem("betas", beta) for beta in betas)
+
+    def _unknown(self) -> Iterator[str]:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                names = ", ".join(str(choice) for choice in allowed if choice)
+                yield f"{name} {getattr(self, name)!r} is unknown: choose one of {names}"
+        for name in self.trackers:
+            if name not in ("tensorboard", "wandb"):
+                yield f"tracker {name!r} is unknown: choose tensorboard or wandb"
+
+
+def settings_of(objective: str) -> list[Any]:
+    """The dataclass fields that mean something for an objective, in order."""
+    return [item for item in fields(TrainConfig) if objective in item.metadata["objectives"]]
+
+
+def make_config(objective: str, *layers: Mapping[str, Any]) -> TrainConfig:
+    """A config from layers of settings (recipe, options), the last one winning; None in a layer leaves a value alone.
+
+    InputError names keys that the objective does not have.
+    """
+    known = {item.name for item in settings_of(objective)}
+    values = {key: value for layer in layers for key, value in layer.items() if value is not None}
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(set(values) - known):
+        raise InputError(
+            f"setting {unknown[0]!r} is unknown to {objective}: choose from {', '.join(sorted(known - {'objective'}))}"
+        )
+    return TrainConfig(**(values | {"objective": objective}))
+
+
+def parse_prompts(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Prompts from a file with one a line, or from 'one;another'; InputError when there is none."""
+    return prompts_of(text) if isinstance(text, str) else tuple(text)

@@ -1,0 +1,269 @@
+"""A whole run as the commands do it: model and data by name, a folder that fills, the finished result in it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.core.console import Progress, quiet
+from sdkd.core.files import staged_folder, write_bytes, write_json
+from sdkd.distill.training.card import Origin, about, model_card
+from sdkd.distill.training.config import TrainConfig
+from sdkd.distill.training.run_folder import (
+    AUTO,
+    INDEX,
+    LORA_FILE,
+    carry_over,
+    check_output,
+    newest,
+    run_folder,
+    spare_folder,
+)
+from sdkd.errors import InputError
+from sdkd.models.checkpoint import BASE, RECORD, is_checkpoint, load_own
+from sdkd.models.diffusers_folder import provenance
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from sdkd.distill.training.loop import TrainResult
+    from sdkd.models.resolve import ModelSource
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on what: `model` is the teacher's name for distillation, else the model to train."""
+
+    model: str
+    data: str
+    output: Path
+    config: TrainConfig
+    resume: str = "never"  # auto, never, or a checkpoint's folder
+    overwrite: bool = False
+    image_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    init: str | None = None  # a model or checkpoint whose UNet, or LoRA, training starts from
+    command: str = field(default_factory=lambda: command_line())
+
+
+def command_line() -> str:
+    """The command as it was typed, for the model card."""
+    return shlex.join(["sdkd", *sys.argv[1:]])
+
+
+def is_main() -> bool:
+    """Whether this is the first of the processes that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
+    """Train and write the result into `job.output`; returns a summary.
+
+    An interrupted or failed run keeps the checkpoints that it saved, and leaves nothing behind when it saved none.
+    Raises what `sdkd.distill.train` raises, OutputExistsError, and InterruptedRunError when Ctrl-C came after a
+    checkpoint.
+    """
+    from sdkd.distill.training.loop import check_trackers, train
+    from sdkd.distill.training.setup import check_views
+    from sdkd.models.resolve import load_eager, resolve
+
+    checkpoint = find_checkpoint(job)
+    if is_main():
+        inputs = (job.model, job.data, job.init)
+        check_output(job.output, job.resume, job.overwrite, inputs, goes_on=checkpoint is not None)
+    source, data = resolve(job.model), open_data(job)
+    check_views(data, job.config)
+    check_trackers(job.config)
+    if checkpoint and _is_finished(job, checkpoint, _absolute(source), data):
+        return _finished(job, source.name, len(data))
+    adapter = _adapter(job)
+    with run_folder(job.output, checkpoint, job.resume, job.overwrite, job.config) as folder:
+        report("loading the model", 0.0)
+        pipe = load_eager(job.model)
+        unet, counts = _unet(pipe, job)
+        check_cache(data, pipe, job.config)
+        done = train(
+            pipe, unet, data, job.config,
+            progress=report, folder=folder, resume=checkpoint, name=_absolute(source), adapter=adapter,
+        )  # fmt: skip
+        summary = _summary(job, source.name, done, counts) | {"notes": list(source.notes)}
+        if done.main_process:
+            origin = Origin(
+                model=source.name,
+                data=job.data,
+                images=done.images,
+                size=_size(pipe, job.config, data),
+                random_weights=source.random_weights,
+                command=job.command,
+            )
+            _write(job, folder, pipe, done, origin, counts)
+    return summary
+
+
+def _absolute(source: ModelSource) -> str:
+    """A model's name that means the same from another folder."""
+    return source.name if source.kind in ("demo", "random", "hub") else str(Path(source.name).expanduser().absolute())
+
+
+def _is_finished(job: Job, checkpoint: Path, model: str, data: Any) -> bool:
+    """Whether there is nothing left to do; InputError when the run that is finished was another.
+
+    A model of another name is loaded and compared, like that of a run that goes on.
+    """
+    from sdkd.distill.data.digests import data_digest
+    from sdkd.distill.training.checkpoint import check_settings, read_record, step_of
+
+    whole = any((checkpoint.parent / name).is_file() for name in (INDEX, LORA_FILE))
+    if not whole or step_of(checkpoint) != job.config.steps:
+        return False
+    record = read_record(checkpoint)
+    check_settings(checkpoint, record, job.config, int(os.environ.get("WORLD_SIZE", "1")))
+    same = record.get("digests", {}).get("data") == data_digest(data)
+    return same and provenance(checkpoint).get(BASE) == model
+
+
+def _finished(job: Job, model: str, images: int) -> dict[str, Any]:
+    from sdkd.distill.training.log import LOG, read_log
+    from sdkd.distill.training.loop import TrainResult
+
+    history = read_log(job.output / LOG)
+    note = f"this run of {job.config.steps} steps was finished before: ask for more --steps to go on"
+    done = TrainResult(None, history, 0.0, job.config.steps, images, {}, notes=(note,))
+    return _summary(job, model, done, {}) | {"notes": []}
+
+
+def _adapter(job: Job) -> Any:
+    """The weights of the LoRA to start from; InputError when its rank or alpha are not the run's."""
+    if job.config.objective != "lora" or job.init is None:
+        return None
+    from sdkd.distill.training.lora import read_lora
+
+    path, config = Path(job.init), job.config
+    state, made = read_lora(path / "lora" if (path / "lora").is_dir() else path)
+    now = {"r": config.lora_rank, "lora_alpha": config.lora_alpha or config.lora_rank}
+    if other := [f"{key} {made[f'unet.{key}']}" for key in now if made.get(f"unet.{key}", now[key]) != now[key]]:
+        raise InputError(f"init {job.init!r} has {' and '.join(other)}: give --lora-rank and --lora-alpha to match")
+    return state
+
+
+def open_data(job: Job) -> Any:
+    """The data by name: images, or latents that `sdkd cache` made."""
+    return open_images_or_cache(job.data, job.image_column, job.caption_columns)
+
+
+def open_images_or_cache(data: str, image_column: str | None = None, caption_columns: Sequence[str] = ()) -> Any:
+    """Images as `open_images` gives them, by default with its columns, or the latents of a folder of `sdkd cache`."""
+    from sdkd.distill.data.disk_cache import INDEX as CACHE_INDEX
+    from sdkd.distill.data.disk_cache import open_cache
+    from sdkd.distill.data.opening import CAPTION_COLUMNS, open_images
+
+    if (Path(data) / CACHE_INDEX).is_file():
+        if image_column or tuple(caption_columns) not in ((), CAPTION_COLUMNS):
+            raise InputError(f"cache {data!r} has no columns: leave --image-column and --caption-columns out")
+        return open_cache(Path(data))
+    return open_images(data, image_column=image_column, caption_columns=caption_columns or CAPTION_COLUMNS)
+
+
+def check_cache(data: Any, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+    """InputError when latents were made by another VAE or text encoder, or for another resolution."""
+    if check := getattr(data, "check", None):
+        check(pipe)
+        if config.resolution not in (None, data.size):
+            raise InputError(
+                f"resolution {config.resolution} is not the cache's {data.size}: leave it out, or make another cache"
+            )
+
+
+def find_checkpoint(job: Job) -> Path | None:
+    """The checkpoint to go on from, or None to start anew; InputError when the one asked for is not there."""
+    if job.resume == "never":
+        return None
+    if job.resume == AUTO:
+        return newest(job.output)
+    path = Path(job.resume)
+    if not (path / RECORD).is_file():
+        raise InputError(f"resume {job.resume!r} is no checkpoint: give auto, never, or OUTPUT/checkpoint-<step>")
+    if path.resolve().parent not in (job.output.resolve(), spare_folder(job.output)):
+        raise InputError(
+            f"checkpoint {job.resume!r} is not of the output {str(job.output)!r}: "
+            f"give --output {shlex.quote(str(path.parent))}"
+        )
+    return path
+
+
+def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]:
+    """The UNet to train, and parameter counts of it and its teacher."""
+    import torch
+
+    from sdkd.distill.training.setup import DTYPES
+    from sdkd.students.blocks import build_student, count_parameters
+
+    config = job.config
+    whole = count_parameters(pipe.unet.config)
+    if config.objective == "lora" or (config.objective == "finetune" and job.init is None):
+        return pipe.unet, {"parameters": whole}
+    student = _unet_of(job.init) if job.init is not None else build_student(pipe.unet, config.student)
+    if config.objective == "finetune":
+        return student, {"parameters": count_parameters(student.config)}
+    torch.nn.Module.to(pipe.unet, DTYPES[config.precision])  # now the student has its weights: no copy is needed
+    return student, {"parameters": count_parameters(student.config), "teacher_parameters": whole}
+
+
+def _unet_of(model: str) -> Any:
+    """The UNet of a model, or of a checkpoint, which needs no other parts for it."""
+    import torch
+
+    from sdkd.models.resolve import load_component
+
+    path = Path(model).expanduser()
+    return load_own(path, torch.float32) if is_checkpoint(path) else load_component(model, "unet")
+
+
+def _size(pipe: StableDiffusionPipeline, config: TrainConfig, data: Any) -> int:
+    from sdkd.distill.data.latents import training_size
+
+    return int(getattr(data, "size", 0)) or training_size(pipe, config.resolution)
+
+
+def _write(
+    job: Job, folder: Path, pipe: StableDiffusionPipeline, done: TrainResult, origin: Origin, counts: dict[str, int]
+) -> None:
+    """The finished result, with all that the run's folder holds, in the place of the output, in one step."""
+    from sdkd.models.diffusers_folder import PROVENANCE, write_pipeline
+
+    last = done.history[-1]
+    card = model_card(origin, job.config, counts=counts, seconds=last["seconds"], last=last)
+    facts = about(origin, job.config, last)
+    with staged_folder(job.output) as partial:
+        if job.config.objective == "lora":
+            from sdkd.distill.training.lora import save_lora
+
+            save_lora(done.unet, partial)
+            write_json(partial / PROVENANCE, facts)
+            write_bytes(partial / "README.md", card.encode())
+        else:
+            write_pipeline(pipe, partial, unet=done.unet.cpu(), about=facts, readme=card)
+        carry_over(folder, partial)
+
+
+def _summary(job: Job, model: str, done: TrainResult, counts: dict[str, int]) -> dict[str, Any]:
+    config = job.config
+    named = {"teacher": model, "student": config.spec.name} if config.objective == "distill" else {"model": model}
+    return {
+        "output": str(job.output),
+        "objective": config.objective,
+        **named,
+        **{name.replace("parameters", "unet_parameters"): value for name, value in counts.items()},
+        "steps": done.steps,
+        "images": done.images,
+        "unreadable": list(done.unreadable.values()),
+        "seconds": done.seconds,
+        "remarks": list(done.notes),
+        "first": done.history[0] if done.history else {},
+        "last": done.history[-1] if done.history else {},
+    }

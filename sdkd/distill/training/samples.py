@@ -1,0 +1,108 @@
+"""Validation images: the same prompts with the same seeds every few steps, as one picture each time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkd.core.files import write_bytes, write_json
+from sdkd.core.images import is_finite
+from sdkd.models.clip_tokenizer import bounded
+from sdkd.models.noise_schedule import scheduler_like
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from sdkd.distill.training.trainer import Trainer
+
+FOLDER = "samples"
+GUIDANCE = 7.5
+
+
+def sample_path(folder: Path, step: int) -> Path:
+    """Where the picture of a step lies in a run folder."""
+    return folder / FOLDER / f"step-{step:06d}.png"
+
+
+def save_samples(trainer: Trainer, folder: Path) -> list[int]:
+    """Draw the validation prompts with the averaged weights and save them; the first process draws, the others wait.
+
+    Returns the places of the prompts whose pixels were not finite: a cross stands for their images.
+    """
+    bad: list[int] = []
+    if trainer.accelerator.is_main_process:
+        path = sample_path(folder, trainer.done)
+        stream, images = io.BytesIO(), draw(trainer)
+        bad = [place for place, image in enumerate(images) if not is_finite(image)]
+        to_pil = trainer.pipe.image_processor.numpy_to_pil
+        pictures = [crossed(image) if place in bad else to_pil(image)[0] for place, image in enumerate(images)]
+        joined(pictures).save(stream, "PNG")
+        write_bytes(path, stream.getvalue())
+        write_json(path.parent / "prompts.json", {"prompts": list(trainer.config.prompts), "seed": trainer.config.seed})
+    trainer.accelerator.wait_for_everyone()
+    return bad
+
+
+def draw(trainer: Trainer) -> list[NDArray[Any]]:
+    """Pixels [h, w, 3], 0 to 1, for every validation prompt; prompt i always starts from the noise of seed + i."""
+    pipe = _pipeline(trainer)
+    images = []
+    state = torch.get_rng_state()  # drawing must not change what training draws next
+    with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+        for index, prompt in enumerate(trainer.config.prompts):
+            generator = torch.Generator().manual_seed(trainer.config.seed + index)
+            made = pipe(
+                prompt, num_inference_steps=trainer.config.sample_steps, guidance_scale=GUIDANCE, generator=generator,
+                output_type="np",
+            )  # fmt: skip
+            images += list(made.images)
+    torch.set_rng_state(state)
+    return images
+
+
+def _pipeline(trainer: Trainer) -> Any:
+    """The trained UNet among the frozen parts of its run."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = trainer.pipe
+    made = StableDiffusionPipeline(
+        vae=trainer.vae,
+        text_encoder=trainer.text_encoder,
+        tokenizer=bounded(pipe.tokenizer, trainer.text_encoder.config.max_position_embeddings),
+        unet=trainer.unet,
+        scheduler=scheduler_like(pipe.scheduler, type(pipe.scheduler)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def crossed(pixels: NDArray[Any]) -> Image:
+    """A cross in the size of an image that could not be drawn."""
+    from PIL import Image as Pillow
+    from PIL import ImageDraw
+
+    height, width = pixels.shape[:2]
+    image = Pillow.new("RGB", (width, height), "white")
+    for line in ((0, 0, width, height), (0, height, width, 0)):
+        ImageDraw.Draw(image).line(line, fill="red", width=2)
+    return image
+
+
+def joined(images: Sequence[Image], columns: int = 4) -> Image:
+    """Images of one size side by side, `columns` in a row."""
+    from PIL import Image as Pillow
+
+    width, height = images[0].size
+    across = min(columns, len(images))
+    sheet = Pillow.new("RGB", (width * across, height * -(-len(images) // across)), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (width * (index % across), height * (index // across)))
+    return sheet

@@ -1,0 +1,282 @@
+"""The trainer: a student learns the task, its teacher's output and its teacher's features; or a UNet learns alone.
+
+Only the trained UNet (or its LoRA) is prepared by Accelerate and saved; the teacher, VAE and text encoder are frozen,
+in the precision of the forward passes, and never leave their process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkd.core.console import Progress, quiet
+from sdkd.distill.data.digests import data_digest, model_digest
+from sdkd.distill.data.draws import DROPOUT, generator_at
+from sdkd.distill.data.encode import placed
+from sdkd.distill.data.latents import Latents, TextEmbeddings
+from sdkd.distill.data.opening import CaptionedImages
+from sdkd.distill.training.batches import Batch, Batches, Place
+from sdkd.distill.training.config import TrainConfig
+from sdkd.distill.training.features import FeatureUNet
+from sdkd.distill.training.finite import SkippedSteps, check_weights, not_finite
+from sdkd.distill.training.losses import Learnt, SampleWeights, distill_losses, min_snr_weights, task_target
+from sdkd.distill.training.pairs import Pair, feature_pairs
+from sdkd.distill.training.setup import (
+    DTYPES,
+    check_models,
+    make_accelerator,
+    make_optimizer,
+    make_samples,
+    pick_device,
+)
+from sdkd.models.noise_schedule import scheduler_like
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+
+class Trainer:
+    """Models, data and optimizer of one run; `step` does one optimizer step."""
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        unet: UNet2DConditionModel,
+        data: CaptionedImages | Latents,
+        config: TrainConfig,
+        progress: Progress = quiet,
+    ) -> None:
+        from diffusers import DDPMScheduler
+
+        check_models(pipe, unet, config)
+        device = pick_device(config)
+        self.config, self.pipe, self.unet = config, pipe, unet
+        self.dtype = DTYPES[config.precision]
+        self.accelerator = make_accelerator(config, device)
+        self.device: torch.device = self.accelerator.device
+        self.scheduler = scheduler_like(pipe.scheduler, DDPMScheduler)
+        self.vae = placed(pipe.vae, self.device, self.dtype)
+        self.text_encoder = placed(pipe.text_encoder, self.device, self.dtype)
+        self.data, self.model_name = data, ""
+        self._model = model_digest(pipe, self.scheduler, self.dtype)
+        self.batches = self._batches(data, progress)
+        pairs = self._pairs()
+        self.names = [own for _, own in pairs]
+        self.teacher = self._teacher([name for name, _ in pairs])
+        self.parameters = self._trainable()
+        self.student = FeatureUNet(unet, self.names)  # hooks before any compilation
+        self.optimizer, self.schedule, self.model = self._prepared()
+        self.ema = _ema(self.parameters, config.ema)
+        self.done = 0  # optimizer steps, those that fp16 skipped included
+        self.skips = SkippedSteps()
+        seed_dropout(config.seed, self.accelerator.process_index)
+
+    def _batches(self, data: CaptionedImages | Latents, progress: Progress) -> Batches:
+        place = Place(self.accelerator.process_index, self.accelerator.num_processes, self.device)
+        samples, order = make_samples(self.pipe, self.vae, data, self.config, place, progress)
+        text = TextEmbeddings(self.pipe.tokenizer, self.text_encoder)
+        timesteps = int(self.scheduler.config.num_train_timesteps)
+        return Batches(samples, order, text, self.config, place, timesteps)
+
+    def _pairs(self) -> tuple[Pair, ...]:
+        """Feature pairs; none without a teacher or where their loss does not count."""
+        if self.config.objective != "distill":
+            return ()
+        return feature_pairs(self.config.spec, self.config.pair_preset)
+
+    def _teacher(self, names: list[str]) -> FeatureUNet | None:
+        if self.config.objective != "distill":
+            return None
+        unet = placed(self.pipe.unet, self.device, self.dtype)
+        if self.config.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        return FeatureUNet(unet, names)
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters to train, float32 on the device; for a LoRA the update matrices alone."""
+        config = self.config
+        if config.objective == "lora":
+            from sdkd.distill.training.lora import add_lora
+
+            torch.nn.Module.to(self.unet, self.device, self.dtype)
+            parameters = add_lora(
+                self.unet,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha or config.lora_rank,
+                targets=config.lora_targets,
+                dropout=config.lora_dropout,
+                seed=config.seed,
+            )
+        else:  # torch's own `to`: diffusers' warns about every change of dtype
+            torch.nn.Module.to(self.unet, self.device, torch.float32)
+            self.unet.requires_grad_(True)
+            parameters = list(self.unet.parameters())
+        if config.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if config.checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.unet.train()
+        return parameters
+
+    def _prepared(self) -> tuple[Any, torch.optim.lr_scheduler.LambdaLR, Any]:
+        """Optimizer, schedule and model as Accelerate wraps them (data-parallel, autocast to the precision)."""
+        plain = make_optimizer(self.parameters, self.config)
+        # Not prepared: Accelerate would step it once per process.
+        schedule = torch.optim.lr_scheduler.LambdaLR(plain, lambda step: lr_factor(step, self.config))
+        model: Any = self.student
+        if self.config.compile:
+            model = torch.compile(model)
+            self.teacher_call = torch.compile(self.teacher) if self.teacher else None
+        else:
+            self.teacher_call = self.teacher
+        model, optimizer = self.accelerator.prepare(model, plain)
+        return optimizer, schedule, model
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """All losses of a batch, float32 scalars."""
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # [b, c, h, w]
+        taught = self._taught(noisy, batch)
+        learnt: Learnt = self.model(noisy, batch.timesteps, batch.text)
+        target = task_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
+        return distill_losses(
+            learnt,
+            taught,
+            target,
+            self.names,
+            self.config.weights,
+            samples=self._sample_weights(batch),
+            feature_norm=self.config.feature_norm,
+        )
+
+    def _taught(self, noisy: torch.Tensor, batch: Batch) -> Learnt | None:
+        if self.teacher_call is None:
+            return None
+        with torch.no_grad():
+            taught: Learnt = self.teacher_call(noisy.to(self.dtype), batch.timesteps, batch.text)
+        return taught
+
+    def _sample_weights(self, batch: Batch) -> SampleWeights:
+        """min-SNR on task loss and output KD; no task loss where the caption is another image's."""
+        snr = None
+        if self.config.snr_gamma:
+            snr = min_snr_weights(self.scheduler, batch.timesteps, self.config.snr_gamma)
+        if not self.config.random_conditioning:
+            return SampleWeights(snr, snr)
+        matching = batch.matching.float()
+        return SampleWeights(matching if snr is None else matching * snr, snr)
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """One optimizer step over `accumulation` batches: the mean of each loss, and the gradient's norm unclipped.
+
+        TrainingError, with the weights as they were, when a loss or the norm is not finite. In fp16 such a norm is
+        usual: the scaler skips that step and lowers its scale, schedule and average stay, and the norm is left out.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        share = 1 / self.config.accumulation
+        sums: dict[str, torch.Tensor] = {}
+        named: list[tuple[int, int, str]] = []
+        for part in range(self.config.accumulation):
+            last = part == self.config.accumulation - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                batch = self.batches.next()
+                named += batch.named
+                losses = self.losses(batch)
+                self.accelerator.backward(losses["loss/total"] * share)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach() * share
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        loss_is_finite, norm_is_finite = torch.stack([sums["loss/total"], norm.detach()]).isfinite().tolist()
+        scaler = self.accelerator.scaler
+        if not loss_is_finite or (scaler is None and not norm_is_finite):
+            raise not_finite(self.done + 1, sums | {"grad_norm": norm.detach()}, named)
+        self.optimizer.step()  # of a skipped step this lowers the scaler's scale alone
+        self.done += 1
+        if not norm_is_finite:
+            self.skips.count(self.done, named)
+            return sums
+        self.skips.end_row()
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        return sums | {"grad_norm": norm.detach()}
+
+    def mean_over_processes(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The mean of scalars over all processes, which must all call this."""
+        if self.accelerator.num_processes == 1 or not values:
+            return values
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        found: Any = self.accelerator.reduce(stacked, reduction="mean")
+        return dict(zip(values, found, strict=True))
+
+    def digests(self) -> dict[str, str]:
+        """Of data and model, to tell whether a run goes on with the same."""
+        return {"data": data_digest(self.data), "teacher" if self.teacher is not None else "model": self._model}
+
+    def named_parameters(self) -> dict[str, torch.Tensor]:
+        """What is trained and, as "ema.<name>", its averages, by name."""
+        names = [name for name, parameter in self.unet.named_parameters() if parameter.requires_grad]
+        own = dict(zip(names, self.parameters, strict=True))
+        if self.ema is None:
+            return {**own}
+        return own | {f"ema.{name}": value for name, value in zip(names, self.ema.shadow_params, strict=True)}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Any:
+        """Inside, the UNet holds the averaged weights (its own without averaging) and is in eval mode."""
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        self.unet.eval()
+        try:
+            yield self.unet
+        finally:
+            self.unet.train()
+            if self.ema is not None:
+                self.ema.restore(self.parameters)
+
+    def finish(self) -> None:
+        """Put the averaged weights, if any, into the UNet; TrainingError when they are not finite."""
+        check_weights(self.named_parameters(), self.done)
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+
+    def close(self) -> None:
+        """Take the hooks off both UNets, stop reading ahead, and freeze what was trained."""
+        self.batches.close()
+        if self.teacher is not None:
+            self.teacher.close()
+        self.student.close()
+        self.unet.eval().requires_grad_(False)
+        self.unet.zero_grad(set_to_none=True)
+        if self.config.checkpointing:
+            self.unet.disable_gradient_checkpointing()
+
+
+def seed_dropout(seed: int, rank: int) -> None:
+    """Seed torch's global generators, which dropout draws from, each process its own."""
+    torch.manual_seed(generator_at(seed, rank, DROPOUT).initial_seed())
+
+
+def _ema(parameters: list[torch.nn.Parameter], decay: float) -> Any:
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=decay, foreach=True) if decay else None
+
+
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """Share of the learning rate after `step` optimizer steps: linear warm-up, then constant, or a line or half a
+    cosine down to 0.
+    """
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return shapes[config.schedule]

@@ -1,0 +1,307 @@
+"""What a pipeline's parts must be like to run as engines: one check for export, build and plug.
+
+Of configs, before weights are read: `sdkd.core.contract` declares a graph's inputs, and what a part needs beyond them
+would be missed at the first image. Of modules: what was patched, hooked or switched on in them would be lost without a
+word.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from sdkd.core.contract import residual_specs, split_axis, vae_scale
+from sdkd.errors import ExportError, ModelError, an
+from sdkd.models.families import PIPELINE_OF_CHANNELS
+from sdkd.models.weight_files import has_adapters
+
+Config = Mapping[str, Any]
+_EAGERLY = "run it eagerly"
+_IP_ADAPTER = "it has an IP-Adapter, which reads images: remove it first with pipe.unload_ip_adapter()"
+_CLASSES = f"it takes class labels, a noise level or image embeddings beside the text: {_EAGERLY}"
+_ADDED = f"it takes conditions beside the text, as SDXL and Kandinsky do: {_EAGERLY}"
+
+
+class Limit(NamedTuple):
+    """A config key, the values with which a module has the contract's inputs, and why it has not with any other."""
+
+    key: str
+    usual: tuple[Any, ...]
+    why: str
+
+
+# Of UNet2DConditionModel and ControlNetModel; every other key changes what is computed within, which the graph holds.
+LIMITS = (
+    Limit(
+        "time_cond_proj_dim",
+        (None,),
+        "it takes the guidance scale as an input, as LCM-distilled UNets do, and guidance-embedded UNets are not "
+        f"supported yet: {_EAGERLY}, or give its base model",
+    ),
+    Limit("encoder_hid_dim_type", (None,), f"it projects other embeddings than the text encoder's: {_EAGERLY}"),
+    Limit("encoder_hid_dim", (None,), f"it projects other embeddings than the text encoder's: {_EAGERLY}"),
+    Limit("addition_embed_type", (None,), _ADDED),
+    Limit("class_embed_type", (None,), _CLASSES),
+    Limit("num_class_embeds", (None,), _CLASSES),
+    Limit("class_embeddings_concat", (None, False), _CLASSES),
+    Limit("attention_type", (None, "default"), f"it takes boxes and phrases, as GLIGEN does: {_EAGERLY}"),
+    Limit("dual_cross_attention", (None, False), f"it attends to two conditions at once: {_EAGERLY}"),
+    Limit(
+        "global_pool_conditions",
+        (None, False),
+        "it pools its residuals over the image (global_pool_conditions, as the shuffle model does), "
+        "which is not supported: use it with the eager pipeline",
+    ),
+)
+# Parts of the Python pipelines, beside the heavy ones, that give a UNet inputs; and what to do.
+EXTRA_PARTS = {
+    "adapter": "a T2I-Adapter, whose residuals no graph takes",
+    "motion_adapter": "a motion adapter of AnimateDiff",
+}
+FLOATS = {"float64", "float32", "float16", "bfloat16"}
+LIBRARIES = ("diffusers", "transformers", "torch", "peft", "sdkd")  # whose modules do what their classes say
+HELPERS = (*LIBRARIES, "accelerate", "huggingface_hub")  # whose functions those modules have
+FREEU = ("s1", "s2", "b1", "b2")  # of an up block
+# Plain values of a module that change how it computes, and not what.
+SWITCHES = (
+    "training",
+    "gradient_checkpointing",
+    "use_slicing",
+    "use_tiling",
+    "sliceable_head_dim",
+    "fused_projections",
+)
+
+
+def check_config(part: str, config: Config) -> None:
+    """ModelError when a UNet or ControlNet has inputs that the contract does not declare."""
+    if part not in ("unet", "controlnet"):
+        return
+    for key, usual, why in LIMITS:
+        if (value := config.get(key)) not in usual:
+            reason = _IP_ADAPTER if value == "ip_image_proj" else why
+            raise ModelError(f"the {part} cannot run as an engine, its {key} is {value!r}: {reason}")
+
+
+def check_extra_parts(pipe: Any) -> None:
+    """ModelError for a pipeline whose UNet gets tensors from a part that no bundle holds."""
+    for name, what in EXTRA_PARTS.items():
+        if getattr(pipe, name, None) is not None:
+            raise ModelError(f"this {type(pipe).__name__} has {what}: give a pipeline without it, or run it eagerly")
+
+
+def check_configs(configs: Mapping[str, Config]) -> None:
+    """ModelError when parts (`unet`, `vae`, `text_encoder`, `controlnet`; some may be absent) cannot run as engines.
+
+    Each by itself, and together: widths and blocks that pass tensors to one another must agree.
+    """
+    for part, config in configs.items():
+        check_config(part, config)
+    unet = configs.get("unet")
+    if unet is None:
+        return
+    if (text := configs.get("text_encoder")) is not None:
+        width = text.get("hidden_size")
+        _agree("text encoder", "width", width, "UNet's cross_attention_dim", unet.get("cross_attention_dim"))
+    vae, controlnet = configs.get("vae"), configs.get("controlnet")
+    if vae is not None:
+        channels = vae.get("latent_channels")
+        _agree("VAE", "latent_channels", channels, "UNet's out_channels", unet.get("out_channels"))
+    if controlnet is not None:
+        check_controlnet(controlnet, unet, vae)
+
+
+def _agree(what: str, own: str, value: Any, other: str, wanted: Any) -> None:
+    if value is not None and wanted is not None and value != wanted:
+        raise ModelError(
+            f"the {what} does not fit the UNet: its {own} is {value}, the {other} {wanted}. Give parts of one family "
+            "(SD 1.x, SD 2.x)"
+        )
+
+
+def check_controlnet(controlnet: Config, unet: Config, vae: Config | None = None) -> None:
+    """ModelError, naming both values, when a ControlNet's residuals or inputs do not fit a UNet (and its VAE)."""
+    check_config("controlnet", controlnet)
+    advice = "give a ControlNet that was made for this UNet's family and layout (SD 1.x, SD 2.x, not a student)"
+    for key in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
+        if (ours := _listed(controlnet.get(key))) != (theirs := _listed(unet.get(key))) and None not in (ours, theirs):
+            raise ModelError(
+                f"the ControlNet does not fit the UNet: its {key} is {ours}, the UNet's is {theirs}: {advice}"
+            )
+    ours, theirs = (_residuals(config) for config in (controlnet, unet))
+    if ours != theirs:
+        raise ModelError(
+            f"the ControlNet does not fit the UNet: it gives {len(ours)} residuals of {ours}, and the UNet takes "
+            f"{len(theirs)} of {theirs} (channels, part of the size): {advice}"
+        )
+    channels = unet.get("in_channels", 4)
+    if channels == 8:
+        raise ModelError(
+            f"the UNet takes {channels} channels ({PIPELINE_OF_CHANNELS[8]}), and no pipeline of diffusers uses a "
+            "ControlNet with it: leave the ControlNet out"
+        )
+    latents = controlnet.get("in_channels", 4)
+    if latents != unet.get("out_channels", 4):
+        raise ModelError(
+            f"the ControlNet does not fit the UNet: it takes {latents} channels, the latents have "
+            f"{unet.get('out_channels', 4)}: {advice}"
+        )
+    stride = 2 ** (len(controlnet.get("conditioning_embedding_out_channels") or (0,) * 4) - 1)
+    if vae is not None and stride != (scale := vae_scale(vae)):
+        raise ModelError(
+            f"the ControlNet does not fit the VAE: it reads {stride} pixels per latent, the VAE has {scale}: {advice}"
+        )
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _residuals(config: Config) -> list[tuple[Any, int]]:
+    """Channels of every residual, and by what the latents' size is divided."""
+    return [(spec.axes[1], split_axis(str(spec.axes[2]))[1]) for spec in residual_specs(config, "float32", "", "")]
+
+
+def check_module(part: str, module: Any) -> None:
+    """Refuse a PyTorch module whose graph would not be what it computes.
+
+    ExportError for adapters and for quantized or offloaded weights; ModelError as `check_patches` raises it.
+    """
+    if "IPAdapter" in type(getattr(module, "encoder_hid_proj", None)).__name__:  # no key of the config says so
+        raise ExportError(f"the {part} cannot run as an engine: {_IP_ADAPTER}")
+    if has_adapters(module.state_dict()):
+        fused = any(getattr(layer, "merged_adapters", None) for layer in module.modules())
+        what, first = ("fused and still there", "") if fused else ("not fused", "pipe.fuse_lora() and ")
+        raise ExportError(f"{part} has LoRA layers that are {what}: call {first}pipe.unload_lora_weights() first")
+    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
+    if getattr(module, "quantization_method", None) or kinds - FLOATS:
+        raise ExportError(
+            f"{part} is quantized or stored in 8 bits ({', '.join(sorted(kinds))}), and sdkd needs the weights as they "
+            "were before: load it without quantization_config or layerwise casting"
+        )
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ExportError(f"{part} is offloaded, its weights are elsewhere: call pipe.remove_all_hooks() first")
+    check_patches(part, module)
+
+
+# Patches
+
+
+def check_patches(name: str, module: Any) -> None:
+    """ModelError naming the first thing that makes a module compute something else than its class and weights say."""
+    known: set[type] = set()  # classes that were looked at
+    for path, part in module.named_modules():
+        looks = _LOOKS if type(part) in known else (*_LOOKS, _code)
+        known.add(type(part))
+        for look in looks:
+            if found := look(part):
+                where, (what, repair) = ".".join(filter(None, (name, path))), found
+                raise ModelError(f"{where} of this pipeline has {what}, which an engine would be without: {repair}")
+
+
+def check_layers(name: str, module: Any) -> None:
+    """ModelError naming the first layer, or plain value of one, that the module's own config does not give it."""
+    from accelerate import init_empty_weights
+
+    kind, config = type(module), copy.copy(module.config)
+    if not hasattr(kind, "from_config"):  # of transformers
+        config.vocab_size = module_config(module)["vocab_size"]
+    with init_empty_weights():
+        usual = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    layers = dict(module.named_modules())
+    for path, layer in usual.named_modules():
+        found = layers.get(path)
+        found = getattr(found, "base_layer", found)  # under an adapter
+        if found is None:
+            continue  # its weights tell
+        changed = "class" if type(found) is not type(layer) else _changed(layer, found)
+        if changed:
+            where = ".".join(filter(None, (name, path)))
+            raise ModelError(
+                f"{where} of this pipeline has another {changed} than its config says, which an engine would be "
+                f"without (such as circular padding): load the {name} again, or export this pipeline and run it with "
+                "engines.load_pipeline"
+            )
+
+
+def module_config(module: Any) -> dict[str, Any]:
+    """A module's config (diffusers' FrozenDict or transformers' PretrainedConfig) as a plain dictionary that is true.
+
+    diffusers takes the embeddings of a textual inversion away and leaves their number in the config.
+    """
+    config: Any = module.config
+    found = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    if "vocab_size" in found and hasattr(module, "get_input_embeddings"):
+        found["vocab_size"] = int(module.get_input_embeddings().num_embeddings)
+    return found
+
+
+def _changed(usual: Any, found: Any) -> str | None:
+    """The name of the first plain value that differs."""
+    plain = (bool, int, float, str, tuple)
+    return next(
+        (
+            name
+            for name, value in vars(usual).items()
+            if isinstance(value, plain) and not name.startswith(("_", "tile_")) and name not in SWITCHES
+            if name in vars(found) and vars(found)[name] != value
+        ),
+        None,
+    )
+
+
+Found = tuple[str, str] | None  # what a module has, and what to do about it
+
+
+def _hooks(part: Any) -> Found:
+    if "_hf_hook" in vars(part):
+        return "hooks of accelerate (offloading)", "call pipe.remove_all_hooks() first"
+    if "_diffusers_hook" in vars(part):
+        kinds = ", ".join(getattr(part._diffusers_hook, "hooks", {}))
+        return f"hooks of diffusers ({kinds})", "load the model again, and leave out casting, caching and offloading"
+    for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+        if _root(hook) != "transformers":  # which captures hidden states in this way
+            return f"a forward hook ({getattr(hook, '__qualname__', type(hook).__name__)})", "remove it first"
+    return None
+
+
+def _features(part: Any) -> Found:
+    own = vars(part)
+    if any(own.get(name) is not None for name in FREEU):
+        return "FreeU on", "call pipe.disable_freeu() first"
+    if getattr(part, "encoder_hid_proj", None) is not None:
+        return "an IP-Adapter or another projection (encoder_hid_proj)", "call pipe.unload_ip_adapter() first"
+    if type(own.get("processor")).__name__.startswith("Fused"):  # what they leave when unfused is harmless
+        return "fused QKV projections", "call pipe.unfuse_qkv_projections() first"
+    return None
+
+
+def _patches(part: Any) -> Found:
+    kind = type(part)
+    own = (name for name, value in vars(part).items() if callable(value) and callable(getattr(kind, name, None)))
+    if replaced := next(own, None):
+        return f"{an(replaced)} of its own", "remove the patch (such as DeepCache's) first"
+    if hasattr(part, "parametrizations"):
+        return "parametrized weights", "call torch.nn.utils.parametrize.remove_parametrizations first"
+    return None
+
+
+def _code(part: Any) -> Found:
+    kind, repair = type(part), "take it off first (as tomesd.remove_patch)"
+    if _root(kind) not in LIBRARIES:
+        return f"code of its own ({kind.__module__}.{kind.__qualname__})", repair
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            function = getattr(value, "__func__", value)  # of a static or class method
+            if isinstance(function, FunctionType) and _root(function) not in (*HELPERS, _root(base)):
+                return f"code of its own ({base.__qualname__}.{name} of {function.__module__})", repair
+    return None
+
+
+def _root(thing: Any) -> str:
+    return str(getattr(thing, "__module__", None)).partition(".")[0]
+
+
+_LOOKS: tuple[Callable[[Any], Found], ...] = (_hooks, _features, _patches)

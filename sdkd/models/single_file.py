@@ -1,0 +1,193 @@
+"""A checkpoint in one .safetensors file, in the layout of the original Stable Diffusion code, without a hub.
+
+The file carries weights only. Which family it is, is read from shapes; the configuration, the tokenizer and the
+scheduler are sdkd's own (sdkd.models.families, sdkd.models.clip_tokenizer). The prediction type is not in the weights:
+see `prediction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.core.text_files import read_yaml
+from sdkd.errors import InputError, ModelError
+from sdkd.models.clip_tokenizer import clip_tokenizer
+from sdkd.models.families import CLASSES, FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
+from sdkd.models.ldm_names import LDM_PREFIXES, UNET, located
+from sdkd.models.refusals import SUPPORTED, what_it_is
+from sdkd.models.safetensors_file import Tensor, Weights, check_complete, check_shapes, fill, shapes_of
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+FIRST = UNET + "input_blocks.0.0.weight"
+CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+# Its standard deviation is above 0.09 in published v-prediction models and below in the others: ComfyUI's rule.
+SPREAD = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_V, _EPSILON = "v_prediction", "epsilon"
+_WORDS = {"v": _V, "v_prediction": _V, "velocity": _V, "eps": _EPSILON, "epsilon": _EPSILON}
+_ARCHITECTURES = {"stable-diffusion-v2-768-v": _V, "stable-diffusion-v2-512": _EPSILON}
+_EMBEDDINGS = UNET + "label_emb."  # of images, in unCLIP
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A recognised checkpoint: table of contents, family, input channels of the UNet, what it predicts, and notes."""
+
+    weights: Weights
+    family: Family
+    family_name: str
+    channels: int
+    prediction_type: str
+    notes: tuple[str, ...]
+
+    @property
+    def unet_config(self) -> dict[str, Any]:
+        """The UNet's config, in which only the number of input channels is not the family's."""
+        return {**self.family.unet, "in_channels": self.channels}
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """The embedded CLIP tokenizer, which pads as the family does."""
+        return clip_tokenizer(self.family.pad_token)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Recognise a checkpoint by its table of contents; ModelError when it is damaged, or says what else it is."""
+    weights = Weights.open(path)
+    what = f"checkpoint {str(path)!r}"
+    if problem := what_it_is(weights.tensors, FIRST):
+        raise ModelError(f"{what} {problem}")
+    families, channels = _families(weights, what)
+    for part, prefixes in LDM_PREFIXES.items():
+        if not any(key.startswith(prefixes) for key in weights.tensors):
+            raise ModelError(
+                f"{what} has no {part} (no weight begins with {' or '.join(prefixes)}): give a checkpoint that holds "
+                f"UNet, VAE and text encoder, or load it with that part and save it as a diffusers folder"
+            )
+    kind, reason = prediction(weights, families)
+    name = next((name for name in families if FAMILIES[name].prediction_type == kind), families[0])
+    return Checkpoint(weights, FAMILIES[name], name, channels, kind, _notes(weights, kind, reason))
+
+
+def _families(weights: Weights, what: str) -> tuple[list[str], int]:
+    """Names of the families with this UNet's width and context, and its number of input channels."""
+    for name, axes in ((FIRST, 4), (CONTEXT, 2)):
+        if name in weights.tensors and len(weights.tensors[name].shape) != axes:
+            shape = list(weights.tensors[name].shape)
+            raise ModelError(f"{what}: its weight {name} has shape {shape}, not {axes} axes: {SUPPORTED}")
+    width, channels = weights.tensors[FIRST].shape[:2]
+    context = weights.tensors[CONTEXT].shape[-1] if CONTEXT in weights.tensors else 0
+    found = [name for name, family in FAMILIES.items() if _size(family) == (width, context)]
+    if any(name.startswith(_EMBEDDINGS) for name in weights.tensors) and found:
+        raise ModelError(f"{what} is unCLIP, whose UNet takes image embeddings as well: {SUPPORTED}")
+    if not found or channels not in PIPELINE_OF_CHANNELS:
+        raise ModelError(
+            f"{what} has an unknown UNet (width {width}, text of width {context}, {channels} input channels): sdkd "
+            f"knows width 320 with text of width 768 (SD 1.x) or 1024 (SD 2.x) and "
+            f"{', '.join(map(str, PIPELINE_OF_CHANNELS))} input channels; of a student give the diffusers folder"
+        )
+    return found, channels
+
+
+def _size(family: Family) -> tuple[int, int]:
+    return family.unet.get("block_out_channels", (320,))[0], family.unet["cross_attention_dim"]
+
+
+def prediction(weights: Weights, families: list[str]) -> tuple[str, str]:
+    """What the UNet predicts, `epsilon` or `v_prediction`, and how that is known.
+
+    The first that speaks: a file NAME.yaml beside the checkpoint (`model: {params: {parameterization: v}}`, the layout
+    of the original configs), the file's own metadata (modelspec), a weight named `v_pred`; where a family has
+    both kinds (SD 2.x text-to-image), the spread of one weight; else epsilon.
+    """
+    if said := _beside(weights.path):
+        return said, f"says {weights.path.with_suffix('.yaml').name}"
+    metadata = weights.metadata
+    word = _WORDS.get(metadata.get("modelspec.prediction_type", "").lower())
+    if said := word or _ARCHITECTURES.get(metadata.get("modelspec.architecture", "")):
+        return said, "says the file's metadata"
+    if "v_pred" in weights.tensors:
+        return _V, "says a weight named v_pred"
+    kinds = {FAMILIES[name].prediction_type for name in families}
+    if len(kinds) == 1 or weights.tensors[FIRST].shape[1] != 4:
+        return _EPSILON, "as all models of this family"
+    if SPREAD in weights.tensors and float(weights.tensors[SPREAD].read().float().std(unbiased=False)) > 0.09:
+        return _V, "judging by the spread of a weight"
+    return _EPSILON, "judging by the spread of a weight"
+
+
+def _beside(path: Path) -> str | None:
+    """The prediction type that a YAML file of the checkpoint's name gives, in the original code's layout."""
+    file = path.with_suffix(".yaml")
+    if not file.is_file():
+        return None
+    try:
+        params = read_yaml(file)["model"]["params"]
+        return _WORDS[str(params.get("parameterization", "eps")).lower()]
+    except (InputError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"configuration {str(file)!r}, which lies beside the checkpoint, cannot be read: it needs "
+            "model: {params: {parameterization: eps}} or v; repair it or move it away"
+        ) from error
+
+
+def _notes(weights: Weights, kind: str, reason: str) -> tuple[str, ...]:
+    other = "eps" if kind == _V else "v"
+    notes = [
+        f"predicts {kind} ({reason}); if images are noise, write "
+        f"model: {{params: {{parameterization: {other}}}}} into {weights.path.with_suffix('.yaml').name} beside it"
+    ]
+    if any(name.startswith("model_ema.") for name in weights.tensors):
+        notes.append("holds averaged (EMA) weights as well, which are not used")
+    return tuple(notes)
+
+
+def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
+    """One of the heavy parts, in `dtype`; ModelError when any part of the checkpoint is incomplete."""
+    tokenizer = checkpoint.tokenizer()
+    modules = {name: empty(name, _config(checkpoint, name, tokenizer)) for name in HEAVY}
+    tensors = {name: _tensors(checkpoint, name, modules[name]) for name in HEAVY}
+    return fill(modules[part], tensors[part], dtype)
+
+
+def _config(checkpoint: Checkpoint, part: str, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    return checkpoint.unet_config if part == "unet" else checkpoint.family.config(part, tokenizer)
+
+
+def _tensors(checkpoint: Checkpoint, part: str, module: Any) -> dict[str, Tensor]:
+    """Diffusers' names of a part -> where the checkpoint has them."""
+    what = f"checkpoint {str(checkpoint.weights.path)!r}: its {part}"
+    shapes = shapes_of(module)
+    found = located(part, shapes, checkpoint.weights.tensors)
+    check_complete([value for value in found.values() if isinstance(value, str)], len(found), what)
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    check_shapes(shapes, tensors, what)
+    return tensors
+
+
+def load_rest(checkpoint: Checkpoint, parts: Mapping[str, Any] | None = None) -> StableDiffusionPipeline:
+    """The pipeline with the given heavy parts; without any, their places still name their classes."""
+    import diffusers
+
+    kind = getattr(diffusers, PIPELINE_OF_CHANNELS[checkpoint.channels])
+    pipe = kind(
+        **(parts or dict.fromkeys(HEAVY)),
+        tokenizer=checkpoint.tokenizer(),
+        scheduler=checkpoint.family.make_scheduler(checkpoint.prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    if not parts:
+        pipe.register_to_config(**{part: (CLASSES[part][0], CLASSES[part][1][0]) for part in HEAVY})
+    return pipe
+
+
+def load_whole(checkpoint: Checkpoint, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The whole pipeline in `dtype`."""
+    return load_rest(checkpoint, {part: load_part(checkpoint, part, dtype) for part in HEAVY})

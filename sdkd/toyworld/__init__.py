@@ -1,0 +1,1 @@
+"""The demo's drawn world, and who reads its images."""

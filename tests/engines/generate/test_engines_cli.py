@@ -1,0 +1,208 @@
+"""`sdkd generate`: on engines and eagerly, one clear message for bad input, settings inside the PNG."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from small_bundles import small_pipeline
+from typer.testing import CliRunner
+
+from engines.generate.cli import drawn_size, encode_png, generate, output_files
+from sdkd.errors import InputError, ModelError, OutputExistsError, RangeError
+
+app = typer.Typer()
+app.command()(generate)
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=np.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small pipeline as a diffusers folder."""
+    path = tmp_path_factory.mktemp("model") / "small"
+    small_pipeline().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_bundle_and_eager_draw_the_same(engine_bundle: Path, folder: Path, tmp_path: Path, target: str) -> None:
+    settings = ("--steps", 3, "--seed", 5, "--negative-prompt", "blue", "--scheduler", "euler")
+    engine = run(engine_bundle, "a red star", "-o", tmp_path / "engine.png", "--target", target, *settings)
+    eager = run(folder, "a red star", "-o", tmp_path / "eager.png", *settings)
+    assert (engine.exit_code, eager.exit_code) == (0, 0), (engine.exception, eager.exception)
+    assert np.abs(pixels(tmp_path / "engine.png") - pixels(tmp_path / "eager.png")).max() <= 1
+    assert str(tmp_path / "engine.png") in engine.output.replace("\n", "")
+    assert f"32x32 px (width x height), 3 steps, target {target}:" in engine.output
+    assert "target eager:" in eager.output
+    assert Image.open(tmp_path / "engine.png").text == {
+        "prompt": "a red star",
+        "negative_prompt": "blue",
+        "seed": "5",
+        "steps": "3",
+        "guidance_scale": "7.5",
+        "size": "32x32",
+        "scheduler": "EulerDiscreteScheduler",
+        "model": str(engine_bundle),
+        "target": target,
+    }
+
+
+def test_several_images_count_the_seed_up(engine_bundle: Path, tmp_path: Path) -> None:
+    assert run(engine_bundle, "x", "-o", tmp_path / "a.png", "--steps", 1, "--seed", 3, "--count", 2).exit_code == 0
+    assert run(engine_bundle, "x", "-o", tmp_path / "b.png", "--steps", 1, "--seed", 4).exit_code == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-1.png", "a-2.png", "b.png"]
+    assert Image.open(tmp_path / "a-2.png").text["seed"] == "4"
+    assert np.array_equal(pixels(tmp_path / "a-2.png"), pixels(tmp_path / "b.png"))
+
+
+def test_size_is_height_by_width(engine_bundle: Path, tmp_path: Path) -> None:
+    result = run(engine_bundle, "x", "-o", tmp_path / "a.png", "--steps", 1, "--size", "64x32")
+    assert Image.open(tmp_path / "a.png").size == (32, 64)
+    assert "32x64 px (width x height)" in result.output
+
+
+def test_the_default_target_is_the_best(engine_bundle: Path, tmp_path: Path) -> None:
+    assert "target openvino:" in run(engine_bundle, "x", "-o", tmp_path / "a.png", "--steps", 1).output
+
+
+def test_existing_images_are_kept_unless_overwritten(engine_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.png"
+    assert run(engine_bundle, "x", "-o", output, "--steps", 1).exit_code == 0
+    before = output.read_bytes()
+    refused = run(engine_bundle, "x", "-o", output, "--steps", 1, "--seed", 1)
+    assert isinstance(refused.exception, OutputExistsError)
+    assert "pass --overwrite" in str(refused.exception)
+    assert output.read_bytes() == before
+    assert run(engine_bundle, "x", "-o", output, "--steps", 1, "--seed", 1, "--overwrite").exit_code == 0
+    assert output.read_bytes() != before
+    assert Image.open(output).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (("--size", "50"), InputError, "height 50 is not a multiple of 4 pixels, as this model needs: use 48 or 52"),
+        (("--size", "wide"), InputError, "size 'wide' is not understood: give pixels as 512"),
+        (("--size", "128"), RangeError, "was asked for batch 1 (2 with guidance), height 128 px"),
+        (("--scheduler", "magic"), InputError, "scheduler 'magic' is unknown: choose one of ddim"),
+        (("--scheduler", "UNet2DModel"), InputError, "scheduler 'UNet2DModel' is unknown"),
+        (("--target", "onnx"), InputError, "target 'onnx' is unknown: choose one of onnxruntime"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_written(
+    engine_bundle: Path, tmp_path: Path, options: tuple[str, str], kind: type[Exception], message: str
+) -> None:
+    result = run(engine_bundle, "x", "-o", tmp_path / "a.png", "--steps", 1, *options)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, kind)
+    assert message in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_need_a_bundle(folder: Path) -> None:
+    result = run(folder, "x", "--target", "openvino")
+    assert isinstance(result.exception, InputError)
+    assert f"sdkd build-engine {folder} --target openvino --output artifacts/bundle" in str(result.exception)
+
+
+def test_models_that_are_not_there_are_named_first(tmp_path: Path) -> None:
+    for target in ((), ("--target", "openvino"), ("--target", "eager")):
+        result = run(tmp_path / "nothing", "x", *target)
+        assert isinstance(result.exception, ModelError)
+        assert "nothing' does not exist" in str(result.exception)
+
+
+def test_sizes_and_names() -> None:
+    assert drawn_size("512") == (512, 512)
+    assert drawn_size("512x768") == (512, 768)
+    assert output_files(None, "A small, RED star!", 1) == [Path("artifacts/a-small-red-star.png")]
+    assert output_files(Path("x/y.png"), "", 2) == [Path("x/y-1.png"), Path("x/y-2.png")]
+    assert output_files(None, "???", 1) == [Path("artifacts/image.png")]
+    with pytest.raises(InputError, match=r"output 'a.jpg' is not a .png file"):
+        output_files(Path("a.jpg"), "x", 1)
+
+
+def test_png_text_is_unicode() -> None:
+    import io
+
+    data = encode_png(Image.new("RGB", (8, 8)), {"prompt": "ein rotes Herz für 猫"})
+    assert Image.open(io.BytesIO(data)).text == {"prompt": "ein rotes Herz für 猫"}
+
+
+def test_the_command_imports_nothing_heavy() -> None:
+    heavy = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "PIL")
+    code = f"import sys, engines, engines.generate.cli; print([name for name in {heavy} if name in sys.modules])"
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_file_of_prompts_becomes_a_folder_of_training_data(folder: Path, tmp_path: Path) -> None:
+    from engines.generate.prompts import METADATA
+    from sdkd.distill.data.opening import open_images
+
+    (tmp_path / "list.txt").write_bytes("a red star\r\n\r\na blue ring\r\n".encode("utf-16"))  # as Windows saves it
+    out, settings = tmp_path / "out", ("--steps", 2, "--count", 2)
+    first = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, *settings)
+    assert first.exit_code == 0, first.exception
+    assert sorted(path.name for path in out.iterdir()) == [f"{index:05d}.png" for index in range(4)] + [METADATA]
+    data = open_images(out)
+    assert [data[index]["caption"] for index in range(4)] == ["a red star", "a blue ring"] * 2
+    alone = run(folder, "a blue ring", "-o", tmp_path / "one.png", "--steps", 2, "--seed", 3)
+    assert alone.exit_code == 0
+    assert np.array_equal(pixels(out / "00003.png"), pixels(tmp_path / "one.png"))
+    before = (out / "00001.png").stat().st_mtime_ns
+    (out / "00002.png").unlink()
+    again = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, *settings)
+    assert "for 1 image, 3 were there" in again.output.replace("\n", " ")
+    assert (out / "00001.png").stat().st_mtime_ns == before
+    other = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, "--steps", 1, "--count", 2)
+    with pytest.raises(OutputExistsError, match=r"00000\.png' is there and was drawn from other settings"):
+        raise other.exception
+
+
+def test_prompts_that_are_missing_or_twofold_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    for words, message in (
+        ((folder,), "give a prompt, or --prompts with a file"),
+        ((folder, "x", "--prompts", tmp_path / "empty.txt"), "one of the two"),
+        ((folder, "--prompts", tmp_path / "none.txt"), r"none\.txt' is no file"),
+        ((folder, "--prompts", tmp_path / "empty.txt"), "holds no prompt"),
+    ):
+        found = run(*words)
+        with pytest.raises(InputError, match=message):
+            raise found.exception
+
+
+def test_whatever_lies_in_a_folder_of_prompts_is_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.generate.prompts import is_drawn
+
+    Image.new("L", (8, 8)).save(tmp_path / "bomb.png")
+    (tmp_path / "text.png").write_text("no image")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for name in ("bomb.png", "text.png"):
+        with pytest.raises(OutputExistsError, match=rf"{name}' is there and was drawn from other settings"):
+            is_drawn(tmp_path / name, {"prompt": "x"})
+
+
+def test_a_typed_prompt_of_another_encoding() -> None:
+    from engines.generate.cli import prompt_texts
+
+    assert prompt_texts("caf\udce9", None) == ("café",)

@@ -1,0 +1,76 @@
+"""Prompts longer than the text encoder reads: in parts where the UNet takes them, cut and said elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from engine_bundles import RANGES
+
+from engines import load_pipeline
+from engines.generate.drawing import Request, draw
+from engines.generate.long_prompts import cut_lines, encode, limit_of, reading, token_ids
+from export import build_engine
+from sdkd.core.console import quiet
+from sdkd.core.profiles import Range, ShapeRanges
+
+LONG = " ".join(["cat"] * 40 + ["dog"] * 40)  # more tokens than 75, whatever the tokenizer splits
+
+
+@pytest.fixture
+def wide(bundle_copy: Path) -> Path:
+    """A UNet's engine for prompts of one part and more."""
+    ranges = ShapeRanges(RANGES.batch, RANGES.height, RANGES.width, Range(77, 77, 77 * 8))
+    return build_engine(bundle_copy, "onnxruntime", ranges=ranges, components=("unet",)).path
+
+
+def request(parts: int) -> Request:
+    """One image of the long prompt."""
+    return Request((LONG,), "blurry", 32, 32, 2, 4.0, 0, 1, parts=parts)
+
+
+def test_parts_are_the_prompt_cut_by_tokens_and_encoded_alone(eager: StableDiffusionPipeline) -> None:
+    (ids,) = token_ids(eager, [LONG])
+    limit = limit_of(eager)
+    parts = -(-len(ids) // (limit - 2))
+    found = encode(eager, [LONG, ""], parts)
+    assert found.shape == (2, parts * limit, 32)
+    tokenizer = eager.tokenizer
+    for part in range(parts):
+        piece = ids[part * (limit - 2) : (part + 1) * (limit - 2)]
+        row = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
+        row += [tokenizer.pad_token_id] * (limit - len(row))
+        alone = eager.text_encoder(torch.tensor([row]))[0]
+        torch.testing.assert_close(found[:1, part * limit : (part + 1) * limit], alone, atol=1e-5, rtol=0)
+    short = eager.encode_prompt("a cat", torch.device("cpu"), 1, False)[0]
+    torch.testing.assert_close(encode(eager, ["a cat"], 1), short, atol=1e-5, rtol=0)
+
+
+def test_long_prompts_reach_engines_that_have_the_tokens(wide: Path, eager: StableDiffusionPipeline) -> None:
+    plugged = load_pipeline(wide, "onnxruntime")
+    read = reading(plugged, [LONG, "a cat"], 32, 32)
+    assert read.parts > 1
+    assert len(read.lines) == 1
+    assert f"read in {read.parts} parts of 77" in read.lines[0]
+    pictures = [
+        np.asarray(draw(pipe, request(parts), [0], quiet)[0], dtype=float)
+        for pipe, parts in ((eager, read.parts), (plugged, read.parts), (eager, 1))
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert np.abs(pictures[0] - pictures[2]).max() > 1  # the end of the prompt counts
+
+
+def test_what_is_cut_is_said(engine_bundle: Path) -> None:
+    plugged = load_pipeline(engine_bundle, "onnxruntime")
+    (ids,) = token_ids(plugged, [LONG])
+    read = reading(plugged, [LONG, "a cat", ""], 32, 32)
+    assert read.parts == 1
+    lost = plugged.tokenizer.decode(ids[75:]).strip()
+    assert lost
+    assert read.lines == tuple(cut_lines(plugged, [LONG, LONG]))
+    assert f"has {len(ids)} tokens, 75 can be read" in read.lines[0]
+    assert "--tokens, such as 77..154" in read.lines[0]
+    assert read.lines[0].endswith(f"Cut off: {lost!r}")

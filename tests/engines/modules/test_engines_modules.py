@@ -1,0 +1,273 @@
+"""Engine modules honour the contracts of diffusers and transformers, and refuse what an engine cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import StableDiffusionPipeline
+from engine_bundles import unet_feeds
+
+from engines.modules.base import full_config, largest_batch, run_split
+from engines.modules.components import EngineTextEncoder, EngineUNet
+from engines.modules.vae import EngineVAE
+from engines.pipelines.pipeline import build_module
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.profiles import Range
+from sdkd.errors import EngineError, InputError, RangeError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bundle(engine_bundle: Path) -> Bundle:
+    return Bundle.open(engine_bundle)
+
+
+@pytest.fixture(scope="module")
+def unet(bundle: Bundle) -> Iterator[EngineUNet]:
+    module = build_module(bundle, "onnxruntime", "unet", torch.float32, CPU)
+    yield module  # type: ignore[misc]
+    module.close()
+
+
+@pytest.fixture(scope="module")
+def vae(bundle: Bundle) -> EngineVAE:
+    return build_module(bundle, "onnxruntime", "vae", torch.float32, CPU)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def text_encoder(bundle: Bundle) -> EngineTextEncoder:
+    return build_module(bundle, "onnxruntime", "text_encoder", torch.float32, CPU)  # type: ignore[return-value]
+
+
+def arguments(batch: int = 2, size: int = 16) -> tuple[torch.Tensor, ...]:
+    return tuple(unet_feeds(batch=batch, size=size).values())
+
+
+# UNet
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 9])
+def test_unet_equals_eager_whatever_the_batch(unet: EngineUNet, eager: StableDiffusionPipeline, batch: int) -> None:
+    inputs = arguments(batch)
+    result = unet(*inputs)
+    assert result.sample.shape == (batch, 4, 16, 16)
+    assert torch.allclose(result.sample, eager.unet(*inputs).sample, atol=1e-4)
+
+
+@pytest.mark.parametrize("timestep", [7, 7.5, torch.tensor(7), torch.tensor([7.5]), torch.tensor([7, 7])])
+def test_unet_takes_every_form_of_timestep(unet: EngineUNet, eager: StableDiffusionPipeline, timestep: Any) -> None:
+    sample, _, text = arguments()
+    expected = eager.unet(sample, timestep, text, return_dict=False)[0]
+    assert torch.allclose(unet(sample, timestep, text, return_dict=False)[0], expected, atol=1e-4)
+
+
+def test_unet_refuses_different_timesteps(unet: EngineUNet) -> None:
+    sample, _, text = arguments()
+    with pytest.raises(EngineError, match=r"one timestep for the whole batch, not \[1, 2\]"):
+        unet(sample, torch.tensor([1, 2]), text)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_unet_answers_in_the_dtype_of_the_latents(unet: EngineUNet, dtype: torch.dtype) -> None:
+    sample, timestep, text = arguments()
+    result = unet(sample.to(dtype), timestep, text.to(dtype)).sample
+    assert result.dtype == dtype
+    assert torch.allclose(result.float(), unet(*arguments()).sample, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("class_labels", torch.zeros(2), "no such input"),
+        ("timestep_cond", torch.zeros(2, 256), "guidance-embedded"),
+        ("attention_mask", torch.eye(77)[:2], "all tokens, so only a mask of ones"),
+        ("encoder_attention_mask", torch.zeros(2, 77, dtype=torch.bool), "all tokens, so only a mask of ones"),
+        ("added_cond_kwargs", {"image_embeds": [torch.zeros(1)]}, "IP-Adapter"),
+        ("down_block_additional_residuals", (torch.zeros(1),), "--controlnet"),
+        ("mid_block_additional_residual", torch.zeros(1), "--controlnet"),
+        ("down_intrablock_additional_residuals", (torch.zeros(1),), "T2I-Adapter"),
+    ],
+)
+def test_unet_refuses_what_the_graph_has_no_input_for(unet: EngineUNet, name: str, value: Any, reason: str) -> None:
+    with pytest.raises(EngineError, match=rf"EngineUNet cannot take {name}: .*{reason}.*engines\.unplug\(pipe\)"):
+        unet(*arguments(), **{name: value})
+
+
+def test_unet_accepts_empty_arguments(unet: EngineUNet) -> None:
+    empty = {"cross_attention_kwargs": {}, "added_cond_kwargs": None, "timestep_cond": None}
+    assert torch.equal(unet(*arguments(), **empty).sample, unet(*arguments()).sample)
+
+
+def test_unet_accepts_what_changes_nothing(unet: EngineUNet) -> None:
+    ones = {"encoder_attention_mask": torch.ones(2, 77, dtype=torch.bool), "attention_mask": torch.ones(2, 256)}
+    harmless = {"cross_attention_kwargs": {"scale": 0.5}, **ones}  # no adapter is there to be scaled
+    assert torch.equal(unet(*arguments(), **harmless).sample, unet(*arguments()).sample)
+    with pytest.raises(
+        EngineError, match=r"EngineUNet cannot take cross_attention_kwargs\['gligen'\]: .*no such input"
+    ):
+        unet(*arguments(), cross_attention_kwargs={"scale": 1.0, "gligen": {"objs": 1}})
+    with pytest.raises(InputError, match=r"cross_attention_kwargs\['scale'\] nan is not finite"):
+        unet(*arguments(), cross_attention_kwargs={"scale": float("nan")})
+
+
+def test_unet_outside_the_range(unet: EngineUNet) -> None:
+    with pytest.raises(RangeError, match=r"height 128 px, width 128 px.*--size 32\.\.128 --batch 1\.\.2"):
+        unet(*arguments(2, 64))
+
+
+def test_unet_shows_its_config(unet: EngineUNet, eager: StableDiffusionPipeline) -> None:
+    assert unet.config.cross_attention_dim == unet.config["cross_attention_dim"] == 32
+    assert unet.config.time_cond_proj_dim is None
+    assert unet.in_channels == 4
+    assert {key: value for key, value in unet.config.items() if not key.startswith("_")} == {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in eager.unet.config.items()
+        if not key.startswith("_")
+    }
+
+
+def test_old_configs_get_the_defaults_of_today(eager: StableDiffusionPipeline) -> None:
+    config = full_config(type(eager.unet), {"in_channels": 9})
+    assert (config.in_channels, config.time_cond_proj_dim, config.sample_size) == (9, None, None)
+
+
+# Device, dtype, offloading
+
+
+def test_device_and_dtype_follow_to(bundle: Bundle) -> None:
+    module = build_module(bundle, "onnxruntime", "unet", torch.float32, CPU)
+    assert (module.device, module.dtype) == (CPU, torch.float32)
+    assert module.to(torch.float16).dtype == torch.float16
+    assert module.to("cpu", torch.bfloat16).dtype == torch.bfloat16
+    assert list(module.parameters()) == []
+    assert module.state_dict() == {}
+
+
+def test_offloading_is_refused_with_a_reason(unet: EngineUNet) -> None:
+    with pytest.raises(EngineError, match=r"EngineUNet cannot be offloaded: its weights live inside the engine"):
+        cpu_offload_with_hook(unet, "cpu")
+    assert unet(*arguments(1)).sample.shape == (1, 4, 16, 16)
+
+
+def test_layers_are_out_of_reach(unet: EngineUNet) -> None:
+    assert not hasattr(unet, "peft_config")
+    with pytest.raises(AttributeError, match=r"EngineUNet has no 'enable_freeu'.*engines.unplug\(pipe\)"):
+        unet.enable_freeu(1, 1, 1, 1)
+
+
+def test_closed_modules_say_so(bundle: Bundle) -> None:
+    module = build_module(bundle, "openvino", "unet", torch.float32, CPU)
+    module.close()
+    with pytest.raises(EngineError, match=r"is closed"):
+        module(*arguments())
+
+
+# Splitting
+
+
+def test_batches_are_split_evenly(unet: EngineUNet) -> None:
+    calls: list[int] = []
+
+    class Counting:
+        contract, limits, profiles = unet.session.contract, unet.session.limits, unet.session.profiles
+
+        def run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            calls.append(feeds["sample"].shape[0])
+            return unet.session.run(feeds)
+
+    feeds = unet_feeds(batch=9)
+    result = run_split(Counting(), feeds)["out_sample"]  # type: ignore[arg-type]
+    assert calls == [3, 3, 3]  # not 4, 4, 1: a part below the smallest built batch would be refused
+    assert torch.allclose(result, unet(*feeds.values()).sample, atol=1e-6)
+
+
+def test_a_batch_is_split_by_the_profile_that_holds_its_size(unet: EngineUNet) -> None:
+    class Two:
+        """Profiles of an engine: four images at 16x16 latents, one at up to 32x32."""
+
+        contract, limits = unet.session.contract, unet.session.limits
+        profiles = tuple(
+            {
+                "batch": Range(1, 1, batch),
+                "height": Range(8, 16, side),
+                "width": Range(8, 16, side),
+                "sequence": Range.fixed(77),
+            }
+            for batch, side in ((8, 16), (2, 32))
+        )
+
+    small, large = unet_feeds(batch=1, size=16), unet_feeds(batch=1, size=32)
+    assert largest_batch(Two(), small) == 8  # type: ignore[arg-type]
+    assert largest_batch(Two(), large) == 2  # type: ignore[arg-type]
+
+
+# VAE
+
+
+def test_vae_decodes_and_encodes_as_eager_does(vae: EngineVAE, eager: StableDiffusionPipeline) -> None:
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    image = vae.decode(latents).sample
+    assert torch.allclose(image, eager.vae.decode(latents).sample, atol=1e-4)
+    assert torch.equal(vae.decode(latents, return_dict=False, generator=torch.Generator())[0], image)
+    found, expected = vae.encode(image).latent_dist, eager.vae.encode(image).latent_dist
+    assert torch.allclose(found.mean, expected.mean, atol=1e-4)
+    assert torch.allclose(found.std, expected.std, atol=1e-4)
+    draws = [d.sample(torch.Generator().manual_seed(1)) for d in (vae.encode(image, return_dict=False)[0], expected)]
+    assert torch.allclose(*draws, atol=1e-3)
+    assert vae.config.scaling_factor == eager.vae.config.scaling_factor
+
+
+def test_vae_slices(vae: EngineVAE) -> None:
+    latents = torch.randn(2, 4, 16, 16)
+    whole = vae.decode(latents).sample
+    vae.enable_slicing()
+    assert torch.allclose(vae.decode(latents).sample, whole, atol=1e-5)
+    vae.disable_slicing()
+
+
+def test_vae_without_an_encoder_engine_says_what_to_build(bundle_copy: Path) -> None:
+    bundle = Bundle.open(bundle_copy)
+    del bundle.manifest.engines["onnxruntime/vae_encoder"]  # type: ignore[attr-defined]
+    bundle.save()
+    module = build_module(Bundle.open(bundle_copy), "onnxruntime", "vae", torch.float32, CPU)
+    with pytest.raises(EngineError, match=r"no vae_encoder engine, which image-to-image and inpainting need"):
+        module.encode(torch.zeros(1, 3, 32, 32))
+
+
+# Text encoder
+
+
+def test_text_encoder_answers_as_transformers_does(
+    text_encoder: EngineTextEncoder, eager: StableDiffusionPipeline
+) -> None:
+    ids = eager.tokenizer(
+        ["red", "a blue star", "x"], padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
+    found, expected = text_encoder(ids, attention_mask=torch.ones(ids.shape)), eager.text_encoder(ids)
+    assert torch.allclose(found.last_hidden_state, expected.last_hidden_state, atol=1e-4)
+    assert torch.allclose(found.pooler_output, expected.pooler_output, atol=1e-4)
+    assert torch.equal(found[0], found.last_hidden_state)
+    assert torch.equal(text_encoder(ids.int(), return_dict=False)[0], found[0])
+    assert text_encoder.config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("attention_mask", torch.arange(77)[None] < 5, "causal mask built in, so only a mask of ones"),
+        ("position_ids", torch.arange(77), "no such input"),
+        ("output_hidden_states", True, "for clip_skip export with --hidden-states"),
+        ("output_attentions", True, "last hidden state and the pooled output only"),
+    ],
+)
+def test_text_encoder_refuses_with_a_reason(
+    text_encoder: EngineTextEncoder, name: str, value: Any, reason: str
+) -> None:
+    with pytest.raises(EngineError, match=rf"EngineTextEncoder cannot take {name}: .*{reason}"):
+        text_encoder(torch.zeros(1, 77, dtype=torch.int64), **{name: value})

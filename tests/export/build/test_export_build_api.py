@@ -1,0 +1,203 @@
+"""Every attribute of TensorRT that we use exists in TensorRT 10, 11 and TensorRT-RTX, or is looked for first.
+
+The names come from the published wheels (`tools/tensorrt_api.py`) and from whatever is installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.build.options import HARDWARE, NEEDS, BuildOptions, check_options
+from sdkd.errors import InputError
+
+ROOT = Path(__file__).parents[3]
+API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text(encoding="utf-8"))
+LIBRARIES = frozenset(API["wheels"])
+SOURCES = (
+    *(f"export/build/tensorrt_{name}.py" for name in ("plan", "parser", "refit", "progress")),
+    *(f"engines/sessions/trt/{name}.py" for name in ("session", "context", "runtime_cache", "opening")),
+    "export/build/options.py",
+    "sdkd/targets/gpu_trial.py",
+)
+MODULE_NAMES = ("trt", "_trt", "library")
+# Which class of the library a variable or attribute of ours holds.
+HOLDERS = {
+    "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser",
+    "error": "ParserError", "attention": "IAttention", "runtime": "Runtime", "engine": "ICudaEngine",
+    "_engine": "ICudaEngine", "context": "IExecutionContext", "_context": "IExecutionContext",
+    "probe": "IExecutionContext", "runtime_config": "IRuntimeConfig", "cache": "IRuntimeCache",
+    "_cache": "IRuntimeCache", "strategies": "ExecutionContextAllocationStrategy", "refitter": "Refitter",
+    "parser_refitter": "OnnxParserRefitter", "inspector": "EngineInspector", "layer": "ILayer",
+}  # fmt: skip
+# Classes that are only reached after another name was looked for.
+BEHIND = {
+    "IRuntimeConfig": "create_runtime_config", "IRuntimeCache": "create_runtime_cache", "IAttention": "ATTENTION_INPUT",
+    "EngineValidity": "get_engine_validity", "EngineInvalidityDiagnostics": "get_engine_validity",
+    "IAttentionInputLayer": "ATTENTION_INPUT",
+}  # fmt: skip
+OURS = {("ILayer", "__class__"), ("ILayer", "attention")}  # of the subclass that the line above makes it
+
+
+@dataclass(frozen=True)
+class Used:
+    """An attribute of a class of the library, or of the module itself, and where it is read."""
+
+    kind: str
+    name: str
+    place: str
+
+
+def _holder(node: ast.expr) -> str:
+    return getattr(node, "id", getattr(node, "attr", ""))
+
+
+def used(source: str) -> set[Used]:
+    """Attributes of the library that a file reads, found by the names of its variables."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
+            continue
+        place = f"{source}:{node.lineno}"
+        holder = _holder(node.value)
+        if holder in MODULE_NAMES:
+            found.add(Used("", node.attr, place))
+        elif isinstance(node.value, ast.Attribute) and _holder(node.value.value) in MODULE_NAMES:
+            found.add(Used(node.value.attr, node.attr, place))
+        elif holder in HOLDERS and (HOLDERS[holder], node.attr) not in OURS:
+            found.add(Used(HOLDERS[holder], node.attr, place))
+    return found
+
+
+def guards(source: str) -> set[str]:
+    """Names that a file looks for before it uses them: in `hasattr`, in `getattr` with a default."""
+    calls = [
+        node for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+    ]
+    found = set()
+    for call in calls:
+        looks = _holder(call.func) == "hasattr" or (_holder(call.func) == "getattr" and len(call.args) == 3)
+        if looks and isinstance(call.args[1], ast.Constant):
+            found.add(str(call.args[1].value))
+    return found
+
+
+def having(kind: str, name: str) -> frozenset[str]:
+    """Libraries whose class has an attribute; with no class, those that have a class of that name."""
+    rows = API["classes"]
+    if kind:
+        row = rows[kind]
+        return LIBRARIES if name in row["all"] else frozenset(one for one in LIBRARIES if name in row.get(one, ()))
+    if name in rows:
+        return LIBRARIES if rows[name]["all"] else frozenset(one for one in LIBRARIES if one in rows[name])
+    return frozenset()
+
+
+def _guarded(one: Used, looked_for: set[str]) -> bool:
+    """Whether a name of the same class, or the one that the class is behind, was looked for, and is as rare."""
+    where = having(one.kind, one.name)
+    same = [having(one.kind, guard) for guard in looked_for]
+    behind = BEHIND.get(one.kind or one.name, "")
+    outer = [having(kind, behind) for kind in ("", *API["classes"])] if behind in looked_for else []
+    return any(found and found <= where for found in (*same, *outer))
+
+
+def _looked_for() -> set[str]:
+    return {path.rpartition(".")[2] for need in NEEDS.values() for path in need.attributes}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_attribute_exists_or_is_looked_for(source: str) -> None:
+    looked_for = guards(source) | _looked_for()
+    missing = []
+    for one in used(source):
+        where = having(one.kind, one.name)
+        assert where, f"{one.kind}.{one.name} at {one.place} is in no TensorRT at all"
+        if where != LIBRARIES and not _guarded(one, looked_for):
+            missing.append(f"{one.place}: {one.kind}.{one.name} is missing in {', '.join(sorted(LIBRARIES - where))}")
+    assert missing == []
+
+
+def test_the_search_finds_what_is_there() -> None:
+    names = {(one.kind, one.name) for source in SOURCES for one in used(source)}
+    for expected in (
+        ("IExecutionContext", "set_tensor_address"), ("IExecutionContext", "execute_async_v3"),
+        ("IExecutionContext", "set_optimization_profile_async"), ("INetworkDefinition", "mark_weights_refittable"),
+        ("ParserError", "node_name"), ("", "Runtime"), ("TensorIOMode", "INPUT"), ("IBuilderConfig", "get_flag"),
+        ("Refitter", "refit_cuda_engine"), ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
+    ):  # fmt: skip
+        assert expected in names, expected
+
+
+def test_what_one_generation_lacks() -> None:
+    """The differences that the code lives with; a new wheel that changes them is worth a look."""
+    rtx = {one for one in LIBRARIES if "rtx" in one}
+    assert having("Runtime", "get_engine_validity") == rtx
+    assert having("IRuntimeConfig", "create_runtime_cache") == rtx
+    assert having("IBuilderConfig", "set_compute_capability") == rtx
+    assert "tensorrt 10.8.0.43" not in having("", "IAttentionInputLayer")
+    assert "tensorrt 10.8.0.43" not in having("HardwareCompatibilityLevel", "SAME_COMPUTE_CAPABILITY")
+    assert having("BuilderFlag", "FP16").isdisjoint(one for one in LIBRARIES if one.startswith("tensorrt 11"))
+
+
+@pytest.mark.parametrize("option", NEEDS)
+def test_each_option_is_in_the_newest_of_its_targets(option: str) -> None:
+    newest = {"tensorrt": "tensorrt 11.4.0.106", "tensorrt-rtx": "tensorrt_rtx 1.7.1.116"}
+    for target in set(NEEDS[option].targets) & set(newest):
+        for path in NEEDS[option].attributes:
+            kind, _, name = path.rpartition(".")
+            assert newest[target] in having(kind, name), path
+    assert all("tensorrt 11.4.0.106" in having("HardwareCompatibilityLevel", name) for name in HARDWARE.values())
+
+
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt"])
+def test_the_installed_library_has_them_too(module: str) -> None:
+    library = pytest.importorskip(module)
+    generation = next(
+        (one for one in LIBRARIES if one.startswith(f"{module} {library.__version__.rpartition('.')[0]}")), ""
+    )
+    for source in SOURCES:
+        for one in used(source):
+            if having(one.kind, one.name) == LIBRARIES or generation in having(one.kind, one.name):
+                holder = getattr(library, one.kind) if one.kind else library
+                assert hasattr(holder, one.name), f"{one.kind}.{one.name} at {one.place}"
+
+
+class _Version10:
+    """What TensorRT 10.8 has, by the names of its wheel."""
+
+    __name__ = "tensorrt"
+    __version__ = "10.8.0.43"
+
+    def __getattr__(self, kind: str) -> Any:
+        if "tensorrt 10.8.0.43" not in having("", kind):
+            raise AttributeError(kind)
+        names = (name for name in API["classes"][kind]["all"] + API["classes"][kind].get("tensorrt 10.8.0.43", []))
+        return type(kind, (), dict.fromkeys(names))
+
+
+def test_an_option_that_an_older_library_lacks_is_refused_by_name() -> None:
+    old: Any = _Version10()
+    check_options(
+        BuildOptions(hardware_compatible="ampere-plus", refit="lora", strip_weights=True), "tensorrt", old, True
+    )
+    with pytest.raises(
+        InputError,
+        match=r"--hardware-compatible cannot be had for tensorrt: tensorrt 10.8.0.43 has no "
+        r"HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",
+    ):
+        check_options(BuildOptions(hardware_compatible="same-compute-capability"), "tensorrt", old, True)
+
+
+def test_our_dtype_names_are_in_all() -> None:
+    from export.build.tensorrt_plan import DTYPES
+
+    session = importlib.import_module("engines.sessions.trt.session")
+    assert set(session.DATA_TYPES.values()) == set(DTYPES)
+    assert all(having("DataType", name) == LIBRARIES for name in DTYPES)

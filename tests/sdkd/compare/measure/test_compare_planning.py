@@ -1,0 +1,174 @@
+"""From model names, targets and prompts to subjects."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from compare_models import engine_models
+from helpers import tiny_pipeline
+
+import sdkd.compare.measure.refusals as refusals
+from sdkd.bundle.manifest import Bundle
+from sdkd.compare.cli import DEMO
+from sdkd.compare.measure.planning import (
+    PHOTOGRAPHS,
+    SHAPES,
+    Wish,
+    default_guidance,
+    default_judge,
+    find_roles,
+    make_plan,
+    parse_prompts,
+    short_names,
+)
+from sdkd.compare.measure.refusals import check_targets
+from sdkd.compare.measure.subjects import optimum_problem, size_on_disk
+from sdkd.errors import BundleError, EngineError, InputError, ModelError
+from sdkd.targets.registry import availability
+from sdkd.toyworld.scenes import parse_caption, render
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `base` and `tiny`, the second with the provenance of a student."""
+    folder = tmp_path_factory.mktemp("planning")
+    tiny_pipeline().save_pretrained(folder / "base")
+    tiny_pipeline(student="tiny").save_pretrained(folder / "tiny")
+    (folder / "tiny" / "sdkd.json").write_text(json.dumps({"teacher": str(folder / "base"), "student": "sd-tiny"}))
+    return folder
+
+
+def wish(tmp_path: Path, *targets: str) -> Wish:
+    return Wish(targets or None, None, None, tmp_path)
+
+
+def test_prompts_come_from_a_list_a_file_or_what_the_model_knows(models: Path, tmp_path: Path) -> None:
+    assert parse_prompts("a red star ; ; a blue ring", []) == ("a red star", "a blue ring")
+    (tmp_path / "prompts.txt").write_text("one\n\n  two; with a semicolon\n")
+    assert parse_prompts(str(tmp_path / "prompts.txt"), []) == ("one", "two; with a semicolon")
+    assert parse_prompts("x" * 5000, []) == ("x" * 5000,)
+    assert parse_prompts(None, [str(models / "base")]) == SHAPES
+    assert parse_prompts(None, [str(models / "base"), "random:sd15-tiny"]) == PHOTOGRAPHS
+    assert default_guidance([str(models / "base")]) == 4.0
+    assert default_guidance([str(models / "base"), "random:sd15-tiny"]) == 7.5
+
+
+def test_images_of_drawn_shapes_are_read() -> None:
+    judge = default_judge([DEMO], SHAPES, None)
+    assert judge is not None
+    drawn = [render(parse_caption(text), seed=1) for text in SHAPES]
+    assert judge(drawn, SHAPES) == {"shape": 1.0, "colour": 1.0, "background": 1.0}
+    swapped = [drawn[1], drawn[0], *drawn[2:]]  # star and heart
+    assert judge(swapped, SHAPES) == {"shape": 0.5, "colour": 0.5, "background": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("names", "prompts", "size"),
+    [
+        ([DEMO], ("a red star",), None),  # no caption of the demo's
+        ([DEMO, "random:sd15-tiny"], SHAPES, None),  # a model that draws anything
+        ([DEMO], SHAPES, (8, 64)),  # too small to be read
+    ],
+)
+def test_other_images_have_no_reader(names: list[str], prompts: tuple[str, ...], size: tuple[int, int] | None) -> None:
+    assert default_judge(names, prompts, size) is None
+
+
+def test_prompts_that_hold_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prompts ' ; ' hold no prompt"):
+        parse_prompts(" ; ", [])
+    with pytest.raises(InputError, match=r"prompts file '.*nowhere.txt' does not exist"):
+        parse_prompts(str(tmp_path / "nowhere.txt"), [])
+
+
+def test_names_are_short_where_that_is_enough() -> None:
+    assert short_names(["a/tiny", "b/small.safetensors", "random:sd15-tiny"]) == ["tiny", "small", "random-sd15-tiny"]
+    assert short_names(["a/tiny", "b/tiny", "demo"]) == ["a/tiny", "b/tiny", "demo"]
+    with pytest.raises(InputError, match="model 'demo' is given twice"):
+        short_names(["demo", "demo"])
+
+
+def test_roles_follow_what_sdkd_wrote_about_a_student(models: Path) -> None:
+    base, tiny = str(models / "base"), str(models / "tiny")
+    assert find_roles([base, tiny]) == {base: "teacher", tiny: "student"}
+    assert find_roles([base]) == {base: "model"}
+    assert find_roles([tiny]) == {tiny: "student"}
+
+
+def test_eager_in_several_precisions(models: Path, tmp_path: Path) -> None:
+    names = [str(models / "base"), str(models / "tiny")]
+    plan = make_plan(names, wish(tmp_path, "eager", "eager-bf16"))
+    assert [(row.label, row.precision, row.role) for row in plan.subjects] == [
+        ("base eager", "fp32", "teacher"),
+        ("base eager-bf16", "bf16", "teacher"),
+        ("tiny eager", "fp32", "student"),
+        ("tiny eager-bf16", "bf16", "student"),
+    ]
+    assert plan.notes == []
+
+
+def test_a_bundle_brings_its_engines_and_its_model_as_eager(tmp_path: Path) -> None:
+    folder = engine_models()
+    plan = make_plan([str(folder / "bundle")], wish(tmp_path))
+    assert [(row.label, row.target, row.model_key) for row in plan.subjects] == [
+        ("bundle eager", "eager", str(folder / "right")),
+        ("bundle onnxruntime", "onnxruntime", str(folder / "right")),
+    ]
+    assert plan.subjects[1].bundle == folder / "bundle"
+    only = make_plan([str(folder / "bundle")], wish(tmp_path, "onnxruntime"))
+    assert [row.label for row in only.subjects] == ["bundle onnxruntime"]
+
+
+def test_a_bundle_without_the_engine_says_how_to_build_it(tmp_path: Path) -> None:
+    bundle = engine_models() / "bundle"
+    with pytest.raises(BundleError, match=r"has no openvino engine for unet .*sdkd build-engine .* --target openvino"):
+        make_plan([str(bundle)], wish(tmp_path, "openvino"))
+
+
+def test_a_bundle_whose_model_is_gone_is_compared_without_eager(tmp_path: Path) -> None:
+    shutil.copytree(engine_models() / "bundle", tmp_path / "bundle")
+    opened = Bundle.open(tmp_path / "bundle")
+    Bundle(opened.path, dataclasses.replace(opened.manifest, source={"model": str(tmp_path / "gone")})).save()
+    plan = make_plan([str(tmp_path / "bundle")], wish(tmp_path))
+    assert [row.label for row in plan.subjects] == ["bundle onnxruntime"]
+    assert len(plan.notes) == 1
+    assert plan.notes[0].startswith("bundle: no eager baseline (bundle ")
+
+
+def test_unknown_names_are_refused(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="target 'teapot' is unknown: choose one of onnxruntime"):
+        make_plan([str(models / "base")], wish(tmp_path, "teapot"))
+    with pytest.raises(InputError, match="precision 'int4' is unknown"):
+        check_targets(("eager-int4",))
+    with pytest.raises(ModelError, match=r"model '.*nothing' does not exist"):
+        make_plan([str(models / "nothing")], wish(tmp_path, "eager"))
+
+
+@pytest.mark.skipif(availability("tensorrt").can_run, reason="TensorRT runs here")
+def test_a_target_that_was_asked_for_must_run_here() -> None:
+    with pytest.raises(EngineError, match=r"target 'tensorrt' does not run here: .*(pip install|NVIDIA GPU)"):
+        check_targets(("eager", "tensorrt"))
+
+
+def test_optimum_is_refused_where_it_cannot_be_imported_with_the_command_that_installs_it() -> None:
+    if optimum_problem() is None:
+        pytest.skip("Optimum is installed")
+    with pytest.raises(
+        EngineError,
+        match=r"target 'optimum' does not run here: optimum.onnxruntime cannot be imported \(.*pip install 'sdkd\[opt",
+    ):
+        check_targets(("eager", "optimum"))
+
+
+def test_optimum_takes_the_onnx_files_of_a_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(refusals, "optimum_problem", lambda: None)
+    bundle = engine_models() / "bundle"
+    row = make_plan([str(bundle)], wish(tmp_path, "eager", "optimum")).subjects[1]
+    assert (row.label, row.target, row.precision, row.bundle) == ("bundle optimum", "optimum", "fp32", bundle)
+    assert row.has_engines is False
+    files = sum(file.stat().st_size for file in bundle.glob("*/model.onnx*"))
+    assert size_on_disk(row) == files

@@ -1,0 +1,116 @@
+"""PSNR against literal values, and how identical images count."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdkd.compare.measure.quality import (
+    IDENTICAL_DB,
+    ImageLikeness,
+    difference_image,
+    image_likeness,
+    likeness,
+    pixels,
+    psnr_db,
+    ssim,
+)
+from sdkd.errors import InputError
+
+
+def grey(level: int, size: tuple[int, int] = (4, 4)) -> Image.Image:
+    return Image.new("RGB", size, (level, level, level))
+
+
+def test_one_level_everywhere_is_48_db() -> None:
+    assert psnr_db(grey(100), grey(101)) == pytest.approx(48.1308, abs=1e-4)
+    assert psnr_db(grey(0), grey(255)) == pytest.approx(0.0)
+
+
+def test_identical_images_are_infinitely_close_and_json_gets_none() -> None:
+    assert psnr_db(grey(7), grey(7)) == math.inf
+    assert image_likeness(grey(7), grey(7)) == ImageLikeness(None, True, 0)
+
+
+def test_the_largest_difference_does_not_wrap_around_in_uint8() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0, 0, 0] = 250
+    assert image_likeness(Image.fromarray(pixels), grey(0)).max_abs == 250
+    assert image_likeness(grey(0), Image.fromarray(pixels)).max_abs == 250
+
+
+def test_a_likeness_has_the_mean_and_the_worst_image() -> None:
+    found = likeness([grey(7), grey(8), grey(11)], [grey(7)] * 3, "eager")
+    assert not found.identical
+    assert found.reference == "eager"
+    assert found.psnr_min_db == pytest.approx(48.1308 - 20 * math.log10(4), abs=1e-4)
+    assert found.psnr_mean_db == pytest.approx((IDENTICAL_DB + 48.1308 + 36.0896) / 3, abs=1e-3)
+    assert found.max_abs == 4
+    assert likeness([grey(1)], [grey(1)], "eager").identical
+
+
+def test_images_of_different_sizes_are_refused() -> None:
+    with pytest.raises(InputError, match=r"images of \(4, 4\) and \(8, 4\) pixels cannot be compared"):
+        psnr_db(grey(0), grey(0, (8, 4)))
+
+
+def test_as_many_images_as_references() -> None:
+    with pytest.raises(InputError, match="1 images against 2 references"):
+        likeness([grey(0)], [grey(0), grey(0)], "eager")
+    with pytest.raises(InputError, match="0 images against 0 references"):
+        likeness([], [], "eager")
+
+
+def noisy(seed: int, size: tuple[int, int] = (24, 30)) -> Image.Image:
+    """A ramp with noise of its own."""
+    ramp = np.linspace(20, 200, size[0] * size[1] * 3).reshape(*size, 3)
+    noise = np.random.default_rng(seed).normal(0, 12, ramp.shape)
+    return Image.fromarray((ramp + noise).clip(0, 255).round().astype(np.uint8))
+
+
+def test_ssim_is_the_published_formula() -> None:
+    one, other = noisy(1), noisy(2)
+    flat = ssim(pixels(grey(100, (16, 16))), pixels(grey(120, (16, 16))))
+    assert flat == pytest.approx((2 * 100 * 120 + 2.55**2) / (100**2 + 120**2 + 2.55**2))  # no structure: means alone
+    assert ssim(pixels(one), pixels(one)) == 1.0
+    assert ssim(pixels(one), pixels(other)) == ssim(pixels(other), pixels(one))
+    assert image_likeness(one, other).ssim == ssim(pixels(one), pixels(other)) < 0.9
+    assert ssim(pixels(grey(7)), pixels(grey(9))) < 1.0  # smaller than the window
+
+
+def test_ssim_agrees_with_torchmetrics() -> None:
+    metrics = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is in the extra `train`")
+    import torch
+
+    one, other = noisy(1), noisy(2)
+    tensors = [torch.from_numpy(pixels(image)).permute(2, 0, 1)[None].double() for image in (one, other)]
+    _, everywhere = metrics.structural_similarity_index_measure(*tensors, data_range=255.0, return_full_image=True)
+    inside = everywhere[..., 5:-5, 5:-5]  # torchmetrics mirrors the image at its edges and counts them, too
+    assert ssim(pixels(one), pixels(other)) == pytest.approx(float(inside.mean()), abs=1e-6)
+
+
+def test_a_perceptual_distance_is_kept_per_image_and_zero_for_equal_images() -> None:
+    def distance(image: Image.Image, reference: Image.Image) -> float:
+        return float(np.abs(pixels(image) - pixels(reference)).mean()) / 10
+
+    found = likeness([grey(7), grey(8), grey(11)], [grey(7)] * 3, "eager", distance)
+    assert [image.lpips for image in found.per_image] == [0.0, pytest.approx(0.1), pytest.approx(0.4)]
+    assert found.lpips_mean == pytest.approx(0.5 / 3)
+    assert found.lpips_max == pytest.approx(0.4)
+    assert found.worst == 2
+    assert likeness([grey(8)], [grey(7)], "eager").lpips_mean is None
+    assert found.ssim_min == found.per_image[2].ssim < found.ssim_mean < 1
+
+
+def test_a_difference_that_is_shown_smaller_keeps_its_largest_pixels() -> None:
+    image = np.zeros((5, 4, 3), np.uint8)
+    image[4, 3] = (9, 0, 3)
+    one, other = Image.fromarray(image), Image.new("RGB", (4, 5))
+    assert np.asarray(difference_image(other, one)).tolist() == image.tolist()
+    small = np.asarray(difference_image(one, other, 3))
+    assert small.shape == (3, 2, 3)
+    assert small[2, 1].tolist() == [9, 0, 3]
+    assert small.sum() == 12

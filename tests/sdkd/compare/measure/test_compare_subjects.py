@@ -1,0 +1,125 @@
+"""What is compared, how it is called and what it weighs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare_models import engine_models
+from helpers import tiny_pipeline
+
+from sdkd.compare.measure.calls import Request, make_images
+from sdkd.compare.measure.subjects import (
+    Subject,
+    check_subjects,
+    count_parameters,
+    has_random_weights,
+    native_size,
+    open_subject,
+    size_on_disk,
+    weight_bytes,
+)
+from sdkd.errors import InputError, ModelError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline on disk."""
+    folder = tmp_path_factory.mktemp("subjects") / "tiny-sd"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def engine(target: str, precision: str = "fp32", label: str = "x") -> Subject:
+    return Subject(label, "models/tiny", target, precision, Path("bundle"))
+
+
+def test_names_for_people_and_files() -> None:
+    assert Subject("tiny eager", "a/b/model").model_label == "tiny"
+    assert Subject("my favourite", "a/b/model/").model_label == "model"
+    assert engine("openvino-bf16", "bf16", "tiny, openvino-bf16").model_label == "tiny"
+    assert engine("openvino-bf16", "bf16").runs_as == "openvino-bf16"
+    assert engine("tensorrt", "fp16").runs_as == "tensorrt-fp16"
+    assert Subject("x", "m", precision="bf16").runs_as == "eager-bf16"
+    assert Subject("Tiny (öpen) / VINO", "m").slug == "tiny-pen-vino"
+
+
+def test_the_truth_is_eager_in_float32() -> None:
+    assert Subject("x", "m").is_truth
+    assert not Subject("x", "m", precision="bf16").is_truth
+    assert not engine("openvino").is_truth
+
+
+def test_an_engine_needs_a_bundle_and_a_known_precision() -> None:
+    with pytest.raises(InputError, match="subject 'x' runs on 'openvino', which needs a bundle"):
+        Subject("x", "m", "openvino")
+    with pytest.raises(InputError, match="precision 'int4' is unknown"):
+        Subject("x", "m", precision="int4")
+
+
+def test_labels_and_file_names_are_unique() -> None:
+    with pytest.raises(InputError, match="nothing to compare"):
+        check_subjects([])
+    with pytest.raises(InputError, match="subject label 'a' is used twice"):
+        check_subjects([Subject("a", "m"), Subject("a", "n")])
+    with pytest.raises(InputError, match="subject slug 'a-b' is used twice"):
+        check_subjects([Subject("a b", "m"), Subject("a-b", "n")])
+
+
+def test_an_eager_subject_opens_in_its_precision(model: Path) -> None:
+    pipe = open_subject(Subject("x", model, precision="bf16"))
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
+    assert native_size(pipe) == 64
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_an_engine_s_scheduler_rounds_as_eager_s_of_its_precision(precision: str, dtype: torch.dtype) -> None:
+    """An engine in half precision is judged by eager in half precision: both have the same latents between steps."""
+    models, request = engine_models(), Request(("a",), 2, 1.0, 0, 32)
+    on_engines = Subject("x", models / "right", "onnxruntime", precision, models / "bundle")
+    for subject in (on_engines, Subject("x", models / "right", precision=precision)):
+        pipe, seen = open_subject(subject), set()
+        step = pipe.scheduler.step
+
+        def noted(output: torch.Tensor, time: int, sample: torch.Tensor, step: Any = step, **more: Any) -> Any:
+            seen.update({output.dtype, sample.dtype})  # noqa: B023 - called at once
+            return step(output, time, sample, **more)
+
+        pipe.scheduler.step = noted
+        make_images(pipe, request, 0)
+        assert seen == {dtype}
+
+
+def test_parameters_and_bytes_of_an_eager_subject(model: Path) -> None:
+    subject, pipe = Subject("x", model), tiny_pipeline()
+    unet, whole = count_parameters(subject, pipe)
+    assert unet == sum(p.numel() for p in pipe.unet.parameters())
+    assert whole == unet + sum(p.numel() for part in (pipe.vae, pipe.text_encoder) for p in part.parameters())
+    files = [model / "unet/diffusion_pytorch_model.safetensors", model / "vae/diffusion_pytorch_model.safetensors",
+             model / "text_encoder/model.safetensors"]  # fmt: skip
+    assert size_on_disk(subject) == sum(file.stat().st_size for file in files)
+    assert not has_random_weights(subject)
+    assert has_random_weights(Subject("x", "random:sd15-tiny"))
+    assert size_on_disk(Subject("x", "random:sd15-tiny")) is None
+
+
+def test_one_format_of_several_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    for name, size in {"diffusion_pytorch_model.safetensors": 100, "diffusion_pytorch_model.fp16.safetensors": 50,
+                       "diffusion_pytorch_model.bin": 101}.items():  # fmt: skip
+        (tmp_path / "unet" / name).write_bytes(b"x" * size)
+    assert weight_bytes(tmp_path) == 100
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert weight_bytes(tmp_path) == 50
+    (tmp_path / "file.safetensors").write_bytes(b"x" * 7)
+    assert weight_bytes(tmp_path / "file.safetensors") == 7
+    assert weight_bytes(tmp_path / "nowhere") is None
+
+
+def test_a_model_without_one_native_size_is_refused() -> None:
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(sample_size=[8, 16])
+    with pytest.raises(ModelError, match=r"sample_size \[8, 16\] is not one integer: give the image size with --size"):
+        native_size(pipe)

@@ -1,0 +1,315 @@
+"""Latents on disk: equal to the online encoders bit for bit, gone on with after a kill, refused when damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ctrl_c import Dropping
+from helpers import tiny_pipeline
+from PIL import Image
+
+from sdkd.distill.data.cache import open_cache, write_cache
+from sdkd.distill.data.encode import encode_captions, encode_image, placed
+from sdkd.distill.data.latents import Latents
+from sdkd.distill.data.opening import to_pixels
+from sdkd.errors import InputError, ModelError, OutputExistsError, TrainingError
+
+
+class Noise:
+    """Images of noise by index; those in `bad` cannot be read, and after `reads` of them comes a Ctrl-C, which is
+    `lost` in a `__del__`, or raised.
+    """
+
+    def __init__(self, count: int = 7, bad: tuple[int, ...] = (), reads: int = 10**9, lost: bool = False) -> None:
+        self.count, self.bad, self.reads, self.lost = count, bad, reads, lost
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.bad:
+            raise InputError(f"image {index} cannot be read")
+        self.reads -= 1
+        if self.reads < 0 and not self.lost:
+            raise KeyboardInterrupt("here")
+        if self.reads == -1:
+            thing = Dropping()
+            del thing
+        data = torch.randint(0, 256, (80, 64, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        return {"image": Image.fromarray(data.numpy()), "caption": ["a", "b", "", "a"][index % 4]}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline()
+
+
+def write(pipe: Any, images: Noise, out: Path, **changes: Any) -> Any:
+    return write_cache(pipe, images, out, **({"size": 64, "precision": "fp32", "shard_images": 3} | changes))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_cache_equals_the_online_encoders(precision: str, pipe: Any, tmp_path: Path) -> None:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    images = Noise()
+    write(pipe, images, tmp_path / "c", precision=precision)
+    found = open_cache(tmp_path / "c")
+    assert isinstance(found, Latents)
+    assert (len(found), found.size, found.precision) == (7, 64, precision)
+    assert list(found.captions) == ["a", "b", "", "a", "a", "b", ""]
+    vae, encoder = placed(pipe.vae, "cpu", dtype), placed(pipe.text_encoder, "cpu", dtype)
+    for index in (6, 0, 3, 1):
+        mean, std = encode_image(vae, to_pixels(images[index]["image"], 64))
+        stored = found.posterior(index)
+        assert mean.dtype == stored[0].dtype == dtype
+        assert torch.equal(stored[0], mean)
+        assert torch.equal(stored[1], std)
+        # Beside other captions, at another place in the chunk: the same bits.
+        online = encode_captions(pipe.tokenizer, encoder, ["x", "y", images[index]["caption"]])[2]
+        assert torch.equal(found.text(index), online)
+    assert torch.equal(found.text(-1), encode_captions(pipe.tokenizer, encoder, [""])[0])
+    assert not torch.equal(found.text(0), found.text(1))
+    assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
+    with pytest.raises(IndexError, match="range object index out of range"):
+        found.posterior(7)
+
+
+def test_latents_are_the_scaled_posterior(pipe: Any) -> None:
+    pixels = to_pixels(Noise()[0]["image"], 64)
+    with torch.no_grad():
+        posterior = pipe.vae.encode(pixels[None]).latent_dist
+    mean, std = encode_image(pipe.vae, pixels)
+    torch.testing.assert_close(mean, posterior.mean[0] * 0.5)
+    torch.testing.assert_close(std, posterior.std[0] * 0.5)
+
+
+def test_captions_beyond_a_chunk_are_the_pipelines(pipe: Any) -> None:
+    captions = [f"a star {'x' * n}" for n in range(11)]
+    found = encode_captions(pipe.tokenizer, pipe.text_encoder, captions)
+    torch.testing.assert_close(found, pipe.encode_prompt(captions, "cpu", 1, False)[0])
+    assert torch.equal(found[9:], encode_captions(pipe.tokenizer, pipe.text_encoder, captions[9:]))
+    assert encode_captions(pipe.tokenizer, pipe.text_encoder, []).shape == (0, 77, 32)
+
+
+def test_what_is_in_the_folder(pipe: Any, tmp_path: Path) -> None:
+    index = write(pipe, Noise(7), tmp_path / "c")
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "captions.jsonl", "index.json", *(f"latents-0000{n}.safetensors" for n in range(3)), "text-00000.safetensors",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "c" / "index.json").read_text()) == index
+    assert [record["shapes"]["mean"] for record in index["latents"]] == [[3, 4, 8, 8], [3, 4, 8, 8], [1, 4, 8, 8]]
+    assert index["captions"]["unique"] == 3
+    said: list[str] = []
+    assert write(pipe, Noise(7), tmp_path / "c", progress=lambda text, _: said.append(text)) == index
+    assert "is complete already: kept" in said[0]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_interrupted_cache_goes_on(lost: bool, pipe: Any, tmp_path: Path) -> None:
+    whole = write(pipe, Noise(7), tmp_path / "whole")
+    reads = 7 + 5 - lost  # 7 to tell the data, then 5 of 7
+    with pytest.raises(KeyboardInterrupt, match=r"^$" if lost else "here"):
+        write(pipe, Noise(7, reads=reads, lost=lost), tmp_path / "c", workers=0)
+    with pytest.raises(InputError, match="is not complete: run the same `sdkd cache` again"):
+        open_cache(tmp_path / "c")
+    first = tmp_path / "c" / "latents-00000.safetensors"
+    before = first.stat().st_mtime_ns
+    said: list[str] = []
+    assert write(pipe, Noise(7), tmp_path / "c", progress=lambda text, _: said.append(text)) == whole
+    assert "1 of 3 shards are there already: kept" in said
+    assert first.stat().st_mtime_ns == before
+
+
+def test_a_damaged_shard_is_made_again_on_going_on(pipe: Any, tmp_path: Path) -> None:
+    whole = write(pipe, Noise(7), tmp_path / "whole")
+    write(pipe, Noise(7), tmp_path / "c", rank=0, world=2)
+    (tmp_path / "c" / "latents-00000.safetensors").write_bytes(b"short")
+    record = tmp_path / "c" / "latents-00002.json"
+    whole_record = json.loads(record.read_text())
+    for change in ({"captions": "abc"}, {"unreadable": []}, {"shapes": {"mean": []}}, {"file": "x"}, {"sha256": None}):
+        record.write_text(json.dumps(whole_record | change))
+        write(pipe, Noise(7), tmp_path / "c", rank=0, world=2)
+        assert json.loads(record.read_text()) == whole_record
+    record.write_text("{")
+    write(pipe, Noise(7), tmp_path / "c", rank=1, world=2)
+    assert write(pipe, Noise(7), tmp_path / "c") == whole
+
+
+def test_other_settings_are_refused(pipe: Any, tmp_path: Path) -> None:
+    write(pipe, Noise(7), tmp_path / "c")
+    message = r"made with other settings \(resolution: there 64, asked 128\): choose another folder or pass --overwrite"
+    with pytest.raises(OutputExistsError, match=message):
+        write(pipe, Noise(7), tmp_path / "c", size=128)
+    with pytest.raises(OutputExistsError, match=r"other settings .*data: there"):
+        write(pipe, Noise(7, bad=(0,)), tmp_path / "c")
+    assert write(pipe, Noise(5), tmp_path / "c", overwrite=True)["images"] == 5
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(OutputExistsError, match="already exists"):
+        write(pipe, Noise(5), tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["latents-00001.safetensors", "text-00000.safetensors", "captions.jsonl"])
+def test_truncated_and_altered_files_are_refused(name: str, pipe: Any, tmp_path: Path) -> None:
+    write(pipe, Noise(7), tmp_path / "c")
+    path = tmp_path / "c" / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-10])
+    with pytest.raises(InputError, match=rf"{name} of cache .* (is not there with its|was changed)"):
+        open_cache(tmp_path / "c")
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(InputError, match=rf"{name} of cache .* was changed: make the cache again"):
+        read_all(tmp_path / "c")
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{name} of cache"):
+        open_cache(tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", ["latents", "texts"])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/hostname", "sub/latents-00000.safetensors", "index.json"])
+def test_an_index_names_files_of_its_own_folder_only(kind: str, name: str, tmp_path: Path) -> None:
+    record = {"file": name, "bytes": 0, "sha256": "", "shapes": {}}
+    index = {"schema": 1, "resolution": 64, "precision": "fp32", "shard_images": 3, "captions": {"sha256": ""}}
+    index |= {"latents": [], "texts": []} | {kind: [record]}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"index.json of cache .* names '{name}', which is no file of a cache"):
+        open_cache(tmp_path)
+
+
+def read_all(path: Path) -> None:
+    cache = open_cache(path)
+    for index in range(len(cache)):
+        cache.posterior(index), cache.text(index)
+
+
+def test_another_model_is_refused(pipe: Any, tmp_path: Path) -> None:
+    write(pipe, Noise(3), tmp_path / "c", precision="bf16")
+    cache = open_cache(tmp_path / "c")
+    cache.check(pipe)
+    half = tiny_pipeline().to(torch.bfloat16)
+    cache.check(half)
+    with torch.no_grad():
+        half.vae.decoder.conv_in.weight += 1  # latents do not depend on the decoder
+        cache.check(half)
+        half.vae.encoder.conv_in.weight += 1
+    with pytest.raises(InputError, match=r"was made by another model \(differs: vae\)"):
+        cache.check(half)
+    with pytest.raises(InputError, match="is no cache"):
+        open_cache(tmp_path)
+
+
+def test_without_text(pipe: Any, tmp_path: Path) -> None:
+    write(pipe, Noise(3), tmp_path / "c", text=False)
+    assert open_cache(tmp_path / "c").text(0) is None
+
+
+def test_unreadable_images(pipe: Any, tmp_path: Path) -> None:
+    index = write(pipe, Noise(200, bad=(66,)), tmp_path / "one", shard_images=67)
+    assert index["unreadable"] == {"66": "image 66 cannot be read"}
+    cache = open_cache(tmp_path / "one")
+    assert torch.equal(cache.posterior(66)[0], cache.posterior(67)[0])
+    assert json.loads((tmp_path / "one" / "captions.jsonl").read_text().splitlines()[66]) == {
+        "index": 66, "image": 67, "text": "a",
+    }  # fmt: skip
+    with pytest.raises(TrainingError, match=r"3 of 200 images \(1.5%\) could not be read"):
+        write(pipe, Noise(200, bad=(3, 4, 5)), tmp_path / "three")
+
+
+def test_unreadable_images_add_up_over_ranks(pipe: Any, tmp_path: Path) -> None:
+    for rank in range(2):
+        write(pipe, Noise(200, bad=(1, 2, 199)), tmp_path / "c", shard_images=100, rank=rank, world=2)
+    with pytest.raises(TrainingError, match=r"3 of 200 images \(1.5%\) could not be read"):
+        write(pipe, Noise(200, bad=(1, 2, 199)), tmp_path / "c", shard_images=100)
+
+
+def test_results_that_are_not_finite(tmp_path: Path) -> None:
+    broken = tiny_pipeline()
+    broken.vae.encoder.conv_in.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="mean of latents-00000 is not finite in fp32"):
+        write(broken, Noise(3), tmp_path / "c")
+
+
+def test_training_from_a_cache_equals_training_from_images(pipe: Any, tmp_path: Path) -> None:
+    from sdkd.distill.training.config import TrainConfig
+    from sdkd.distill.training.loop import train
+    from sdkd.students.blocks import build_student
+
+    write(pipe, Noise(12), tmp_path / "c")
+
+    def losses(data: Any, latents: str) -> list[dict[str, float]]:
+        teacher = tiny_pipeline()
+        config = TrainConfig(
+            student="tiny", steps=2, batch_size=2, precision="fp32", device="cpu", latents=latents, log_every=1
+        )
+        done = train(teacher, build_student(teacher.unet, "tiny"), data, config)
+        return [{name: record[name] for name in record if name.startswith("loss/")} for record in done.history]
+
+    online = losses(Noise(12), "online")
+    assert len(online) == 2
+    assert losses(open_cache(tmp_path / "c"), "auto") == online
+    assert losses(Noise(12), "memory") == online
+
+
+CACHES = ("fp32-True", "bf16-True", "fp32-False", "fp16-False")  # precision, and whether it has text
+
+
+@pytest.fixture(scope="module")
+def caches(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches of all precisions, two of them without text, and one of mirrored images."""
+    folder = tmp_path_factory.mktemp("caches")
+    for name in CACHES:
+        precision, text = name.split("-")
+        write(pipe, Noise(4), folder / name, precision=precision, text=text == "True")
+    write(pipe, Noise(12), folder / "mirrored", flip=True)
+    return folder
+
+
+def first_loss(data: Any, **settings: Any) -> float:
+    from sdkd.distill.training.config import TrainConfig
+    from sdkd.distill.training.loop import train
+    from sdkd.students.blocks import build_student
+
+    teacher = tiny_pipeline()
+    config = TrainConfig(**({"steps": 1, "batch_size": 2, "device": "cpu", "precision": "fp32"} | settings))
+    return train(teacher, build_student(teacher.unet, "tiny"), data, config).history[0]["loss/total"]
+
+
+@pytest.mark.parametrize("run_precision", ["fp32", "bf16"])
+def test_a_run_of_any_precision_takes_a_cache_of_any(run_precision: str, caches: Path) -> None:
+    expected = first_loss(Noise(4), precision=run_precision)
+    for name in CACHES:
+        found = first_loss(open_cache(caches / name), precision=run_precision)
+        assert found == pytest.approx(expected, rel=0.02), name
+        if name.startswith(run_precision):
+            assert found == expected
+
+
+def test_mirrored_latents_equal_mirrored_images(caches: Path) -> None:
+    data = open_cache(caches / "mirrored")
+    settings: dict[str, Any] = {"steps": 3, "batch_size": 4, "seed": 3}
+    assert first_loss(data, flip=True, **settings) == first_loss(Noise(12), flip=True, latents="online", **settings)
+    assert first_loss(data, **settings) == first_loss(Noise(12), latents="memory", **settings)
+    assert first_loss(data, flip=True, **settings) != first_loss(data, **settings)
+
+
+def test_settings_that_a_cache_cannot_follow_are_refused_by_name(caches: Path, tmp_path: Path) -> None:
+    from sdkd.distill.training.config import TrainConfig
+    from sdkd.distill.training.run import Job
+    from sdkd.distill.training.run import run as train_run
+
+    plain, mirrored = (str(caches / name) for name in ("bf16-True", "mirrored"))
+    for data, settings, message in (
+        (plain, {"flip": True}, "flip needs mirrored images, .*: make it with sdkd cache --flip, or give --no-flip"),
+        (mirrored, {"crop": "random", "buckets": True}, "crop 'random' .* --crop center; buckets .* --no-buckets"),
+        (mirrored, {"latents": "online"}, "latents 'online' is about images: leave it out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train_run(Job("demo", data, tmp_path / "out", TrainConfig(device="cpu", **settings)))
+    with pytest.raises(InputError, match="has no columns: leave --image-column and --caption-columns out"):
+        train_run(Job("demo", plain, tmp_path / "out", TrainConfig(device="cpu"), caption_columns=("text",)))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,113 @@
+"""`sdkd cache` as a job: options, processes, Ctrl-C, and what it counts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ctrl_c import interrupted
+from helpers import tiny_pipeline
+from PIL import Image
+
+from sdkd.distill.cache_cli import CacheJob, run
+from sdkd.distill.data.cache import open_cache
+from sdkd.errors import InterruptedRunError, OutputExistsError, SdkdError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def job(model: Path, out: Path, **changes: Any) -> CacheJob:
+    usual = {"data": "demo", "max_images": 12, "shard_images": 3, "precision": "fp32"}
+    return CacheJob(str(model), output=str(out), **(usual | changes))
+
+
+def test_two_processes_write_what_one_writes(model: Path, tmp_path: Path) -> None:
+    summary = run(job(model, tmp_path / "one"))
+    assert (summary["images"], summary["resolution"], summary["unreadable"]) == (12, 64, {})
+    run(job(model, tmp_path / "two"), 2)
+    one, two = open_cache(tmp_path / "one"), open_cache(tmp_path / "two")
+    assert one.index == two.index
+    assert torch.equal(one.posterior(11)[0], two.posterior(11)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp16", "device": "cpu"}, "precision 'fp16' needs a CUDA device"),
+        ({"precision": "int8"}, "precision 'int8' is unknown: choose one of fp32, fp16, bf16"),
+        ({"resolution": 100}, "height 100 is not a multiple of 64"),
+        ({"max_images": 0}, "max_images 0 is not positive"),
+        ({"device": "tpu"}, "device 'tpu' is not on this machine"),
+        ({"data": "nowhere.tar"}, "data file 'nowhere.tar' does not exist"),
+        ({"caption_columns": ()}, "no caption columns were given"),
+    ],
+)
+def test_wrong_options(changes: dict[str, Any], message: str, model: Path, tmp_path: Path) -> None:
+    wrong = CacheJob(**{**vars(job(model, tmp_path / "c")), **changes})
+    with pytest.raises(SdkdError, match=message):
+        run(wrong)
+    assert not (tmp_path / "c").exists()
+
+
+def test_ctrl_c_ends_all_processes(model: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "work" / "c", tmp_path / "log"
+    script = "from sdkd.cli import _command, guarded; from sdkd.distill.cache_cli import cache; " \
+        "_command('cache', guarded(cache))()"  # fmt: skip
+    words = [str(model), "demo", str(out), "--shard-images", "8", "--precision", "fp32", "--num-processes", "2"]
+    status = interrupted(
+        [sys.executable, "-c", script, *words], log, os.environ, lambda: len(list(out.glob("latents-*.json"))) >= 2
+    )
+    printed = log.read_text()
+    assert status == 130, printed
+    assert "Traceback" not in printed
+    assert "complete shards are kept in" in printed
+    names = {path.name for path in out.iterdir()}
+    assert "index.json" not in names
+    assert not [name for name in names if name.endswith(".partial")]
+    assert len(list(out.glob("latents-*.json"))) >= 2
+
+
+def test_ctrl_c_says_what_is_kept(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+
+    def interrupt_after(shards: int) -> Any:
+        def report(text: str, fraction: float | None = None) -> None:
+            if len(list(out.glob("latents-*.json"))) >= shards and "encoding" in text:
+                (out / ".latents-00009.safetensors.x.partial").write_text("half")
+                raise KeyboardInterrupt
+
+        return report
+
+    with pytest.raises(
+        InterruptedRunError, match=r"interrupted: 2 complete shards are kept in .*, the same command goes"
+    ):
+        run(job(model, out), report=interrupt_after(2))
+    assert not list(out.glob(".*.partial"))
+    run(job(model, out))
+    assert len(open_cache(out)) == 12
+    out = tmp_path / "d"
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        run(job(model, out), report=interrupt_after(0))
+    assert not out.exists()
+
+
+def test_a_cache_counts_captions_that_are_cut(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, caption in (("a", "x" * 90), ("b", "short")):
+        Image.new("RGB", (64, 64), "red").save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(caption)
+    summary = run(job(model, tmp_path / "c", data=str(folder), flip=True))
+    assert (summary["cut"], summary["flip"]) == (1, True)
+    assert open_cache(tmp_path / "c").cut == 1
+    with pytest.raises(OutputExistsError, match=r"other settings .*flip: there True, asked False"):
+        run(job(model, tmp_path / "c", data=str(folder)))

@@ -1,0 +1,94 @@
+"""Published families and students are recognised by their configs, those of old diffusers versions included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+
+from sdkd.models.families import CLASSES, FAMILIES, empty, student_names
+from sdkd.models.resolve import load_eager, save_pipeline, unet_config
+from sdkd.students.blocks import STUDENTS, build_student, full_config, student_config
+
+CROSS, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+# What BK-SDM's configs say: written by diffusers 0.10 to 0.15, some entries missing, some no longer known.
+OLD = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.10.0.dev0", "center_input_sample": False,
+    "dual_cross_attention": False, "layers_per_block": 1, "num_class_embeds": None,
+}  # fmt: skip
+FOUR: dict[str, Any] = {
+    "down_block_types": [CROSS, CROSS, CROSS, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", UP, UP, UP],
+}
+THREE: dict[str, Any] = {"down_block_types": [CROSS] * 3, "up_block_types": [UP] * 3, "mid_block_type": None}
+PUBLISHED = {
+    "bk-sdm-base, no mid_block_type": (OLD | FOUR, ("sd-small", "bk-base")),
+    "sd-small": (OLD | FOUR | {"mid_block_type": "UNetMidBlock2DCrossAttn"}, ("sd-small", "bk-base")),
+    "bk-sdm-small": (OLD | FOUR | {"mid_block_type": None}, ("bk-small",)),
+    "tiny": (OLD | THREE, ("sd-tiny", "bk-tiny")),
+    "a whole UNet": (OLD | FOUR | {"layers_per_block": 2}, ()),
+    "no entries": ({}, ()),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_students_are_recognised(name: str) -> None:
+    config, students = PUBLISHED[name]
+    assert student_names(config) == students
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_our_own_students_are_recognised(student: str) -> None:
+    assert student in student_names(student_config(helpers.TEACHER_UNET, student))
+
+
+@pytest.mark.parametrize("student", ["sd-small", "bk-small", "sd-tiny"])
+def test_a_folder_with_an_old_config_loads(student: str, tmp_path: Path) -> None:
+    unet = build_student(helpers.tiny_unet(), student)
+    save_pipeline(helpers.tiny_pipeline(), tmp_path / "model", unet=unet)
+    file = tmp_path / "model" / "unet" / "config.json"
+    known = ("block_out_channels", "cross_attention_dim", "attention_head_dim", "norm_num_groups", "sample_size")
+    blocks = THREE if student == "sd-tiny" else FOUR | ({} if student == "sd-small" else {"mid_block_type": None})
+    file.write_text(json.dumps(OLD | blocks | {key: unet.config[key] for key in known}))
+    loaded = load_eager(tmp_path / "model").unet
+    assert full_config(loaded.config) == full_config(unet.config)
+    assert torch.equal(loaded.conv_out.weight, unet.conv_out.weight)
+    assert student in student_names(unet_config(tmp_path / "model"))
+
+
+def test_attention_of_the_vae_in_its_old_names(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    pipe = helpers.tiny_pipeline()
+    save_pipeline(pipe, tmp_path / "model")
+    file = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, value in load_file(file).items():
+        for own, before in old.items():
+            name = name.replace(f"attentions.0.{own}.", f"attentions.0.{before}.")
+        state[name] = value
+    assert "decoder.mid_block.attentions.0.query.weight" in state
+    save_file(state, file)
+    loaded = load_eager(tmp_path / "model").vae.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in pipe.vae.state_dict().items())
+
+
+PARAMETERS = {
+    "sd15": (859_520_964, 83_653_863, 123_060_480),
+    "sd21": (865_910_724, 83_653_863, 340_387_840),
+    "sd21base": (865_910_724, 83_653_863, 340_387_840),
+}
+
+
+@pytest.mark.parametrize("family", PARAMETERS)
+def test_published_sizes(family: str) -> None:
+    tokens = type("Tokens", (), {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 0})
+    parts = [FAMILIES[family].config(part, tokens) for part in ("unet", "vae", "text_encoder")]  # type: ignore[arg-type]
+    modules = [empty(part, config) for part, config in zip(CLASSES, parts, strict=True)]
+    assert tuple(sum(p.numel() for p in module.parameters()) for module in modules) == PARAMETERS[family]
+    assert FAMILIES[family].make_scheduler().config.prediction_type == FAMILIES[family].prediction_type

@@ -1,0 +1,271 @@
+"""What is not a model is refused with its name and what to do, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import helpers
+import ldm_files
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from sdkd.errors import ModelError
+from sdkd.models.diffusers_folder import component_digest
+from sdkd.models.resolve import load_component, load_eager, resolve, save_pipeline, source_digests
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LORA = r"is a LoRA, not a model: fuse it into its base model .* and give that folder"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("foreign") / "model"
+    save_pipeline(helpers.tiny_pipeline(), path)
+    return path
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def one(name: str, *shape: int) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape or (1,))}
+
+
+def controlnet() -> ControlNetModel:
+    return ControlNetModel.from_unet(helpers.tiny_unet())
+
+
+def peft_lora() -> dict[str, torch.Tensor]:
+    unet = helpers.tiny_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    return {f"unet.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
+
+
+FILES: dict[str, tuple[Any, str]] = {
+    "peft-lora": (peft_lora, LORA),
+    "kohya-lora": (lambda: one("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"), LORA),
+    "kohya-text-lora": (lambda: one("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"), LORA),
+    "old-lora": (lambda: one("unet.down_blocks.0.attn1.processor.to_q_lora.down.weight"), LORA),
+    "lycoris": (lambda: one("layer.hada_w1_a"), LORA),
+    "vae": (lambda: helpers.tiny_vae().state_dict(), "is a VAE alone: give the diffusers folder or the whole"),
+    "ldm-vae": (lambda: ldm_files.vae_state(helpers.tiny_vae()), "is a VAE alone"),
+    "ema": (lambda: ldm_files.vae_state(helpers.tiny_vae()) | one("model_ema.diffusion_modelinput_blocks00weight"),
+            r"holds averaged \(EMA\) weights of its UNet alone .*: give the checkpoint that has model.diffusion_model"),
+    "unet": (lambda: helpers.tiny_unet().state_dict(), "is a UNet alone"),
+    "bare-unet": (lambda: one("input_blocks.0.0.weight"), "is a UNet alone"),
+    "text-encoder": (lambda: helpers.tiny_text_encoder().state_dict(), "is a text encoder alone"),
+    "controlnet": (lambda: controlnet().state_dict(), "is a ControlNet, not a model: give its base model"),
+    "ldm-controlnet": (lambda: one("control_model.time_embed.0.weight"), "is a ControlNet, not a model"),
+    "embedding": (lambda: one("<cat-toy>", 1, 768), "is a textual-inversion embedding, not a model: .*load_"),
+    "embedding-of-two": (lambda: one("emb_params", 4, 1024), "is a textual-inversion embedding"),
+    "sdxl": (lambda: one("conditioner.embedders.1.model.ln_final.weight"), "is SDXL: sdkd works on Stable Diffusion 1"),
+    "sd3": (lambda: one("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.bias"), "is Stable Diffusion 3: sdkd w"),
+    "flux": (lambda: one("double_blocks.0.img_attn.norm.key_norm.scale"), "is Flux or a model like it: sdkd works on"),
+    "depth": (lambda: one("depth_model.model.x"), "is a depth-to-image model"),
+    "motion": (lambda: one("down_blocks.0.motion_modules.0.norm.bias"), "is a motion module of AnimateDiff"),
+    "adapter": (lambda: one("ip_adapter.1.to_k_ip.weight"), "is an IP-Adapter"),
+    "other": (lambda: one("model.diffusion_model.layers.0.x"), "holds another architecture: sdkd works on"),
+    "nothing": (dict, r"holds no Stable Diffusion UNet \(its first weight is none\): give a whole checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    make, message = FILES[name]
+    path = ldm_files.write(tmp_path / f"{name}.safetensors", make())
+    with pytest.raises(ModelError, match=rf"checkpoint '.*{name}.safetensors' {message}"):
+        resolve(path)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".pth", ""])
+def test_pickles_are_not_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    torch.save({"state_dict": one("x")}, path)
+    with pytest.raises(ModelError, match=r"only .safetensors is read .pickles can run code on loading.; convert it"):
+        resolve(path)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+def test_the_conversion_that_the_message_names_works(suffix: str, tmp_path: Path) -> None:
+    state = ldm_files.ldm_state(helpers.tiny_pipeline())
+    torch.save({"state_dict": state}, tmp_path / f"model{suffix}")
+    save_file(torch.load(tmp_path / f"model{suffix}", weights_only=True)["state_dict"], tmp_path / "new.safetensors")
+    with pytest.raises(ModelError, match=r"has an unknown UNet .width 16"):  # that is: it was read and recognised
+        resolve(tmp_path / "new.safetensors")
+
+
+PIPELINES = {
+    "StableDiffusionXLPipeline": "which has another UNet and two text encoders: sdkd works on Stable Diffusion 1.x and",
+    "StableDiffusion3Pipeline": "which is another architecture: sdkd works on",
+    "FluxPipeline": "which is another architecture: sdkd works on",
+    "StableDiffusionControlNetPipeline": "whose UNet works with a ControlNet: give its base model, .* --controlnet",
+    "StableDiffusionDepth2ImgPipeline": "whose UNet takes a depth map as well",
+    "StableUnCLIPPipeline": "whose UNet takes image embeddings as well",
+    "StableDiffusionUpscalePipeline": "whose UNet takes the image's noise level as well",
+}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_folder_of_another_pipeline(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(ModelError, match=rf"holds an? {kind}, {PIPELINES[kind]}"):
+        resolve(tmp_path)
+
+
+def test_folders_that_are_no_pipelines(folder: Path, tmp_path: Path) -> None:
+    controlnet().save_pretrained(tmp_path / "controlnet")
+    for name in ("lora", "adapter", "embedding", "empty"):
+        (tmp_path / name).mkdir()
+    save_file(peft_lora(), tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "embedding" / "learned_embeds.bin").write_bytes(b"")
+    for path, message in {
+        tmp_path / "controlnet": "is a ControlNet, not a model",
+        tmp_path / "lora": LORA,
+        tmp_path / "adapter": LORA,
+        tmp_path / "embedding": "is a textual-inversion embedding",
+        tmp_path / "empty": "is not a diffusers pipeline .no model_index.json.: give the folder that",
+        folder / "unet": "holds a UNet2DConditionModel alone, a part of a pipeline: give the folder above it",
+        folder / "text_encoder": "holds a CLIPTextModel alone",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            resolve(path)
+
+
+def test_a_folder_with_pickled_weights_only(folder: Path) -> None:
+    weights, before = folder / "unet" / WEIGHTS, source_digests(folder)
+    torch.save(helpers.tiny_unet().state_dict(), weights.with_suffix(".bin"))
+    assert source_digests(folder) == before  # the pickle beside is not looked at
+    weights.unlink()
+    message = r"unet' holds pickled weights only \(diffusion_pytorch_model.bin\), which can run .*from_pretrained"
+    with pytest.raises(ModelError, match=message):
+        resolve(folder)
+    with pytest.raises(ModelError, match=message):
+        component_digest(folder / "unet")
+    StableDiffusionPipeline.from_pretrained(folder).save_pretrained(folder / "new")  # as the message says
+    assert torch.equal(load_component(folder / "new", "unet").conv_in.weight, helpers.tiny_unet().conv_in.weight)
+
+
+def test_weights_that_are_not_there(folder: Path) -> None:
+    weights = folder / "unet" / WEIGHTS
+    weights.rename(weights.with_name("other.safetensors"))
+    with pytest.raises(ModelError, match=r"holds other.safetensors alone, none of which is named diffusion_"):
+        resolve(folder)
+    (folder / "unet" / "other.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no weights: nothing there is named"):
+        resolve(folder)
+
+
+DAMAGE = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer, not"),
+    "empty": (b"", "is cut off or damaged: its 0 bytes do not hold"),
+    "short": (b"123", "is cut off or damaged: its 3 bytes"),
+    "long header": ((10**6).to_bytes(8, "little") + b"{}", "is cut off or damaged: its 10 bytes"),
+    "garbage": ((4).to_bytes(8, "little") + b"{{{{", "is damaged: its header is not that of a safetensors file"),
+    "deep": ((10**5).to_bytes(8, "little") + b"[" * 10**5, "is damaged"),
+    "list": ((2).to_bytes(8, "little") + b"[]", "is damaged"),
+    "row": ((8).to_bytes(8, "little") + b'{"a": 1}', "is damaged"),
+    "pickle": (b"PK\x03\x04" + b"\0" * 100, "is a pickle under a .safetensors name, which can run code"),
+    "page": (b"<!DOCTYPE html><html></html>" + b" " * 100, "is a web page, not weights: download it again"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_weights(name: str, folder: Path, tmp_path: Path) -> None:
+    content, message = DAMAGE[name]
+    (folder / "vae" / WEIGHTS).write_bytes(content)
+    (tmp_path / "single.safetensors").write_bytes(content)
+    for path in (folder, tmp_path / "single.safetensors"):
+        with pytest.raises(ModelError, match=rf"weights file '.*' {message}"):
+            load_eager(path)
+
+
+@pytest.mark.parametrize("offsets", [[0, 5], [-4, 0], [4, 0], [0, 1e400], ["a", "b"], [0]])
+def test_headers_that_contradict_themselves(offsets: list[Any], tmp_path: Path) -> None:
+    row = {"x": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}
+    header = json.dumps(row).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    with pytest.raises(ModelError, match="is damaged: its header is not that of a safetensors file"):
+        resolve(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_ends_too_early(folder: Path) -> None:
+    weights = folder / "unet" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    size = weights.stat().st_size
+    with pytest.raises(ModelError, match=rf"is cut off: {size} of {size + 1} bytes; download or save it again"):
+        resolve(folder)
+
+
+def test_missing_and_odd_weights_of_a_folder(folder: Path) -> None:
+    state = dict(helpers.tiny_unet().state_dict())
+    weight = state.pop("conv_out.bias")
+    save_file(state, folder / "unet" / WEIGHTS)
+    with pytest.raises(ModelError, match=r"unet of '.*' lacks 1 of \d+ weights \(conv_out.bias\): the file is inc"):
+        load_component(folder, "unet")
+    save_file(state | {"conv_out.bias": torch.zeros(5)}, folder / "unet" / WEIGHTS)
+    with pytest.raises(ModelError, match=r"in another shape .* \(conv_out.bias: expected \[4\], found \[5\]\)"):
+        load_component(folder, "unet")
+    save_file(state | {"conv_out.bias": weight, "more": weight + 1}, folder / "unet" / WEIGHTS)
+    assert torch.equal(load_component(folder, "unet").conv_out.bias, weight)
+
+
+def test_weights_in_several_files(folder: Path) -> None:
+    unet = helpers.tiny_unet()
+    (folder / "unet" / WEIGHTS).unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+    shards = sorted((folder / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(load_component(folder, "unet").conv_out.weight, unet.conv_out.weight)
+    shards[1].unlink()
+    with pytest.raises(
+        ModelError, match=rf"lacks 1 of the {len(shards)} files that .*index.json lists .{shards[1].name}"
+    ):
+        resolve(folder)
+    index = folder / "unet" / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../../secret.safetensors"}}))
+    with pytest.raises(ModelError, match=r"names files outside its folder .*secret.safetensors.: do not trust it"):
+        resolve(folder)
+    index.write_text("{}")
+    with pytest.raises(ModelError, match="is damaged"):
+        resolve(folder)
+
+
+def test_code_of_a_folder_is_not_run(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    for part, entry, message in [
+        ("scheduler", ["my_scheduler", "Mine"], r"names code of its own for its scheduler \(my_scheduler\)"),
+        ("unet", ["diffusers", "UNet3DConditionModel"], "the unet of .* is a diffusers.UNet3DConditionModel: sdkd"),
+        ("text_encoder", [None, None], "the text_encoder of .* is a None.None: sdkd loads CLIPTextModel"),
+        ("vae", [], "the vae of .* is a None.None: sdkd loads AutoencoderKL"),
+        ("_class_name", ["mine", "Pipeline"], "holds a .'mine', 'Pipeline'."),
+    ]:
+        (folder / "model_index.json").write_text(json.dumps(index | {part: entry}))
+        with pytest.raises(ModelError, match=message):
+            load_eager(folder)
+
+
+def test_quantized_weights_are_refused(folder: Path) -> None:
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "x"}}))
+    with pytest.raises(ModelError, match=r"unet of .* is quantized, and sdkd needs the weights as they were"):
+        load_component(folder, "unet")
+
+
+def test_instruct_pix2pix_is_a_model(tmp_path: Path) -> None:
+    parts = helpers.tiny_pipeline().components | {"unet": helpers.tiny_unet(in_channels=8)}
+    pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    save_pipeline(pipe, tmp_path / "model")
+    loaded = load_eager(tmp_path / "model")
+    assert type(loaded) is StableDiffusionInstructPix2PixPipeline
+    assert loaded.unet.config.in_channels == 8
+    assert torch.equal(loaded.unet.conv_in.weight, parts["unet"].conv_in.weight)

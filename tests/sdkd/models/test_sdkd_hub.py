@@ -1,0 +1,120 @@
+"""Models of a hub, from a small hub of the test's own on this machine: what is fetched, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import helpers
+import pytest
+import torch
+
+from sdkd.models.resolve import save_pipeline
+
+ROOT = Path(__file__).parents[3]
+COMMIT = "a" * 40
+CHILD = """
+import json, sys
+from sdkd.errors import ModelError
+from sdkd.models.resolve import load_eager
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = float(load_eager(name).unet.conv_in.weight.double().sum())
+    except ModelError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as a download needs: what a repository holds, and its files."""
+
+    root: ClassVar[Path]
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing on the terminal."""
+
+    def answer(self, body: bytes, code: int = 200, **headers: str) -> None:
+        self.send_response(code)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self.describe("/".join(parts[2:4]), "tree" in parts)
+            return
+        file = self.root / "/".join(parts[:2]) / "/".join(parts[4:])
+        if not file.is_file():
+            self.answer(b"", 404, X_Error_Code="EntryNotFound")
+            return
+        data = file.read_bytes()
+        self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+    def describe(self, name: str, tree: bool) -> None:
+        folder = self.root / name
+        if not folder.is_dir():
+            self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+            return
+        files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+        rows = [{"type": "file", "path": path, "size": file.stat().st_size, "oid": "b"} for path, file in files.items()]
+        about = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
+        self.answer(json.dumps(rows if tree else about).encode(), Content_Type="application/json")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("hub")
+    pipe = helpers.tiny_pipeline()
+    save_pipeline(pipe, root / "me" / "full")
+    torch.save(pipe.unet.state_dict(), root / "me" / "full" / "unet" / "diffusion_pytorch_model.bin")
+    checker = root / "me" / "full" / "safety_checker" / "pytorch_model.bin"
+    checker.parent.mkdir()
+    checker.write_bytes(b"a pickle")
+    pipe.save_pretrained(root / "me" / "half", variant="fp16")
+    pipe.save_pretrained(root / "me" / "pickled", safe_serialization=False)
+    Hub.root = root
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def ask(endpoint: str, home: Path, *names: str) -> dict[str, Any]:
+    """What a process of its own makes of hub ids: the sum of a weight, or the message."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", CHILD, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    return dict(json.loads(done.stdout))
+
+
+def test_hub_models(hub: str, tmp_path: Path) -> None:
+    found = ask(hub, tmp_path, "me/full", "me/half", "me/pickled", "me/nothing")
+    weight = float(helpers.tiny_unet().conv_in.weight.double().sum())
+    assert (found["me/full"], found["me/half"]) == (weight, weight)
+    assert found["me/pickled"].startswith(
+        "hub model 'me/pickled' has no complete .safetensors weights, and pickles can run code on loading: convert it"
+    )
+    assert found["me/nothing"].startswith("model 'me/nothing' could not be loaded (")
+    assert "check the spelling and the network" in found["me/nothing"]
+    assert [file.name for file in tmp_path.rglob("*.bin")] == []
+    # What was fetched once needs no network.
+    assert ask("http://127.0.0.1:9", tmp_path, "me/full") == {"me/full": weight}

@@ -1,0 +1,256 @@
+"""Checkpoints in one file: every weight arrives, the family is recognised, and nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helpers
+import ldm_files
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+
+from sdkd.errors import ModelError
+from sdkd.models.clip_tokenizer import clip_tokenizer
+from sdkd.models.families import FAMILIES, HEAVY, Family
+from sdkd.models.random_weights import parse, random_part, random_pipeline
+from sdkd.models.resolve import load_component, load_eager, load_rest, resolve, source_digests, unet_config
+from sdkd.models.single_file import CONTEXT
+
+PROMPT = "a photo of a cat"
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SPREAD = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mini() -> Iterator[None]:
+    """Two families with narrow modules: alike in shape, unlike in what they predict, as SD 2.x is."""
+    vae = {key: value for key, value in helpers.VAE.items() if key != "sample_size"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kind in (("mini", "epsilon"), ("miniv", "v_prediction")):
+            patch.setitem(FAMILIES, name, Family(helpers.TEACHER_UNET, TEXT, 64, kind, vae=vae))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipe(mini: None) -> StableDiffusionPipeline:
+    """Read it, do not change it."""
+    return random_pipeline(parse("random:mini"), clip_tokenizer(), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def whole(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    return ldm_files.ldm_state(pipe)
+
+
+@pytest.fixture
+def state(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(whole)
+
+
+def differing(one: Any, other: Any) -> list[str]:
+    """Names of the weights that differ between two pipelines, or that one of them lacks."""
+    found = []
+    for part in HEAVY:
+        first, second = getattr(one, part).state_dict(), getattr(other, part).state_dict()
+        found += [f"{part}.{name}" for name in first.keys() ^ second.keys()]
+        found += [
+            f"{part}.{name}" for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])
+        ]
+    return found
+
+
+@pytest.mark.parametrize("open_clip", [False, True])
+def test_every_weight_arrives(pipe: StableDiffusionPipeline, open_clip: bool, tmp_path: Path) -> None:
+    path = ldm_files.write(tmp_path / "model.safetensors", ldm_files.ldm_state(pipe, open_clip))
+    loaded = load_eager(path)
+    assert differing(loaded, pipe) == []
+    assert type(loaded) is StableDiffusionPipeline
+    assert loaded.scheduler.config.prediction_type == "epsilon"
+    assert not any(parameter.requires_grad for parameter in loaded.unet.parameters())
+    image = loaded(PROMPT, num_inference_steps=1, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+
+
+def test_the_test_files_are_what_diffusers_reads(pipe: StableDiffusionPipeline) -> None:
+    first, second = (ldm_files.ldm_state(pipe, open_clip) for open_clip in (False, True))
+    for part, weights in (
+        ("unet", convert_ldm_unet_checkpoint(dict(first), pipe.unet.config)),
+        ("vae", convert_ldm_vae_checkpoint(dict(first), pipe.vae.config)),
+        ("text_encoder", convert_ldm_clip_checkpoint(dict(first))),
+        ("text_encoder", convert_open_clip_checkpoint(pipe.text_encoder, dict(second))),
+    ):
+        read = {name.removeprefix("text_model."): value for name, value in weights.items()}
+        own = {name.removeprefix("text_model."): value for name, value in getattr(pipe, part).state_dict().items()}
+        assert [name for name in own if not torch.equal(own[name], read[name])] == []
+
+
+def test_a_half_precision_file_loads_in_any_precision(
+    pipe: StableDiffusionPipeline, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    half = {name: value.half() for name, value in state.items()}
+    path = ldm_files.write(tmp_path / "half.safetensors", half)
+    assert torch.equal(load_component(path, "unet").conv_in.weight, pipe.unet.conv_in.weight.half().float())
+    assert load_component(path, "vae", torch.bfloat16).dtype == torch.bfloat16
+    assert load_component(path, "text_encoder").dtype == torch.float32
+
+
+def test_names_without_text_model(
+    pipe: StableDiffusionPipeline, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    bare = {name.replace(".transformer.text_model.", ".transformer."): value for name, value in state.items()}
+    assert differing(load_eager(ldm_files.write(tmp_path / "bare.safetensors", bare)), pipe) == []
+
+
+def test_the_rest_and_the_config_need_no_weights(
+    pipe: StableDiffusionPipeline, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = ldm_files.write(tmp_path / "model.safetensors", state)
+    rest = load_rest(path)
+    assert rest.unet is rest.vae is rest.text_encoder is None
+    assert rest.config["unet"] == ("diffusers", "UNet2DConditionModel")
+    assert rest.tokenizer(PROMPT).input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert unet_config(path)["block_out_channels"] == helpers.TEACHER_UNET["block_out_channels"]
+    assert unet_config(path)["down_block_types"] == pipe.unet.config.down_block_types
+    assert set(source_digests(path)) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("channels", "kind"), [(9, "StableDiffusionInpaintPipeline"), (8, "StableDiffusionInstructPix2PixPipeline")]
+)
+def test_more_input_channels(channels: int, kind: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    weight = torch.randn(16, channels, 3, 3)
+    state["model.diffusion_model.input_blocks.0.0.weight"] = weight
+    loaded = load_eager(ldm_files.write(tmp_path / "model.safetensors", state))
+    assert type(loaded).__name__ == kind
+    assert loaded.unet.config.in_channels == channels
+    assert torch.equal(loaded.unet.conv_in.weight, weight)
+    assert loaded.scheduler.config.prediction_type == "epsilon"
+
+
+def predicted(path: Path) -> tuple[str, str]:
+    """What the scheduler says, and the note of why."""
+    return load_rest(path).scheduler.config.prediction_type, resolve(path).notes[0]
+
+
+def test_what_a_checkpoint_predicts(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    flat = ldm_files.write(tmp_path / "flat.safetensors", state)
+    assert predicted(flat)[0] == "epsilon"
+    assert "judging by the spread of a weight" in predicted(flat)[1]
+    spread = state | {SPREAD: torch.tensor([-0.1, 0.1]).repeat(len(state[SPREAD]) // 2)}
+    wide = ldm_files.write(tmp_path / "wide.safetensors", spread)
+    assert predicted(wide)[0] == "v_prediction"
+    said = ldm_files.write(tmp_path / "said.safetensors", spread, {"modelspec.prediction_type": "epsilon"})
+    assert predicted(said)[0] == "epsilon"
+    assert "the file's metadata" in predicted(said)[1]
+    old = ldm_files.write(tmp_path / "old.safetensors", state, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
+    assert predicted(old)[0] == "v_prediction"
+    marked = ldm_files.write(tmp_path / "marked.safetensors", state | {"v_pred": torch.zeros(0)})
+    assert predicted(marked)[0] == "v_prediction"
+
+
+def test_a_config_beside_the_checkpoint_decides(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = ldm_files.write(tmp_path / "model.safetensors", state, {"modelspec.prediction_type": "epsilon"})
+    beside = tmp_path / "model.yaml"
+    beside.write_text("model:\n  params:\n    parameterization: v\n")
+    assert predicted(path)[0] == "v_prediction"
+    assert "says model.yaml" in predicted(path)[1]
+    beside.write_text("model:\n  params:\n    timesteps: 1000\n")
+    assert predicted(path)[0] == "epsilon"
+    beside.write_bytes("model:\r\n  params: {parameterization: v}\r\n".encode("utf-16"))  # as Windows' editor saves
+    assert predicted(path)[0] == "v_prediction"
+    for text in ("model: [", "model: 3", "model: {params: {parameterization: x0}}", "model: \0"):
+        beside.write_text(text)
+        with pytest.raises(ModelError, match=r"configuration .*model.yaml', which lies beside .* cannot be read"):
+            resolve(path)
+
+
+def test_averaged_weights_are_mentioned(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    notes = resolve(ldm_files.write(tmp_path / "model.safetensors", state)).notes
+    assert notes[1] == "holds averaged (EMA) weights as well, which are not used"
+
+
+def test_missing_weights_are_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    for name in ("model.diffusion_model.out.2.bias", "first_stage_model.decoder.up.3.block.0.conv1.weight"):
+        rest = {key: value for key, value in state.items() if key != name}
+        path = ldm_files.write(tmp_path / "part.safetensors", rest)
+        with pytest.raises(ModelError, match=rf"its (unet|vae) lacks 1 of \d+ weights \({name}\): the file is incompl"):
+            load_component(path, "text_encoder")
+
+
+def test_weights_of_another_shape_are_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    state["model.diffusion_model.time_embed.0.bias"] = torch.zeros(7)
+    path = ldm_files.write(tmp_path / "odd.safetensors", state)
+    with pytest.raises(
+        ModelError,
+        match=r"1 of \d+ weights in another shape .* .time_embedding.linear_1.bias: expected \[64\], found \[7\]",
+    ):
+        load_eager(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("first_stage_model.", "has no vae .no weight begins with first_stage_model.*: give a checkpoint that holds"),
+        ("cond_stage_model.", "has no text_encoder .no weight begins with cond_stage_model.transformer. or cond_stage"),
+        ("model.diffusion_model.", "is a VAE alone: give the diffusers folder or the whole checkpoint"),
+    ],
+)
+def test_a_missing_part_is_named(part: str, message: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    rest = {name: value for name, value in state.items() if not name.startswith(part)}
+    with pytest.raises(ModelError, match=message):
+        resolve(ldm_files.write(tmp_path / "part.safetensors", rest))
+
+
+def test_unknown_unets_are_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    for shape, found in {(17, 4, 3, 3): "width 17, text of width 32, 4 ", (16, 7, 3, 3): "width 16, .* 7 "}.items():
+        path = ldm_files.write(tmp_path / "odd.safetensors", state | {first: torch.zeros(shape)})
+        with pytest.raises(ModelError, match=rf"has an unknown UNet \({found}input channels\): sdkd knows width 320"):
+            resolve(path)
+    for name, shape in {first: (64,), CONTEXT: ()}.items():
+        path = ldm_files.write(tmp_path / "flat.safetensors", state | {name: torch.zeros(shape)})
+        with pytest.raises(ModelError, match=rf"its weight {name} has shape \[.*\], not [24] axes: sdkd works on"):
+            resolve(path)
+    path = ldm_files.write(
+        tmp_path / "unclip.safetensors", state | {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(1)}
+    )
+    with pytest.raises(ModelError, match="is unCLIP, whose UNet takes image embeddings as well: sdkd works on"):
+        resolve(path)
+
+
+FULL_SIZE = {"sd15": ("epsilon", 49407), "sd21base": ("epsilon", 0), "sd21": ("v_prediction", 0)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FULL_SIZE)
+def test_full_size_in_half_precision(family: str, tmp_path: Path) -> None:
+    kind, pad = FULL_SIZE[family]
+    model, tokenizer = parse(f"random:{family}"), clip_tokenizer(FAMILIES[family].pad_token)
+    pipe = random_pipeline(model, tokenizer, torch.float16)
+    state = ldm_files.ldm_state(pipe, open_clip=family != "sd15")
+    if kind == "v_prediction":
+        state[SPREAD] = torch.tensor([-0.1, 0.1], dtype=torch.float16).repeat(160)
+        pipe.unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias.data = state[SPREAD]
+    path = ldm_files.write(tmp_path / "model.safetensors", state)
+    del state
+    loaded = load_eager(path, torch.float16)
+    assert differing(loaded, pipe) == []
+    assert loaded.unet.config.sample_size == (96 if kind == "v_prediction" else 64)
+    assert loaded.scheduler.config.prediction_type == kind
+    ids = loaded.tokenizer(PROMPT, padding="max_length", max_length=77).input_ids
+    assert ids[:8] == [49406, 320, 1125, 539, 320, 2368, 49407, pad]
+    assert loaded.text_encoder(torch.tensor([ids])).last_hidden_state.isfinite().all()
+
+
+def test_random_parts_are_those_of_the_whole(pipe: StableDiffusionPipeline) -> None:
+    unet = random_part(parse("random:mini"), "unet", clip_tokenizer(), torch.float32)
+    assert torch.equal(unet.conv_out.weight, pipe.unet.conv_out.weight)

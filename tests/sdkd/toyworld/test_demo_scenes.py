@@ -1,0 +1,171 @@
+"""The demo's scenes: words in and out, the held-out set, and drawings that depend on the scene and the seed only."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from sdkd.demo.dataset import DemoImages
+from sdkd.errors import InputError
+from sdkd.toyworld.scenes import (
+    COLOURS,
+    HELD_OUT_EVERY,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    all_scenes,
+    caption,
+    held_out_scenes,
+    is_held_out,
+    middle,
+    parse_caption,
+    render,
+    sample_scenes,
+    seen_scenes,
+)
+
+STAR = Scene("star", "red", "blue", "small", "top left")
+
+
+def test_number_of_scenes() -> None:
+    assert len(all_scenes()) == len(set(all_scenes())) == 8 * 8 * 7 * 3 * 5 == 6720
+    assert len({caption(scene) for scene in all_scenes()}) == 6720
+
+
+def test_caption_names_everything_but_the_middle() -> None:
+    assert caption(STAR) == "a small red star on a blue background, at the top left"
+    assert caption(Scene("ring", "white", "black")) == "a medium white ring on a black background"
+
+
+def test_every_caption_is_parsed_back() -> None:
+    assert [parse_caption(caption(scene)) for scene in all_scenes()] == list(all_scenes())
+
+
+def test_parse_caption_forgives_case_spaces_and_full_stop() -> None:
+    assert parse_caption("  A small RED star on a blue  background, at the top left. ") == STAR
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a photo of a cat", r"'a photo of a cat' is not of the form .*small, medium, large.*crescent.*bottom right"),
+        ("a small red dog on a blue background", r"shape 'dog' is unknown: choose one of circle, square"),
+        ("a tiny red star on a blue background", r"size 'tiny' is unknown: choose one of small, medium, large"),
+        ("a small red star on a pink background", r"background 'pink' is unknown: choose one of red, green"),
+        ("a small red star on a red background", r"background 'red' hides a red shape: choose one of green"),
+        ("a small red star on a blue background, at the far left", r"position 'far left' is unknown"),
+    ],
+)
+def test_parse_caption_names_the_wrong_word(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_caption(text)
+
+
+def test_held_out_are_one_combination_in_eleven() -> None:
+    combined = {(scene.shape, scene.colour, scene.background) for scene in held_out_scenes()}
+    assert len(combined) == 41
+    assert len(held_out_scenes()) == 41 * len(SIZES) * len(POSITIONS)
+    assert abs(len(held_out_scenes()) / len(all_scenes()) - 1 / HELD_OUT_EVERY) < 0.002
+    assert not any(map(is_held_out, seen_scenes()))
+    assert set(seen_scenes()) | set(held_out_scenes()) == set(all_scenes())
+
+
+def test_every_word_is_seen_in_training() -> None:
+    for field, words in {"shape": SHAPES, "colour": COLOURS, "background": COLOURS}.items():
+        assert {getattr(scene, field) for scene in seen_scenes()} == set(words)
+
+
+def test_colours_are_far_apart() -> None:
+    distances = [np.linalg.norm(np.subtract(a, b)) for a, b in combinations(COLOURS.values(), 2)]
+    assert min(distances) > 120
+
+
+def test_drawing_depends_on_scene_and_seed_only() -> None:
+    first, again, other = (np.asarray(render(STAR, seed)) for seed in (1, 1, 2))
+    assert first.shape == (64, 64, 3)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("image_size", [64, 128])
+def test_drawing_has_both_colours_where_they_belong(image_size: int) -> None:
+    for shape in ("circle", "square", "triangle", "star", "cross", "heart"):
+        scene = Scene(shape, "yellow", "black", "large", "bottom right")
+        pixels = np.asarray(render(scene, 0, image_size))
+        x, y = (middle("large", "bottom right") * image_size).astype(int)
+        assert pixels.shape == (image_size, image_size, 3)
+        assert tuple(pixels[0, 0]) == COLOURS["black"]
+        assert tuple(pixels[y, x]) == COLOURS["yellow"]
+
+
+def test_ring_has_a_hole() -> None:
+    pixels = np.asarray(render(Scene("ring", "cyan", "red", "large"), 0))
+    assert tuple(pixels[32, 32]) == COLOURS["red"]
+
+
+def test_shapes_stay_inside() -> None:
+    for scene in sample_scenes(all_scenes(), 100, 0):
+        pixels = np.asarray(render(scene, 5))
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        share = (border == COLOURS[scene.background]).all(1).mean()
+        # A large triangle, wider than high, may touch the border with its foot.
+        assert share > 0.8 if (scene.shape, scene.size) == ("triangle", "large") else share == 1, scene
+
+
+def test_too_small_an_image_is_refused() -> None:
+    with pytest.raises(InputError, match="image size 8 is too small"):
+        render(STAR, 0, 8)
+
+
+def test_sample_scenes_is_repeatable_and_bounded() -> None:
+    assert sample_scenes(seen_scenes(), 20, 3) == sample_scenes(seen_scenes(), 20, 3)
+    assert len(set(sample_scenes(seen_scenes(), 500, 3))) == 500
+    with pytest.raises(InputError, match="count 7000 is not between 1 and 6720"):
+        sample_scenes(all_scenes(), 7000, 0)
+
+
+def test_dataset_is_repeatable_and_never_held_out() -> None:
+    images, again = DemoImages(seed=4, as_tensor=True), DemoImages(seed=4, as_tensor=True)
+    assert len(images) == len(seen_scenes())
+    for index in (0, 17, 6000):
+        item = images[index]
+        assert item["image"].shape == (3, 64, 64)
+        assert item["image"].dtype == torch.float32
+        assert -1 <= float(item["image"].min()) < float(item["image"].max()) <= 1
+        assert torch.equal(item["image"], again[index]["image"])
+        assert not is_held_out(parse_caption(item["caption"]))
+    assert {images.scene(index) for index in range(len(images))} == set(seen_scenes())
+
+
+def test_dataset_goes_on_with_other_drawings() -> None:
+    images = DemoImages(2 * len(seen_scenes()), seed=1)
+    later = [index for index in range(len(seen_scenes()), len(images)) if images.scene(index) == images.scene(0)]
+    assert len(later) == 1
+    assert images[0]["caption"] == images[later[0]]["caption"]
+    assert images[0]["image"].tobytes() != images[later[0]]["image"].tobytes()
+
+
+def test_dataset_of_held_out_scenes_only() -> None:
+    images = DemoImages(10, held_out=True, image_size=32)
+    assert images[3]["image"].size == (32, 32)
+    assert all(is_held_out(images.scene(index)) for index in range(10))
+
+
+def test_dataset_bounds() -> None:
+    with pytest.raises(InputError, match="count 0 is not a number of images"):
+        DemoImages(0)
+    with pytest.raises(IndexError, match=r"index 10 is not in 0\.\.9"):
+        DemoImages(10)[10]
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, sdkd.demo.teacher, sdkd.toyworld.scenes, sdkd.toyworld.reader, sdkd.toyworld.accuracy; "
+    heavy = "{'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", f"{code}print({heavy})"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
