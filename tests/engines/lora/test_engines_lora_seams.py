@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
+from lora_drawing import agree, differ, draw
 from safetensors.torch import save_file
 from small_exports import small_pipeline
-from test_engines_lora import agree, differ, draw
 
 from engines import load_pipeline, plug, unplug
 from sdkd.errors import EngineError, InputError, ModelError

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from engine_bundles import RANGES, edit_engine, graph_unet, pipeline_bundle, reference, unet_feeds
+from gpu_engines import KINDS, LARGE, SMALL, for_this_gpu, graph_for_gpu, on_gpu, skip_foreign, usable
 from graph_bundles import CONFIGS, Graph, graph_bundle, graph_model, replace_component
+from lora_drawing import draw, save_lora
 from onnx import helper
 from small_bundles import CALLS, SIZES, small_bundle, small_modules
 from small_exports import bundle_copy
 from small_exports import small_pipeline as exported_pipeline
-from test_engines_gpu import KINDS, LARGE, SMALL, for_this_gpu, graph_for_gpu, on_gpu, skip_foreign, usable
-from test_engines_lora import draw, save_lora
 
 from engines import load_pipeline, plug
 from engines.sessions.opening import open_session

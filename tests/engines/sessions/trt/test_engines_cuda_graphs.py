@@ -12,8 +12,8 @@ import onnx
 import pytest
 import torch
 from engine_bundles import reference, unet_feeds
+from gpu_engines import KINDS, graph_for_gpu, on_gpu, real_feeds, real_unet
 from onnx import numpy_helper
-from test_engines_gpu import KINDS, graph_for_gpu, on_gpu, real_feeds, real_unet
 
 from engines.sessions.base import EngineSession
 from engines.sessions.opening import open_session

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from engine_bundles import graph_unet, pipeline_bundle, reference, unet_feeds
+from gpu_engines import KINDS, LARGE, SMALL, graph_for_gpu, on_gpu, real_feeds, real_unet, skip_foreign, usable
 from graph_bundles import graph_bundle
 from onnx import numpy_helper
 from small_bundles import small_pipeline
-from small_exports import bundle_copy
 
 from engines.pipelines.layers import count_layers
 from engines.pipelines.pipeline import load_pipeline, plug
@@ -23,15 +22,13 @@ from engines.sessions.opening import open_session
 from engines.sessions.trt import session as session_tensorrt
 from engines.sessions.trt.session import recorder
 from export.build.engines import build_engine
-from export.build.options import REFIT, BuildOptions
+from export.build.options import REFIT
 from sdkd.bundle.manifest import Bundle
 from sdkd.commands.inspect import examine
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError, RangeError
-from sdkd.targets.gpu_trial import CURRENT, capabilities, reasons, remembered, runs_portably
-from sdkd.targets.registry import TARGETS, availability, cache_folder, environment, gpu, require
-
-KINDS = ("tensorrt", "tensorrt-rtx")
+from sdkd.targets.gpu_trial import reasons
+from sdkd.targets.registry import cache_folder, require
 
 
 def test_the_recorder_keeps_errors() -> None:
@@ -55,40 +52,6 @@ def test_invalid_engines_are_explained() -> None:
 # On a GPU
 
 
-def usable(target: str) -> None:
-    here = availability(target)
-    if not (here.can_build and here.can_run):
-        pytest.skip(f"{target}: {here.reason}")
-    if TARGETS[target].builds_on_gpu or not (device := gpu()):
-        return
-    found, named = device["compute_capability"], capabilities(require(target))
-    if named and found not in named and runs_portably(target) != found:
-        pytest.skip(f"{target}: {found} is not named by the library, and no trial ran here: sdkd doctor --try")
-
-
-def for_this_gpu(target: str) -> dict[str, Any]:
-    """Options for what can be built for one GPU only; skips where a trial has shown that such a plan does not run."""
-    if TARGETS[target].builds_on_gpu:
-        return {}
-    if failed := [trial for trial in remembered(target) if trial.plan == CURRENT and not trial.ran]:
-        pytest.skip(failed[0].words())
-    return {"compute_capabilities": (CURRENT,)}
-
-
-def skip_foreign(bundle: Bundle, target: str) -> None:
-    """Skip where this GPU is none of those that an ahead-of-time engine can be built for."""
-    if reasons := bundle.stale_reasons(bundle.engine(target, "unet"), environment(target)):
-        pytest.skip("; ".join(reasons))
-
-
-def graph_for_gpu(folder: Path, target: str) -> Bundle:
-    """A hand-written UNet in float16 for this GPU: 32 to 64 px, up to 2 images; skips where it cannot run."""
-    usable(target)
-    bundle = graph_unet(folder, "fp16", (target,))
-    skip_foreign(bundle, target)
-    return bundle
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def gpu_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return graph_for_gpu(tmp_path_factory.mktemp("gpu") / "bundle", request.param)
@@ -97,10 +60,6 @@ def gpu_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def session(gpu_bundle: Bundle) -> EngineSession:
     return open_session(gpu_bundle, gpu_bundle.slots()[0], "unet")
-
-
-def on_gpu(feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.cuda() for name, tensor in feeds.items()}
 
 
 def close(result: torch.Tensor, bundle: Bundle, feeds: dict[str, torch.Tensor]) -> bool:
@@ -199,10 +158,6 @@ def test_gpu_onnxruntime_binds_cuda_memory(tmp_path: Path) -> None:
         assert close(session.run(on_gpu(feeds))["out_sample"], bundle, feeds)
 
 
-SMALL = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
-LARGE = ShapeRanges(Range.fixed(1), Range(32, 64, 64), Range(32, 64, 64), Range.fixed(77))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_profiles_are_switched(tmp_path: Path, kind: str) -> None:
@@ -223,26 +178,6 @@ def test_gpu_profiles_are_switched(tmp_path: Path, kind: str) -> None:
             assert close(result, bundle, feeds)
         with pytest.raises(RangeError, match=r"asked for batch 2 \(4 with guidance\), height 64 px.*covers all"):
             session.run(on_gpu(unet_feeds("fp16", 4, 32)))
-
-
-def real_unet(folder: Path, kind: str, **options: Any) -> Bundle:
-    """An exported UNet of two levels as an engine in float32, for this GPU."""
-    usable(kind)
-    if options.keys() & {"refit", "strip_weights"}:
-        options |= for_this_gpu(kind)
-    bundle = build_engine(
-        bundle_copy(folder), kind, precision="fp32", components=("unet",), options=BuildOptions(**options)
-    )
-    skip_foreign(bundle, kind)
-    return bundle
-
-
-def real_feeds(bundle: Bundle) -> dict[str, torch.Tensor]:
-    sizes = {"batch": 2, "height": 16, "width": 16, "sequence": 77}
-    generator = torch.Generator().manual_seed(0)
-    specs = bundle.component("unet").contract.inputs
-    feeds = {spec.name: torch.randn(spec.shape(sizes), generator=generator) for spec in specs}
-    return feeds | {"timestep": torch.tensor(250.0)}
 
 
 @pytest.mark.gpu

@@ -1,0 +1,47 @@
+"""Images of pipelines with LoRAs, and LoRA files with fixed weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+
+def save_lora(pipe: Any, folder: Path, seed: int, *, text: bool = False) -> Path:
+    """A LoRA with random weights for the UNet's attention and first convolutions, and for the text encoder."""
+    torch.manual_seed(seed)
+    changed = copy.deepcopy({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    targets = {"unet": ["to_q", "to_k", "to_v", "to_out.0", "conv1"], "text_encoder": ["q_proj", "v_proj"]}
+    layers = {}
+    for part in ("unet", "text_encoder") if text else ("unet",):
+        changed[part].add_adapter(LoraConfig(r=4, target_modules=targets[part], lora_alpha=6, init_lora_weights=False))
+        layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(changed[part]))
+    StableDiffusionPipeline.save_lora_weights(folder, **layers)
+    return folder
+
+
+def draw(pipe: Any, size: int | None = None) -> np.ndarray:
+    """Two steps from seed 0, as an array in [0, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    images: np.ndarray = pipe(
+        "a cat", num_inference_steps=2, guidance_scale=4.0, output_type="np", height=size, width=size,
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    return images
+
+
+def agree(one: np.ndarray, other: np.ndarray) -> None:
+    """At least 60 dB."""
+    assert 10 * np.log10(1 / max(float(np.mean((one - other) ** 2)), 1e-12)) > 60
+
+
+def differ(one: np.ndarray, other: np.ndarray) -> None:
+    """Another image, by far more than rounding."""
+    assert np.abs(one - other).max() > 0.02
