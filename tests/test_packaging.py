@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -63,5 +64,9 @@ def test_what_a_page_names_exists(page: Path) -> None:
     assert [tool for tool in re.findall(r"python (tools/\w+\.py)", text) if not (ROOT / tool).is_file()] == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
+    for name in re.findall(r"`((?:sdkd|export|engines)(?:\.\w+)+)", text):
+        assert pkgutil.resolve_name(name), name
+    paths = re.findall(r"`((?:sdkd|export|engines|tools|tests|benchmarks)/[\w./-]+)`", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
     local = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
