@@ -46,11 +46,6 @@ class Source:
     _hashed: dict[str, str] = field(default_factory=dict)
 
     @property
-    def owned(self) -> bool:
-        """Whether modules were loaded here, and may be changed in place."""
-        return self.model is not None
-
-    @property
     def components(self) -> tuple[str, ...]:
         """What this source has to export."""
         has_controlnet = "controlnet" in self.replaced or getattr(self.rest, "controlnet", None) is not None

@@ -23,7 +23,6 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdkd.core.files import read_json, write_json
-from sdkd.demo.dataset import to_tensor
 from sdkd.demo.teacher import GUIDANCE_SCALE, STEPS, teacher_path
 from sdkd.toyworld.accuracy import CaptionAccuracy, draw
 from sdkd.toyworld.reader import read_image
@@ -48,12 +47,17 @@ def read_all(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> CaptionA
     return CaptionAccuracy(tuple(scenes), tuple(map(read_image, images)))
 
 
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB pixels as float32 [3, height, width] of -1..1."""
+    return torch.from_numpy(np.asarray(image).astype(np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
 @torch.no_grad()
 def reconstructions(pipe: Any, drawings: Sequence[Image.Image]) -> list[Image.Image]:
     """The drawings after the VAE's encoder and decoder."""
     images: list[Image.Image] = []
     for start in range(0, len(drawings), 50):
-        pixels = torch.stack([to_tensor(np.asarray(image)) for image in drawings[start : start + 50]])
+        pixels = torch.stack([to_tensor(image) for image in drawings[start : start + 50]])
         decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
         images += pipe.image_processor.postprocess(decoded, output_type="pil")
     return images

@@ -60,11 +60,6 @@ class EngineWeights:
         """Other weights that are asked for, by state-dict name; empty for the bundle's own."""
         return self._wish.checkpoint
 
-    @property
-    def adapted(self) -> bool:
-        """Whether adapters are to be on top."""
-        return bool(self._wish.deltas)
-
     def use(self, state: Mapping[str, torch.Tensor]) -> None:
         """Other weights of the same architecture, by state-dict name; none: the bundle's own."""
         with self._asking:

@@ -152,11 +152,6 @@ def to_ranges(typed: Typed, bundle: Bundle) -> ShapeRanges:
     return ranges
 
 
-def parse_ranges(sizes: Sequence[str], batch: str | None, sequence: str | None, bundle: Bundle) -> ShapeRanges:
-    """`to_ranges` of one profile."""
-    return to_ranges(Typed(tuple(sizes), batch=batch, tokens=sequence), bundle)
-
-
 def cover(profiles: Sequence[ShapeRanges]) -> ShapeRanges:
     """The smallest ranges that hold all profiles, best for the first's best."""
     names = ("batch", "height", "width", "sequence")

@@ -86,7 +86,6 @@ def check_numbers(values: Mapping[str, object], table: Mapping[str, Bounds]) -> 
 
 
 SEED = Bounds(0, 2**64 - 1, whole=True)  # what torch.Generator.manual_seed takes
-COUNT = Bounds(1, 2**31 - 1, whole=True)  # of things: images, runs, processes
 SHARE = Bounds(0, 1)
 
 # Of images to draw, in options, in Python and in comparisons; sizes in pixels.

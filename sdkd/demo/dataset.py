@@ -6,12 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from sdkd.errors import InputError
-from sdkd.toyworld.scenes import IMAGE_SIZE, Scene, caption, held_out_scenes, render, seen_scenes
+from sdkd.toyworld.scenes import Scene, caption, held_out_scenes, render, seen_scenes
 
 
 @lru_cache(maxsize=4)
@@ -20,26 +19,18 @@ def _order(seed: int, turn: int, count: int) -> NDArray[np.int64]:
 
 
 class DemoImages(Dataset[dict[str, Any]]):
-    """Items {"image": PIL image (`as_tensor`: float32 [3, size, size] in -1..1), "caption": str}.
+    """Items {"image": PIL image, "caption": str}.
 
     Every pass over the scenes comes in another order and with other drawings; `held_out` gives the scenes that are
     never trained on in place of those that may be.
     """
 
-    def __init__(
-        self,
-        count: int | None = None,
-        seed: int = 0,
-        *,
-        held_out: bool = False,
-        as_tensor: bool = False,
-        image_size: int = IMAGE_SIZE,
-    ) -> None:
+    def __init__(self, count: int | None = None, seed: int = 0, *, held_out: bool = False) -> None:
         self.scenes = held_out_scenes() if held_out else seen_scenes()
         self.count = len(self.scenes) if count is None else count
         if self.count < 1:
             raise InputError(f"count {count} is not a number of images: use 1 or more")
-        self.seed, self.as_tensor, self.image_size = seed, as_tensor, image_size
+        self.seed = seed
 
     def __len__(self) -> int:
         return self.count
@@ -53,10 +44,4 @@ class DemoImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scene(index)
-        image = render(scene, self.seed * 1_000_003 + index, self.image_size)
-        return {"image": to_tensor(np.asarray(image)) if self.as_tensor else image, "caption": caption(scene)}
-
-
-def to_tensor(pixels: NDArray[np.uint8]) -> torch.Tensor:
-    """uint8 [height, width, 3] of 0..255 -> float32 [3, height, width] of -1..1."""
-    return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
+        return {"image": render(scene, self.seed * 1_000_003 + index), "caption": caption(scene)}

@@ -41,7 +41,6 @@ class Checkpoint:
 
     weights: Weights
     family: Family
-    family_name: str
     channels: int
     prediction_type: str
     notes: tuple[str, ...]
@@ -71,7 +70,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
     kind, reason = prediction(weights, families)
     name = next((name for name in families if FAMILIES[name].prediction_type == kind), families[0])
-    return Checkpoint(weights, FAMILIES[name], name, channels, kind, _notes(weights, kind, reason))
+    return Checkpoint(weights, FAMILIES[name], channels, kind, _notes(weights, kind, reason))
 
 
 def _families(weights: Weights, what: str) -> tuple[list[str], int]:

@@ -20,7 +20,6 @@ from sdkd.errors import InputError, MissingExtraError
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")  # in the kernel's words, the widest first
-EAGER_TARGETS = ("eager", "compile")
 DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # the oldest for Linux, by major version of CUDA
 DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
 

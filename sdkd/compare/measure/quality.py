@@ -154,12 +154,6 @@ def difference_image(image: Image, reference: Image, largest_px: int | None = No
     return fromarray(found)
 
 
-def psnr_db(image: Image, reference: Image) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 images; infinity when identical."""
-    found = image_likeness(image, reference)
-    return math.inf if found.psnr_db is None else found.psnr_db
-
-
 def likeness(
     images: Sequence[Image], references: Sequence[Image], reference: str, perceptual: Perceptual | None = None
 ) -> Likeness:

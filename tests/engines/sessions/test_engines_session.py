@@ -18,7 +18,7 @@ from engines.sessions.base import EngineSession
 from engines.sessions.checks import check_engine
 from engines.sessions.opening import open_session
 from engines.sessions.ranges import fitting_profiles
-from export.build.ranges import Typed, parse_profiles, parse_ranges
+from export.build.ranges import Typed, parse_profiles, to_ranges
 from export.build_cli import build_engine
 from sdkd.bundle.manifest import Bundle, FileRecord
 from sdkd.core.contract import TensorSpec
@@ -255,7 +255,8 @@ def test_the_shown_command_covers_both(graph: Bundle, batch: int, size: int) -> 
     words = str(caught.value).split("sdkd build-engine ")[1].split()
     options = dict(zip(words[1::2], words[2::2], strict=True))
     assert {word.removeprefix("--") for word in options} <= set(inspect.signature(build_engine).parameters)
-    ranges = parse_ranges([options["--size"]], options["--batch"], options["--tokens"], graph)
+    typed = Typed((options["--size"],), batch=options["--batch"], tokens=options["--tokens"])
+    ranges = to_ranges(typed, graph)
     for name in ("batch", "height", "width", "sequence"):
         built = getattr(graph.engine("onnxruntime", "unet").ranges, name)
         assert built.min in getattr(ranges, name)

@@ -10,13 +10,14 @@ from graph_bundles import CONFIGS, graph_bundle
 
 from export.build.ranges import (
     Geometry,
+    Typed,
     check_sizes,
     default_ranges,
     input_shapes,
     max_tokens,
     native_size,
     other_sizes,
-    parse_ranges,
+    to_ranges,
 )
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import component_contract
@@ -43,7 +44,7 @@ def test_default_is_the_native_size_and_up_to_four_images(bundle: Bundle) -> Non
     assert native_size(bundle) == (512, 512)
     expected = ShapeRanges(Range(1, 1, 4), Range.fixed(512), Range.fixed(512), Range.fixed(77))
     assert default_ranges(bundle) == expected
-    assert parse_ranges([], None, None, bundle) == expected
+    assert to_ranges(Typed(), bundle) == expected
 
 
 def test_native_size_may_differ_by_side(bundle: Bundle) -> None:
@@ -65,7 +66,7 @@ def test_native_size_may_differ_by_side(bundle: Bundle) -> None:
     ],
 )
 def test_sizes_as_people_type_them(bundle: Bundle, sizes: list[str], height: Range, width: Range) -> None:
-    ranges = parse_ranges(sizes, "1..2", None, bundle)
+    ranges = to_ranges(Typed(tuple(sizes), batch="1..2"), bundle)
     assert (ranges.height, ranges.width) == (height, width)
     assert ranges.batch == Range(1, 1, 2)
 
@@ -87,11 +88,11 @@ def test_sizes_as_people_type_them(bundle: Bundle, sizes: list[str], height: Ran
 )
 def test_refused(bundle: Bundle, sizes: list[str], batch: str | None, tokens: str | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        parse_ranges(sizes, batch, tokens, bundle)
+        to_ranges(Typed(tuple(sizes), batch=batch, tokens=tokens), bundle)
 
 
 def test_prompts_of_several_parts(bundle: Bundle) -> None:
-    assert parse_ranges([], None, "77..231", bundle).sequence == Range(77, 77, 231)
+    assert to_ranges(Typed(tokens="77..231"), bundle).sequence == Range(77, 77, 231)
 
 
 def test_a_three_level_student_takes_smaller_steps() -> None:

@@ -24,6 +24,7 @@ import sdkd.compare.measure.worker as worker
 from sdkd import cli
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.planning import Wish, _ranges, make_plan
+from sdkd.compare.measure.quality import likeness
 from sdkd.compare.measure.refusals import check_targets
 from sdkd.compare.measure.timing import Timer
 from sdkd.errors import EngineError, InputError
@@ -98,11 +99,9 @@ def test_images_of_one_call_are_those_of_calls_alone() -> None:
     alone = compare([Subject("a", model)], image_runs=1, **QUICK | {"prompts": ["a red star", "a blue ring"] * 2})
     assert (two.setup.batch, two.setup.unet_batch, alone.setup.unet_batch) == (2, 4, 2)
     assert len(two.images["a"]) == len(two.setup.image_prompts) == 4
-    from sdkd.compare.measure.quality import psnr_db
-
     # Sums of a larger matrix product are rounded otherwise; another seed's image would be 10 dB away.
-    assert min(map(psnr_db, two.images["a"], alone.images["a"])) > 40
-    assert psnr_db(two.images["a"][0], two.images["a"][2]) < 40
+    assert likeness(two.images["a"], alone.images["a"], "").psnr_min_db > 40
+    assert likeness(two.images["a"][:1], two.images["a"][2:3], "").psnr_min_db < 40
     row = two.results[0]
     assert row.repeatable
     assert row.image_cpu_s is not None

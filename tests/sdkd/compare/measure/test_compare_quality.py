@@ -15,7 +15,6 @@ from sdkd.compare.measure.quality import (
     image_likeness,
     likeness,
     pixels,
-    psnr_db,
     ssim,
 )
 from sdkd.errors import InputError
@@ -26,12 +25,11 @@ def grey(level: int, size: tuple[int, int] = (4, 4)) -> Image.Image:
 
 
 def test_one_level_everywhere_is_48_db() -> None:
-    assert psnr_db(grey(100), grey(101)) == pytest.approx(48.1308, abs=1e-4)
-    assert psnr_db(grey(0), grey(255)) == pytest.approx(0.0)
+    assert image_likeness(grey(100), grey(101)).psnr_db == pytest.approx(48.1308, abs=1e-4)
+    assert image_likeness(grey(0), grey(255)).psnr_db == pytest.approx(0.0)
 
 
-def test_identical_images_are_infinitely_close_and_json_gets_none() -> None:
-    assert psnr_db(grey(7), grey(7)) == math.inf
+def test_the_psnr_of_identical_images_is_none_as_in_json() -> None:
     assert image_likeness(grey(7), grey(7)) == ImageLikeness(None, True, 0)
 
 
@@ -54,7 +52,7 @@ def test_a_likeness_has_the_mean_and_the_worst_image() -> None:
 
 def test_images_of_different_sizes_are_refused() -> None:
     with pytest.raises(InputError, match=r"images of \(4, 4\) and \(8, 4\) pixels cannot be compared"):
-        psnr_db(grey(0), grey(0, (8, 4)))
+        image_likeness(grey(0), grey(0, (8, 4)))
 
 
 def test_as_many_images_as_references() -> None:
