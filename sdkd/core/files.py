@@ -78,15 +78,15 @@ def staged_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock(path: Path, timeout: float = 0.0) -> Iterator[None]:
-    """Hold the lock of an output folder, across processes; BusyError after `timeout` seconds of waiting."""
+def lock(path: Path) -> Iterator[None]:
+    """Hold the lock of an output folder, across processes; BusyError when another one has it."""
     from filelock import FileLock, Timeout
 
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = FileLock(str(path.parent / f".{path.name}.lock"))
     try:
-        holder.acquire(timeout=timeout)
+        holder.acquire(timeout=0)
     except Timeout:
         raise BusyError(
             f"output {str(path)!r} is being written by another process: wait for it, or choose another folder"

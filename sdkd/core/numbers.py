@@ -57,20 +57,13 @@ def _shown(number: Any) -> str:
 
 
 def check_number(
-    name: str,
-    value: object,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    whole: bool = False,
-    above: float | None = None,
-    below: float | None = None,
+    name: str, value: object, low: float | None = None, high: float | None = None, *, whole: bool = False
 ) -> None:
     """InputError, which names value and bounds, for NaN, infinity, what is out of bounds and what is no number.
 
     A bool and a text are no numbers; a float is no `whole` one, even 2.0.
     """
-    if problem := Bounds(low, high, whole, above, below).problem(name, value):
+    if problem := Bounds(low, high, whole).problem(name, value):
         raise InputError(problem)
 
 

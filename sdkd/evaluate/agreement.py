@@ -153,7 +153,7 @@ def _ask(
     return torch.stack(answers)
 
 
-def noise_agreement(pipe: StableDiffusionPipeline, probe: Probe, progress: Progress = quiet) -> NoiseAgreement:
+def noise_agreement(pipe: StableDiffusionPipeline, probe: Probe) -> NoiseAgreement:
     """How far a pipeline's UNet is from the probe's teacher; ModelError when the two cannot take the same input."""
     differing = [name for name, value in probe.fixed.items() if pipe.unet.config[name] != value]
     if differing:
@@ -162,7 +162,7 @@ def noise_agreement(pipe: StableDiffusionPipeline, probe: Probe, progress: Progr
     kind = str(pipe.scheduler.config.get("prediction_type", "epsilon"))
     if kind != probe.prediction_type:
         raise ModelError(f"it predicts {kind}, the teacher {probe.prediction_type}")
-    own = _ask(pipe.unet, probe.noisy, probe.timesteps, probe.text, progress)
+    own = _ask(pipe.unet, probe.noisy, probe.timesteps, probe.text, quiet)
     errors = (own - probe.answers).double().square().mean(dim=(2, 3, 4))
     return NoiseAgreement(tuple(tuple(row) for row in errors.tolist()))
 

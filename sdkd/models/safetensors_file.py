@@ -181,7 +181,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Te
         )
 
 
-def some(names: Iterable[str], count: int = 3) -> str:
+def some(names: Iterable[str]) -> str:
     """The first few of many names, for a message."""
     ordered = list(names)
-    return ", ".join(ordered[:count]) + (", ..." if len(ordered) > count else "")
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")

@@ -232,9 +232,9 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> str:
     return f"{name} ({widest})" if widest else name
 
 
-def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
+def cpu_flags() -> set[str]:
     """What the CPU's cores can do, in the kernel's words; empty where it tells nothing."""
-    return _flags(_told(cpuinfo))
+    return _flags(_told(CPUINFO))
 
 
 def _flags(told: Mapping[str, str]) -> set[str]:

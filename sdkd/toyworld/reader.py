@@ -81,8 +81,9 @@ def _weights(places: Floats, side: int) -> Floats:
     return np.clip(1 - np.abs(places[:, None] - np.arange(side)[None]), 0, None)
 
 
-def _shape_mask(shape: str, size: str, angle: float, scale: int = 4) -> Floats:
+def _shape_mask(shape: str, size: str, angle: float) -> Floats:
     """The mask of a shape in the middle of an image, slightly blurred: float [64, 64] of 0..1."""
+    scale = 4  # drawn larger, then reduced
     side = IMAGE_SIZE * scale
     image = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(image)

@@ -68,7 +68,8 @@ def _star() -> Points:
     return _moved(_polygon(np.arange(10) / 10, np.tile([1.15, 0.48], 5)), y=0.08)
 
 
-def _cross(arm: float = 0.32) -> Points:
+def _cross() -> Points:
+    arm = 0.32
     quarter = np.array([[arm, -1], [arm, -arm], [1, -arm]])
     turn = np.array([[0, 1], [-1, 0]])
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, number) for number in range(4)])

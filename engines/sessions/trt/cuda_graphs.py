@@ -61,11 +61,9 @@ class GraphCache(Generic[Entry]):
     `free` is given each entry that is dropped. Not thread-safe: sessions run one call at a time.
     """
 
-    def __init__(self, free: Callable[[Entry], None], capacity: int = CAPACITY) -> None:
-        if capacity < 1:
-            raise ValueError(f"a cache of {capacity} graphs holds none")
+    def __init__(self, free: Callable[[Entry], None]) -> None:
         self.off = ""  # the reason why there are no graphs
-        self._free, self._capacity = free, capacity
+        self._free = free
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
         self._seen: OrderedDict[Key, None] = OrderedDict()
 
@@ -93,7 +91,7 @@ class GraphCache(Generic[Entry]):
         """Keep a graph; the one that was not used for longest is dropped when there are too many."""
         self._seen.pop(key, None)  # once dropped, it needs two calls again: a turn of many shapes seldom captures
         self._entries[key] = entry
-        while len(self._entries) > self._capacity:
+        while len(self._entries) > CAPACITY:
             _, oldest = self._entries.popitem(last=False)
             self._free(oldest)
 

@@ -146,9 +146,7 @@ class Images(Protocol):
     def __iter__(self) -> Iterator[Image]: ...
 
 
-def frechet_distance(
-    real: Images, generated: Images, inception: Path, device: str = "cpu", batch_size: int = 16
-) -> float:
+def frechet_distance(real: Images, generated: Images, inception: Path, device: str = "cpu") -> float:
     """FID of two sets of images (Heusel et al. 2017); NotMeasuredError without torchmetrics or torch-fidelity.
 
     InputError with fewer than 2 images of a kind, or for a damaged weight file.
@@ -165,7 +163,7 @@ def frechet_distance(
         raise InputError(
             f"Inception file {str(inception)!r} cannot be loaded ({error}): get {INCEPTION_URL}"
         ) from error
-    return accumulate(metric, real, generated, device, batch_size)
+    return accumulate(metric, real, generated, device)
 
 
 def accumulate(metric: Any, real: Images, generated: Images, device: str = "cpu", batch_size: int = 16) -> float:
@@ -176,7 +174,7 @@ def accumulate(metric: Any, real: Images, generated: Images, device: str = "cpu"
     return float(metric.compute())
 
 
-def lpips_distance(device: str = "cpu") -> Callable[[Image, Image], float | None]:
+def lpips_distance() -> Callable[[Image, Image], float | None]:
     """LPIPS of two images of equal size on AlexNet (Zhang et al. 2018): 0 for equal images, larger is further.
 
     None for images below LPIPS_LEAST_PX. NotMeasuredError without torchmetrics, torchvision, or AlexNet's weights in
@@ -193,7 +191,7 @@ def lpips_distance(device: str = "cpu") -> Callable[[Image, Image], float | None
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     try:
-        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
     except Exception as error:  # whatever reading a foreign file raises
         raise InputError(
             f"AlexNet's weights cannot be loaded ({error}): delete {weights} and get them again"
@@ -204,7 +202,7 @@ def lpips_distance(device: str = "cpu") -> Callable[[Image, Image], float | None
         if min(image.size) < LPIPS_LEAST_PX:
             return None
         metric.reset()
-        return float(metric(*(_bytes(one)[None].to(device) / 255 for one in (image, reference))))
+        return float(metric(*(_bytes(one)[None] / 255 for one in (image, reference))))
 
     return distance
 

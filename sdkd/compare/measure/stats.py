@@ -67,15 +67,7 @@ class Ratio:
         return self.low <= 1.0 <= self.high
 
 
-def speedup(
-    baseline: Rounds,
-    subject: Rounds,
-    *,
-    paired: bool = True,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-) -> Ratio | None:
+def speedup(baseline: Rounds, subject: Rounds, *, paired: bool = True) -> Ratio | None:
     """How many times faster `subject` is than `baseline`: median(baseline) / median(subject), with its interval.
 
     Two-stage percentile bootstrap (Davison & Hinkley 1997, section 3.8): rounds are drawn with replacement, the
@@ -84,18 +76,18 @@ def speedup(
     """
     if min(len(baseline), len(subject)) < FEWEST_ROUNDS:
         return None
-    generator = np.random.default_rng(seed)
-    first = _draw_rounds(len(baseline), resamples, generator)
+    generator = np.random.default_rng(0)
+    first = _draw_rounds(len(baseline), generator)
     together = paired and len(subject) == len(baseline)
-    second = first if together else _draw_rounds(len(subject), resamples, generator)
+    second = first if together else _draw_rounds(len(subject), generator)
     ratios = _medians(baseline, first, generator) / _medians(subject, second, generator)
-    tail = 50 * (1 - confidence)
+    tail = 50 * (1 - CONFIDENCE)
     low, high = (float(value) for value in np.percentile(ratios, (tail, 100 - tail)))
-    return Ratio(Spread.of(baseline).median / Spread.of(subject).median, low, high, confidence)
+    return Ratio(Spread.of(baseline).median / Spread.of(subject).median, low, high)
 
 
-def _draw_rounds(count: int, resamples: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    return generator.integers(0, count, size=(resamples, count))
+def _draw_rounds(count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    return generator.integers(0, count, size=(RESAMPLES, count))
 
 
 def _medians(rounds: Rounds, drawn: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.float64]:

@@ -73,13 +73,13 @@ class Timer:
         return Sample(self.clock() - wall, self.cpu_clock() - cpu, start.elapsed_time(end) / 1000)
 
 
-def warm_up(work: Work, timer: Timer, most: int = MOST_WARM_CALLS) -> list[float]:
+def warm_up(work: Work, timer: Timer) -> list[float]:
     """Call until three calls in a row lie within 10 % of each other; seconds of each call.
 
-    `most` times at most, and for MOST_WARM_SECONDS after the first call, which compiles where something is compiled.
+    MOST_WARM_CALLS times at most, and for MOST_WARM_SECONDS after the first call, in which something may be compiled.
     """
     spent: list[float] = []
-    while len(spent) < most and sum(spent[1:]) < MOST_WARM_SECONDS:
+    while len(spent) < MOST_WARM_CALLS and sum(spent[1:]) < MOST_WARM_SECONDS:
         spent.append(timer.time(work).seconds)
         last = spent[-WARM_CALLS:]
         if len(last) == WARM_CALLS and max(last) <= min(last) * (1 + WARM_TOLERANCE):

@@ -25,7 +25,7 @@ Crop = Literal["center", "random"]
 CROPS: tuple[Crop, ...] = ("center", "random")
 
 
-def aspect_buckets(resolution: int, step: int = STEP, ratio: float = RATIO) -> list[tuple[int, int]]:
+def aspect_buckets(resolution: int, step: int = STEP) -> list[tuple[int, int]]:
     """Sizes (height, width) in pixels, from tall to wide: multiples of `step`, at most resolution^2 pixels each.
 
     Each is the largest of its width or height. InputError when not even one square of `step` pixels fits.
@@ -34,9 +34,9 @@ def aspect_buckets(resolution: int, step: int = STEP, ratio: float = RATIO) -> l
         raise InputError(f"resolution {resolution} is too small for buckets: give {step} pixels or more")
     square = resolution // step * step
     found = {(square, square)}
-    for side in range(step, int(resolution * ratio) + 1, step):
+    for side in range(step, int(resolution * RATIO) + 1, step):
         other = resolution * resolution // side // step * step
-        if other and max(side, other) <= ratio * min(side, other):
+        if other and max(side, other) <= RATIO * min(side, other):
             found |= {(side, other), (other, side)}
     return sorted(found, key=lambda size: (size[1] / size[0], size[0] * size[1]))
 

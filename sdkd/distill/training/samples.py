@@ -96,12 +96,12 @@ def crossed(pixels: NDArray[Any]) -> Image:
     return image
 
 
-def joined(images: Sequence[Image], columns: int = 4) -> Image:
-    """Images of one size side by side, `columns` in a row."""
+def joined(images: Sequence[Image]) -> Image:
+    """Images of one size side by side, four in a row."""
     from PIL import Image as Pillow
 
     width, height = images[0].size
-    across = min(columns, len(images))
+    across = min(4, len(images))
     sheet = Pillow.new("RGB", (width * across, height * -(-len(images) // across)), "white")
     for index, image in enumerate(images):
         sheet.paste(image, (width * (index % across), height * (index // across)))

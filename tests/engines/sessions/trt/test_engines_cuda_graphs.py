@@ -38,11 +38,14 @@ def key(size: int, profile: int = 0) -> Key:
     return graph_key(profile, {"sample": (2, 4, size, size), "timestep": ()})
 
 
-def filled(capacity: int = 2) -> tuple[GraphCache[str], list[str]]:
-    """A cache that holds graphs for sizes 1 to `capacity`, and the list of what it dropped."""
+ALL = [str(size) for size in range(1, CAPACITY + 1)]
+
+
+def filled() -> tuple[GraphCache[str], list[str]]:
+    """A cache that holds graphs for all sizes that it can, and the list of what it dropped."""
     dropped: list[str] = []
-    cache: GraphCache[str] = GraphCache(dropped.append, capacity)
-    for size in range(1, capacity + 1):
+    cache: GraphCache[str] = GraphCache(dropped.append)
+    for size in range(1, CAPACITY + 1):
         assert not cache.due(key(size))
         assert cache.due(key(size))
         cache.put(key(size), str(size))
@@ -77,12 +80,12 @@ def test_another_profile_has_another_graph() -> None:
 
 
 def test_the_graph_that_was_not_used_for_longest_is_dropped() -> None:
-    cache, dropped = filled(3)
+    cache, dropped = filled()
     assert cache.find(key(1)) == "1"
-    cache.put(key(4), "4")
+    cache.put(key(40), "40")
     assert dropped == ["2"]
-    assert len(cache) == 3
-    cache.put(key(5), "5")
+    assert len(cache) == CAPACITY
+    cache.put(key(50), "50")
     assert dropped == ["2", "3"]
     assert cache.find(key(1)) == "1"
     assert cache.find(key(2)) is None
@@ -101,7 +104,7 @@ def test_shapes_that_come_once_drop_no_graph() -> None:
 def test_other_weights_drop_all_and_capture_anew() -> None:
     cache, dropped = filled()
     cache.clear()
-    assert dropped == ["1", "2"]
+    assert dropped == ALL
     assert len(cache) == 0
     assert cache.find(key(1)) is None
     assert [cache.due(key(1)) for _ in range(2)] == [False, True]
@@ -114,7 +117,7 @@ def test_graphs_are_switched_off_with_one_reason(caplog: pytest.LogCaptureFixtur
         cache.disable("the unet", "another reason")
     assert caplog.messages == ["the unet runs without CUDA graphs: an operation cannot be captured"]
     assert cache.off == "an operation cannot be captured"
-    assert dropped == ["1", "2"]
+    assert dropped == ALL
     assert not any(cache.due(key(7)) for _ in range(3))
 
 
@@ -140,11 +143,6 @@ def test_no_two_sessions_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) 
     assert own_stream(second) is not None
     kept.pop(7)
     assert own_stream(first) is not None
-
-
-def test_a_cache_holds_something() -> None:
-    with pytest.raises(ValueError, match=r"a cache of 0 graphs holds none"):
-        GraphCache(lambda _: None, 0)
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
