@@ -13,7 +13,6 @@ import torch
 
 import sdkd.demo
 from sdkd.demo import load_teacher, teacher, teacher_path
-from sdkd.demo.dataset import to_tensor
 from sdkd.errors import InputError, ModelError
 from sdkd.toyworld.accuracy import CaptionAccuracy, draw, evaluate_captions
 from sdkd.toyworld.reader import read_image
@@ -91,7 +90,8 @@ def test_pooled_text_is_taken_at_the_end_token(pipe: Any) -> None:
 @torch.no_grad()
 def test_vae_keeps_what_an_image_shows(pipe: Any) -> None:
     scenes = sample_scenes(all_scenes(), 60, 1)
-    pixels = torch.stack([to_tensor(np.asarray(render(scene, 77))) for scene in scenes])
+    drawn = torch.from_numpy(np.stack([np.asarray(render(scene, 77)) for scene in scenes]))
+    pixels = drawn.permute(0, 3, 1, 2) / 127.5 - 1
     latents = pipe.vae.encode(pixels).latent_dist.mode()
     assert latents.shape == (60, 4, 8, 8)
     assert 0.85 < float(latents.std()) * pipe.vae.config.scaling_factor < 1.15
