@@ -12,18 +12,18 @@ import typer
 
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
 from sdkd.core.console import Progress, progress, show, show_json, table, within
-from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS, Precision, check_precision, size_multiple
-from sdkd.core.files import read_json
+from sdkd.core.contract import COMPONENTS, check_precision, size_multiple
 from sdkd.errors import InputError, OutputExistsError
-from sdkd.targets.registry import check_target, slot_name, slot_precision
+from sdkd.models.kinds import BundleSource
+from sdkd.models.source import ModelSource
+from sdkd.targets.plan import EnginePlan, plan_for_model
+from sdkd.targets.registry import check_target
 
 if TYPE_CHECKING:
     from export.build.options import BuildOptions
     from export.build.ranges import Typed
 
 ARTIFACTS = Path("artifacts")
-FROM_FLOAT = ("openvino",)  # targets that make their own precision from an fp32 graph
-OPSET_MATTERS = ("unet", "text_encoder")  # an older TensorRT does not parse the attention of newer opsets
 COLUMNS = ("component", "precision", "MB", "seconds", "relative error", "state")
 
 
@@ -66,7 +66,8 @@ def build_engine(
     from export.build.engines import build_engine as build
     from export.build.options import BuildOptions
     from export.build.ranges import Typed, parse_profile, parse_profiles
-    from export.build.request import check_components, onnx_precision
+    from export.build.request import check_components
+    from sdkd.models.resolve import resolve
 
     options = BuildOptions(
         optimization_level=optimization_level,
@@ -81,18 +82,18 @@ def build_engine(
     )
     parts = [name for group in components or () for name in group.split(",")] or None
     typed = Typed(tuple(size or ()), size_opt, batch, batch_opt, tokens)
-    _check_model(model, target, precision, [parse_profile(text, typed) for text in profile or ()] or [typed], options)
+    source = resolve(model)
+    profiles = [parse_profile(text, typed) for text in profile or ()] or [typed]
+    plan = _check_wish(source, target, precision, profiles, options)
     check_components(parts)
     with progress(f"build-engine {target}") as step:
-        start = 0.0 if _is_bundle(model) else 0.5
-        path = _bundle(model, output, _export_precision(target, precision), target, overwrite, within(step, 0.0, 0.5))
+        start = 0.0 if isinstance(source, BundleSource) else 0.5
+        path = _bundle(source, output, plan, overwrite, within(step, 0.0, 0.5))
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
         wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
         after = build(path, target, options=options, progress=within(step, start, 1.0), **wanted)
-    onnx = onnx_precision(after)
-    slot = slot_name(check_target(target).name, precision or slot_precision(target) or onnx, onnx)
-    found = summary(before, after, slot, parts, force)
+    found = summary(before, after, plan.slot, parts, force)
     if json:
         show_json(found)
         return
@@ -102,96 +103,62 @@ def build_engine(
     show(f"Run it with: sdkd generate {shlex.quote(str(path))} PROMPT --target {found['slot']}")
 
 
-def _is_bundle(model: str) -> bool:
-    return (Path(model) / MANIFEST).is_file()
-
-
-def _check_model(model: str, target: str, precision: str | None, profiles: list[Typed], options: BuildOptions) -> None:
-    """Whatever can be refused before minutes are spent on an export."""
+def _check_wish(
+    source: ModelSource, target: str, precision: str | None, profiles: list[Typed], options: BuildOptions
+) -> EnginePlan:
+    """What is to be built, after all that can be refused before minutes are spent on an export."""
     from export.build.ranges import check_sizes
-    from export.build.request import check_buildable, check_conversion
-    from sdkd.models.resolve import resolve
+    from export.build.request import check_buildable, plan_for
 
-    found = check_target(target)
+    check_target(target)
     if precision:
         check_precision(precision)
     for typed in profiles:
         typed.check()
-    source = resolve(model)
-    if source.kind != "bundle":
-        onnx = _export_precision(target, precision)
-        check_conversion(found.name, onnx, precision or slot_precision(target) or onnx)
-    configs = [source.path / part / "config.json" for part in ("unet", "vae")] if source.path else []
-    if configs and all(file.is_file() for file in configs):
-        unet, vae = (read_json(file) for file in configs)
-        for height, width in filter(None, (typed.pixels() for typed in profiles)):
-            check_sizes(height, width, size_multiple(unet, vae))
-    check_buildable(found, options)
+    if isinstance(source, BundleSource):
+        plan = plan_for(source.bundle, target, precision)
+    else:
+        plan = plan_for_model(target, precision)
+    sizes = [pixels for typed in profiles if (pixels := typed.pixels())] if source.here else []
+    for height, width in sizes:
+        check_sizes(height, width, size_multiple(source.unet_config, source.config("vae")))
+    check_buildable(plan.target, options)
+    return plan
 
 
-def _export_precision(target: str, precision: str | None) -> Precision:
-    """What a model is exported in for this target: its own usual precision, or fp32 where the target lowers it."""
-    found = check_target(target)
-    if found.name in FROM_FLOAT:
-        return "fp32"
-    return check_precision(precision or slot_precision(target) or found.precision)
-
-
-def _bundle(
-    model: str, output: Path | None, precision: Precision, target: str, overwrite: bool, step: Progress
-) -> Path:
+def _bundle(source: ModelSource, output: Path | None, plan: EnginePlan, overwrite: bool, step: Progress) -> Path:
     """The bundle that is meant, exported first when MODEL is none."""
-    if _is_bundle(model):
-        if output and output.resolve() != Path(model).resolve():
-            raise InputError(f"{model!r} is a bundle already, engines go into it: leave out --output {str(output)!r}")
-        return Path(model)
-    path = output or ARTIFACTS / default_name(model)
+    if isinstance(source, BundleSource):
+        if output and output.resolve() != source.bundle.path.resolve():
+            raise InputError(
+                f"{source.name!r} is a bundle already, engines go into it: leave out --output {str(output)!r}"
+            )
+        return source.bundle.path
+    path = output or ARTIFACTS / default_name(source.name)
     if not overwrite and (path / MANIFEST).is_file():
-        _check_same(model, path, precision, target)
+        _check_same(source, path, plan)
         step("ONNX is fresh, reused", 1.0)
         return path
     from export.pipeline import export_pipeline
 
-    export_pipeline(model, path, precision=precision, target=target, overwrite=overwrite, progress=step)
+    export_pipeline(source, path, precision=plan.onnx, target=plan.target.name, overwrite=overwrite, progress=step)
     return path
+
+
+def _check_same(source: ModelSource, path: Path, plan: EnginePlan) -> None:
+    """OutputExistsError, with every reason, unless the bundle at `path` is what an export would make now."""
+    from export.freshness import export_reasons
+
+    if reasons := export_reasons(Bundle.open(path), source, plan):
+        raise OutputExistsError(
+            f"output {str(path)!r} holds a bundle of {'; '.join(reasons)}: choose another --output or pass --overwrite"
+        )
 
 
 def default_name(model: str) -> str:
     """A folder name for a model: `segmind/tiny-sd` -> `tiny-sd`, `random:sd15-tiny` -> `random-sd15-tiny`."""
     name = Path(model).expanduser().resolve().name if Path(model).exists() else model.rpartition("/")[2]
     return re.sub(r"[^\w.-]+", "-", name.removesuffix(".safetensors")).strip("-.") or "model"
-
-
-def _check_same(model: str, path: Path, precision: Precision, target: str) -> None:
-    """OutputExistsError, with every reason, unless the bundle at `path` is what an export would make now."""
-    bundle = Bundle.open(path)
-    if reasons := export_reasons(bundle, model, precision, target):
-        raise OutputExistsError(
-            f"output {str(path)!r} holds a bundle of {'; '.join(reasons)}: choose another --output or pass --overwrite"
-        )
-
-
-def export_reasons(bundle: Bundle, model: str, precision: str, target: str) -> list[str]:
-    """How a bundle differs from what an export of the model would be now, in words: weights, precision, opset,
-    libraries; empty when it can be used again.
-    """
-    from export.graph.to_onnx import choose_opset
-    from export.pipeline import versions
-    from sdkd.models.resolve import source_digests
-
-    digests, records = source_digests(model), bundle.manifest.components
-    changed = [name for name in BASE_COMPONENTS if name not in records or records[name].source_sha256 != digests[name]]
-    reasons = [f"other weights ({', '.join(changed)})"] if changed else []
-    found = {record.precision for name, record in records.items() if name == "unet"}
-    if found != {precision}:
-        reasons.append(f"precision {', '.join(found) or 'unknown'}, not {precision}")
-    for name, record in records.items():
-        if name in OPSET_MATTERS and record.opset != (wanted := choose_opset(name, None, target)):
-            reasons.append(f"{name} in opset {record.opset}, not {wanted}")
-    made, here = bundle.manifest.versions, versions()
-    return reasons + [
-        f"{name} {made.get(name)}, here it is {here[name]}" for name in here if made.get(name) != here[name]
-    ]
 
 
 def summary(

@@ -17,6 +17,8 @@ from sdkd.core.contract import COMPONENTS, check_precision
 from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import InputError
+from sdkd.models.resolve import Model, resolve
+from sdkd.models.source import ModelSource
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -25,7 +27,7 @@ LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transfo
 
 
 def export_pipeline(
-    model: str | Path | StableDiffusionPipeline,
+    model: Model | StableDiffusionPipeline,
     output: str | Path,
     *,
     precision: str = "fp32",
@@ -44,8 +46,9 @@ def export_pipeline(
 ) -> Bundle:
     """Export a pipeline's components to ONNX, compare each with PyTorch, and write the bundle.
 
-    `model` is a name that `sdkd.models.resolve` understands, or an eager pipeline, which stays as it is. `precision` is
-    that of weights, activations and tensors (the timestep stays float32). `components`: all that there are when None.
+    `model` is a name that `sdkd.models.resolve` understands, a model that was opened by it, or an eager pipeline, which
+    stays as it is. `precision` is that of weights, activations and tensors (the timestep stays float32). `components`:
+    all that there are when None.
     `opset` overrides the measured choice of each component, and of `target`, for which the graphs are meant.
     `vae` and `controlnet` are folders or hub ids: of an AutoencoderKL or AutoencoderTiny in place of the model's own,
     and of a ControlNetModel, for which the UNet gets inputs. `hidden_states` gives the text encoder one output per
@@ -67,7 +70,10 @@ def export_pipeline(
     for name in COMPONENTS:
         choose_opset(name, opset, target)
     options.check_islands()
-    inputs = (model if isinstance(model, str | Path) else model.name_or_path, vae, controlnet, *reuse)
+    if isinstance(model, str | Path):
+        model = resolve(model)
+    named = model.name if isinstance(model, ModelSource) else model.name_or_path
+    inputs = (named, vae, controlnet, *reuse)
     check_free(path, overwrite, inputs)
     with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)

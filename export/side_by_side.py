@@ -23,6 +23,7 @@ from sdkd.bundle.memory import free_memory
 from sdkd.core.child import Aside, aside
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import CONFIG_FOLDERS
+from sdkd.models.resolve import Model
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -32,7 +33,7 @@ CHILD_BYTES = 3e9  # what a child needs at most: libraries, one component in flo
 
 
 def source_for(
-    model: str | Path | StableDiffusionPipeline,
+    model: Model | StableDiffusionPipeline,
     replaced: Mapping[str, str],
     options: ExportOptions,
     digests: Mapping[str, str] | None = None,
@@ -124,7 +125,7 @@ def _arguments(
     source: Source, names: Sequence[str], options: ExportOptions, versions: Mapping[str, str], folder: Path
 ) -> dict[str, Any]:
     return {
-        "model": str(source.model),
+        "model": "" if source.model is None else source.model.name,
         "replaced": dict(source.replaced),
         "digests": dict(source.digests),
         "names": list(names),

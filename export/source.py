@@ -22,6 +22,8 @@ from sdkd.models.diffusers_folder import quiet_libraries, write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, module_config
 from sdkd.models.families import EXPORTED, check_exported
 from sdkd.models.noise_schedule import check_schedule
+from sdkd.models.resolve import Model, load_component, load_rest, resolve
+from sdkd.models.source import ModelSource
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -38,7 +40,7 @@ class Source:
 
     about: dict[str, Any]
     rest: Any  # the pipeline, without its weights where the model has a name
-    model: str | Path | None = None
+    model: ModelSource | None = None
     dtype: torch.dtype = torch.float32
     replaced: Mapping[str, str] = field(default_factory=dict)  # part -> folder or hub id
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -61,8 +63,6 @@ class Source:
         if self.model is None:
             return component_module(self.rest, component)
         if part not in self._loaded:
-            from sdkd.models.resolve import load_component
-
             self._loaded[part] = load_component(self.model, part, self.dtype)  # type: ignore[arg-type]
         return self._loaded[part]
 
@@ -82,9 +82,7 @@ class Source:
         if part in self.replaced:
             return replacement_config(part, self.replaced[part])
         if self.model is not None:
-            from sdkd.models.resolve import part_config
-
-            return part_config(self.model, part)
+            return self.model.config(part) or None
         module: Any = getattr(self.rest, part, None)
         return module_config(module) if hasattr(module, "config") else None  # several ControlNets have none
 
@@ -131,7 +129,7 @@ class Source:
 
 
 def open_source(
-    model: str | Path | StableDiffusionPipeline,
+    model: Model | StableDiffusionPipeline,
     replaced: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
     digests: Mapping[str, str] | None = None,
@@ -144,19 +142,17 @@ def open_source(
     """
     for part, name in replaced.items():
         replacement_class(part, name)
-    if not isinstance(model, str | Path):
+    if not isinstance(model, str | Path | ModelSource):
         check_parts(model, replaced, f"this {type(model).__name__}")
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
         return Source(about, model, replaced=replaced, dtype=dtype)
-    from sdkd.models.resolve import load_rest, resolve, source_digests
-
     found = resolve(model)
     name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file", "checkpoint") else found.name
     about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
     about |= {"notes": list(found.notes)} if found.notes else {}
-    rest = load_rest(model)
-    check_parts(rest, replaced, f"model {str(model)!r}")
-    return Source(about, rest, model, dtype, replaced, digests or source_digests(model))
+    rest = load_rest(found)
+    check_parts(rest, replaced, f"model {found.name!r}")
+    return Source(about, rest, found, dtype, replaced, digests or found.digests)
 
 
 def check_parts(pipe: Any, replaced: Container[str], where: str) -> None:

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, replaced, save_whole
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import BASE_COMPONENTS, Precision, check_precision
+from sdkd.core.contract import BASE_COMPONENTS
 from sdkd.core.files import lock, new_folder, write_bytes
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError
-from sdkd.targets.registry import check_target, slot_name, slot_precision
+from sdkd.models.resolve import Model, resolve
+from sdkd.models.source import ModelSource
+from sdkd.targets.plan import EnginePlan
 
 if TYPE_CHECKING:
     import numpy as np
 
 SWAPPED = "swapped"  # folder of a bundle: engines of other weights
-
-# What the ONNX must be exported in, for an engine of some precision: OpenVINO lowers fp32 by itself.
-_HINTED = {"openvino"}
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,11 @@ class Prepared:
     built: bool
 
 
-def onnx_precision(target: str, precision: str) -> Precision:
-    """Precision of the ONNX graph from which a target builds an engine of `precision`."""
-    return "fp32" if check_target(target).name in _HINTED else check_precision(precision)
-
-
 def prepare(
-    model: str | Path,
-    target: str,
+    model: Model,
+    plan: EnginePlan,
     folder: Path,
     *,
-    precision: str | None = None,
     ranges: ShapeRanges | None = None,
     components: tuple[str, ...] = BASE_COMPONENTS,
     reuse: Path | None = None,
@@ -59,67 +52,48 @@ def prepare(
     `reuse`: such a folder of another model, whose components are copied where the weights are the same.
     Raises what export and build raise; an existing bundle of another model is made again.
     """
-    wanted = precision or slot_precision(target) or check_target(target).precision
-    plain = check_target(target).name
-    onnx = onnx_precision(plain, wanted)
-    path = Path(folder) / onnx
-    like = () if reuse is None else (Path(reuse) / onnx,)
-    exported = _export_if_needed(model, path, onnx, plain, components, like, within(progress, 0.0, 0.8))
-    before = _engines(path)
     from export.build.engines import build_engine
-
-    options = {"precision": wanted, "ranges": ranges, "components": components}
-    build_engine(path, plain, progress=within(progress, 0.8, 1.0), **options)  # type: ignore[arg-type]
-    return Prepared(path, slot_name(plain, wanted, onnx), exported, before != _engines(path))
-
-
-def _engines(path: Path) -> dict[str, object]:
-    return dict(Bundle.open(path).manifest.engines)
-
-
-def _export_if_needed(
-    model: str | Path,
-    path: Path,
-    precision: Precision,
-    target: str,
-    components: tuple[str, ...],
-    reuse: tuple[Path, ...],
-    progress: Progress,
-) -> bool:
-    from sdkd.models.resolve import source_digests
-
-    if _is_current(path, source_digests(model), components, target):
-        progress(f"{path.name} ONNX is fresh, re-used", 1.0)
-        return False
     from export.pipeline import export_pipeline
 
-    export_pipeline(
-        model,
+    source, path, target = resolve(model), Path(folder) / plan.onnx, plan.target.name
+    step = within(progress, 0.0, 0.8)
+    stale = not _is_current(path, source, plan, components)
+    if stale:
+        export_pipeline(
+            source,
+            path,
+            precision=plan.onnx,
+            components=components,
+            target=target,
+            overwrite=(path / MANIFEST).exists(),
+            reuse=() if reuse is None else (Path(reuse) / plan.onnx,),
+            progress=step,
+        )
+    else:
+        step(f"{path.name} ONNX is fresh, re-used", 1.0)
+    before = Bundle.open(path)
+    build_engine(
         path,
-        precision=precision,
+        target,
+        precision=plan.precision,
+        ranges=ranges,
         components=components,
-        target=target,
-        overwrite=(path / MANIFEST).exists(),
-        reuse=reuse,
-        progress=progress,
+        progress=within(progress, 0.8, 1.0),
     )
-    return True
+    return Prepared(path, plan.slot, stale, before.manifest.engines != Bundle.open(path).manifest.engines)
 
 
-def _is_current(path: Path, digests: dict[str, str], components: tuple[str, ...], target: str) -> bool:
-    """Whether a bundle holds these components, of these weights, undamaged, in opsets that the target parses."""
-    from export.graph.to_onnx import choose_opset
+def _is_current(path: Path, source: ModelSource, plan: EnginePlan, components: tuple[str, ...]) -> bool:
+    """Whether a bundle is what an export would make now, undamaged."""
+    from export.freshness import export_reasons
 
     try:
         bundle = Bundle.open(path)
         for name in components:
-            record = bundle.component(name)
-            bundle.verify_files(record)
-            if digests.get(name) != record.source_sha256 or record.opset > choose_opset(name, target=target):
-                return False
+            bundle.verify_files(bundle.component(name))
     except BundleError:
         return False
-    return True
+    return not export_reasons(bundle, source, plan, components)
 
 
 def rebuild(bundle: Bundle, record: EngineRecord, stored: Mapping[str, np.ndarray]) -> Bundle:

@@ -69,11 +69,12 @@ def measure_full_size(name: str, work: Path) -> dict[str, Any]:
     load, model, plan = load_average(), f"random:{name}", DemoResult(work)
     subjects = [Subject("eager fp32", model), *_half_and_compiled(model, plan)]
     with progress(name) as report:
-        for target, precision in wanted_engines(plan):
-            if not availability(target).can_run:  # tools/bench_build.py builds those
+        for engines in wanted_engines(plan):
+            if not availability(engines.target.name).can_run:  # tools/bench_build.py builds those
                 continue
-            made = prepare(model, target, work / name, precision=precision, progress=report)
-            subjects.append(Subject(f"{target} {precision}", model, made.slot, precision, made.bundle))
+            made = prepare(model, engines, work / name, progress=report)
+            label = f"{engines.target.name} {engines.precision}"
+            subjects.append(Subject(label, model, made.slot, engines.precision, made.bundle))
         found = compare(
             subjects,
             prompts=["a lighthouse in a storm"],

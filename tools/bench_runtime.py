@@ -58,12 +58,12 @@ class Bench:
     def bundle(self, model: str, slot: str, size: int) -> Path:
         """A model's bundle with the engines of one slot for single images of one size, made where they are missing."""
         from sdkd.core.profiles import Range, ShapeRanges
+        from sdkd.targets.plan import plan_for_model
         from sdkd.workflow import prepare
 
         side, folder = Range.fixed(size), self.asked.work / f"{model.replace(':', '-').replace('/', '-')}-{size}"
         ranges = ShapeRanges(Range.fixed(1), side, side, Range.fixed(77))
-        target = slot.removesuffix("-bf16")
-        return prepare(model, target, folder, precision=SLOTS[slot], ranges=ranges).bundle
+        return prepare(model, plan_for_model(slot, SLOTS[slot]), folder, ranges=ranges).bundle
 
     def engine(self, slot: str) -> Way:
         """The student on a slot's engines."""

@@ -16,7 +16,7 @@ from engines.generate.image_inputs import (
     Inputs,
     as_pipeline,
     check_control,
-    find_way,
+    find_kind,
     known_channels,
     read_inputs,
     resized,
@@ -25,14 +25,16 @@ from engines.generate.image_inputs import (
 from engines.generate.long_prompts import reading
 from engines.generate.processes import check_gpus, ended_like_ctrl_c, join, main_progress
 from engines.generate.prompts import check_images, image_files, missing, write_metadata
-from sdkd.bundle.manifest import MANIFEST, Bundle
 from sdkd.core.console import show
-from sdkd.core.contract import check_size, size_multiple, vae_scale
+from sdkd.core.contract import check_size, native_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.profiles import ShapeRanges, parse_size
 from sdkd.core.text_files import prompt_lines, typed_text
 from sdkd.errors import InputError
+from sdkd.models.kinds import BundleSource
+from sdkd.models.resolve import Model, load_eager, resolve
 from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, set_scheduler
+from sdkd.models.source import ModelSource
 from sdkd.targets.registry import check_target
 
 __all__ = [
@@ -103,32 +105,33 @@ def generate(
     inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
     if scheduler is not None:
         scheduler_class(scheduler)
-    check_bundle_size(model, wanted)
-    check_inputs(model, target, inputs, steps)
-    slot = choose_target(model, target, control=control is not None)
+    source = resolve(model)
+    check_bundle_size(source, wanted)
+    check_inputs(source, target, inputs, steps)
+    slot = choose_target(source, target, control=control is not None)
     if num_processes > 1:
         start_processes(num_processes, slot, files, prompts, texts)
         return
     state = join(slot)
     with main_progress("load", state) as report:
         report(model, None)
-        pipe, used = load(model, slot, control=control is not None, low_memory=low_memory)
+        pipe, used = load(source, slot, control=control is not None, low_memory=low_memory)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     check_steps(pipe.scheduler, steps)
     height, width = wanted or default_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
-    way = find_way(model, int(pipe.unet.config.in_channels), inputs)
-    inputs, lines = resized(with_defaults(inputs, way, steps), height, width)
+    kind = find_kind(model, int(pipe.unet.config.in_channels), inputs)
+    inputs, lines = resized(with_defaults(inputs, kind, steps), height, width)
     unwanted = negative_prompt and typed_text(negative_prompt)
     read = reading(pipe, [*texts, unwanted or ""], height, width)
-    request = Request(texts, unwanted, height, width, steps, guidance_scale, seed, len(files), way, inputs, read.parts)
+    request = Request(texts, unwanted, height, width, steps, guidance_scale, seed, len(files), kind, inputs, read.parts)
     for line in (*lines, *read.lines) if state.is_main_process else ():
         show(line)
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
     drawn = carry_out(
-        as_pipeline(pipe, way.pipeline), request, files, (model, used), state, size_of_batch,
+        as_pipeline(pipe, kind.pipeline), request, files, (model, used), state, size_of_batch,
         overwrite=overwrite or prompt is not None, folder=prompts is not None,
     )  # fmt: skip
     if state.is_main_process:
@@ -194,12 +197,12 @@ def start_processes(
         write_metadata(files, [texts[index % len(texts)] for index in range(len(files))])
 
 
-def check_inputs(model: str, target: str | None, inputs: Inputs, steps: int) -> None:
+def check_inputs(source: ModelSource, target: str | None, inputs: Inputs, steps: int) -> None:
     """InputError, before anything is loaded, when a model cannot draw from the images that are given."""
-    check_control(model, target, inputs)
-    channels = known_channels(model)
+    check_control(source, target, inputs)
+    channels = known_channels(source)
     if channels is not None:
-        with_defaults(inputs, find_way(model, channels, inputs), steps)
+        with_defaults(inputs, find_kind(source.name, channels, inputs), steps)
 
 
 def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:
@@ -230,26 +233,24 @@ def drawn_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def check_bundle_size(model: str, size: tuple[int, int] | None) -> None:
+def check_bundle_size(source: ModelSource, size: tuple[int, int] | None) -> None:
     """InputError, before anything is loaded, when a bundle's UNet cannot have that size."""
-    if size is not None and (Path(model).expanduser() / MANIFEST).is_file():
-        bundle = Bundle.open(Path(model).expanduser())
-        check_size(*size, size_multiple(bundle.config("unet"), bundle.config("vae_decoder")))
+    if size is not None and isinstance(source, BundleSource):
+        check_size(*size, size_multiple(source.unet_config, source.config("vae")))
 
 
-def choose_target(model: str, target: str | None, *, control: bool = False) -> str:
+def choose_target(model: Model, target: str | None, *, control: bool = False) -> str:
     """The target to draw on, `eager` without a bundle; InputError when a target is asked for without a bundle."""
-    path = Path(model).expanduser()
     if target not in (None, "eager"):
         check_target(target)
-    if target == "eager" or not (path / MANIFEST).is_file():
-        from sdkd.models.resolve import resolve
-
-        resolve(model)
-        if target not in (None, "eager"):
+    source = resolve(model)
+    if target == "eager":
+        return target
+    if not isinstance(source, BundleSource):
+        if target is not None:
             raise InputError(
-                f"model {model!r} is not a bundle, so it has no {target} engine: build one with: "
-                f"sdkd build-engine {shlex.quote(model)} --target {target} --output artifacts/bundle"
+                f"model {source.name!r} is not a bundle, so it has no {target} engine: build one with: "
+                f"sdkd build-engine {shlex.quote(source.name)} --target {target} --output artifacts/bundle"
             )
         return "eager"
     if target is not None:
@@ -257,24 +258,23 @@ def choose_target(model: str, target: str | None, *, control: bool = False) -> s
     from engines.pipelines.parts import BASE_PARTS
     from engines.pipelines.slots import best_slot
 
-    return best_slot(Bundle.open(path), (*BASE_PARTS, "controlnet") if control else BASE_PARTS)
+    return best_slot(source.bundle, (*BASE_PARTS, "controlnet") if control else BASE_PARTS)
 
 
-def load(model: str, target: str | None, *, control: bool = False, low_memory: bool = False) -> tuple[Any, str]:
+def load(model: Model, target: str | None, *, control: bool = False, low_memory: bool = False) -> tuple[Any, str]:
     """The pipeline and the target that it runs on, with the bundle's ControlNet for `control`.
 
     `low_memory`: a bundle's engines take turns.
 
     Raises InputError when a target is asked for without a bundle, BundleError when the ControlNet has no engine.
     """
-    slot = choose_target(model, target, control=control)
-    if slot == "eager":
-        from sdkd.models.resolve import load_eager
-
-        return load_eager(model), slot
+    source = resolve(model)
+    slot = choose_target(source, target, control=control)
+    if not isinstance(source, BundleSource) or slot == "eager":
+        return load_eager(source), slot
     from engines.pipelines.pipeline import load_pipeline
 
-    bundle = Bundle.open(Path(model).expanduser())
+    bundle = source.bundle
     if control:
         bundle.engine(slot, "controlnet")
     return load_pipeline(bundle, slot, controlnet=control, low_memory=low_memory), slot
@@ -282,9 +282,7 @@ def load(model: str, target: str | None, *, control: bool = False, low_memory: b
 
 def default_size(pipe: Any) -> tuple[int, int]:
     """The model's native height and width, or the engine's best where it was not built for those; pixels."""
-    native = pipe.unet.config.sample_size
-    scale = vae_scale(pipe.vae.config)
-    height, width = (native * scale,) * 2 if isinstance(native, int) else (native[0] * scale, native[1] * scale)
+    height, width = native_size(pipe.unet.config, pipe.vae.config) or (0, 0)
     session = getattr(pipe.unet, "session", None)
     if session is None:
         return height, width

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.generate.image_inputs import TEXT, Inputs, Way, done_steps
+from engines.generate.image_inputs import TEXT, Inputs, PipelineKind, done_steps
 from engines.generate.long_prompts import arguments, limit_of
 from sdkd.core.console import Progress, within
 from sdkd.core.contract import guidance_copies
@@ -35,7 +35,7 @@ class Request:
     guidance_scale: float
     seed: int
     count: int
-    way: Way = TEXT
+    kind: PipelineKind = TEXT
     inputs: Inputs = field(default_factory=Inputs)
     parts: int = 1  # in which prompts are read: see engines.generate.long_prompts
 
@@ -101,7 +101,7 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
 
     guided = request.guidance_scale > 1
     full = [*indices, *[indices[-1]] * (at_least - len(indices))]
-    size = {"height": request.height, "width": request.width} if request.way.sized else {}
+    size = {"height": request.height, "width": request.width} if request.kind.sized else {}
     pipe.set_progress_bar_config(disable=True)
     seed_scheduler(pipe.scheduler, [request.seed + index for index in full])
     images: np.ndarray = pipe(
@@ -112,7 +112,7 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
         callback_on_step_end=on_step,
         output_type="np",
         **size,
-        **request.inputs.arguments(request.way, len(full)),
+        **request.inputs.arguments(request.kind, len(full)),
     ).images
     check_finite(images, which)
     drawn: list[Image] = pipe.image_processor.numpy_to_pil(images[: len(indices)])

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkd.bundle.manifest import MANIFEST, Bundle
 from sdkd.core.images import read_mask, read_rgb
 from sdkd.errors import InputError
+from sdkd.models.kinds import BundleSource
+from sdkd.models.source import ModelSource
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +22,7 @@ READERS = {"image": read_rgb, "mask": read_mask, "control": read_rgb}
 
 
 @dataclass(frozen=True)
-class Way:
+class PipelineKind:
     """One of diffusers' pipelines: its image arguments by input, its scales with defaults.
 
     `sized`: whether the call takes height and width; if not, they are the image's.
@@ -38,26 +39,32 @@ class Way:
         return "strength" in self.scales
 
 
-TEXT = Way("StableDiffusionPipeline")
-WAYS: dict[frozenset[str], Way] = {
+TEXT = PipelineKind("StableDiffusionPipeline")
+PIPELINE_KINDS: dict[frozenset[str], PipelineKind] = {
     frozenset(): TEXT,
-    frozenset({"image"}): Way("StableDiffusionImg2ImgPipeline", {"image": "image"}, {"strength": 0.8}, sized=False),
-    frozenset({"image", "mask"}): Way(
+    frozenset({"image"}): PipelineKind(
+        "StableDiffusionImg2ImgPipeline", {"image": "image"}, {"strength": 0.8}, sized=False
+    ),
+    frozenset({"image", "mask"}): PipelineKind(
         "StableDiffusionInpaintPipeline", {"image": "image", "mask_image": "mask"}, {"strength": 1.0}
     ),
-    frozenset({"control"}): Way("StableDiffusionControlNetPipeline", {"image": "control"}, {"control_scale": 1.0}),
-    frozenset({"image", "control"}): Way(
+    frozenset({"control"}): PipelineKind(
+        "StableDiffusionControlNetPipeline", {"image": "control"}, {"control_scale": 1.0}
+    ),
+    frozenset({"image", "control"}): PipelineKind(
         "StableDiffusionControlNetImg2ImgPipeline",
         {"image": "image", "control_image": "control"},
         {"strength": 0.8, "control_scale": 1.0},
     ),
-    frozenset({"image", "mask", "control"}): Way(
+    frozenset({"image", "mask", "control"}): PipelineKind(
         "StableDiffusionControlNetInpaintPipeline",
         {"image": "image", "mask_image": "mask", "control_image": "control"},
         {"strength": 1.0, "control_scale": 1.0},
     ),
 }
-EDIT = Way("StableDiffusionInstructPix2PixPipeline", {"image": "image"}, {"image_guidance_scale": 1.5}, sized=False)
+EDIT = PipelineKind(
+    "StableDiffusionInstructPix2PixPipeline", {"image": "image"}, {"image_guidance_scale": 1.5}, sized=False
+)
 # UNets that look at images beside the latents, by input channels: what they are, and the inputs that they can have.
 SEEING: dict[int, tuple[str, tuple[frozenset[str], ...], str]] = {
     8: ("an instruct-pix2pix model", (frozenset({"image"}),), "give --image FILE alone"),
@@ -87,10 +94,10 @@ class Inputs:
         """What a PNG says about them."""
         return {**self.files, **self.scales}
 
-    def arguments(self, way: Way, count: int) -> dict[str, Any]:
+    def arguments(self, kind: PipelineKind, count: int) -> dict[str, Any]:
         """What a call for `count` images gets: every picture its own copy, since each is encoded with its own seed."""
-        images = {argument: [self.images[name]] * count for argument, name in way.images.items()}
-        return images | {CALLED.get(name, name): self.scales[name] for name in way.scales}
+        images = {argument: [self.images[name]] * count for argument, name in kind.images.items()}
+        return images | {CALLED.get(name, name): self.scales[name] for name in kind.scales}
 
 
 def read_inputs(files: Mapping[str, Path | None], scales: Mapping[str, float | None]) -> Inputs:
@@ -125,37 +132,37 @@ def resized(inputs: Inputs, height: int, width: int) -> tuple[Inputs, list[str]]
     return replace(inputs, images={**inputs.images, **made}), lines
 
 
-def way_for(channels: int, names: frozenset[str]) -> Way:
+def kind_for(channels: int, names: frozenset[str]) -> PipelineKind:
     """The pipeline for a UNet of so many input channels and these inputs, which go together."""
-    return EDIT if channels == 8 else WAYS[names]
+    return EDIT if channels == 8 else PIPELINE_KINDS[names]
 
 
-def find_way(model: str, channels: int, inputs: Inputs) -> Way:
+def find_kind(model: str, channels: int, inputs: Inputs) -> PipelineKind:
     """The pipeline for a model and the images that are given; InputError when they do not go together.
 
     `channels`: what the UNet takes; 4 are latents alone.
     """
     names = frozenset(inputs.files)
-    kind, possible, advice = SEEING.get(channels, ("", tuple(WAYS), ""))
+    what, possible, advice = SEEING.get(channels, ("", tuple(PIPELINE_KINDS), ""))
     if names not in possible:
         found = " and ".join(f"--{name}" for name in inputs.files) or "no image"
         raise InputError(
-            f"model {model!r} is {kind} (its UNet takes {channels} channels), and was given {found}: {advice}"
+            f"model {model!r} is {what} (its UNet takes {channels} channels), and was given {found}: {advice}"
         )
-    way = way_for(channels, names)
+    kind = kind_for(channels, names)
     for name in inputs.scales:
-        if name not in way.scales:
+        if name not in kind.scales:
             raise InputError(
                 f"--{name.replace('_', '-')} {inputs.scales[name]:g} has nothing to act on here: it is for "
                 f"{ACTS_ON[name]}, or leave it out"
             )
-    return way
+    return kind
 
 
-def with_defaults(inputs: Inputs, way: Way, steps: int) -> Inputs:
+def with_defaults(inputs: Inputs, kind: PipelineKind, steps: int) -> Inputs:
     """All scales of a pipeline; InputError when its strength leaves none of the steps."""
-    scales = {name: inputs.scales.get(name, default) for name, default in way.scales.items()}
-    if way.changes_image and done_steps(scales, steps) < 1:
+    scales = {name: inputs.scales.get(name, default) for name, default in kind.scales.items()}
+    if kind.changes_image and done_steps(scales, steps) < 1:
         raise InputError(
             f"strength {scales['strength']:g} leaves none of {steps} steps: give --strength "
             f"{math.ceil(100 / steps) / 100:g} or more, or more --steps"
@@ -168,32 +175,26 @@ def done_steps(scales: Mapping[str, float], steps: int) -> int:
     return min(int(steps * scales.get("strength", 1.0)), steps)
 
 
-def check_control(model: str, target: str | None, inputs: Inputs) -> None:
+def check_control(source: ModelSource, target: str | None, inputs: Inputs) -> None:
     """InputError, before anything is loaded, when a control image is given and there is no ControlNet to read it."""
     if "control" not in inputs.files:
         return
-    path = Path(model).expanduser()
-    has = (path / MANIFEST).is_file() and "controlnet" in Bundle.open(path).manifest.components
+    has = isinstance(source, BundleSource) and "controlnet" in source.bundle.manifest.components
     if not has or target == "eager":
         why = "runs eagerly without its ControlNet" if has else "has no ControlNet"
         advice = (
             "leave out --target eager"
             if has
-            else f"make a bundle with one: sdkd export {shlex.quote(model)} artifacts/bundle --controlnet FOLDER"
+            else f"make a bundle with one: sdkd export {shlex.quote(source.name)} artifacts/bundle --controlnet FOLDER"
         )
-        raise InputError(f"control {str(inputs.files['control'])!r} was given, and model {model!r} {why}: {advice}")
+        raise InputError(
+            f"control {str(inputs.files['control'])!r} was given, and model {source.name!r} {why}: {advice}"
+        )
 
 
-def known_channels(model: str) -> int | None:
+def known_channels(source: ModelSource) -> int | None:
     """Channels that a model's UNet takes, read without its weights; None where that would need a download."""
-    path = Path(model).expanduser()
-    if (path / MANIFEST).is_file():
-        return int(Bundle.open(path).config("unet").get("in_channels", 4))
-    from sdkd.models.resolve import resolve, unet_config
-
-    if resolve(model).kind == "hub":
-        return None
-    return int(unet_config(model).get("in_channels", 4))
+    return int(source.unet_config.get("in_channels", 4)) if source.here else None
 
 
 def as_pipeline(pipe: Any, name: str, more: Mapping[str, Any] | None = None) -> Any:

@@ -16,7 +16,7 @@ from export.build.files import drop_replaced, drop_unnamed, moved, partial_folde
 from export.build.job import Job
 from export.build.options import BuildOptions
 from export.build.ranges import Geometry, check_shapes, input_shapes
-from export.build.request import Ranges, Request, check_buildable, engine_precision, rebuild_reasons, requests_for
+from export.build.request import Ranges, Request, check_buildable, plan_for, rebuild_reasons, requests_for
 from sdkd.bundle.manifest import Bundle, EngineRecord, FileRecord
 from sdkd.bundle.memory import size
 from sdkd.core.child import ChildError, run_in_child
@@ -63,10 +63,10 @@ def build_engine(
     with lock(root):
         sweep_inside(root)
         opened = Bundle.open(root)
-        wanted = engine_precision(opened, target, precision)
+        plan = plan_for(opened, target, precision)
         check_buildable(kind, options)
         check_configs({CONFIG_FOLDERS[name]: opened.config(name) for name in opened.manifest.components})
-        requests = requests_for(opened, kind.name, wanted, ranges, components, options)
+        requests = requests_for(opened, plan, ranges, components, options)
         if isinstance(ranges, Sequence) and len(ranges) > 1 and not kind.many_profiles:
             progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)
         stale = _split(opened, requests, force, progress)

@@ -35,13 +35,6 @@ def max_tokens(bundle: Bundle) -> int:
     )
 
 
-def native_size(bundle: Bundle) -> tuple[int, int]:
-    """Height and width in pixels that the UNet was trained for: its `sample_size` times the VAE's scale."""
-    sample = bundle.config("unet")["sample_size"]
-    height, width = sample if isinstance(sample, Sequence) else (sample, sample)
-    return int(height) * bundle.scale(), int(width) * bundle.scale()
-
-
 def fixed_ranges(bundle: Bundle) -> ShapeRanges | None:
     """The one shape of a bundle that was exported with fixed shapes; None for any other."""
     found = [record.details.get("static") for record in bundle.manifest.components.values()]
@@ -55,7 +48,7 @@ def default_ranges(bundle: Bundle) -> ShapeRanges:
     """
     if fixed := fixed_ranges(bundle):
         return fixed
-    height, width = native_size(bundle)
+    height, width = bundle.native_size()
     return ShapeRanges(BATCH, Range.fixed(height), Range.fixed(width), Range.fixed(max_tokens(bundle)))
 
 

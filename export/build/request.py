@@ -12,16 +12,12 @@ from export.build.options import BuildOptions, check_options, difference
 from export.build.ranges import check_ranges, cover, default_ranges
 from export.build.run import BUILDERS
 from sdkd.bundle.manifest import Bundle, ComponentRecord
-from sdkd.core.contract import COMPONENTS, check_precision
+from sdkd.core.contract import COMPONENTS
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
-from sdkd.targets.registry import Target, availability, check_target, gpu, require, slot_name, slot_precision
+from sdkd.targets.plan import EnginePlan, plan_for_onnx
+from sdkd.targets.registry import Target, availability, gpu, require
 
-# Engine precisions that a target can make from an ONNX graph of another precision. TensorRT networks are strongly
-# typed and onnxruntime runs the graph as it is: there the graph itself must be exported in the wanted precision.
-CONVERSIONS: dict[str, dict[str, tuple[str, ...]]] = {"openvino": {"fp32": ("bf16", "fp16"), "fp16": ("fp32",)}}
-# Targets whose bf16 graphs nobody could check: onnxruntime has no bf16 kernels for a CPU (Conv, ReduceMean, ...).
-NO_BF16_GRAPHS = ("onnxruntime", "openvino")
 Ranges = ShapeRanges | Sequence[ShapeRanges]
 
 
@@ -42,35 +38,9 @@ class Request:
         return cover(self.profiles)
 
 
-def engine_precision(bundle: Bundle, target: str, asked: str | None) -> str:
-    """The engines' precision: asked for, named by the slot, or the ONNX's own; InputError when it cannot be."""
-    named = slot_precision(target)
-    if named and asked and named != asked:
-        raise InputError(f"target {target!r} means precision {named!r}, but {asked!r} was asked for: give one of them")
-    onnx = onnx_precision(bundle)
-    plain = check_target(target).name
-    if plain.startswith("tensorrt") and onnx == "fp32" and not (asked or named):
-        raise InputError(
-            f"bundle {str(bundle.path)!r} is fp32, which {plain} would build as a slow fp32 engine: "
-            f"export it with --precision fp16, or say --precision fp32 if you mean it"
-        )
-    wanted = check_precision(asked or named or onnx)
-    check_conversion(plain, onnx, wanted)
-    return wanted
-
-
-def check_conversion(target: str, onnx: str, wanted: str) -> None:
-    """InputError unless a target can make a `wanted` engine from an ONNX graph of precision `onnx`."""
-    if onnx == "bf16" and target in NO_BF16_GRAPHS:
-        raise InputError(
-            f"the ONNX graph is bf16, which {target} cannot run: export it with --precision fp32 "
-            f"(and build with --target openvino --precision bf16 for bf16 arithmetic on a CPU)"
-        )
-    if wanted != onnx and wanted not in CONVERSIONS.get(target, {}).get(onnx, ()):
-        raise InputError(
-            f"{target} cannot make a {wanted} engine from an {onnx} graph (it runs the graph's own precision): "
-            f"export the model again with --precision {wanted}"
-        )
+def plan_for(bundle: Bundle, target: str, precision: str | None = None) -> EnginePlan:
+    """What is built from a bundle's graphs; InputError where target, precision and graphs do not go together."""
+    return plan_for_onnx(target, precision, onnx_precision(bundle), f"bundle {str(bundle.path)!r}")
 
 
 def onnx_precision(bundle: Bundle) -> str:
@@ -81,7 +51,7 @@ def onnx_precision(bundle: Bundle) -> str:
     return records.get("unet", next(iter(records.values()))).precision
 
 
-def profiles_for(bundle: Bundle, target: str, asked: Ranges | None) -> tuple[ShapeRanges, ...]:
+def profiles_for(bundle: Bundle, target: Target, asked: Ranges | None) -> tuple[ShapeRanges, ...]:
     """The profiles that the engines of a target get: those asked for, or what covers them where it has but one.
 
     Raises InputError for sizes that the model does not have.
@@ -89,29 +59,28 @@ def profiles_for(bundle: Bundle, target: str, asked: Ranges | None) -> tuple[Sha
     several = (asked,) if isinstance(asked, ShapeRanges) else tuple(asked or (default_ranges(bundle),))
     for profile in several:
         check_ranges(profile, bundle)
-    return several if check_target(target).many_profiles else (cover(several),)
+    return several if target.many_profiles else (cover(several),)
 
 
 def requests_for(
     bundle: Bundle,
-    target: str,
-    precision: str,
+    plan: EnginePlan,
     ranges: Ranges | None,
     components: Sequence[str] | None,
     options: BuildOptions = BuildOptions(),
 ) -> list[Request]:
     """One request per component; InputError for an unknown component or sizes that the model does not have."""
     names = _components(bundle, components)
-    profiles = profiles_for(bundle, target, ranges)
-    base = onnx_precision(bundle)
-    builder = importlib.import_module(BUILDERS[target])
-    slot = slot_name(target, precision, base)
+    profiles = profiles_for(bundle, plan.target, ranges)
+    builder = importlib.import_module(BUILDERS[plan.target.name])
     chosen = {"options": changed} if (changed := options.changed()) else {}
 
     def request(record: ComponentRecord) -> Request:
         # A component that was exported in another precision than the UNet (a float VAE, say) keeps its own.
-        own = record.precision if precision == base else precision
-        return Request(record, target, slot, own, profiles, {**builder.flags(own, record.precision), **chosen})
+        own = record.precision if plan.precision == plan.onnx else plan.precision
+        return Request(
+            record, plan.target.name, plan.slot, own, profiles, {**builder.flags(own, record.precision), **chosen}
+        )
 
     return [request(bundle.component(name)) for name in names]
 

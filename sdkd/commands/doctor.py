@@ -100,9 +100,7 @@ def _gpu() -> dict[str, Any]:
     device = gpu()
     runs = driver_cuda()
     memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if device else None
-    packages = {
-        name: major for target in TARGETS.values() for name, major in cuda_packages(target.distribution).items()
-    }
+    packages = {name: major for target in TARGETS.values() for name, major in cuda_packages(target.module).items()}
     return {
         "gpu": device["gpu"] if device else None,
         "compute_capability": device["compute_capability"] if device else None,

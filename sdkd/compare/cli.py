@@ -89,15 +89,18 @@ def compare(
     check_threshold(threshold)
     earlier = None if against is None else read_report(against)
     check_report_free(output, overwrite, [*names, prompts, against])
-    kept = parse_prompts(prompts, names)
-    guidance = default_guidance(names) if guidance_scale is None else guidance_scale
+    from sdkd.models.resolve import resolve
+
+    opened = [resolve(name) for name in names]
+    kept = parse_prompts(prompts, opened)
+    guidance = default_guidance(opened) if guidance_scale is None else guidance_scale
     pixels = None if size is None else drawn_size(size)
     check_asked(kept, pixels, steps=steps, guidance_scale=guidance, seed=seed, runs=runs, batch=batch)
     wish = Wish(_targets(targets), precision, pixels, bundles, batch, steps, scheduler)
     command = make_again(names, targets, precision, kept, steps, guidance, size, batch, scheduler, seed, runs, baseline)
     command += " --in-process" if in_process else ""
     with lock(output), progress("compare") as bar:
-        plan = make_plan(names, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
+        plan = make_plan(opened, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
         found = measure(
             plan.subjects,
             prompts=kept,
@@ -109,7 +112,7 @@ def compare(
             baseline=baseline,
             batch=batch,
             scheduler=scheduler,
-            judge=default_judge(names, kept, pixels),
+            judge=default_judge(opened, kept, pixels),
             command=command,
             notes=plan.notes,
             failed=plan.failed,

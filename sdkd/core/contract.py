@@ -144,6 +144,15 @@ def vae_scale(vae_config: Mapping[str, Any]) -> int:
     return int(2 ** (len(levels) - 1))
 
 
+def native_size(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width in pixels that a UNet was trained for, by its `sample_size`; None where the config has none."""
+    sample = unet_config.get("sample_size")
+    sides = [sample, sample] if isinstance(sample, int) else list(sample or ())
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        return None
+    return sides[0] * vae_scale(vae_config), sides[1] * vae_scale(vae_config)
+
+
 def size_multiple(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> int:
     """Pixels that image height and width must be a multiple of, so that no UNet level has an odd size."""
     return vae_scale(vae_config) * latent_multiple(unet_config)

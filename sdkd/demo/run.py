@@ -14,6 +14,7 @@ from sdkd.core.console import Progress, quiet, within
 from sdkd.core.files import check_file_free, check_free, new_folder, read_json, write_json
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import InputError
+from sdkd.targets.plan import EnginePlan, plan_for_model
 from sdkd.targets.registry import availability, cpu_precisions
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _keep_teacher_files(folder: Path) -> None:
         shutil.copytree(teacher_path() / part, folder / part)
 
 
-def wanted_engines(result: DemoResult) -> list[tuple[str, str]]:
+def wanted_engines(result: DemoResult) -> list[EnginePlan]:
     """The engines that this machine can build; why not goes into `result.skipped`."""
     wanted = []
     for target, precision in ENGINES:
@@ -202,28 +203,30 @@ def wanted_engines(result: DemoResult) -> list[tuple[str, str]]:
         elif target == "openvino" and precision not in cpu_precisions():
             result.skipped[f"{target}-{precision}"] = f"this CPU has no {precision} units"
         else:
-            wanted.append((target, precision))
+            wanted.append(plan_for_model(target, precision))
     return wanted
 
 
 def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[Subject]:
     """Export every model, build every engine that this machine can, and name what can be compared here."""
     from sdkd.compare.measure.subjects import Subject
+    from sdkd.models.resolve import resolve
     from sdkd.workflow import prepare
 
     engines = wanted_engines(result)
     subjects, done, total = [], 0, len(engines) * len(MODELS)
     for name in MODELS:
         model = str(model_path(folder, name))
+        source = resolve(model)
         role = "teacher" if name == "teacher" else "student"
         subjects.append(Subject(f"{name} eager", model, "eager", "fp32", None, role))
-        for target, precision in engines:
-            part = within(progress, done / total, (done + 1) / total, f"{name}, {target} {precision}: ")
+        for plan in engines:
+            target, label = plan.target.name, f"{name}, {plan.target.name} {plan.precision}: "
+            part = within(progress, done / total, (done + 1) / total, label)
             made = prepare(
-                model,
-                target,
+                source,
+                plan,
                 folder / "bundles" / name,
-                precision=precision,
                 ranges=demo_ranges(),
                 reuse=folder / "bundles" / "teacher",
                 progress=part,
@@ -233,7 +236,7 @@ def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[S
             if not (made.exported or made.built):
                 result.reused.append(f"{made.slot} engine of {name}")
             if availability(target).can_run:
-                subjects.append(Subject(f"{name} {made.slot}", model, made.slot, precision, made.bundle, role))
+                subjects.append(Subject(f"{name} {made.slot}", model, made.slot, plan.precision, made.bundle, role))
             else:
                 result.skipped.setdefault(target, "built, but not run: " + availability(target).reason)
     return subjects

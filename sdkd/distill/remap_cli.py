@@ -43,7 +43,7 @@ def remap(
 def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite: bool = False) -> dict[str, Any]:
     """What the command does; returns its summary. Raises InputError, ModelError and OutputExistsError."""
     from sdkd.distill.training.lora import FILE, read_lora, write_lora
-    from sdkd.models.resolve import unet_config
+    from sdkd.models.resolve import resolve
     from sdkd.students.blocks import key_map, student_config, student_spec
     from sdkd.students.lora_fit import check_text_width, fit_student
     from sdkd.students.lora_layers import peft_settings, peft_state, read_layers, text_names
@@ -51,7 +51,7 @@ def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite
 
     file = output if output.suffix == ".safetensors" else output / FILE
     check_file_free(file, overwrite, [lora, teacher], ours=is_written_lora)
-    spec, config = student_spec(student), unet_config(teacher)
+    spec, config = student_spec(student), resolve(teacher).unet_config
     own = student_config(config, spec)
     what = f"LoRA {str(lora)!r}"
     state, settings = read_lora(lora)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.compare.measure.subjects import native_size
+from sdkd.compare.measure.subjects import native_side
 from sdkd.core.console import Progress, quiet
 from sdkd.core.images import check_finite
 from sdkd.distill.data.encode import encode_captions, encode_image
@@ -106,7 +106,7 @@ def _encoded(
             check(teacher)
         means = [images.posterior(index)[0].cpu() for index in range(count)]
         return torch.stack(means), list(images.captions[:count]), {}
-    size = native_size(teacher)
+    size = native_side(teacher)
 
     def load(position: int, index: int) -> tuple[torch.Tensor, str]:
         row = images[index]

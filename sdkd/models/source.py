@@ -1,31 +1,100 @@
-"""What a model's name turned out to mean, and how the libraries' errors on it are told."""
+"""An opened model: what its name turned out to mean, what its configs say, and how its modules are loaded.
+
+What a source has read, it keeps: commands open a model once and pass it on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from sdkd.core.contract import native_size, vae_scale
 from sdkd.errors import ModelError
+from sdkd.models.diffusers_folder import provenance
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
 
 Kind = Literal["folder", "hub", "single-file", "bundle", "checkpoint", "demo", "random"]
+Part = Literal["unet", "vae", "text_encoder"]
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """A model's name as given, what kind of name it is, where its files are (None: hub, random), and its weights.
+class ModelSource(ABC):
+    """A model's name as given, where its files are (None: hub, random), and whether its weights are random.
 
-    `notes` are what a user should know, such as how it is known what a single file predicts.
+    `notes` are what a user should know, such as how it is known what a single file predicts. Methods raise ModelError
+    when files are damaged or cannot be fetched.
     """
 
+    kind: ClassVar[Kind]
+    advice: ClassVar[str]  # what to do when its files cannot be loaded
+
     name: str
-    kind: Kind
     path: Path | None = None
     random_weights: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def original(self) -> ModelSource:
+        """Where the PyTorch weights are: itself, but for a bundle and a hub id."""
+        return self
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What sdkd noted beside a model that it made; empty for other models."""
+        return provenance(self.path) if self.path is not None and self.path.is_dir() else {}
+
+    @property
+    @abstractmethod
+    def digests(self) -> dict[str, str]:
+        """One SHA-256 per component (text_encoder, unet, vae_decoder, vae_encoder) of its config and weights.
+
+        Equal digests mean equal weights; nothing is loaded.
+        """
+
+    @abstractmethod
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of `unet`, `vae` or another part, without loading weights; empty where no file says it."""
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        """The UNet's config."""
+        return self.config("unet")
+
+    @cached_property
+    def latent_scale(self) -> int:
+        """Pixels of an image side per latent."""
+        return vae_scale(self.config("vae"))
+
+    @property
+    def here(self) -> bool:
+        """Whether its files are on this machine; configs of any other are fetched when they are asked for."""
+        return True
+
+    @property
+    def native_size(self) -> tuple[int, int] | None:
+        """Height and width of the model's own images in pixels; None where its configs do not tell."""
+        return native_size(self.unet_config, self.config("vae"))
+
+    @abstractmethod
+    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
+        """The eager pipeline."""
+
+    @abstractmethod
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One module of the pipeline."""
+
+    @abstractmethod
+    def load_rest(self) -> StableDiffusionPipeline:
+        """The pipeline without its heavy modules."""
 
 
 @contextlib.contextmanager
@@ -41,18 +110,4 @@ def as_model_error(source: ModelSource) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {source.name!r} could not be loaded ({reason}): {_ADVICE[source.kind]}") from error
-
-
-_ADVICE: dict[Kind, str] = {
-    "folder": "its files are damaged or incomplete; save or download it again",
-    "demo": "install sdkd again",
-    "bundle": "give the original model instead",
-    "checkpoint": "its files are damaged or incomplete; give another checkpoint",
-    "random": "give another name",
-    "hub": (
-        "there is no such folder here, and the hub did not give it; check the spelling and the network, or download it "
-        "elsewhere with `hf download` and give the folder"
-    ),
-    "single-file": "the file is damaged or incomplete; download it again",
-}
+        raise ModelError(f"model {source.name!r} could not be loaded ({reason}): {source.advice}") from error

@@ -125,7 +125,7 @@ def attempt(target: str, plan: str = PORTABLE, progress: Progress = quiet) -> di
 def identity(target: str) -> dict[str, str]:
     """What an answer is for: version of the library, GPU, compute capability, driver; empty words for what is not."""
     device = gpu() or {"gpu": "", "compute_capability": ""}
-    version = installed_version(check_target(target).distribution) or ""
+    version = installed_version(check_target(target).module) or ""
     return {"version": version, "driver": driver_version() or "", **device}
 
 

@@ -30,47 +30,37 @@ class Target:
 
     name: str
     module: str
-    distribution: str
     extra: str
     purpose: str
-    builds_on_gpu: bool
-    runs_on_gpu: bool
     suffix: str  # of an engine file
     precision: str  # what people want by default
-    many_profiles: bool  # whether an engine can be tuned for several ranges of shapes; otherwise one covers them
+    builds_on_gpu: bool = False
+    runs_on_gpu: bool = False
+    many_profiles: bool = (
+        False  # whether an engine can be tuned for several ranges of shapes; otherwise one covers them
+    )
+    # TensorRT networks are strongly typed and onnxruntime runs the graph as it is: there the graph itself must be
+    # exported in the wanted precision. OpenVINO lowers an fp32 graph by itself.
+    exported_in: str | None = None  # what graphs are exported in, whatever the engines' precision
+    converts: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (a graph's precision, other precisions of its engines)
+    takes_bf16: bool = (
+        True  # onnxruntime has no bf16 kernels for a CPU (Conv, ReduceMean, ...): nobody could check them
+    )
 
 
+_TENSORRT: dict[str, Any] = {"suffix": ".engine", "precision": "fp16", "runs_on_gpu": True, "many_profiles": True}
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnxruntime", "onnxruntime", "onnxruntime", "", "runs anywhere", False, False, ".onnx", "fp32", False),
+        Target("onnxruntime", "onnxruntime", "", "runs anywhere", ".onnx", "fp32", takes_bf16=False),
         Target(
-            "openvino", "openvino", "openvino", "openvino", "fastest on a CPU", False, False, ".blob", "fp32", False
+            *("openvino", "openvino", "openvino", "fastest on a CPU", ".blob", "fp32"),
+            exported_in="fp32",
+            converts=(("fp32", ("bf16", "fp16")), ("fp16", ("fp32",))),
+            takes_bf16=False,
         ),
-        Target(
-            "tensorrt",
-            "tensorrt",
-            "tensorrt",
-            "tensorrt",
-            "fastest on NVIDIA GPUs",
-            True,
-            True,
-            ".engine",
-            "fp16",
-            True,
-        ),
-        Target(
-            "tensorrt-rtx",
-            "tensorrt_rtx",
-            "tensorrt_rtx",
-            "tensorrt-rtx",
-            "built anywhere, runs on RTX GPUs",
-            False,
-            True,
-            ".engine",
-            "fp16",
-            True,
-        ),
+        Target("tensorrt", "tensorrt", "tensorrt", "fastest on NVIDIA GPUs", builds_on_gpu=True, **_TENSORRT),
+        Target("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx", "built anywhere, runs on RTX GPUs", **_TENSORRT),
     )
 }
 
@@ -215,7 +205,7 @@ def timing_cache(target: str) -> str:
     found = check_target(target)
     if not found.builds_on_gpu or (device := gpu()) is None:
         return ""
-    version = installed_version(found.distribution) or str(require(found.name).__version__)
+    version = installed_version(found.module) or str(require(found.name).__version__)
     name = "-".join((device["gpu"], driver_version() or "driver", found.module, version))
     return f"timing-{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.cache"
 
@@ -287,7 +277,7 @@ def availability(target: str) -> Availability:
         return Availability(found.name, version, True, True, "ready", "")
     import torch
 
-    reason, fix = gpu_problem(driver_version(), driver_cuda(), cuda_packages(found.distribution), torch.version.cuda)
+    reason, fix = gpu_problem(driver_version(), driver_cuda(), cuda_packages(found.module), torch.version.cuda)
     return Availability(found.name, version, not found.builds_on_gpu, False, reason, fix)
 
 

@@ -160,14 +160,14 @@ def test_other_weights_opset_precision_or_damage_are_not_reused(tmp_path: Path) 
 
 
 def test_a_named_model_is_loaded_and_its_source_recorded(tmp_path: Path) -> None:
-    from sdkd.models.resolve import source_digests
+    from sdkd.models.resolve import resolve
 
     folder = tmp_path / "model"
     small_pipeline().save_pretrained(folder)
     bundle = export_pipeline(folder, tmp_path / "bundle", components=CHEAP, reuse=[small_bundle().path])
     assert bundle.manifest.source["model"] == str(folder)
     assert bundle.manifest.source["kind"] == "folder"
-    assert bundle.component("text_encoder").source_sha256 == source_digests(folder)["text_encoder"]
+    assert bundle.component("text_encoder").source_sha256 == resolve(folder).digests["text_encoder"]
 
 
 def test_an_existing_output_is_refused_before_any_work_and_replaced_when_asked(tmp_path: Path) -> None:

@@ -51,11 +51,11 @@ def _with_limit(row: Result, setup: Setup, ceilings: Mapping[str, Ceilings]) -> 
 
 def subject_work(subject: Subject, setup: Setup) -> Work:
     """The work of one of the subject's timed UNet calls, from its configs alone; ModelError when they are gone."""
-    from sdkd.models.resolve import latent_scale, unet_config
+    from sdkd.models.resolve import resolve
 
-    home = subject.bundle or subject.model
-    height, width = (pixels // latent_scale(home) for pixels in setup.size)
-    return unet_work(unet_config(home), setup.unet_batch, height, width, element_bytes=element_bytes(subject.precision))
+    home = resolve(subject.bundle or subject.model)
+    height, width = (pixels // home.latent_scale for pixels in setup.size)
+    return unet_work(home.unet_config, setup.unet_batch, height, width, element_bytes=element_bytes(subject.precision))
 
 
 @functools.cache

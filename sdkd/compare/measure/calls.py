@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdkd.compare.measure.pictures import Size, inputs_for, way_of
-from sdkd.compare.measure.subjects import native_size
+from sdkd.compare.measure.pictures import Size, inputs_for, kind_of
+from sdkd.compare.measure.subjects import native_side
 from sdkd.compare.measure.timing import Work
 from sdkd.core.contract import check_size, size_multiple
 from sdkd.core.images import check_finite
@@ -60,7 +60,7 @@ class Request:
 
 def image_size(pipe: Any, size: Size | None) -> Size:
     """The asked height and width in pixels, or the model's own; InputError when they do not fit the model's levels."""
-    height, width = size or (native_size(pipe),) * 2
+    height, width = size or (native_side(pipe),) * 2
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
     return height, width
 
@@ -75,7 +75,7 @@ def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
     generators = [torch.Generator("cpu").manual_seed(request.seed + number) for number in request.numbers(prompt)]
     shape = (1, pipe.vae.config.latent_channels, *_latent_sides(pipe, request))
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])  # [batch, c, h, w]
-    way = way_of(pipe)
+    way = kind_of(pipe)
     size = dict(zip(("height", "width"), request.size, strict=True)) if way.sized else {}
     made = pipe(
         [request.prompts[prompt]] * request.batch,

@@ -147,7 +147,7 @@ def versions() -> dict[str, str]:
     """Versions of sdkd, the libraries and every installed target; of onnxruntime, that of the module which runs."""
     from sdkd import __version__
 
-    names = (*LIBRARIES, *(target.distribution for target in TARGETS.values()), *ONNXRUNTIMES)
+    names = (*LIBRARIES, *(target.module for target in TARGETS.values()), *ONNXRUNTIMES)
     found = _installed(names)
     if (runs := availability("onnxruntime").version) is not None:
         found["onnxruntime"] = runs

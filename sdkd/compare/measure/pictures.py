@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engines.generate.image_inputs import SEEING, TEXT, Inputs, Way, as_pipeline, way_for, with_defaults
+from engines.generate.image_inputs import SEEING, TEXT, Inputs, PipelineKind, as_pipeline, kind_for, with_defaults
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -13,24 +13,24 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 
-def way_of(pipe: Any) -> Way:
+def kind_of(pipe: Any) -> PipelineKind:
     """The pipeline of diffusers that a model is for, by what its UNet takes and whether it has a ControlNet."""
     channels = int(pipe.unet.config.in_channels)
     seen = SEEING[channels][1][0] if channels in SEEING else frozenset[str]()
-    return way_for(channels, seen | {"control"} if getattr(pipe, "controlnet", None) is not None else seen)
+    return kind_for(channels, seen | {"control"} if getattr(pipe, "controlnet", None) is not None else seen)
 
 
 def as_drawn(pipe: Any) -> Any:
     """The pipeline in the class that its model is for; text-to-image stays as it is, whatever its class."""
-    way = way_of(pipe)
-    return pipe if way is TEXT else as_pipeline(pipe, way.pipeline)
+    kind = kind_of(pipe)
+    return pipe if kind is TEXT else as_pipeline(pipe, kind.pipeline)
 
 
-def inputs_for(way: Way, size: Size, steps: int) -> Inputs:
+def inputs_for(kind: PipelineKind, size: Size, steps: int) -> Inputs:
     """The drawn images that a pipeline takes, in the size to draw, and its scales' defaults."""
     drawn = {"image": picture, "mask": mask, "control": edges}
-    images = {name: drawn[name](size) for name in sorted(set(way.images.values()))}
-    return with_defaults(Inputs(images=images), way, steps)
+    images = {name: drawn[name](size) for name in sorted(set(kind.images.values()))}
+    return with_defaults(Inputs(images=images), kind, steps)
 
 
 def picture(size: Size) -> Image:
@@ -67,10 +67,10 @@ def _middle(size: Size) -> tuple[int, int, int, int]:
     return width // 4, height // 4, width - width // 4 - 1, height - height // 4 - 1
 
 
-def note(name: str, way: Way) -> str | None:
+def note(name: str, kind: PipelineKind) -> str | None:
     """What a report says of a model's inputs; None for text-to-image."""
-    if way is TEXT:
+    if kind is TEXT:
         return None
     names = {"control": "the outline of a disc for its ControlNet", "image": "a drawn picture", "mask": "a mask"}
-    given = " and ".join(names[each] for each in ("image", "mask", "control") if each in way.images.values())
+    given = " and ".join(names[each] for each in ("image", "mask", "control") if each in kind.images.values())
     return f"{name} was given {given}, the same for every subject"

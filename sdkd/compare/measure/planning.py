@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,15 @@ from sdkd.compare.measure.pictures import Size
 from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
 from sdkd.compare.measure.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import check_precision, vae_scale
-from sdkd.core.files import read_json
+from sdkd.core.contract import check_precision
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.core.text_files import prompts_of
 from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
-from sdkd.models.resolve import ModelSource, provenance, resolve, unet_config
+from sdkd.models.kinds import BundleSource
+from sdkd.models.resolve import Model, ModelSource, resolve
 from sdkd.models.schedulers import scheduler_class
-from sdkd.targets.registry import TARGETS, availability, check_target, slot_name, slot_precision
+from sdkd.targets.plan import plan_for_model
+from sdkd.targets.registry import TARGETS, availability, check_target, slot_precision
 
 if TYPE_CHECKING:
     from sdkd.compare.measure.comparison import Judge
@@ -74,57 +75,53 @@ Builder = Callable[[Progress], Subject]
 """Exports and builds what is missing or stale for a subject."""
 
 
-def parse_prompts(text: str | None, models: Sequence[str]) -> tuple[str, ...]:
+def parse_prompts(text: str | None, models: Sequence[Model]) -> tuple[str, ...]:
     """Prompts from a file (one per line) or `a;b`; by default such as the models know. InputError when empty."""
     if text is None:
-        return SHAPES if all(_is_small(model) for model in models) else PHOTOGRAPHS
+        return SHAPES if all(map(_is_small, models)) else PHOTOGRAPHS
     return prompts_of(text)
 
 
-def default_guidance(models: Sequence[str]) -> float:
+def default_guidance(models: Sequence[Model]) -> float:
     """The guidance scale that suits the models, where none is asked for."""
-    return SMALL_GUIDANCE if all(_is_small(model) for model in models) else GUIDANCE
+    return SMALL_GUIDANCE if all(map(_is_small, models)) else GUIDANCE
 
 
-def default_judge(models: Sequence[str], prompts: Sequence[str], size: Size | None) -> Judge | None:
+def default_judge(models: Sequence[Model], prompts: Sequence[str], size: Size | None) -> Judge | None:
     """The reader of drawn shapes, where all models are small and all prompts are captions of such drawings."""
     from sdkd.toyworld.accuracy import are_captions, judge_captions
     from sdkd.toyworld.reader import LEAST_PX
 
-    sides = [side for model in models if (side := _native_px(model)) is not None and side <= SMALL_PX]
+    sources = [resolve(model) for model in models]
+    sides = [side for source in sources if (side := _native_px(source)) is not None and side <= SMALL_PX]
     readable = (
-        all(_from_text_alone(model) for model in models)
-        and len(sides) == len(models)
+        all(map(_from_text_alone, sources))
+        and len(sides) == len(sources)
         and (min(size) if size else min(sides, default=0)) >= LEAST_PX
     )
     return judge_captions if readable and are_captions(prompts) else None
 
 
-def _from_text_alone(model: str) -> bool:
+def _from_text_alone(source: ModelSource) -> bool:
     """Whether a model of this machine draws from prompts, not from images, too."""
-    source = resolve(model)
-    if source.kind == "bundle" and source.path and "controlnet" in Bundle.open(source.path).manifest.components:
+    if isinstance(source, BundleSource) and "controlnet" in source.bundle.manifest.components:
         return False
-    return source.path is None or int(unet_config(model).get("in_channels", 4)) == 4
+    return not source.here or int(source.unet_config.get("in_channels", 4)) == 4
 
 
-def _is_small(model: str) -> bool:
-    side = _native_px(model)
+def _is_small(model: Model) -> bool:
+    side = _native_px(resolve(model))
     return side is not None and side <= SMALL_PX
 
 
-def _native_px(model: str) -> int | None:
-    """The side of a model's own images in pixels, from its configs alone; None where they do not tell."""
-    path = resolve(model).path
-    vae = next((name for name in ("vae", "vae_decoder") if path and (path / name / "config.json").is_file()), None)
-    if path is None or vae is None or not (path / "unet" / "config.json").is_file():
-        return None
-    sample = read_json(path / "unet" / "config.json").get("sample_size")
-    return sample * vae_scale(read_json(path / vae / "config.json")) if isinstance(sample, int) else None
+def _native_px(source: ModelSource) -> int | None:
+    """The side of a model's own images in pixels, from configs of this machine; None where they do not tell."""
+    size = source.native_size if source.here else None
+    return size[0] if size is not None and size[0] == size[1] else None
 
 
 def make_plan(
-    models: Sequence[str], wish: Wish, progress: Progress = quiet, check: Callable[[list[str]], object] = list
+    models: Sequence[Model], wish: Wish, progress: Progress = quiet, check: Callable[[list[str]], object] = list
 ) -> Plan:
     """Subjects for every model on every target, missing engines built into `wish.bundles`.
 
@@ -132,23 +129,26 @@ def make_plan(
     built then is one of the plan's `failed`. A target that was not asked for by name and does not run here is left out
     with a note. Raises InputError for an unknown target, a size, batch or number of steps that a model cannot have.
     """
-    names, plan = short_names(models), Plan()
+    sources, plan = [resolve(model) for model in models], Plan()
+    names = short_names([source.name for source in sources])
     check_targets(wish.targets)
-    roles = find_roles(models)
+    roles = find_roles(sources)
     if wish.scheduler is not None:
         scheduler_class(wish.scheduler)
     if wish.precision is not None:
         check_precision(wish.precision)
-    size = check_models(dict(zip(names, models, strict=True)), wish.size, wish.steps, wish.scheduler)
+    size = check_models(dict(zip(names, sources, strict=True)), wish.size, wish.steps, wish.scheduler)
     wanted: list[tuple[Subject, Builder | None]] = []
-    for model, name in zip(models, names, strict=True):
-        source = resolve(model)
-        if source.kind == "bundle":
-            wanted += [(subject, None) for subject in _of_bundle(plan, source, name, roles[model], wish, size)]
+    for source, name in zip(sources, names, strict=True):
+        role = roles[source.name]
+        if isinstance(source, BundleSource):
+            wanted += [(subject, None) for subject in _of_bundle(plan, source, name, role, wish, size)]
         else:
-            wanted += _of_model(source, name, roles[model], wish, size)
+            wanted += _of_model(source, name, role, wish, size)
     if not wanted:
-        raise InputError(f"nothing of {', '.join(models)} can be compared here: {'; '.join(plan.notes)}")
+        raise InputError(
+            f"nothing of {', '.join(source.name for source in sources)} can be compared here: {'; '.join(plan.notes)}"
+        )
     check_subjects([subject for subject, _ in wanted])
     check([subject.label for subject, _ in wanted])
     for place, (subject, build) in enumerate(wanted):
@@ -168,32 +168,27 @@ def short_names(models: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
 
-def find_roles(models: Sequence[str]) -> dict[str, str]:
-    """`student` for models that sdkd made as students; beside one, the first other model is their `teacher`."""
-    known = {model: _provenance(model) for model in models}
+def find_roles(models: Sequence[Model]) -> dict[str, str]:
+    """By name: `student` for students that sdkd made; beside one, the first other model is their `teacher`."""
+    known = {source.name: _provenance(source) for source in map(resolve, models)}
     students = {model for model, about in known.items() if "student" in about}
-    others = [model for model in models if model not in students]
-    roles = {model: STUDENT if model in students else "model" for model in models}
+    others = [name for name in known if name not in students]
+    roles = {name: STUDENT if name in students else "model" for name in known}
     if students and others:
         roles[others[0]] = TEACHER
     return roles
 
 
-def _provenance(model: str) -> dict[str, Any]:
-    source = resolve(model)
-    if source.kind == "bundle":
-        source = _origin(source) or source
-    return provenance(source.path) if source.path is not None and source.path.is_dir() else {}
+def _provenance(source: ModelSource) -> Mapping[str, Any]:
+    return ((_origin(source) if isinstance(source, BundleSource) else None) or source).provenance
 
 
-def _origin(source: ModelSource) -> ModelSource | None:
+def _origin(source: BundleSource) -> ModelSource | None:
     """The model that a bundle was exported from, None when it is gone."""
-    assert source.path is not None
     try:
-        found = resolve(str(Bundle.open(source.path).manifest.source.get("model", "")))
+        return source.origin
     except ModelError:
         return None
-    return None if found.kind == "bundle" else found
 
 
 def _torch_subjects(
@@ -212,33 +207,30 @@ def _of_model(
     """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
     eager = _torch_subjects(source.name, name, role, wish.targets)
     targets = _engine_targets(wish.targets)
-    if targets and wish.size is None and size is not None and (own := _native_px(source.name)) not in (None, size[0]):
+    if targets and wish.size is None and size is not None and (own := _native_px(source)) not in (None, size[0]):
         raise InputError(
             f"{name!r} makes images of {own} px, and this comparison is of {size[0]} px: give --size, and engines are "
             "built for that"
         )
     found: list[tuple[Subject, Builder | None]] = [(subject, None) for subject in eager]
-    return found + [_engine_to_build(source.name, name, role, target, wish) for target in targets]
+    return found + [_engine_to_build(source, name, role, target, wish) for target in targets]
 
 
-def _engine_to_build(model: str, name: str, role: str, target: str, wish: Wish) -> tuple[Subject, Builder]:
+def _engine_to_build(source: ModelSource, name: str, role: str, target: str, wish: Wish) -> tuple[Subject, Builder]:
     """The subject that an engine will be, and what builds it; raises what building it would raise at once."""
-    from export.build.request import check_buildable, check_conversion
-    from sdkd.workflow import onnx_precision, prepare
+    from export.build.request import check_buildable
+    from sdkd.workflow import prepare
 
-    built, folder = ONNX_ENGINE if target == OPTIMUM else target, wish.bundles / name
-    kind, ranges = check_target(built), _ranges(wish)
-    precision = check_precision(slot_precision(built) or wish.precision or kind.precision)
-    onnx = onnx_precision(kind.name, precision)
-    check_conversion(kind.name, onnx, precision)
-    check_buildable(kind)
-    slot = OPTIMUM if target == OPTIMUM else slot_name(kind.name, precision, onnx)
+    built, folder, ranges = ONNX_ENGINE if target == OPTIMUM else target, wish.bundles / name, _ranges(wish)
+    plan = plan_for_model(built, slot_precision(built) or wish.precision)
+    check_buildable(plan.target)
+    slot = OPTIMUM if target == OPTIMUM else plan.slot
 
     def build(progress: Progress) -> Subject:
-        made = prepare(model, built, folder, precision=precision, ranges=ranges, progress=progress)
-        return _engine_subject(model, name, role, made.bundle, slot)
+        made = prepare(source, plan, folder, ranges=ranges, progress=progress)
+        return _engine_subject(source.name, name, role, made.bundle, slot)
 
-    return Subject(f"{name} {slot}", model, slot, precision, folder / onnx, role), build
+    return Subject(f"{name} {slot}", source.name, slot, plan.precision, folder / plan.onnx, role), build
 
 
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
@@ -275,10 +267,9 @@ def _replaced(bundle: Bundle) -> Replaced:
     return tuple((part, str(source[part])) for part in REPLACEMENTS if part in source)
 
 
-def _of_bundle(plan: Plan, source: ModelSource, name: str, role: str, wish: Wish, size: Size | None) -> list[Subject]:
+def _of_bundle(plan: Plan, source: BundleSource, name: str, role: str, wish: Wish, size: Size | None) -> list[Subject]:
     """A bundle: its engines as they are, and the model it was made from as eager where that can be had."""
-    assert source.path is not None
-    bundle, origin = Bundle.open(source.path), _origin(source)
+    bundle, origin = source.bundle, _origin(source)
     model = source.name if origin is None else origin.name
     replaced = _replaced(bundle)
     found = _torch_subjects(model, name, role, wish.targets, replaced)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.pictures import Size
 from sdkd.compare.measure.subjects import IN_TORCH, OPTIMUM, optimum_problem
-from sdkd.core.contract import check_precision, check_size, latent_multiple
+from sdkd.core.contract import check_precision, check_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_numbers
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
-from sdkd.models.resolve import latent_scale, load_rest, resolve, unet_config
+from sdkd.models.kinds import BundleSource
+from sdkd.models.resolve import Model, ModelSource, load_rest, resolve
 from sdkd.targets.registry import availability, check_target
 
 
@@ -52,7 +52,7 @@ def check_asked(prompts: Sequence[str], size: Size | None, **numbers: float) -> 
     return kept
 
 
-def check_models(homes: Mapping[str, str | Path], size: Size | None, steps: int, scheduler: str | None) -> Size | None:
+def check_models(homes: Mapping[str, Model], size: Size | None, steps: int, scheduler: str | None) -> Size | None:
     """InputError, which names it, for a model that cannot have the size or do the steps; nothing is loaded.
 
     `homes`: by label, the model or bundle of each. Returns the size that all are asked for: where none is given, the
@@ -60,40 +60,37 @@ def check_models(homes: Mapping[str, str | Path], size: Size | None, steps: int,
     """
     seen = set[str]()
     for label, home in homes.items():
-        if str(home) in seen:
+        source = resolve(home)
+        if source.name in seen:
             continue
-        seen.add(str(home))
+        seen.add(source.name)
         with contextlib.suppress(ModelError, BundleError):
-            config, scale = unet_config(home), latent_scale(home)
-            own = config.get("sample_size")
-            size = size or ((own * scale, own * scale) if isinstance(own, int) else None)
+            size = size or source.native_size
             try:
                 if size is not None:
-                    check_size(*size, scale * latent_multiple(config))
-                _check_steps(home, steps, scheduler)
+                    check_size(*size, size_multiple(source.unet_config, source.config("vae")))
+                _check_steps(source, steps, scheduler)
             except InputError as error:
                 raise InputError(f"{label!r}: {error}") from error
     return size
 
 
-def _check_steps(home: str | Path, steps: int, scheduler: str | None) -> None:
+def _check_steps(source: ModelSource, steps: int, scheduler: str | None) -> None:
     from sdkd.models.schedulers import check_steps, set_scheduler
 
-    pipe = SimpleNamespace(scheduler=_scheduler(home))
+    pipe = SimpleNamespace(scheduler=_scheduler(source))
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     check_steps(pipe.scheduler, steps)
 
 
-def _scheduler(home: str | Path) -> Any:
+def _scheduler(source: ModelSource) -> Any:
     """The scheduler that a model or bundle comes with."""
-    source = resolve(home)
-    if source.kind != "bundle":
-        return load_rest(home).scheduler
+    if not isinstance(source, BundleSource):
+        return load_rest(source).scheduler
     from engines.pipelines.pipeline import bundle_scheduler
 
-    assert source.path is not None
-    return bundle_scheduler(Bundle.open(source.path))
+    return bundle_scheduler(source.bundle)
 
 
 def check_engines(bundle: Bundle, slot: str, size: Size | None, batch: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.pictures import as_drawn
-from sdkd.core.contract import COMPONENTS, DTYPES, check_precision
+from sdkd.core.contract import COMPONENTS, DTYPES, check_precision, native_size
 from sdkd.errors import EngineError, InputError, ModelError, one_line
 
 if TYPE_CHECKING:
@@ -288,9 +288,10 @@ def _component_bytes(folder: Path) -> int:
     return 0
 
 
-def native_size(pipe: Any) -> int:
+def native_side(pipe: Any) -> int:
     """Image side in pixels that a model was made for: the UNet's `sample_size` times the VAE's scale."""
-    sample = pipe.unet.config.sample_size
-    if not isinstance(sample, int):
+    height, width = native_size(pipe.unet.config, pipe.vae.config) or (0, 1)
+    if height != width:
+        sample = pipe.unet.config.sample_size
         raise ModelError(f"the UNet's sample_size {sample!r} is not one integer: give the image size with --size")
-    return sample * int(pipe.vae_scale_factor)
+    return height

@@ -12,7 +12,7 @@ from engines.generate.long_prompts import cut_lines
 from sdkd.compare.measure.calls import UNET, WORKS, Request, image_size, make_images, step_work, unet_calls
 from sdkd.compare.measure.environment import attention_kernel
 from sdkd.compare.measure.peaks import Memory, gpu_used, peak_rss, rss, torch_peak
-from sdkd.compare.measure.pictures import Size, note, way_of
+from sdkd.compare.measure.pictures import Size, kind_of, note
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Sample, Stand, Timer, Work
 from sdkd.core.contract import unet_copies
@@ -115,7 +115,7 @@ class Worker:
         return Opened(load_s, device, size, scheduler, *counts, copies, self._notes())
 
     def _notes(self) -> tuple[str, ...]:
-        given = note(self.job.subject.model_label, way_of(self._pipe))
+        given = note(self.job.subject.model_label, kind_of(self._pipe))
         cut = cut_lines(self._pipe, self.job.prompts)
         return (*([given] if given else []), *cut)
 

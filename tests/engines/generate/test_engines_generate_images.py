@@ -18,7 +18,7 @@ from small_bundles import UNET, small_controlnet, small_pipeline
 from typer.testing import CliRunner
 
 from engines.generate.cli import generate
-from engines.generate.image_inputs import EDIT, WAYS, done_steps, read_inputs, resized
+from engines.generate.image_inputs import EDIT, PIPELINE_KINDS, done_steps, read_inputs, resized
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BundleError, EngineError, InputError
 
@@ -218,7 +218,7 @@ def test_masks_and_depth_maps_are_read_as_they_are_meant(tmp_path: Path) -> None
 
 
 def test_every_way_is_a_pipeline_that_takes_its_arguments() -> None:
-    for way in (*WAYS.values(), EDIT):
+    for way in (*PIPELINE_KINDS.values(), EDIT):
         taken = inspect.signature(getattr(diffusers, way.pipeline).__call__).parameters
         assert set(way.images) <= set(taken)
         assert way.sized <= {"height", "width"}.issubset(taken)

@@ -13,7 +13,7 @@ from graph_bundles import CONFIGS, graph_bundle
 from export import build_engine
 from export.build.estimate import LARGEST_VOLUME, check_volume, estimate
 from export.build.ranges import Typed, to_ranges
-from export.build.request import Request, requests_for
+from export.build.request import Request, plan_for, requests_for
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import Largest, check_room, free_memory, largest_tensor
 from sdkd.core.contract import Precision
@@ -73,7 +73,7 @@ def _stable_diffusion(folder: Path, precision: Precision) -> Bundle:
 
 def _request(bundle: Bundle, target: str, precision: str, component: str, *sizes: str, batch: str = "1") -> Request:
     ranges = [to_ranges(Typed((size,), batch=batch), bundle) for size in sizes]
-    return requests_for(bundle, target, precision, ranges, [component])[0]
+    return requests_for(bundle, plan_for(bundle, target, precision), ranges, [component])[0]
 
 
 def test_1024_px_fits_in_half_precision_and_not_in_float(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from export.build import onnxruntime_graph as build_onnxruntime
 from export.build.onnxruntime_graph import drop_copies
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BuildError
+from sdkd.targets.plan import plan_for_model
 
 
 def test_a_graph_made_for_the_cpu_does_not_pass_for_one_made_for_cuda(
@@ -40,7 +41,7 @@ def test_an_engine_is_built_again_where_cuda_began_to_run(tmp_path: Path, monkey
     bundle = build_engine(bundle, "onnxruntime", components=["unet"])
 
     def reasons() -> list[str]:
-        (request,) = requests_for(bundle, "onnxruntime", "fp32", None, ["unet"])
+        (request,) = requests_for(bundle, plan_for_model("onnxruntime"), None, ["unet"])
         return rebuild_reasons(bundle, request, environment("onnxruntime"))
 
     assert reasons() == []

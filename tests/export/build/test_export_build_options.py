@@ -210,9 +210,9 @@ def test_other_options_are_a_reason_to_build_again(bundle: Bundle, trt: ModuleTy
 
 def test_a_compatible_engine_records_less_of_where_it_was_built(bundle: Bundle) -> None:
     from export.build.engines import FREE, recorded_environment
-    from export.build.request import requests_for
+    from export.build.request import plan_for, requests_for
 
-    (request,) = requests_for(bundle, "onnxruntime", "fp16", None, ["unet"])
+    (request,) = requests_for(bundle, plan_for(bundle, "onnxruntime"), None, ["unet"])
     compatible = replace(request, flags={"options": {"version_compatible": True}})
     assert set(recorded_environment(request)) - set(recorded_environment(compatible)) == {"onnxruntime"}
     assert FREE["same-compute-capability"] == ("gpu",)

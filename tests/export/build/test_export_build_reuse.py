@@ -12,14 +12,15 @@ from small_exports import small_bundle, small_pipeline
 from export.build.estimate import estimate
 from export.build.ranges import Typed, default_ranges, to_ranges
 from export.build.request import requests_for
-from export.build_cli import export_reasons
+from export.freshness import export_reasons
 from export.pipeline import versions
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import largest_tensor
 from sdkd.core.contract import static_contract
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import InputError
-from sdkd.models.resolve import source_digests
+from sdkd.models.resolve import resolve
+from sdkd.targets.plan import plan_for_model
 from sdkd.targets.registry import cache_folder
 
 
@@ -34,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def exported(model: str) -> Bundle:
     """The small bundle, as if exported from the folder and not from the pipeline in memory."""
-    bundle, digests = small_bundle(), source_digests(model)
+    bundle, digests = small_bundle(), resolve(model).digests
     records = {
         name: replace(record, source_sha256=digests[name]) for name, record in bundle.manifest.components.items()
     }
@@ -42,18 +43,18 @@ def exported(model: str) -> Bundle:
 
 
 def test_the_same_is_used_again(exported: Bundle, model: str) -> None:
-    assert export_reasons(exported, model, "fp32", "onnxruntime") == []
+    assert export_reasons(exported, resolve(model), plan_for_model("onnxruntime")) == []
 
 
 def test_every_reason_is_given(exported: Bundle, model: str) -> None:
     records = dict(exported.manifest.components)
-    records["unet"] = replace(records["unet"], source_sha256="0", precision="fp16", opset=18)
+    records["unet"] = replace(records["unet"], source_sha256="0", precision="fp16", opset=24)
     del records["vae_encoder"]
     manifest = replace(exported.manifest, components=records, versions=versions() | {"torch": "2.0"})
-    assert export_reasons(replace(exported, manifest=manifest), model, "fp32", "onnxruntime") == [
+    assert export_reasons(replace(exported, manifest=manifest), resolve(model), plan_for_model("onnxruntime")) == [
         "other weights (unet, vae_encoder)",
         "precision fp16, not fp32",
-        "unet in opset 18, not 23",
+        "unet in opset 24, later than 23",
         f"torch 2.0, here it is {versions()['torch']}",
     ]
 
@@ -94,7 +95,7 @@ def test_fixed_shapes_are_the_default_and_the_only_ones(fixed: Bundle) -> None:
 
 
 def test_fixed_shapes_are_estimated_too(fixed: Bundle) -> None:
-    (request,) = requests_for(fixed, "onnxruntime", "fp32", None, ["unet"])
+    (request,) = requests_for(fixed, plan_for_model("onnxruntime"), None, ["unet"])
     sizes = {"batch": 2, "height": 16, "width": 32}
     scores = largest_tensor("unet", CONFIGS["unet"], sizes, fused=False).elements
     assert scores == 2 * 8 * 512**2

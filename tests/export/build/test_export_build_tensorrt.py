@@ -19,9 +19,10 @@ from onnx import helper
 
 from export import build_engine
 from export.build import tensorrt_plan as build_tensorrt
-from export.build.job import Job, Run, build_all
+from export.build.job import Job, Run
 from export.build.onnxruntime_graph import open_reference
 from export.build.options import BuildOptions
+from export.build.run import build_all
 from export.build.tensorrt_progress import SILENT, PhaseTree, progress_monitor, silent_seconds
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.child import run_in_child

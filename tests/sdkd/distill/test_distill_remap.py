@@ -14,7 +14,7 @@ from sdkd.cli import load_command
 from sdkd.distill.remap_cli import run
 from sdkd.distill.training.lora import FILE, add_lora, read_lora, save_lora
 from sdkd.errors import InputError, ModelError, OutputExistsError
-from sdkd.models.resolve import save_pipeline, unet_config
+from sdkd.models.resolve import resolve, save_pipeline
 from sdkd.students.blocks import build_student, key_map
 from sdkd.students.lora_names import common_name, remap_settings
 
@@ -115,6 +115,6 @@ def test_settings_follow_their_modules() -> None:
 
 
 def test_the_config_is_read_without_weights(teacher: Path) -> None:
-    assert unet_config(teacher)["block_out_channels"] == [16, 32, 32, 32]
-    assert unet_config("random:sd15-tiny")["block_out_channels"] == (320, 640, 1280)
-    assert unet_config("demo")["layers_per_block"] == 2
+    assert resolve(teacher).unet_config["block_out_channels"] == [16, 32, 32, 32]
+    assert resolve("random:sd15-tiny").unet_config["block_out_channels"] == (320, 640, 1280)
+    assert resolve("demo").unet_config["layers_per_block"] == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdkd.models.families import CLASSES, FAMILIES, empty, student_names
-from sdkd.models.resolve import load_eager, save_pipeline, unet_config
+from sdkd.models.resolve import load_eager, resolve, save_pipeline
 from sdkd.students.blocks import STUDENTS, build_student, full_config, student_config
 
 CROSS, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -57,7 +57,7 @@ def test_a_folder_with_an_old_config_loads(student: str, tmp_path: Path) -> None
     loaded = load_eager(tmp_path / "model").unet
     assert full_config(loaded.config) == full_config(unet.config)
     assert torch.equal(loaded.conv_out.weight, unet.conv_out.weight)
-    assert student in student_names(unet_config(tmp_path / "model"))
+    assert student in student_names(resolve(tmp_path / "model").unet_config)
 
 
 def test_attention_of_the_vae_in_its_old_names(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from sdkd.errors import ModelError
 from sdkd.models.diffusers_folder import component_digest
-from sdkd.models.resolve import load_component, load_eager, resolve, save_pipeline, source_digests
+from sdkd.models.resolve import load_component, load_eager, resolve, save_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA = r"is a LoRA, not a model: fuse it into its base model .* and give that folder"
@@ -142,9 +142,9 @@ def test_folders_that_are_no_pipelines(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_pickled_weights_only(folder: Path) -> None:
-    weights, before = folder / "unet" / WEIGHTS, source_digests(folder)
+    weights, before = folder / "unet" / WEIGHTS, resolve(folder).digests
     torch.save(helpers.tiny_unet().state_dict(), weights.with_suffix(".bin"))
-    assert source_digests(folder) == before  # the pickle beside is not looked at
+    assert resolve(folder).digests == before  # the pickle beside is not looked at
     weights.unlink()
     message = r"unet' holds pickled weights only \(diffusion_pytorch_model.bin\), which can run .*from_pretrained"
     with pytest.raises(ModelError, match=message):

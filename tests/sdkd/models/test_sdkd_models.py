@@ -15,15 +15,7 @@ from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.models import random_weights as random_models
 from sdkd.models import resolve as models
 from sdkd.models.families import FAMILIES, Family
-from sdkd.models.resolve import (
-    load_component,
-    load_eager,
-    load_rest,
-    provenance,
-    resolve,
-    save_pipeline,
-    source_digests,
-)
+from sdkd.models.resolve import load_component, load_eager, load_rest, provenance, resolve, save_pipeline
 from sdkd.students.blocks import build_student
 
 
@@ -200,10 +192,10 @@ def test_digests_follow_the_weights(folder: Path, tmp_path: Path) -> None:
     pipe = helpers.tiny_pipeline()
     save_pipeline(pipe, tmp_path / "same", about={"note": 1})
     save_pipeline(pipe, tmp_path / "student", unet=build_student(pipe.unet, "tiny"))
-    first, same, student = (source_digests(path) for path in (folder, tmp_path / "same", tmp_path / "student"))
+    first, same, student = (resolve(path).digests for path in (folder, tmp_path / "same", tmp_path / "student"))
     assert first == same
     assert {name for name in first if first[name] != student[name]} == {"unet"}
-    assert source_digests("random:sd15")["unet"] != source_digests("random:sd15-tiny")["unet"]
+    assert resolve("random:sd15").digests["unet"] != resolve("random:sd15-tiny").digests["unet"]
 
 
 def test_save_replaces_only_the_unet_and_only_on_request(tmp_path: Path) -> None:
@@ -227,7 +219,7 @@ def test_a_bundle_cannot_have_its_original_fetched(tmp_path: Path, monkeypatch: 
         asked.append((name, local_only))
         raise FileNotFoundError(name)
 
-    monkeypatch.setattr("sdkd.models.resolve.downloaded", downloaded)
+    monkeypatch.setattr("sdkd.models.kinds.downloaded", downloaded)
     with pytest.raises(ModelError, match=r"made from \('somebody/model'\) is gone"):
         load_eager(bundle_of(tmp_path / "bundle", "somebody/model"))
     assert asked == [("somebody/model", True)]

@@ -22,7 +22,7 @@ from sdkd.errors import ModelError
 from sdkd.models.clip_tokenizer import clip_tokenizer
 from sdkd.models.families import FAMILIES, HEAVY, Family
 from sdkd.models.random_weights import parse, random_part, random_pipeline
-from sdkd.models.resolve import load_component, load_eager, load_rest, resolve, source_digests, unet_config
+from sdkd.models.resolve import load_component, load_eager, load_rest, resolve
 from sdkd.models.single_file import CONTEXT
 
 PROMPT = "a photo of a cat"
@@ -118,9 +118,9 @@ def test_the_rest_and_the_config_need_no_weights(
     assert rest.unet is rest.vae is rest.text_encoder is None
     assert rest.config["unet"] == ("diffusers", "UNet2DConditionModel")
     assert rest.tokenizer(PROMPT).input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert unet_config(path)["block_out_channels"] == helpers.TEACHER_UNET["block_out_channels"]
-    assert unet_config(path)["down_block_types"] == pipe.unet.config.down_block_types
-    assert set(source_digests(path)) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert resolve(path).unet_config["block_out_channels"] == helpers.TEACHER_UNET["block_out_channels"]
+    assert resolve(path).unet_config["down_block_types"] == pipe.unet.config.down_block_types
+    assert set(resolve(path).digests) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
 
 
 @pytest.mark.parametrize(

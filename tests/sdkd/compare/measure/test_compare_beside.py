@@ -15,7 +15,7 @@ from sdkd.compare.measure import scores
 from sdkd.compare.measure.limits import unet_work
 from sdkd.compare.measure.results import Report
 from sdkd.compare.measure.subjects import Subject
-from sdkd.models.resolve import latent_scale, unet_config
+from sdkd.models.resolve import resolve
 
 
 def one(subject: Subject) -> Report:
@@ -30,8 +30,8 @@ def test_a_report_gets_the_limit_of_each_call() -> None:
     report = one(Subject("demo eager", "demo"))
     found = beside.with_limits(report, "cpu")
     row, ceilings = found.results[0], found.ceilings["fp32"]
-    side = report.setup.size_px // latent_scale("demo")
-    assert row.work == unet_work(unet_config("demo"), report.setup.unet_batch, side, side)
+    side = report.setup.size_px // resolve("demo").latent_scale
+    assert row.work == unet_work(resolve("demo").unet_config, report.setup.unet_batch, side, side)
     assert row.limit is not None
     assert row.work is not None
     assert row.limit.flops_per_s == pytest.approx(row.work.flops / (row.unet_step_ms.median / 1000))

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline as Pix2Pix
 from helpers import CROSS, UP, fixed_weights
 from small_bundles import UNET, VAE, small_controlnet, small_pipeline
 
-from engines.generate.image_inputs import EDIT, TEXT, WAYS
+from engines.generate.image_inputs import EDIT, PIPELINE_KINDS, TEXT
 from export import build_engine, export_pipeline
 from sdkd.compare import compare
 from sdkd.compare.measure.calls import Request, make_images
@@ -106,5 +106,5 @@ def test_drawn_inputs_fit_every_pipeline() -> None:
     seen = np.asarray(mask((32, 32))).astype(float) / 255
     assert seen.mean() == 0.25
     assert np.asarray(picture((32, 32)))[16, 16].tolist() == [220, 40, 40]
-    known = {name for way in (*WAYS.values(), EDIT, TEXT) for name in way.images.values()}
+    known = {name for way in (*PIPELINE_KINDS.values(), EDIT, TEXT) for name in way.images.values()}
     assert known == {"image", "mask", "control"}

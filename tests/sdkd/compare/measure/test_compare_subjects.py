@@ -16,7 +16,7 @@ from sdkd.compare.measure.subjects import (
     check_subjects,
     count_parameters,
     has_random_weights,
-    native_size,
+    native_side,
     open_subject,
     size_on_disk,
     weight_bytes,
@@ -71,7 +71,7 @@ def test_labels_and_file_names_are_unique() -> None:
 def test_an_eager_subject_opens_in_its_precision(model: Path) -> None:
     pipe = open_subject(Subject("x", model, precision="bf16"))
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
-    assert native_size(pipe) == 64
+    assert native_side(pipe) == 64
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -118,8 +118,8 @@ def test_one_format_of_several_is_counted(tmp_path: Path) -> None:
     assert weight_bytes(tmp_path / "nowhere") is None
 
 
-def test_a_model_without_one_native_size_is_refused() -> None:
+def test_a_model_without_one_native_side_is_refused() -> None:
     pipe = tiny_pipeline()
     pipe.unet.register_to_config(sample_size=[8, 16])
     with pytest.raises(ModelError, match=r"sample_size \[8, 16\] is not one integer: give the image size with --size"):
-        native_size(pipe)
+        native_side(pipe)

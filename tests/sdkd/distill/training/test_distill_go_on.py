@@ -20,7 +20,7 @@ from sdkd.distill.training.log import LOG, read_log
 from sdkd.distill.training.lora import read_lora
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError, ModelError
-from sdkd.models.resolve import load_component, load_eager, resolve, save_pipeline, source_digests, unet_config
+from sdkd.models.resolve import load_component, load_eager, resolve, save_pipeline
 
 CONFIG: dict[str, Any] = {
     "steps": 2, "batch_size": 2, "device": "cpu", "precision": "fp32", "log_every": 1, "schedule": "constant",
@@ -172,9 +172,9 @@ def test_a_checkpoint_is_a_model(work: Path, tmp_path: Path, monkeypatch: pytest
     assert same(pipe.unet.state_dict(), finished.unet.state_dict())
     assert same(pipe.vae.state_dict(), finished.vae.state_dict())
     assert same(load_component(place, "unet").state_dict(), finished.unet.state_dict())
-    assert unet_config(place)["layers_per_block"] == 1
-    assert source_digests(place).keys() == source_digests("run").keys()
-    assert source_digests(place)["vae_decoder"] == source_digests("teacher")["vae_decoder"]
+    assert resolve(place).unet_config["layers_per_block"] == 1
+    assert resolve(place).digests.keys() == resolve("run").digests.keys()
+    assert resolve(place).digests["vae_decoder"] == resolve("teacher").digests["vae_decoder"]
     pipe.set_progress_bar_config(disable=True)
     assert pipe("all red", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
     words = [str(place), "all red", "--steps", "1", "--output", str(tmp_path / "image.png"), "--device", "cpu"]

@@ -1,0 +1,288 @@
+"""The kinds of names that a model may have, each a small class that knows its files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.contract import CONFIG_FOLDERS
+from sdkd.core.files import read_json, sha256
+from sdkd.errors import ModelError
+from sdkd.models import checkpoint, single_file
+from sdkd.models.clip_tokenizer import clip_tokenizer
+from sdkd.models.diffusers_folder import (
+    check_pipeline_folder,
+    component_digest,
+    digest,
+    load_folder,
+    load_part,
+    load_rest_of,
+    quiet_libraries,
+)
+from sdkd.models.families import FAMILIES, HEAVY
+from sdkd.models.hub import downloaded
+from sdkd.models.random_weights import RandomModel, parse, random_part, random_pipeline, random_rest
+from sdkd.models.source import Kind, ModelSource, Part, as_model_error
+from sdkd.students.blocks import full_config
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+# The components that a model itself has, and the part of a pipeline that each is made from.
+_OWN = {name: part for name, part in CONFIG_FOLDERS.items() if part in HEAVY}
+
+
+class FolderSource(ModelSource):
+    """A diffusers folder."""
+
+    kind: ClassVar[Kind] = "folder"
+    advice = "its files are damaged or incomplete; save or download it again"
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        assert self.path is not None
+        return self.path
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """As the base class says."""
+        found = {part: component_digest(self.folder / part) for part in HEAVY}
+        return {name: found[part] for name, part in _OWN.items()}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """As the base class says."""
+        file = self.folder / part / "config.json"
+        return dict(read_json(file)) if part in ("unet", "vae") or file.is_file() else {}
+
+    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
+        """The eager pipeline."""
+        return load_folder(self.folder, dtype)
+
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One module of the pipeline."""
+        return load_part(self.folder, part, dtype)
+
+    def load_rest(self) -> StableDiffusionPipeline:
+        """The pipeline without its heavy modules."""
+        return load_rest_of(self.folder)
+
+
+class DemoSource(FolderSource):
+    """The embedded teacher."""
+
+    kind: ClassVar[Kind] = "demo"
+    advice = "install sdkd again"
+
+
+@dataclass(frozen=True)
+class HubSource(FolderSource):
+    """A hub id; fetched into the local cache when its files are first asked for, unless `local_only`."""
+
+    kind: ClassVar[Kind] = "hub"
+    advice = (
+        "there is no such folder here, and the hub did not give it; check the spelling and the network, or download it "
+        "elsewhere with `hf download` and give the folder"
+    )
+
+    local_only: bool = False
+
+    @cached_property
+    def folder(self) -> Path:
+        """Checked folder of the model in the local cache."""
+        with as_model_error(self), quiet_libraries():
+            found = downloaded(self.name, local_only=self.local_only)
+            check_pipeline_folder(found)
+            return found
+
+    @property
+    def here(self) -> bool:
+        """Whether the model was fetched for this source."""
+        return "folder" in self.__dict__
+
+    @property
+    def original(self) -> ModelSource:
+        """The folder in the cache."""
+        return FolderSource(self.name, self.folder)
+
+
+@dataclass(frozen=True)
+class BundleSource(ModelSource):
+    """A bundle: ONNX graphs and engines of a model, which `find` opens by its name."""
+
+    kind: ClassVar[Kind] = "bundle"
+    advice = "give the original model instead"
+
+    find: Callable[[str], ModelSource] = field(kw_only=True, repr=False, compare=False)
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """The bundle, as it was when it was first asked for."""
+        assert self.path is not None
+        return Bundle.open(self.path)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the model that the bundle was exported from."""
+        return {name: record.source_sha256 for name, record in self.bundle.manifest.components.items()}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of a part, as the bundle keeps it."""
+        if part == "vae":
+            return self.bundle.vae_config()
+        names = [name for name, folder in CONFIG_FOLDERS.items() if folder == part]
+        found = [name for name in names if (self.bundle.path / name / "config.json").is_file()]
+        return self.bundle.config((found or names)[0]) if found or part == "unet" else {}
+
+    @property
+    def origin(self) -> ModelSource:
+        """The model that the bundle was exported from; ModelError when it is gone, or a bundle itself."""
+        found = self.find(str(self.bundle.manifest.source.get("model", "")))
+        if found.kind == "bundle":
+            raise ModelError(f"{found.name!r} is a bundle, too")
+        return found
+
+    @property
+    def original(self) -> ModelSource:
+        """The model that the bundle was exported from, of a hub only what is in the local cache."""
+        try:
+            found = self.origin
+            # The user named the bundle: what that names is not asked of the hub.
+            return HubSource(found.name, local_only=True).original if found.kind == "hub" else found
+        except (ModelError, OSError, ValueError) as error:
+            raise ModelError(
+                f"bundle {self.name!r} holds ONNX graphs and engines, not PyTorch weights, and the model it was "
+                f"made from ({str(self.bundle.manifest.source.get('model', ''))!r}) is gone: give that model's new "
+                f"place, or use the bundle as it is, with: {shlex.join(['sdkd', 'generate', self.name, 'PROMPT'])}"
+            ) from error
+
+    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
+        """The eager pipeline of the model that the bundle was exported from."""
+        return self.original.load_whole(dtype)
+
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One of its modules."""
+        return self.original.load_part(part, dtype)
+
+    def load_rest(self) -> StableDiffusionPipeline:
+        """Its pipeline without the heavy modules."""
+        return self.original.load_rest()
+
+
+@dataclass(frozen=True)
+class SingleFileSource(ModelSource):
+    """A checkpoint in one .safetensors file."""
+
+    kind: ClassVar[Kind] = "single-file"
+    advice = "the file is damaged or incomplete; download it again"
+
+    opened: single_file.Checkpoint = field(kw_only=True, repr=False, compare=False)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """As the base class says, from the digest of the whole file."""
+        assert self.path is not None
+        whole = sha256(self.path)
+        return {name: digest(f"{whole} {name}") for name in _OWN}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of the UNet, and of the VAE that every family has."""
+        return full_config(self.opened.unet_config) if part == "unet" else _family_config(part)
+
+    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
+        """The eager pipeline."""
+        return single_file.load_whole(self.opened, dtype)
+
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One module of the pipeline."""
+        return single_file.load_part(self.opened, part, dtype)
+
+    def load_rest(self) -> StableDiffusionPipeline:
+        """The pipeline without its heavy modules."""
+        return single_file.load_rest(self.opened)
+
+
+@dataclass(frozen=True)
+class CheckpointSource(ModelSource):
+    """A checkpoint of a run: its UNet among the other parts of `base`, the model that the run was given."""
+
+    kind: ClassVar[Kind] = "checkpoint"
+    advice = "its files are damaged or incomplete; give another checkpoint"
+
+    base: ModelSource = field(kw_only=True)
+
+    @property
+    def _unet(self) -> Path:
+        assert self.path is not None
+        return checkpoint.unet_folder(self.path)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """As the base class says."""
+        return self.base.digests | {"unet": component_digest(self._unet)}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of a part, the UNet's the checkpoint's own."""
+        return dict(read_json(self._unet / "config.json")) if part == "unet" else self.base.config(part)
+
+    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
+        """The eager pipeline."""
+        rest, parts = self.load_rest(), {part: self.load_part(part, dtype) for part in get_args(Part)}
+        return type(rest)(**(rest.components | parts), requires_safety_checker=False)  # it looks at its UNet once, here
+
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One module of the pipeline."""
+        assert self.path is not None
+        return checkpoint.load_own(self.path, dtype) if part == "unet" else self.base.original.load_part(part, dtype)
+
+    def load_rest(self) -> StableDiffusionPipeline:
+        """The pipeline without its heavy modules."""
+        return self.base.original.load_rest()
+
+
+class RandomSource(ModelSource):
+    """A model of full size with random weights, by name."""
+
+    kind: ClassVar[Kind] = "random"
+    advice = "give another name"
+
+    @cached_property
+    def _model(self) -> RandomModel:
+        return parse(self.name)
+
+    @property
+    def _tokenizer(self) -> CLIPTokenizer:
+        """The embedded CLIP tokenizer, which pads as the model's family does."""
+        return clip_tokenizer(FAMILIES[self._model.family].pad_token)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """As the base class says: equal names have equal weights."""
+        return {name: digest(f"{self.name} {name}") for name in _OWN}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of the UNet, and of the VAE that every family has."""
+        return dict(self._model.unet_config) if part == "unet" else _family_config(part)
+
+    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
+        """The eager pipeline."""
+        return random_pipeline(self._model, self._tokenizer, dtype)
+
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One module of the pipeline."""
+        return random_part(self._model, part, self._tokenizer, dtype)
+
+    def load_rest(self) -> StableDiffusionPipeline:
+        """The pipeline without its heavy modules."""
+        return random_rest(self._model, self._tokenizer)
+
+
+def _family_config(part: str) -> dict[str, Any]:
+    return dict(FAMILIES["sd15"].vae) if part == "vae" else {}

@@ -1,0 +1,75 @@
+"""What engines are wished for, decided once: target, their precision, that of the ONNX graphs, and their slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdkd.core.contract import Precision, check_precision
+from sdkd.errors import InputError
+from sdkd.targets.registry import Target, check_target, slot_name, slot_precision
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Engines of a target in a precision, built from ONNX graphs of precision `onnx`."""
+
+    target: Target
+    precision: Precision
+    onnx: Precision
+
+    @property
+    def slot(self) -> str:
+        """Where the engines are kept in a bundle."""
+        return slot_name(self.target.name, self.precision, self.onnx)
+
+
+def plan_for_model(target: str, precision: str | None = None) -> EnginePlan:
+    """The plan for a model that is exported for its engines.
+
+    `target`: a target or slot (`openvino-bf16`); `precision`: None for the slot's, or what the target's users want.
+    InputError for an unknown target or precision, and for two precisions.
+    """
+    found, named = check_target(target), _named(target, precision)
+    wanted = check_precision(named or found.precision)
+    plan = EnginePlan(found, wanted, check_precision(found.exported_in or wanted))
+    check_conversion(plan)
+    return plan
+
+
+def plan_for_onnx(target: str, precision: str | None, onnx: str, where: str) -> EnginePlan:
+    """The plan for a bundle whose graphs are there, in precision `onnx`; InputError as above, and where they don't fit.
+
+    `precision`: None for the slot's, or the graphs' own. `where` names the bundle in messages.
+    """
+    found, named = check_target(target), _named(target, precision)
+    if found.runs_on_gpu and onnx == "fp32" and not named:
+        raise InputError(
+            f"{where} is fp32, which {found.name} would build as a slow fp32 engine: "
+            f"export it with --precision fp16, or say --precision fp32 if you mean it"
+        )
+    plan = EnginePlan(found, check_precision(named or onnx), check_precision(onnx))
+    check_conversion(plan)
+    return plan
+
+
+def _named(target: str, asked: str | None) -> str | None:
+    """The precision that is asked for, or named by the slot."""
+    named = slot_precision(target)
+    if named and asked and named != asked:
+        raise InputError(f"target {target!r} means precision {named!r}, but {asked!r} was asked for: give one of them")
+    return asked or named
+
+
+def check_conversion(plan: EnginePlan) -> None:
+    """InputError unless the target can make such engines from such graphs."""
+    target = plan.target
+    if plan.onnx == "bf16" and not target.takes_bf16:
+        raise InputError(
+            f"the ONNX graph is bf16, which {target.name} cannot run: export it with --precision fp32 "
+            f"(and build with --target openvino --precision bf16 for bf16 arithmetic on a CPU)"
+        )
+    if plan.precision != plan.onnx and plan.precision not in dict(target.converts).get(plan.onnx, ()):
+        raise InputError(
+            f"{target.name} cannot make a {plan.precision} engine from an {plan.onnx} graph (it runs the graph's own "
+            f"precision): export the model again with --precision {plan.precision}"
+        )
