@@ -99,10 +99,8 @@ def largest_batch(session: Session, feeds: Mapping[str, torch.Tensor]) -> int:
         axis: feeds[spec.name].shape[position]
         for spec in session.contract.inputs
         for position, axis in spec.dynamic_axes.items()
-        if axis != "batch"
     }
-    fitting = [profile["batch"].max for profile in session.profiles if all(sizes[a] in profile[a] for a in sizes)]
-    return max(fitting, default=session.limits["batch"].max)
+    return session.profiles.largest_batch(sizes) or session.limits["batch"].max
 
 
 def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -79,8 +79,11 @@ class EngineSession(Session):
         self._open = True
 
     @abstractmethod
-    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
-        """Fill `outputs` from `feeds`: contiguous tensors on this session's device, dtypes as in the contract."""
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
+        """Fill `outputs` from `feeds`: contiguous tensors on this session's device, dtypes as in the contract.
+
+        `profile`: the optimization profile that holds their shapes.
+        """
 
     @abstractmethod
     def _release(self) -> None:
@@ -97,14 +100,16 @@ class EngineSession(Session):
         """
         self._check_open()
         sizes = self._sizes(feeds)
-        check_sizes(self.checked, sizes)
+        profile = check_sizes(self.checked, sizes)
         asked = ", ".join(f"{axis} {count}" for axis, count in sizes.items()) or "its fixed sizes"
         with raises_out_of_memory(
             f"{self.checked.label}, run at {asked},", OOM_ON_RUN_HINT, on_gpu=self.device.type == "cuda"
         ):
-            return self._run(feeds, sizes)
+            return self._run(feeds, sizes, profile)
 
-    def _run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    def _run(
+        self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int
+    ) -> dict[str, torch.Tensor]:
         origin = next(iter(feeds.values())).device
         ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
         every = output_sizes(self.contract, sizes, self.checked.scale)
@@ -114,7 +119,7 @@ class EngineSession(Session):
         }
         with self._lock:
             self._check_open()  # another thread may have closed it meanwhile
-            self._execute(ready, outputs)
+            self._execute(ready, outputs, profile)
         return {name: tensor.to(origin) for name, tensor in outputs.items()}
 
     def _check_open(self) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from engines.sessions.profiles import Profiles
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
 from sdkd.core.contract import Contract, axis_ranges, latent_multiple
 from sdkd.core.profiles import Range
@@ -32,7 +33,7 @@ class Checked:
     limits: Mapping[str, Range]  # of each dynamic axis of the inputs, over all profiles
     steps: Mapping[str, int]  # an axis must be a multiple of its step
     scale: int  # pixels per latent
-    profiles: tuple[Mapping[str, Range], ...]  # limits of each profile, in the record's order
+    profiles: Profiles  # in the record's order, which is the engine's
 
     @property
     def path(self) -> Path:
@@ -69,7 +70,7 @@ def check_engine(bundle: Bundle, slot: str, component: str) -> Checked:
     limits, *profiles = (
         axis_ranges(contract, ranges, scale, bundle.positions()) for ranges in (record.ranges, *record.profiles)
     )
-    return Checked(bundle, record, contract, limits, _steps(bundle, contract), scale, tuple(profiles))
+    return Checked(bundle, record, contract, limits, _steps(bundle, contract), scale, Profiles(profiles))
 
 
 def verify_once(bundle: Bundle, record: ComponentRecord | EngineRecord) -> None:

@@ -93,7 +93,7 @@ class OnnxRuntimeSession(EngineSession):
             save_whole(model, onnx_file.parent, file)
             self._session = self._opened(str(file))
 
-    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
         binding = self._session.io_binding()
         for tensors, bind in ((feeds, binding.bind_input), (outputs, binding.bind_output)):
             for name, tensor in tensors.items():

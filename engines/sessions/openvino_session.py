@@ -91,7 +91,7 @@ class OpenVinoSession(EngineSession):
 
         return self._openvino.PartialShape([dimension(axis) for axis in spec.axes])
 
-    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
         try:
             for tensors in (feeds, outputs):
                 for name, tensor in tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,8 @@ _WIDTHS = ("width", "image_width")
 _AXES = ("batch", "height", "width", "sequence")
 
 
-def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> None:
-    """RangeError unless one profile holds every axis, and every axis is a multiple of its step."""
+def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> int:
+    """The profile for a call of these sizes; RangeError unless one holds every axis, a multiple of its step each."""
     for axis, step in checked.steps.items():
         if sizes[axis] % step:
             factor = 1 if axis.startswith("image_") else checked.scale
@@ -30,8 +29,8 @@ def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> None:
                 f"{axis.removeprefix('image_')} {pixels} is not a multiple of {multiple} pixels, as {checked.label} "
                 f"needs: use {low} or {low + multiple}"
             )
-    if fitting_profiles(checked, sizes):
-        return
+    if (profile := checked.profiles.pick(sizes)) is not None:
+        return profile
     _check_image(checked, sizes)
     words = _built_for(checked.bundle, checked.record, asked_ranges(checked, sizes))
     raise RangeError(f"{checked.label} was asked for {_describe(checked, sizes)}, {words}")
@@ -75,20 +74,6 @@ def _check_image(checked: Checked, sizes: Mapping[str, int]) -> None:
             f"{asked[wrong[0]]} is not a multiple of {multiple} pixels, as this model needs: resize it, to "
             f"{near[0]}x{near[1]} px for one"
         )
-
-
-def fitting_profiles(checked: Checked, sizes: Mapping[str, int]) -> list[int]:
-    """Profiles that hold all sizes, the one with the smallest largest shape first: it wastes the least memory."""
-
-    def volume(index: int) -> int:
-        return math.prod(checked.profiles[index][axis].max for axis in sizes)
-
-    fitting = [
-        index
-        for index, profile in enumerate(checked.profiles)
-        if all(size in profile[axis] for axis, size in sizes.items())
-    ]
-    return sorted(fitting, key=volume)
 
 
 def output_sizes(contract: Contract, sizes: Mapping[str, int], scale: int) -> dict[str, int]:

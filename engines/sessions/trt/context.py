@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from sdkd.errors import EngineError
 
 Shapes = Mapping[str, tuple[int, ...]]
-Spans = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """Smallest and largest shape of each input in one optimization profile."""
 
 
@@ -122,33 +120,3 @@ def failure(label: str, library: str, messages: MutableSequence[str], what: str)
 def said(library: str, messages: Collection[str]) -> str:
     """The end of a sentence: who refused, and why."""
     return f" by {library} ({'; '.join(messages)})" if messages else ""
-
-
-def read_spans(engine: Any, names: Iterable[str]) -> list[Spans]:
-    """What each optimization profile of an engine allows, by the engine itself."""
-    found: list[Spans] = []
-    inputs = list(names)
-    for index in range(engine.num_optimization_profiles):
-        shapes = {name: engine.get_tensor_profile_shape(name, index) for name in inputs}
-        found.append({name: (tuple(three[0]), tuple(three[-1])) for name, three in shapes.items()})
-    return found
-
-
-def pick_profile(profiles: Sequence[Spans], shapes: Shapes) -> int | None:
-    """The optimization profile that holds all shapes and has the smallest largest images; None when none holds them."""
-    fitting = [
-        (_volume(spans), index)
-        for index, spans in enumerate(profiles)
-        if all(_inside(shape, *spans[name]) for name, shape in shapes.items())
-    ]
-    return min(fitting)[1] if fitting else None
-
-
-def _volume(spans: Spans) -> int:
-    """Elements of the largest images or latents, which the work goes by, though text may have more; of all without."""
-    largest = [high for _, high in spans.values()]
-    return sum(math.prod(high) for high in [high for high in largest if len(high) == 4] or largest)
-
-
-def _inside(shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
-    return len(shape) == len(low) and all(a <= size <= b for size, a, b in zip(shape, low, high, strict=True))

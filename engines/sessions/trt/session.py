@@ -19,7 +19,7 @@ import torch
 
 from engines.sessions.base import EngineSession
 from engines.sessions.checks import Checked, check_names
-from engines.sessions.trt.context import BoundContext, Call, failure, pick_profile, read_spans
+from engines.sessions.trt.context import BoundContext, Call, failure
 from engines.sessions.trt.cuda_graphs import (
     STREAMS,
     Buffers,
@@ -102,10 +102,14 @@ class TensorRTSession(EngineSession):
         """Deserialize, and make the context of plain runs; what was open stays when that fails."""
         engine = deserialize(self._trt, self._log, checked, self._rebuild, self._failed)
         self._check_io(engine)
+        if engine.num_optimization_profiles != len(self.profiles):
+            raise EngineError(
+                f"{self.checked.label} has {engine.num_optimization_profiles} optimization profiles, its manifest says "
+                f"{' and '.join(map(str, self.checked.record.profiles))}. Rebuild it with: {self._rebuild}"
+            )
         kernels = RuntimeCache(checked.record.files[0].sha256)
         main = self._context(engine, kernels)
-        spans = read_spans(engine, [spec.name for spec in self.contract.inputs])
-        self._main, self._engine, self._kernels, self._spans = main, engine, kernels, spans
+        self._main, self._engine, self._kernels = main, engine, kernels
 
     # Other weights
 
@@ -172,14 +176,8 @@ class TensorRTSession(EngineSession):
 
     # Running
 
-    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
-        profile = pick_profile(self._spans, shapes)
-        if profile is None:
-            raise EngineError(
-                f"{self.checked.label} has no optimization profile for {shapes}, though its manifest says "
-                f"{' and '.join(map(str, self.checked.record.profiles))}. Rebuild it with: {self._rebuild}"
-            )
         call = Call(feeds, outputs, profile, shapes)
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream(self.device)

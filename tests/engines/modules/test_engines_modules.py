@@ -12,12 +12,11 @@ from accelerate import cpu_offload_with_hook
 from diffusers import StableDiffusionPipeline
 from engine_bundles import unet_feeds
 
-from engines.modules.base import full_config, largest_batch, run_split
+from engines.modules.base import full_config, run_split
 from engines.modules.components import EngineTextEncoder, EngineUNet
 from engines.modules.vae import EngineVAE
 from engines.pipelines.pipeline import build_module
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.profiles import Range
 from sdkd.errors import EngineError, InputError, RangeError
 
 CPU = torch.device("cpu")
@@ -185,26 +184,6 @@ def test_batches_are_split_evenly(unet: EngineUNet) -> None:
     result = run_split(Counting(), feeds)["out_sample"]  # type: ignore[arg-type]
     assert calls == [3, 3, 3]  # not 4, 4, 1: a part below the smallest built batch would be refused
     assert torch.allclose(result, unet(*feeds.values()).sample, atol=1e-6)
-
-
-def test_a_batch_is_split_by_the_profile_that_holds_its_size(unet: EngineUNet) -> None:
-    class Two:
-        """Profiles of an engine: four images at 16x16 latents, one at up to 32x32."""
-
-        contract, limits = unet.session.contract, unet.session.limits
-        profiles = tuple(
-            {
-                "batch": Range(1, 1, batch),
-                "height": Range(8, 16, side),
-                "width": Range(8, 16, side),
-                "sequence": Range.fixed(77),
-            }
-            for batch, side in ((8, 16), (2, 32))
-        )
-
-    small, large = unet_feeds(batch=1, size=16), unet_feeds(batch=1, size=32)
-    assert largest_batch(Two(), small) == 8  # type: ignore[arg-type]
-    assert largest_batch(Two(), large) == 2  # type: ignore[arg-type]
 
 
 # VAE

@@ -64,7 +64,7 @@ def test_a_failed_run_says_the_sizes_and_keeps_nothing(graph: Bundle, monkeypatc
         expected = session.run(feeds)["out_sample"]
         outputs: list[Any] = []
 
-        def execute(ready: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> None:
+        def execute(ready: dict[str, torch.Tensor], made: dict[str, torch.Tensor], profile: int) -> None:
             outputs.extend(weakref.ref(tensor) for tensor in made.values())
             failing(kept, lambda: EngineError(ONNXRUNTIME))()
 

@@ -17,7 +17,7 @@ from engine_bundles import CONTEXT, edit_engine, graph_unet, identity_unet, refe
 from engines.sessions.base import EngineSession
 from engines.sessions.checks import check_engine
 from engines.sessions.opening import open_session
-from engines.sessions.ranges import fitting_profiles
+from engines.sessions.ranges import check_sizes
 from export.build.ranges import Typed, parse_profiles, to_ranges
 from export.build_cli import build_engine
 from sdkd.bundle.manifest import Bundle, FileRecord
@@ -270,8 +270,8 @@ def test_between_two_profiles_is_outside(graph_copy: Path) -> None:
     large = ShapeRanges(Range.fixed(1), Range(32, 64, 64), Range(32, 64, 64), Range.fixed(77))
     bundle = edit_engine(graph_copy, "onnxruntime", "unet", profiles=(small, large))
     checked = check_engine(bundle, "onnxruntime", "unet")
-    assert fitting_profiles(checked, {"batch": 2, "height": 16, "width": 16, "sequence": 77}) == [0, 1]
-    assert fitting_profiles(checked, {"batch": 2, "height": 16, "width": 32, "sequence": 77}) == [1]
+    assert check_sizes(checked, {"batch": 2, "height": 16, "width": 16, "sequence": 77}) == 0
+    assert check_sizes(checked, {"batch": 2, "height": 16, "width": 32, "sequence": 77}) == 1
     with open_session(bundle, "onnxruntime", "unet") as session:
         session.run(unet_feeds(batch=2, size=32))
         session.run(unet_feeds(batch=4, size=16))
@@ -361,9 +361,9 @@ def test_inputs_and_outputs_are_torch_s_own_memory(graph: Bundle, target: str, m
     with open_session(graph, target, "unet") as session:
         execute = session._execute
 
-        def look(ready: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+        def look(ready: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
             seen.update({name: tensor.data_ptr() for name, tensor in {**ready, **outputs}.items()})
-            execute(ready, outputs)
+            execute(ready, outputs, profile)
 
         monkeypatch.setattr(session, "_execute", look)
         result = run(session, feeds)

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from engines.sessions.base import EngineSession
 from engines.sessions.opening import open_session
-from engines.sessions.trt.context import Spans, failure, pick_profile
+from engines.sessions.trt.context import failure
 from engines.sessions.trt.cuda_graphs import (
     CAPACITY,
     REMEMBERED,
@@ -181,43 +181,6 @@ def test_buffers_of_inference_mode_serve_other_calls() -> None:
         buffers.fill(tensors(2.0))
         buffers.give({"out": torch.zeros(3)})
     assert float(buffers.inputs["timestep"]) == 2.0
-
-
-SPANS: list[Spans] = [
-    {"sample": ((1, 4, 16, 16), (8, 4, 64, 64)), "timestep": ((), ())},
-    {"sample": ((2, 4, 16, 16), (2, 4, 32, 32)), "timestep": ((), ())},
-]
-
-
-@pytest.mark.parametrize(
-    ("shape", "profile"), [((2, 4, 16, 16), 1), ((2, 4, 32, 48), 0), ((8, 4, 16, 16), 0), ((9, 4, 16, 16), None)]
-)
-def test_the_smallest_profile_that_fits_is_picked(shape: tuple[int, ...], profile: int | None) -> None:
-    assert pick_profile(SPANS, {"sample": shape, "timestep": ()}) == profile
-
-
-def unet_spans(batch: int, *sides: int) -> Spans:
-    """Of Stable Diffusion 1.5, from one image to `batch` latents, between two sides."""
-    low, high = min(sides), max(sides)
-    return {
-        "sample": ((1, 4, low, low), (batch, 4, high, high)),
-        "timestep": ((), ()),
-        "encoder_hidden_states": ((1, 77, 768), (batch, 77, 768)),
-    }
-
-
-def test_text_does_not_decide_between_profiles() -> None:
-    many, large = (unet_spans(6, 64), unet_spans(2, 64, 128))  # more latents, less text
-    shapes = {"sample": (2, 4, 64, 64), "timestep": (), "encoder_hidden_states": (2, 77, 768)}
-    assert pick_profile((many, large), shapes) == 0
-    assert pick_profile((large, many), shapes) == 1
-    assert pick_profile((many, large), shapes | {"sample": (2, 4, 64, 72)}) == 1
-    texts: list[Spans] = [{"input_ids": ((1, 77), (8, 77))}, {"input_ids": ((1, 77), (2, 77))}]
-    assert pick_profile(texts, {"input_ids": (1, 77)}) == 1
-
-
-def test_no_profile_fits_another_rank() -> None:
-    assert pick_profile(SPANS, {"sample": (2, 4, 16), "timestep": ()}) is None
 
 
 def test_a_failed_step_is_told_with_the_last_messages() -> None:

@@ -15,9 +15,11 @@ import torch
 from engine_bundles import graph_unet, unet_feeds
 
 from engines.sessions.checks import Checked, check_engine
+from engines.sessions.profiles import Profiles
 from engines.sessions.trt import session as session_tensorrt
 from engines.sessions.trt.cuda_graphs import CAPACITY
 from engines.sessions.trt.session import DATA_TYPES, TensorRTSession
+from sdkd.core.profiles import Range
 from sdkd.errors import OutOfMemoryError
 
 PROFILES = ((4, 16), (2, 32))  # most latents, and their largest side
@@ -104,15 +106,6 @@ class Engine:
     def get_tensor_location(self, name: str) -> str:
         return "device"
 
-    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        batch, side = PROFILES[profile]
-        low, high = {
-            "sample": ((1, 4, 16, 16), (batch, 4, side, side)),
-            "timestep": ((), ()),
-            "encoder_hidden_states": ((1, 77, 32), (batch, 77, 32)),
-        }[name]
-        return [low, high, high]
-
     def create_execution_context(self, strategy: str) -> Context:
         return Context(self)
 
@@ -121,7 +114,11 @@ class Engine:
 def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     bundle = graph_unet(tmp_path_factory.mktemp("streams") / "bundle", "fp16", ("onnxruntime",))
     found = check_engine(bundle, "onnxruntime", "unet")
-    return replace(found, record=replace(found.record, target="tensorrt"))
+    profiles = Profiles(
+        {"batch": Range(1, 1, batch), "height": Range(16, 16, side), "width": Range(16, 16, side),
+         "sequence": Range.fixed(77)} for batch, side in PROFILES
+    )  # fmt: skip
+    return replace(found, record=replace(found.record, target="tensorrt"), profiles=profiles)
 
 
 @pytest.fixture
@@ -194,4 +191,3 @@ def test_the_stand_in_has_the_contract_of_the_graph(checked: Checked) -> None:
         "sample": "HALF",
         "timestep": "FLOAT",
     }
-    assert all(len(engine.get_tensor_profile_shape(name, 1)) == 3 for name in engine.inputs)

@@ -36,7 +36,7 @@ class Session(TensorRTSession):
     def _open_engine(self, checked: Checked) -> None:
         self._engine = open_session(checked.bundle, checked.record.slot, checked.record.component)
 
-    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]) -> None:
+    def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
         for name, tensor in self._engine.run(feeds).items():
             outputs[name].copy_(tensor)
 
