@@ -18,14 +18,14 @@ from torch import nn
 from export.check.parity import Reference, case_inputs, check_graph, check_references, parity_cases, run_eager
 from export.graph.components import component_state, graph_module, module_contract, standard_attention
 from export.graph.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
-from export.graph.precision import cast, check_finite, torch_dtype
+from export.graph.precision import cast, check_finite
 from export.graph.to_onnx import OnnxGraph, choose_opset, forget_weights, save, to_onnx
 from export.reuse import Wanted, find, take
 from export.source import Source
 from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
 from sdkd.core.console import Progress
-from sdkd.core.contract import COMPONENTS, Contract, Extras, Precision, check_size, static_contract
+from sdkd.core.contract import COMPONENTS, Contract, Extras, Precision, check_size, static_contract, torch_dtype
 from sdkd.core.files import write_json
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import InputError

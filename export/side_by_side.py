@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from export.component import ExportOptions, export_component, reusable
-from export.graph.precision import torch_dtype
 from export.source import Source, open_source
 from sdkd.bundle.manifest import ComponentRecord, Manifest
 from sdkd.bundle.memory import free_memory
 from sdkd.core.child import Aside, aside
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import CONFIG_FOLDERS
+from sdkd.core.contract import CONFIG_FOLDERS, torch_dtype
 from sdkd.models.resolve import Model
 
 if TYPE_CHECKING:

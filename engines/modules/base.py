@@ -20,7 +20,6 @@ from torch.func import functional_call
 
 from engines.modules.carried import eager_tensors
 from engines.sessions.base import Rebuild, Session
-from engines.sessions.checks import torch_dtype
 from engines.sessions.refusals import COPIES, EAGERLY, LAYERS, UNREACHABLE, UNSETTABLE, UnreachableError
 from engines.sessions.weights import EngineWeights, check_state
 from sdkd.core.numbers import check_number
@@ -105,7 +104,7 @@ def largest_batch(session: Session, feeds: Mapping[str, torch.Tensor]) -> int:
 
 def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors in the dtypes of the session's contract."""
-    return {spec.name: tensors[spec.name].to(torch_dtype(spec.dtype)) for spec in session.contract.inputs}
+    return {spec.name: tensors[spec.name].to(spec.torch_dtype) for spec in session.contract.inputs}
 
 
 class EngineModule(torch.nn.Module):

@@ -171,9 +171,9 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor, precision: str) -> bool:
     """
     import torch
 
-    from sdkd.core.contract import DTYPES
+    from sdkd.core.contract import torch_dtype
 
-    kinds = (ours.dtype, theirs.dtype, getattr(torch, DTYPES[precision]))  # type: ignore[index]
+    kinds = (ours.dtype, theirs.dtype, torch_dtype(precision))
     coarse = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     one, other = (tensor.to(coarse).double() for tensor in (ours, theirs))
     if not len(one):

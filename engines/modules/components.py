@@ -23,7 +23,7 @@ from engines.modules.base import (
     run_split,
 )
 from engines.sessions.base import Session
-from engines.sessions.checks import torch_dtype, verify_once
+from engines.sessions.checks import verify_once
 from sdkd.core.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, split_axis
 from sdkd.errors import EngineError, RangeError
 
@@ -129,7 +129,7 @@ class EngineUNet(EngineModule):
         """No residual: zeros that take no memory of their own until a session makes them contiguous."""
         (batch, height, width), channels = (sample.shape[0], *sample.shape[2:]), int(spec.axes[1])
         by = split_axis(str(spec.axes[2]))[1]
-        zero = torch.zeros((), dtype=torch_dtype(spec.dtype), device=sample.device)
+        zero = torch.zeros((), dtype=spec.torch_dtype, device=sample.device)
         return zero.expand(batch, channels, height // by, width // by)
 
 

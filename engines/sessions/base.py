@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from engines.sessions.checks import Checked, check_engine, torch_dtype, verify_once
+from engines.sessions.checks import Checked, check_engine, verify_once
 from engines.sessions.out_of_memory import OOM_ON_LOAD_HINT, OOM_ON_RUN_HINT, raises_out_of_memory
 from engines.sessions.ranges import check_sizes, output_sizes
 from engines.sessions.refusals import COPIES
@@ -114,7 +114,7 @@ class EngineSession(Session):
         ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
         every = output_sizes(self.contract, sizes, self.checked.scale)
         outputs = {
-            spec.name: torch.empty(spec.shape(every), dtype=torch_dtype(spec.dtype), device=self.device)
+            spec.name: torch.empty(spec.shape(every), dtype=spec.torch_dtype, device=self.device)
             for spec in self.contract.outputs
         }
         with self._lock:
@@ -141,7 +141,7 @@ class EngineSession(Session):
         return sizes
 
     def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
-        if tensor.dtype != torch_dtype(spec.dtype):
+        if tensor.dtype != spec.torch_dtype:
             raise EngineError(f"input {spec.name!r} is {tensor.dtype}, {self.checked.label} takes {spec.dtype}")
         same_rank = len(tensor.shape) == len(spec.axes)
         if not same_rank or any(

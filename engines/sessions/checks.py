@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from engines.sessions.profiles import Profiles
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
 from sdkd.core.contract import Contract, axis_ranges, latent_multiple
@@ -121,12 +119,6 @@ def _built_again(bundle: Bundle, slot: str, component: str) -> Bundle | None:
     then = bundle.manifest
     same = then.engines.get(f"{slot}/{component}") == record or then.components.get(component) != exported
     return None if same else replace(bundle, manifest=then.with_engine(record))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a contract's dtype name."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def check_names(checked: Checked, inputs: Iterable[str], outputs: Iterable[str]) -> None:

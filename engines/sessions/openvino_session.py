@@ -12,13 +12,11 @@ from engines.sessions.base import EngineSession
 from engines.sessions.checks import Checked, check_names
 from sdkd.core.contract import TensorSpec
 from sdkd.errors import EngineError
-from sdkd.targets.openvino_timesteps import FLOAT32, keep_timesteps
+from sdkd.targets.openvino_timesteps import FLOAT32, HINTS, keep_timesteps
 from sdkd.targets.registry import openvino_core
 
 if TYPE_CHECKING:
     import numpy as np
-
-HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 
 class OpenVinoSession(EngineSession):

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from export.build.job import Built, Job, Run, check_io
 from sdkd.core.console import Progress
 from sdkd.errors import BuildError, InputError
-from sdkd.targets.openvino_timesteps import FLOAT32, keep_timesteps
+from sdkd.targets.openvino_timesteps import FLOAT32, HINTS, keep_timesteps
 from sdkd.targets.registry import cpu_precisions, openvino_core
 
 if TYPE_CHECKING:
     import numpy as np
 
 DEVICE = "CPU"
-HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32"}
 
 

@@ -17,8 +17,7 @@ from torch import nn
 from export.check.half_products import has_units, quick_half
 from export.check.onnx_run import GraphSession, first_line, open_graph, read_signature, runtime_errors
 from export.graph.components import axis_sizes, example_inputs
-from export.graph.precision import torch_dtype
-from sdkd.core.contract import Contract, Precision, TensorSpec, split_axis
+from sdkd.core.contract import Contract, Precision, TensorSpec, split_axis, torch_dtype
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
 
 # float32: onnxruntime and PyTorch add in another order; what is left is 1e-6 of the output's largest value on tiny

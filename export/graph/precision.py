@@ -13,17 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdkd.core.contract import DTYPES, Precision, check_precision
+from sdkd.core.contract import Precision, torch_dtype
 from sdkd.errors import ExportError
 
 STASHING = ("GroupNormalization", "LayerNormalization")  # operators with the attribute stash_type
-
-
-def torch_dtype(precision: str) -> torch.dtype:
-    """Torch's dtype of a precision; InputError lists the choices."""
-    dtype = getattr(torch, DTYPES[check_precision(precision)])
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def cast(module: nn.Module, precision: Precision, keep: Mapping[str, torch.Tensor] | None = None) -> nn.Module:

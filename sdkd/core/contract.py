@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
@@ -39,6 +42,14 @@ class TensorSpec:
     name: str
     dtype: str
     axes: tuple[str | int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Concrete shape for the given axis sizes; KeyError when a dynamic axis has no size."""
@@ -172,6 +183,14 @@ def check_size(height: int, width: int, multiple: int) -> None:
                 f"{name} {value} is not a multiple of {multiple} pixels, as this model needs: "
                 f"use {low} or {low + multiple}"
             )
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """The torch dtype of a precision; InputError lists the choices."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[check_precision(precision)])
+    return dtype
 
 
 def check_precision(name: str) -> Precision:

@@ -174,12 +174,12 @@ def _device(job: CacheJob, rank: int) -> Any:
     """The device of a process; InputError when it is not there or cannot do the precision."""
     import torch
 
-    from sdkd.distill.data.encode import dtype_of
+    from sdkd.core.contract import torch_dtype
 
     gpus = torch.cuda.device_count() if job.device in ("auto", "cuda") else 0
     if job.device not in ("auto", "cpu", "cuda") or (job.device == "cuda" and not gpus):
         raise InputError(f"device {job.device!r} is not on this machine: give auto or cpu, or run where torch sees it")
-    if dtype_of(job.precision) == torch.float16 and not gpus:
+    if torch_dtype(job.precision) == torch.float16 and not gpus:
         raise InputError("precision 'fp16' needs a CUDA device: give --precision bf16 or fp32")
     return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
 

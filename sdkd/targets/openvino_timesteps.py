@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 FLOAT32 = "float32"
+HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # INFERENCE_PRECISION_HINT by precision
 TIMESTEP = "timestep"
 WAVES = ("Sin", "Cos")
 VIEWS = ("Broadcast", "Convert", "Reshape", "Squeeze", "Unsqueeze")  # that make a column of the scalar

@@ -111,9 +111,9 @@ class Device:
     @property
     def dtype(self) -> torch.dtype:
         """Torch's dtype of the settings' precision."""
-        from sdkd.distill.data.encode import dtype_of
+        from sdkd.core.contract import torch_dtype
 
-        return dtype_of(self.settings.precision)
+        return torch_dtype(self.settings.precision)
 
 
 def sampled(samples: list[Sample], **facts: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.compare.measure.timing import Timer
-from sdkd.core.contract import DTYPES, check_precision
+from sdkd.core.contract import DTYPES, check_precision, torch_dtype
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def measure_ceilings(device: str, precision: str) -> Ceilings:
     """
     import torch
 
-    name = DTYPES[check_precision(precision)]
-    dtype: torch.dtype = getattr(torch, name)
+    name, dtype = DTYPES[check_precision(precision)], torch_dtype(precision)
     on_cuda = device.startswith("cuda")
     timer, sides = Timer(device), CUDA_SIDES if on_cuda else CPU_SIDES
     with _fastest_float32(on_cuda):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.pictures import as_drawn
-from sdkd.core.contract import COMPONENTS, DTYPES, check_precision, native_size
+from sdkd.core.contract import COMPONENTS, check_precision, native_size, torch_dtype
 from sdkd.errors import EngineError, InputError, ModelError, one_line
 
 if TYPE_CHECKING:
@@ -137,9 +137,7 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
     half precision has no rounding fewer. `scheduler`: as `sdkd generate` takes it, None for the model's own; InputError
     when it is unknown.
     """
-    import torch
-
-    dtype = getattr(torch, DTYPES[check_precision(subject.precision)])
+    dtype = torch_dtype(subject.precision)
     if subject.in_torch:
         from sdkd.models.resolve import load_eager
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import Precision
+from sdkd.core.contract import Precision, torch_dtype
 from sdkd.core.files import check_free, read_json, sha256, staged_folder, write_bytes, write_json
 from sdkd.core.interrupts import between_steps
 from sdkd.core.marks import CACHE, proves
 from sdkd.distill.data.disk_cache import CAPTIONS, INDEX, MIRRORED, PLAIN, SCHEMA, SETTINGS, open_cache
-from sdkd.distill.data.encode import dtype_of, encode_captions, encode_image, limit_of, model_digests, placed, too_long
+from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, model_digests, placed, too_long
 from sdkd.distill.data.opening import CaptionedImages, fingerprint, row_caption, to_pixels
 from sdkd.distill.data.reader import Reader, check_unreadable
 from sdkd.errors import InputError, ModelError, OutputExistsError
@@ -161,7 +161,7 @@ class _Writer:
     ) -> None:
         self.check = check  # sees to signals, between two images
         self.pipe, self.images, self.out, self.settings, self.progress = pipe, images, out, settings, progress
-        self.device, self.dtype = device, dtype_of(settings["precision"])
+        self.device, self.dtype = device, torch_dtype(settings["precision"])
         self.size, self.count = int(settings["resolution"]), int(settings["images"])
 
     def latents(self, rank: int, world: int, workers: int) -> None:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.core.contract import DTYPES, Precision
-from sdkd.errors import InputError
+from sdkd.core.contract import torch_dtype
 from sdkd.models.clip_tokenizer import token_limit
 
 if TYPE_CHECKING:
@@ -116,13 +115,5 @@ def weights_sha256(module: torch.nn.Module, dtype: torch.dtype, prefixes: tuple[
 
 def model_digests(pipe: StableDiffusionPipeline, precision: str) -> dict[str, str]:
     """SHA-256 of the weights of the VAE's encoder and of the text encoder, as they are in `precision`."""
-    dtype = dtype_of(precision)
+    dtype = torch_dtype(precision)
     return {"vae": weights_sha256(pipe.vae, dtype, _ENCODER), "text_encoder": weights_sha256(pipe.text_encoder, dtype)}
-
-
-def dtype_of(precision: Precision | str) -> torch.dtype:
-    """Torch's dtype of fp32, fp16 or bf16; InputError for another name."""
-    for name, dtype in DTYPES.items():
-        if name == precision:
-            return getattr(torch, dtype)
-    raise InputError(f"precision {precision!r} is unknown: choose one of {', '.join(DTYPES)}")

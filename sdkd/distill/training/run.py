@@ -200,7 +200,7 @@ def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]
     """The UNet to train, and parameter counts of it and its teacher."""
     import torch
 
-    from sdkd.distill.training.setup import DTYPES
+    from sdkd.core.contract import torch_dtype
     from sdkd.students.blocks import build_student, count_parameters
 
     config = job.config
@@ -210,7 +210,7 @@ def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]
     student = _unet_of(job.init) if job.init is not None else build_student(pipe.unet, config.student)
     if config.objective == "finetune":
         return student, {"parameters": count_parameters(student.config)}
-    torch.nn.Module.to(pipe.unet, DTYPES[config.precision])  # now the student has its weights: no copy is needed
+    torch.nn.Module.to(pipe.unet, torch_dtype(config.precision))  # now the student has its weights: no copy is needed
     return student, {"parameters": count_parameters(student.config), "teacher_parameters": whole}
 
 

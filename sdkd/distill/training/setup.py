@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MEMORY_LIMIT = 1 << 31  # bytes of latents that "auto" encodes before training
 
 

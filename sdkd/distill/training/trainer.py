@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.core.console import Progress, quiet
+from sdkd.core.contract import torch_dtype
 from sdkd.distill.data.digests import data_digest, model_digest
 from sdkd.distill.data.draws import DROPOUT, generator_at
 from sdkd.distill.data.encode import placed
@@ -24,14 +25,7 @@ from sdkd.distill.training.features import FeatureUNet
 from sdkd.distill.training.finite import SkippedSteps, check_weights, not_finite
 from sdkd.distill.training.losses import Learnt, SampleWeights, distill_losses, min_snr_weights, task_target
 from sdkd.distill.training.pairs import Pair, feature_pairs
-from sdkd.distill.training.setup import (
-    DTYPES,
-    check_models,
-    make_accelerator,
-    make_optimizer,
-    make_samples,
-    pick_device,
-)
+from sdkd.distill.training.setup import check_models, make_accelerator, make_optimizer, make_samples, pick_device
 from sdkd.models.noise_schedule import scheduler_like
 
 if TYPE_CHECKING:
@@ -54,7 +48,7 @@ class Trainer:
         check_models(pipe, unet, config)
         device = pick_device(config)
         self.config, self.pipe, self.unet = config, pipe, unet
-        self.dtype = DTYPES[config.precision]
+        self.dtype = torch_dtype(config.precision)
         self.accelerator = make_accelerator(config, device)
         self.device: torch.device = self.accelerator.device
         self.scheduler = scheduler_like(pipe.scheduler, DDPMScheduler)

@@ -11,9 +11,10 @@ from helpers import tiny_unet
 from small_exports import half_decoder, half_unet, small_graph, small_pipeline
 
 from export.component import ExportOptions, export_component
-from export.graph.precision import cast, check_finite, torch_dtype
+from export.graph.precision import cast, check_finite
 from export.source import open_source
 from sdkd.bundle.manifest import Bundle
+from sdkd.core.contract import torch_dtype
 from sdkd.errors import ExportError, InputError
 
 
