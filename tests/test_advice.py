@@ -49,6 +49,7 @@ SAMPLES = {  # what the placeholders of messages stand for; a folder with a spac
     "str(summary['output'])": "my output",
     "summary['output']": "my output",
     "source.name": "my bundle",
+    "self.name": "my bundle",
     "*models": "my model",
     "*given": "--steps=2",
     "{}": "tiny",  # filled by format: the short name of a student

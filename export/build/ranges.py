@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import Contract, axis_ranges, check_size, size_multiple, split_axis
+from sdkd.core.contract import Contract, axis_ranges, check_size, native_size, size_multiple, split_axis
 from sdkd.core.files import read_json
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, InputError
@@ -48,7 +48,9 @@ def default_ranges(bundle: Bundle) -> ShapeRanges:
     """
     if fixed := fixed_ranges(bundle):
         return fixed
-    height, width = bundle.native_size()
+    if (size := native_size(bundle.config("unet"), bundle.vae_config())) is None:
+        raise BundleError(f"bundle {str(bundle.path)!r}: unet/config.json has no sample_size: export the model again")
+    height, width = size
     return ShapeRanges(BATCH, Range.fixed(height), Range.fixed(width), Range.fixed(max_tokens(bundle)))
 
 

@@ -17,7 +17,7 @@ from typing import Any, NotRequired, TypedDict
 
 from sdkd.bundle.manifest_checks import check_places, export_command, file_problem, rebuild_command, strange_values
 from sdkd.bundle.onnx_trust import check_external_data
-from sdkd.core.contract import Contract, native_size, vae_scale
+from sdkd.core.contract import Contract, vae_scale
 from sdkd.core.files import read_json, sha256, write_json
 from sdkd.core.model_numbers import config_problem
 from sdkd.core.profiles import ShapeRanges
@@ -242,12 +242,6 @@ class Bundle:
     def scale(self) -> int:
         """Pixels per latent of the VAE."""
         return vae_scale(self.vae_config())
-
-    def native_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the UNet was trained for; BundleError where its config does not say them."""
-        if (size := native_size(self.config("unet"), self.vae_config())) is None:
-            raise BundleError(f"bundle {str(self.path)!r}: unet/config.json has no sample_size: export the model again")
-        return size
 
     def positions(self) -> int | None:
         """Tokens that the text encoder takes at once; None for a bundle without one."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdkd.core.console import progress, show, show_json, styled, within
+from sdkd.core.files import lock
 from sdkd.errors import InputError
+from sdkd.models.resolve import resolve
 
 if TYPE_CHECKING:
     from sdkd.compare.measure.earlier import Earlier
@@ -83,14 +85,11 @@ def compare(
     from sdkd.compare.measure.planning import Wish, default_guidance, default_judge, make_plan, parse_prompts
     from sdkd.compare.measure.refusals import check_asked
     from sdkd.compare.report.folder import check_report_free
-    from sdkd.core.files import lock
 
     names = models or [DEMO]
     check_threshold(threshold)
     earlier = None if against is None else read_report(against)
     check_report_free(output, overwrite, [*names, prompts, against])
-    from sdkd.models.resolve import resolve
-
     opened = [resolve(name) for name in names]
     kept = parse_prompts(prompts, opened)
     guidance = default_guidance(opened) if guidance_scale is None else guidance_scale

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdkd.core.console import no_html
+from sdkd.core.console import markdown_table, no_html
 from sdkd.core.files import new_folder, write_bytes, write_json
 
 SCHEMA = 1
@@ -135,11 +135,7 @@ def rows(results: Sequence[ModelResult], names: Sequence[str]) -> list[list[str]
 
 def _table(results: Sequence[ModelResult], names: Sequence[str]) -> list[str]:
     head = ["Model", "Role", "UNet (M)", *(TITLES[name] for name in names)]
-    return [_row(head), _row(["---"] * len(head)), *map(_row, rows(results, names))]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return markdown_table(head, rows(results, names), left=len(head))
 
 
 def _buckets(results: Sequence[ModelResult]) -> list[str]:
@@ -149,8 +145,7 @@ def _buckets(results: Sequence[ModelResult]) -> list[str]:
     edges = measured[0].metrics[NOISE].values["edges"]
     head = ["Model", *(f"{low}-{high - 1}" for low, high in itertools.pairwise(edges))]
     body = [[one.model, *(f"{value:.3g}" for value in one.metrics[NOISE].values["buckets"])] for one in measured]
-    return ["", "## Noise prediction, MSE to the teacher by timestep", "", _row(head), _row(["---"] * len(head)),
-            *map(_row, body)]  # fmt: skip
+    return ["", "## Noise prediction, MSE to the teacher by timestep", "", *markdown_table(head, body, left=len(head))]
 
 
 def _reasons(results: Sequence[ModelResult]) -> list[str]:

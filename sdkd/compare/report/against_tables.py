@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdkd.compare.measure.against import Against, Change
 from sdkd.compare.report.cells import EMPTY, STYLES, Cell, Tone, number
+from sdkd.core.console import markdown_table
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
@@ -55,11 +56,8 @@ def remarks(against: Against) -> list[str]:
 def markdown_lines(against: Against) -> list[str]:
     """A section of report.md."""
     heads = ["Subject", *(f"{name}, {unit}" if unit else name for name, unit in HEADS)]
-    lines = [f"## {title(against)}", "", f"| {' | '.join(heads)} |", f"|---|{'---:|' * len(HEADS)}"]
-    for change in against.changes:
-        texts = (cell.inline for cell in cells(change))
-        lines.append("| " + " | ".join(text.replace("|", "\\|") for text in (change.label, *texts)) + " |")
-    return [*lines, "", *(f"- {remark}." for remark in remarks(against))]
+    rows = [[change.label, *(cell.inline for cell in cells(change))] for change in against.changes]
+    return [f"## {title(against)}", "", *markdown_table(heads, rows), "", *(f"- {text}." for text in remarks(against))]
 
 
 def against_table(against: Against) -> ConsoleRenderable:

@@ -11,7 +11,7 @@ from sdkd.compare.measure.results import Report, Result
 from sdkd.compare.measure.stats import Ratio, Spread
 from sdkd.compare.report.against_tables import against_table, markdown_lines
 from sdkd.compare.report.cells import EMPTY, STYLES, Cell, Tone, number
-from sdkd.core.console import no_html
+from sdkd.core.console import markdown_table, no_html
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
@@ -234,11 +234,8 @@ def markdown(report: Report) -> str:
 
 def _markdown_table(report: Report, columns: Sequence[Column]) -> list[str]:
     head = ["Subject", *(full_title(column) for column in columns)]
-    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---', *['---:'] * len(columns)])}|"]
-    for row in report.results:
-        cells = [row.subject.label, *(column.cell(row).inline for column in columns)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return lines
+    rows = [[row.subject.label, *(column.cell(row).inline for column in columns)] for row in report.results]
+    return markdown_table(head, rows)
 
 
 # What fits a terminal of 80 columns: a heading of two lines, and whether the remark is shown.
