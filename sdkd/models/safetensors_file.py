@@ -1,6 +1,7 @@
 """Reading .safetensors files: what they hold, and one tensor at a time, so that casting needs no second copy.
 
-Only this format is read: it is a table of contents and bytes, and cannot run code as a pickle can.
+Only this format is read: it is a table of contents and bytes, and cannot run code as a pickle can. Files are read, not
+mapped as `safe_open` does: what is mapped counts in the peak of memory, the whole file beside what was cast.
 """
 
 from __future__ import annotations
