@@ -140,7 +140,7 @@ def student(
     check_free(output, overwrite, [teacher])
     with progress("student") as step:
         step("loading the teacher", 0.0)
-        pipe = load_eager(teacher, torch.float16 if half else None)
+        pipe = load_eager(source, torch.float16 if half else None)
         with between_steps() as check, new_folder(output, overwrite, [teacher]) as partial:
             check()
             step("copying the weights", 0.5)

@@ -14,7 +14,7 @@ from sdkd.errors import InputError, SdkdError
 from sdkd.evaluate.metrics import Plan, Reference, Settings, measure
 from sdkd.evaluate.real_images import RealImages
 from sdkd.evaluate.report import Evaluation, ModelResult
-from sdkd.models.resolve import load_eager, provenance, resolve
+from sdkd.models.resolve import load_eager, resolve
 from sdkd.targets.registry import installed_version
 from sdkd.toyworld.scenes import caption, held_out_scenes, sample_scenes, seen_scenes
 
@@ -37,8 +37,7 @@ def find_teacher(models: Sequence[str], teacher: str | None = None) -> str | Non
     if named := [model for model, role in roles.items() if role == TEACHER]:
         return named[0]
     for model in models:
-        source = resolve(model)
-        name = provenance(source.path).get("teacher") if source.path is not None and source.path.is_dir() else None
+        name = resolve(model).provenance.get("teacher")
         if isinstance(name, str) and _exists(name):
             return name
     return None
@@ -71,7 +70,8 @@ def evaluate(
     for place, name in enumerate(names):
         part = within(progress, place / len(names), (place + 1) / len(names), f"{name}: ")
         part("loading", 0.0)
-        pipe = load_eager(name).to(settings.device)
+        source = resolve(name)
+        pipe = load_eager(source).to(settings.device)
         if name == teacher:
             reference = Reference(_probe(pipe, data, settings, within(part, 0.0, 0.3)), None, real)
         cut |= dict.fromkeys(cut_lines(pipe, plan.prompts))
@@ -82,7 +82,7 @@ def evaluate(
         metrics = measure(pipe, images, plan, settings, reference)
         role = TEACHER if name == teacher else roles[name]
         parameters = sum(parameter.numel() for parameter in pipe.unet.parameters())
-        results.append(ModelResult(name, role, resolve(name).random_weights, parameters, metrics))
+        results.append(ModelResult(name, role, source.random_weights, parameters, metrics))
     notes = (*_notes(plan, reference), *cut)
     return Evaluation(tuple(results), _settings(settings, plan, teacher), _versions(), command, notes)
 

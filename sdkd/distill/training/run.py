@@ -84,7 +84,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     adapter = _adapter(job)
     with run_folder(job.output, checkpoint, job.resume, job.overwrite, job.config) as folder:
         report("loading the model", 0.0)
-        pipe = load_eager(job.model)
+        pipe = load_eager(source)
         unet, counts = _unet(pipe, job)
         check_cache(data, pipe, job.config)
         done = train(
