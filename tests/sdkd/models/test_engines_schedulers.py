@@ -11,6 +11,7 @@ import torch
 from graph_bundles import graph_bundle
 
 from engines.modules.base import run_split
+from engines.sessions.profiles import Profiles
 from engines.sessions.ranges import check_sizes
 from sdkd.errors import BundleError, InputError, MissingExtraError, ModelError, RangeError
 from sdkd.models.resolve import resolve
@@ -87,6 +88,8 @@ def test_an_export_of_another_tool_is_named(tmp_path) -> None:
 def test_an_image_of_odd_size_says_what_to_resize_it_to(tmp_path) -> None:
     bundle = graph_bundle(tmp_path / "bundle", "fp32", ("unet", "vae_decoder"))
     contract = bundle.component("vae_decoder").contract
-    checked = SimpleNamespace(bundle=bundle, contract=contract, steps={}, profiles=(), scale=2, label="the engine")
+    checked = SimpleNamespace(
+        bundle=bundle, contract=contract, steps={}, profiles=Profiles(), scale=2, label="the engine"
+    )
     with pytest.raises(RangeError, match=r"34x64 px .* height 34 is not a multiple of 4 pixels.*resize it, to 32x64"):
         check_sizes(checked, {"batch": 1, "height": 17, "width": 32})  # type: ignore[arg-type]
