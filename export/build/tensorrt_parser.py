@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from export.build.errors import NOISE
 from export.build.job import Job
+from sdkd.targets.tensorrt_api import ParserError, TensorRT
 
 SHOWN = 3  # nodes; the rest is counted
 
 
-def parser_errors(trt: ModuleType, job: Job, typed: bool) -> str | None:
+def parser_errors(trt: TensorRT, job: Job, typed: bool) -> str | None:
     """What the parser says of each node that it refuses, in words; None when it says nothing.
 
     The graph is parsed a second time, since Polygraphy drops the parser with its errors.
@@ -31,7 +31,7 @@ def parser_errors(trt: ModuleType, job: Job, typed: bool) -> str | None:
     return "; ".join(said[:SHOWN]) + more
 
 
-def _describe(error: Any, job: Job, nodes: list[Any]) -> str:
+def _describe(error: ParserError, job: Job, nodes: list[Any]) -> str:
     node = _node(error, nodes)
     if node is None:
         return f"the parser says: {_said(error)}"
@@ -43,11 +43,11 @@ def _describe(error: Any, job: Job, nodes: list[Any]) -> str:
     )
 
 
-def _said(error: Any) -> str:
+def _said(error: ParserError) -> str:
     return "; ".join(line.strip() for line in error.desc().splitlines() if line.strip() and not NOISE.search(line))
 
 
-def _node(error: Any, nodes: list[Any]) -> Any:
+def _node(error: ParserError, nodes: list[Any]) -> Any:
     """The node that an error is about: by name, or by number where nodes have no names."""
     if error.node_name():
         return next((node for node in nodes if node.name == error.node_name()), None)

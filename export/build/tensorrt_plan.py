@@ -16,8 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from export.build.errors import advice_for
 from export.build.job import Built, Job, Run, check_io
@@ -29,6 +28,17 @@ from sdkd.core.console import Progress
 from sdkd.errors import BuildError, MissingExtraError
 from sdkd.targets.gpu_trial import capabilities, runs_portably
 from sdkd.targets.registry import gpu
+from sdkd.targets.tensorrt_api import (
+    Builder,
+    IAttentionInputLayer,
+    IBuilderConfig,
+    ICudaEngine,
+    INetworkDefinition,
+    Member,
+    TensorRT,
+)
+
+T = TypeVar("T")
 
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
@@ -78,7 +88,7 @@ def _runs_here(job: Job, options: BuildOptions, built_for: Sequence[str]) -> boo
     return not options.strip_weights and not options.weight_streaming and job.precision != "bf16"
 
 
-def _runner(trt: ModuleType, job: Job, plan: memoryview) -> Run:
+def _runner(trt: TensorRT, job: Job, plan: memoryview) -> Run:
     """Runs a plan on this GPU, with the activation memory that a call's shapes need where the library says how much.
 
     BuildError names the step that the library refuses.
@@ -86,16 +96,18 @@ def _runner(trt: ModuleType, job: Job, plan: memoryview) -> Run:
     import torch
     from polygraphy.backend.trt import EngineFromBytes
 
-    def checked(answer: Any, what: str) -> Any:
+    def checked(answer: T | None, what: str) -> T:
         if answer is None or answer is False:
             raise BuildError(f"{job.component} was built for {job.target}, but {what} failed here: it was not kept")
         return answer
 
     probe, strategies = trt.IExecutionContext, trt.ExecutionContextAllocationStrategy
     managed = hasattr(probe, "update_device_memory_size_for_shapes") and hasattr(probe, "set_device_memory")
-    engine = EngineFromBytes(plan)()
-    context = engine.create_execution_context(strategies.USER_MANAGED if managed else strategies.STATIC)
-    checked(context, "creating an execution context")
+    engine: ICudaEngine = EngineFromBytes(plan)()
+    context = checked(
+        engine.create_execution_context(strategies.USER_MANAGED if managed else strategies.STATIC),
+        "creating an execution context",
+    )
 
     def run(feeds: Mapping[str, Any]) -> list[Any]:
         stream = torch.cuda.Stream()
@@ -138,12 +150,12 @@ def _profile_of(job: Job, feeds: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class _Parsed:
-    builder: Any
-    network: Any
-    parser: Any  # owns the weights
+    builder: Builder
+    network: INetworkDefinition
+    parser: object  # owns the weights
 
 
-def _library(target: str) -> ModuleType:
+def _library(target: str) -> TensorRT:
     """The TensorRT module of a target, the one that Polygraphy uses too: its switch is read once per process."""
     if target == RTX:
         os.environ[SWITCH] = "1"
@@ -162,7 +174,7 @@ def _library(target: str) -> ModuleType:
     return importlib.import_module("tensorrt_rtx" if target == RTX else "tensorrt")
 
 
-def _parse(trt: ModuleType, job: Job) -> _Parsed:
+def _parse(trt: TensorRT, job: Job) -> _Parsed:
     """A strongly typed network; BuildError with node, inputs and module path when the parser refuses the graph."""
     from polygraphy.backend.trt import NetworkFromOnnxPath
     from polygraphy.exception import PolygraphyException
@@ -182,20 +194,20 @@ def _parse(trt: ModuleType, job: Job) -> _Parsed:
     return parsed
 
 
-def _allow_decomposition(trt: ModuleType, network: Any) -> str:
+def _allow_decomposition(trt: TensorRT, network: INetworkDefinition) -> str:
     """Let attention without a fused kernel be MatMul and Softmax; returns what the record says of it."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     if kind is None or not hasattr(trt, "IAttentionInputLayer"):
         return "as the library chooses"
     layers = (network.get_layer(index) for index in range(network.num_layers))
-    found = [layer for layer in layers if layer.type == kind]
+    found = [cast(IAttentionInputLayer, layer) for layer in layers if layer.type == kind]
     for layer in found:
         layer.__class__ = trt.IAttentionInputLayer  # how the bindings cast a layer to its own type
         layer.attention.decomposable = True
     return f"{len(found)} attention layers, fused where a kernel exists"
 
 
-def config_arguments(trt: ModuleType, options: BuildOptions, marked: bool = False) -> dict[str, Any]:
+def config_arguments(trt: TensorRT, options: BuildOptions, marked: bool = False) -> dict[str, Any]:
     """What Polygraphy's CreateConfig is given for the options, and what it has no argument for, or does not check.
 
     Under `flags`: names of flags; under `current`: whether the plan is for this machine's GPU alone.
@@ -227,7 +239,7 @@ def config_arguments(trt: ModuleType, options: BuildOptions, marked: bool = Fals
     return found
 
 
-def _plan(trt: ModuleType, job: Job, parsed: _Parsed, arguments: dict[str, Any], progress: Progress) -> memoryview:
+def _plan(trt: TensorRT, job: Job, parsed: _Parsed, arguments: dict[str, Any], progress: Progress) -> memoryview:
     from polygraphy.backend.trt import EngineBytesFromNetwork, Profile
 
     profiles = [Profile() for _ in job.profiles]
@@ -242,7 +254,7 @@ def _plan(trt: ModuleType, job: Job, parsed: _Parsed, arguments: dict[str, Any],
         create = _create_config(job.target)(
             profiles=profiles, load_timing_cache=cache, progress_monitor=monitor, **arguments
         )
-        config = create(parsed.builder, parsed.network)
+        config: IBuilderConfig = create(parsed.builder, parsed.network)
         _set_flags(trt, config, names)
         if current:
             _set_current(trt, config)
@@ -250,7 +262,7 @@ def _plan(trt: ModuleType, job: Job, parsed: _Parsed, arguments: dict[str, Any],
         return memoryview(EngineBytesFromNetwork(found, config, save_timing_cache=cache)())
 
 
-def _set_flags(trt: ModuleType, config: Any, names: Sequence[str]) -> None:
+def _set_flags(trt: TensorRT, config: IBuilderConfig, names: Sequence[str]) -> None:
     """TF32 off, the named flags on, activation memory by a call's shapes where the library has that.
 
     BuildError when the library does not take a flag, which it only logs.
@@ -268,7 +280,7 @@ def _set_flags(trt: ModuleType, config: Any, names: Sequence[str]) -> None:
             raise BuildError(f"{trt.__name__} {trt.__version__} does not take the preview feature {ACTIVATION_RESIZE}")
 
 
-def _set_current(trt: ModuleType, config: Any) -> None:
+def _set_current(trt: TensorRT, config: IBuilderConfig) -> None:
     """A plan for the GPU that is here alone; BuildError when the library says no, which Polygraphy does not look at."""
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(trt.ComputeCapability.CURRENT, 0):
@@ -278,7 +290,7 @@ def _set_current(trt: ModuleType, config: Any) -> None:
         )
 
 
-def _activation_resize(trt: ModuleType) -> Any:
+def _activation_resize(trt: TensorRT) -> Member | None:
     """The feature without which an engine wants its largest shapes' memory for small ones, too; None in old libraries.
 
     From the description of update_device_memory_size_for_shapes, which sessions call, in TensorRT's API.
@@ -296,7 +308,7 @@ def _create_config(target: str) -> Any:
     return CreateConfig
 
 
-def _built_for(trt: ModuleType, target: str, options: BuildOptions) -> tuple[str, ...]:
+def _built_for(trt: TensorRT, target: str, options: BuildOptions) -> tuple[str, ...]:
     """Compute capabilities that an ahead-of-time plan runs on: those asked for, or all later ones that this library
     knows, and this GPU's where `sdkd doctor --try` has shown that such a plan runs; () for one GPU's plan.
     """

@@ -7,10 +7,10 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
 from typing import Any
 
 from sdkd.core.console import Progress
+from sdkd.targets.tensorrt_api import TensorRT
 
 SMALLEST_STEP = 0.005  # of progress worth reporting
 TICK_SECONDS = 1.0
@@ -97,16 +97,18 @@ class PhaseTree:
 
 
 @contextlib.contextmanager
-def progress_monitor(trt: ModuleType, progress: Progress, target: str, weight_bytes: int) -> Iterator[Any]:
+def progress_monitor(trt: TensorRT, progress: Progress, target: str, weight_bytes: int) -> Iterator[object]:
     """An IProgressMonitor that reports phase and fraction; a failure to report (parent gone) cancels the build."""
     tree = PhaseTree(progress, target, silent_seconds(weight_bytes), time.monotonic)
     stop = threading.Event()
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):
         """Called from the builder's threads, where an exception must not escape."""
 
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+            base.__init__(self)
             self.cancelled = False
 
         def _safely(self, call: Callable[..., None], *arguments: Any) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
 
 from export.build.job import Job
 from sdkd.errors import BuildError
+from sdkd.targets.tensorrt_api import INetworkDefinition, TensorRT
 
 # A LoRA adds to matrices and convolutions: of attention and feed-forward (LoRA), of the blocks around them (LoCon), of
 # CLIP's layers. Norms, biases, time and token embeddings stay.
@@ -36,12 +35,12 @@ def touched(component: str, ranks: dict[str, int]) -> tuple[str, ...]:
     )
 
 
-def has_marks(trt: ModuleType) -> bool:
+def has_marks(trt: TensorRT) -> bool:
     """Whether a library can make single weights refittable; otherwise all are, which costs more speed."""
     return hasattr(trt.BuilderFlag, "REFIT_INDIVIDUAL") and hasattr(trt.INetworkDefinition, "mark_weights_refittable")
 
 
-def mark_weights(trt: ModuleType, network: Any, names: Sequence[str]) -> tuple[str, ...]:
+def mark_weights(trt: TensorRT, network: INetworkDefinition, names: Sequence[str]) -> tuple[str, ...]:
     """Mark weights as refittable and return their names; () where the library cannot mark.
 
     Raises BuildError for a name that the network does not have: a later swap would change nothing.

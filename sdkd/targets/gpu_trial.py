@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 
 from sdkd.core.console import Progress, quiet
 from sdkd.core.files import read_json, write_json
 from sdkd.errors import EngineError, InputError
 from sdkd.targets.registry import cache_folder, check_target, driver_version, gpu, installed_version, require
+from sdkd.targets.tensorrt_api import ICudaEngine, ILogger, TensorRT, recorder
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+T = TypeVar("T")
 
 PORTABLE, CURRENT = "portable", "current"
 PLANS = {PORTABLE: "as sdkd builds it", CURRENT: "built for this GPU alone"}
@@ -64,7 +70,7 @@ class Support:
     measured: str
 
 
-def capabilities(library: ModuleType) -> tuple[str, ...]:
+def capabilities(library: TensorRT) -> tuple[str, ...]:
     """Compute capabilities that an ahead-of-time library names, in order; () for a library without them."""
     members = getattr(getattr(library, "ComputeCapability", None), "__members__", {})
     found = [re.fullmatch(r"SM(\d+)(\d)", name) for name in members]
@@ -72,7 +78,7 @@ def capabilities(library: ModuleType) -> tuple[str, ...]:
     return tuple(f"{major}.{minor}" for major, minor in pairs)
 
 
-def reasons(trt: ModuleType, diagnostics: Any) -> list[str]:
+def reasons(trt: TensorRT, diagnostics: SupportsInt) -> list[str]:
     """Names of the bits that TensorRT-RTX sets when it finds an engine invalid."""
     members = trt.EngineInvalidityDiagnostics.__members__
     bits = int(getattr(diagnostics, "value", diagnostics))
@@ -103,10 +109,11 @@ def attempt(target: str, plan: str = PORTABLE, progress: Progress = quiet) -> di
         raise InputError(f"plan {plan!r} is unknown: choose one of {', '.join(PLANS)}")
     name, start = check_target(target).name, time.perf_counter()
     step, said = "import", ""
-    messages: list[str] = []
+    messages: deque[str] = deque()
     try:
-        trt = require(name)
-        logger = _logger(trt, messages)
+        trt, logger = require(name), recorder(name)
+        messages = logger.messages
+        messages.clear()  # what was logged before says nothing of this plan
         step = "build"
         progress(step, 0.1)
         built = _build(trt, logger, plan)
@@ -118,7 +125,7 @@ def attempt(target: str, plan: str = PORTABLE, progress: Progress = quiet) -> di
         _run(engine)
         step = RAN
     except Exception as error:  # noqa: BLE001 - whatever a library raises is the answer
-        said = "; ".join([str(error) or repr(error), *messages[-4:]])
+        said = "; ".join([str(error) or repr(error), *list(messages)[-4:]])
     return asdict(Trial(name, plan, step, said, **identity(name), seconds=time.perf_counter() - start))
 
 
@@ -178,19 +185,7 @@ def _key(trial: Trial) -> tuple[str, ...]:
     return (trial.target, trial.plan, trial.version, trial.gpu, trial.driver)
 
 
-def _logger(trt: ModuleType, messages: list[str]) -> Any:
-    class Recorder(trt.ILogger):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                messages.append(message)
-
-    return Recorder()
-
-
-def _build(trt: ModuleType, logger: Any, plan: str) -> Any:
+def _build(trt: TensorRT, logger: ILogger, plan: str) -> Buffer:
     """The plan of one 3x3 convolution in half precision."""
     import numpy as np
 
@@ -210,7 +205,7 @@ def _build(trt: ModuleType, logger: Any, plan: str) -> Any:
     return _checked("building", builder.build_serialized_network(network, config))
 
 
-def _open(trt: ModuleType, logger: Any, built: Any) -> Any:
+def _open(trt: TensorRT, logger: ILogger, built: Buffer) -> ICudaEngine:
     """The engine of a plan."""
     runtime, plan = trt.Runtime(logger), bytes(memoryview(built))
     said = ""
@@ -221,7 +216,7 @@ def _open(trt: ModuleType, logger: Any, built: Any) -> Any:
     return _checked(f"opening the plan{said}", runtime.deserialize_cuda_engine(plan))
 
 
-def _run(engine: Any) -> None:
+def _run(engine: ICudaEngine) -> None:
     """One run, whose values must be right."""
     import torch
 
@@ -238,7 +233,7 @@ def _run(engine: Any) -> None:
             raise EngineError(f"values are wrong: {float(result.min()):g} to {float(result.max()):g}, not {EXPECTED:g}")
 
 
-def _checked(what: str, answer: Any) -> Any:
+def _checked(what: str, answer: T | None) -> T:
     """The answer of a library that says no by None or False; EngineError for those."""
     if answer is None or answer is False:
         raise EngineError(f"{what} failed")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from sdkd.errors import EngineError
+from sdkd.targets.tensorrt_api import IExecutionContext
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Smallest and largest shape of each input in one optimization profile."""
@@ -33,7 +33,7 @@ class BoundContext:
     """
 
     def __init__(
-        self, context: Any, managed: bool, failed: Callable[[str], EngineError], streamed: bool = False
+        self, context: IExecutionContext, managed: bool, failed: Callable[[str], EngineError], streamed: bool = False
     ) -> None:
         self.context = context
         self.needed = 0  # bytes of activation memory, for the shapes that are set

@@ -14,7 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -198,7 +198,7 @@ class ShapeGraph:
 _abandoned: list[torch.cuda.CUDAGraph] = []  # torch's allocators may ask for them as long as the process lives
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+def _abandon(graph: torch.cuda.CUDAGraph, pool: torch.cuda._POOL_HANDLE, device: torch.device) -> None:
     """Undo, on the current stream, what a failed capture began: torch itself does so only after one that succeeded."""
     with suppress(RuntimeError):
         graph.capture_end()  # the stream is out of capture after this, though it raises

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 from engines.sessions.checks import Checked, verify_once
@@ -11,6 +10,7 @@ from engines.sessions.trt.context import BoundContext, said, told
 from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.errors import EngineError
 from sdkd.targets.gpu_trial import reasons
+from sdkd.targets.tensorrt_api import ICudaEngine, IRuntimeConfig, Recorder, TensorRT
 
 Failed = Callable[[str], EngineError]
 """Makes the error for a step that failed."""
@@ -21,7 +21,7 @@ def options_of(checked: Checked) -> Mapping[str, Any]:
     return dict(checked.record.flags.get("options", {}))
 
 
-def deserialize(trt: ModuleType, log: Any, checked: Checked, rebuild: str, failed: Failed) -> Any:
+def deserialize(trt: TensorRT, log: Recorder, checked: Checked, rebuild: str, failed: Failed) -> ICudaEngine:
     """The engine of a plan, its weights filled in and its streaming budget set where it was built for that.
 
     `log` records what the library says, `rebuild` is the command that builds the engine again. EngineError says which
@@ -50,7 +50,7 @@ def deserialize(trt: ModuleType, log: Any, checked: Checked, rebuild: str, faile
     return engine
 
 
-def stream_weights(engine: Any, failed: Failed) -> None:
+def stream_weights(engine: ICudaEngine, failed: Failed) -> None:
     """Let the library keep as many weights on the GPU as it thinks fit; before there is a context.
 
     EngineError when the budget was not taken: the bindings do not say so.
@@ -62,7 +62,7 @@ def stream_weights(engine: Any, failed: Failed) -> None:
         raise failed(f"setting the budget of streamed weights to {budget} bytes (it is {taken})")
 
 
-def _fill_weights(trt: ModuleType, log: Any, checked: Checked, engine: Any, failed: Failed) -> None:
+def _fill_weights(trt: TensorRT, log: Recorder, checked: Checked, engine: ICudaEngine, failed: Failed) -> None:
     """Give a plan without weights those of the ONNX that it was built from, which is checked first."""
     bundle = checked.bundle
     component = bundle.component(checked.record.component)
@@ -78,13 +78,19 @@ def _fill_weights(trt: ModuleType, log: Any, checked: Checked, engine: Any, fail
         raise failed("filling in the weights")
 
 
-def captures_by_itself(trt: ModuleType) -> bool:
+def captures_by_itself(trt: TensorRT) -> bool:
     """Whether the library's contexts can capture and replay CUDA graphs themselves."""
     return hasattr(getattr(trt, "IRuntimeConfig", None), "cuda_graph_strategy")
 
 
 def open_context(
-    trt: ModuleType, engine: Any, kernels: RuntimeCache, failed: Failed, *, graphs: bool = False, streamed: bool = False
+    trt: TensorRT,
+    engine: ICudaEngine,
+    kernels: RuntimeCache,
+    failed: Failed,
+    *,
+    graphs: bool = False,
+    streamed: bool = False,
 ) -> BoundContext:
     """An execution context, its activation memory lent by us where the library has that.
 
@@ -111,7 +117,7 @@ def open_context(
     return BoundContext(context, managed, failed, streamed)
 
 
-def configure_graphs(runtime_config: Any, failed: Failed) -> None:
+def configure_graphs(runtime_config: IRuntimeConfig, failed: Failed) -> None:
     """Make contexts that capture by themselves, and compile the kernels for a shape before they run it.
 
     Both are off by default, and stay so for plain runs: those have other addresses each time, and would be captured

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engines.sessions.trt.context import told
 from sdkd.errors import EngineError
+from sdkd.targets.tensorrt_api import ICudaEngine, ILogger, Refitter, TensorRT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,9 @@ Fill = Callable[[Collection[str]], "Mapping[str, np.ndarray]"]
 """The exported values of weights, by their names in the graph; without those that the graph does not name."""
 
 
-def refit(trt: ModuleType, engine: Any, logger: Any, stored: Mapping[str, np.ndarray], label: str, fill: Fill) -> None:
+def refit(
+    trt: TensorRT, engine: ICudaEngine, logger: ILogger, stored: Mapping[str, np.ndarray], label: str, fill: Fill
+) -> None:
     """Give an engine these weights, by their names in the graph, in the graph's dtypes and layout.
 
     `fill` gives those that TensorRT asks for besides: where it has merged weights into one, it wants all of them. Those
@@ -49,9 +51,9 @@ def refit(trt: ModuleType, engine: Any, logger: Any, stored: Mapping[str, np.nda
         raise HalfRefitError(f"{label}: TensorRT could not refit the engine")
 
 
-def _supply(trt: ModuleType, refitter: Any, arrays: Mapping[str, np.ndarray], label: str) -> list[Any]:
+def _supply(trt: TensorRT, refitter: Refitter, arrays: Mapping[str, np.ndarray], label: str) -> list[object]:
     """Name weights to a refitter; returns what must live until it has refitted."""
-    kept = []
+    kept: list[object] = []
     for name, array in arrays.items():
         if array.dtype.name not in KINDS:
             raise EngineError(f"{label}: weight {name!r} is {array.dtype}, and only {', '.join(KINDS)} can be changed")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable
-from typing import Any
 
 from sdkd.core.files import write_bytes
 from sdkd.targets.registry import cache_folder
+from sdkd.targets.tensorrt_api import IRuntimeCache, IRuntimeConfig
 
 log = logging.getLogger(__name__)
 
@@ -23,19 +23,19 @@ class RuntimeCache:
 
     def __init__(self, sha256: str) -> None:
         self.path = cache_folder() / "runtime" / f"{sha256}.cache"
-        self._cache: Any = None
+        self._cache: IRuntimeCache | None = None
         self._kept = 0  # bytes of what the file holds
         self._saved: set[Hashable] = set()
 
-    def attach(self, runtime_config: Any) -> bool:
+    def attach(self, runtime_config: IRuntimeConfig) -> bool:
         """Give a runtime configuration the cache, read from its file at first; False when it was not taken."""
         if not hasattr(runtime_config, "create_runtime_cache"):
             return True
         if self._cache is None:
             self._cache = self._read(runtime_config.create_runtime_cache())
-        return bool(runtime_config.set_runtime_cache(self._cache))
+        return runtime_config.set_runtime_cache(self._cache)
 
-    def _read(self, cache: Any) -> Any:
+    def _read(self, cache: IRuntimeCache) -> IRuntimeCache:
         if self.path.is_file():
             blob = self.path.read_bytes()
             if cache.deserialize(blob):

@@ -6,14 +6,10 @@ the library returns is checked, and the tensor named.
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Callable, Mapping
-from functools import cache as once
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,32 +31,13 @@ from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.bundle.onnx_weights import exported_weights
 from sdkd.errors import EngineError
 from sdkd.targets.registry import require
+from sdkd.targets.tensorrt_api import ICudaEngine, TensorRT, recorder
 
 if TYPE_CHECKING:
     import numpy as np
 
-log = logging.getLogger(__name__)
-
 DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
 ALIGNMENT = 256  # bytes, of every address given to TensorRT
-
-
-@once
-def recorder(target: str) -> Any:
-    """The logger of a target's library, which keeps one for the whole process: its last errors."""
-    trt = require(target)
-
-    class Recorder(trt.ILogger):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: deque[str] = deque(maxlen=8)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.messages.append(message)
-            log.debug("%s: %s", severity, message)
-
-    return Recorder()
 
 
 class TensorRTSession(EngineSession):
@@ -77,7 +54,7 @@ class TensorRTSession(EngineSession):
 
     def __init__(self, checked: Checked, cuda_graphs: bool | None = None) -> None:
         super().__init__(checked)
-        self._trt: ModuleType = require(checked.record.target)
+        self._trt: TensorRT = require(checked.record.target)
         self._log = recorder(checked.record.target)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._native = captures_by_itself(self._trt)
@@ -145,12 +122,12 @@ class TensorRTSession(EngineSession):
         """Makes the error for a step that failed; holds no session, so that none is part of a cycle."""
         return partial(failure, self.checked.label, self._trt.__name__, self._log.messages)
 
-    def _context(self, engine: Any, kernels: RuntimeCache, graphs: bool = False) -> BoundContext:
+    def _context(self, engine: ICudaEngine, kernels: RuntimeCache, graphs: bool = False) -> BoundContext:
         """An execution context of an engine; `graphs`: for one shape, that captures by itself if it can."""
         streamed = bool(options_of(self.checked).get("weight_streaming"))
         return open_context(self._trt, engine, kernels, self._failed, graphs=graphs, streamed=streamed)
 
-    def _check_io(self, engine: Any) -> None:
+    def _check_io(self, engine: ICudaEngine) -> None:
         """Names, directions, places and dtypes as in the contract: a silent float32 engine is refused here."""
         trt = self._trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -172,7 +149,7 @@ class TensorRTSession(EngineSession):
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
         if not text:
             raise self._failed("inspecting the layers")
-        return str(text)
+        return text
 
     # Running
 

@@ -16,33 +16,33 @@ import pytest
 
 from export.build.options import HARDWARE, NEEDS, BuildOptions, check_options
 from sdkd.errors import InputError
+from sdkd.targets import tensorrt_api
 
 ROOT = Path(__file__).parents[3]
 API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_api.json").read_text(encoding="utf-8"))
 LIBRARIES = frozenset(API["wheels"])
 SOURCES = (
     *(f"export/build/tensorrt_{name}.py" for name in ("plan", "parser", "refit", "progress")),
-    *(f"engines/sessions/trt/{name}.py" for name in ("session", "context", "runtime_cache", "opening")),
+    *(f"engines/sessions/trt/{name}.py" for name in ("session", "context", "runtime_cache", "opening", "refit")),
     "export/build/options.py",
     "sdkd/targets/gpu_trial.py",
+    "sdkd/targets/tensorrt_api.py",
 )
 MODULE_NAMES = ("trt", "_trt", "library")
-# Which class of the library a variable or attribute of ours holds.
-HOLDERS = {
-    "builder": "Builder", "network": "INetworkDefinition", "config": "IBuilderConfig", "parser": "OnnxParser",
-    "error": "ParserError", "attention": "IAttention", "runtime": "Runtime", "engine": "ICudaEngine",
-    "_engine": "ICudaEngine", "context": "IExecutionContext", "_context": "IExecutionContext",
-    "probe": "IExecutionContext", "runtime_config": "IRuntimeConfig", "cache": "IRuntimeCache",
-    "_cache": "IRuntimeCache", "strategies": "ExecutionContextAllocationStrategy", "refitter": "Refitter",
-    "parser_refitter": "OnnxParserRefitter", "inspector": "EngineInspector", "layer": "ILayer",
-}  # fmt: skip
+OURS = ("Weights",)  # in all, says their documentation: the file has no row of it
 # Classes that are only reached after another name was looked for.
 BEHIND = {
     "IRuntimeConfig": "create_runtime_config", "IRuntimeCache": "create_runtime_cache", "IAttention": "ATTENTION_INPUT",
     "EngineValidity": "get_engine_validity", "EngineInvalidityDiagnostics": "get_engine_validity",
     "IAttentionInputLayer": "ATTENTION_INPUT",
 }  # fmt: skip
-OURS = {("ILayer", "__class__"), ("ILayer", "attention")}  # of the subclass that the line above makes it
+
+# What mypy holds the code to: of each class of the library the members that are used.
+TYPES: dict[str, set[str]] = {
+    name: {one for one in (*kind.__annotations__, *vars(kind)) if not one.startswith("_")}
+    for name, kind in vars(tensorrt_api).items()
+    if name in API["classes"]
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _holder(node: ast.expr) -> str:
 
 
 def used(source: str) -> set[Used]:
-    """Attributes of the library that a file reads, found by the names of its variables."""
+    """Attributes that a file reads of the library and its classes, and of objects those that not every library has."""
     found = set()
     for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Attribute) or node.attr.startswith("__"):
@@ -70,9 +70,11 @@ def used(source: str) -> set[Used]:
             found.add(Used("", node.attr, place))
         elif isinstance(node.value, ast.Attribute) and _holder(node.value.value) in MODULE_NAMES:
             found.add(Used(node.value.attr, node.attr, place))
-        elif holder in HOLDERS and (HOLDERS[holder], node.attr) not in OURS:
-            found.add(Used(HOLDERS[holder], node.attr, place))
-    return found
+        else:
+            found |= {
+                Used(kind, node.attr, place) for kind in TYPES if node.attr in TYPES[kind] and _rare(kind, node.attr)
+            }
+    return {one for one in found if one.kind or one.name not in OURS}
 
 
 def guards(source: str) -> set[str]:
@@ -99,6 +101,10 @@ def having(kind: str, name: str) -> frozenset[str]:
     return frozenset()
 
 
+def _rare(kind: str, name: str) -> bool:
+    return having(kind, name) != LIBRARIES
+
+
 def _guarded(one: Used, looked_for: set[str]) -> bool:
     """Whether a name of the same class, or the one that the class is behind, was looked for, and is as rare."""
     where = having(one.kind, one.name)
@@ -110,6 +116,13 @@ def _guarded(one: Used, looked_for: set[str]) -> bool:
 
 def _looked_for() -> set[str]:
     return {path.rpartition(".")[2] for need in NEEDS.values() for path in need.attributes}
+
+
+def test_every_declared_member_exists() -> None:
+    assert len(TYPES) > 15
+    assert [f"{kind}.{name}" for kind, names in TYPES.items() for name in names if not having(kind, name)] == []
+    declared = {name for name in tensorrt_api.TensorRT.__annotations__ if not name.startswith("_")}
+    assert [name for name in declared - set(OURS) if not having("", name)] == []
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -127,10 +140,9 @@ def test_every_attribute_exists_or_is_looked_for(source: str) -> None:
 def test_the_search_finds_what_is_there() -> None:
     names = {(one.kind, one.name) for source in SOURCES for one in used(source)}
     for expected in (
-        ("IExecutionContext", "set_tensor_address"), ("IExecutionContext", "execute_async_v3"),
-        ("IExecutionContext", "set_optimization_profile_async"), ("INetworkDefinition", "mark_weights_refittable"),
-        ("ParserError", "node_name"), ("", "Runtime"), ("TensorIOMode", "INPUT"), ("IBuilderConfig", "get_flag"),
-        ("Refitter", "refit_cuda_engine"), ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
+        ("Runtime", "get_engine_validity"), ("IRuntimeConfig", "set_runtime_cache"), ("IAttention", "decomposable"),
+        ("ICudaEngine", "create_runtime_config"), ("IBuilderConfig", "set_compute_capability"), ("", "Runtime"),
+        ("TensorIOMode", "INPUT"), ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
     ):  # fmt: skip
         assert expected in names, expected
 
@@ -162,11 +174,10 @@ def test_the_installed_library_has_them_too(module: str) -> None:
     generation = next(
         (one for one in LIBRARIES if one.startswith(f"{module} {library.__version__.rpartition('.')[0]}")), ""
     )
-    for source in SOURCES:
-        for one in used(source):
-            if having(one.kind, one.name) == LIBRARIES or generation in having(one.kind, one.name):
-                holder = getattr(library, one.kind) if one.kind else library
-                assert hasattr(holder, one.name), f"{one.kind}.{one.name} at {one.place}"
+    found = {(one.kind, one.name) for source in SOURCES for one in used(source)}
+    for kind, name in found | {(kind, name) for kind, names in TYPES.items() for name in names}:
+        if not _rare(kind, name) or generation in having(kind, name):
+            assert hasattr(getattr(library, kind) if kind else library, name), f"{kind}.{name}"
 
 
 class _Version10:
