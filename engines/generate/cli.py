@@ -74,7 +74,7 @@ def generate(
     ] = None,
     num_processes: Annotated[int, typer.Option(min=1, help="With --prompts: processes, one per GPU.")] = 1,
     image: Annotated[Path | None, typer.Option(help="An image to start from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="What to draw anew of --image: white.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask of --image: white is repainted.")] = None,
     control: Annotated[Path | None, typer.Option(help="The image that the bundle's ControlNet reads.")] = None,
     strength: Annotated[
         float | None, typer.Option(help="How much of --image to change, 0 to 1; default: 0.8, with --mask 1.")
@@ -264,7 +264,7 @@ def choose_target(model: Model, target: str | None, *, control: bool = False) ->
 def load(model: Model, target: str | None, *, control: bool = False, low_memory: bool = False) -> tuple[Any, str]:
     """The pipeline and the target that it runs on, with the bundle's ControlNet for `control`.
 
-    `low_memory`: a bundle's engines take turns.
+    `low_memory`: one stage of a bundle's engines is open at a time.
 
     Raises InputError when a target is asked for without a bundle, BundleError when the ControlNet has no engine.
     """

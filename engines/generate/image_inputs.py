@@ -107,7 +107,7 @@ def read_inputs(files: Mapping[str, Path | None], scales: Mapping[str, float | N
         raise InputError(f"mask {str(given['mask'])!r} has no image to act on: give --image FILE, too")
     strength = scales.get("strength")
     if strength is not None and not 0 <= strength <= 1:
-        raise InputError(f"strength {strength:g} is not in 0..1: give 0 to keep the image, up to 1 to draw it anew")
+        raise InputError(f"strength {strength:g} is not in 0..1: give 0 to keep the image, up to 1 to ignore it")
     images = {name: read_image(name, path) for name, path in given.items()}
     return Inputs(given, images, {name: value for name, value in scales.items() if value is not None})
 

@@ -29,7 +29,7 @@ REFUSED = {
 
 @functools.cache
 def install() -> None:
-    """Extend diffusers' methods; they are told from its own by what the pipeline's parts are."""
+    """Extend diffusers' methods; which one runs depends on the pipeline's parts."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
     for name in (*METHODS, *REFUSED):

@@ -167,7 +167,9 @@ class EngineModule(torch.nn.Module):
 
     @property
     def weights(self) -> EngineWeights:
-        """The weights of this module's first engine, which can be changed; a forward pass begins with `settle()`."""
+        """The weights of this module's first engine, which can be changed; a forward pass begins with
+        `apply_pending_weights()`.
+        """
         if self._weights is None:
             object.__setattr__(self, "_weights", EngineWeights(next(iter(self.sessions()))))
         found: EngineWeights = self._weights
@@ -179,10 +181,10 @@ class EngineModule(torch.nn.Module):
         if self._weights is not None:
             self._weights.scale(factor)
 
-    def settle(self) -> None:
-        """Take over weights that were asked for since the last run."""
+    def apply_pending_weights(self) -> None:
+        """Give the engine the weights that were set since the last run."""
         if self._weights is not None:
-            self._weights.settle()
+            self._weights.apply_pending()
 
     def fall_back(self, error: EngineError, arguments: Mapping[str, Any], method: str = "forward") -> Any:
         """The eager module's answer to what the engine cannot do, announced once; `error` itself where not asked for.
@@ -242,7 +244,7 @@ class EngineModule(torch.nn.Module):
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Save the eager module that is kept, with the weights that count now; EngineError where none is kept."""
-        with self.lent() as eager:
+        with self.as_eager() as eager:
             eager.save_pretrained(save_directory, **options)
 
     def check_kept(self) -> None:
@@ -260,8 +262,8 @@ class EngineModule(torch.nn.Module):
             )
 
     @contextlib.contextmanager
-    def lent(self) -> Iterator[Any]:
-        """The kept eager module as `restore` gives it, for a while: its own weights come back."""
+    def as_eager(self) -> Iterator[Any]:
+        """The kept eager module as `restore` gives it, until the block ends: then it has its own weights again."""
         self.check_kept()
         own = eager_tensors(self.__dict__["original"])
         swapped = self._weights.checkpoint if self._weights is not None else {}

@@ -90,7 +90,7 @@ class EngineUNet(EngineModule):
         given = {name: value for name, value in locals().items() if name != "self"}
         refuse(self, {name: harmless(given)[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
         self.scale_adapters(cross_attention_kwargs)
-        self.settle()
+        self.apply_pending_weights()
         tensors = {
             "sample": sample,
             "timestep": _one_timestep(timestep, sample),
@@ -252,7 +252,7 @@ class EngineTextEncoder(EngineModule):
         layers = [spec.name for spec in self.session.contract.outputs[2:]]
         given["output_hidden_states"] = output_hidden_states and not layers
         refuse(self, {name: harmless(given)[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
-        self.settle()
+        self.apply_pending_weights()
         try:
             found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
         except RangeError as error:

@@ -23,7 +23,7 @@ def needed(bundle: Bundle, slot: str, components: Iterable[str], name: str) -> i
 def check_memory(bundle: Bundle, slot: str, components: Sequence[str], device: str, low_memory: bool) -> None:
     """EngineError when even the smallest built sizes cannot fit into free memory; a warning when the largest do not.
 
-    With `low_memory` the components take turns, and the largest stage counts. Where the bundle's configs do not say
+    With `low_memory` one stage is open at a time, and the largest counts. Where the bundle's configs do not say
     how large tensors get, nothing is checked.
     """
     groups = [[name for name in stage if name in components] for stage in STAGES] if low_memory else [components]

@@ -159,12 +159,12 @@ def _all_or_none() -> Iterator[dict[str, EngineModule]]:
 def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -> Opener:
     """How the engines of these parts are opened: at once, or in turn; after a look at the memory that is free."""
     from engines.pipelines.memory import check_memory
-    from engines.sessions.low_memory import Turns
+    from engines.sessions.low_memory import StagedEngines
     from engines.sessions.opening import expected_device, open_session
 
     place = expected_device(check_target(slot).name).type
     check_memory(bundle, slot, engine_names(bundle, slot, parts), place, low_memory)
-    return Turns(bundle, slot).session if low_memory else functools.partial(open_session, bundle, slot)
+    return StagedEngines(bundle, slot).session if low_memory else functools.partial(open_session, bundle, slot)
 
 
 def _install() -> None:

@@ -42,5 +42,5 @@ def _as_eager(pipe: Any, stack: contextlib.ExitStack) -> Any:
         return pipe
     whole = copy.copy(pipe)
     for name, module in engines.items():
-        setattr(whole, name, stack.enter_context(module.lent()))
+        setattr(whole, name, stack.enter_context(module.as_eager()))
     return whole

@@ -1,4 +1,4 @@
-"""Engines that take turns: in low-memory mode only those of one stage of a pipeline are open at a time.
+"""Low-memory mode: only the engines of one stage of a pipeline are open at a time.
 
 A pipeline runs its text encoder, then its UNet (with a ControlNet) many times, then its VAE: the memory of one stage is
 enough, for the price of opening each engine once a call.
@@ -26,19 +26,19 @@ def stage(component: str) -> tuple[str, ...]:
     return next(group for group in STAGES if component in group)
 
 
-class Turns:
+class StagedEngines:
     """The engines of one slot of a bundle, those of one stage open; thread-safe: calls wait for one another."""
 
     def __init__(self, bundle: Bundle, slot: str) -> None:
         self.bundle, self.slot = bundle, slot
         self.lock = threading.RLock()
-        # They hold this: without a circle, engines are freed as soon as their pipeline is.
-        self._sessions: weakref.WeakValueDictionary[str, TurnSession] = weakref.WeakValueDictionary()
+        # They hold this: without a cycle, engines are freed as soon as their pipeline is.
+        self._sessions: weakref.WeakValueDictionary[str, StagedSession] = weakref.WeakValueDictionary()
 
-    def session(self, component: str) -> TurnSession:
+    def session(self, component: str) -> StagedSession:
         """A session that opens when it runs; raises now what `check_engine` raises."""
         checked = of_newest(self.bundle, self.slot, component, lambda now: check_engine(now, self.slot, component))
-        found = TurnSession(self, checked)
+        found = StagedSession(self, checked)
         self._sessions[component] = found
         return found
 
@@ -49,12 +49,12 @@ class Turns:
                 session.pause()
 
 
-class TurnSession(Session):
+class StagedSession(Session):
     """An engine that is open while its stage runs; weights that it was given are given again when it is opened."""
 
-    def __init__(self, turns: Turns, checked: Checked) -> None:
+    def __init__(self, stages: StagedEngines, checked: Checked) -> None:
         super().__init__(checked)
-        self._turns = turns
+        self._stages = stages
         self.device = expected_device(checked.record.target)
         self._weights: Mapping[str, torch.Tensor] = {}
         self._session: EngineSession | None = None
@@ -65,9 +65,9 @@ class TurnSession(Session):
             raise EngineError(f"{self.checked.label} is closed: open it again with engines.open_session")
         component = self.checked.record.component
         if self._session is None:
-            self._turns.close_others(component)
+            self._stages.close_others(component)
             with on_gpu(self.device):
-                session = open_session(self._turns.bundle, self.slot, component)
+                session = open_session(self._stages.bundle, self.slot, component)
             session.rebuild = self.rebuild
             if self._weights:
                 session.swap(self._weights)
@@ -76,24 +76,24 @@ class TurnSession(Session):
 
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Open the engine if it is not, after those of other stages were released, and run it."""
-        with self._turns.lock:
+        with self._stages.lock:
             return self._opened().run(feeds)
 
     def swap(self, weights: Mapping[str, torch.Tensor]) -> None:
         """As every session, now and whenever the engine is opened again."""
-        with self._turns.lock:
+        with self._stages.lock:
             self._opened().swap(weights)
             self._weights = dict(weights)
 
     def pause(self) -> None:
         """Release the engine until the next run."""
-        with self._turns.lock:
+        with self._stages.lock:
             if self._session is not None:
                 self._session.close()
                 self._session = None
 
     def close(self) -> None:
         """Release the engine; running it afterwards is an EngineError."""
-        with self._turns.lock:
+        with self._stages.lock:
             self.pause()
             self._closed = True

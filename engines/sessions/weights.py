@@ -26,15 +26,15 @@ Delta = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the weights are to be; `version` counts what was asked for."""
+class WantedWeights:
+    """What the weights are to be; `version` counts the changes."""
 
     checkpoint: Mapping[str, torch.Tensor] = field(default_factory=dict)
     deltas: Mapping[str, Delta] = field(default_factory=dict)
     scale: float = 1.0  # of the deltas
     version: int = 0
 
-    def same(self, other: Wish) -> bool:
+    def same(self, other: WantedWeights) -> bool:
         """Whether both give the same weights: a scale that comes back asks for nothing new."""
         equal = self.checkpoint is other.checkpoint and self.deltas is other.deltas
         return equal and (self.scale == other.scale or not self.deltas)
@@ -45,60 +45,60 @@ class EngineWeights:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._wish = Wish()  # replaced as a whole, never changed
-        self._done = self._wish  # what the engine holds
+        self._wanted = WantedWeights()  # replaced as a whole, never changed
+        self._applied = self._wanted  # what the engine holds
         self._changed = False  # whether the engine holds other weights than the bundle's
-        self._asking, self._settling = threading.Lock(), threading.Lock()
+        self._setting, self._applying = threading.Lock(), threading.Lock()
 
     @property
     def version(self) -> int:
-        """Counts what was asked for."""
-        return self._wish.version
+        """Counts the changes, applied or pending."""
+        return self._wanted.version
 
     @property
     def checkpoint(self) -> Mapping[str, torch.Tensor]:
-        """Other weights that are asked for, by state-dict name; empty for the bundle's own."""
-        return self._wish.checkpoint
+        """Other weights than the bundle's, applied or pending, by state-dict name; empty for the bundle's own."""
+        return self._wanted.checkpoint
 
     def use(self, state: Mapping[str, torch.Tensor]) -> None:
         """Other weights of the same architecture, by state-dict name; none: the bundle's own."""
-        with self._asking:
-            self._wish = replace(self._wish, checkpoint=dict(state), version=self.version + 1)
+        with self._setting:
+            self._wanted = replace(self._wanted, checkpoint=dict(state), version=self.version + 1)
 
     def add(self, deltas: Mapping[str, Delta]) -> None:
         """What adapters add; nothing: no adapter."""
-        with self._asking:
-            if deltas or self._wish.deltas:
-                self._wish = replace(self._wish, deltas=dict(deltas), version=self.version + 1)
+        with self._setting:
+            if deltas or self._wanted.deltas:
+                self._wanted = replace(self._wanted, deltas=dict(deltas), version=self.version + 1)
 
     def scale(self, factor: float) -> None:
-        """What adapters add, times this, for the calls until the next one says another."""
-        with self._asking:
-            if factor != self._wish.scale:
-                self._wish = replace(self._wish, scale=factor, version=self.version + 1)
+        """What adapters add, times this, until it is set again."""
+        with self._setting:
+            if factor != self._wanted.scale:
+                self._wanted = replace(self._wanted, scale=factor, version=self.version + 1)
 
-    def settle(self) -> None:
-        """Bring the engine to what was asked for; when that fails, it is asked for again at the next run."""
-        with self._settling:  # what is asked for meanwhile counts at the next run
-            wish = self._wish
-            if wish.same(self._done):
+    def apply_pending(self) -> None:
+        """Give the engine the weights that were set; when that fails, they are still pending at the next run."""
+        with self._applying:  # what is set meanwhile counts at the next run
+            wanted = self._wanted
+            if wanted.same(self._applied):
                 return
-            if wish.checkpoint or wish.deltas or self._changed:
-                self.session.swap(self._weights_of(wish))
-            self._changed, self._done = bool(wish.checkpoint or wish.deltas), wish
+            if wanted.checkpoint or wanted.deltas or self._changed:
+                self.session.swap(self._weights_of(wanted))
+            self._changed, self._applied = bool(wanted.checkpoint or wanted.deltas), wanted
 
     def changed(self) -> dict[str, torch.Tensor]:
         """The weights that differ from the bundle's, by state-dict name."""
-        return self._weights_of(self._wish)
+        return self._weights_of(self._wanted)
 
-    def _weights_of(self, wish: Wish) -> dict[str, torch.Tensor]:
-        exported = [name for name in wish.deltas if name not in wish.checkpoint]
-        base: dict[str, Any] = {name: wish.checkpoint[name] for name in wish.deltas if name in wish.checkpoint}
+    def _weights_of(self, wanted: WantedWeights) -> dict[str, torch.Tensor]:
+        exported = [name for name in wanted.deltas if name not in wanted.checkpoint]
+        base: dict[str, Any] = {name: wanted.checkpoint[name] for name in wanted.deltas if name in wanted.checkpoint}
         if exported:
             found = read_weights(graph_file(self.session), exported)
             base |= {name: torch.tensor(array, dtype=torch.float32) for name, array in found.items()}
-        return dict(wish.checkpoint) | {
-            name: base[name].float() + wish.scale * delta() for name, delta in wish.deltas.items()
+        return dict(wanted.checkpoint) | {
+            name: base[name].float() + wanted.scale * delta() for name, delta in wanted.deltas.items()
         }
 
 

@@ -73,12 +73,12 @@ def build_engine(
         check_resources(opened, stale, options)
         if not stale:
             return opened
-        with _told_of_space(root):
+        with _raises_build_error(root):
             return _build(opened, stale, progress)
 
 
 @contextlib.contextmanager
-def _told_of_space(root: Path) -> Iterator[None]:
+def _raises_build_error(root: Path) -> Iterator[None]:
     """BuildError, with what is free, for a disk that is full after all; other errors pass."""
     try:
         yield

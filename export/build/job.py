@@ -1,4 +1,4 @@
-"""What a builder is told and what it answers: plain data that crosses the process border as JSON."""
+"""What a builder is given and what it answers: plain data that crosses the process border as JSON."""
 
 from __future__ import annotations
 

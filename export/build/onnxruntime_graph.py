@@ -83,7 +83,7 @@ def _graph(job: Job, options: Any) -> str | bytes:
 
 
 def _without_copies(file: Path) -> None:
-    """Take the copies between CPU and GPU out of a saved graph: whoever opens it adds them anew, by the same names."""
+    """Take the copies between CPU and GPU out of a saved graph: opening it adds them again, by the same names."""
     import onnx
 
     model = onnx.load(file, load_external_data=False)
@@ -92,7 +92,7 @@ def _without_copies(file: Path) -> None:
 
 
 def drop_copies(model: ModelProto) -> int:
-    """Join what the Memcpy nodes of ONNX Runtime tell apart, graph outputs keeping their names; how many there were."""
+    """Join what the Memcpy nodes of ONNX Runtime keep apart, graph outputs keeping their names; how many there were."""
     graph = model.graph
     pairs = [(node.input[0], node.output[0]) for node in graph.node if node.op_type in COPIES]
     kept = [node for node in graph.node if node.op_type not in COPIES]

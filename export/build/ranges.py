@@ -1,4 +1,4 @@
-"""Shape ranges of a bundle: sensible defaults, what people type, and the input shapes that a builder needs."""
+"""Shape ranges of a bundle: defaults, what is typed on the command line, and the input shapes that a builder needs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def default_ranges(bundle: Bundle) -> ShapeRanges:
 
 @dataclass(frozen=True)
 class Typed:
-    """One profile as people type it: `512`, `512..1024`, `512x768` (height x width), `1..4`; what is empty is default.
+    """One profile as it is typed: `512`, `512..1024`, `512x768` (height x width), `1..4`; what is empty is default.
 
     Several sizes become one range that covers them all, best for the first.
     """
@@ -190,7 +190,7 @@ def check_sizes(height: Range, width: Range, multiple: int) -> None:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What turns ranges as people think of them into axis sizes: pixels per latent, tokens per text encoder call."""
+    """Turns ranges of images, pixels and tokens into axis sizes: pixels per latent, tokens per text encoder call."""
 
     scale: int
     multiple: int  # of pixels

@@ -61,7 +61,7 @@ def build(job: Job, progress: Progress) -> Built:
     options = BuildOptions.of(job.flags.get("options", {}))
     progress("parsing the graph", 0.0)
     parsed = _parse(trt, job)
-    # Told, not asked for: engines of before it run as well, they only take more memory.
+    # A record, no condition: engines without them run as well, and only take more memory.
     facts: dict[str, Any] = {
         "attention": _allow_decomposition(trt, parsed.network),
         "activation_resize": _activation_resize(trt) is not None,

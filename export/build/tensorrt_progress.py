@@ -114,7 +114,7 @@ def progress_monitor(trt: TensorRT, progress: Progress, target: str, weight_byte
         def _safely(self, call: Callable[..., None], *arguments: Any) -> bool:
             try:
                 call(*arguments)
-            except Exception:  # noqa: BLE001 - nobody listens any more: stop building
+            except Exception:  # noqa: BLE001 - the parent is gone: stop building
                 self.cancelled = True
             return not self.cancelled
 

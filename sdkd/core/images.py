@@ -105,7 +105,7 @@ def to_rgb(image: Image) -> Image:
 
 
 def to_mask(image: Image) -> Image:
-    """An image of any of PIL's modes as a mask, mode L: white is drawn anew, black is kept.
+    """An image of any of PIL's modes as a mask, mode L: white is repainted, black is kept.
 
     Luminance; what is transparent is black. Where all that can be seen is of one colour, as of strokes on an empty
     layer, the opacity is the mask, whatever the colour. InputError as `to_rgb`.

@@ -33,15 +33,15 @@ _LARGEST_PIPE = 1 << 24
 _OLD = ("cp1252", "latin-1")  # Windows' encoding of Western text, and what takes every byte
 
 
-def read_text(path: Path, told: list[str] | None = None) -> str:
+def read_text(path: Path, notes: list[str] | None = None) -> str:
     """A file's text: newlines end lines, no byte order mark is left; InputError when it is none or not there.
 
-    `told` gets what is otherwise logged: that an encoding was guessed.
+    `notes` gets what is otherwise logged: that an encoding was guessed.
     """
     what = f"file {str(path)!r}"
     if path.is_dir():
         raise InputError(f"{what} is a folder: give a text file")
-    return decode_text(read_regular(path, math.inf), what, told)
+    return decode_text(read_regular(path, math.inf), what, notes)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -74,20 +74,20 @@ def read_yaml(path: Path, shape: Any = Any) -> Any:
     return found
 
 
-def decode_text(data: bytes, what: str, told: list[str] | None = None) -> str:
+def decode_text(data: bytes, what: str, notes: list[str] | None = None) -> str:
     """Text from the bytes of `what` (for messages), as `read_text` gives it; InputError when they are no text.
 
     A byte order mark says which encoding it is; without one it is UTF-8, or else that of Western Windows, with a
     warning. The marks of files that were joined are left out, too.
     """
-    text = clean(_decoded(data, what, told))
+    text = clean(_decoded(data, what, notes))
     if "\0" in text:
         raise InputError(f"{what} holds NUL bytes: it is no text, or UTF-16 without a mark; save it as UTF-8")
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     return re.sub(f"^{_MARK}+", "", lines, flags=re.MULTILINE)
 
 
-def _decoded(data: bytes, what: str, told: list[str] | None) -> str:
+def _decoded(data: bytes, what: str, notes: list[str] | None) -> str:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             try:
@@ -103,10 +103,10 @@ def _decoded(data: bytes, what: str, told: list[str] | None) -> str:
         if b"\0" in data:
             raise InputError(f"{what} is no text ({error.reason} at byte {error.start}): save it as UTF-8") from None
         guessed = f"{what} is not UTF-8 (byte {error.start}): read as Windows-1252; convert it to be sure"
-    if told is None:
+    if notes is None:
         log.warning("%s", guessed)
     else:
-        told.append(guessed)
+        notes.append(guessed)
     try:
         return data.decode(_OLD[0])
     except UnicodeDecodeError:

@@ -214,6 +214,6 @@ def peft_settings(state: Mapping[str, torch.Tensor], known: Mapping[str, Any]) -
 
 
 def _target(name: str) -> str:
-    """What PEFT is told to change: a full name; of a text encoder one that fits with and without `text_model`."""
+    """The `target_modules` for PEFT: a full name; of a text encoder one that fits with and without `text_model`."""
     part, _, rest = name.removesuffix(".lora_B.weight").partition(".")
     return rest if part == "unet" else rest.removeprefix("text_model.encoder.")

@@ -1,6 +1,6 @@
 """ONNX Runtime with CUDA: whether it really runs there on this machine, and the options that its sessions get.
 
-`get_available_providers()` tells what the package was built with. Where the CUDA libraries that it needs do not load,
+`get_available_providers()` lists what the package was built with. Where the CUDA libraries that it needs do not load,
 it gives a session on the CPU without an error: only a session that was opened shows it.
 """
 
@@ -102,7 +102,7 @@ def cuda_problem() -> str | None:
 
 
 def runs_on_cuda() -> bool:
-    """Whether sessions run on CUDA unless told otherwise; where package and GPU are there in vain, that is logged."""
+    """Whether sessions run on CUDA by default; where package and GPU are there in vain, that is logged."""
     import onnxruntime
 
     if CUDA not in onnxruntime.get_available_providers() or gpu() is None:

@@ -33,7 +33,7 @@ class Target:
     extra: str
     purpose: str
     suffix: str  # of an engine file
-    precision: str  # what people want by default
+    precision: str  # by default
     builds_on_gpu: bool = False
     runs_on_gpu: bool = False
     many_profiles: bool = (
@@ -215,24 +215,24 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> str:
 
     Virtual machines hide the model's number, so that the name alone may be that of very different CPUs.
     """
-    told = _told(cpuinfo)
-    name = told.get("model name") or platform.processor() or platform.machine()
-    flags = _flags(told)
+    fields = _cpu_fields(cpuinfo)
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    flags = _flags(fields)
     widest = next((unit for unit in CPU_UNITS if unit in flags), "")
     return f"{name} ({widest})" if widest else name
 
 
 def cpu_flags() -> set[str]:
-    """What the CPU's cores can do, in the kernel's words; empty where it tells nothing."""
-    return _flags(_told(CPUINFO))
+    """What the CPU's cores can do, in the kernel's words; empty where it does not say."""
+    return _flags(_cpu_fields(CPUINFO))
 
 
-def _flags(told: Mapping[str, str]) -> set[str]:
-    return set(told.get("flags", told.get("Features", "")).split())  # on x86, on ARM
+def _flags(fields: Mapping[str, str]) -> set[str]:
+    return set(fields.get("flags", fields.get("Features", "")).split())  # on x86, on ARM
 
 
-def _told(cpuinfo: Path) -> dict[str, str]:
-    """What the kernel tells of the last core; nothing on other systems than Linux."""
+def _cpu_fields(cpuinfo: Path) -> dict[str, str]:
+    """The kernel's description of the last core; nothing on other systems than Linux."""
     try:
         text = cpuinfo.read_text(encoding="utf-8")
     except OSError:

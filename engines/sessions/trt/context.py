@@ -1,4 +1,4 @@
-"""One TensorRT execution context: its profile, shapes, addresses and activation memory, every answer checked."""
+"""One TensorRT execution context: its profile, shapes, addresses and device memory, every answer checked."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Call:
 
 
 class BoundContext:
-    """An execution context, and what it was last told; it runs, and changes its profile, once at a time.
+    """An execution context, and what was last set on it; it runs, and changes its profile, once at a time.
 
-    `managed`: whether activation memory is lent to it; `streamed`: whether its weights are, from host memory. `failed`
-    makes the error for a step that failed.
+    `managed`: whether its device memory is user-managed; `streamed`: whether its weights are streamed from host memory.
+    `failed` makes the error for a step that failed.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class BoundContext:
         self.needed = 0  # bytes of activation memory, for the shapes that are set
         self._managed, self._failed, self._streamed = managed, failed, streamed
         self._shapes: Shapes = {}
-        self._memory: tuple[int, int] | None = None  # address and bytes that it was last given, for these shapes
+        self._memory: tuple[int, int] | None = None  # address and bytes of the workspace, as set for these shapes
 
     def prepare(self, call: Call, stream: torch.cuda.Stream) -> None:
         """Set profile and input shapes, when they differ from the last call's."""
         if call.shapes != self._shapes:
-            self._shapes, self._memory = {}, None  # how memory is used is laid out anew, so it is to be lent anew
+            self._shapes, self._memory = {}, None  # its layout changes, so the workspace must be set again
             self._select_profile(call.profile, stream)
             for name, shape in call.shapes.items():
                 if not self.context.set_input_shape(name, shape):
                     raise self._failed(f"setting shape {shape} of input {name!r}")
-            with told(self._failed, "inferring shapes"):
+            with raises_engine_error(self._failed, "inferring shapes"):
                 missing = self.context.infer_shapes()
             if missing:
                 raise self._failed(f"inferring shapes of {', '.join(missing)}")
@@ -61,11 +61,11 @@ class BoundContext:
                 raise self._failed(f"giving {name!r} the contract's shape {tuple(tensor.shape)}, not {found},")
 
     def _select_profile(self, profile: int, stream: torch.cuda.Stream) -> None:
-        """Make a profile the active one; its shapes and memory must then be set anew."""
+        """Make a profile the active one; its shapes and workspace must then be set again."""
         if profile == self.context.active_optimization_profile:
             return
         what = f"selecting optimization profile {profile}"
-        with told(self._failed, what):
+        with raises_engine_error(self._failed, what):
             taken = self.context.set_optimization_profile_async(profile, stream.cuda_stream)
         if not taken:
             raise self._failed(what)
@@ -85,10 +85,10 @@ class BoundContext:
             if not self.context.set_tensor_address(name, tensor.data_ptr()):
                 raise self._failed(f"binding tensor {name!r}")
 
-    def lend(self, block: torch.Tensor | None) -> None:
-        """Give activation memory, of `needed` bytes or more, that must live until the work is done; None takes it back.
+    def set_workspace(self, block: torch.Tensor | None) -> None:
+        """Set the user-managed device memory: `needed` bytes or more, kept until the work is done; None for none.
 
-        Done after every change of shapes, even where it is the same block as before.
+        Needed after every change of shapes, even for the same block as before.
         """
         memory = (0, 0) if block is None else (block.data_ptr(), block.numel())
         if self._managed and memory != self._memory:
@@ -102,8 +102,8 @@ class BoundContext:
 
 
 @contextmanager
-def told(failed: Callable[[str], EngineError], what: str) -> Iterator[None]:
-    """The failure of a step that the bindings tell by RuntimeError or TypeError instead of an answer."""
+def raises_engine_error(failed: Callable[[str], EngineError], what: str) -> Iterator[None]:
+    """EngineError, made by `failed`, for a step where the bindings raise RuntimeError or TypeError."""
     try:
         yield
     except (RuntimeError, TypeError) as error:

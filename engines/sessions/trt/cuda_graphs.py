@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CAPACITY = 8  # graphs of one session
 REMEMBERED = 64  # shapes that were seen once
 
-STREAMS = 32  # that torch has of each priority, and gives out in turn
+STREAMS = 32  # that torch has of each priority, and hands out round-robin
 _taken: set[tuple[torch.device, int]] = set()
 _taking = threading.Lock()
 
@@ -89,7 +89,7 @@ class GraphCache(Generic[Entry]):
 
     def put(self, key: Key, entry: Entry) -> None:
         """Keep a graph; the one that was not used for longest is dropped when there are too many."""
-        self._seen.pop(key, None)  # once dropped, it needs two calls again: a turn of many shapes seldom captures
+        self._seen.pop(key, None)  # once dropped, it needs two calls again: many alternating shapes seldom capture
         self._entries[key] = entry
         while len(self._entries) > CAPACITY:
             _, oldest = self._entries.popitem(last=False)
@@ -137,7 +137,7 @@ class ShapeGraph:
     """One shape and profile: static buffers, a context bound to them, and the CUDA graph of its work.
 
     `enqueue` queues the work on a stream, by its handle, and holds the context; it raises when it fails. `workspace` is
-    the activation memory that the context was lent. Without `capture`, each run queues the work; with `native` the
+    the context's user-managed device memory. Without `capture`, each run queues the work; with `native` the
     library then captures and replays by itself (TensorRT-RTX).
     """
 

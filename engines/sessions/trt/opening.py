@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engines.sessions.checks import Checked, verify_once
-from engines.sessions.trt.context import BoundContext, said, told
+from engines.sessions.trt.context import BoundContext, raises_engine_error, said
 from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.errors import EngineError
 from sdkd.targets.gpu_trial import reasons
@@ -27,7 +27,7 @@ def deserialize(trt: TensorRT, log: Recorder, checked: Checked, rebuild: str, fa
     `log` records what the library says, `rebuild` is the command that builds the engine again. EngineError says which
     step failed, and what the library said.
     """
-    log.messages.clear()  # what was said before is no reason for what happens now
+    log.messages.clear()  # earlier messages are no reason for what happens now
     plan, options = checked.path.read_bytes(), options_of(checked)
     runtime = trt.Runtime(log)
     if hasattr(runtime, "get_engine_validity"):
@@ -67,7 +67,7 @@ def _fill_weights(trt: TensorRT, log: Recorder, checked: Checked, engine: ICudaE
     bundle = checked.bundle
     component = bundle.component(checked.record.component)
     verify_once(bundle, component)
-    with told(failed, "preparing to fill in the weights"):
+    with raises_engine_error(failed, "preparing to fill in the weights"):
         refitter = trt.Refitter(engine, log)
         parser_refitter = trt.OnnxParserRefitter(refitter, log)
     if not parser_refitter.refit_from_file(str(bundle.path / component.files[0].path)):
@@ -92,7 +92,7 @@ def open_context(
     graphs: bool = False,
     streamed: bool = False,
 ) -> BoundContext:
-    """An execution context, its activation memory lent by us where the library has that.
+    """An execution context, with user-managed device memory where the library has that.
 
     `graphs`: one for a single shape, that captures by itself if it can; `streamed`: of an engine that streams weights.
     EngineError says which step failed.
@@ -112,7 +112,7 @@ def open_context(
         context = engine.create_execution_context(strategy)
     if context is None:
         raise failed("creating an execution context")
-    if hasattr(context, "nvtx_verbosity"):  # plans are built to tell all of their layers, which slows each call
+    if hasattr(context, "nvtx_verbosity"):  # plans are built to name all of their layers, which slows each call
         context.nvtx_verbosity = type(context.nvtx_verbosity).NONE
     return BoundContext(context, managed, failed, streamed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from engines.sessions.trt.context import told
+from engines.sessions.trt.context import raises_engine_error
 from sdkd.errors import EngineError
 from sdkd.targets.tensorrt_api import ICudaEngine, ILogger, Refitter, TensorRT
 
@@ -32,7 +32,7 @@ def refit(
     that are not as exported must be in `stored`, then. The engine must not be running. EngineError names the first
     weight that the engine was not built to change, or the step that failed: HalfRefitError when that was the last.
     """
-    with told(lambda what: EngineError(f"{label}: {what} failed"), "preparing a change of weights"):
+    with raises_engine_error(lambda what: EngineError(f"{label}: {what} failed"), "preparing a change of weights"):
         refitter = trt.Refitter(engine, logger)
     possible = set(refitter.get_all_weights())
     fixed = [name for name in stored if name not in possible]

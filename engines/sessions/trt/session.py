@@ -170,7 +170,7 @@ class TensorRTSession(EngineSession):
         self._main.bind({**aligned, **call.outputs})
         # The block is the same one in a steady loop.
         workspace = self._allocate(self._main.needed)
-        self._main.lend(workspace)
+        self._main.set_workspace(workspace)
         stream.wait_stream(current)  # inputs, and copies of them, are made on the current stream
         try:
             self._main.enqueue(stream.cuda_stream)
@@ -233,7 +233,7 @@ class TensorRTSession(EngineSession):
             self._workspace = self._allocate(bound.needed)
         buffers = Buffers(call.feeds, call.outputs)
         bound.bind({**buffers.inputs, **buffers.outputs})
-        bound.lend(self._workspace)
+        bound.set_workspace(self._workspace)
         return ShapeGraph(buffers, bound.enqueue, self._workspace, self._native)
 
     def _check_memory(self, needed: int) -> None:

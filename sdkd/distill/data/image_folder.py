@@ -207,13 +207,13 @@ def _from_sidecars(folder: Path) -> Iterator[Row]:
     pictured = {path.with_suffix("") for path in images}
     if images and (alone := [path for (stem, _), path in texts.items() if stem not in pictured]):
         log.warning("%d text files have no image beside them of a kind that is read, such as %s", len(alone), alone[0])
-    told: list[str] = []
+    notes: list[str] = []
     for path in images:
         kinds = (texts.get((path.with_suffix(""), kind)) for kind in SIDECARS)
         if text := next(filter(None, kinds), None):
-            yield Row(path, read_text(text, told).strip())
+            yield Row(path, read_text(text, notes).strip())
             continue
         wanted = path.with_suffix(SIDECARS[0]).name
         yield Row(path, "", f"image {str(path)!r} has no caption: put it into {wanted} beside it, or remove the image")
-    if told:
-        log.warning("%s%s", told[0], f" (and {len(told) - 1} more)" if told[1:] else "")
+    if notes:
+        log.warning("%s%s", notes[0], f" (and {len(notes) - 1} more)" if notes[1:] else "")

@@ -185,7 +185,7 @@ class TarShards:
             )
         columns: dict[str, Any] = {}
         for index in range(min(len(self), _PROBED)):
-            with contextlib.suppress(InputError):  # a row is not the whole: it is told when it is read
+            with contextlib.suppress(InputError):  # one bad row: reported when it is read
                 columns |= self._columns(index)
             if any(name in columns for name in self._captions):
                 return

@@ -266,7 +266,7 @@ def damaged(path: Path, how: str) -> InputError:
     way = (
         f"go on from the one before with --resume {shlex.quote(str(before[-1]))}"
         if before
-        else "start anew with --overwrite"
+        else "start over with --overwrite"
     )
     return InputError(f"checkpoint {str(path)!r} {how}: delete it, and {way}")
 
@@ -285,7 +285,7 @@ def check_settings(path: Path, record: Mapping[str, Any], config: TrainConfig, p
     if changed:
         listed = ", ".join(f"{key} {then.get(key)!r} -> {now[key]!r}" for key in changed)
         raise InputError(
-            f"checkpoint {str(path)!r} is of a run with other settings ({listed}): give the same again, or start anew "
+            f"checkpoint {str(path)!r} is of a run with other settings ({listed}): give the same again, or start over "
             f"{way_on(path)}"
         )
     if config.steps < record["step"]:
@@ -300,7 +300,7 @@ def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> N
     if changed := [name for name, digest in trainer.digests().items() if then.get(name, digest) != digest]:
         others = " and ".join("other data" if name == "data" else f"another {name}" for name in changed)
         raise InputError(
-            f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start anew {way_on(path)}"
+            f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start over {way_on(path)}"
         )
 
 

@@ -240,7 +240,7 @@ _TRACKERS = {"tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "
 
 
 def _trackers(trainer: Trainer, folder: Path | None) -> Send:
-    """Accelerate's trackers, told the settings, as one function; MissingExtraError names what is not installed."""
+    """Accelerate's trackers, given the settings, as one function; MissingExtraError names what is not installed."""
     accelerator, config = trainer.accelerator, trainer.config
     check_trackers(config)
     from accelerate.tracking import filter_trackers

@@ -180,7 +180,7 @@ def check_cache(data: Any, pipe: StableDiffusionPipeline, config: TrainConfig) -
 
 
 def find_checkpoint(job: Job) -> Path | None:
-    """The checkpoint to go on from, or None to start anew; InputError when the one asked for is not there."""
+    """The checkpoint to go on from, or None to start at step 0; InputError when the one asked for is not there."""
     if job.resume == "never":
         return None
     if job.resume == AUTO:

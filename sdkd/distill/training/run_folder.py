@@ -58,7 +58,7 @@ def check_output(
 
 
 def _occupied(output: Path, resume: str) -> bool:
-    """Whether the output holds anything, an unfinished run that starts anew apart."""
+    """Whether the output holds anything, an unfinished run that starts over apart."""
     if not output.is_dir() or not any(output.iterdir()):
         return False
     return not (resume == AUTO and is_unfinished(output))

@@ -333,9 +333,9 @@ def test_weights_asked_for_while_others_are_taken_over_are_not_lost(exported_bun
 
         session.swap = slowly  # type: ignore[method-assign]
         weights.use({"conv_in.bias": state["conv_in.bias"]})
-        weights.settle()
-        weights.settle()
-        weights.settle()
+        weights.apply_pending()
+        weights.apply_pending()
+        weights.apply_pending()
         assert given == [{"conv_in.bias"}, {"conv_in.bias", "conv_out.bias"}]
 
 

@@ -1,4 +1,4 @@
-"""Memory: engines that take turns, and refusals before anything is opened."""
+"""Memory: engines of which one stage is open, and refusals before anything is opened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 import engines.pipelines.memory as memory
 from engines import load_pipeline, plug, swap_weights
 from engines.pipelines.memory import check_memory, needed
-from engines.sessions.low_memory import TurnSession
+from engines.sessions.low_memory import StagedSession
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import run_memory
 from sdkd.errors import EngineError
@@ -53,7 +53,7 @@ def test_engines_take_turns_and_draw_the_same_images(engine_bundle: Path, target
     assert np.array_equal(found, draw(load_pipeline(engine_bundle, target)))
 
 
-def test_weights_outlive_a_turn(exported_bundle: Path) -> None:
+def test_weights_outlive_a_stage(exported_bundle: Path) -> None:
     state = {name: tensor * 1.1 for name, tensor in small_exports.small_pipeline().unet.state_dict().items()}
     pipe, whole = (load_pipeline(exported_bundle, "onnxruntime", low_memory=one) for one in (True, False))
     plain = draw(pipe)
@@ -72,7 +72,7 @@ def test_a_turn_session_is_checked_at_once_and_closed_for_good(
 ) -> None:
     plug(eager, bundle_copy, "onnxruntime", low_memory=True)
     session = eager.unet.session
-    assert isinstance(session, TurnSession)
+    assert isinstance(session, StagedSession)
     with session:
         eager.unet(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, 77, 32))
     with pytest.raises(EngineError, match=r"the onnxruntime engine of unet in .* is closed: open it again"):

@@ -38,7 +38,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def exported(model: Path, bundle: Path) -> np.ndarray[Any, Any]:
-    """What the model draws with its UNet on an engine, exported and built anew."""
+    """What the model draws with its UNet on an engine, exported and built again."""
     parts = ("--components", "unet", "--components", "vae_decoder")
     sdkd("export", model, bundle, *parts, *(["--overwrite"] if bundle.exists() else []))
     sdkd("build-engine", bundle, "--target", "onnxruntime")
@@ -62,7 +62,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("run")
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(out: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_over(out: Path) -> None:
     def report(message: str, fraction: float | None) -> None:
         if message.startswith("step 1 of"):
             shutil.copytree(out, "killed")  # what a kill at this moment leaves

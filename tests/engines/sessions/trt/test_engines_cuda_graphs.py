@@ -101,7 +101,7 @@ def test_shapes_that_come_once_drop_no_graph() -> None:
     assert CAPACITY < REMEMBERED
 
 
-def test_other_weights_drop_all_and_capture_anew() -> None:
+def test_other_weights_drop_all_and_capture_again() -> None:
     cache, dropped = filled()
     cache.clear()
     assert dropped == ALL

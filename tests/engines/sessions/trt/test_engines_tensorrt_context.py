@@ -26,12 +26,12 @@ PROFILE_BYTES, ENGINE_BYTES = 4096, 8192
 
 
 class Context:
-    """An execution context for one input and one output of the same shape, which writes down the memory it is lent."""
+    """An execution context for one input and one output of the same shape, which records its workspaces."""
 
     active_optimization_profile = 0
 
     def __init__(self, needed: int = 512) -> None:
-        self.needed, self.lent, self.shape = needed, [], ()  # type: ignore[var-annotated]
+        self.needed, self.workspaces, self.shape = needed, [], ()  # type: ignore[var-annotated]
         self.engine = SimpleNamespace(
             get_device_memory_size_for_profile_v2=lambda _: PROFILE_BYTES, device_memory_size_v2=ENGINE_BYTES
         )
@@ -56,7 +56,7 @@ class Context:
         return self.shape
 
     def set_device_memory(self, address: int, size: int) -> None:
-        self.lent.append((address, size))
+        self.workspaces.append((address, size))
 
 
 def failed(what: str) -> EngineError:
@@ -67,40 +67,40 @@ def call(size: int, profile: int = 0) -> Call:
     return Call({"sample": torch.zeros(size)}, {"out": torch.zeros(size)}, profile, {"sample": (size,)})
 
 
-def test_memory_is_lent_anew_after_every_change_of_shapes() -> None:
+def test_the_workspace_is_set_again_after_every_change_of_shapes() -> None:
     context, block = Context(), torch.empty(512, dtype=torch.uint8)
     bound = BoundContext(context, True, failed)
     for size in (2, 2, 3, 2):  # the second is in a steady loop
         bound.prepare(call(size), STREAM)
-        bound.lend(block)
-    assert context.lent == [(block.data_ptr(), 512)] * 3
+        bound.set_workspace(block)
+    assert context.workspaces == [(block.data_ptr(), 512)] * 3
     bound.prepare(call(5), STREAM)
-    bound.lend(None)
-    assert context.lent[3:] == [(0, 0)]
+    bound.set_workspace(None)
+    assert context.workspaces[3:] == [(0, 0)]
     bound.prepare(call(5, profile=0), STREAM)
-    bound.lend(None)
-    assert len(context.lent) == 4
+    bound.set_workspace(None)
+    assert len(context.workspaces) == 4
 
 
-def test_a_context_with_memory_of_its_own_is_lent_none() -> None:
+def test_a_context_with_memory_of_its_own_is_given_none() -> None:
     context = Context()
     bound = BoundContext(context, False, failed)
     bound.prepare(call(2), STREAM)
-    bound.lend(None)
-    assert (bound.needed, context.lent) == (0, [])
+    bound.set_workspace(None)
+    assert (bound.needed, context.workspaces) == (0, [])
 
 
 @pytest.mark.parametrize(
-    ("told", "streamed", "needed"),
+    ("answer", "streamed", "needed"),
     [(512, False, 512), (0, False, PROFILE_BYTES), (512, True, ENGINE_BYTES), (9999, True, 9999)],
 )
-def test_memory_is_never_less_than_what_is_needed(told: int, streamed: bool, needed: int) -> None:
-    bound = BoundContext(Context(told), True, failed, streamed)
+def test_memory_is_never_less_than_what_is_needed(answer: int, streamed: bool, needed: int) -> None:
+    bound = BoundContext(Context(answer), True, failed, streamed)
     bound.prepare(call(2), STREAM)
     assert bound.needed == needed
 
 
-def test_what_the_bindings_raise_is_told_as_what_failed() -> None:
+def test_what_the_bindings_raise_names_the_step_that_failed() -> None:
     bound = BoundContext(Context(), True, failed)
     with pytest.raises(EngineError, match=r"inferring shapes \(Error while trying to infer shapes\.\) failed$"):
         bound.prepare(call(13), STREAM)
@@ -169,7 +169,7 @@ def test_a_refit_gives_the_exported_values_of_what_is_merged() -> None:
     assert len(REFITTED) == 1
 
 
-def test_a_refit_that_failed_in_its_last_step_is_told_apart() -> None:
+def test_a_refit_that_failed_in_its_last_step_has_an_error_of_its_own() -> None:
     half = type("Half", (Refitter,), {"refit_cuda_engine": lambda self: False})
     kernel = {"kernel": np.zeros(2, np.float32)}
     with pytest.raises(HalfRefitError, match=r"the engine: TensorRT could not refit the engine"):

@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path) -> None:
         trained("distill", tmp_path, newest)
     (tmp_path / "checkpoint-1" / "checkpoint.json").write_text("{")
     with pytest.raises(
-        InputError, match=r"checkpoint-1' cannot be read .*: delete it, and start anew with --overwrite"
+        InputError, match=r"checkpoint-1' cannot be read .*: delete it, and start over with --overwrite"
     ):
         trained("distill", tmp_path, tmp_path / "checkpoint-1")
 
@@ -278,7 +278,7 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(teacher: Path, tmp_path:
     assert losses(tmp_path / "out")[-1]["step"] == 4
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(teacher: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_over(teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Job(str(teacher), "demo", out, TrainConfig(**SETTINGS), resume="auto")
     write_json(out / "sdkd.json", UNFINISHED)
