@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from functools import cache
 from pathlib import Path
 
 from helpers import fixed_weights
 from made_once import made_once, shared_root
-from small_bundles import small_bundle, small_pipeline
+from small_exports import bundle_copy, small_pipeline
 
 from export.build.engines import build_engine
 from sdkd.bundle.manifest import Bundle
@@ -25,13 +24,10 @@ def engine_models() -> Path:
 def _write_models(folder: Path) -> None:
     pipe = small_pipeline()
     pipe.save_pretrained(folder / "right")
-    bundle = small_bundle(folder / "bundle")
-    pipe.save_config(bundle.path)
-    for part in ("tokenizer", "scheduler"):
-        getattr(pipe, part).save_pretrained(bundle.path / part)
+    bundle = bundle_copy(folder / "bundle")
     source = {"model": str(shared_root() / "compare" / "right")}  # where it will lie
     Bundle(bundle.path, dataclasses.replace(bundle.manifest, source=source)).save()
     one = ShapeRanges(Range(1, 1, 1), Range.fixed(32), Range.fixed(32), Range.fixed(77))
     build_engine(bundle.path, "onnxruntime", ranges=one)
-    pipe.unet = fixed_weights(copy.deepcopy(pipe.unet), seed=7)
+    fixed_weights(pipe.unet, seed=7)
     pipe.save_pretrained(folder / "wrong")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).parent))
+gc.disable()  # until everything is imported: `pytest_collection_finish`
 limits.BUDGET_S, limits.COPY_BYTES = 0.01, 2**20  # every comparison measures them; only tools need good figures
 limits.CONVOLUTION = (2, 4, 8)
 # Started by nohup, or by `&` in a script: tests, and their children, hear Ctrl-C all the same.
@@ -39,3 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector from walking over all imported libraries again and again, which takes long."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

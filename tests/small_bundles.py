@@ -1,10 +1,8 @@
-"""A bundle of four small exported components, made once per test run, and copies of it."""
+"""The modules of a small pipeline, shared by all tests of a process; `small_exports` has bundles of them."""
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_tokenizer
-from made_once import made_once
 
 from export.graph.to_onnx import save, to_onnx
-from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord, Manifest
-from sdkd.core.contract import BASE_COMPONENTS, DTYPES, Precision, component_contract
+from sdkd.bundle.manifest import ComponentRecord, FileRecord
+from sdkd.core.contract import DTYPES, Precision, component_contract
 
 UNET: dict[str, Any] = {
     "sample_size": 16,
@@ -83,26 +80,8 @@ def export_component(root: Path, component: str, module: torch.nn.Module, precis
     return ComponentRecord(component, contract, precision, OPSETS[component], files, "0" * 64, count, 0.0)
 
 
-def _export(folder: Path, component: str, precision: Precision) -> None:
-    record = export_component(folder, component, copy.deepcopy(small_modules()[component]), precision)
-    Bundle(folder, Manifest({"model": "small"}, {}, {component: record})).save()
-
-
-def small_bundle(folder: Path, precision: Precision = "fp32", components: tuple[str, ...] = BASE_COMPONENTS) -> Bundle:
-    """A fresh bundle at `folder`; each component is exported once per precision and test run."""
-    for name, module in small_modules().items():  # every config, whatever is exported
-        _write_config(folder / name, module)
-    records = {}
-    for name in components:
-        made = made_once(f"small-{precision}-{name}", lambda path, name=name: _export(path, name, precision))
-        shutil.copytree(made / name, folder / name, dirs_exist_ok=True)
-        records[name] = Bundle.open(made).component(name)
-    Bundle(folder, Manifest({"model": "small"}, {}, records)).save()
-    return Bundle.open(folder)
-
-
 def small_pipeline() -> StableDiffusionPipeline:
-    """The eager pipeline of `small_bundle`: images of 32x32 pixels, latents of 16x16."""
+    """A small pipeline of modules that tests share, do not change them: images of 32x32 pixels, latents of 16x16."""
     modules = small_modules()
     pipe = StableDiffusionPipeline(
         vae=modules["vae_decoder"],

@@ -13,7 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    PNDMScheduler,
+    DDIMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -44,23 +44,17 @@ ONE_LEVEL: dict[str, Any] = small_bundles.UNET | {
 
 
 def small_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
-    """A whole pipeline for images of 32x32 pixels: 2 levels, no mid block."""
-    return StableDiffusionPipeline(
+    """What `small_bundles.small_pipeline` is, of modules that nobody else has; `unet` changes its UNet's config."""
+    pipe = StableDiffusionPipeline(
         vae=fixed_weights(AutoencoderKL(**small_bundles.VAE), seed + 1),
         text_encoder=tiny_text_encoder(seed + 2),
         tokenizer=tiny_tokenizer(),
         unet=fixed_weights(UNet2DConditionModel(**(small_bundles.UNET | unet)), seed),
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def ddim_pipeline() -> StableDiffusionPipeline:
-    """What `small_bundles.small_pipeline` is, of modules that nobody else has: the same weights, and its scheduler."""
-    pipe = small_pipeline()
-    pipe.scheduler = small_bundles.small_pipeline().scheduler
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -131,8 +125,8 @@ def tiny_vae() -> AutoencoderTiny:
 
 
 def variant_pipeline(name: str) -> Any:
-    """A pipeline beyond text-to-image by the name of its bundle, its scheduler DDIM: `variant_bundle`."""
-    pipe = ddim_pipeline()
+    """A pipeline beyond text-to-image by the name of its bundle, `variant_bundle`."""
+    pipe = small_pipeline()
     if name == "controlnet":
         return with_controlnet(pipe)
     if name == "taesd":

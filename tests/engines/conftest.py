@@ -7,17 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import small_exports
 from diffusers import StableDiffusionPipeline
-from engine_bundles import TARGETS, graph_unet, pipeline_bundle, variant_engines
+from engine_bundles import graph_unet, pipeline_bundle, variant_engines
 from made_once import made_once
 from small_bundles import small_pipeline
 
-from export import build_engine
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.profiles import Range, ShapeRanges
-
-EXPORTED_RANGES = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 
 
 @pytest.fixture
@@ -30,18 +25,6 @@ def eager() -> StableDiffusionPipeline:
 def engine_bundle() -> Path:
     """A whole pipeline on ONNX Runtime and OpenVINO: 32 to 64 px, up to 2 images."""
     return made_once("engines", pipeline_bundle)
-
-
-def _build_exported(folder: Path) -> None:
-    bundle = small_exports.bundle_copy(folder)
-    for target in TARGETS:
-        bundle = build_engine(bundle, target, ranges=EXPORTED_RANGES)
-
-
-@pytest.fixture(scope="session")
-def exported_bundle() -> Path:
-    """The small pipeline as the exporter writes it, on both CPU targets: 32 px, up to 2 images. Weights can change."""
-    return made_once("exported-engines", _build_exported)
 
 
 @pytest.fixture(scope="session")

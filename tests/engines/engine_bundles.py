@@ -13,9 +13,9 @@ import torch
 from graph_bundles import graph_bundle
 from made_once import made_once
 from onnx import TensorProto, helper
-from small_exports import ddim_pipeline, small_bundle, variant_bundle
+from small_exports import bundle_copy, variant_bundle
 
-from export import build_engine, export_pipeline
+from export import build_engine
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
 from sdkd.core.contract import DTYPES, Precision, unet_contract
 from sdkd.core.profiles import Range, ShapeRanges
@@ -87,8 +87,8 @@ def identity_unet(folder: Path, precision: Precision, target: str) -> Bundle:
 
 
 def pipeline_bundle(folder: Path, targets: Sequence[str] = TARGETS) -> Path:
-    """A whole small pipeline with engines for every CPU target: 32 to 64 px, up to 2 images."""
-    bundle = export_pipeline(ddim_pipeline(), folder, reuse=[small_bundle().path])
+    """The small pipeline as the exporter writes it, with engines for every CPU target: 32 to 64 px, up to 2 images."""
+    bundle = bundle_copy(folder)
     for target in targets:
         bundle = build_engine(bundle, target, ranges=RANGES)
     return bundle.path

@@ -33,12 +33,6 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
-def engine_bundle(exported_bundle: Path) -> Path:
-    """The exported small pipeline on both CPU targets: 32 px, up to 2 images."""
-    return exported_bundle
-
-
-@pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two LoRAs for the small pipeline, the second with a text encoder's part."""
     folder, pipe = tmp_path_factory.mktemp("loras"), small_pipeline()

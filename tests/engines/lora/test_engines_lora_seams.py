@@ -92,36 +92,36 @@ def drawn(style: ByHand) -> Callable[[float], np.ndarray]:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_alphas_that_differ_by_layer(
-    exported_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray], target: str
+    engine_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray], target: str
 ) -> None:
-    pipe = load_pipeline(exported_bundle, target)
+    pipe = load_pipeline(engine_bundle, target)
     pipe.load_lora_weights(style.file, adapter_name="style")
     agree(draw(pipe), drawn(1.0))
     differ(drawn(1.0), drawn(0.0))
 
 
 def test_adapters_stay_through_every_change_of_parts(
-    exported_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]
+    engine_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]
 ) -> None:
     names = {"unet": ["style"], "text_encoder": ["style"]}
     pipe = small_pipeline()
-    plug(pipe, exported_bundle, "onnxruntime", components=["vae"], keep_eager=True)
+    plug(pipe, engine_bundle, "onnxruntime", components=["vae"], keep_eager=True)
     pipe.load_lora_weights(_peft(style), adapter_name="style")  # still diffusers' own
     pipe.set_adapters("style", 0.7)
     agree(draw(pipe), drawn(0.7))
-    plug(pipe, exported_bundle, "onnxruntime", components=["text_encoder", "unet"], keep_eager=True)
+    plug(pipe, engine_bundle, "onnxruntime", components=["text_encoder", "unet"], keep_eager=True)
     assert pipe.get_list_adapters() == names
     agree(draw(pipe), drawn(0.7))
-    plug(pipe, exported_bundle, "openvino", components=["unet"], keep_eager=True)
+    plug(pipe, engine_bundle, "openvino", components=["unet"], keep_eager=True)
     agree(draw(pipe), drawn(0.7))
     pipe.set_adapters("style", 0.3)
     agree(draw(pipe), drawn(0.3))
     pipe.disable_lora()
-    plug(pipe, exported_bundle, "onnxruntime", components=["unet"], keep_eager=True)
+    plug(pipe, engine_bundle, "onnxruntime", components=["unet"], keep_eager=True)
     agree(draw(pipe), drawn(0.0))  # disabled ones are carried over disabled
     pipe.enable_lora()
     agree(draw(pipe), drawn(0.3))
-    unplug(plug(pipe, exported_bundle, "onnxruntime", components=["vae"], keep_eager=True))
+    unplug(plug(pipe, engine_bundle, "onnxruntime", components=["vae"], keep_eager=True))
     assert pipe.get_list_adapters() == names
     assert pipe.get_active_adapters() == ["style"]
     agree(draw(pipe), drawn(0.3))
@@ -145,9 +145,9 @@ def _peft(style: ByHand) -> dict[str, torch.Tensor]:
 
 
 def test_a_copy_changes_the_adapters_that_it_shares(
-    exported_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]
+    engine_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]
 ) -> None:
-    pipe = load_pipeline(exported_bundle, "onnxruntime")
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
     pipe.load_lora_weights(style.file, adapter_name="style")
     copies = AutoPipelineForImage2Image.from_pipe(pipe), StableDiffusionPipeline(**pipe.components)
     copies[0].set_adapters("style", 0.3)
@@ -169,8 +169,8 @@ def test_a_copy_changes_the_adapters_that_it_shares(
     agree(draw(copies[1]), drawn(0.0))
 
 
-def test_a_module_put_in_by_hand_takes_the_adapters_that_are_loaded_then(exported_bundle: Path, style: ByHand) -> None:
-    pipe = load_pipeline(exported_bundle, "onnxruntime")
+def test_a_module_put_in_by_hand_takes_the_adapters_that_are_loaded_then(engine_bundle: Path, style: ByHand) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
     pipe.load_lora_weights(style.file, adapter_name="old")
     pipe.unet = small_pipeline().unet
     assert pipe.get_list_adapters() == {"text_encoder": ["old"]}
@@ -182,8 +182,8 @@ def test_a_module_put_in_by_hand_takes_the_adapters_that_are_loaded_then(exporte
     agree(draw(pipe), draw(style.on(small_pipeline(), 0.5)))
 
 
-def test_the_scale_of_one_call(exported_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]) -> None:
-    pipe = load_pipeline(exported_bundle, "onnxruntime")
+def test_the_scale_of_one_call(engine_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
     pipe.load_lora_weights(style.file, adapter_name="style")
     swaps: list[int] = []
     for session in (pipe.unet.session, pipe.text_encoder.session):
@@ -210,8 +210,8 @@ def test_the_scale_of_one_call(exported_bundle: Path, style: ByHand, drawn: Call
     assert (plain - full).abs().max() > 0.01
 
 
-def test_what_is_refused_leaves_nothing_behind(exported_bundle: Path, style: ByHand) -> None:
-    pipe = load_pipeline(exported_bundle, "onnxruntime")
+def test_what_is_refused_leaves_nothing_behind(engine_bundle: Path, style: ByHand) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
     pipe.load_lora_weights(style.file, adapter_name="style")
     before = pipe.get_list_adapters()
     key = f"lora_unet_{BLOCK.replace('.', '_')}attn2_to_k"
@@ -248,10 +248,10 @@ def test_what_is_refused_leaves_nothing_behind(exported_bundle: Path, style: ByH
     assert pipe.get_active_adapters() == ["style"]
 
 
-def test_the_eager_fallback_counts_the_adapters_once(exported_bundle: Path, style: ByHand) -> None:
+def test_the_eager_fallback_counts_the_adapters_once(engine_bundle: Path, style: ByHand) -> None:
     pipe = small_pipeline()
     pipe.load_lora_weights(_peft(style), adapter_name="style")
-    plug(pipe, exported_bundle, "onnxruntime", eager_fallback=True)
+    plug(pipe, engine_bundle, "onnxruntime", eager_fallback=True)
     pipe.set_adapters("style", 0.2)
     agree(draw(pipe, 48), draw(style.on(small_pipeline(), 0.2), 48))
     with pytest.raises(EngineError, match="cannot be saved with adapters on it"):
@@ -260,18 +260,18 @@ def test_the_eager_fallback_counts_the_adapters_once(exported_bundle: Path, styl
     agree(draw(pipe, 48), draw(small_pipeline(), 48))
 
 
-def test_a_fused_adapter_is_refused_before_an_engine_opens(exported_bundle: Path, style: ByHand) -> None:
+def test_a_fused_adapter_is_refused_before_an_engine_opens(engine_bundle: Path, style: ByHand) -> None:
     pipe = small_pipeline()
     pipe.load_lora_weights(_peft(style), adapter_name="style")
     pipe.fuse_lora()
     with pytest.raises(ModelError, match=r"'style' is fused into unet\.conv_in.*pipe\.unfuse_lora\(\) first"):
-        plug(pipe, exported_bundle, "onnxruntime")
+        plug(pipe, engine_bundle, "onnxruntime")
     assert type(pipe.unet).__name__ == "UNet2DConditionModel"
     pipe.unfuse_lora()
-    agree(draw(plug(pipe, exported_bundle, "onnxruntime")), draw(style.on(small_pipeline())))
+    agree(draw(plug(pipe, engine_bundle, "onnxruntime")), draw(style.on(small_pipeline())))
 
 
-def test_an_adapter_of_another_kind_is_refused_at_the_plug(exported_bundle: Path) -> None:
+def test_an_adapter_of_another_kind_is_refused_at_the_plug(engine_bundle: Path) -> None:
     from peft import LoHaConfig, LoraConfig
 
     for config, kind in (
@@ -282,13 +282,13 @@ def test_an_adapter_of_another_kind_is_refused_at_the_plug(exported_bundle: Path
         pipe = small_pipeline()
         pipe.unet.add_adapter(config)
         with pytest.raises(ModelError, match=rf"(to_q|conv_out) has an adapter that engines do not take \({kind}\)"):
-            plug(pipe, exported_bundle, "onnxruntime")
+            plug(pipe, engine_bundle, "onnxruntime")
 
 
 def test_a_load_prints_nothing_that_misleads(
-    exported_bundle: Path, style: ByHand, caplog: pytest.LogCaptureFixture
+    engine_bundle: Path, style: ByHand, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe = load_pipeline(exported_bundle, "onnxruntime")
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
     unet = {name: value for name, value in style.state.items() if name.startswith("lora_unet_")}
     logger = logging.getLogger("diffusers")
     logger.propagate, before = True, logger.propagate
@@ -304,8 +304,8 @@ def test_a_load_prints_nothing_that_misleads(
     assert pipe.get_list_adapters() == {"unet": ["a", "b"]}
 
 
-def test_engines_with_adapters_go_with_their_pipeline(exported_bundle: Path, style: ByHand) -> None:
-    pipe = load_pipeline(exported_bundle, "onnxruntime")
+def test_engines_with_adapters_go_with_their_pipeline(engine_bundle: Path, style: ByHand) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
     pipe.load_lora_weights(style.file)
     kept = [weakref.ref(pipe.unet), weakref.ref(pipe.text_encoder.session)]
     gc.disable()

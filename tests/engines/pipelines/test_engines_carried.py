@@ -55,7 +55,7 @@ def near(one: np.ndarray, other: np.ndarray) -> None:
 
 @pytest.fixture
 def pipe() -> StableDiffusionPipeline:
-    """The pipeline that `exported_bundle` was exported from."""
+    """The pipeline that `engine_bundle` was exported from."""
     return small_pipeline()
 
 
@@ -143,13 +143,13 @@ CARRIED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("what", CARRIED)
 def test_what_an_engine_would_be_without_is_refused_by_name(
-    exported_bundle: Path, pipe: StableDiffusionPipeline, what: str
+    engine_bundle: Path, pipe: StableDiffusionPipeline, what: str
 ) -> None:
     change, message = CARRIED[what]
     change(pipe)
     before = dict(pipe.components)
     with pytest.raises(ModelError, match=message):
-        plug(pipe, exported_bundle, "onnxruntime")
+        plug(pipe, engine_bundle, "onnxruntime")
     assert pipe.components == before
 
 
@@ -167,26 +167,26 @@ def harmless(pipe: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_kernels_and_rounding_are_no_other_weights(
-    exported_bundle: Path, pipe: StableDiffusionPipeline, dtype: torch.dtype
+    engine_bundle: Path, pipe: StableDiffusionPipeline, dtype: torch.dtype
 ) -> None:
     harmless(pipe)
-    plug(pipe.to(dtype), exported_bundle, "onnxruntime", check_weights="all", keep_eager=True)
+    plug(pipe.to(dtype), engine_bundle, "onnxruntime", check_weights="all", keep_eager=True)
     assert isinstance(pipe.unet, EngineUNet)
     assert type(unplug(pipe).unet).__name__ == "UNet2DConditionModel"
 
 
-def test_how_much_is_compared_is_ones_choice(exported_bundle: Path, pipe: StableDiffusionPipeline) -> None:
+def test_how_much_is_compared_is_ones_choice(engine_bundle: Path, pipe: StableDiffusionPipeline) -> None:
     pipe.text_encoder.get_input_embeddings().weight.data[100, 7] += 1  # of 19,200 numbers: no sample has it
-    plug(pipe, exported_bundle, "onnxruntime", components="vae", check_weights="sample")
+    plug(pipe, engine_bundle, "onnxruntime", components="vae", check_weights="sample")
     with pytest.raises(ModelError, match=r"token_embedding\.weight differs\."):
-        plug(pipe, exported_bundle, "onnxruntime", check_weights="all")
-    assert isinstance(plug(pipe, exported_bundle, "onnxruntime", check_weights="none").unet, EngineUNet)
+        plug(pipe, engine_bundle, "onnxruntime", check_weights="all")
+    assert isinstance(plug(pipe, engine_bundle, "onnxruntime", check_weights="none").unet, EngineUNet)
     with pytest.raises(InputError, match=r"check_weights is 'some': choose from sample, all, none"):
-        plug(pipe, exported_bundle, "onnxruntime", check_weights="some")  # type: ignore[arg-type]
+        plug(pipe, engine_bundle, "onnxruntime", check_weights="some")  # type: ignore[arg-type]
 
 
-def test_the_index_finds_every_weight_where_it_lies(exported_bundle: Path) -> None:
-    file = exported_bundle / "unet" / "model.onnx"
+def test_the_index_finds_every_weight_where_it_lies(engine_bundle: Path) -> None:
+    file = engine_bundle / "unet" / "model.onnx"
     found = stored_weights_of(file)
     state = small_pipeline().unet.state_dict()
     assert set(found) == set(state)
@@ -202,8 +202,8 @@ def test_the_index_finds_every_weight_where_it_lies(exported_bundle: Path) -> No
 
 
 @pytest.mark.parametrize("components", ["unet", ["unet", "unet"], (name for name in ("unet",))])
-def test_one_name_or_several_in_any_form(exported_bundle: Path, pipe: Any, components: Any) -> None:
-    plug(pipe, exported_bundle, "onnxruntime", components=components)
+def test_one_name_or_several_in_any_form(engine_bundle: Path, pipe: Any, components: Any) -> None:
+    plug(pipe, engine_bundle, "onnxruntime", components=components)
     assert [name for name in ("unet", "vae", "text_encoder") if hasattr(getattr(pipe, name), "sessions")] == ["unet"]
 
 
@@ -215,39 +215,39 @@ def test_one_name_or_several_in_any_form(exported_bundle: Path, pipe: Any, compo
         (["controlnet"], ModelError, r"StableDiffusionPipeline has no controlnet to plug: leave it out"),
     ],
 )
-def test_names_that_are_no_parts(exported_bundle: Path, pipe: Any, components: Any, error: Any, message: str) -> None:
+def test_names_that_are_no_parts(engine_bundle: Path, pipe: Any, components: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        plug(pipe, exported_bundle, "onnxruntime", components=components)
+        plug(pipe, engine_bundle, "onnxruntime", components=components)
 
 
-def test_a_pipeline_without_text_encoder_draws_from_embeddings(exported_bundle: Path, pipe: Any) -> None:
+def test_a_pipeline_without_text_encoder_draws_from_embeddings(engine_bundle: Path, pipe: Any) -> None:
     positive, negative = pipe.encode_prompt("a red star", "cpu", 1, True)
     given = {"prompt_embeds": positive, "negative_prompt_embeds": negative, "output_type": "np"}
     settings = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(3)}
     expected = draw(pipe)
     pipe.text_encoder = None
-    plug(pipe, exported_bundle, "onnxruntime")
+    plug(pipe, engine_bundle, "onnxruntime")
     near(pipe(**given, **settings).images, expected)
     pipe.load_lora_weights  # noqa: B018 - there, though there is no text encoder
     with pytest.raises(ModelError, match=r"has no text_encoder to plug"):
-        plug(pipe, exported_bundle, "onnxruntime", components=["text_encoder"])
+        plug(pipe, engine_bundle, "onnxruntime", components=["text_encoder"])
 
 
-def test_several_controlnets_stay_eager(exported_bundle: Path, pipe: Any) -> None:
+def test_several_controlnets_stay_eager(engine_bundle: Path, pipe: Any) -> None:
     nets = MultiControlNetModel([small_controlnet(), small_controlnet(6)])
     many = StableDiffusionControlNetPipeline(**pipe.components, controlnet=nets, requires_safety_checker=False)
     with pytest.raises(ModelError, match=r"has 2 ControlNets, and a bundle holds one: leave controlnet out"):
-        plug(many, exported_bundle, "onnxruntime", components=["vae", "controlnet"])
+        plug(many, engine_bundle, "onnxruntime", components=["vae", "controlnet"])
 
 
 # Engine modules
 
 
-def test_engine_modules_have_no_parameters_and_draw_no_random_numbers(exported_bundle: Path) -> None:
+def test_engine_modules_have_no_parameters_and_draw_no_random_numbers(engine_bundle: Path) -> None:
     config = dict(small_controlnet().config)
     before = torch.get_rng_state()
-    pipe = load_pipeline(exported_bundle, "onnxruntime")
-    bundle = Bundle.open(exported_bundle)
+    pipe = load_pipeline(engine_bundle, "onnxruntime")
+    bundle = Bundle.open(engine_bundle)
     with open_session(bundle, "onnxruntime", "unet") as session:
         control = EngineControlNet(session, config, torch.float32, torch.device("cpu"))
         assert sum(parameter.numel() for parameter in control.parameters()) == 0
@@ -283,9 +283,9 @@ def test_what_cannot_reach_an_engine_says_so(what: str, plugged: StableDiffusion
 
 
 @pytest.fixture(scope="module")
-def plugged(exported_bundle: Path) -> StableDiffusionPipeline:
+def plugged(engine_bundle: Path) -> StableDiffusionPipeline:
     """A plugged pipeline; tests must leave it as it is."""
-    return plug(small_pipeline(), exported_bundle, "onnxruntime")
+    return plug(small_pipeline(), engine_bundle, "onnxruntime")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
@@ -300,8 +300,8 @@ def test_copies_are_refused_with_what_to_do(plugged: StableDiffusionPipeline, co
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_engines_are_freed_with_their_pipeline(exported_bundle: Path, low_memory: bool) -> None:
-    pipe = load_pipeline(exported_bundle, "onnxruntime", low_memory=low_memory)
+def test_engines_are_freed_with_their_pipeline(engine_bundle: Path, low_memory: bool) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime", low_memory=low_memory)
     pipe.get_list_adapters()  # the LoRA methods were used
     draw(pipe)
     session = weakref.ref(pipe.unet.session)
@@ -317,9 +317,9 @@ def test_engines_are_freed_with_their_pipeline(exported_bundle: Path, low_memory
 # Weights that change
 
 
-def test_weights_asked_for_while_others_are_taken_over_are_not_lost(exported_bundle: Path) -> None:
+def test_weights_asked_for_while_others_are_taken_over_are_not_lost(engine_bundle: Path) -> None:
     state = {name: tensor * 1.1 for name, tensor in small_pipeline().unet.state_dict().items()}
-    with open_session(exported_bundle, "onnxruntime", "unet") as session:
+    with open_session(engine_bundle, "onnxruntime", "unet") as session:
         weights, swap = EngineWeights(session), session.swap
         given: list[set[str]] = []
 
@@ -340,8 +340,8 @@ def test_weights_asked_for_while_others_are_taken_over_are_not_lost(exported_bun
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
-def test_weights_come_back_after_engines_were_built_again(exported_bundle: Path, tmp_path: Path, target: str) -> None:
-    session = open_session(shutil.copytree(exported_bundle, tmp_path / "bundle"), target, "unet")
+def test_weights_come_back_after_engines_were_built_again(engine_bundle: Path, tmp_path: Path, target: str) -> None:
+    session = open_session(shutil.copytree(engine_bundle, tmp_path / "bundle"), target, "unet")
     feeds = {"sample": torch.ones(1, 4, 16, 16), "timestep": torch.tensor(5.0)}
     feeds["encoder_hidden_states"] = torch.ones(1, 77, 32)
     before = session.run(feeds)["out_sample"]
@@ -356,8 +356,8 @@ def test_weights_come_back_after_engines_were_built_again(exported_bundle: Path,
 # Saving
 
 
-def test_a_plugged_pipeline_without_eager_modules_is_not_saved(exported_bundle: Path, tmp_path: Path) -> None:
-    pipe = plug(small_pipeline(), exported_bundle, "onnxruntime", components=["text_encoder"])
+def test_a_plugged_pipeline_without_eager_modules_is_not_saved(engine_bundle: Path, tmp_path: Path) -> None:
+    pipe = plug(small_pipeline(), engine_bundle, "onnxruntime", components=["text_encoder"])
     copied = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     for save in (pipe.save_pretrained, copied.save_pretrained, pipe.text_encoder.save_pretrained):
         with pytest.raises(
@@ -369,10 +369,10 @@ def test_a_plugged_pipeline_without_eager_modules_is_not_saved(exported_bundle: 
 
 
 def test_a_plugged_pipeline_with_its_eager_modules_saves_the_weights_that_count(
-    exported_bundle: Path, pipe: StableDiffusionPipeline, tmp_path: Path
+    engine_bundle: Path, pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     own = pipe.unet.get_parameter(TO_V).detach().clone()
-    plug(pipe, exported_bundle, "onnxruntime", eager_fallback=True)
+    plug(pipe, engine_bundle, "onnxruntime", eager_fallback=True)
     swap_weights(pipe, {name: tensor * 0.9 for name, tensor in pipe.unet.original.state_dict().items()})
     pipe.save_pretrained(tmp_path / "saved")
     found = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", requires_safety_checker=False)
@@ -387,18 +387,18 @@ def test_a_plugged_pipeline_with_its_eager_modules_saves_the_weights_that_count(
 
 
 def test_what_was_changed_goes_along_to_the_next_engine_and_back(
-    exported_bundle: Path, pipe: StableDiffusionPipeline
+    engine_bundle: Path, pipe: StableDiffusionPipeline
 ) -> None:
     first, second = "openvino", "onnxruntime"  # the other way in test_one_pipeline_through_everything
     other = small_pipeline()
     fixed_weights(other.unet, seed=9)
     pipe.vae.enable_slicing()
-    plug(pipe, exported_bundle, first, eager_fallback=True, rebuild=rebuild)
+    plug(pipe, engine_bundle, first, eager_fallback=True, rebuild=rebuild)
     assert pipe.vae.use_slicing
     pipe.vae.enable_tiling()
     swap_weights(pipe, other.unet.state_dict())
     near(draw(pipe), expected := draw(other))
-    plug(pipe, exported_bundle, second)
+    plug(pipe, engine_bundle, second)
     assert (pipe.vae.use_slicing, pipe.vae.use_tiling, pipe.unet.falls_back) == (True, True, True)
     assert pipe.unet.session.rebuild is rebuild
     near(draw(pipe), expected)
@@ -406,15 +406,15 @@ def test_what_was_changed_goes_along_to_the_next_engine_and_back(
     assert (pipe.vae.use_slicing, pipe.vae.use_tiling) == (True, True)
     near(draw(pipe), expected)
     with pytest.raises(ModelError, match=r"unet of this pipeline .* differs"):  # they are its own weights now
-        plug(pipe, exported_bundle, first)
+        plug(pipe, engine_bundle, first)
 
 
-def test_eager_modules_that_are_gone_cannot_be_kept(exported_bundle: Path, pipe: StableDiffusionPipeline) -> None:
-    plug(pipe, exported_bundle, "onnxruntime", components="vae")
-    plug(pipe, exported_bundle, "openvino", components="unet", keep_eager=True)
+def test_eager_modules_that_are_gone_cannot_be_kept(engine_bundle: Path, pipe: StableDiffusionPipeline) -> None:
+    plug(pipe, engine_bundle, "onnxruntime", components="vae")
+    plug(pipe, engine_bundle, "openvino", components="unet", keep_eager=True)
     with pytest.raises(
         EngineError, match=r"the vae of this .* runs on an engine already, and its eager module was not"
     ):
-        plug(pipe, exported_bundle, "onnxruntime", keep_eager=True)
+        plug(pipe, engine_bundle, "onnxruntime", keep_eager=True)
     with pytest.raises(EngineError, match=r"has no eager modules, since .* \(vae\): nothing"):
         unplug(pipe)

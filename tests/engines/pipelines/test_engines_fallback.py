@@ -65,9 +65,9 @@ def test_sizes_inside_the_profile_run_on_the_engine(
     assert not caplog.records
 
 
-def test_the_engines_weights_count_for_the_eager_module(exported_bundle: Path) -> None:
+def test_the_engines_weights_count_for_the_eager_module(engine_bundle: Path) -> None:
     pipe, changed = (quiet(small_exports.small_pipeline()) for _ in range(2))
-    plug(pipe, exported_bundle, "onnxruntime", eager_fallback=True)
+    plug(pipe, engine_bundle, "onnxruntime", eager_fallback=True)
     plain = draw(pipe, height=64, width=64)
     state = {name: tensor * 1.1 for name, tensor in changed.unet.state_dict().items()}
     changed.unet.load_state_dict(state)
@@ -107,10 +107,10 @@ def test_without_the_wish_a_size_outside_is_an_error(engine_bundle: Path, eager:
     assert not isinstance(eager.unet, EngineModule)
 
 
-def test_the_eager_modules_are_let_go(exported_bundle: Path) -> None:
+def test_the_eager_modules_are_let_go(engine_bundle: Path) -> None:
     pipe = small_exports.small_pipeline()
     kept = [weakref.ref(getattr(pipe, name)) for name in ("unet", "vae", "text_encoder")]
-    plug(pipe, exported_bundle, "onnxruntime", components=("unet", "vae"))
+    plug(pipe, engine_bundle, "onnxruntime", components=("unet", "vae"))
     gc.collect()
     assert [reference() is None for reference in kept] == [True, True, False]
     with pytest.raises(EngineError, match=r"has no eager modules, since .*plugged without keep_eager=True"):

@@ -20,13 +20,14 @@ from gpu_engines import KINDS, LARGE, SMALL, for_this_gpu, graph_for_gpu, on_gpu
 from graph_bundles import CONFIGS, Graph, graph_bundle, graph_model, replace_component
 from lora_drawing import draw, save_lora
 from onnx import helper
-from small_bundles import CALLS, SIZES, small_bundle, small_modules
+from small_bundles import CALLS, SIZES, small_modules
 from small_exports import bundle_copy
 from small_exports import small_pipeline as exported_pipeline
 
 from engines import load_pipeline, plug
 from engines.sessions.opening import open_session
 from engines.sessions.trt.session import recorder
+from export import export_pipeline
 from export.build.engines import build_engine
 from export.build.options import BuildOptions
 from sdkd.bundle.manifest import Bundle
@@ -81,7 +82,8 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 3e-2), ("fp32", 1e-3)])
 def test_gpu_every_component_equals_eager(tmp_path: Path, kind: str, precision: Precision, most: float) -> None:
     usable(kind)
-    bundle = build_engine(small_bundle(tmp_path / "bundle", precision), kind, precision=precision, ranges=RANGES)
+    bundle = export_pipeline(exported_pipeline(), tmp_path / "bundle", precision=precision, verify=False)
+    bundle = build_engine(bundle, kind, precision=precision, ranges=RANGES)
     skip_foreign(bundle, kind)
     generator = torch.Generator().manual_seed(0)
     for component, module in small_modules().items():

@@ -53,9 +53,9 @@ def test_engines_take_turns_and_draw_the_same_images(engine_bundle: Path, target
     assert np.array_equal(found, draw(load_pipeline(engine_bundle, target)))
 
 
-def test_weights_outlive_a_stage(exported_bundle: Path) -> None:
+def test_weights_outlive_a_stage(engine_bundle: Path) -> None:
     state = {name: tensor * 1.1 for name, tensor in small_exports.small_pipeline().unet.state_dict().items()}
-    pipe, whole = (load_pipeline(exported_bundle, "onnxruntime", low_memory=one) for one in (True, False))
+    pipe, whole = (load_pipeline(engine_bundle, "onnxruntime", low_memory=one) for one in (True, False))
     plain = draw(pipe)
     for one in (pipe, whole):
         swap_weights(one, state)

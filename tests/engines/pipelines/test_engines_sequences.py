@@ -65,12 +65,12 @@ class Both:
 
 @pytest.mark.parametrize(("first", "second"), ORDERS)
 def test_one_pipeline_through_everything(
-    exported_bundle: Path, lora: Path, tmp_path: Path, first: str, second: str
+    engine_bundle: Path, lora: Path, tmp_path: Path, first: str, second: str
 ) -> None:
     both, other = Both(), fixed_weights(small_pipeline().unet, seed=9).state_dict()
-    pipe = plug(both.engines, exported_bundle, first, keep_eager=True)
+    pipe = plug(both.engines, engine_bundle, first, keep_eager=True)
     both.check(changes=False)
-    plug(pipe, exported_bundle, second)
+    plug(pipe, engine_bundle, second)
     both.check(changes=False)
     both.do("load_lora_weights", lora, adapter_name="style")
     both.check()
@@ -85,7 +85,7 @@ def test_one_pipeline_through_everything(
         pipe.save_pretrained(tmp_path / "saved")
     both.do("unload_lora_weights")
     both.check()
-    plug(pipe, exported_bundle, first, components="unet")  # two targets in one pipeline
+    plug(pipe, engine_bundle, first, components="unet")  # two targets in one pipeline
     assert [getattr(pipe, part).session.slot for part in ("unet", "text_encoder")] == [first, second]
     both.check(changes=False)
     copied = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
@@ -97,26 +97,26 @@ def test_one_pipeline_through_everything(
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", requires_safety_checker=False)
     assert np.array_equal(draw(again), draw(pipe))
     with pytest.raises(ModelError, match=r"the unet of this pipeline .* has other weights than unet of bundle"):
-        plug(again, exported_bundle, first)
-    plug(again, exported_bundle, first, components=["vae", "text_encoder"])
+        plug(again, engine_bundle, first)
+    plug(again, engine_bundle, first, components=["vae", "text_encoder"])
     both.engines = again
     both.check(changes=False)
 
 
-def test_a_part_put_in_by_hand_counts(exported_bundle: Path) -> None:
+def test_a_part_put_in_by_hand_counts(engine_bundle: Path) -> None:
     both, (first, second) = Both(), ORDERS[0]
-    pipe = plug(both.engines, exported_bundle, first)
+    pipe = plug(both.engines, engine_bundle, first)
     for one in (pipe, both.eager):
         one.unet = fixed_weights(small_pipeline().unet, seed=9)
     both.check()
     with pytest.raises(ModelError, match=r"unet of this pipeline \(UNet2DConditionModel\) has other weights"):
-        plug(pipe, exported_bundle, second)
+        plug(pipe, engine_bundle, second)
     both.check(changes=False)
     for one in (pipe, both.eager):
         one.unet = small_pipeline().unet
-    plug(pipe, exported_bundle, second)
+    plug(pipe, engine_bundle, second)
     both.check()
-    loaded = load_pipeline(exported_bundle, first)
-    plug(loaded, exported_bundle, second)  # from one engine to the next, without an eager module
+    loaded = load_pipeline(engine_bundle, first)
+    plug(loaded, engine_bundle, second)  # from one engine to the next, without an eager module
     both.engines = loaded
     both.check(changes=False)

@@ -59,7 +59,7 @@ def test_the_file_is_the_one_made_for_where_it_runs(
     assert opened == [wanted, wanted]
 
 
-def test_engines_are_opened_on_the_gpu_of_the_pipeline(exported_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_are_opened_on_the_gpu_of_the_pipeline(engine_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     current, opened = [0], []
 
     @contextlib.contextmanager
@@ -82,7 +82,7 @@ def test_engines_are_opened_on_the_gpu_of_the_pipeline(exported_bundle: Path, mo
     pipe = small_pipeline()
     monkeypatch.setattr(type(pipe.unet), "device", property(lambda _: torch.device("cuda", 1)))
     with pytest.raises(EngineError, match="as far as it goes"):
-        pipeline.plug(pipe, exported_bundle, "onnxruntime", components=["unet"])
+        pipeline.plug(pipe, engine_bundle, "onnxruntime", components=["unet"])
     assert opened == ["cuda:1"]
 
 

@@ -143,10 +143,8 @@ def test_engines_that_were_open_are_closed_again(
     plug(eager, engine_bundle, "onnxruntime")
 
 
-def test_other_weights_that_do_not_fit_leave_the_old_ones(
-    exported_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with open_session(exported_bundle, "onnxruntime", "unet") as session:
+def test_other_weights_that_do_not_fit_leave_the_old_ones(engine_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(engine_bundle, "onnxruntime", "unet") as session:
         feeds = unet_feeds()
         before = session.run(feeds)["out_sample"]
         break_opening(monkeypatch, times=9)

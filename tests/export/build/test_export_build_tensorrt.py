@@ -330,9 +330,12 @@ def test_a_progress_that_fails_cancels_the_build(trt: ModuleType) -> None:
 @pytest.mark.parametrize(("target", "precision"), [(RTX, "fp16"), ("openvino", "fp32"), ("onnxruntime", "fp32")])
 def test_all_exported_components_build(tmp_path: Path, target: str, precision: Any) -> None:
     import onnx
-    from small_bundles import small_bundle
+    from small_exports import small_pipeline
 
-    result = build_engine(small_bundle(tmp_path / "bundle", precision), target)
+    from export import export_pipeline
+
+    bundle = export_pipeline(small_pipeline(), tmp_path / "bundle", precision=precision, verify=False)
+    result = build_engine(bundle, target)
     for name in BASE_COMPONENTS:
         record = result.engine(target, name)
         graph = onnx.load(result.path / result.component(name).files[0].path).graph

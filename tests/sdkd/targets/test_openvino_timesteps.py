@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_bundles import small_bundle, small_modules
+from small_bundles import small_modules
+from small_exports import small_bundle
 
 from sdkd.targets.openvino_timesteps import keep_timesteps
 from sdkd.targets.registry import cpu_precisions, openvino_core
@@ -21,8 +22,8 @@ TIMESTEPS = (981.0, 500.5, 1.0)
 
 
 @pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_bundle(tmp_path_factory.mktemp("bundle") / "bundle").path
+def graphs() -> Path:
+    return small_bundle().path
 
 
 def opened(graphs: Path, component: str = "unet") -> Any:

@@ -42,7 +42,7 @@ class Session(TensorRTSession):
 
 
 @pytest.fixture
-def checked(exported_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
+def checked(engine_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checked:
     """An engine of a bundle of one's own, where no CUDA is asked for."""
     monkeypatch.setattr(session_tensorrt, "require", lambda _: SimpleNamespace(__name__="stand-in"))
     monkeypatch.setattr(session_tensorrt, "recorder", lambda _: SimpleNamespace(messages=[]))
@@ -52,7 +52,7 @@ def checked(exported_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(session_tensorrt, "own_stream", lambda _: None)
     for name, stand in (("current_device", lambda: 0), ("Stream", lambda *_, **__: None), ("Event", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, stand)
-    return check_engine(Bundle.open(shutil.copytree(exported_bundle, tmp_path / "bundle")), "onnxruntime", "unet")
+    return check_engine(Bundle.open(shutil.copytree(engine_bundle, tmp_path / "bundle")), "onnxruntime", "unet")
 
 
 def expected(factor: float) -> torch.Tensor:
