@@ -19,7 +19,7 @@ from export.component import ExportOptions, export_component, reusable
 from export.source import Source, open_source
 from sdkd.bundle.manifest import ComponentRecord, Manifest
 from sdkd.bundle.memory import free_memory
-from sdkd.core.child import Aside, aside
+from sdkd.core.child import BackgroundJob
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import CONFIG_FOLDERS, torch_dtype
 from sdkd.models.resolve import Model
@@ -62,11 +62,12 @@ def export_components(
     first, rest = (order[:1], order[1:]) if order[0] == "unet" else (order, [])
     end = _share(first) / _share(order)
     with contextlib.ExitStack() as stack:
-        others: list[Aside] = []
+        others: list[BackgroundJob] = []
 
         def begin() -> None:
             if rest and _worth_a_child(source, rest, options, versions):
-                others.append(stack.enter_context(aside(CHILD, _arguments(source, rest, options, versions, folder))))
+                job = BackgroundJob(CHILD, _arguments(source, rest, options, versions, folder))
+                others.append(stack.enter_context(job))
 
         records = _in_turn(source, first, options, versions, folder, within(progress, 0.0, end), begin)
         after = within(progress, end, 1.0)

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from sdkd import __version__
-from sdkd.core.children import environment
+from sdkd.core.child import environment
 from sdkd.core.console import prepare_streams, printable
 from sdkd.core.help_page import Command, rows_of, show_page
 from sdkd.core.interrupts import ended, hear_signals, heard

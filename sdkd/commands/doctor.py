@@ -14,7 +14,7 @@ import typer
 
 from sdkd import __version__
 from sdkd.core.console import Progress, progress, quiet, show, show_json, styled, table, within
-from sdkd.errors import BuildError, InputError, MissingExtraError
+from sdkd.errors import InputError, MissingExtraError
 from sdkd.targets.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
 from sdkd.targets.registry import (
     TARGETS,
@@ -77,7 +77,7 @@ def gpu_support(capability: str = "") -> list[Support]:
 
 def try_target(target: str, progress: Progress = quiet) -> list[Trial]:
     """Build, open and run a small engine of a target in child processes, and remember the answers for this GPU."""
-    from sdkd.core.child import run_in_child
+    from sdkd.core.child import ChildError, run_in_child
 
     trials, names = [], plans(target)
     for index, plan in enumerate(names):
@@ -85,8 +85,8 @@ def try_target(target: str, progress: Progress = quiet) -> list[Trial]:
         asked = {"target": target, "plan": plan}
         try:
             trials.append(Trial(**run_in_child(f"{attempt.__module__}:attempt", asked, part)))
-        except BuildError as error:  # the library crashed
-            said = " ".join([str(error), *getattr(error, "tail", ())[-4:]])
+        except ChildError as error:  # the library crashed
+            said = " ".join([str(error), *error.tail[-4:]])
             here: dict[str, Any] = dict(identity(target))
             trials.append(Trial(target, plan, "crash", said, **here))
     remember(trials)

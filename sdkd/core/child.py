@@ -1,9 +1,9 @@
-"""Run one function in a child process: crashes stay there, Ctrl-C ends it, progress and the result come back.
+"""Work in a child process: its environment, its errors here, how it ended, and that it ends with its parent.
 
-The child is `python -P -m sdkd.core.child`. It reads one JSON job (`function` as "module:name", `arguments`) as the
-first line of its standard input and answers with JSON lines on the descriptor that was its standard output; whatever
-a library prints goes to standard error, of which the parent keeps the last lines for the error message. End of file on
-standard input means that the parent is gone, and ends the child.
+`BackgroundJob` and `run_in_child` call one function in a fresh `python -P -m sdkd.core.child`. It reads one JSON job
+(`function` as "module:name", `arguments`) as the first line of its standard input and answers with JSON lines on the
+descriptor that was its standard output; what libraries print goes to standard error, of which the parent keeps the
+last lines for the error message. Other kinds of child (`sdkd.compare`'s, torchrun's) share the pieces below.
 """
 
 from __future__ import annotations
@@ -14,21 +14,130 @@ import json
 import os
 import queue
 import signal
+import site
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
 
 import sdkd.errors
-from sdkd.core.children import environment
 from sdkd.core.console import Progress, quiet
 from sdkd.errors import BuildError, SdkdError
 
+ROOT = str(Path(__file__).resolve().parents[2])
 TAIL_LINES = 200
 LINE_LENGTH = 2000
 GRACE_SECONDS = 5.0
+
+
+def environment() -> dict[str, str]:
+    """What a child process and its own children get: our environment, the safe path, and our packages on it.
+
+    Python looks for modules in the working folder first under `-c` and `-m`: a `signal.py` beside somebody's images
+    would run. `sdkd/__init__.py` does the same for `python -m sdkd.cli`.
+    """
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]  # "" is the working folder
+    if ROOT not in (*paths, *site.getsitepackages(), site.getusersitepackages()):
+        paths.insert(0, ROOT)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
+@contextlib.contextmanager
+def inherited() -> Iterator[None]:
+    """Processes that libraries start within get `environment()`."""
+    before = dict(os.environ)
+    os.environ.update(environment())
+    try:
+        yield
+    finally:
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+            os.environ.pop(name)
+            os.environ.update({name: before[name]} if name in before else {})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of a child as plain data: its class of `sdkd.errors` (empty for any other), words, attributes."""
+
+    kind: str
+    name: str
+    message: str
+    traceback: str
+    details: dict[str, str] = field(default_factory=dict)
+    errno: int | None = None
+    filename: str | None = None
+
+    @staticmethod
+    def of(error: Exception) -> Failure:
+        """The data of an exception."""
+        import traceback
+
+        text = "".join(traceback.format_exception(error))
+        words, name = str(error).strip() or repr(error), type(error).__name__
+        if isinstance(error, SdkdError):
+            known = (kind.__name__ for kind in type(error).__mro__ if getattr(sdkd.errors, kind.__name__, None) is kind)
+            details = {key: value for key, value in vars(error).items() if isinstance(value, str)}
+            return Failure(next(known), name, words, text, details)
+        if isinstance(error, OSError) and error.errno is not None:
+            filename = None if error.filename is None else str(error.filename)
+            return Failure("", name, error.strerror or words, text, errno=error.errno, filename=filename)
+        return Failure("", name, words, text)
+
+    def error(self, unexpected: Callable[[str], Exception]) -> Exception:
+        """The exception again: SdkdErrors and OSErrors as they were, any other as `unexpected("Class: message")`."""
+        found: Exception
+        if self.kind:
+            kind: type[SdkdError] = getattr(sdkd.errors, self.kind)
+            found = kind.__new__(kind, self.message)
+            found.args = (self.message,)
+            vars(found).update(self.details)
+        elif self.errno is not None:
+            found = OSError(self.errno, self.message, self.filename)
+        else:
+            found = unexpected(f"{self.name}: {self.message}")
+        found.add_note(self.traceback)  # seen with --debug
+        return found
+
+
+def ended_by(status: int | None) -> str:
+    """What ended a process, by its exit status: a signal's name, or `status N`."""
+    if status is None or status >= 0:
+        return f"status {status}"
+    return signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+
+
+def end(gone: Callable[[float], bool], steps: Sequence[Callable[[], object]], patience: float = GRACE_SECONDS) -> None:
+    """End a process by the first step that does; `gone` waits for so many seconds and says whether it has ended."""
+    for step in steps:
+        step()
+        if gone(patience):
+            return
+
+
+def gone(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a process ends within so many seconds."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
+
+
+def live_as_child(wait_for_parent: Callable[[], object]) -> None:
+    """What a child does first: it does not hear Ctrl-C, which ends its parent, ends with its parent, and prints to
+    standard error, since standard output may be the parent's JSON.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.flush()
+    os.dup2(2, 1)
+
+    def leave() -> None:
+        wait_for_parent()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 class ChildError(BuildError):
@@ -37,7 +146,7 @@ class ChildError(BuildError):
     def __init__(self, message: str, tail: tuple[str, ...] = (), ended_by: str = "") -> None:
         super().__init__(message)
         self.tail = tail
-        self.ended_by = ended_by  # a signal's name, empty for an exception
+        self.ended_by = ended_by  # as the function `ended_by` says, empty for an exception
 
 
 def run_in_child(function: str, arguments: Mapping[str, Any], progress: Progress = quiet) -> Any:
@@ -46,149 +155,111 @@ def run_in_child(function: str, arguments: Mapping[str, Any], progress: Progress
     An SdkdError or OSError of the child is raised here as itself; anything else, a crash included, as ChildError
     (a BuildError). KeyboardInterrupt here ends the child before it goes on.
     """
-    with aside(function, arguments) as child:
-        return child.result(progress)
+    with BackgroundJob(function, arguments) as job:
+        return job.result(progress)
 
 
-def _result(answer: Mapping[str, Any] | None, status: int, tail: tuple[str, ...]) -> Any:
-    if answer is None:
-        raise _ended(status, tail)
-    if "error" in answer:
-        raise _error(answer["error"], tail)
-    return answer["result"]
+class BackgroundJob:
+    """What `run_in_child` does, while this process does something else; the child ends with the `with` block."""
 
-
-class Aside:
-    """A function at work in a child process, while this one does something else."""
-
-    def __init__(self, process: subprocess.Popen[bytes], job: Mapping[str, Any]) -> None:
-        self._process, self._job = process, job
+    def __init__(self, function: str, arguments: Mapping[str, Any]) -> None:
+        job = json.dumps({"function": function, "arguments": dict(arguments)}).encode() + b"\n"
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._said: queue.SimpleQueue[tuple[str, float | None] | None] = queue.SimpleQueue()
+        self._progress: queue.SimpleQueue[tuple[str, float | None] | None] = queue.SimpleQueue()
         self._answer: dict[str, Any] | None = None
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sdkd.core.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment() | {"PYTHONUNBUFFERED": "1"},
+        )
         self._threads = [
-            threading.Thread(target=_collect, args=(process.stderr, self._tail), daemon=True),
-            threading.Thread(target=self._listen, daemon=True),
+            threading.Thread(target=self._collect, daemon=True),
+            threading.Thread(target=self._converse, args=(job,), daemon=True),
         ]
         for thread in self._threads:
             thread.start()
 
-    def _listen(self) -> None:
-        try:
-            self._answer = _converse(self._process, self._job, lambda *said: self._said.put(said), self._tail)
-        finally:
-            self._said.put(None)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        process = self._process
+        if process.poll() is None:
+            end(lambda seconds: gone(process, seconds), (process.terminate, process.kill))
+        self._join()
+        for stream in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                if stream:
+                    stream.close()
 
     def result(self, progress: Progress = quiet) -> Any:
         """Wait for the result; raises as `run_in_child` says."""
-        while (said := self._said.get()) is not None:
-            progress(*said)
-        self._process.wait()
-        self.join()
-        return _result(self._answer, self._process.returncode, tuple(self._tail))
+        while (message := self._progress.get()) is not None:
+            progress(*message)
+        status = self._process.wait()
+        self._join()
+        tail, answer = tuple(self._tail), self._answer
+        if answer is None:
+            raise _ended(status, tail)
+        if "error" in answer:
+            raise Failure(**answer["error"]).error(lambda words: ChildError(words, tail))
+        return answer["result"]
 
-    def join(self) -> None:
-        """Wait for the threads that listen to a process which has ended."""
+    def _join(self) -> None:
         for thread in self._threads:
             thread.join(GRACE_SECONDS)
 
+    def _collect(self) -> None:
+        assert self._process.stderr
+        with self._process.stderr as stream:
+            for line in stream:
+                self._keep(line)
 
-@contextlib.contextmanager
-def aside(function: str, arguments: Mapping[str, Any]) -> Iterator[Aside]:
-    """Begin what `run_in_child` does, and go on; the child ends with the block."""
-    with _child() as process:
-        child = Aside(process, {"function": function, "arguments": dict(arguments)})
+    def _keep(self, line: bytes) -> None:
+        if text := line.decode(errors="replace").rstrip():
+            self._tail.append(text[:LINE_LENGTH])
+
+    def _converse(self, job: bytes) -> None:
         try:
-            yield child
+            self._answer = self._ask(job)
         finally:
-            _stop(process)
-            child.join()
+            self._progress.put(None)
 
-
-@contextlib.contextmanager
-def _child() -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-P", "-m", "sdkd.core.child"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, env=environment() | {"PYTHONUNBUFFERED": "1"}, **pipes)  # type: ignore[call-overload]
-    try:
-        yield process
-    finally:
-        _end(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    _stop(process)
-    for stream in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):
-            if stream:
-                stream.close()
-
-
-def _collect(stream: IO[bytes], tail: deque[str]) -> None:
-    with stream:
-        for line in stream:
-            if text := line.decode(errors="replace").rstrip():
-                tail.append(text[:LINE_LENGTH])
-
-
-def _converse(
-    process: subprocess.Popen[bytes], job: Mapping[str, Any], progress: Progress, tail: deque[str]
-) -> dict[str, Any] | None:
-    assert process.stdin
-    assert process.stdout
-    with contextlib.suppress(BrokenPipeError):  # the child died at once: its exit status says why
-        process.stdin.write(json.dumps(job).encode() + b"\n")
-        process.stdin.flush()
-    for line in process.stdout:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            tail.append(line.decode(errors="replace").rstrip()[:LINE_LENGTH])
-            continue
-        if "progress" not in message:
-            return dict(message)
-        progress(*message["progress"])
-    return None
-
-
-def _error(error: Mapping[str, Any], tail: tuple[str, ...]) -> BaseException:
-    if error.get("errno") is not None:
-        return OSError(error["errno"], error["message"], error.get("filename"))
-    kind = getattr(sdkd.errors, error["type"], None)
-    if isinstance(kind, type) and issubclass(kind, SdkdError) and kind is not sdkd.errors.MissingExtraError:
-        return kind(error["message"])
-    failure = ChildError(f"{error['type']}: {error['message']}", tail)
-    failure.add_note(error["traceback"])  # seen with --debug
-    return failure
+    def _ask(self, job: bytes) -> dict[str, Any] | None:
+        """Send the job, pass on progress, and return the answer; None where the child ended without one."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):  # the child died at once: its exit status says why
+            self._process.stdin.write(job)
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                self._keep(line)
+                continue
+            if "progress" not in message:
+                return dict(message)
+            self._progress.put(tuple(message["progress"]))
+        return None
 
 
 def _ended(status: int, tail: tuple[str, ...]) -> ChildError:
-    if status < 0:
-        name = signal.Signals(-status).name
-        why = "the system most likely ran out of memory" if name == "SIGKILL" else "the library crashed"
-        return ChildError(f"the process was ended by {name}: {why}", tail, ended_by=name)
-    return ChildError(f"the process ended with status {status} and no result", tail, ended_by=f"status {status}")
+    cause = ended_by(status)
+    if status >= 0:
+        return ChildError(f"the process ended with {cause} and no result", tail, cause)
+    why = "the system most likely ran out of memory" if cause == "SIGKILL" else "the library crashed"
+    return ChildError(f"the process was ended by {cause}: {why}", tail, cause)
 
 
 def main() -> None:
     """The child: read a job, run it, answer, and leave without running the libraries' clean-up."""
-    # The parent decides about Ctrl-C: a C++ builder cannot be interrupted by a Python signal handler anyway.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.dup(1)
-    os.dup2(2, 1)
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         job = json.loads(stdin.readline())
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    live_as_child(_wait_for_end_of_input)
     writing = threading.Lock()
 
     def send(message: Mapping[str, Any]) -> None:
@@ -204,10 +275,10 @@ def main() -> None:
     os._exit(0)
 
 
-def _leave_with_parent() -> None:
+def _wait_for_end_of_input() -> None:
+    """The parent closes a child's standard input at the latest when it ends, however it ends."""
     while os.read(0, 1024):
         pass
-    os._exit(1)
 
 
 def _answer(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -215,20 +286,8 @@ def _answer(job: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     try:
         function = getattr(importlib.import_module(module), name)
         return {"result": function(**job["arguments"], progress=progress)}
-    except OSError as error:
-        if error.errno is None or isinstance(error, SdkdError):
-            return {"error": _describe(error)}
-        detail = {"errno": error.errno, "filename": error.filename and str(error.filename)}
-        return {"error": {**_describe(error), **detail, "message": error.strerror or str(error)}}
     except Exception as error:  # noqa: BLE001 - whatever a library raises, the parent must hear of it
-        return {"error": _describe(error)}
-
-
-def _describe(error: Exception) -> dict[str, Any]:
-    import traceback
-
-    text = "".join(traceback.format_exception(error))
-    return {"type": type(error).__name__, "message": str(error).strip() or repr(error), "traceback": text}
+        return {"error": asdict(Failure.of(error))}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 
-from sdkd.core.children import environment
+from sdkd.core.child import end, environment, gone
 from sdkd.core.interrupts import ended_by_term
 from sdkd.errors import TrainingError
 
@@ -34,13 +33,8 @@ def relaunch(processes: int) -> None:
 
 def _end(launcher: subprocess.Popen[bytes]) -> None:
     """Wait for a launcher that ends its processes. Ctrl-C reached it, too, and SIGTERM this process alone."""
-    if ended_by_term():
-        launcher.terminate()
-    for patience, next_step in ((PATIENCE, launcher.terminate), (PATIENCE, launcher.kill)):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            launcher.wait(patience)
-            return
-        next_step()
+    first = launcher.terminate if ended_by_term() else launcher.poll
+    end(lambda seconds: gone(launcher, seconds), (first, launcher.terminate, launcher.kill), PATIENCE)
 
 
 def launch_command(processes: int, arguments: list[str]) -> list[str]:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json as jsonlib
-import os
-import queue
 import shlex
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import sdkd.errors
-from sdkd.core.children import environment
+from sdkd.core.child import BackgroundJob, ChildError
 from sdkd.core.console import Progress, progress, quiet, show, show_json, within
 from sdkd.core.files import check_free, lock, staged_folder
 from sdkd.core.marks import CACHE, proves
@@ -28,13 +20,13 @@ from sdkd.core.outputs import check_place
 from sdkd.core.replace import sweep_inside
 from sdkd.distill.data.opening import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
 from sdkd.distill.data.rows import check_columns, split_columns
-from sdkd.errors import InputError, InterruptedRunError, SdkdError, TrainingError
+from sdkd.errors import InputError, InterruptedRunError, TrainingError
 from sdkd.models.resolve import load_eager, resolve
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-_TAIL = 2000  # bytes of a process's last output that its error message shows
+_TAIL = 2000  # characters of a process's last output that its error message shows
 
 
 @dataclass(frozen=True)
@@ -209,115 +201,37 @@ def _tidy(out: Path) -> int:
     return complete
 
 
-# Several processes: each is `python -m sdkd.distill.cache_cli`, reads its job as the first line of standard input and
-# answers with JSON lines. End of file on standard input means that the parent is gone, and ends it.
-
-
 def _in_processes(job: CacheJob, processes: int, report: Progress) -> None:
     """Write all shards by several processes; the first failure ends them all, and so does Ctrl-C."""
-    inbox: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-    with contextlib.ExitStack() as stack:
-        children = []
-        for rank in range(processes):
-            log = stack.enter_context(tempfile.TemporaryFile())
-            children.append(stack.enter_context(_child({**asdict(job), "rank": rank, "world": processes}, log)))
-            threading.Thread(target=_listen, args=(rank, children[rank], inbox), daemon=True).start()
-            children[rank].log = log  # type: ignore[attr-defined]
-        done, running = [0.0] * processes, processes
-        while running:
-            rank, message = inbox.get()
-            if message is None:
-                running -= 1
-                _check_status(children[rank], rank)
-            elif "error" in message:
-                raise _error(message["error"])
-            else:
-                text, done[rank] = message["progress"][0], message["progress"][1] or done[rank]
-                report(f"{text} (process {rank + 1} of {processes})", sum(done) / processes)
+    done = [0.0] * processes
+
+    def follow(rank: int, child: BackgroundJob) -> None:
+        def part(text: str, fraction: float | None) -> None:
+            done[rank] = fraction or done[rank]
+            report(f"{text} (process {rank + 1} of {processes})", sum(done) / processes)
+
+        try:
+            child.result(part)
+        except ChildError as error:
+            raise TrainingError(_failed(rank, error)) from error
+
+    with ThreadPoolExecutor(processes) as threads, contextlib.ExitStack() as stack:
+        shares = [{"job": asdict(job), "rank": rank, "world": processes} for rank in range(processes)]
+        children = [stack.enter_context(BackgroundJob(f"{__name__}:write_share", share)) for share in shares]
+        for followed in as_completed([threads.submit(follow, *one) for one in enumerate(children)]):
+            followed.result()
 
 
-@contextlib.contextmanager
-def _child(job: Mapping[str, Any], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "sdkd.distill.cache_cli"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=environment() | {"PYTHONUNBUFFERED": "1"},
-        start_new_session=True,  # Ctrl-C reaches the parent alone, which ends them
-    )
-    try:
-        assert process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it died at once: its status says why
-            process.stdin.write(jsonlib.dumps(dict(job)).encode() + b"\n")
-            process.stdin.flush()
-        yield process
-    finally:
-        process.kill()  # what it was writing has a temporary name, which the parent removes
-        process.wait()
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # type: ignore[union-attr]
+def _failed(rank: int, error: ChildError) -> str:
+    """Why a process of several failed, and what to do."""
+    if not error.ended_by:
+        return f"a process of the cache failed: {error}"
+    said = "\n".join(error.tail)[-_TAIL:]
+    return f"process {rank + 1} of the cache ended by {error.ended_by}: run again, it goes on; it said: {said}"
 
 
-def _listen(rank: int, process: subprocess.Popen[bytes], inbox: queue.Queue[Any]) -> None:
-    assert process.stdout
-    with process.stdout as stream:
-        for line in stream:
-            inbox.put((rank, jsonlib.loads(line)))
-    inbox.put((rank, None))
-
-
-def _check_status(process: subprocess.Popen[bytes], rank: int) -> None:
-    if status := process.wait():
-        log: IO[bytes] = process.log  # type: ignore[attr-defined]
-        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
-        said = log.read().decode(errors="replace").strip()
-        why = signal.Signals(-status).name if status < 0 else f"status {status}"
-        raise TrainingError(f"process {rank + 1} of the cache ended by {why}: run again, it goes on; it said: {said}")
-
-
-def _error(error: Mapping[str, Any]) -> Exception:
-    if error["errno"] is not None:
-        return OSError(error["errno"], error["message"], error["filename"])
-    kind = getattr(sdkd.errors, error["type"], None)
-    if isinstance(kind, type) and issubclass(kind, SdkdError) and kind is not sdkd.errors.MissingExtraError:
-        return kind(error["message"])
-    return TrainingError(f"a process of the cache failed: {error['type']}: {error['message']}")
-
-
-def main() -> None:
-    """One of several processes."""
-    job = jsonlib.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
-
-    def send(message: Mapping[str, Any]) -> None:
-        answers.write(jsonlib.dumps(message) + "\n")
-
-    def report(text: str, fraction: float | None = None) -> None:
-        send({"progress": [text, fraction]})
-
-    try:
-        _serve(job, report)
-    except Exception as error:  # noqa: BLE001 - whatever happened, the parent must hear of it
-        number = getattr(error, "errno", None) if not isinstance(error, SdkdError) else None
-        detail = {"errno": number, "filename": number and str(getattr(error, "filename", ""))}
-        send({"error": {"type": type(error).__name__, "message": str(error), **detail}})
-
-
-def _serve(job: dict[str, Any], report: Progress) -> None:
-    rank, world = job.pop("rank"), job.pop("world")
+def write_share(job: Mapping[str, Any], rank: int, world: int, progress: Progress = quiet) -> None:
+    """Write the shards of process `rank` of `world`; raises as `run`."""
     own = CacheJob(**{**job, "caption_columns": tuple(job["caption_columns"])})
     pipe, images, options = _opened(own, rank)
-    _write(own, pipe, images, options, report, rank=rank, world=world)
-
-
-def _leave_with_parent() -> None:
-    while os.read(0, 1024):
-        pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    _write(own, pipe, images, options, progress, rank=rank, world=world)

@@ -62,13 +62,13 @@ def in_turn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The components that children were asked for."""
     found: list[list[str]] = []
-    original = side_by_side.aside
+    original = side_by_side.BackgroundJob
 
-    def aside(function: str, arguments: dict[str, Any]) -> Any:
+    def begin(function: str, arguments: dict[str, Any]) -> Any:
         found.append(arguments["names"])
         return original(function, arguments)
 
-    monkeypatch.setattr(side_by_side, "aside", aside)
+    monkeypatch.setattr(side_by_side, "BackgroundJob", begin)
     return found
 
 

@@ -21,7 +21,7 @@ import sdkd.errors
 from sdkd.compare.measure.peaks import Memory
 from sdkd.compare.measure.timing import Sample
 from sdkd.compare.measure.worker import LIBRARIES, Drawn, Job, Opened, Worker
-from sdkd.core.children import inherited
+from sdkd.core.child import inherited
 from sdkd.errors import EngineError, SdkdError
 
 if TYPE_CHECKING:

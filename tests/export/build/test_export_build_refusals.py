@@ -82,7 +82,7 @@ def test_a_refused_node_is_named_with_its_module_and_inputs(tmp_path: Path) -> N
         match=r"^unet could not be built for tensorrt-rtx: the parser refuses operator my\.own\.Squash at node "
         r"'down_blocks\.0\.attentions\.0\.norm/\w+' in down_blocks\.0\.attentions\.0\.norm of the unet, with inputs "
         r".*down_blocks\.0\.attentions\.0\.norm\.weight \(float 16\).* \(it says: .*Plugin not found.*\)\. "
-        r"Try this: update the target's package, or export the model again with an older --opset$",
+        r"Try this: update the target's package, or export the model again with an older --opset(\n|$)",
     ):
         build_engine(bundle.path, RTX, precision="fp32", components=["unet"])
     assert not (bundle.path / "engines").exists()

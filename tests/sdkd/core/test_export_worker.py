@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sdkd.core.child import ChildError, aside, run_in_child
+from sdkd.core.child import BackgroundJob, ChildError, Failure, run_in_child
 from sdkd.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -77,8 +77,10 @@ def test_result_and_progress_come_back_clean_of_noise(tmp_path: Path, monkeypatc
 
 
 def test_our_errors_keep_their_class_and_message() -> None:
-    with pytest.raises(InputError, match=r"^height 500 is not good: use 512$"):
+    with pytest.raises(InputError, match=r"^height 500 is not good: use 512") as caught:
         run_in_child("jobs:refuse", {})
+    assert str(caught.value) == "height 500 is not good: use 512"
+    assert "in refuse" in caught.value.__notes__[0]  # where, for --debug
 
 
 def test_a_full_disk_stays_a_full_disk() -> None:
@@ -161,32 +163,32 @@ def test_the_child_goes_when_the_parent_is_killed() -> None:
     assert _gone(pid)
 
 
-def test_an_aside_works_while_we_do_and_tells_its_progress_when_asked() -> None:
+def test_a_background_job_works_while_we_do_and_gives_its_progress_when_asked() -> None:
     seen: list[tuple[str, float | None]] = []
-    with aside("jobs:add", {"a": 2, "b": 3}) as child:
+    with BackgroundJob("jobs:add", {"a": 2, "b": 3}) as child:
         assert child.result(lambda message, fraction: seen.append((message, fraction)))["sum"] == 5
     assert seen == [("adding", 0.5)]
 
 
-def test_an_asides_error_keeps_its_class() -> None:
-    with aside("jobs:refuse", {}) as child, pytest.raises(InputError, match=r"^height 500 is not good: use 512$"):
+def test_a_background_jobs_error_keeps_its_class() -> None:
+    with BackgroundJob("jobs:refuse", {}) as child, pytest.raises(InputError, match=r"^height 500 is not good: use 512"):
         child.result()
 
 
-def test_an_aside_ends_with_its_block() -> None:
+def test_a_background_job_ends_with_its_block() -> None:
     pids: list[int] = []
-    with aside("jobs:sleep", {}) as child:
+    with BackgroundJob("jobs:sleep", {}) as child:
         pids.append(child._process.pid)
         assert not _gone(pids[0], seconds=0.3)
     assert _gone(pids[0])
     assert not [thread for thread in child._threads if thread.is_alive()]
 
 
-def test_ctrl_c_while_waiting_for_an_aside_ends_it() -> None:
+def test_ctrl_c_while_waiting_for_a_background_job_ends_it() -> None:
     main = threading.main_thread().ident
     assert main
     start = time.monotonic()
-    with aside("jobs:sleep", {}) as child:
+    with BackgroundJob("jobs:sleep", {}) as child:
         threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
             child.result()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdkd.core.children import environment, inherited
+from sdkd.core.child import environment, inherited
 from sdkd.core.torchrun import launch_command
 
 REPOSITORY = Path(__file__).parents[3]

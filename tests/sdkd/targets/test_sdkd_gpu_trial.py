@@ -17,7 +17,8 @@ import sdkd.targets.gpu_trial as gpu_trial
 from export.build.options import BuildOptions
 from export.build.tensorrt_plan import _built_for
 from sdkd.commands.doctor import doctor, gpu_support, try_target
-from sdkd.errors import BuildError, InputError
+from sdkd.core.child import ChildError
+from sdkd.errors import InputError
 from sdkd.targets.gpu_trial import Trial, attempt, plans, remember, remembered, runs_portably, support
 from sdkd.targets.registry import availability
 
@@ -121,7 +122,7 @@ def test_an_engine_is_for_this_gpu_too_once_that_was_shown(here: dict[str, str])
 
 def test_a_crash_is_an_answer(here: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
-        raise BuildError("the process was ended by SIGSEGV: the library crashed")
+        raise ChildError("the process was ended by SIGSEGV: the library crashed")
 
     monkeypatch.setattr("sdkd.core.child.run_in_child", crash)
     monkeypatch.setattr(sdkd.commands.doctor, "identity", lambda _: dict(HERE))
