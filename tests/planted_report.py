@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.limits import Ceilings, Work, fraction
-from sdkd.compare.measure.peaks import Memory
 from sdkd.compare.measure.quality import Likeness, likeness
 from sdkd.compare.measure.results import Report, Result, Setup
 from sdkd.compare.measure.stats import Spread, speedup
@@ -117,7 +117,7 @@ def _result(
 
     model = subject.model_label
     unet = MODELS[model][1]
-    own = None if subject.is_truth else against(f"{model} eager")
+    own = None if subject.is_reference else against(f"{model} eager")
     half = [drawing(index, MODELS[model][2], 5.0, 99, images[subject.label][0].width) for index in range(len(PROMPTS))]
     eager_half = likeness(half, images[f"{model} eager"], f"{model} eager")
     samples = steps[subject.label]

@@ -1,22 +1,22 @@
-"""The subjects while they are measured: open seats, and the timed phases."""
+"""The subjects while they are measured: which are loaded, and the timed phases."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sdkd.bundle.memory import free_gpu_memory, free_memory
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request
-from sdkd.compare.measure.isolation import Child
-from sdkd.compare.measure.peaks import Memory
-from sdkd.compare.measure.pictures import Size
+from sdkd.compare.measure.environment import Memory
+from sdkd.compare.measure.isolation import IsolatedRunner
+from sdkd.compare.measure.runner import Drawn, LocalRunner, Opened, RunConfig, SubjectRunner
 from sdkd.compare.measure.subjects import Failed, Subject, size_on_disk
-from sdkd.compare.measure.timing import Bench, Enter, Part, Sample, Timed, interleave
-from sdkd.compare.measure.worker import Drag, Drawn, Job, Opened, Seat, Worker
+from sdkd.compare.measure.timing import Bench, Part, Sample, Timed, interleave
 from sdkd.core.console import Progress, within
 from sdkd.errors import EngineError
 
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 UNKNOWN_BYTES = 2_000_000_000  # of weights that are on no disk: a full-size pipeline in half precision
 MEMORY_FACTOR = 3  # float32 in memory from half on disk, activations, packed copies
 PROCESS_BYTES = 400_000_000  # of a process of its own beside the case: libraries' data, a GPU's context
-MEMORY_SHARE = 0.5  # of what is free: subjects are kept open together while they fit into it
+MEMORY_SHARE = 0.5  # of what is free: subjects are kept loaded together while they fit into it
 ROUNDS_ONE_AT_A_TIME = 3  # each round opens every model again
 COMPONENT_SECONDS, COMPONENT_ROUNDS = 0.3, 3  # of text encoder and VAE: once per image, not per step
-DRAG: dict[str, Drag] = {}  # by label: a delay in every timed UNet call; tests plant some here
 
 
 @dataclass
@@ -54,76 +53,59 @@ class Case:
         return self.parts[UNET]
 
 
-@dataclass(frozen=True)
-class House:
-    """Where cases are measured: the device, together or one at a time, each in a process of its own or all in this."""
+class LoadedSubjects:
+    """The runners of loaded subjects: all of them with `keep_loaded`, otherwise only the last one asked for."""
 
-    device: str
-    together: bool
-    isolated: bool
-    scheduler: str | None = None
-    prompts: tuple[str, ...] = ()
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._loaded: dict[str, tuple[Case, SubjectRunner]] = {}
 
-
-class Pool:
-    """Open seats: all of them when the house has them together, otherwise only the last one asked for."""
-
-    def __init__(self, house: House, size: Size | None = None) -> None:
-        self.house, self.size = house, size
-        self._open: dict[str, tuple[Case, Seat]] = {}
-
-    def seat(self, case: Case) -> Seat:
-        """The case's seat, opened if need be. Raises what opening raises."""
+    def runner(self, case: Case) -> SubjectRunner:
+        """The case's runner, its subject loaded if need be. Raises what loading raises."""
         label = case.subject.label
-        if label not in self._open:
-            if not self.house.together:
+        if label not in self._loaded:
+            if not self.config.keep_loaded:
                 self.finish()
-            seat: Seat = (Child if self.house.isolated else Worker)(self._job(case.subject))
-            self._open[label] = case, seat
-            opened = seat.open()
+            kind = IsolatedRunner if self.config.isolate else LocalRunner
+            runner: SubjectRunner = kind(case.subject, self.config)
+            self._loaded[label] = case, runner
+            opened = runner.open()
             case.opened = case.opened or opened
-            self.size = self.size or opened.size
-        return self._open[label][1]
-
-    def _job(self, subject: Subject) -> Job:
-        import torch
-
-        house, threads = self.house, torch.get_num_threads()
-        drag = DRAG.get(subject.label)
-        return Job(subject, house.device, house.scheduler, self.size, drag, house.isolated, threads, house.prompts)
+            self.config = replace(self.config, size=self.config.size or opened.size)
+        return self._loaded[label][1]
 
     def finish(self) -> None:
-        """Note what memory the open cases took, and let go of them."""
-        for case, seat in tuple(self._open.values()):
+        """Note what memory the loaded subjects took, and unload them."""
+        for case, runner in tuple(self._loaded.values()):
             with self.trying(case):
-                found = seat.memory()
+                found = runner.memory()
                 case.memory = found if case.memory is None else case.memory.with_peaks_of(found)
         self.close()
 
     @contextlib.contextmanager
     def trying(self, case: Case) -> Iterator[None]:
-        """Whatever is raised inside is this case's failure alone: it is let go of, and the others go on."""
+        """Whatever is raised inside is this case's failure alone: it is unloaded, and the others go on."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - whatever a library raises must not cost the others' measurement
             self.fail(case, error)
 
     def fail(self, case: Case, error: Exception) -> None:
-        """Note why a case failed, and let go of it."""
+        """Note why a case failed, and unload it."""
         case.failed = Failed.of(case.subject, error)
         with contextlib.suppress(Exception):  # what failed may fail to close, too
-            self.drop(case)
+            self.unload(case)
 
-    def drop(self, case: Case) -> None:
-        """Let go of a case."""
-        if found := self._open.pop(case.subject.label, None):
+    def unload(self, case: Case) -> None:
+        """Unload a case's subject."""
+        if found := self._loaded.pop(case.subject.label, None):
             found[1].close()
         gc.collect()
 
     def close(self) -> None:
-        """Let go of all seats, whatever they are doing."""
-        while self._open:
-            self.drop(next(iter(self._open.values()))[0])
+        """Unload all subjects, whatever they are doing."""
+        while self._loaded:
+            self.unload(next(iter(self._loaded.values()))[0])
 
 
 def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bool:
@@ -136,11 +118,11 @@ def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bo
     return needed < MEMORY_SHARE * free
 
 
-def first_opened(cases: Sequence[Case], pool: Pool) -> Opened | None:
+def first_opened(cases: Sequence[Case], loaded: LoadedSubjects) -> Opened | None:
     """The first subject that opens, and stays open: size, scheduler and guidance copies are all subjects'."""
     for case in cases:
-        with pool.trying(case):
-            pool.seat(case)
+        with loaded.trying(case):
+            loaded.runner(case)
         if case.opened is not None:
             return case.opened
     return None
@@ -164,30 +146,30 @@ def nothing_left(failed: Sequence[Failed]) -> Exception:
     return found
 
 
-def first_images(cases: Sequence[Case], pool: Pool, request: Request, progress: Progress) -> None:
+def first_images(cases: Sequence[Case], loaded: LoadedSubjects, request: Request, progress: Progress) -> None:
     """Load each subject and make its images, timing the load and the first call (compilation included)."""
     for place, case in enumerate(cases):
         progress(f"{case.subject.label}: loading", place / len(cases))
         part = within(progress, place / len(cases), (place + 1) / len(cases), f"{case.subject.label}: ")
-        with pool.trying(case):
-            _first_images(case, pool, request, part)
+        with loaded.trying(case):
+            _first_images(case, loaded, request, part)
 
 
-def _first_images(case: Case, pool: Pool, request: Request, progress: Progress) -> None:
-    seat = pool.seat(case)
+def _first_images(case: Case, loaded: LoadedSubjects, request: Request, progress: Progress) -> None:
+    runner = loaded.runner(case)
     made: dict[int, Image] = {}
     for prompt in range(len(request.prompts)):
         progress(f"image {prompt + 1} of {len(request.prompts)}", prompt / len(request.prompts))
-        drawn = seat.images(request, prompt)
+        drawn = runner.images(request, prompt)
         made.update(zip(request.numbers(prompt), drawn.images, strict=True))
         if prompt == 0:
             case.first_call_s, case.unet_calls = drawn.sample.wall_s, drawn.unet_calls
     case.images = [made[number] for number in sorted(made)]
     if case.subject.is_eager:
-        case.attention = seat.attention(request)
+        case.attention = runner.attention(request)
 
 
-def time_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:
+def time_images(cases: Sequence[Case], loaded: LoadedSubjects, request: Request, runs: int, progress: Progress) -> None:
     """Time `runs` whole calls in rounds over the subjects, and see whether equal seeds give equal images again."""
     order, shuffle = list(cases), random.Random(request.seed)  # noqa: S311 (an order, not a secret)
     for turn in range(runs):
@@ -197,8 +179,8 @@ def time_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, 
             if case.failed:
                 continue
             progress("timing whole images", (turn + place / len(order)) / runs)
-            with pool.trying(case):
-                drawn = pool.seat(case).images(request, prompt)
+            with loaded.trying(case):
+                drawn = loaded.runner(case).images(request, prompt)
                 case.image_samples.append([drawn.sample])
                 case.repeatable &= _same(drawn, [case.images[number] for number in request.numbers(prompt)])
 
@@ -208,39 +190,36 @@ def _same(drawn: Drawn, before: Sequence[Image]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A seat as a Bench: what is timed is the request's."""
+class _BenchOf:
+    """A runner as a Bench: what is timed is the request's."""
 
-    seat: Seat
+    runner: SubjectRunner
     request: Request
 
     def warm(self, part: str) -> float:
-        return self.seat.warm(part, self.request)
+        return self.runner.warm(part, self.request)
 
     def burst(self, part: str, count: int) -> list[Sample]:
-        return self.seat.burst(part, self.request, count)
+        return self.runner.burst(part, self.request, count)
 
 
 def time_parts(
-    cases: Sequence[Case], pool: Pool, request: Request, runs: int, min_seconds: float, progress: Progress
+    cases: Sequence[Case], loaded: LoadedSubjects, request: Request, runs: int, min_seconds: float, progress: Progress
 ) -> None:
     """Time UNet calls in rounds over all subjects, and in some of the rounds text encoder and VAE, too."""
 
-    def enter(case: Case) -> Enter:
-        def place() -> Bench:
-            return _Place(pool.seat(case), request)
-
-        return place
+    def bench(case: Case) -> Bench:
+        return _BenchOf(loaded.runner(case), request)
 
     by_label = {case.subject.label: case for case in cases}
     components = (TEXT_ENCODER, VAE_DECODER)
     few = COMPONENT_ROUNDS, min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS  # once a round, or for the time
     samples = interleave(
-        {label: enter(case) for label, case in by_label.items()},
+        {label: functools.partial(bench, case) for label, case in by_label.items()},
         [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in components)],
-        rounds=None if pool.house.together else ROUNDS_ONE_AT_A_TIME,
+        rounds=None if loaded.config.keep_loaded else ROUNDS_ONE_AT_A_TIME,
         seed=request.seed,
-        lost=lambda label, error: pool.fail(by_label[label], error),
+        lost=lambda label, error: loaded.fail(by_label[label], error),
         progress=progress,
     )
     for case in cases:

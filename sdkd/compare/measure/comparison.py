@@ -9,8 +9,7 @@ from sdkd.compare.measure.beside import complete
 from sdkd.compare.measure.calls import TEXT_ENCODER, VAE_DECODER, Request
 from sdkd.compare.measure.cases import (
     Case,
-    House,
-    Pool,
+    LoadedSubjects,
     first_images,
     first_opened,
     fit_together,
@@ -22,9 +21,10 @@ from sdkd.compare.measure.cases import (
 from sdkd.compare.measure.environment import environment, state_after
 from sdkd.compare.measure.isolation import prepare_children
 from sdkd.compare.measure.pictures import Size
-from sdkd.compare.measure.references import Truths, find_truths
+from sdkd.compare.measure.references import ReferenceImages, find_references
 from sdkd.compare.measure.refusals import check_asked, check_models
 from sdkd.compare.measure.results import Report, Result, Setup
+from sdkd.compare.measure.runner import RunConfig
 from sdkd.compare.measure.stats import CONFIDENCE, Ratio, Spread, speedup
 from sdkd.compare.measure.subjects import TEACHER, Failed, Subject, check_subjects, has_random_weights, size_on_disk
 from sdkd.compare.measure.timing import Sample, Timer
@@ -73,7 +73,7 @@ def compare(
     subject, at least; `image_runs`: whole calls timed. `baseline`: label of one more subject to give ratios to.
     `batch`: images per call. `scheduler`: for all subjects, as `sdkd generate` takes it (default: each model's own).
     `judge` reads the images (caption accuracy). Image n starts from `seed + n`. `isolate`: every subject in a fresh
-    process of its own, which tells their memory apart and survives their crashes; a script that asks for it needs
+    process of its own, which measures the memory of each and survives their crashes; a script that asks for it needs
     `if __name__ == "__main__":`.
     `load_before`: the machine's load average before work of the caller's own, such as building engines; `failed`: what
     failed in that. A subject that fails, whatever with, is one of the report's `failed`, and the others are measured.
@@ -93,40 +93,42 @@ def compare(
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
         prepare_children()
-    house = House(where, fit_together(subjects, where, isolate), isolate, scheduler, texts)
-    pool = Pool(house, pixels)
+    config = RunConfig(where, fit_together(subjects, where, isolate), isolate, scheduler, pixels, texts)
+    loaded = LoadedSubjects(config)
     try:
-        if (first := first_opened(cases, pool)) is None:
+        if (first := first_opened(cases, loaded)) is None:
             raise nothing_left([*failed, *(case.failed for case in cases if case.failed)])
         height, width = first.size
         wide = None if width == height else width
         request = Request(texts, steps, guidance_scale, seed, height, batch, scheduler, first.copies, wide)
-        _make_images(cases, pool, request, image_runs, within(progress, *SHARES["images"]))
-        time_parts(measured(cases, failed), pool, request, runs, min_seconds, within(progress, *SHARES["steps"]))
-        pool.finish()
+        _make_images(cases, loaded, request, image_runs, within(progress, *SHARES["images"]))
+        time_parts(measured(cases, failed), loaded, request, runs, min_seconds, within(progress, *SHARES["steps"]))
+        loaded.finish()
         surroundings |= state_after(where)
         kept = measured(cases, failed)
-        truths = find_truths(cases, request, pool, within(progress, *SHARES["references"]))
+        references = find_references(cases, request, loaded, within(progress, *SHARES["references"]))
     finally:
-        pool.close()
-    setup = _setup(request, house, first.scheduler, runs, min_seconds)
+        loaded.close()
+    setup = _setup(request, config, first.scheduler, runs, min_seconds)
     others = [case.subject for case in kept]
     baselines = {case.subject.label: find_baselines(case.subject, others, baseline) for case in kept}
     by_label = {case.subject.label: case for case in kept}
     report = Report(
         setup=setup,
-        results=tuple(_result(case, by_label, truths, baselines[case.subject.label], judge, request) for case in kept),
+        results=tuple(
+            _result(case, by_label, references, baselines[case.subject.label], judge, request) for case in kept
+        ),
         environment=surroundings,
         images={case.subject.label: tuple(case.images) for case in kept},
         baselines=baselines,
         command=command,
-        notes=(*known, *_notes_of(kept), *notes, *truths.notes),
+        notes=(*known, *_notes_of(kept), *notes, *references.notes),
         failed=(*failed, *(case.failed for case in cases if case.failed)),
     )
     return complete(report, where)
 
 
-def _setup(request: Request, house: House, scheduler: str, runs: int, min_seconds: float) -> Setup:
+def _setup(request: Request, config: RunConfig, scheduler: str, runs: int, min_seconds: float) -> Setup:
     return Setup(
         prompts=request.prompts,
         steps=request.steps,
@@ -138,21 +140,23 @@ def _setup(request: Request, house: House, scheduler: str, runs: int, min_second
         min_seconds=min_seconds,
         scheduler=scheduler,
         batch=request.batch,
-        timing=Timer(house.device).method,
-        open_together=house.together,
+        timing=Timer(config.device).method,
+        open_together=config.keep_loaded,
         confidence=CONFIDENCE,
-        isolated=house.isolated,
+        isolated=config.isolate,
         width_px=request.width_px,
     )
 
 
-def _make_images(cases: Sequence[Case], pool: Pool, request: Request, runs: int, progress: Progress) -> None:
+def _make_images(
+    cases: Sequence[Case], loaded: LoadedSubjects, request: Request, runs: int, progress: Progress
+) -> None:
     """All images of all subjects, then timed ones; one subject after the other where they do not fit together."""
-    groups = [cases] if pool.house.together else [[case] for case in cases]
+    groups = [cases] if loaded.config.keep_loaded else [[case] for case in cases]
     for place, group in enumerate(groups):
         part = within(progress, place / len(groups), (place + 1) / len(groups))
-        first_images(group, pool, request, within(part, 0.0, 0.65))
-        time_images([case for case in group if not case.failed], pool, request, runs, within(part, 0.65, 1.0))
+        first_images(group, loaded, request, within(part, 0.0, 0.65))
+        time_images([case for case in group if not case.failed], loaded, request, runs, within(part, 0.65, 1.0))
 
 
 def random_notes(subjects: Sequence[Subject]) -> list[str]:
@@ -183,7 +187,7 @@ def find_baselines(subject: Subject, subjects: Sequence[Subject], baseline: str 
 
     Eager in float32 before eager in half; a subject is never its own baseline.
     """
-    eager = sorted((other for other in subjects if other.is_eager), key=lambda other: not other.is_truth)
+    eager = sorted((other for other in subjects if other.is_eager), key=lambda other: not other.is_reference)
     own = next((other.label for other in eager if other.model_key == subject.model_key), None)
     teacher = next((other.label for other in eager if other.role == TEACHER), None)
     chosen = baseline if baseline in [other.label for other in subjects] else None  # it may have been left out
@@ -208,15 +212,15 @@ def _ratios(over: Mapping[str, Sequence[Sequence[Sample]]], own: Sequence[Sequen
 def _result(
     case: Case,
     cases: Mapping[str, Case],
-    truths: Truths,
+    references: ReferenceImages,
     baselines: Mapping[str, str],
     judge: Judge | None,
     request: Request,
 ) -> Result:
     subject = case.subject
-    truth, half, teacher = truths.own(subject), truths.half(subject), truths.teacher(subject)
-    against = None if truth is None else truth.distance(case.images)
-    half_against = None if truth is None or half is None else truth.distance(half.images)
+    own, half, teacher = references.own(subject), references.half(subject), references.teacher(subject)
+    against = None if own is None else own.distance(case.images)
+    half_against = None if own is None or half is None else own.distance(half.images)
     over = {name: cases[label] for name, label in baselines.items()}
     assert case.opened is not None
     assert case.memory is not None

@@ -45,7 +45,7 @@ def picture(size: Size) -> Image:
 
 
 def mask(size: Size) -> Image:
-    """White, drawn anew, in the middle; mode L."""
+    """White, which is drawn again, in the middle; mode L."""
     from PIL import Image, ImageDraw
 
     field = Image.new("L", size[::-1], 0)

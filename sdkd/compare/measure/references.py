@@ -1,4 +1,4 @@
-"""The images that others are measured against: eager in float32, eager in half precision, the teacher's."""
+"""Reference images: eager in float32, eager in half precision, the teacher's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sdkd.compare.measure.beside import perceptual
 from sdkd.compare.measure.calls import Request
-from sdkd.compare.measure.cases import Case, Pool
+from sdkd.compare.measure.cases import Case, LoadedSubjects
 from sdkd.compare.measure.quality import Likeness, likeness
 from sdkd.compare.measure.subjects import STUDENT, TEACHER, Failed, Subject
 from sdkd.core.console import Progress
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Truth:
+class EagerImages:
     """Eager images of one model in one precision."""
 
     label: str
@@ -30,66 +30,68 @@ class Truth:
 
 
 @dataclass
-class Truths:
-    """All references of a comparison, by model and precision; `notes` say which could not be made and why."""
+class ReferenceImages:
+    """All reference images of a comparison, by model and precision; `notes` say which could not be made and why."""
 
-    by_key: dict[tuple[str, str], Truth] = field(default_factory=dict)
+    by_key: dict[tuple[str, str], EagerImages] = field(default_factory=dict)
     teacher_key: str | None = None
     notes: list[str] = field(default_factory=list)
 
-    def own(self, subject: Subject) -> Truth | None:
-        """Eager float32 images of the subject's own model; None for the subject that is this truth."""
-        return None if subject.is_truth else self.by_key.get((subject.model_key, "fp32"))
+    def own(self, subject: Subject) -> EagerImages | None:
+        """Eager float32 images of the subject's own model; None for the subject that is this reference."""
+        return None if subject.is_reference else self.by_key.get((subject.model_key, "fp32"))
 
-    def half(self, subject: Subject) -> Truth | None:
+    def half(self, subject: Subject) -> EagerImages | None:
         """Eager images in the half precision of an engine."""
         if subject.is_eager or subject.precision == "fp32":
             return None
         return self.by_key.get((subject.model_key, subject.precision))
 
-    def teacher(self, subject: Subject) -> Truth | None:
+    def teacher(self, subject: Subject) -> EagerImages | None:
         """The teacher's eager float32 images, for a student."""
         if subject.role != STUDENT or self.teacher_key is None:
             return None
         return self.by_key.get((self.teacher_key, "fp32"))
 
 
-def find_truths(cases: Sequence[Case], request: Request, pool: Pool, progress: Progress) -> Truths:
+def find_references(
+    cases: Sequence[Case], request: Request, loaded: LoadedSubjects, progress: Progress
+) -> ReferenceImages:
     """Take the references from the subjects, and make those that are missing (untimed, after all timing).
 
     One that failed gives its images where it had made them all, and is not tried again.
     """
     teacher = next((case.subject.model_key for case in cases if case.subject.role == TEACHER), None)
-    found, lost = Truths(teacher_key=teacher), set[tuple[str, str]]()
+    found, failed = ReferenceImages(teacher_key=teacher), set[tuple[str, str]]()
     for case in cases:
         key = case.subject.model_key, case.subject.precision
         if case.subject.is_eager and case.images:
-            found.by_key.setdefault(key, Truth(case.subject.label, case.images))
+            found.by_key.setdefault(key, EagerImages(case.subject.label, case.images))
         elif case.subject.is_eager:
-            lost.add(key)
-    missing = [one for one in _missing(cases, found) if (one.model_key, one.precision) not in lost]
+            failed.add(key)
+    missing = [one for one in _missing(cases, found) if (one.model_key, one.precision) not in failed]
     for place, subject in enumerate(missing):
         progress(f"reference images of {subject.label}", place / len(missing))
         try:
-            images = _images(Case(subject), pool, request)
+            images = _images(Case(subject), loaded, request)
         except Exception as error:  # noqa: BLE001 - the measurement is done, and must not be lost for a reference
             found.notes.append(f"no reference images of {subject.label}: {Failed.of(subject, error).reason}")
             continue
-        found.by_key[subject.model_key, subject.precision] = Truth(subject.label, images)
+        found.by_key[subject.model_key, subject.precision] = EagerImages(subject.label, images)
     return found
 
 
-def _images(case: Case, pool: Pool, request: Request) -> list[Image]:
-    """All images of a subject, which is closed again."""
+def _images(case: Case, loaded: LoadedSubjects, request: Request) -> list[Image]:
+    """All images of a subject, which is unloaded again."""
     try:
-        seat = pool.seat(case)
-        calls = [seat.images(request, prompt).images for prompt in range(len(request.prompts))]
+        runner = loaded.runner(case)
+        calls = [runner.images(request, prompt).images for prompt in range(len(request.prompts))]
     finally:
-        pool.drop(case)
+        loaded.unload(case)
     return [call[place] for place in range(request.batch) for call in calls]
 
 
-def _missing(cases: Sequence[Case], found: Truths) -> list[Subject]:
+def _missing(cases: Sequence[Case], found: ReferenceImages) -> list[Subject]:
     """Eager subjects that must still be run, each once: float32 of every model, and the half of each half engine."""
     wanted = {}
     for case in cases:

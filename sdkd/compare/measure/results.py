@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.compare.measure.against import THRESHOLD, Against, differences_of
 from sdkd.compare.measure.earlier import Earlier, parse_report
-from sdkd.compare.measure.environment import busy
+from sdkd.compare.measure.environment import Memory, busy
 from sdkd.compare.measure.limits import Ceilings, Limit, Work
-from sdkd.compare.measure.peaks import Memory
 from sdkd.compare.measure.quality import Likeness
 from sdkd.compare.measure.stats import Ratio, Spread
 from sdkd.compare.measure.subjects import Failed, Subject

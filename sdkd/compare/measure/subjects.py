@@ -72,8 +72,8 @@ class Subject:
         return not self.in_torch and self.target != OPTIMUM
 
     @property
-    def is_truth(self) -> bool:
-        """Whether its images are the truth for its model: eager in float32."""
+    def is_reference(self) -> bool:
+        """Whether its images are the reference for its model: eager in float32."""
         return self.is_eager and self.precision == "fp32"
 
     @property

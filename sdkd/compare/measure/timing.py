@@ -116,8 +116,6 @@ class Bench(Protocol):
         """`count` timed calls, straight after a warm-up (made where there was none yet) or one that is thrown away."""
 
 
-Enter = Callable[[], Bench]
-"""Makes a case ready: opens its model if need be."""
 Timed = dict[str, list[list[Sample]]]
 """Samples of one case by part and round."""
 
@@ -134,7 +132,7 @@ def burst_length(runs: int, rounds: int, min_seconds: float, call_s: float) -> i
 
 
 def interleave(
-    cases: Mapping[str, Enter],
+    cases: Mapping[str, Callable[[], Bench]],
     parts: Sequence[Part],
     *,
     rounds: int | None = None,
@@ -174,8 +172,8 @@ def interleave(
 
 
 @dataclass(frozen=True)
-class Stand:
-    """A bench of plain work in this process."""
+class LocalBench:
+    """A Bench of plain work in this process."""
 
     works: dict[str, Work]
     timer: Timer

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
 from sdkd.core.child import BackgroundJob, ChildError, Failure, run_in_child
-from sdkd.errors import InputError
+from sdkd.errors import InputError, MissingExtraError, RangeError
 
 ROOT = Path(__file__).parents[3]
 MODULE = """
 import errno, os, signal, sys, time
-from sdkd.errors import InputError
+from sdkd.errors import InputError, MissingExtraError, RangeError
 
 def add(a, b, progress):
     print("noise on standard output")
@@ -99,6 +101,29 @@ def test_other_errors_carry_a_bounded_tail_of_what_was_printed() -> None:
     assert "in fail" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RangeError("too large"),
+        MissingExtraError("openvino", "openvino", "target 'openvino'"),
+        FileNotFoundError(2, "No such file or directory", "x.json"),
+    ],
+)
+def test_errors_cross_the_border_of_processes(error: Exception) -> None:
+    found = Failure(**json.loads(json.dumps(asdict(Failure.of(error))))).error(ChildError)
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    if isinstance(error, MissingExtraError):
+        assert vars(found)["extra"] == "openvino"
+
+
+def test_an_error_of_no_class_of_ours_is_its_base() -> None:
+    class OddError(RangeError):
+        pass
+
+    assert type(Failure.of(OddError("odd")).error(ChildError)) is RangeError
+
+
 def test_an_unknown_function_is_an_error() -> None:
     with pytest.raises(ChildError, match="ModuleNotFoundError: No module named 'nowhere'"):
         run_in_child("nowhere:build", {})
@@ -171,7 +196,10 @@ def test_a_background_job_works_while_we_do_and_gives_its_progress_when_asked() 
 
 
 def test_a_background_jobs_error_keeps_its_class() -> None:
-    with BackgroundJob("jobs:refuse", {}) as child, pytest.raises(InputError, match=r"^height 500 is not good: use 512"):
+    with (
+        BackgroundJob("jobs:refuse", {}) as child,
+        pytest.raises(InputError, match=r"^height 500 is not good: use 512"),
+    ):
         child.result()
 
 

@@ -71,7 +71,7 @@ def test_bf16_is_close_to_fp32_because_the_noise_is_the_same(report: Report) -> 
     assert 25 < found.psnr_mean_db < 70
 
 
-def test_the_student_is_compared_with_the_teacher_and_is_its_own_truth(report: Report) -> None:
+def test_the_student_is_compared_with_the_teacher_and_is_its_own_reference(report: Report) -> None:
     tiny = report.result("tiny eager")
     assert tiny.against_eager is None
     assert tiny.against_teacher is not None
@@ -98,11 +98,11 @@ def test_images_are_those_of_diffusers_with_the_same_seed(report: Report) -> Non
 
 
 def test_baselines_prefer_float32() -> None:
-    half, truth = Subject("half", "m", precision="bf16"), Subject("truth", "m")
+    half, full = Subject("half", "m", precision="bf16"), Subject("full", "m")
     engine = Subject("engine", "m", "openvino", bundle=Path("b"))
-    assert find_baselines(engine, [half, truth, engine], None) == {"eager": "truth"}
+    assert find_baselines(engine, [half, full, engine], None) == {"eager": "full"}
     assert find_baselines(engine, [half, engine], None) == {"eager": "half"}
-    assert find_baselines(truth, [half, truth, engine], "half") == {"baseline": "half"}
+    assert find_baselines(full, [half, full, engine], "half") == {"baseline": "half"}
 
 
 def test_random_weights_are_said() -> None:

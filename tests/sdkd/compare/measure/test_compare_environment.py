@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional
 
 import sdkd.compare.measure.environment as surroundings
-import sdkd.compare.measure.peaks as peaks
 from sdkd.compare.measure.environment import attention_kernel, busy, environment, gpu_state, state_after
 
 
@@ -103,19 +102,18 @@ class Nvml:
 
 
 def test_a_gpu_is_read_by_nvml_as_far_as_it_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (surroundings, peaks):
-        monkeypatch.setattr(module, "nvml_device", lambda device: (Nvml(), "handle"))
+    monkeypatch.setattr(surroundings, "nvml_device", lambda device: (Nvml(), "handle"))
     assert gpu_state("cuda") == {
         "sm_mhz": 1980, "memory_mhz": 2619, "power_limit_w": 700.0, "temperature_c": 41, "busy_percent": 3,
     }  # fmt: skip
-    assert peaks.gpu_used("cuda") == 5_000_000_000
+    assert surroundings.gpu_used("cuda") == 5_000_000_000
     monkeypatch.setattr(os, "getpid", lambda: 7)  # as in a container, where NVML knows it by another number
-    assert peaks.gpu_used("cuda") is None
+    assert surroundings.gpu_used("cuda") is None
 
 
 def test_on_a_cpu_there_is_no_gpu_memory() -> None:
-    assert (peaks.gpu_used("cpu"), peaks.torch_peak("cpu"), gpu_state("cpu")) == (None, None, None)
-    assert peaks.peak_rss() >= peaks.rss() // 2 > 0
+    assert (surroundings.gpu_used("cpu"), surroundings.torch_peak("cpu"), gpu_state("cpu")) == (None, None, None)
+    assert surroundings.peak_rss() >= surroundings.rss() // 2 > 0
 
 
 def test_the_kernel_is_the_one_that_ran() -> None:

@@ -6,18 +6,17 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
-import compare_drags
 import pytest
+from compare_faults import HOG_BYTES, Fault, Faulty, die, fail, hog, leave, nap
 from compare_models import engine_models
 
-import sdkd.compare.measure.cases as cases
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.calls import UNET, Request
-from sdkd.compare.measure.isolation import Child, Failure, _describe, _error, _how_it_ended
-from sdkd.compare.measure.peaks import Memory
+from sdkd.compare.measure.environment import Memory
+from sdkd.compare.measure.isolation import IsolatedRunner, _how_it_ended
 from sdkd.compare.measure.results import Report
-from sdkd.compare.measure.worker import Job, Worker
-from sdkd.errors import EngineError, InputError, MissingExtraError, ModelError, RangeError, SdkdError
+from sdkd.compare.measure.runner import LocalRunner, RunConfig
+from sdkd.errors import EngineError, InputError, ModelError
 
 QUICK: dict[str, Any] = {"prompts": ["a red star", "a blue ring"], "steps": 2, "runs": 3, "min_seconds": 0.0}
 REQUEST = Request(("a red star",), 2, 7.5, 0, 32)
@@ -29,13 +28,15 @@ def subjects() -> list[Subject]:
     return [Subject(LABELS[0], model), Subject(LABELS[1], model, "onnxruntime", bundle=bundle)]
 
 
+def faulty(subject: Subject, fault: Fault) -> Faulty:
+    return Faulty(**vars(subject), fault=fault)
+
+
 @pytest.fixture(scope="module")
 def isolated() -> Report:
     """Both subjects, each in a process of its own: one sleeps in every UNet call, the other takes 300 MB."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cases.DRAG, LABELS[0], 0.05)
-        patch.setitem(cases.DRAG, LABELS[1], compare_drags.hog)
-        return compare(subjects(), isolate=True, **QUICK)
+    eager, engine = (faulty(subject, fault) for subject, fault in zip(subjects(), (nap, hog), strict=True))
+    return compare([eager, engine], isolate=True, **QUICK)
 
 
 def pixels(report: Report, label: str) -> list[bytes]:
@@ -64,7 +65,7 @@ def test_the_peak_of_memory_is_each_subjects_own(isolated: Report) -> None:
     quiet, loud = (isolated.result(label).memory for label in LABELS)
     assert quiet.peak_rss is not None
     assert loud.peak_rss is not None
-    assert 0 < quiet.peak_rss < compare_drags.HOG_BYTES < loud.peak_rss
+    assert 0 < quiet.peak_rss < HOG_BYTES < loud.peak_rss
     assert min(quiet.base_rss, loud.base_rss) > 50_000_000  # libraries were there before
     row = isolated.to_json()["results"][1]
     assert (row["peak_rss_bytes"], row["base_rss_bytes"]) == (loud.peak_rss, loud.base_rss)
@@ -86,11 +87,9 @@ def test_parts_have_samples_of_their_own(isolated: Report) -> None:
         assert row["rest_ms"] == pytest.approx(rest - row["unet_calls"] * row["unet_step_ms"]["median"])
 
 
-def test_a_subject_whose_process_is_ended_is_a_row_and_its_images_stay_the_reference(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(cases.DRAG, LABELS[0], compare_drags.die)
-    report = compare(subjects(), isolate=True, **QUICK)
+def test_a_subject_whose_process_is_ended_is_a_row_and_its_images_stay_the_reference() -> None:
+    eager, engine = subjects()
+    report = compare([faulty(eager, die), engine], isolate=True, **QUICK)
     assert multiprocessing.active_children() == []
     (failed,) = report.failed
     assert failed.subject.label == LABELS[0]
@@ -114,15 +113,15 @@ def test_errors_of_a_process_are_the_same_errors_here(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_process_goes_on_after_an_error_and_ends_when_it_is_told() -> None:
-    child = Child(Job(subjects()[0], "cpu", drag=compare_drags.fail))
+def test_a_process_goes_on_after_an_error_and_ends_when_it_is_closed() -> None:
+    child = IsolatedRunner(faulty(subjects()[0], fail), RunConfig("cpu"))
     try:
         assert child.open().unet_parameters > 0
         with pytest.raises(
             EngineError, match=r"'right eager' failed while it was warmed up: ValueError: planted; --debug shows where"
         ) as caught:
             child.warm(UNET, REQUEST)
-        assert "compare_drags.py" in caught.value.__notes__[0]  # where, for --debug
+        assert "compare_faults.py" in caught.value.__notes__[0]  # where, for --debug
         assert len(child.images(REQUEST, 0).images) == 1
     finally:
         child.close()
@@ -130,7 +129,7 @@ def test_a_process_goes_on_after_an_error_and_ends_when_it_is_told() -> None:
 
 
 def test_a_process_that_leaves_by_itself_is_one_message() -> None:
-    child = Child(Job(subjects()[0], "cpu", drag=compare_drags.leave))
+    child = IsolatedRunner(faulty(subjects()[0], leave), RunConfig("cpu"))
     try:
         child.open()
         with pytest.raises(EngineError, match="process of 'right eager' was ended with status 3 while it was timed"):
@@ -140,44 +139,16 @@ def test_a_process_that_leaves_by_itself_is_one_message() -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        RangeError("too large"),
-        MissingExtraError("openvino", "openvino", "target 'openvino'"),
-        FileNotFoundError(2, "No such file or directory", "x.json"),
-    ],
-)
-def test_errors_pass_a_pipe(error: Exception) -> None:
-    found = _error(_describe(error), "a", "open")
-    assert type(found) is type(error)
-    assert str(found) == str(error)
-    if isinstance(error, MissingExtraError):
-        assert vars(found)["extra"] == "openvino"
-
-
-def test_an_error_of_no_class_of_ours_is_its_base() -> None:
-    class OddError(RangeError):
-        pass
-
-    failure = _describe(OddError("odd"))
-    assert isinstance(failure, Failure)
-    assert failure.kind == "RangeError"
-    assert isinstance(_error(failure, "a", "open"), SdkdError)
-
-
-@pytest.mark.parametrize(
     ("status", "words"),
     [
-        (-9, ("by SIGKILL", "most likely the system ran out of memory; compare fewer")),
-        (-11, ("by SIGSEGV", "a library of its target crashed; build its engines again")),
-        (7, ("with status 7", "look at what it printed above")),
-        (None, ("with status None", "look at what it printed above")),
+        (-9, "by SIGKILL while it was timed: most likely the system ran out of memory; compare fewer"),
+        (-11, "by SIGSEGV while it was timed: a library of its target crashed; build its engines again"),
+        (7, "with status 7 while it was timed: look at what it printed above"),
+        (None, "with status None while it was timed: look at what it printed above"),
     ],
 )
-def test_how_a_process_ended_in_words(status: int | None, words: tuple[str, str]) -> None:
-    how, advice = _how_it_ended(status)
-    assert how == words[0]
-    assert advice.startswith(words[1])
+def test_how_a_process_ended_in_words(status: int | None, words: str) -> None:
+    assert _how_it_ended(status, "it was timed").startswith(words)
 
 
 def test_peaks_of_two_processes_of_one_subject_are_the_larger_ones() -> None:
@@ -186,8 +157,8 @@ def test_peaks_of_two_processes_of_one_subject_are_the_larger_ones() -> None:
 
 
 def test_a_scheduler_may_call_the_unet_more_often_than_it_is_asked_for_steps() -> None:
-    worker = Worker(Job(subjects()[0], "cpu", "heun", size=(32, 32)))
-    opened = worker.open()
+    runner = LocalRunner(subjects()[0], RunConfig("cpu", scheduler="heun", size=(32, 32)))
+    opened = runner.open()
     assert (opened.size, opened.scheduler, opened.device) == ((32, 32), "HeunDiscreteScheduler", "cpu")
-    assert worker.images(REQUEST, 0).unet_calls == 2 * REQUEST.steps - 1
-    worker.close()
+    assert runner.images(REQUEST, 0).unet_calls == 2 * REQUEST.steps - 1
+    runner.close()

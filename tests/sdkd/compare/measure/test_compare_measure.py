@@ -10,9 +10,9 @@ import pytest
 from sdkd.compare.measure.stats import speedup
 from sdkd.compare.measure.timing import (
     MOST_WARM_CALLS,
+    LocalBench,
     Part,
     Sample,
-    Stand,
     Timer,
     burst_length,
     interleave,
@@ -105,9 +105,9 @@ def logged(clock: Clock, log: list[str], name: str) -> Callable[[], object]:
 
 def test_rounds_are_interleaved_and_the_first_call_of_a_burst_is_thrown_away() -> None:
     clock, log, names = Clock(), list[str](), ["a", "b", "c"]
-    stands = {name: Stand({"step": logged(clock, log, name)}, timer(clock)) for name in names}
+    benches = {name: LocalBench({"step": logged(clock, log, name)}, timer(clock)) for name in names}
     samples = interleave(
-        {name: lambda stand=stand: stand for name, stand in stands.items()}, [Part("step", 6, 0.0)], seed=3
+        {name: lambda bench=bench: bench for name, bench in benches.items()}, [Part("step", 6, 0.0)], seed=3
     )
     assert {name: [len(part) for part in parts["step"]] for name, parts in samples.items()} == {
         name: [2, 2, 2] for name in names
@@ -123,8 +123,8 @@ def test_rounds_are_interleaved_and_the_first_call_of_a_burst_is_thrown_away() -
 
 def test_a_part_with_rounds_of_its_own_is_timed_in_so_many_spread_over_all() -> None:
     clock, log = Clock(), list[str]()
-    stand = Stand({name: logged(clock, log, name) for name in ("step", "vae")}, timer(clock))
-    found = interleave({"a": lambda: stand}, [Part("step", 30, 0.0), Part("vae", 6, 0.0, rounds=3)])["a"]
+    bench = LocalBench({name: logged(clock, log, name) for name in ("step", "vae")}, timer(clock))
+    found = interleave({"a": lambda: bench}, [Part("step", 30, 0.0), Part("vae", 6, 0.0, rounds=3)])["a"]
     assert [len(part) for part in found["step"]] == [3] * 10
     assert [len(part) for part in found["vae"]] == [2] * 3
     assert [number for number in range(10) if Part("vae", 6, 0.0, 3).is_due(number, 10)] == [0, 4, 7]
@@ -133,7 +133,9 @@ def test_a_part_with_rounds_of_its_own_is_timed_in_so_many_spread_over_all() -> 
 
 def test_a_bench_that_was_opened_again_is_warmed_up_before_its_burst() -> None:
     clock, log = Clock(), list[str]()
-    samples = interleave({"a": lambda: Stand({"step": logged(clock, log, "a")}, timer(clock))}, [Part("step", 6, 0.0)])
+    samples = interleave(
+        {"a": lambda: LocalBench({"step": logged(clock, log, "a")}, timer(clock))}, [Part("step", 6, 0.0)]
+    )
     assert [len(part) for part in samples["a"]["step"]] == [2, 2, 2]
     assert len(log) == 3 * (3 + 2)
 
@@ -147,8 +149,8 @@ def test_a_planted_slowdown_is_found_under_drift_and_no_slowdown_is_a_tie(slower
         return lambda n: 0.1 * scale * (1 + 0.02 * clock.now) * (1 + 0.03 * noise.random())
 
     cases = {"base": clock.work(seconds(1.0, 0)), "subject": clock.work(seconds(slower, 1))}
-    stands = {name: Stand({"step": work}, timer(clock)) for name, work in cases.items()}
-    samples = interleave({name: lambda stand=stand: stand for name, stand in stands.items()}, [Part("step", 30, 0.0)])
+    benches = {name: LocalBench({"step": work}, timer(clock)) for name, work in cases.items()}
+    samples = interleave({name: lambda bench=bench: bench for name, bench in benches.items()}, [Part("step", 30, 0.0)])
     times = {name: [[sample.seconds for sample in part] for part in parts["step"]] for name, parts in samples.items()}
     ratio = speedup(times["base"], times["subject"])
     assert ratio is not None

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compare_faults import plant
 from compare_models import engine_models
 from typer.testing import CliRunner, Result
 
-import sdkd.compare.measure.cases as cases
+import sdkd.compare.measure.runner as runner
 import sdkd.compare.measure.subjects as kinds
-import sdkd.compare.measure.worker as worker
 from sdkd import cli
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.planning import Wish, _ranges, make_plan
@@ -42,7 +42,7 @@ class Clock:
         self.now += 0.001
         return self.now
 
-    def drag(self, seed: int, slower: float = 1.0) -> Callable[[], object]:
+    def delay(self, seed: int, slower: float = 1.0) -> Callable[[], object]:
         """A delay of 0.2 s, up to 5 % less or more at random, `slower` times as long."""
         noise = random.Random(seed)
 
@@ -75,12 +75,10 @@ def verdicts(folder: Path) -> dict[str, str]:
 
 def test_a_planted_slowdown_is_found_and_none_is_a_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, labels = Clock(), ("bundle eager", "bundle onnxruntime")
-    monkeypatch.setattr(worker, "Timer", functools.partial(Timer, clock=clock, cpu_clock=clock))
-    for seed, label in enumerate(labels):
-        monkeypatch.setitem(cases.DRAG, label, clock.drag(seed))
+    monkeypatch.setattr(runner, "Timer", functools.partial(Timer, clock=clock, cpu_clock=clock))
+    plant(monkeypatch, {label: clock.delay(seed) for seed, label in enumerate(labels)})
     assert call("--output", str(tmp_path / "old")).exit_code == 0
-    for seed, (label, slower) in enumerate(zip(labels, (1.0, 1.2), strict=True)):
-        monkeypatch.setitem(cases.DRAG, label, clock.drag(seed + 10, slower))
+    plant(monkeypatch, {labels[0]: clock.delay(10), labels[1]: clock.delay(11, slower=1.2)})
     old = str(tmp_path / "old" / "report.json")
     again = call("--output", str(tmp_path / "new"), "--against", old)
     assert again.exit_code == 1
@@ -157,7 +155,7 @@ def test_a_compiled_unet_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch)
         return graph.forward
 
     monkeypatch.setattr(kinds, "COMPILER", {**kinds.COMPILER, "backend": backend})
-    monkeypatch.setitem(cases.DRAG, "right compile", lambda: known.append(len(graphs)))
+    plant(monkeypatch, {"right compile": lambda: known.append(len(graphs))})
     model = engine_models() / "right"
     report = compare([Subject("right eager", model), Subject("right compile", model, "compile")], **QUICK)
     row = report.result("right compile")

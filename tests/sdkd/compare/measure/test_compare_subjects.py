@@ -46,10 +46,10 @@ def test_names_for_people_and_files() -> None:
     assert Subject("Tiny (öpen) / VINO", "m").slug == "tiny-pen-vino"
 
 
-def test_the_truth_is_eager_in_float32() -> None:
-    assert Subject("x", "m").is_truth
-    assert not Subject("x", "m", precision="bf16").is_truth
-    assert not engine("openvino").is_truth
+def test_the_reference_is_eager_in_float32() -> None:
+    assert Subject("x", "m").is_reference
+    assert not Subject("x", "m", precision="bf16").is_reference
+    assert not engine("openvino").is_reference
 
 
 def test_an_engine_needs_a_bundle_and_a_known_precision() -> None:

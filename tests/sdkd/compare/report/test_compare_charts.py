@@ -8,7 +8,7 @@ import re
 import pytest
 from planted_report import planted_report
 
-from sdkd.compare.measure.peaks import Memory
+from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.stats import Spread
 from sdkd.compare.report.bars import RIDGE_BINS, latency_bars, latency_ridges, memory_bars, nice_ceiling, tick
 from sdkd.compare.report.charts import place_labels, plots, scatter
