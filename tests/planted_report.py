@@ -10,11 +10,10 @@ from PIL import Image, ImageDraw
 
 from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.limits import Ceilings, Work, fraction
-from sdkd.compare.measure.quality import Likeness, likeness
+from sdkd.compare.measure.quality import Likeness, judge_engine, likeness
 from sdkd.compare.measure.results import Report, Result, Setup
 from sdkd.compare.measure.stats import Spread, speedup
 from sdkd.compare.measure.subjects import Subject
-from sdkd.compare.measure.verdicts import judge_engine
 
 PROMPTS = (
     "a large red star on a blue background",

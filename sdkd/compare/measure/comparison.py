@@ -21,6 +21,7 @@ from sdkd.compare.measure.cases import (
 from sdkd.compare.measure.environment import environment, state_after
 from sdkd.compare.measure.isolation import prepare_children
 from sdkd.compare.measure.pictures import Size
+from sdkd.compare.measure.quality import judge_engine
 from sdkd.compare.measure.references import ReferenceImages, find_references
 from sdkd.compare.measure.refusals import check_asked, check_models
 from sdkd.compare.measure.results import Report, Result, Setup
@@ -28,7 +29,6 @@ from sdkd.compare.measure.runner import RunConfig
 from sdkd.compare.measure.stats import CONFIDENCE, Ratio, Spread, speedup
 from sdkd.compare.measure.subjects import TEACHER, Failed, Subject, check_subjects, has_random_weights, size_on_disk
 from sdkd.compare.measure.timing import Sample, Timer
-from sdkd.compare.measure.verdicts import judge_engine
 from sdkd.core.console import Progress, quiet, within
 from sdkd.errors import InputError
 

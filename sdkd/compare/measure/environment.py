@@ -179,7 +179,7 @@ def attention_kernel(work: Callable[[], object]) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one case took, in bytes; None where it cannot be told.
+    """What one case took, in bytes; None where it is not known.
 
     `peak_rss`: growth from the fresh process (`base_rss`, libraries imported) to its peak; only in a process of its
     own. `peak_gpu`: the process on the GPU, its context included (NVML). `peak_torch`: PyTorch's tensors on the GPU.

@@ -1,4 +1,4 @@
-"""How far images are from other images of the same prompt and seed."""
+"""How far images are from other images of the same prompt and seed, and the rules that engine images must keep."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from sdkd.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sdkd.compare.measure.subjects import Subject
+
 Perceptual = Callable[["Image", "Image"], float | None]
 """A distance of an image to its reference, such as LPIPS: 0 when they are equal, None when they are too small."""
 
 # What an identical image counts in a mean: one grey level in one channel of one 512x512 pixel is 107 dB, of one
 # 64x64 pixel 89 dB.
 IDENTICAL_DB = 100.0
+FP32_LEAST_DB = 40.0
+HALF_MARGIN_DB = 1.0
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels
 SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
@@ -162,3 +166,43 @@ def likeness(
         raise InputError(f"{len(images)} images against {len(references)} references: give as many of each, at least 1")
     pairs = zip(images, references, strict=True)
     return Likeness(reference, tuple(image_likeness(*pair, perceptual) for pair in pairs))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a rule holds (None: could not be judged), the rule, and what was found."""
+
+    ok: bool | None
+    rule: str
+    found: str
+
+
+def judge_engine(subject: Subject, against_eager: Likeness | None, eager_half: Likeness | None) -> Verdict | None:
+    """The verdict on an engine; None for an eager subject, which is the measure itself.
+
+    `eager_half`: eager in the engine's own half precision against the same float32 images.
+    """
+    if subject.is_eager:
+        return None
+    if subject.precision == "fp32":
+        return _judge_fp32(against_eager)
+    return _judge_half(subject.precision, against_eager, eager_half)
+
+
+def _judge_fp32(found: Likeness | None) -> Verdict:
+    rule = f"every image is at least {FP32_LEAST_DB:.0f} dB PSNR from eager fp32"
+    if found is None:
+        return Verdict(None, rule, "no eager images to compare with")
+    return Verdict(found.psnr_min_db >= FP32_LEAST_DB, rule, f"worst image {_db(found, worst=True)}")
+
+
+def _judge_half(precision: str, found: Likeness | None, eager: Likeness | None) -> Verdict:
+    rule = f"no further from eager fp32 than eager {precision} is, within {HALF_MARGIN_DB:.0f} dB of mean PSNR"
+    if found is None or eager is None:
+        return Verdict(None, rule, f"no eager {'fp32' if found is None else precision} images to compare with")
+    ok = found.psnr_mean_db >= eager.psnr_mean_db - HALF_MARGIN_DB
+    return Verdict(ok, rule, f"{_db(found)}, eager {precision} {_db(eager)}")
+
+
+def _db(found: Likeness, worst: bool = False) -> str:
+    return "identical" if found.identical else f"{found.psnr_min_db if worst else found.psnr_mean_db:.1f} dB"

@@ -12,10 +12,9 @@ from sdkd.compare.measure.against import THRESHOLD, Against, differences_of
 from sdkd.compare.measure.earlier import Earlier, parse_report
 from sdkd.compare.measure.environment import Memory, busy
 from sdkd.compare.measure.limits import Ceilings, Limit, Work
-from sdkd.compare.measure.quality import Likeness
+from sdkd.compare.measure.quality import Likeness, Verdict
 from sdkd.compare.measure.stats import Ratio, Spread
 from sdkd.compare.measure.subjects import Failed, Subject
-from sdkd.compare.measure.verdicts import Verdict
 from sdkd.errors import EngineError, InputError, ParityError, SdkdError
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sdkd.compare.measure.quality import ImageLikeness, Likeness
+from sdkd.compare.measure.quality import ImageLikeness, Likeness, Verdict, judge_engine
 from sdkd.compare.measure.subjects import Subject
-from sdkd.compare.measure.verdicts import Verdict, judge_engine
 
 
 def engine(precision: str) -> Subject:
