@@ -153,11 +153,8 @@ def prepare_children() -> None:
 def _start(process: Any) -> None:
     """Start a child that never hears Ctrl-C, which ends this process, and so the child."""
     prepare_children()
-    if _context().get_start_method() == "forkserver":
-        with inherited():
-            process.start()  # waits for the server, which may still import: must hear Ctrl-C
-        return
-    with _no_interrupts(), inherited():
+    forked = _context().get_start_method() == "forkserver"  # from a server that may still import: must hear Ctrl-C
+    with contextlib.nullcontext() if forked else _no_interrupts(), inherited():
         process.start()
 
 

@@ -83,7 +83,7 @@ class SubjectRunner(Protocol):
         """What it took until now."""
 
     def close(self) -> None:
-        """Let go of the subject, whatever it is doing."""
+        """Unload the subject, whatever it is doing."""
 
 
 class LocalRunner:
