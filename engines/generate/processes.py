@@ -10,10 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 from sdkd.core.console import Progress, progress, quiet
+from sdkd.core.interrupts import ENDING, handling
 from sdkd.errors import InputError
 from sdkd.targets.registry import check_target
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
 _PATIENCE = timedelta(days=30)  # a process waits for the slowest, which may have hours to go; torchrun ends orphans
 
 
@@ -61,15 +61,8 @@ def ended_like_ctrl_c(state: Any) -> Iterator[None]:
     comes while they clean up. Not for waiting: a process that waits for others hears nothing, and the launcher would
     wait for it.
     """
-    if state.num_processes == 1:
+    with handling(_interrupt_once, *ENDING) if state.num_processes > 1 else contextlib.nullcontext():
         yield
-        return
-    before = {number: signal.signal(number, _interrupt_once) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _interrupt_once(number: int, frame: object) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM)
 _heard: list[int] = []  # the signals of this process, in order
 
 
@@ -27,7 +27,7 @@ def hear_signals() -> None:
     if int(os.environ.get("RANK", "0")) != 0:
         return
     usual = (signal.default_int_handler, signal.SIG_DFL)
-    for number in _ENDING:
+    for number in ENDING:
         if signal.getsignal(number) in usual:
             signal.signal(number, _interrupt)
 
@@ -62,6 +62,18 @@ def ended(said: str) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
+def handling(handler: Any, *numbers: int) -> Iterator[None]:
+    """Inside, these signals go to `handler`; outside the main thread nothing is changed."""
+    here = numbers if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in here}
+    try:
+        yield
+    finally:
+        for number, handled in before.items():
+            signal.signal(number, handled)
+
+
+@contextlib.contextmanager
 def between_steps() -> Iterator[Callable[[], None]]:
     """Inside, the first signal only sets a flag; the function given, called between steps, then does what is due.
 
@@ -69,7 +81,7 @@ def between_steps() -> Iterator[Callable[[], None]]:
     outside the main thread nothing is changed.
     """
     heard: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[int, Any] = {number: found for number in ENDING if callable(found := signal.getsignal(number))}
 
     def handle(number: int, frame: Any) -> None:
         if heard:
@@ -82,16 +94,10 @@ def between_steps() -> Iterator[Callable[[], None]]:
         elif _heard:  # its exception was dropped before, in a `__del__`
             raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        before = {number: found for number in _ENDING if callable(found := signal.getsignal(number))}
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield check
-    except Exception:
-        if "RANK" in os.environ:  # the other processes of a launcher have left already: that is why this one failed
-            check()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(handle, *before):
+        try:
+            yield check
+        except Exception:
+            if "RANK" in os.environ:  # the other processes of a launcher have left already: that is why this one failed
+                check()
+            raise

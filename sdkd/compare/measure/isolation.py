@@ -12,7 +12,6 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from sdkd.compare.measure.environment import Memory
@@ -20,6 +19,7 @@ from sdkd.compare.measure.runner import LIBRARIES, Drawn, LocalRunner, Opened, R
 from sdkd.compare.measure.subjects import Subject
 from sdkd.compare.measure.timing import Sample
 from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, inherited, live_as_child
+from sdkd.core.interrupts import handling
 from sdkd.errors import EngineError
 
 if TYPE_CHECKING:
@@ -158,17 +158,9 @@ def _start(process: Any) -> None:
         process.start()
 
 
-@contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
+def _no_interrupts() -> contextlib.AbstractContextManager[None]:
     """Processes that are started within ignore SIGINT; only the main thread can arrange for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return handling(signal.SIG_IGN, signal.SIGINT)
 
 
 def serve(connection: Connection, subject: Subject, config: RunConfig) -> None:
