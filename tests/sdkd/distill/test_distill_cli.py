@@ -243,7 +243,7 @@ def test_import_is_light() -> None:
         "print([n for n in ('torch', 'diffusers') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.strip() == "[]"
 
 
 def test_tensorboard_gets_every_record(teacher: Path, data: Path, tmp_path: Path) -> None:
