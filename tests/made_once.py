@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -29,5 +30,7 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=shared_root()) as partial:
                 make(Path(partial) / name)
+                gc.collect()
+                gc.freeze()  # exporters' libraries, loaded here: see conftest.py
                 (Path(partial) / name).rename(folder)
     return folder

@@ -25,13 +25,13 @@ from made_once import made_once
 
 from export import export_pipeline
 from export.check.parity import Reference, case_inputs, parity_cases, run_eager
-from export.graph.components import component_module, graph_module, module_contract
+from export.graph.components import component_module, graph_module
 from export.graph.precision import cast
-from export.graph.to_onnx import GRAPH, OnnxGraph, save, to_onnx
+from export.graph.to_onnx import GRAPH, OnnxGraph
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
 from sdkd.core.contract import Contract
-from sdkd.core.files import read_json, write_json
+from sdkd.core.files import read_json
 from sdkd.models.exportable import module_config
 
 # The smallest UNet that there is: one level.
@@ -74,30 +74,28 @@ def bundle_copy(folder: Path) -> Bundle:
 @cache
 def small_graph(component: str) -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
     """One component of the bundle: its module, graph, contract, and the graph's file."""
-    bundle = small_bundle()
+    return _graph(small_bundle(), component, component_module(small_pipeline(), component))
+
+
+def _graph(
+    bundle: Bundle, component: str, module: torch.nn.Module
+) -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
     record, file = bundle.component(component), bundle.path / component / GRAPH
     transforms, unmatched = read_json(file.parent / TRANSFORMS_FILE), tuple(record.details["unmatched_weights"])
     graph = OnnxGraph(onnx_ir.load(file), record.opset, transforms, unmatched, record.details["float32_nodes"])
-    return component_module(small_pipeline(), component), graph, record.contract, file
+    return module, graph, record.contract, file
+
+
+def half_bundle() -> Bundle:
+    """UNet and VAE's decoder in fp16, not checked; read it, do not change it."""
+    options: dict[str, Any] = {"precision": "fp16", "components": ("unet", "vae_decoder"), "verify": False}
+    return Bundle.open(made_once("exported-half", lambda path: export_pipeline(small_pipeline(), path, **options)))
 
 
 @cache
 def half_unet() -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
     """The UNet in fp16, as `small_graph` gives it."""
-    module = cast(small_pipeline().unet, "fp16")
-    contract = module_contract("unet", module, "fp16")
-
-    def export(folder: Path) -> None:
-        graph = to_onnx(module, contract, module_config(module))
-        save(graph, folder)
-        write_json(folder / TRANSFORMS_FILE, dict(graph.transforms))
-        write_json(folder / "more.json", [graph.opset, graph.unmatched, dict(graph.float_nodes)])
-
-    folder = made_once("half-unet", export)
-    opset, unmatched, islands = read_json(folder / "more.json")
-    transforms = read_json(folder / TRANSFORMS_FILE)
-    graph = OnnxGraph(onnx_ir.load(folder / GRAPH), opset, transforms, tuple(unmatched), islands)
-    return module, graph, contract, folder / GRAPH
+    return _graph(half_bundle(), "unet", cast(small_pipeline().unet, "fp16"))
 
 
 def half_decoder(precision: str) -> Path:

@@ -13,31 +13,39 @@ import psutil
 import pytest
 from ctrl_c import interrupted
 from helpers import tiny_pipeline
+from small_bundles import small_pipeline
 
 MARK = "SDKD_TEST_MARK"  # a variable by which processes of a command are known
 # Each command with a sign (in what it prints) that it is in the middle of its work; `cache` is interrupted in
 # tests/sdkd/distill/test_distill_cache_job.py, and finetune and lora are distill's run.
 COMMANDS = {
-    "student": (["student", "{model}", "{out}", "--student", "tiny"], None),
+    "student": (["student", "{teacher}", "{out}", "--student", "tiny"], None),
     "distill": (
         [
-            *("distill", "--teacher", "{model}", "--student", "tiny", "--data", "demo"),
+            *("distill", "--teacher", "{teacher}", "--student", "tiny", "--data", "demo"),
             *("--output", "{out}", "--steps", "100000", "--device", "cpu"),
         ],
         "encoding",
     ),
     "export": (["export", "{model}", "{out}"], "unet"),
     "build-engine": (["build-engine", "{model}", "--target", "openvino", "--output", "{out}"], "unet"),
-    "compare": (["compare", "{model}", "--targets", "eager", "--runs", "100000", "--output", "{out}"], "timing"),
+    "compare": (
+        [
+            *("compare", "{model}", "--targets", "eager", "--prompts", "a cat", "--steps", "1"),
+            *("--runs", "100000", "--output", "{out}"),
+        ],
+        "timing",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline on disk."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pipelines on disk: a teacher that has students, and a smaller one."""
+    home = tmp_path_factory.mktemp("models")
+    tiny_pipeline().save_pretrained(home / "teacher")
+    small_pipeline().save_pretrained(home / "model")
+    return {name: home / name for name in ("teacher", "model")}
 
 
 def _marked(mark: str) -> list[str]:
@@ -58,11 +66,11 @@ def _begun(log: Path, sign: str | None) -> bool:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_interrupted_command_leaves_nothing_half_written(name: str, model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_command_leaves_nothing_half_written(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     words, sign = COMMANDS[name]
     work = tmp_path / "work"
     work.mkdir()
-    arguments = [word.format(model=model, out=work / "out") for word in words]
+    arguments = [word.format(**models, out=work / "out") for word in words]
     log = tmp_path / "log"
     status = interrupted(
         [sys.executable, "-m", "sdkd.cli", *arguments],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,14 @@ def compiled(model: Any, hint: str) -> Any:
     return openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("timestep", TIMESTEPS)
-def test_the_graph_computes_what_it_did(graphs: Path, timestep: float, batch: int) -> None:
+def test_the_graph_computes_what_it_did(graphs: Path) -> None:
     model = opened(graphs)
-    before = run(compiled(model, "f32"), feeds(timestep, batch))
+    before = compiled(model, "f32")
     assert keep_timesteps(openvino_core(), model) == 2  # a sine and a cosine
-    assert error(run(compiled(model, "f32"), feeds(timestep, batch)), before) < 1e-5
+    after = compiled(model, "f32")
+    for timestep, batch in itertools.product(TIMESTEPS, (1, 3)):
+        given = feeds(timestep, batch)
+        assert error(run(after, given), run(before, given)) < 1e-5
 
 
 def test_a_graph_without_timesteps_stays_as_it_is(graphs: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, UNet2DCondi
 from diffusers import StableDiffusionInstructPix2PixPipeline as Pix2Pix
 from helpers import CROSS, UP, fixed_weights
 from small_bundles import UNET, VAE, small_controlnet, small_pipeline
+from small_exports import small_bundle
 
 from engines.generate.image_inputs import EDIT, PIPELINE_KINDS, TEXT
 from export import build_engine, export_pipeline
@@ -34,13 +35,13 @@ LEVEL: dict[str, Any] = {
 RANGES = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 
 
-def model(folder: Path, channels: int) -> Path:
-    """The small pipeline in its folder, with a UNet of so many input channels."""
+def model(folder: Path, channels: int, **others: Any) -> Path:
+    """The small pipeline in its folder, with a UNet of so many input channels, and other parts."""
     parts: dict[str, Any] = small_pipeline().components
     unet = fixed_weights(UNet2DConditionModel(**UNET | LEVEL | {"in_channels": channels}), 3)
     kind = {9: StableDiffusionInpaintPipeline, 8: Pix2Pix}.get(channels, type(small_pipeline()))
     taken = {name: value for name, value in parts.items() if name != "image_encoder" or channels != 8}
-    pipe = kind(**taken | {"unet": unet}, requires_safety_checker=False)
+    pipe = kind(**taken | {"unet": unet} | others, requires_safety_checker=False)
     pipe.save_pretrained(folder)
     return folder
 
@@ -67,9 +68,10 @@ def test_models_that_look_at_images_run_eagerly(tmp_path: Path, channels: int, c
 def test_a_bundle_with_other_parts_is_compared_with_the_eager_model_that_has_them(tmp_path: Path) -> None:
     one = {name: value for name, value in LEVEL.items() if name != "up_block_types"}
     small_controlnet(**one).save_pretrained(tmp_path / "controlnet")
-    fixed_weights(AutoencoderKL(**VAE), 9).save_pretrained(tmp_path / "vae")
-    others = {"controlnet": tmp_path / "controlnet", "vae": tmp_path / "vae"}
-    bundle = export_pipeline(model(tmp_path / "model", 9), tmp_path / "bundle", verify=False, **others)
+    small_pipeline().vae.save_pretrained(tmp_path / "vae")
+    others = {"controlnet": tmp_path / "controlnet", "vae": tmp_path / "vae", "reuse": [small_bundle().path]}
+    own = fixed_weights(AutoencoderKL(**VAE), 9)
+    bundle = export_pipeline(model(tmp_path / "model", 9, vae=own), tmp_path / "bundle", verify=False, **others)
     report = measured(build_engine(bundle, "onnxruntime", ranges=RANGES).path)
     eager, engine = report.results
     assert (eager.subject.target, engine.subject.target) == ("eager", "onnxruntime")
