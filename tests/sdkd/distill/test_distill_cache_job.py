@@ -13,7 +13,8 @@ from ctrl_c import interrupted
 from helpers import tiny_pipeline
 from PIL import Image
 
-from sdkd.distill.cache_cli import CacheJob, run
+from sdkd.core.child import ChildError
+from sdkd.distill.cache_cli import CacheJob, _failed, run
 from sdkd.distill.data.cache import open_cache
 from sdkd.errors import InterruptedRunError, OutputExistsError, SdkdError
 
@@ -74,6 +75,13 @@ def test_ctrl_c_ends_all_processes(model: Path, tmp_path: Path) -> None:
     assert "index.json" not in names
     assert not [name for name in names if name.endswith(".partial")]
     assert len(list(out.glob("latents-*.json"))) >= 2
+
+
+def test_why_a_process_failed_is_one_message() -> None:
+    ended = ChildError("the process was ended by SIGKILL", ("encoding", "Killed"), "SIGKILL")
+    words = "process 2 of the cache ended by SIGKILL: run again, it goes on; it said: encoding\nKilled"
+    assert _failed(1, ended) == words
+    assert _failed(1, ChildError("ValueError: odd")) == "a process of the cache failed: ValueError: odd"
 
 
 def test_ctrl_c_says_what_is_kept(model: Path, tmp_path: Path) -> None:
