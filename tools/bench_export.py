@@ -47,8 +47,9 @@ OPTIMUM = (
 _SAVE = """
 import sys
 from pathlib import Path
-from sdkd.models.resolve import load_eager, save_pipeline
-save_pipeline(load_eager(sys.argv[1]), Path(sys.argv[2]))
+from sdkd.models.resolve import load_eager
+from sdkd.models.diffusers_folder import write_pipeline
+write_pipeline(load_eager(sys.argv[1]), Path(sys.argv[2]))
 """
 
 

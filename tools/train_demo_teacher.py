@@ -248,7 +248,7 @@ def pack(args: argparse.Namespace, log: Log) -> None:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     from sdkd.core.files import new_folder, read_json, write_json
-    from sdkd.models.resolve import write_pipeline
+    from sdkd.models.diffusers_folder import write_pipeline
 
     tokenizer, vae = new_tokenizer(args.work / "tokenizer"), new_vae()
     model, state = new_denoiser(tokenizer), torch.load(args.work / "unet.pt", weights_only=False)

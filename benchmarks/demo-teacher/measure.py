@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdkd.core.files import read_json, write_json
-from sdkd.demo.teacher import GUIDANCE_SCALE, STEPS, teacher_path
+from sdkd.demo.teacher import teacher_path
 from sdkd.toyworld.accuracy import CaptionAccuracy, draw
 from sdkd.toyworld.reader import read_image
 from sdkd.toyworld.scenes import SHAPES, Scene, all_scenes, caption, held_out_scenes, render, sample_scenes, seen_scenes
@@ -87,8 +87,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--scheduler", default=None, help="a diffusers scheduler class in place of the model's own")
     parser.add_argument("--count", type=int, default=200, help="seen captions; held-out captions are 3/5 of it")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=40)
     args = parser.parse_args()

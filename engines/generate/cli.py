@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.generate.drawing import Request, draw, draw_all, encode_png, engine_batch, in_batches, metadata
+from engines.generate.drawing import Request, draw_all, engine_batch, in_batches, metadata
 from engines.generate.image_inputs import (
     Inputs,
     as_pipeline,
@@ -36,11 +36,6 @@ from sdkd.models.resolve import Model, load_eager, resolve
 from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, set_scheduler
 from sdkd.models.source import ModelSource
 from sdkd.targets.registry import check_target
-
-__all__ = [
-    "SCHEDULERS", "Request", "check_bundle_size", "default_size", "draw", "draw_all", "drawn_size", "encode_png",
-    "generate", "load", "metadata", "output_files", "output_folder", "prompt_texts", "set_scheduler",
-]  # fmt: skip
 
 
 def generate(

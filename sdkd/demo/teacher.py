@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-STEPS = 25
-GUIDANCE_SCALE = 4.0
-
 
 def teacher_path() -> Path:
     """The diffusers folder of the teacher (half precision); ModelError when the package came without it."""

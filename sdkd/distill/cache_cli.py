@@ -18,8 +18,8 @@ from sdkd.core.files import check_free, lock, staged_folder
 from sdkd.core.marks import CACHE, proves
 from sdkd.core.outputs import check_place
 from sdkd.core.replace import sweep_inside
-from sdkd.distill.data.opening import CAPTION_COLUMNS, CaptionedImages, FirstImages, open_images
-from sdkd.distill.data.rows import check_columns, split_columns
+from sdkd.distill.data.opening import FirstImages, open_images
+from sdkd.distill.data.rows import CAPTION_COLUMNS, CaptionedImages, check_columns, split_columns
 from sdkd.errors import InputError, InterruptedRunError, TrainingError
 from sdkd.models.resolve import load_eager, resolve
 

@@ -17,8 +17,9 @@ from sdkd.core.console import Progress, quiet
 from sdkd.core.images import check_finite
 from sdkd.distill.data.encode import encode_captions, encode_image
 from sdkd.distill.data.latents import Latents
-from sdkd.distill.data.opening import CaptionedImages, row_caption, to_pixels
+from sdkd.distill.data.opening import to_pixels
 from sdkd.distill.data.reader import Reader
+from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError
 from sdkd.models.noise_schedule import scheduler_like
 

@@ -109,8 +109,8 @@ def _plan(models: Sequence[str], settings: Settings, data: Any) -> Plan:
 
 def _captions(data: Any, settings: Settings) -> tuple[str, ...]:
     """Captions of the data, at most as many as images are drawn; where one is missing the next stands for it."""
-    from sdkd.distill.data.opening import caption_at
     from sdkd.distill.data.reader import Reader
+    from sdkd.distill.data.rows import caption_at
 
     count = min(len(data), settings.images or 16)
     if (captions := getattr(data, "captions", None)) is not None:  # a cache

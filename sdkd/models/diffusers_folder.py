@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from sdkd.core.files import new_folder, read_json, sha256, write_bytes, write_json
+from sdkd.core.files import read_json, sha256, write_bytes, write_json
 from sdkd.core.model_numbers import config_problem
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.clip_tokenizer import bounded
@@ -196,24 +196,6 @@ def component_digest(folder: Path) -> str:
     return digest("\n".join([json.dumps(config, sort_keys=True), *(f"{file.name} {sha256(file)}" for file in files)]))
 
 
-def save_pipeline(
-    pipe: StableDiffusionPipeline,
-    folder: Path,
-    *,
-    unet: UNet2DConditionModel | None = None,
-    about: Mapping[str, Any] | None = None,
-    readme: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write a whole pipeline folder, all or nothing; `unet` replaces the pipeline's own, which stays untouched.
-
-    `about` becomes the folder's sdkd.json, by which it may be replaced later, and `readme` its model card. Raises
-    OutputExistsError, and InputError where the folder is the one that the pipeline was loaded from.
-    """
-    with new_folder(Path(folder), overwrite, [getattr(pipe, "name_or_path", None)]) as partial:
-        write_pipeline(pipe, partial, unet=unet, about=about, readme=readme)
-
-
 def write_pipeline(
     pipe: StableDiffusionPipeline,
     folder: Path,
@@ -222,7 +204,10 @@ def write_pipeline(
     about: Mapping[str, Any] | None = None,
     readme: str | None = None,
 ) -> None:
-    """What `save_pipeline` does, into a folder that is there: for callers that hold a `new_folder` of their own."""
+    """Write a whole pipeline into a folder; `unet` replaces the pipeline's own, which stays untouched.
+
+    `about` becomes the folder's sdkd.json, by which it may be replaced later, and `readme` its model card.
+    """
     whole = pipe
     if unet is not None:
         whole = type(pipe)(**(pipe.components | {"unet": unet}), requires_safety_checker=False)

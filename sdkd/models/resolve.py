@@ -15,13 +15,7 @@ from sdkd.core.files import read_json
 from sdkd.errors import ModelError
 from sdkd.models import single_file
 from sdkd.models.checkpoint import base_of, is_checkpoint, unet_folder
-from sdkd.models.diffusers_folder import (
-    check_pipeline_folder,
-    provenance,
-    quiet_libraries,
-    save_pipeline,
-    write_pipeline,
-)
+from sdkd.models.diffusers_folder import check_pipeline_folder, provenance, quiet_libraries
 from sdkd.models.families import student_names
 from sdkd.models.kinds import (
     BundleSource,
@@ -39,18 +33,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-__all__ = [
-    "Model",
-    "ModelSource",
-    "check_pipeline_folder",
-    "load_component",
-    "load_eager",
-    "load_rest",
-    "provenance",
-    "resolve",
-    "save_pipeline",
-    "write_pipeline",
-]
+__all__ = ["Model", "ModelSource", "load_component", "load_eager", "load_rest", "provenance", "resolve"]
 
 Model = str | Path | ModelSource
 """A model's name, or the model that was opened by it."""

@@ -13,7 +13,7 @@ import small_bundles
 from interop_environment import ROOT, EnvironmentFailedError, interop_python
 
 from export import export_pipeline
-from sdkd.models.resolve import save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]  # the first run installs Optimum
 
@@ -26,7 +26,7 @@ def test_optimum_is_compared_with_eager(tmp_path: Path) -> None:
             raise
         pytest.skip(f"{error} (with CI set this is a failure)")
     pipe = small_bundles.small_pipeline()
-    save_pipeline(pipe, tmp_path / "model")
+    write_pipeline(pipe, tmp_path / "model")
     bundle = export_pipeline(pipe, tmp_path / "bundle").path
     command = [python, optimum_compare.__file__, tmp_path / "model", bundle, tmp_path / "report.json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -19,7 +19,8 @@ from transformers import CLIPImageProcessor
 
 from export import export_pipeline
 from sdkd.core.files import sha256
-from sdkd.models.resolve import load_eager, save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.resolve import load_eager
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]  # the first run installs Optimum
 SMALL, DEMO = {"size": 32, "latents": 16}, {"size": 64, "latents": 8}
@@ -126,7 +127,7 @@ print(json.dumps([tokens, list(found["missing_keys"]), list(found["unexpected_ke
 def test_transformers_4_reads_the_text_encoder_and_tokenizer_of_a_folder_that_sdkd_wrote(
     python: Path, pipe: Any, tmp_path: Path
 ) -> None:
-    save_pipeline(pipe, tmp_path / "pipe")
+    write_pipeline(pipe, tmp_path / "pipe")
     done = subprocess.run([python, "-c", READ, tmp_path / "pipe"], capture_output=True, text=True, check=True)
     tokens, missing, unexpected, position = json.loads(done.stdout)
     assert tokens == pipe.tokenizer("a red <shape>").input_ids

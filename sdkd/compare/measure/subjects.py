@@ -153,7 +153,7 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
         assert subject.bundle is not None
         pipe = as_drawn(load_pipeline(subject.bundle, subject.target, torch_dtype=dtype))
     if scheduler is not None:
-        from engines.generate.cli import set_scheduler
+        from sdkd.models.schedulers import set_scheduler
 
         set_scheduler(pipe, scheduler)
     pipe.set_progress_bar_config(disable=True)

@@ -26,14 +26,13 @@ from sdkd.core.interrupts import between_steps
 from sdkd.core.marks import CACHE, proves
 from sdkd.distill.data.disk_cache import CAPTIONS, INDEX, MIRRORED, PLAIN, SCHEMA, SETTINGS, open_cache
 from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, model_digests, placed, too_long
-from sdkd.distill.data.opening import CaptionedImages, fingerprint, row_caption, to_pixels
+from sdkd.distill.data.opening import fingerprint, to_pixels
 from sdkd.distill.data.reader import Reader, check_unreadable
+from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError, OutputExistsError
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-__all__ = ["cache_settings", "open_cache", "prepare", "write_cache"]
 
 
 def write_cache(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.distill.data.latents import Latents
-from sdkd.distill.data.opening import CaptionedImages, fingerprint
+from sdkd.distill.data.opening import fingerprint
+from sdkd.distill.data.rows import CaptionedImages
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:

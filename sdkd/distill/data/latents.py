@@ -15,8 +15,9 @@ import torch
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import check_size, size_multiple, vae_scale
 from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, too_long
-from sdkd.distill.data.opening import CaptionedImages, row_caption, to_pixels
+from sdkd.distill.data.opening import to_pixels
 from sdkd.distill.data.reader import Reader
+from sdkd.distill.data.rows import CaptionedImages, row_caption
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline

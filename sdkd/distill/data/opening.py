@@ -10,26 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.core.images import to_rgb
 from sdkd.distill.data.image_folder import METADATA, ImageFolder, find_metadata
-from sdkd.distill.data.rows import CAPTION_COLUMNS, CaptionedImages, caption_at, caption_of, row_caption
+from sdkd.distill.data.rows import CAPTION_COLUMNS, CaptionedImages, caption_at
 from sdkd.distill.data.sources import open_source
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-
-__all__ = [
-    "CAPTION_COLUMNS",
-    "CaptionedImages",
-    "FirstImages",
-    "ImageFolder",
-    "caption_at",
-    "caption_of",
-    "fingerprint",
-    "open_images",
-    "row_caption",
-    "to_pixels",
-]
 
 # Named datasets live on floors above this one, so they are named here and imported on use.
 DATASETS = {"demo": "sdkd.demo.dataset:DemoImages"}

@@ -67,7 +67,7 @@ def _open_folder(path: Path, image_column: str | None, caption_columns: Sequence
     if tables := [*path.glob("*.parquet"), *path.glob("*/*.parquet")]:
         homes = [path, *sorted({table.parent for table in tables} - {path})]
         beside = any(file.suffix.lower() in SUFFIXES for file in files_below(path))
-        table = _table_of(path, tables) if beside else load_table(str(path))
+        table = _table_of(tables) if beside else load_table(str(path))
         try:
             return TableImages(table, image_column, caption_columns, str(path), homes)
         except InputError as error:
@@ -76,7 +76,7 @@ def _open_folder(path: Path, image_column: str | None, caption_columns: Sequence
     return None
 
 
-def _table_of(path: Path, tables: Sequence[Path]) -> Any:
+def _table_of(tables: Sequence[Path]) -> Any:
     """Parquet files beside images, which `datasets` would take instead: the files are named."""
     own = sorted(table for table in tables if not hidden(table.name))
     train = [table for table in own if "train" in re.split(r"[^a-z]+", table.stem.lower())]

@@ -13,9 +13,9 @@ import torch
 from sdkd.distill.data.draws import Draw, draw_at, draw_latents, draw_noise
 from sdkd.distill.data.encode import encode_image
 from sdkd.distill.data.latents import Latents, TextEmbeddings
-from sdkd.distill.data.opening import CaptionedImages, caption_at, row_caption
 from sdkd.distill.data.order import Order
 from sdkd.distill.data.reader import Reader
+from sdkd.distill.data.rows import CaptionedImages, caption_at, row_caption
 from sdkd.distill.training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from sdkd.core.console import Progress, quiet, within
 from sdkd.core.interrupts import between_steps
 from sdkd.distill.data.encode import said_of_cut
 from sdkd.distill.data.latents import Latents
-from sdkd.distill.data.opening import CaptionedImages
+from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, start_from, way_on
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.finite import NotFiniteError

@@ -160,7 +160,8 @@ def open_images_or_cache(data: str, image_column: str | None = None, caption_col
     """Images as `open_images` gives them, by default with its columns, or the latents of a folder of `sdkd cache`."""
     from sdkd.distill.data.disk_cache import INDEX as CACHE_INDEX
     from sdkd.distill.data.disk_cache import open_cache
-    from sdkd.distill.data.opening import CAPTION_COLUMNS, open_images
+    from sdkd.distill.data.opening import open_images
+    from sdkd.distill.data.rows import CAPTION_COLUMNS
 
     if (Path(data) / CACHE_INDEX).is_file():
         if image_column or tuple(caption_columns) not in ((), CAPTION_COLUMNS):

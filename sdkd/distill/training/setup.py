@@ -13,8 +13,8 @@ from sdkd.core.contract import size_multiple, vae_scale
 from sdkd.distill.data.buckets import aspect_buckets, fit_pixels, nearest_bucket
 from sdkd.distill.data.draws import mirrored_at, view_generator
 from sdkd.distill.data.latents import Latents, encode_images, training_size
-from sdkd.distill.data.opening import CaptionedImages
 from sdkd.distill.data.order import Bucketed, Order, Sharded, Shuffled
+from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import ImageSamples, LatentSamples, Place, Samples
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.losses import prediction_type

@@ -18,7 +18,7 @@ from sdkd.distill.data.digests import data_digest, model_digest
 from sdkd.distill.data.draws import DROPOUT, generator_at
 from sdkd.distill.data.encode import placed
 from sdkd.distill.data.latents import Latents, TextEmbeddings
-from sdkd.distill.data.opening import CaptionedImages
+from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import Batch, Batches, Place
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.features import FeatureUNet

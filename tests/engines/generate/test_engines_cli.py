@@ -15,7 +15,8 @@ from PIL import Image
 from small_bundles import small_pipeline
 from typer.testing import CliRunner
 
-from engines.generate.cli import drawn_size, encode_png, generate, output_files
+from engines.generate.cli import drawn_size, generate, output_files
+from engines.generate.drawing import encode_png
 from sdkd.errors import InputError, ModelError, OutputExistsError, RangeError
 
 app = typer.Typer()

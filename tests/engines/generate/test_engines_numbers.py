@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from engines.generate.cli import check_steps, drawn_size, generate
+from engines.generate.cli import drawn_size, generate
 from engines.generate.drawing import Request, draw
 from export.build.options import BuildOptions
 from sdkd.core.console import quiet
 from sdkd.core.profiles import Range
 from sdkd.errors import EngineError, InputError
+from sdkd.models.schedulers import check_steps
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"guidance_scale": math.nan}, "guidance scale nan is not finite"),

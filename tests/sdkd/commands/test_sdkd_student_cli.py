@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from sdkd.commands import student as student_cli
 from sdkd.core.files import read_json
 from sdkd.errors import InputError, ModelError, OutputExistsError
-from sdkd.models.resolve import save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.students.blocks import build_student, count_parameters, student_config
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("student") / "teacher"
-    save_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path)
     return str(path)
 
 

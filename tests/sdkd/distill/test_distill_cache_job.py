@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdkd.core.child import ChildError
 from sdkd.distill.cache_cli import CacheJob, _failed, run
-from sdkd.distill.data.cache import open_cache
+from sdkd.distill.data.disk_cache import open_cache
 from sdkd.errors import InterruptedRunError, OutputExistsError, SdkdError
 
 

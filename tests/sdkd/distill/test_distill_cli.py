@@ -22,7 +22,8 @@ from sdkd.distill.training.log import LOG
 from sdkd.distill.training.recipes import read_recipe, recipe_names
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError, MissingExtraError, ModelError, OutputExistsError, TrainingError
-from sdkd.models.resolve import provenance, save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.resolve import provenance
 from sdkd.students.blocks import build_student
 
 SMALL = ["--steps", "2", "--batch-size", "2", "--device", "cpu", "--precision", "fp32", "--log-every", "1"]
@@ -36,7 +37,7 @@ def sdkd(*words: object) -> None:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("distill") / "teacher"
-    save_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path)
     return path
 
 
@@ -106,7 +107,7 @@ def test_distilling_goes_on_from_a_student(teacher: Path, data: Path, tmp_path: 
 
 def test_finetuning_a_student_needs_no_teacher(teacher: Path, data: Path, tmp_path: Path) -> None:
     pipe = helpers.tiny_pipeline()
-    save_pipeline(pipe, tmp_path / "student", unet=build_student(pipe.unet, "small"))
+    write_pipeline(pipe, tmp_path / "student", unet=build_student(pipe.unet, "small"))
     sdkd("finetune", "--model", tmp_path / "student", "--data", data, "--output", tmp_path / "out", *SMALL)
     tuned = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True).unet
     before = build_student(pipe.unet, "small")

@@ -14,7 +14,8 @@ from sdkd.cli import load_command
 from sdkd.distill.remap_cli import run
 from sdkd.distill.training.lora import FILE, add_lora, read_lora, save_lora
 from sdkd.errors import InputError, ModelError, OutputExistsError
-from sdkd.models.resolve import resolve, save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.resolve import resolve
 from sdkd.students.blocks import build_student, key_map
 from sdkd.students.lora_names import common_name, remap_settings
 
@@ -30,7 +31,7 @@ def output(unet: UNet2DConditionModel) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("remap") / "teacher"
-    save_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path)
     return path
 
 

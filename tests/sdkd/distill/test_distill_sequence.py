@@ -17,7 +17,8 @@ from sdkd.cli import load_command
 from sdkd.distill.training.checkpoint import checkpoints
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.run import Job, run
-from sdkd.models.resolve import load_eager, save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.resolve import load_eager
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2, "device": "cpu", "precision": "fp32", "log_every": 1, "schedule": "constant", "save_every": 1,
@@ -58,7 +59,7 @@ def job(steps: int, resume: str = "auto") -> Job:
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The name of a run's folder, beside its teacher in the working folder."""
     monkeypatch.chdir(tmp_path)
-    save_pipeline(helpers.tiny_pipeline(), Path("teacher"))
+    write_pipeline(helpers.tiny_pipeline(), Path("teacher"))
     return Path("run")
 
 

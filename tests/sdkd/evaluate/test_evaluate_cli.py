@@ -19,7 +19,7 @@ from sdkd.errors import InputError, ModelError, OutputExistsError, TrainingError
 from sdkd.evaluate import cli
 from sdkd.evaluate.evaluation import find_teacher
 from sdkd.evaluate.real_images import RealImages
-from sdkd.models.resolve import save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
 
 SMALL: dict[str, Any] = {"steps": 2, "device": "cpu"}
 
@@ -28,9 +28,9 @@ SMALL: dict[str, Any] = {"steps": 2, "device": "cpu"}
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("evaluate")
     teacher, student = folder / "teacher", folder / "student"
-    save_pipeline(helpers.tiny_pipeline(), teacher)
+    write_pipeline(helpers.tiny_pipeline(), teacher)
     about = {"teacher": str(teacher), "student": "sd-tiny", "random_weights": False}
-    save_pipeline(helpers.tiny_pipeline(student="tiny"), student, about=about)
+    write_pipeline(helpers.tiny_pipeline(student="tiny"), student, about=about)
     return str(teacher), str(student)
 
 
@@ -121,7 +121,7 @@ def test_teacher_is_found(models: tuple[str, str], tmp_path: Path) -> None:
     assert find_teacher([teacher]) is None
     assert find_teacher([teacher], student) == student
     lost = tmp_path / "lost"
-    save_pipeline(helpers.tiny_pipeline(), lost, about={"teacher": "gone/for-good", "student": "sd-tiny"})
+    write_pipeline(helpers.tiny_pipeline(), lost, about={"teacher": "gone/for-good", "student": "sd-tiny"})
     assert find_teacher([str(lost)]) is None
 
 

@@ -10,8 +10,9 @@ import helpers
 import pytest
 import torch
 
+from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.families import CLASSES, FAMILIES, empty, student_names
-from sdkd.models.resolve import load_eager, resolve, save_pipeline
+from sdkd.models.resolve import load_eager, resolve
 from sdkd.students.blocks import STUDENTS, build_student, full_config, student_config
 
 CROSS, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -49,7 +50,7 @@ def test_our_own_students_are_recognised(student: str) -> None:
 @pytest.mark.parametrize("student", ["sd-small", "bk-small", "sd-tiny"])
 def test_a_folder_with_an_old_config_loads(student: str, tmp_path: Path) -> None:
     unet = build_student(helpers.tiny_unet(), student)
-    save_pipeline(helpers.tiny_pipeline(), tmp_path / "model", unet=unet)
+    write_pipeline(helpers.tiny_pipeline(), tmp_path / "model", unet=unet)
     file = tmp_path / "model" / "unet" / "config.json"
     known = ("block_out_channels", "cross_attention_dim", "attention_head_dim", "norm_num_groups", "sample_size")
     blocks = THREE if student == "sd-tiny" else FOUR | ({} if student == "sd-small" else {"mid_block_type": None})
@@ -64,7 +65,7 @@ def test_attention_of_the_vae_in_its_old_names(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     pipe = helpers.tiny_pipeline()
-    save_pipeline(pipe, tmp_path / "model")
+    write_pipeline(pipe, tmp_path / "model")
     file = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {}

@@ -17,8 +17,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from sdkd.errors import ModelError
-from sdkd.models.diffusers_folder import component_digest
-from sdkd.models.resolve import load_component, load_eager, resolve, save_pipeline
+from sdkd.models.diffusers_folder import component_digest, write_pipeline
+from sdkd.models.resolve import load_component, load_eager, resolve
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA = r"is a LoRA, not a model: fuse it into its base model .* and give that folder"
@@ -27,7 +27,7 @@ LORA = r"is a LoRA, not a model: fuse it into its base model .* and give that fo
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("foreign") / "model"
-    save_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path)
     return path
 
 
@@ -264,7 +264,7 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
 def test_instruct_pix2pix_is_a_model(tmp_path: Path) -> None:
     parts = helpers.tiny_pipeline().components | {"unet": helpers.tiny_unet(in_channels=8)}
     pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
-    save_pipeline(pipe, tmp_path / "model")
+    write_pipeline(pipe, tmp_path / "model")
     loaded = load_eager(tmp_path / "model")
     assert type(loaded) is StableDiffusionInstructPix2PixPipeline
     assert loaded.unet.config.in_channels == 8

@@ -17,7 +17,7 @@ import helpers
 import pytest
 import torch
 
-from sdkd.models.resolve import save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
 
 ROOT = Path(__file__).parents[3]
 COMMIT = "a" * 40
@@ -81,7 +81,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("hub")
     pipe = helpers.tiny_pipeline()
-    save_pipeline(pipe, root / "me" / "full")
+    write_pipeline(pipe, root / "me" / "full")
     torch.save(pipe.unet.state_dict(), root / "me" / "full" / "unet" / "diffusion_pytorch_model.bin")
     checker = root / "me" / "full" / "safety_checker" / "pytorch_model.bin"
     checker.parent.mkdir()

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from sdkd.bundle.manifest import Bundle, Manifest
-from sdkd.errors import InputError, ModelError, OutputExistsError
+from sdkd.errors import InputError, ModelError
 from sdkd.models import random_weights as random_models
 from sdkd.models import resolve as models
+from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.families import FAMILIES, Family
-from sdkd.models.resolve import load_component, load_eager, load_rest, provenance, resolve, save_pipeline
+from sdkd.models.resolve import load_component, load_eager, load_rest, provenance, resolve
 from sdkd.students.blocks import build_student
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "teacher"
-    save_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path)
     return path
 
 
@@ -109,7 +110,7 @@ def test_a_file_that_is_not_there_is_no_hub_model(name: str) -> None:
 
 
 def test_a_damaged_config(tmp_path: Path) -> None:
-    save_pipeline(helpers.tiny_pipeline(), tmp_path / "p")
+    write_pipeline(helpers.tiny_pipeline(), tmp_path / "p")
     for content, message in {"{": "config.json' is not JSON", "3": "save or download the model again"}.items():
         (tmp_path / "p" / "unet" / "config.json").write_text(content)
         with pytest.raises(ModelError, match=message):
@@ -118,8 +119,8 @@ def test_a_damaged_config(tmp_path: Path) -> None:
 
 def test_a_student_is_noted(tmp_path: Path) -> None:
     pipe = helpers.tiny_pipeline()
-    save_pipeline(pipe, tmp_path / "tiny", unet=build_student(pipe.unet, "tiny"))
-    save_pipeline(pipe, tmp_path / "whole")
+    write_pipeline(pipe, tmp_path / "tiny", unet=build_student(pipe.unet, "tiny"))
+    write_pipeline(pipe, tmp_path / "whole")
     assert resolve(tmp_path / "tiny").notes == ("its UNet has the blocks of the student sd-tiny or bk-tiny",)
     assert resolve(tmp_path / "whole").notes == ()
 
@@ -190,8 +191,8 @@ def test_random_student_of_full_size() -> None:
 
 def test_digests_follow_the_weights(folder: Path, tmp_path: Path) -> None:
     pipe = helpers.tiny_pipeline()
-    save_pipeline(pipe, tmp_path / "same", about={"note": 1})
-    save_pipeline(pipe, tmp_path / "student", unet=build_student(pipe.unet, "tiny"))
+    write_pipeline(pipe, tmp_path / "same", about={"note": 1})
+    write_pipeline(pipe, tmp_path / "student", unet=build_student(pipe.unet, "tiny"))
     first, same, student = (resolve(path).digests for path in (folder, tmp_path / "same", tmp_path / "student"))
     assert first == same
     assert {name for name in first if first[name] != student[name]} == {"unet"}
@@ -202,14 +203,12 @@ def test_save_replaces_only_the_unet_and_only_on_request(tmp_path: Path) -> None
     pipe = helpers.tiny_pipeline()
     unet = pipe.unet
     about: dict[str, Any] = {"student": "sd-tiny", "random_weights": True}
-    save_pipeline(pipe, tmp_path / "out", unet=build_student(unet, "tiny"), about=about, readme="card")
+    write_pipeline(pipe, tmp_path / "out", unet=build_student(unet, "tiny"), about=about, readme="card")
     assert pipe.unet is unet
     assert provenance(tmp_path / "out") == about
     assert resolve(tmp_path / "out").random_weights
     assert (tmp_path / "out" / "README.md").read_text() == "card"
     assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["layers_per_block"] == 1
-    with pytest.raises(OutputExistsError, match="already exists"):
-        save_pipeline(pipe, tmp_path / "out")
 
 
 def test_a_bundle_cannot_have_its_original_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

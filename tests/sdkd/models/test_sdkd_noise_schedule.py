@@ -11,7 +11,6 @@ import helpers
 import pytest
 import torch
 
-from engines.generate.cli import SCHEDULERS, set_scheduler
 from sdkd.distill.data.encode import encode_captions, too_long
 from sdkd.distill.data.latents import LatentCache
 from sdkd.distill.training.config import TrainConfig
@@ -21,6 +20,7 @@ from sdkd.errors import ModelError
 from sdkd.models.clip_tokenizer import bounded, token_limit
 from sdkd.models.noise_schedule import scheduler_like
 from sdkd.models.resolve import load_eager, load_rest
+from sdkd.models.schedulers import SCHEDULERS, set_scheduler
 from sdkd.students.blocks import build_student
 
 CONFIG = TrainConfig(steps=1, batch_size=2, precision="fp32", device="cpu", log_every=1, caption_dropout=0.0)

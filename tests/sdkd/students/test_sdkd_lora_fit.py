@@ -14,7 +14,7 @@ from sdkd.cli import load_command
 from sdkd.distill.remap_cli import run
 from sdkd.distill.training.lora import add_lora, lora_state, read_lora
 from sdkd.errors import InputError, ModelError
-from sdkd.models.resolve import save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.students.blocks import build_student, student_config, student_spec
 from sdkd.students.lora_fit import Fit, check_text_width, fit_model, fit_student
 from sdkd.students.lora_layers import Layer, read_layers
@@ -158,7 +158,7 @@ def test_other_adapters_are_named(name: str, kind: str) -> None:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fit") / "teacher"
-    save_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path)
     return path
 
 

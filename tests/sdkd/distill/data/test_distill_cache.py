@@ -12,7 +12,8 @@ from ctrl_c import Dropping
 from helpers import tiny_pipeline
 from PIL import Image
 
-from sdkd.distill.data.cache import open_cache, write_cache
+from sdkd.distill.data.cache import write_cache
+from sdkd.distill.data.disk_cache import open_cache
 from sdkd.distill.data.encode import encode_captions, encode_image, placed
 from sdkd.distill.data.latents import Latents
 from sdkd.distill.data.opening import to_pixels

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from sdkd.distill.data.encode import encode_image
+from sdkd.distill.data.image_folder import ImageFolder
 from sdkd.distill.data.latents import TextEmbeddings, encode_images, training_size
-from sdkd.distill.data.opening import FirstImages, ImageFolder, caption_at, fingerprint, open_images, to_pixels
+from sdkd.distill.data.opening import FirstImages, fingerprint, open_images, to_pixels
+from sdkd.distill.data.rows import caption_at
 from sdkd.errors import InputError
 
 

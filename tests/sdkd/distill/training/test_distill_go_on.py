@@ -20,7 +20,8 @@ from sdkd.distill.training.log import LOG, read_log
 from sdkd.distill.training.lora import read_lora
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError, ModelError
-from sdkd.models.resolve import load_component, load_eager, resolve, save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.resolve import load_component, load_eager, resolve
 
 CONFIG: dict[str, Any] = {
     "steps": 2, "batch_size": 2, "device": "cpu", "precision": "fp32", "log_every": 1, "schedule": "constant",
@@ -32,7 +33,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher, data, other data, and a finished run of two steps in `run`."""
     folder = tmp_path_factory.mktemp("go_on")
-    save_pipeline(helpers.tiny_pipeline(), folder / "teacher")
+    write_pipeline(helpers.tiny_pipeline(), folder / "teacher")
     for name, colours in (("data", ("red", "blue")), ("other", ("red", "lime"))):
         (folder / name).mkdir()
         for colour in colours:
@@ -120,7 +121,7 @@ def test_other_data_or_another_teacher_is_refused_and_the_way_on_works(
     out = tmp_path / "run"
     shutil.copytree(work / "run", out)
     if changed == "teacher":
-        save_pipeline(helpers.tiny_pipeline(7), tmp_path / "teacher")
+        write_pipeline(helpers.tiny_pipeline(7), tmp_path / "teacher")
     other = {"data": "other"} if changed == "data" else {"model": tmp_path / "teacher"}
     for steps in (2, 4):
         with pytest.raises(InputError, match=f"was trained with (other|another) {changed}: give") as found:

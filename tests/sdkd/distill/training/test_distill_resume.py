@@ -27,7 +27,7 @@ from sdkd.distill.training.checkpoint import checkpoints, load_checkpoint, save_
 from sdkd.distill.training.run import Job, run
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
-from sdkd.models.resolve import save_pipeline
+from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.students.blocks import build_student
 
 SETTINGS: dict[str, Any] = {
@@ -202,7 +202,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("resume") / "teacher"
-    save_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path)
     return path
 
 
