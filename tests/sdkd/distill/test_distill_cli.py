@@ -174,10 +174,9 @@ def test_validation_images_are_of_the_averaged_weights(teacher: Path, data: Path
     assert all(torch.equal(drawn[name], plain[name]) for name in drawn)  # drawing changes nothing
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_runs(name: str, teacher: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bk-v2-tiny", "lora", "portrait-finetune", "sd-small"])
+def test_a_recipe_of_every_kind_runs(name: str, teacher: Path, data: Path, tmp_path: Path) -> None:
     recipe = read_recipe(name)
-    assert recipe.source
     small = {"steps": 2, "batch_size": 1, "accumulation": 1, "resolution": 64, "device": "cpu", "save_every": 1}
     asked = recipe.config(**small, precision="fp32" if recipe.settings["precision"] == "fp16" else None)
     found = run(Job(str(teacher), str(data), tmp_path / "out", asked))
@@ -187,6 +186,7 @@ def test_every_recipe_runs(name: str, teacher: Path, data: Path, tmp_path: Path)
 
 
 def test_recipes_say_what_was_published() -> None:
+    assert all(read_recipe(name).source and read_recipe(name).config(device="cpu") for name in recipe_names())
     students = ["bk-base", "bk-small", "bk-tiny", "bk-v2-base", "bk-v2-small", "bk-v2-tiny"]
     assert recipe_names() == [*students, "lora", "portrait-finetune", "sd-small", "sd-tiny"]
     small, tiny, base = (read_recipe(name).config() for name in ("sd-small", "sd-tiny", "bk-base"))

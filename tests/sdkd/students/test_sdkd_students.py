@@ -39,7 +39,7 @@ COUNTS = {
     "bk-small": (482_346_884, 485_787_524),
     "bk-tiny": (323_384_964, 326_825_604),
 }
-GMACS = {"teacher": (401.6, 402.1), "sd-small": (261.5, 261.8), "bk-small": (255.4, 255.7), "sd-tiny": (242.8, 243.0)}
+GMACS = {"teacher": (401.6, 402.1), "sd-tiny": (242.8, 243.0)}
 
 
 def config_of(family: dict[str, Any], name: str) -> dict[str, Any]:
@@ -87,11 +87,7 @@ def test_config_of_an_in_memory_teacher_keeps_no_private_entries() -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        *((name, {}) for name in STUDENTS),
-        ("sd-tiny", {"in_channels": 9}),
-        ("sd-small", {"in_channels": 9, "use_linear_projection": True}),
-    ],
+    [*((name, {}) for name in STUDENTS), ("sd-small", {"in_channels": 9, "use_linear_projection": True})],
 )
 def test_student_equals_the_teacher_with_blocks_removed(name: str, changes: dict[str, Any]) -> None:
     teacher = helpers.tiny_unet(**changes)
@@ -236,7 +232,7 @@ def lora_of_teacher(style: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("style", "name"), [("diffusers", "bk-small"), ("kohya", "small"), ("peft", "tiny")])
+@pytest.mark.parametrize(("style", "name"), [("kohya", "small"), ("peft", "tiny")])
 def test_remapped_lora_does_what_it_does_in_the_teacher(style: str, name: str) -> None:
     pytest.importorskip("peft")
     lora = lora_of_teacher(style)

@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 from compare_faults import plant
 from compare_models import engine_models
+from diffusers import UNet2DConditionModel
+from helpers import fixed_weights
+from small_exports import ONE_LEVEL, small_pipeline
 from typer.testing import CliRunner, Result
 
 import sdkd.compare.measure.runner as runner
@@ -146,7 +149,15 @@ def test_compile_is_a_target(tmp_path: Path) -> None:
         check_targets(("compile-int4",))
 
 
-def test_a_compiled_unet_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_level(folder: Path) -> list[Subject]:
+    """The smallest model that there is, eagerly and compiled: a compiler follows every layer."""
+    pipe = small_pipeline()
+    pipe.unet = fixed_weights(UNet2DConditionModel(**ONE_LEVEL))
+    pipe.save_pretrained(folder / "one")
+    return [Subject("one eager", folder / "one"), Subject("one compile", folder / "one", "compile")]
+
+
+def test_a_compiled_unet_is_measured_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, known = [], []
 
     def backend(graph: Any, inputs: object) -> Any:
@@ -155,31 +166,30 @@ def test_a_compiled_unet_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch)
         return graph.forward
 
     monkeypatch.setattr(kinds, "COMPILER", {**kinds.COMPILER, "backend": backend})
-    plant(monkeypatch, {"right compile": lambda: known.append(len(graphs))})
-    model = engine_models() / "right"
-    report = compare([Subject("right eager", model), Subject("right compile", model, "compile")], **QUICK)
-    row = report.result("right compile")
+    plant(monkeypatch, {"one compile": lambda: known.append(len(graphs))})
+    subjects = one_level(tmp_path)
+    report = compare(subjects, **QUICK)
+    row = report.result("one compile")
     assert graphs
     assert row.first_call_s > 0.5
     assert set(known[1:]) == {len(graphs)}  # nothing is compiled after the first UNet call of the warm-up
     assert row.verdict is not None
     assert row.verdict.ok is True
     assert row.against_eager is not None
-    assert row.against_eager.reference == "right eager"
+    assert row.against_eager.reference == "one eager"
     assert set(row.step_speedup) == {"eager"}
     assert report.notes == ()
 
 
-def test_a_subject_that_the_compiler_fails_on_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subject_that_the_compiler_fails_on_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(graph: object, inputs: object) -> Any:
         raise RuntimeError("no C++ compiler found")
 
     monkeypatch.setattr(kinds, "COMPILER", {**kinds.COMPILER, "backend": backend})
-    model = engine_models() / "right"
-    subjects = [Subject("right eager", model), Subject("right compile", model, "compile")]
-    report = compare(subjects, baseline="right compile", **QUICK)
-    assert [row.subject.label for row in report.results] == ["right eager"]
-    with pytest.raises(EngineError, match=r"1 of 2 subjects failed. 'right compile': torch.compile failed .*install"):
+    subjects = one_level(tmp_path)
+    report = compare(subjects, baseline="one compile", **QUICK)
+    assert [row.subject.label for row in report.results] == ["one eager"]
+    with pytest.raises(EngineError, match=r"1 of 2 subjects failed. 'one compile': torch.compile failed .*install"):
         report.check()
     with pytest.raises(EngineError, match=r"^torch.compile failed \(backend='backend' raised"):
         compare(subjects[1:], **QUICK)

@@ -32,10 +32,7 @@ def adapted(student: str | None, targets: str, rank: int = 3, alpha: float = 5.0
     return unet
 
 
-@pytest.mark.parametrize(
-    ("student", "targets"),
-    [(None, "all"), ("sd-small", "attn"), ("sd-tiny", "attn+ff"), ("bk-base", "all"), ("bk-tiny", "all")],
-)
+@pytest.mark.parametrize(("student", "targets"), [(None, "all"), ("sd-small", "attn"), ("sd-tiny", "attn+ff")])
 def test_loaded_by_diffusers_equals_trained(student: str | None, targets: str, tmp_path: Path) -> None:
     unet = adapted(student, targets)
     save_lora(unet, tmp_path)

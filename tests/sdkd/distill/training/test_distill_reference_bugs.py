@@ -1,27 +1,28 @@
 """What the reference trainers get wrong (segmind/distill-sd, BK-SDM), each as a test that fails on that bug.
 
 Bugs that have a test elsewhere: a wrong config.json, the teacher's weights in a checkpoint, resuming
-(test_distill_resume), losses overflowing in half precision (test_distill_losses), clipping (test_distill_trainer),
-LoRA files that diffusers cannot read (test_distill_lora), schedules scaled by accumulation (test_distill_trainer),
-hooks named by GPU count (test_distill_distributed), captions and images paired by two listings (test_distill_data).
+(test_distill_resume), losses overflowing in half precision (test_distill_losses), clipping, a teacher as its own
+student, losses that are not logged apart, schedules scaled by accumulation (test_distill_trainer), LoRA files that
+diffusers cannot read (test_distill_lora), students that cannot be distilled again (test_distill_cli), hooks named by
+GPU count (test_distill_distributed), captions and images paired by two listings (test_distill_data).
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import helpers
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from small_exports import ONE_LEVEL
 from torch.nn.parallel import DistributedDataParallel
 
 from sdkd.distill import TrainConfig, train
 from sdkd.distill.data.latents import LatentCache
 from sdkd.distill.training.features import FeatureUNet
 from sdkd.distill.training.trainer import Trainer
-from sdkd.errors import ModelError
 from sdkd.students.blocks import build_student
 
 RUN: dict[str, Any] = {"steps": 3, "batch_size": 2, "precision": "fp32", "device": "cpu", "log_every": 1}
@@ -61,22 +62,6 @@ def test_the_ema_is_built_from_the_student() -> None:
     assert one.ema.optimization_step == 1
 
 
-def test_a_teacher_as_its_own_student_is_refused() -> None:
-    pipe = helpers.tiny_pipeline()
-    with pytest.raises(ModelError, match="is not the sd-small of this teacher"):
-        train(pipe, helpers.tiny_unet(), latents(), TrainConfig(**RUN, student="small"))
-
-
-def test_distilling_goes_on_from_a_student() -> None:
-    pipe = helpers.tiny_pipeline()
-    student = build_student(pipe.unet, "tiny")
-    first = train(pipe, student, latents(), TrainConfig(**RUN)).unet
-    before = first.conv_in.weight.clone()
-    again = train(pipe, first, latents(), TrainConfig(**RUN, seed=1)).unet
-    assert again is student
-    assert not torch.equal(again.conv_in.weight, before)
-
-
 def test_every_feature_pair_gets_a_gradient_in_half_precision() -> None:
     # In the reference at batch 32 the factor 2 / N of up_blocks.2 underflowed in fp16: that pair never learnt.
     feature = torch.zeros(32, 640, 64, 8, dtype=torch.float16, requires_grad=True)
@@ -88,15 +73,6 @@ def test_every_feature_pair_gets_a_gradient_in_half_precision() -> None:
     assert feature.grad.float().mean().item() == pytest.approx(expected, rel=0.05)
 
 
-def test_every_loss_is_logged_apart(tmp_path: Path) -> None:
-    pipe = helpers.tiny_pipeline()
-    train(pipe, build_student(pipe.unet, "tiny"), latents(), TrainConfig(**RUN), folder=tmp_path)
-    record = json.loads((tmp_path / "training.jsonl").read_text().splitlines()[0])
-    names = [name for name in record if name.startswith("loss/")]
-    assert len(names) == 4 + 6
-    assert len({record[name] for name in names}) > 6
-
-
 def test_no_activation_outlives_a_step() -> None:
     one = trainer()
     one.step()
@@ -105,9 +81,8 @@ def test_no_activation_outlives_a_step() -> None:
     assert one.student._found == {}
 
 
-@pytest.mark.parametrize("student", ["small", "bk-tiny"])
-def test_features_are_the_same_with_gradient_checkpointing_and_compilation(student: str) -> None:
-    plain, recomputed = trainer(student=student), trainer(student=student, checkpointing=True)
+def test_features_are_the_same_with_gradient_checkpointing() -> None:
+    plain, recomputed = trainer(student="small"), trainer(student="small", checkpointing=True)
     batch = plain.batches.next()
     for name, value in plain.losses(batch).items():
         torch.testing.assert_close(recomputed.losses(batch)[name], value)
@@ -118,10 +93,8 @@ def test_features_are_the_same_with_gradient_checkpointing_and_compilation(stude
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_set_before_compilation_fire(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = build_student(helpers.tiny_unet(), "tiny")
-    names = ["down_blocks.0", "up_blocks.2"]
-    module = FeatureUNet(unet, names)
+def test_hooks_set_before_compilation_fire() -> None:
+    module = FeatureUNet(UNet2DConditionModel(**ONE_LEVEL), ["down_blocks.0", "up_blocks.0"])
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     generator = torch.Generator().manual_seed(0)
     inputs = (

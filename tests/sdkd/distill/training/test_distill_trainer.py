@@ -55,11 +55,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("student", ["small", "bk-tiny"])
-def test_teacher_is_untouched_and_student_is_not(student: str) -> None:
+def test_teacher_is_untouched_and_student_is_not() -> None:
     pipe = helpers.tiny_pipeline()
-    before, untrained = weights(pipe.unet), weights(build_student(pipe.unet, student))
-    done = run(pipe, student=student)
+    before, untrained = weights(pipe.unet), weights(build_student(pipe.unet, "small"))
+    done = run(pipe, student="small")
     assert same(weights(pipe.unet), before)
     assert weights(done.unet).keys() == untrained.keys()
     assert not same(weights(done.unet), untrained)
@@ -91,7 +90,7 @@ def test_latents_made_before_give_the_same_weights() -> None:
 
 
 def test_loss_goes_down() -> None:
-    history = run(steps=30, batch_size=8, log_every=10, learning_rate=2e-3).history
+    history = run(steps=12, batch_size=8, log_every=4, learning_rate=4e-3).history
     assert history[-1]["loss/total"] < 0.7 * history[0]["loss/total"]
     assert history[-1]["loss/output"] < history[0]["loss/output"]
 
@@ -215,7 +214,7 @@ def test_models_must_belong_together() -> None:
     pipe = helpers.tiny_pipeline()
     config = TrainConfig(**(RUN | {"steps": 1}))
     with pytest.raises(ModelError, match=r"is not the sd-tiny of this teacher .* build_student"):
-        train(pipe, build_student(pipe.unet, "small"), images(), config)
+        train(pipe, helpers.tiny_unet(), images(), config)  # a teacher as its own student
     with pytest.raises(ModelError, match="looks like a student already"):
         train(helpers.tiny_pipeline(student="tiny"), build_student(pipe.unet, "tiny"), images(), config)
     shared = build_student(pipe.unet, "tiny")
