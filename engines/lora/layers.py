@@ -113,7 +113,7 @@ def _total(layer: Any, names: list[str]) -> torch.Tensor:
         return torch.stack([layer.get_delta_weight(name).float() for name in names]).sum(0)
 
 
-def has_adapters(module: Any) -> bool:
+def has_adapters(module: object) -> bool:
     """Whether a module carries adapters of PEFT, active or not."""
     return bool(getattr(module, "peft_config", None))
 

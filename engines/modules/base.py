@@ -151,7 +151,7 @@ class EngineModule(torch.nn.Module):
         """The opened engines of this module."""
         raise NotImplementedError
 
-    def follow(self, before: Any, rebuild: Rebuild | None, falls_back: bool = False) -> None:
+    def follow(self, before: object, rebuild: Rebuild | None, falls_back: bool = False) -> None:
         """Go on as the module that was in this place: weights that were swapped in, fallback, how engines are rebuilt.
 
         ModelError when such weights do not fit this engine.

@@ -107,7 +107,7 @@ class EngineVAE(EngineModule):
             switch(self, self.__dict__["original"])
         return self.fall_back(error, asked, method)
 
-    def follow(self, before: Any, rebuild: Rebuild | None, falls_back: bool = False) -> None:
+    def follow(self, before: object, rebuild: Rebuild | None, falls_back: bool = False) -> None:
         """As every engine module; slicing and tiling stay on, too."""
         super().follow(before, rebuild, falls_back)
         switch(before, self)

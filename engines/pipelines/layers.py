@@ -9,7 +9,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from engines.sessions.checks import Checked, check_engine
 from sdkd.bundle.manifest import Bundle
@@ -77,7 +76,7 @@ def _openvino(checked: Checked) -> Iterator[Layer]:
             yield kind, names.get(precision, precision)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return str(value.astype(str) if hasattr(value, "astype") else value)
 
 

@@ -74,7 +74,7 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
         _refuse_differences(bundle, "scheduler", {key: (ours.get(key), getattr(pipe.scheduler.config, key, None))})
 
 
-def _refuse_differences(bundle: Bundle, part: str, values: Mapping[str, tuple[Any, Any]]) -> None:
+def _refuse_differences(bundle: Bundle, part: str, values: Mapping[str, tuple[object, object]]) -> None:
     for key, (ours, theirs) in values.items():
         if ours is not None and theirs is not None and not _same(ours, theirs):
             raise ModelError(
@@ -84,7 +84,7 @@ def _refuse_differences(bundle: Bundle, part: str, values: Mapping[str, tuple[An
             )
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Equality of config values, where a number may stand for as many of it as there are levels."""
     values = [tuple(value) if isinstance(value, list | tuple) else (value,) for value in (one, other)]
     longest = max(map(len, values))

@@ -279,7 +279,7 @@ def _open(bundle: Bundle | str | Path) -> Bundle:
     return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
 
 
-def _is_engine(module: Any) -> bool:
+def _is_engine(module: object) -> bool:
     from engines.modules.base import EngineModule
 
     return isinstance(module, EngineModule)

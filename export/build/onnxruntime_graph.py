@@ -15,7 +15,7 @@ from sdkd.targets.ort_cuda import open_session, runs_on_cuda
 if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
-    from onnxruntime import InferenceSession
+    from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
 SMALL_BYTES = "1024"  # weights below this stay in the graph
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
@@ -69,7 +69,7 @@ def build(job: Job, progress: Progress) -> Built:
     return Built(names, {"external_data": external}, run=_runner(saved))
 
 
-def _graph(job: Job, options: Any) -> str | bytes:
+def _graph(job: Job, options: SessionOptions) -> str | bytes:
     """The exported graph's path, or the graph itself with other attention nodes; weights beside it are found still."""
     if job.flags.get("attention") != FUSED:
         return job.onnx
@@ -117,7 +117,9 @@ def open_reference(path: str) -> Run:
     return _runner(_session(path, ort.GraphOptimizationLevel.ORT_DISABLE_ALL))
 
 
-def _session(path: str | bytes, level: Any, provider: str = "cpu", options: Any = None) -> InferenceSession:
+def _session(
+    path: str | bytes, level: GraphOptimizationLevel, provider: str = "cpu", options: SessionOptions | None = None
+) -> InferenceSession:
     import onnxruntime as ort
 
     options = options or ort.SessionOptions()

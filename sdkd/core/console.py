@@ -76,7 +76,7 @@ def show(*renderables: Any, sep: str = "\n") -> None:
     console().print(*renderables, sep=sep)
 
 
-def show_json(data: Any) -> None:
+def show_json(data: object) -> None:
     """Print JSON alone to standard output, for other programs."""
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sdkd.core.documents import read_json
 from sdkd.core.outputs import Input, check_file_free, check_free
@@ -48,7 +47,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write indented JSON atomically; a NaN or infinity is refused (ValueError), since JSON has none."""
     write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 

@@ -32,7 +32,7 @@ def hear_signals() -> None:
             signal.signal(number, _interrupt)
 
 
-def _interrupt(number: int, frame: Any) -> None:
+def _interrupt(number: int, frame: object) -> None:
     if _heard and "RANK" in os.environ:
         return
     if _heard:
@@ -83,7 +83,7 @@ def between_steps() -> Iterator[Callable[[], None]]:
     heard: list[int] = []
     before: dict[int, Any] = {number: found for number in ENDING if callable(found := signal.getsignal(number))}
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: object) -> None:
         if heard:
             before[number](number, frame)
         heard.append(number)

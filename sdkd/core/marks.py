@@ -124,7 +124,7 @@ def is_record(file: Path, keys: Mapping[str, type]) -> bool:
     return isinstance(found, dict) and all(_fits(found.get(key), kind) for key, kind in keys.items())
 
 
-def _fits(value: Any, kind: type) -> bool:
+def _fits(value: object, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 

@@ -68,7 +68,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} has {len(levels)} levels: give 1 to {_LEVELS}"
 
 
-def _numbers(value: Any) -> Iterator[Any]:
+def _numbers(value: object) -> Iterator[object]:
     if isinstance(value, list | tuple):
         for part in value:
             yield from _numbers(part)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
 
 from sdkd.errors import InputError
 
@@ -25,7 +24,7 @@ class Bounds:
     above: float | None = None
     below: float | None = None
 
-    def problem(self, name: str, value: Any) -> str:
+    def problem(self, name: str, value: object) -> str:
         """What is wrong with a value and what to give instead; empty when nothing is."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return f"{name} {value!r} is not a number: give {self}"
@@ -49,7 +48,7 @@ class Bounds:
         return f"{kind} {' and '.join(words)}" if words else f"a finite {kind.removeprefix('a ')}"
 
 
-def _shown(number: Any) -> str:
+def _shown(number: object) -> str:
     """A number in few characters: Python refuses to write out an int of thousands of digits."""
     if isinstance(number, int) and number.bit_length() > _LONG:
         return f"{'-' if number < 0 else ''}2^{number.bit_length() - 1}"

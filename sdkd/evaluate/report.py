@@ -102,7 +102,7 @@ class Evaluation:
         return text + (f"\nMade with: `{self.command}`\n" if self.command else "")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "; ".join(map(str, value[:4])) + (f"; ... ({len(value)} in all)" if len(value) > 4 else "")
     return str(value)

@@ -129,13 +129,13 @@ def check_teacher(config: Mapping[str, Any]) -> None:
         )
 
 
-def _agrees(found: Any, expected: Any) -> bool:
+def _agrees(found: object, expected: object) -> bool:
     if isinstance(found, tuple) and isinstance(expected, int):
         return all(value == expected for value in found)
     return bool(found == expected)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, tuple):
         return f"{len(value)} x [{', '.join(str(part) for part in value)}]"
     return str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({count * place // most for place in range(most)}) if count else []
 
 
-def _caption(read: Any, index: int) -> str:
+def _caption(read: Callable[[int], str], index: int) -> str:
     try:
         return str(read(index))
     except InputError:

@@ -29,8 +29,12 @@ from sdkd.models.checkpoint import BASE, RECORD, is_checkpoint, load_own
 from sdkd.models.diffusers_folder import provenance
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionPipeline
 
+    from sdkd.distill.data.disk_cache import DiskCache
+    from sdkd.distill.data.latents import Latents
+    from sdkd.distill.data.rows import CaptionedImages
     from sdkd.distill.training.loop import TrainResult
     from sdkd.models.resolve import ModelSource
 
@@ -110,7 +114,7 @@ def _absolute(source: ModelSource) -> str:
     return source.name if source.kind in ("demo", "random", "hub") else str(Path(source.name).expanduser().absolute())
 
 
-def _is_finished(job: Job, checkpoint: Path, model: str, data: Any) -> bool:
+def _is_finished(job: Job, checkpoint: Path, model: str, data: CaptionedImages | Latents) -> bool:
     """Whether there is nothing left to do; InputError when the run that is finished was another.
 
     A model of another name is loaded and compared, like that of a run that goes on.
@@ -137,7 +141,7 @@ def _finished(job: Job, model: str, images: int) -> dict[str, Any]:
     return _summary(job, model, done, {}) | {"notes": []}
 
 
-def _adapter(job: Job) -> Any:
+def _adapter(job: Job) -> dict[str, torch.Tensor] | None:
     """The weights of the LoRA to start from; InputError when its rank or alpha are not the run's."""
     if job.config.objective != "lora" or job.init is None:
         return None
@@ -151,12 +155,14 @@ def _adapter(job: Job) -> Any:
     return state
 
 
-def open_data(job: Job) -> Any:
+def open_data(job: Job) -> CaptionedImages | DiskCache:
     """The data by name: images, or latents that `sdkd cache` made."""
     return open_images_or_cache(job.data, job.image_column, job.caption_columns)
 
 
-def open_images_or_cache(data: str, image_column: str | None = None, caption_columns: Sequence[str] = ()) -> Any:
+def open_images_or_cache(
+    data: str, image_column: str | None = None, caption_columns: Sequence[str] = ()
+) -> CaptionedImages | DiskCache:
     """Images as `open_images` gives them, by default with its columns, or the latents of a folder of `sdkd cache`."""
     from sdkd.distill.data.disk_cache import INDEX as CACHE_INDEX
     from sdkd.distill.data.disk_cache import open_cache
@@ -170,14 +176,17 @@ def open_images_or_cache(data: str, image_column: str | None = None, caption_col
     return open_images(data, image_column=image_column, caption_columns=caption_columns or CAPTION_COLUMNS)
 
 
-def check_cache(data: Any, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+def check_cache(data: CaptionedImages | DiskCache, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
     """InputError when latents were made by another VAE or text encoder, or for another resolution."""
-    if check := getattr(data, "check", None):
-        check(pipe)
-        if config.resolution not in (None, data.size):
-            raise InputError(
-                f"resolution {config.resolution} is not the cache's {data.size}: leave it out, or make another cache"
-            )
+    from sdkd.distill.data.disk_cache import DiskCache
+
+    if not isinstance(data, DiskCache):
+        return
+    data.check(pipe)
+    if config.resolution not in (None, data.size):
+        raise InputError(
+            f"resolution {config.resolution} is not the cache's {data.size}: leave it out, or make another cache"
+        )
 
 
 def find_checkpoint(job: Job) -> Path | None:
@@ -225,7 +234,7 @@ def _unet_of(model: str) -> Any:
     return load_own(path, torch.float32) if is_checkpoint(path) else load_component(model, "unet")
 
 
-def _size(pipe: StableDiffusionPipeline, config: TrainConfig, data: Any) -> int:
+def _size(pipe: StableDiffusionPipeline, config: TrainConfig, data: CaptionedImages | Latents) -> int:
     from sdkd.distill.data.latents import training_size
 
     return int(getattr(data, "size", 0)) or training_size(pipe, config.resolution)
