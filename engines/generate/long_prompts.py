@@ -1,4 +1,4 @@
-"""Prompts of more tokens than the text encoder reads at once: in parts, or cut and said.
+"""Prompts of more tokens than the text encoder reads at once: in parts, or cut, with a note.
 
 A part is a start token, as much of the prompt as fits, and an end token; parts are encoded alone and joined along the
 tokens, as compel and other front ends do. All prompts of a request get as many parts as the longest one needs.

@@ -1,4 +1,4 @@
-"""Islands of float32 in a float16 graph: blocks whose activations float16 cannot hold, found by a probe.
+"""Float32 fallback layers of a float16 graph (`islands` in the manifest): blocks that overflow float16, by a probe.
 
 The decoder of a Stable Diffusion VAE can overflow: its activations grow along the residual stream of the last up blocks
 (the largest float16 is 65,504), and the image comes out black. The probe runs the float32 module with large inputs and

@@ -112,11 +112,11 @@ def raises_engine_error(failed: Callable[[str], EngineError], what: str) -> Iter
 
 def failure(label: str, library: str, messages: MutableSequence[str], what: str) -> EngineError:
     """The error for a step that failed, with what the library logged last, which is then forgotten."""
-    error = EngineError(f"{label}: {what} failed{said(library, messages)}")
+    error = EngineError(f"{label}: {what} failed{library_reason(library, messages)}")
     messages.clear()
     return error
 
 
-def said(library: str, messages: Collection[str]) -> str:
-    """The end of a sentence: who refused, and why."""
+def library_reason(library: str, messages: Collection[str]) -> str:
+    """The end of a message: the library that refused, and the errors that it logged."""
     return f" by {library} ({'; '.join(messages)})" if messages else ""

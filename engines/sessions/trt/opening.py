@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engines.sessions.checks import Checked, verify_once
-from engines.sessions.trt.context import BoundContext, raises_engine_error, said
+from engines.sessions.trt.context import BoundContext, library_reason, raises_engine_error
 from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.errors import EngineError
 from sdkd.targets.gpu_trial import reasons
@@ -41,7 +41,7 @@ def deserialize(trt: TensorRT, log: Recorder, checked: Checked, rebuild: str, fa
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        words = said(trt.__name__, log.messages)
+        words = library_reason(trt.__name__, log.messages)
         raise EngineError(f"{checked.label} was refused{words}. Rebuild it with: {rebuild}")
     if options.get("strip_weights"):
         _fill_weights(trt, log, checked, engine, failed)
