@@ -191,8 +191,10 @@ def _fit_text(layers: Mapping[str, Layer], module: Any, what: str) -> dict[str, 
     """A text encoder's layers under PEFT's names; ModelError when they are not this one's, or of other widths."""
     if module is None:
         raise ModelError(f"{what} has {len(layers)} layers for a text encoder, and this pipeline has none")
-    found = {name: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-             for name, layer in module.named_modules()}  # fmt: skip
+    found = {
+        name: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        for name, layer in module.named_modules()
+    }
     here = {name.removeprefix("text_model.").removeprefix("encoder."): layer for name, layer in found.items()}
     for name, layer in layers.items():
         if name not in here:

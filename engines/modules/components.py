@@ -37,8 +37,8 @@ UNET_REFUSALS = {
     "added_cond_kwargs": f"{FIXED}: IP-Adapter and SDXL conditions are not exported",
     "down_intrablock_additional_residuals": f"{FIXED}: T2I-Adapter residuals are not exported",
 }
-CONTROLNET_REFUSALS = {name: UNET_REFUSALS[name] for name in UNET_REFUSALS if name not in (
-    "encoder_attention_mask", "down_intrablock_additional_residuals")}  # fmt: skip
+UNET_ALONE = ("encoder_attention_mask", "down_intrablock_additional_residuals")
+CONTROLNET_REFUSALS = {name: why for name, why in UNET_REFUSALS.items() if name not in UNET_ALONE}
 NO_RESIDUALS = f"{FIXED}: export the model with --controlnet for residual inputs"
 TEXT_REFUSALS = {
     "attention_mask": "the engine has CLIP's causal mask built in, so only a mask of ones can be given",

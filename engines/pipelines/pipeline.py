@@ -40,8 +40,7 @@ Pipe = TypeVar("Pipe")
 log = logging.getLogger(__name__)
 
 # Pipelines that are loaded as such from a bundle; any other is loaded as text-to-image.
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-             "StableDiffusionInstructPix2PixPipeline")  # fmt: skip
+PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "InstructPix2Pix"))
 CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
 
 

@@ -18,18 +18,16 @@ from engines.modules.base import EngineModule
 from engines.pipelines.parts import PARTS
 
 
+@functools.cache
 def guard_saving() -> None:
     """Make `save_pretrained` of all diffusers pipelines look for engines first; done once."""
     original = DiffusionPipeline.save_pretrained
-    if hasattr(original, "of_engines"):
-        return
 
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         with contextlib.ExitStack() as stack:
             original(_as_eager(self, stack), save_directory, *arguments, **options)
 
-    save_pretrained.of_engines = True  # type: ignore[attr-defined]
     DiffusionPipeline.save_pretrained = save_pretrained
 
 

@@ -12,15 +12,15 @@ _ATTENTION = "an engine's attention is fixed when it is built"
 _TOKENS = "the vocabulary of an engine is fixed when it is exported: textual inversion would add tokens"
 _PATCH = "an engine does not run the layers that a patched forward pass (DeepCache, ToMe, hooks) would change"
 UNREACHABLE = {
-    "enable_freeu": _FREEU, "disable_freeu": _FREEU,
-    "set_attn_processor": _ATTENTION, "set_default_attn_processor": _ATTENTION, "attn_processors": _ATTENTION,
-    "fuse_qkv_projections": _ATTENTION, "unfuse_qkv_projections": _ATTENTION,
-    "get_input_embeddings": _TOKENS, "resize_token_embeddings": _TOKENS, "set_input_embeddings": _TOKENS,
+    **dict.fromkeys(("enable_freeu", "disable_freeu"), _FREEU),
+    **dict.fromkeys(("set_attn_processor", "set_default_attn_processor", "attn_processors"), _ATTENTION),
+    **dict.fromkeys(("fuse_qkv_projections", "unfuse_qkv_projections"), _ATTENTION),
+    **dict.fromkeys(("get_input_embeddings", "resize_token_embeddings", "set_input_embeddings"), _TOKENS),
     "enable_layerwise_casting": "an engine's precision is fixed when it is exported and built",
     "add_adapter": "adapters are added with pipe.load_lora_weights",
     "load_lora_adapter": "adapters are added with pipe.load_lora_weights",
     "_load_ip_adapter_weights": "IP-Adapter's projections and attention are not exported",
-}  # fmt: skip
+}
 UNSETTABLE = {
     "_hf_hook": "cannot be offloaded: its weights live inside the engine. Leave out enable_model_cpu_offload / "
     "enable_sequential_cpu_offload (low_memory=True opens engines in turn)",

@@ -39,6 +39,8 @@ class ComponentGraph(nn.Module):
 
     plain = 1  # leading inputs that are arguments of their own; those after them travel as one tuple
 
+    module: Any  # diffusers' or transformers' own
+
     def __init__(self, module: nn.Module, contract: Contract) -> None:
         super().__init__()
         self.module = module
@@ -100,7 +102,7 @@ class VaeDecoderGraph(ComponentGraph):
     def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor]:
         """Decode without slicing or tiling, which would be traced as fixed loops."""
         quant = getattr(self.module, "post_quant_conv", None)
-        return (self.module.decoder(latent_sample if quant is None else quant(latent_sample)),)  # type: ignore[operator]
+        return (self.module.decoder(latent_sample if quant is None else quant(latent_sample)),)
 
 
 class VaeEncoderGraph(ComponentGraph):
@@ -108,7 +110,7 @@ class VaeEncoderGraph(ComponentGraph):
 
     def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor]:
         """Mean and log variance, stacked by channel; sampling stays outside the graph."""
-        moments = self.module.encoder(sample)  # type: ignore[operator]
+        moments = self.module.encoder(sample)
         quant = getattr(self.module, "quant_conv", None)
         return (moments if quant is None else quant(moments),)
 
@@ -134,14 +136,15 @@ def component_module(pipe: Any, component: str) -> nn.Module:
         raise ModelError(f"the pipeline has no PyTorch {name} (found {type(module).__name__}): give an eager pipeline")
     if type(module).__name__ == "MultiControlNetModel":
         raise ModelError(
-            f"the pipeline has {len(module.nets)} ControlNets, and a bundle holds one: set pipe.controlnet to one of "  # type: ignore[arg-type]
-            f"pipe.controlnet.nets, or export components={list(BASE_COMPONENTS)}: several run eagerly beside its UNet"
+            f"the pipeline has {len(pipe.controlnet.nets)} ControlNets, and a bundle holds one: set "
+            f"pipe.controlnet to one of pipe.controlnet.nets, or export components={list(BASE_COMPONENTS)}: several "
+            "run eagerly beside its UNet"
         )
     check_module(name, module)
     return module
 
 
-def standard_attention(module: nn.Module) -> nn.Module:
+def standard_attention(module: Any) -> nn.Module:
     """Undo memory-saving attention (sliced, xformers, unfused), which would be traced as loops; the module itself.
 
     Processors with weights of their own, such as an IP-Adapter's, stay.
@@ -149,9 +152,9 @@ def standard_attention(module: nn.Module) -> nn.Module:
     if hasattr(module, "attn_processors"):
         from diffusers.models.attention_processor import AttnProcessor2_0
 
-        found: dict[str, Any] = module.attn_processors  # type: ignore[assignment]
+        found: dict[str, Any] = module.attn_processors
         plain = {name: AttnProcessor2_0() if type(it).__name__ in REPLACED else it for name, it in found.items()}
-        module.set_attn_processor(plain)  # type: ignore[operator]
+        module.set_attn_processor(plain)
     return module
 
 

@@ -20,7 +20,7 @@ def check_external_data(onnx_file: str | Path, listed: Collection[Path] | None =
     fine.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     path = Path(onnx_file)
     try:

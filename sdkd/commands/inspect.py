@@ -133,11 +133,15 @@ def _short(found: dict[str, Any]) -> list[Any]:
     """One table of components, one per slot; reasons below, in full."""
     components = [
         [
-            row["component"], row["precision"], f"{row['parameters']:,}", _megabytes(row["bytes"]),
-            _agreement(row["parity"]), _state(row["problems"]),
+            row["component"],
+            row["precision"],
+            f"{row['parameters']:,}",
+            _megabytes(row["bytes"]),
+            _agreement(row["parity"]),
+            _state(row["problems"]),
         ]
         for row in found["components"]
-    ]  # fmt: skip
+    ]
     columns = ["component", "precision", "parameters", "MB", "max error", "state"]
     slots = list(dict.fromkeys(row["slot"] for row in found["engines"]))
     return [
@@ -152,11 +156,16 @@ def _slot(found: dict[str, Any], slot: str) -> list[Any]:
     rows = [row for row in found["engines"] if row["slot"] == slot]
     engines = [
         [
-            row["component"], row["precision"], _megabytes(row["bytes"]), _megabytes(row["memory_bytes"]),
-            f"{row['build_seconds']:.1f}", _agreement(row["parity"]), _state(row["problems"]),
+            row["component"],
+            row["precision"],
+            _megabytes(row["bytes"]),
+            _megabytes(row["memory_bytes"]),
+            f"{row['build_seconds']:.1f}",
+            _agreement(row["parity"]),
+            _state(row["problems"]),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     columns = ["component", "precision", "MB", "MB to run", "built s", "error", "state"]
     shapes = dict.fromkeys(str(ShapeRanges.from_json(profile)) for row in rows for profile in row["profiles"])
     return [

@@ -100,22 +100,29 @@ def tables(found: Mapping[str, Any]) -> list[Any]:
     """The report as tables for people."""
     rows = [
         [
-            row["part"], _short(row["kept"]), _short(row["dropped"]),
-            f"{row['teacher_parameters']:,}", f"{row['student_parameters']:,}",
+            row["part"],
+            _short(row["kept"]),
+            _short(row["dropped"]),
+            f"{row['teacher_parameters']:,}",
+            f"{row['student_parameters']:,}",
         ]
         for row in found["parts"]
-    ]  # fmt: skip
+    ]
     size = found["latent_size"]
     whole = [
         [
-            "parameters", f"{found['teacher_parameters']:,}", f"{found['student_parameters']:,}",
+            "parameters",
+            f"{found['teacher_parameters']:,}",
+            f"{found['student_parameters']:,}",
             _share(found["student_parameters"], found["teacher_parameters"]),
         ],
         [
-            f"GMACs per step ({size}x{size} latents)", f"{found['teacher_macs'] / 1e9:,.3f}",
-            f"{found['student_macs'] / 1e9:,.3f}", _share(found["student_macs"], found["teacher_macs"]),
+            f"GMACs per step ({size}x{size} latents)",
+            f"{found['teacher_macs'] / 1e9:,.3f}",
+            f"{found['student_macs'] / 1e9:,.3f}",
+            _share(found["student_macs"], found["teacher_macs"]),
         ],
-    ]  # fmt: skip
+    ]
     return [
         table(f"UNet of {found['student']}", ["teacher's part", "kept", "dropped", "parameters", "left"], rows),
         table("Cost of the UNet", ["", "teacher", "student", "left"], whole),
@@ -157,5 +164,7 @@ def student(
     show(*tables(found))
     for note in source.notes:
         show(f"Note on {source.name}: {note}.")
-    show(f"Saved {output}. Train it with: sdkd distill --teacher {shlex.quote(teacher)} --student {spec.short} "
-         "--data DATA --output RUN")  # fmt: skip
+    show(
+        f"Saved {output}. Train it with: sdkd distill --teacher {shlex.quote(teacher)} --student {spec.short} "
+        "--data DATA --output RUN"
+    )

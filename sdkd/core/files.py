@@ -14,10 +14,8 @@ from sdkd.core.outputs import Input, check_file_free, check_free
 from sdkd.core.replace import hold, put, sync, temporary, temporary_folder
 from sdkd.errors import BusyError
 
-__all__ = [
-    "check_file_free", "check_free", "lock", "new_folder", "read_json", "sha256", "staged_folder", "write_bytes",
-    "write_json",
-]  # fmt: skip
+__all__ = ["check_file_free", "check_free", "lock", "new_folder", "read_json"]
+__all__ += ["sha256", "staged_folder", "write_bytes", "write_json"]
 
 _CHUNK = 1 << 22
 

@@ -11,9 +11,14 @@ from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_t
 
 _SHOWN = 60  # characters of a wrong value in a message
 _WORDS = {
-    int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null",
-    dict: "an object", list: "a list",
-}  # fmt: skip
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def problem(value: Any, shape: Any, where: str = "") -> str | None:

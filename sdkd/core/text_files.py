@@ -65,7 +65,7 @@ def read_yaml(path: Path, shape: Any = Any) -> Any:
 
     text = decode_text(read_regular(path, _LARGEST_YAML), f"file {str(path)!r}")
     try:
-        found = yaml.load(text, Plain)  # noqa: S506 - a SafeLoader
+        found = Plain(text).get_single_data()
         wrong = problem(found, shape)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         wrong = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())

@@ -89,9 +89,11 @@ def cache(
         show(f"skipped: {message}")
     if cut := summary["cut"]:
         show(f"{cut} captions have more tokens than the text encoder reads, and were cut there")
-    show(f"{summary['images']} images at {summary['resolution']} pixels in {summary['output']}. "
-         f"Train from them: sdkd distill --teacher {shlex.quote(job.model)} --student STUDENT "
-         f"--data {shlex.quote(summary['output'])} --output RUN")  # fmt: skip
+    show(
+        f"{summary['images']} images at {summary['resolution']} pixels in {summary['output']}. "
+        f"Train from them: sdkd distill --teacher {shlex.quote(job.model)} --student STUDENT "
+        f"--data {shlex.quote(summary['output'])} --output RUN"
+    )
 
 
 def run(job: CacheJob, processes: int = 1, *, overwrite: bool = False, report: Progress = quiet) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _setting_option(item: dataclasses.Field[Any], hint: Any) -> tuple[Any, None]
         text = f"{text} [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
     kind = str if item.name in _TEXTS else hint
     option = typer.Option(help=text, show_default=False, rich_help_panel=item.metadata["panel"])
-    return Annotated[typing.Optional[kind], option], None  # noqa: UP045 - at run time
+    return Annotated[kind | None, option], None
 
 
 def _command(objective: str, text: str) -> Callable[..., None]:
@@ -76,13 +76,15 @@ def _command(objective: str, text: str) -> Callable[..., None]:
     settings = [item for item in settings_of(objective) if item.name != "objective"]
     options = _shared(objective) | {item.name: _setting_option(item, hints[item.name]) for item in settings}
 
-    def command(**values: Any) -> None:
+    def call(**values: Any) -> None:
         _main(objective, values)
+
+    command: Any = call  # typer reads the signature that is set below
 
     ordered = sorted(options.items(), key=lambda option: option[1][1] is not inspect.Parameter.empty)
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, kind, default=d, annotation=a) for name, (a, d) in ordered]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {name: annotation for name, (annotation, _) in ordered}
     command.__name__, command.__doc__ = objective, text
     return command

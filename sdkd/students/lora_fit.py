@@ -29,8 +29,8 @@ class Target:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Target:
         """All linear layers and convolutions of a UNet of this config."""
-        found = {name: tuple(module.weight.shape) for name, module in meta_unet(config).named_modules()
-                 if len(getattr(getattr(module, "weight", None), "shape", ())) in (2, 4)}  # fmt: skip
+        weights = [(name, weight) for name, weight in meta_unet(config).named_parameters() if weight.dim() in (2, 4)]
+        found = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights}
         return cls({flat(name): name for name in found}, {flat(name): shape for name, shape in found.items()})
 
     def unknown(self, layers: Mapping[str, Layer]) -> list[str]:

@@ -202,13 +202,13 @@ def peft_settings(state: Mapping[str, torch.Tensor], known: Mapping[str, Any]) -
     for part in PARTS:
         if any(name.startswith(f"{part}.") for name in known):
             continue
-        ranks = {_target(name): value.shape[1] for name, value in state.items()
-                 if name.startswith(f"{part}.") and name.endswith(".lora_B.weight")}  # fmt: skip
+        ups = [name for name in state if name.startswith(f"{part}.") and name.endswith(".lora_B.weight")]
+        ranks = {_target(name): state[name].shape[1] for name in ups}
         if ranks:
             usual = max(ranks.values(), key=list(ranks.values()).count)
             others = {f"^{name}" if part == "unet" else name: rank for name, rank in ranks.items() if rank != usual}
-            values = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": dict(others),
-                      "target_modules": sorted(ranks)}  # fmt: skip
+            values = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": dict(others)}
+            values |= {"target_modules": sorted(ranks)}
             settings |= {f"{part}.{key}": value for key, value in values.items()}
     return settings
 

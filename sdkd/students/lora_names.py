@@ -17,25 +17,28 @@ _UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out
 # Old diffusers kept a LoRA in attention processors: ...attn1.processor.to_q_lora.down.weight
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
 # Adapters that a down and an up matrix do not describe, by what the names of their weights hold.
-_OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple((kind, re.compile(pattern)) for kind, pattern in (
-    ("DoRA", r"dora_scale|lora_magnitude_vector"),
-    ("LoHa", r"\.hada_"),
-    ("LoKr", r"\.lokr_"),
-    ("BOFT", r"boft_"),
-    ("OFT", r"(^|[._])oft_"),
-    ("IA3", r"ia3_|\.on_input$"),
-    ("GLoRA", r"\.[ab][12]\.weight$"),
-    ("VeRA", r"vera_lambda_"),
-    ("AdaLoRA", r"\.lora_E$|ranknum"),
-    ("LoCon with Tucker decomposition", r"\.lora_mid\."),
-    ("LoRA with a trained scalar", r"\.scalar$"),
-    ("LoRA with biases", r"lora[\w.]*\.bias$"),
-    ("LoRA of an embedding layer", r"lora_embedding_[AB]"),
-    ("full difference of weights", r"\.diff(_b)?$"),
-    ("difference of norm layers", r"\.[wb]_norm$"),
-    ("textual inversion in a LoRA file", r"^bundle_emb\."),
-    ("Control-LoRA", r"^lora_controlnet$"),
-))  # fmt: skip
+_OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("DoRA", r"dora_scale|lora_magnitude_vector"),
+        ("LoHa", r"\.hada_"),
+        ("LoKr", r"\.lokr_"),
+        ("BOFT", r"boft_"),
+        ("OFT", r"(^|[._])oft_"),
+        ("IA3", r"ia3_|\.on_input$"),
+        ("GLoRA", r"\.[ab][12]\.weight$"),
+        ("VeRA", r"vera_lambda_"),
+        ("AdaLoRA", r"\.lora_E$|ranknum"),
+        ("LoCon with Tucker decomposition", r"\.lora_mid\."),
+        ("LoRA with a trained scalar", r"\.scalar$"),
+        ("LoRA with biases", r"lora[\w.]*\.bias$"),
+        ("LoRA of an embedding layer", r"lora_embedding_[AB]"),
+        ("full difference of weights", r"\.diff(_b)?$"),
+        ("difference of norm layers", r"\.[wb]_norm$"),
+        ("textual inversion in a LoRA file", r"^bundle_emb\."),
+        ("Control-LoRA", r"^lora_controlnet$"),
+    )
+)
 _LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 
 

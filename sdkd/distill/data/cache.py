@@ -182,7 +182,7 @@ class _Writer:
             for number, (name, rows) in enumerate(missing, len(kept)):
                 self._write_latents(vae, name, rows, reader, stream, (number, len(own)))
         finally:
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
 
     def _load(self, position: int, index: int) -> tuple[int, torch.Tensor, str]:
         row = self.images[index]

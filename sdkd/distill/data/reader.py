@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
@@ -47,21 +47,21 @@ class Reader(Generic[T]):
         self.unreadable: dict[int, str] = {}
         self.waited = 0.0
 
-    def rows(self, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, T]]:
+    def rows(self, pairs: Iterable[tuple[int, int]]) -> Generator[tuple[int, T], None, None]:
         """Rows as (position, row) for (position, index) pairs, in their order; closing it stops the threads.
 
         Raises TrainingError when too many could not be read, and whatever else `load` raises.
         """
         return self._pooled(iter(pairs)) if self.workers else self._inline(pairs)
 
-    def _inline(self, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, T]]:
+    def _inline(self, pairs: Iterable[tuple[int, int]]) -> Generator[tuple[int, T], None, None]:
         for position, index in pairs:
             start = time.perf_counter()
             loaded = self._load(position, index)
             self.waited += time.perf_counter() - start
             yield position, self._accept(loaded)
 
-    def _pooled(self, pairs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, T]]:
+    def _pooled(self, pairs: Iterator[tuple[int, int]]) -> Generator[tuple[int, T], None, None]:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sdkd-reader")
         waiting: deque[tuple[int, Future[_Loaded[T]]]] = deque()
         try:

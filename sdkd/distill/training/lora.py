@@ -131,7 +131,8 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     file = _lora_file(Path(path))
     try:
         with safe_open(file, framework="pt") as stream:
-            state = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - it is no dict
+            names = stream.keys()  # it is no dict
+            state = {name: stream.get_tensor(name) for name in names}
             notes = stream.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"LoRA {str(file)!r} cannot be read ({error}): download or make it again") from error

@@ -57,9 +57,12 @@ def draw(trainer: Trainer) -> list[NDArray[Any]]:
         for index, prompt in enumerate(trainer.config.prompts):
             generator = torch.Generator().manual_seed(trainer.config.seed + index)
             made = pipe(
-                prompt, num_inference_steps=trainer.config.sample_steps, guidance_scale=GUIDANCE, generator=generator,
+                prompt,
+                num_inference_steps=trainer.config.sample_steps,
+                guidance_scale=GUIDANCE,
+                generator=generator,
                 output_type="np",
-            )  # fmt: skip
+            )
             images += list(made.images)
     torch.set_rng_state(state)
     return images

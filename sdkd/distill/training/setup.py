@@ -151,8 +151,9 @@ def check_views(data: CaptionedImages | Latents, config: TrainConfig) -> None:
         return
     problems = []
     if config.flip and not getattr(data, "flip", False):
-        problems.append("flip needs mirrored images, which it does not hold: make it with sdkd cache --flip, or give "
-                        "--no-flip")  # fmt: skip
+        problems.append(
+            "flip needs mirrored images, which it does not hold: make it with sdkd cache --flip, or give --no-flip"
+        )
     if config.crop == "random":
         problems.append("crop 'random' needs the images: give --crop center")
     if config.buckets:
