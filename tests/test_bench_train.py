@@ -99,6 +99,7 @@ def test_a_row_without_memory_says_so_and_the_others_go_on(
     assert (row["step"], row["speedup"], row["memory_gb"]) == (bench_train.OURS, None, None)
     assert row["images_per_second"] == BATCH / row["seconds_median"]
     head = {"size": 64, "batch_size": BATCH, "machine": "a", "date": "2026-01-02", "commit": "abc", "command": "c"}
-    page = bench_train.markdown({**head, "precision": "bf16", "students": [{**found, "compile_seconds": 0.0}]})
+    made = {**head, "precision": "bf16", "students": [{**found, "compile_seconds": 0.0}]}
+    page = "\n".join(bench_train.page(made))
     assert f"| {bench_train.OURS} | {row['seconds_median']:.2f} | {row['images_per_second']:.3f} | – |" in page
     assert "| reference | – | – | CUDA out of memory. Tried to allocate 2.00 GiB. |" in page

@@ -23,6 +23,8 @@ import bench_build
 import bench_export
 import bench_runtime
 import benchmarks_page
+from bench_kit.commands import Measured, Run
+from gpu_bench.settings import KINDS
 
 ROOT = Path(__file__).parent.parent
 HEAD = {
@@ -76,7 +78,7 @@ def export_file() -> dict[str, Any]:
     """A result of tools/bench_export.py."""
     parts = {name: {"nodes": 1200, "opset": 23, "bytes": 7_000_000} for name in bench_export.COMPONENTS}
     ways = {
-        way: bench_export.Measured([bench_export.Run(seconds, 4 * 10**9, 3 * 10**9, True) for _ in range(3)], parts)
+        way: Measured([Run(seconds, 4 * 10**9, 3 * 10**9, True) for _ in range(3)], parts)
         for way, seconds in (("optimum fp32", 90.0), ("sdkd fp32", 45.0))
     }
     words = {"rounds": 3, "command": "python tools/bench_export.py --rounds 3", "optimum": OPTIMUM}
@@ -85,9 +87,10 @@ def export_file() -> dict[str, Any]:
 
 def build_file() -> dict[str, Any]:
     """A result of tools/bench_build.py."""
-    run = bench_export.Run(33.5, 4 * 10**9, 3 * 10**9, True)
+    run = Run(33.5, 4 * 10**9, 3 * 10**9, True)
     unet = {"export_seconds": 20.0, "build_seconds": 7.25, "engine_bytes": 9_000_000}
-    row = bench_build.row("openvino", [run], {"engine_bytes": 9_000_000, "components": {"unet": unet}})
+    written = {"engine_bytes": 9_000_000, "components": {"unet": unet}}
+    row = bench_build.row("openvino", Measured([run], written))
     words: dict[str, Any] = {"rounds": 1, "command": "python tools/bench_build.py --rounds 1", "optimum": None}
     return {**HEAD, **words, "models": [{"model": "random:sd15-tiny", "rows": [row]}]}
 
@@ -106,8 +109,8 @@ def runtime_file() -> dict[str, Any]:
     drawn = [{"seconds": each + 1.0, "unet": [each], "vae": [0.5], "text": [0.1]} for each in (2.0, 2.1, 2.2)]
     quick = [{**one, "seconds": one["seconds"] / 2, "unet": [one["unet"][0] / 2]} for one in drawn]
     images = [
-        bench_runtime.pipeline_row("student, eager fp32", drawn, drawn, None),
-        bench_runtime.pipeline_row("student, onnxruntime", quick, drawn, 61.25),
+        bench_runtime.image_row("student, eager fp32", drawn, drawn, None),
+        bench_runtime.image_row("student, onnxruntime", quick, drawn, 61.25),
     ]
     return bench_runtime.merged(found, {**HEAD, **words}, "onnxruntime", images)
 
@@ -117,7 +120,7 @@ def test_pieces_of_a_runtime_result_are_measured_apart_and_of_one_setting(tmp_pa
     assert set(found["runs"]) == {"overhead", "onnxruntime"}
     assert "overhead" in bench_runtime.merged(found, {**found, "commit": "def5678"}, "peer", [])
     other = bench_runtime.merged(found, {**HEAD, **found, "settings": {"steps": 8, "size": 512}}, "peer", [])
-    assert "of 2026" not in bench_runtime.markdown(found).lower()
+    assert "of 2026" not in "\n".join(bench_runtime.page(found)).lower()
     base, engine = found["onnxruntime"]
     assert (base["image_faster"], base["unet_faster"]) == (None, None)
     assert engine["unet_faster"][0] == pytest.approx(2.0)
@@ -234,7 +237,7 @@ def test_a_file_that_lacks_a_figure_is_refused_by_name(tmp_path: Path) -> None:
 def test_what_no_gpu_has_measured_is_listed(tmp_path: Path) -> None:
     text = benchmarks_page.whole_page(put(tmp_path, demo=comparison_file(), train_256_tiny=train_file()))
     listed = re.findall(r"^- `([\w-]+)`:", text.split("## Not measured on a GPU yet\n")[1], flags=re.MULTILINE)
-    assert listed == [name for _, name in benchmarks_page.GPU_ROWS]
+    assert listed == [name for name, kind in KINDS.items() if kind.words]
     assert (ROOT / benchmarks_page.GPU_COMMAND.removeprefix("python ")).is_file()
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +23,18 @@ from sdkd.targets import gpu_trial
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import gpu_report
-from gpu_bench import bundles, page, parts, runner, unets
-from gpu_bench.device import Device
+from bench_kit import runner
+from bench_kit.record import Record
+from bench_kit.runner import Piece, Place
+from gpu_bench import bundles, page, unets, wholes
+from gpu_bench.bench import Bench
 from gpu_bench.goals import goals
-from gpu_bench.record import Record
-from gpu_bench.settings import ENGINES, Piece, Settings, all_pieces, cap, chosen, cost, dry
+from gpu_bench.settings import ENGINES, KINDS, Settings, all_pieces, chosen, dry
 
 SIZE = 32  # pixels of the small pipeline
+SHAPES = [(2, SIZE), (2, 2 * SIZE)]
+CEILINGS = {"what": "ceilings", "precision": "fp32", "flops_per_s": 9e10, "bytes_per_s": 2e10, "how": "product"}
+BLANK: dict[str, Any] = {"state": "done", "errors": {}, "facts": {}}
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +47,21 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     small_exports.bundle_copy(home / "work" / "tiny-fp32")
     models = {"tiny": str(home / "tiny"), "teacher": str(home / "teacher")}
     return dry({
-        "models": models, "work": str(home / "work"), "sizes": (SIZE, 2 * SIZE), "seconds": 0.01, "runs": 2,
+        "models": models, "work": str(home / "work"), "sizes": (SIZE, 2 * SIZE), "batches": (2,), "seconds": 0.01,
+        "runs": 2,
     })  # fmt: skip
 
 
-def run(settings: Settings, name: str) -> dict[str, Any]:
-    """One piece in this process."""
-    record = Record()
-    runner.run_piece(next(one for one in all_pieces(settings) if one.name == name), settings, record)
-    return record.to_json()
-
-
 @pytest.fixture(scope="module")
-def pieces(settings: Settings) -> dict[str, dict[str, Any]]:
-    """What every piece that needs no GPU found, as a report holds it."""
-    names = ("ceilings", "eager/tiny", "onnxruntime/tiny", "tensorrt-rtx/tiny", "images/tiny", "vae/tiny", "lora/tiny",
-             "compile/tiny", "train/tiny")  # fmt: skip
-    return {name: {**run(settings, name), "state": "done", "commit": "abc1234"} for name in names}
+def pieces(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What every piece that needs no GPU found, as a report holds it: run as a child runs it, but in this process."""
+    folder, found = tmp_path_factory.mktemp("pieces"), {"ceilings": {**BLANK, "rows": [dict(CEILINGS)]}}
+    kinds = ("eager", "onnxruntime", "tensorrt-rtx", "images", "vae", "lora", "compile", "train")
+    for piece in [one for one in all_pieces(settings) if one.name in {f"{kind}/tiny" for kind in kinds}]:
+        write_json(folder / "piece", {"function": piece.function, "arguments": dict(piece.arguments)})
+        runner.child(folder / "piece", folder / "result")
+        found[piece.name] = {**read_json(folder / "result"), "state": "done", "commit": "abc1234"}
+    return found
 
 
 def rows(piece: dict[str, Any], what: str) -> list[dict[str, Any]]:
@@ -67,20 +71,22 @@ def rows(piece: dict[str, Any], what: str) -> list[dict[str, Any]]:
 # What the pieces find
 
 
+def steps_of(piece: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(row["way"], row["batch"], row["size"]) for row in rows(piece, "UNet step")]
+
+
 def test_eager_steps_at_all_shapes(pieces: dict[str, Any]) -> None:
     found = pieces["eager/tiny"]
     assert found["errors"] == {}
-    assert [(row["way"], row["batch"], row["size"]) for row in rows(found, "UNet step")] == [
-        ("eager", 2, SIZE), ("eager, channels_last", 2, SIZE), ("eager, channels_last", 4, SIZE),
-        ("eager, channels_last", 2, 2 * SIZE),
-    ]  # fmt: skip
+    way = "eager, channels_last"
+    assert steps_of(found) == [("eager", 2, SIZE), *((way, *shape) for shape in SHAPES)]
     for row in rows(found, "UNet step"):
         assert len(row["seconds"]) in (1, 2)
         assert row["work"]["flops"] > row["batch"] * 1e6
     (parity,) = rows(found, "parity")
     assert max(parity["errors"]) < 1e-5
     (queued,) = rows(found, "queued")
-    assert (queued["way"], queued["batch"]) == ("eager, channels_last", 2)
+    assert (queued["way"], queued["batch"]) == (way, 2)
     assert 0.1 < queued["median_s"] / rows(found, "UNet step")[1]["median_s"] < 10  # of one call, not of ten
     assert "SDPA" in found["facts"]["attention"]
 
@@ -90,9 +96,8 @@ def test_engines_are_built_run_and_compared(pieces: dict[str, Any]) -> None:
     assert found["errors"] == {}
     assert "export_s" not in found["facts"]  # the bundle was there
     assert found["facts"]["engine_bytes"] > 10_000
-    steps = rows(found, "UNet step")
-    assert [(row["batch"], row["size"]) for row in steps] == [(2, SIZE), (4, SIZE), (2, 2 * SIZE)]
-    assert all(row["load_s"] > 0 and row["first_call_s"] > 0 for row in steps)
+    assert steps_of(found) == [("onnxruntime", *shape) for shape in SHAPES]
+    assert all(row["load_s"] > 0 and row["first_call_s"] > 0 for row in rows(found, "UNet step"))
     assert max(rows(found, "parity")[0]["errors"]) < 1e-4
 
 
@@ -109,12 +114,12 @@ def test_images_vae_compile_and_training(pieces: dict[str, Any]) -> None:
     for name in ("images/tiny", "vae/tiny", "compile/tiny", "train/tiny"):
         assert pieces[name]["errors"] == {}, name
     assert [row["way"] for row in rows(pieces["images/tiny"], "image")] == ["eager", "onnxruntime"]
-    assert [row["way"] for row in rows(pieces["vae/tiny"], "VAE decode")] == [
-        *["eager, channels_last"] * 2, *["onnxruntime"] * 2
-    ]  # fmt: skip
+    eager = "eager, channels_last"
+    decoded = [row["way"] for row in rows(pieces["vae/tiny"], "VAE decode")]
+    assert decoded == [eager, eager, "onnxruntime", "onnxruntime"]
     parity = {(row["component"], row["way"]): max(row["errors"]) for row in rows(pieces["vae/tiny"], "parity")}
     assert list(parity) == [
-        ("text_encoder", "eager"), ("vae_decoder", "eager, channels_last"), ("text_encoder", "onnxruntime"),
+        ("text_encoder", "eager"), ("vae_decoder", eager), ("text_encoder", "onnxruntime"),
         ("vae_decoder", "onnxruntime"),
     ]  # fmt: skip
     assert max(parity.values()) < 1e-4
@@ -122,13 +127,9 @@ def test_images_vae_compile_and_training(pieces: dict[str, Any]) -> None:
         built = pieces[name]["facts"]["builds"]
         assert {"onnxruntime/text_encoder", "onnxruntime/vae_decoder"} <= set(built)
         assert all(one["engine_bytes"] > 1000 for one in built.values())
-    steps = rows(pieces["compile/tiny"], "UNet step")
-    assert [(row["way"], row["batch"], row["size"]) for row in steps] == [
-        ("compile, eager", batch, size) for batch, size in ((2, SIZE), (4, SIZE), (2, 2 * SIZE))
-    ]  # fmt: skip
-    assert list(pieces["compile/tiny"]["facts"]["compile_s"]) == [
-        f"compile, eager, batch {batch}, {size} px" for batch, size in ((2, SIZE), (4, SIZE), (2, 2 * SIZE))
-    ]  # fmt: skip
+    assert steps_of(pieces["compile/tiny"]) == [("compile, eager", *shape) for shape in SHAPES]
+    ways = [f"compile, eager, batch {batch}, {size} px" for batch, size in SHAPES]
+    assert list(pieces["compile/tiny"]["facts"]["compile_s"]) == ways
     steps = rows(pieces["train/tiny"], "training step")
     assert [row["way"] for row in steps] == ["reference", "+ channels_last", "Trainer.step"]
     assert {(row["student"], row["batch"], len(row["seconds"])) for row in steps} == {("tiny", 2, 3)}
@@ -147,7 +148,7 @@ def test_a_lora_goes_on_and_comes_off_exactly(pieces: dict[str, Any]) -> None:
 def report_of(pieces: dict[str, Any], settings: Settings) -> dict[str, Any]:
     environment = {"gpu": None, "cpu": "Example CPU"}
     head = {"date": "2026-01-02", "machine": "example", "command": "python tools/gpu_report.py", "dry_run": True}
-    found = {**head, "commit": "abc1234", "settings": settings.to_json(), "environment": environment, "pieces": pieces}
+    found = {**head, "commit": "abc1234", "settings": settings.public(), "environment": environment, "pieces": pieces}
     page.add_limits(found)
     return found
 
@@ -157,14 +158,13 @@ def test_every_row_with_work_has_its_limit_and_the_page_shows_all(pieces: dict[s
     limits = [row["limit"] for piece in pieces.values() for row in piece["rows"] if "work" in row]
     assert len(limits) >= 12
     assert all(limit["fraction"] > 0 and limit["bound"] in ("compute", "memory") for limit in limits)
-    text = page.markdown(found)
-    assert "No figure here is a measurement" in text
-    for title in ("The machine's limits", "UNet steps", "Engines", "Distance to eager float32",
-                  "Whole images, and the VAE", "LoRA", "Distillation steps", "Goals"):  # fmt: skip
-        assert f"\n## {title}\n" in text
-    assert text == page.markdown(json.loads(json.dumps(found)))
-    for line in text.splitlines():
-        assert "nan" not in line.split("|")
+    lines = page.page(found)
+    assert "**A dry run: tiny models on a CPU, few calls. No figure here is a measurement.**" in lines
+    titles = {"The machine's limits", "UNet steps", "Calls in a row", "Engines", "Distance to eager float32",
+              "Whole images, and the VAE", "LoRA", "Distillation steps", "Goals"}  # fmt: skip
+    assert titles <= {line.removeprefix("## ") for line in lines}
+    assert lines == page.page(json.loads(json.dumps(found)))
+    assert [line for line in lines if "nan" in line.split("|")] == []
 
 
 def test_a_kind_that_a_trial_refused_is_measured_no_further(
@@ -179,8 +179,9 @@ def test_a_kind_that_a_trial_refused_is_measured_no_further(
     gpu_trial.remember([failed])
     assert bundles.refused(settings, "tensorrt-rtx") == ""  # the CPU of a dry run is asked nothing
     assert "failed at 'open': unsupported cc" in bundles.refused(on_gpu, "tensorrt-rtx")
-    device, record = Device(settings), Record()
-    unets.engine(on_gpu, device, record, "tiny", "tensorrt-rtx")  # the first model, too
+    bench, record = Bench(settings, Record(), "tensorrt-rtx", "tiny"), Record()
+    bench.settings, bench.record = on_gpu, record
+    unets.engine(bench)  # the first model, too
     assert "failed at 'open': unsupported cc" in record.errors["export"]
     assert record.facts == {}  # nothing was exported or built
     gpu_trial.remember([failed, replace(failed, plan="current", step="ran")])
@@ -195,25 +196,19 @@ def test_a_kind_that_a_trial_refused_is_measured_no_further(
 
 
 def test_a_session_elsewhere_than_the_report_is_refused(settings: Settings) -> None:
-    session = Place(torch.device("cpu"), Place("the onnxruntime engine of unet"), "onnxruntime")
-    bundles.check_place([session], Device(settings))
+    checked = SimpleNamespace(label="the onnxruntime engine of unet")
+    session = SimpleNamespace(device=torch.device("cpu"), checked=checked, slot="onnxruntime")
+    Bench(settings, Record(), "eager", "tiny").check_place([session])
+    elsewhere = Bench(replace(settings, device="meta"), Record(), "eager", "tiny")
     with pytest.raises(EngineError, match=r"^the onnxruntime engine of unet runs on cpu, and the report is of meta: "):
-        bundles.check_place([session], Device(replace(settings, device="meta")))
+        elsewhere.check_place([session])
 
 
-class Place:
-    """What a session says of where it is."""
-
-    def __init__(self, device: Any, checked: Any = None, slot: str = "") -> None:
-        self.device, self.checked, self.slot, self.label = device, checked, slot, device
-
-
-def test_a_rate_that_tensor_cores_cannot_have_is_no_ceiling(pieces: dict[str, Any], settings: Settings) -> None:
-    ceiling = {"what": "ceilings", "precision": "fp16", "flops_per_s": 9e12, "bytes_per_s": 2e12, "how": "product"}
+def test_a_rate_that_tensor_cores_cannot_have_is_no_ceiling(settings: Settings) -> None:
+    ceiling = {**CEILINGS, "precision": "fp16", "flops_per_s": 9e12, "bytes_per_s": 2e12}
     step = {"what": "UNet step", "precision": "fp16", "median_s": 0.01, "work": {"flops": 10**12, "bytes": 10**9},
             "limit": {"of": "earlier ceilings"}}  # fmt: skip
-    blank = {"state": "done", "errors": {}, "facts": {}}
-    found = report_of({"ceilings": {**blank, "rows": [ceiling]}, "eager/tiny": {**blank, "rows": [step]}}, settings)
+    found = report_of({"ceilings": {**BLANK, "rows": [ceiling]}, "eager/tiny": {**BLANK, "rows": [step]}}, settings)
     assert step["limit"]["fraction"] == pytest.approx(10**12 / 9e12 / 0.01)  # on a CPU it may be so
     found["environment"]["gpu"] = {"gpu": "Example GPU", "compute_capability": "9.0"}
     page.add_limits(found)
@@ -228,8 +223,8 @@ def test_a_rate_that_tensor_cores_cannot_have_is_no_ceiling(pieces: dict[str, An
 
 def test_the_work_of_decoding_is_counted_and_not_guessed() -> None:
     vae = small_exports.small_pipeline().vae
-    found = parts.decoding_work(dry({}), vae, SIZE)
-    counted = count_products(vae, torch.zeros(parts.latent_shape(vae.config, SIZE)))
+    found = wholes.decoding_work("fp32", vae, SIZE)
+    counted = count_products(vae, torch.zeros(wholes.latent_shape(vae.config, SIZE)))
     attention = 4 * (SIZE // 2) ** 4 * vae.config.block_out_channels[-1]  # both products, n x n x channels
     assert found["flops"] == counted + attention
     pixels, latents = 3 * SIZE**2, vae.config.latent_channels * (SIZE // 2) ** 2
@@ -279,46 +274,43 @@ def test_pieces_are_chosen_by_kind_or_name() -> None:
 
 def test_settings_travel_and_profiles_hold_every_shape() -> None:
     settings = Settings(sizes=(512, 768), batches=(2, 8, 16))
-    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))).shapes == settings.shapes
+    given = all_pieces(settings)[0].arguments["settings"]
+    assert Settings.from_json(json.loads(json.dumps(given))).shapes == settings.shapes
     assert settings.shapes == [(2, 512), (8, 512), (16, 512), (2, 768)]
-    alone, every = bundles.unet_profiles(settings)
+    alone, every = bundles.profiles(settings, "unet")
     assert (alone.batch.max, alone.height.max) == (1, 512)
     assert (every.batch.max, every.batch.opt, every.height.min, every.height.max) == (8, 8, 512, 768)
     asked = gpu_report.parse(["--models", "a=demo", "--sizes", "64", "--batches", "2,4", "--steps", "3"])
-    found = gpu_report.settings_of(asked)
+    found = Settings.of(asked)
     assert (found.models, found.sizes, found.batches, found.steps) == ({"a": "demo"}, (64,), (2, 4), 3)
     with pytest.raises(InputError, match=r"models 'demo' are not understood: give LABEL=MODEL"):
-        gpu_report.settings_of(gpu_report.parse(["--models", "demo"]))
+        Settings.of(gpu_report.parse(["--models", "demo"]))
 
 
 # The runner, with processes that need no torch
 
 
-def planted(code: str) -> runner.Command:
-    """Every piece is a Python process with this code, which has its name, and the files as `settings` and `result`."""
-    head = "import json, os, sys, time\nname, settings, result = sys.argv[1:]\n"
-    return lambda piece, settings, result: [sys.executable, "-c", head + code, piece.name, str(settings), str(result)]
-
-
 WRITE = "open(result, 'w').write(json.dumps({'rows': [{'what': 'row of ' + name}], 'facts': {}, 'errors': {}}))\n"
 
 
+def planted(work: Path, code: str) -> Place:
+    """Every piece is a Python process with this code, which has its `name`, and the file `result`."""
+    head = "import json, os, sys, time\nfile, result = sys.argv[1:]\ngiven = json.load(open(file))['arguments']\n"
+    head += "name = '/'.join(filter(None, (given['kind'], given['model'])))\n"
+    start = [sys.executable, "-S", "-c", head + code]
+    return Place(work, {}, lambda piece, result: [*start, str(piece), str(result)])
+
+
 def run_planted(
-    found: dict[str, Any],
-    work: Path,
-    code: str,
-    names: str,
-    seconds: float = 600.0,
-    again: bool = False,
-    commit: str = "abc1234",
-    **more: Any,
-) -> list[str]:
+    found: dict[str, Any], work: Path, code: str, names: str, *, seconds: float = 600.0, again: bool = False,
+    missing: dict[str, str] | None = None, **limits: float,
+) -> list[str]:  # fmt: skip
     """The states of some pieces, in the order in which they were saved."""
-    settings, saved = Settings(work=str(work)), list[int]()
+    saved = list[int]()
+    asked = [replace(piece, **limits) for piece in chosen(Settings(work=str(work)), names)]
     runner.run_all(
-        chosen(settings, names), settings, found, lambda: saved.append(len(found)),
-        deadline=time.monotonic() + seconds, again=again, said={"commit": commit}, environment={},
-        words=planted(code), **more,
+        asked, planted(work, code), found, lambda: saved.append(len(found)), deadline=time.monotonic() + seconds,
+        again=again, said={"commit": "abc1234"}, missing=missing or {},
     )  # fmt: skip
     assert saved[-1] == len(found)
     return [f"{name}: {piece['state']}" for name, piece in found.items()]
@@ -350,30 +342,25 @@ def test_an_error_is_the_librarys_own_and_a_later_failure_keeps_earlier_rows(tmp
     assert found["ceilings"]["rows"] == [{"what": "row of ceilings"}]
 
 
-def test_the_budget_stops_a_piece_and_begins_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "cost", lambda *_: 1.0)
+def test_the_budget_stops_a_piece_and_begins_no_other(tmp_path: Path) -> None:
     code = WRITE + "import subprocess\nsubprocess.Popen(['sleep', '60'])\ntime.sleep(60)\n"
     found: dict[str, Any] = {}
-    start = time.monotonic()
-    states = run_planted(found, tmp_path, code, "doctor,ceilings", seconds=3.0)
-    assert time.monotonic() - start < 30
+    states = run_planted(found, tmp_path, code, "doctor,ceilings", seconds=2.0, cost=1.0)
     assert states == ["doctor: out of budget", "ceilings: not started"]
     assert found["doctor"]["rows"] == [{"what": "row of doctor"}]
-    assert found["doctor"]["errors"]["process"] == "stopped after 3 s, at the end of the budget"
+    assert found["doctor"]["errors"]["process"] == "stopped after 2 s, at the end of the budget"
     order = [piece.name for piece in runner.to_run(chosen(Settings(), "doctor,ceilings"), found, again=False)]
     assert order == ["ceilings", "doctor"]  # what was never begun comes first
 
 
-def test_a_piece_is_begun_when_its_cost_is_left_and_stopped_at_the_most_for_its_kind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert (cost("tensorrt", Settings()), cap("tensorrt"), cap("compile")) == (240.0, 600.0, 300.0)
-    assert cost("tensorrt", dry({})) == 24.0
+def test_a_piece_is_begun_when_its_cost_is_left_and_stopped_at_the_most_for_its_kind(tmp_path: Path) -> None:
+    costs = {piece.name: (piece.cost, piece.cap) for piece in all_pieces(Settings())}
+    assert (costs["tensorrt/tiny"], costs["compile/tiny"]) == ((240.0, 600.0), (240.0, 300.0))
+    assert {piece.name: piece.cost for piece in all_pieces(dry({}))}["tensorrt/teacher"] == 24.0
     found: dict[str, Any] = {}
     states = run_planted(found, tmp_path, WRITE, "tensorrt/tiny,train/small,eager/tiny", seconds=100.0)
     assert states == ["eager/tiny: done", "tensorrt/tiny: not started", "train/small: done"]
-    monkeypatch.setattr(runner, "cap", lambda _: 1.0)
-    states = run_planted(found, tmp_path, WRITE + "time.sleep(60)\n", "ceilings")
+    run_planted(found, tmp_path, WRITE + "time.sleep(60)\n", "ceilings", cap=1.0)
     assert found["ceilings"]["state"] == "out of budget"
     assert found["ceilings"]["errors"]["process"] == "stopped after 1 s, the most for its kind"
     assert found["ceilings"]["rows"] == [{"what": "row of ceilings"}]
@@ -420,14 +407,12 @@ def test_how_a_process_ended() -> None:
     assert runner.scrubbed(found, places) == {"errors": {"a": "WORK/x and ~/y"}, "rows": [{"n": 1}]}
 
 
-def test_a_child_runs_its_piece(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_bench.pieces.ceilings", lambda settings, device, record, model: record.row(what="here"))
-    given = tmp_path / "settings.json"
-    write_json(given, settings.to_json())
-    assert gpu_report.main(["--child", "ceilings", str(given), str(tmp_path / "result.json")]) == 0
-    found = read_json(tmp_path / "result.json")
-    assert found["rows"] == [{"what": "here"}]
-    assert found["errors"] == {}
+def test_a_piece_of_another_benchmark_runs_the_same_and_ends_it_when_it_fails(tmp_path: Path) -> None:
+    place = Place(tmp_path, runner.python_path())
+    with pytest.raises(SystemExit, match=r"(?s)Traceback .*error: slug: TypeError: slug\(\) got an unexpected"):
+        runner.run_or_exit(Piece("slug", "bench_kit.results:slug", {"other": 1}), place)
+    with pytest.raises(SystemExit, match=r"error: none: AttributeError: .*'nothing'"):
+        runner.run_or_exit(Piece("none", "bench_kit.results:nothing"), place)
 
 
 # The whole call
@@ -439,8 +424,7 @@ ENVIRONMENT = {"gpu": {"gpu": "Example GPU", "compute_capability": "9.0"}, "gpu_
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str, driver: str = "580.10") -> Path:
     machine = {"environment": {**ENVIRONMENT, "gpu_driver": driver}, "name": "Example GPU", "missing": ["tensorrt"]}
     monkeypatch.setattr(gpu_report, "identify", lambda *_: machine)
-    defaults = {"missing": {}, "words": planted(WRITE)}
-    monkeypatch.setattr(runner.run_all, "__kwdefaults__", defaults)
+    monkeypatch.setattr(gpu_report, "Place", lambda work, _: planted(work, WRITE))
     gpu_report.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--commit", "abc", *words])
     return max((tmp_path / "out" / "example-gpu").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -499,7 +483,7 @@ def test_wheels_are_installed_beside_everything(tmp_path: Path) -> None:
     (kit / "install.py").write_text(write)
     site = gpu_report.install([more, kit], tmp_path)
     assert (site / "said").read_text() == str(["--from", str(more)])
-    assert gpu_report.python_path(site)["PYTHONPATH"].split(":")[0] == str(site)
+    assert runner.python_path(site)["PYTHONPATH"].split(":")[0] == str(site)
     (kit / "install.py").write_text("raise SystemExit('a part is damaged')\n")
     assert gpu_report.install([kit], tmp_path) == site  # the same kit: nothing is done
     (kit / "kit.json").write_text("{ }")
@@ -540,8 +524,9 @@ def test_goals_say_what_is_reached_and_what_is_missing() -> None:
     assert {goal.value for goal in empty} == {None}
 
 
-def test_a_piece_has_a_function() -> None:
-    for piece in all_pieces(Settings()):
-        module, _, name = piece.function.partition(":")
+def test_a_kind_has_a_function_and_words_for_its_figures() -> None:
+    for kind in KINDS.values():
+        module, _, name = kind.function.partition(":")
         assert callable(getattr(__import__(f"gpu_bench.{module}", fromlist=[name]), name))
-    assert Piece("eager", "tiny", "unets:eager").name == "eager/tiny"
+    assert {piece.kind for piece in all_pieces(Settings())} == set(KINDS)
+    assert [name for name, kind in KINDS.items() if not kind.words] == ["doctor"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench import ROOT, commit
+from bench_kit.results import ROOT, commit
 
 from sdkd.core.files import read_json, write_bytes, write_json
 

@@ -11,153 +11,93 @@ Raw samples stay in the JSON. Run it on a quiet machine; `make benchmarks-page` 
 from __future__ import annotations
 
 import argparse
-import datetime
-import functools
 import os
-import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from export.check.half_products import has_units
+from bench_kit.record import Record
+from bench_kit.results import ROOT, commit, keep, machine, table, today
+from bench_kit.runner import Piece, Place, python_path, run_or_exit
+
 from sdkd.bundle.manifest import Bundle
-from sdkd.compare import Subject, compare
-from sdkd.compare.measure.environment import load_average
-from sdkd.compare.measure.results import Report
-from sdkd.compare.measure.subjects import COMPILE
-from sdkd.compare.report.tables import markdown
-from sdkd.core.console import progress
-from sdkd.core.files import write_bytes, write_json
-from sdkd.demo.run import DemoResult, wanted_engines
-from sdkd.targets.registry import availability, cpu_name, gpu
-from sdkd.workflow import prepare
 
-ROOT = Path(__file__).parent.parent
-FULL_SIZE = ("sd15-tiny", "sd15-small", "sd15")  # random weights
+PIECES = ("demo", "sd15-tiny", "sd15-small", "sd15")  # all but the demo: full size, random weights
 
 
-def machine() -> str:
-    """A folder name for this machine: its GPU, else its CPU and core count."""
-    device = gpu()
-    name = device["gpu"] if device else f"{cpu_name()} {os.cpu_count()} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def measure(record: Record, name: str, work: str) -> None:
+    """A piece: its comparison, what was exported and built for it, and the comparison's page."""
+    from sdkd.compare.report.tables import markdown
+
+    folder = Path(work, name)
+    report = demo(folder) if name == "demo" else full_size(name, folder)
+    found = {"comparison": report.to_json(), "builds": list(builds(folder.rglob("bundle.json")))}
+    record.fact(**found, markdown=markdown(report))
 
 
-def commit() -> str:
-    """The commit that was measured."""
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return asked.stdout.strip()
-
-
-def measure_demo(work: Path) -> dict[str, Any]:
+def demo(folder: Path) -> Any:
     """The demo's comparison, with its distillation and builds from nothing."""
+    from sdkd.core.console import progress
     from sdkd.demo.run import run_demo
 
-    with progress("demo") as report:
-        result = run_demo(work / "demo", progress=report)
-    assert result.report is not None
-    return _result(result.report, _builds(work.glob("demo/bundles/*/*/bundle.json")))
+    with progress("demo") as shown:
+        return run_demo(folder, progress=shown).report
 
 
-def measure_full_size(name: str, work: Path) -> dict[str, Any]:
+def full_size(name: str, folder: Path) -> Any:
     """A model of SD 1.5's shapes with random weights: build times and UNet step of every target that runs here."""
-    load, model, plan = load_average(), f"random:{name}", DemoResult(work)
-    subjects = [Subject("eager fp32", model), *_half_and_compiled(model, plan)]
-    with progress(name) as report:
+    from sdkd.compare import Subject, compare
+    from sdkd.compare.measure.environment import load_average
+    from sdkd.core.console import progress
+    from sdkd.demo.run import DemoResult, wanted_engines
+    from sdkd.targets.registry import availability
+    from sdkd.workflow import prepare
+
+    load, model, plan = load_average(), f"random:{name}", DemoResult(folder.parent)
+    subjects = [Subject("eager fp32", model), *half_and_compiled(model, plan.skipped)]
+    with progress(name) as shown:
         for engines in wanted_engines(plan):
-            if not availability(engines.target.name).can_run:  # tools/bench_build.py builds those
-                continue
-            made = prepare(model, engines, work / name, progress=report)
-            label = f"{engines.target.name} {engines.precision}"
-            subjects.append(Subject(label, model, made.slot, engines.precision, made.bundle))
-        found = compare(
-            subjects,
-            prompts=["a lighthouse in a storm"],
-            steps=2,
-            runs=6,
-            image_runs=1,
-            min_seconds=1,
-            isolate=True,
-            load_before=load,
-            notes=[f"{left_out}: {why}" for left_out, why in plan.skipped.items()],
-            progress=report,
-        )
-    return _result(found, _builds(work.glob(f"{name}/*/bundle.json")))
+            if availability(engines.target.name).can_run:  # tools/bench_build.py builds the others
+                made = prepare(model, engines, folder, progress=shown)
+                label = f"{engines.target.name} {engines.precision}"
+                subjects.append(Subject(label, model, made.slot, engines.precision, made.bundle))
+        return compare(
+            subjects, prompts=["a lighthouse in a storm"], steps=2, runs=6, image_runs=1, min_seconds=1, isolate=True,
+            load_before=load, notes=[f"{left_out}: {why}" for left_out, why in plan.skipped.items()], progress=shown,
+        )  # fmt: skip
 
 
-def _half_and_compiled(model: str, plan: DemoResult) -> list[Subject]:
+def half_and_compiled(model: str, skipped: dict[str, str]) -> Iterator[Any]:
     """Eager in bf16 where the CPU has units for it (minutes a step elsewhere), and torch.compile where it can work."""
     import torch
 
-    found = []
+    from export.check.half_products import has_units
+    from sdkd.compare import Subject
+    from sdkd.compare.measure.subjects import COMPILE
+
     if has_units(torch.bfloat16):
-        found.append(Subject("eager bf16", model, precision="bf16"))
+        yield Subject("eager bf16", model, precision="bf16")
     else:
-        plan.skipped["eager bf16"] = "this CPU has no bf16 units"
+        skipped["eager bf16"] = "this CPU has no bf16 units"
     if shutil.which("g++"):
-        found.append(Subject("compile fp32", model, COMPILE))
+        yield Subject("compile fp32", model, COMPILE)
     else:
-        plan.skipped["compile"] = "no C++ compiler here"
-    return found
+        skipped["compile"] = "no C++ compiler here"
 
 
-def _result(report: Report, builds: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"comparison": report.to_json(), "builds": builds, "markdown": markdown(report)}
-
-
-def _builds(manifests: Any) -> list[dict[str, Any]]:
-    rows = []
+def builds(manifests: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """What was exported and built, how long it took, how large it is."""
     for manifest in sorted(manifests):
-        bundle = Bundle.open(manifest.parent)
-        for part in bundle.manifest.components.values():
-            rows.append(_row(bundle, part.name, f"onnx-{part.precision}", part.seconds, part.total_bytes))
-        for engine in bundle.manifest.engines.values():
-            rows.append(_row(bundle, engine.component, engine.slot, engine.seconds, engine.total_bytes))
-    return rows
-
-
-def _row(bundle: Bundle, component: str, made: str, seconds: float, size: int) -> dict[str, Any]:
-    model = str(bundle.manifest.source.get("model", ""))
-    model = model if ":" in model or model == "demo" else Path(model).name
-    return {"model": model, "component": component, "made": made, "seconds": round(seconds, 2), "bytes": size}
-
-
-def builds_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what was exported and built, how long it took, how large it is."""
-    lines = ["| model | component | made | seconds | MB |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['model']} | {row['component']} | {row['made']} | {row['seconds']:.1f} | {row['bytes'] / 1e6:.1f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-PIECES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "demo": measure_demo,
-    **{name: functools.partial(measure_full_size, name) for name in FULL_SIZE},
-}
-
-
-def keep(name: str, found: dict[str, Any]) -> None:
-    """Write the JSON and the Markdown of one piece."""
-    folder = ROOT / "benchmarks" / machine()
-    command = f"python tools/bench.py --pieces {name}"
-    head = {"date": datetime.date.today().isoformat(), "commit": commit(), "command": command}
-    write_json(folder / f"{name}.json", head | found)
-    title = f"# {name} on {machine()}\n\n{head['date']}, commit {head['commit']}, `{command}`\n\n"
-    text = (
-        title
-        + found["markdown"].removeprefix("# ")
-        + "\n\n## Exports and builds\n\n"
-        + builds_table(found["builds"])
-        + "\n"
-    )
-    write_bytes(folder / f"{name}.md", text.encode())
+        found = Bundle.open(manifest.parent).manifest
+        model = str(found.source.get("model", ""))
+        model = model if ":" in model or model == "demo" else Path(model).name
+        made = [(part.name, f"onnx-{part.precision}", part) for part in found.components.values()]
+        made += [(engine.component, engine.slot, engine) for engine in found.engines.values()]
+        for component, what, one in made:
+            size = {"seconds": round(one.seconds, 2), "bytes": one.total_bytes}
+            yield {"model": model, "component": component, "made": what, **size}
 
 
 def main() -> int:
@@ -165,12 +105,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", default=",".join(PIECES), help=f"of {', '.join(PIECES)}")
     parser.add_argument("--work", type=Path, default=Path("artifacts/bench"), help="models and engines; re-used")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
+    asked = parser.parse_args()
     os.chdir(ROOT)  # paths in the results are relative to it
-    for name in args.pieces.split(","):
-        if name not in PIECES:
-            parser.error(f"piece {name!r} is unknown: choose from {', '.join(PIECES)}")
-        keep(name, PIECES[name](args.work))
+    names = asked.pieces.split(",")
+    if unknown := [name for name in names if name not in PIECES]:
+        parser.error(f"piece {unknown[0]!r} is unknown: choose from {', '.join(PIECES)}")
+    for name in names:
+        command = f"python tools/bench.py --pieces {name}"
+        piece = Piece(name, "bench:measure", {"name": name, "work": str(asked.work)})
+        facts = run_or_exit(piece, Place(asked.work, python_path(), logged=False))["facts"]
+        found = {"date": today(), "commit": commit(), "command": command, **facts}
+        rows = [[row["model"], row["component"], row["made"], f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}"]
+                for row in found["builds"]]  # fmt: skip
+        title = [f"# {name} on {machine()}", "", f"{found['date']}, commit {found['commit']}, `{command}`", ""]
+        built = ["", "## Exports and builds", "", *table(("model", "component", "made", "seconds", "MB"), rows, left=3)]
+        keep(asked.output / machine() / f"{name}.json", found,
+             [*title, found["markdown"].removeprefix("# ").rstrip("\n"), *built])  # fmt: skip
     return 0
 
 

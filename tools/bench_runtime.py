@@ -7,17 +7,15 @@ overhead        denoising steps inside a pipeline; in each, the library's bare c
 onnxruntime     whole images of the student: eager fp32 and this engine in turn; the same for openvino, openvino-bf16
 peer            whole images: our onnxruntime engines and Optimum's ORTStableDiffusionPipeline on the same ONNX files
 teacher         whole images: the eager teacher and the student's engines
-attention       forms of attention in ONNX Runtime: see tools/bench_attention.py
 
-Ways of a piece take turns, each in a process of its own that stays loaded. By default models have the shapes of Stable
-Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json and .md. Run it on a quiet machine; with two
-cores and 24 GB one piece at a time fits.
+What is compared takes turns, each in a process of its own that stays loaded. By default models have the shapes of
+Stable Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json and .md. Run it on a quiet machine;
+with two cores and 24 GB one piece at a time fits.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import sys
 import time
@@ -26,59 +24,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import ROOT, commit, machine
-from bench_attention import measure_attention
-from bench_export import check_private, interop_python, optimum_versions
-from runtime_tables import PIECES, SLOTS, markdown
-from runtime_ways import Way, take_turns
+from bench_kit.commands import interop_python, optimum_versions
+from bench_kit.record import Record
+from bench_kit.results import NONE, ROOT, faster, head, keep, machine, ratio_cell, table
+from bench_kit.runner import Piece, Place, python_path, run_or_exit
+from runtime_pipelines import Variant, take_turns
 
-from sdkd.compare.measure.stats import speedup
-from sdkd.core.files import read_json, write_bytes, write_json
+from sdkd.core.files import read_json
+from sdkd.targets.registry import cpu_precisions
 
 SCHEMA = 2
-DEMO_SIZE, DEMO_STEPS, DEMO_IMAGES = 64, 30, 10
+DEMO = {"num_inference_steps": 30, "height": 64, "width": 64}
+DEMO_IMAGES = 10
 SETTINGS = ("steps", "size", "teacher", "student")  # results of other settings are not mixed
-
-
-class Bench:
-    """What was asked for, and the bundles that its pieces share."""
-
-    def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked = asked
-        self.call = {"num_inference_steps": asked.steps, "height": asked.size, "width": asked.size}
-        self.ours = Path(sys.executable)
-        self._interop: Path | None = None
-
-    @property
-    def interop(self) -> Path:
-        """Python of Optimum's environment."""
-        self._interop = self._interop or interop_python()
-        return self._interop
-
-    def bundle(self, model: str, slot: str, size: int) -> Path:
-        """A model's bundle with the engines of one slot for single images of one size, made where they are missing."""
-        from sdkd.core.profiles import Range, ShapeRanges
-        from sdkd.targets.plan import plan_for_model
-        from sdkd.workflow import prepare
-
-        side, folder = Range.fixed(size), self.asked.work / f"{model.replace(':', '-').replace('/', '-')}-{size}"
-        ranges = ShapeRanges(Range.fixed(1), side, side, Range.fixed(77))
-        return prepare(model, plan_for_model(slot, SLOTS[slot]), folder, ranges=ranges).bundle
-
-    def engine(self, slot: str) -> Way:
-        """The student on a slot's engines."""
-        return Way(self.ours, "engine", str(self.bundle(self.asked.student, slot, self.asked.size)), slot)
-
-    def eager(self, model: str, dtype: str = "float32") -> Way:
-        """A model in PyTorch."""
-        return Way(self.ours, "eager", model, dtype)
+SLOTS = {"onnxruntime": "fp32", "openvino": "fp32", "openvino-bf16": "bf16"}
+PIECES = ("overhead", *SLOTS, "peer", "teacher", "attention")  # the last one is only read: of earlier results
 
 
 def slots() -> list[str]:
     """Slots that this CPU has units for."""
-    from sdkd.targets.registry import cpu_precisions
-
     return [name for name, kind in SLOTS.items() if kind in cpu_precisions() | {"fp32"}]
+
+
+def bundle_of(work: str, model: str, slot: str, size: int) -> Path:
+    """A model's bundle with the engines of one slot for single images of one size, made where they are missing."""
+    from sdkd.core.profiles import Range, ShapeRanges
+    from sdkd.targets.plan import plan_for_model
+    from sdkd.workflow import prepare
+
+    side, folder = Range.fixed(size), Path(work, f"{model.replace(':', '-').replace('/', '-')}-{size}")
+    ranges = ShapeRanges(Range.fixed(1), side, side, Range.fixed(77))
+    return prepare(model, plan_for_model(slot, SLOTS[slot]), folder, ranges=ranges).bundle
 
 
 # Overhead
@@ -108,7 +84,7 @@ class Steps:
         self.samples: dict[str, list[float]] = {"bare": [], "runtime": [], "loop": []}
         self.turn = 0
         self.ended = 0.0  # when the last step's calls were done; 0 at the beginning of an image
-        unet.forward = self
+        vars(unet)["forward"] = self  # an engine module refuses a patched forward pass by its name
 
     def __call__(self, sample: Any, timestep: Any, encoder_hidden_states: Any, **options: Any) -> Any:
         """Run the UNet as the pipeline asks; what it answers is the runtime's own answer."""
@@ -161,17 +137,12 @@ def overhead_row(model: str, slot: str, samples: Mapping[str, list[float]]) -> d
     runtime = [r - b for r, b in zip(samples["runtime"], samples["bare"], strict=True)]
     whole = [own + loop for own, loop in zip(runtime, samples["loop"], strict=True)]
     return {
-        "model": model,
-        "slot": slot,
-        "bare_seconds": bare,
-        "runtime_seconds": statistics.median(samples["runtime"]),
-        "loop_seconds": statistics.median(samples["loop"]),
-        "overhead_seconds": interval(runtime),
-        "step_overhead_seconds": interval(whole),
+        "model": model, "slot": slot, "bare_seconds": bare,
+        "runtime_seconds": statistics.median(samples["runtime"]), "loop_seconds": statistics.median(samples["loop"]),
+        "overhead_seconds": interval(runtime), "step_overhead_seconds": interval(whole),
         "overhead_share": [value / bare for value in interval(runtime)],
-        "step_overhead_share": [value / bare for value in interval(whole)],
-        "samples": dict(samples),
-    }
+        "step_overhead_share": [value / bare for value in interval(whole)], "samples": dict(samples),
+    }  # fmt: skip
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -181,110 +152,147 @@ def interval(values: Sequence[float]) -> list[float]:
     return [statistics.median(ordered), ordered[low], ordered[high]]
 
 
-def piece_overhead(bench: Bench) -> list[dict[str, Any]]:
+def overhead(record: Record, rounds: int, work: str, steps: int, size: int, student: str, **_: Any) -> None:
     """The demo model, whose steps are so short that overhead shows, and the student."""
-    demo = {"num_inference_steps": DEMO_STEPS, "height": DEMO_SIZE, "width": DEMO_SIZE}
-    rows = []
-    for model, images, call in (
-        ("demo", DEMO_IMAGES, demo),
-        (bench.asked.student, bench.asked.rounds, {**bench.call, "num_inference_steps": 2 * bench.asked.steps}),
-    ):
+    own = {"num_inference_steps": 2 * steps, "height": size, "width": size}
+    for model, images, call in (("demo", DEMO_IMAGES, DEMO), (student, rounds, own)):
         for slot in slots():
-            samples = measure_overhead(bench.bundle(model, slot, call["height"]), slot, images, call)
-            rows.append(overhead_row(model, slot, samples))
-    return rows
+            samples = measure_overhead(bundle_of(work, model, slot, call["height"]), slot, images, call)
+            record.row(**overhead_row(model, slot, samples))
 
 
 # Whole images
 
 
-def piece_slot(bench: Bench, slot: str) -> list[dict[str, Any]]:
-    """The student: eager, and one target's engines."""
-    return rows_of(
-        bench, {"student, eager fp32": bench.eager(bench.asked.student), f"student, {slot}": bench.engine(slot)}
-    )
+def images(
+    record: Record, piece: str, rounds: int, work: str, steps: int, size: int, teacher: str, student: str
+) -> None:
+    """Images in turn: medians, and speed over the first variant by paired rounds.
+
+    `peer`: the same ONNX files by Optimum and by us, each with its own settings of ONNX Runtime. `teacher`: from the
+    eager teacher to the student's engines, the fastest of OpenVINO's and ONNX Runtime's. A slot: the student on it.
+    """
+    ours = Path(sys.executable)
+    of_piece = {"peer": ["onnxruntime"], "teacher": ["onnxruntime", slots()[-1]]}.get(piece, [piece])
+    built = {slot: str(bundle_of(work, student, slot, size)) for slot in of_piece}
+    engines = {f"student, {slot}": Variant(ours, "engine", path, slot) for slot, path in built.items()}
+    if piece == "peer":
+        (engine,) = engines.values()
+        optimum = Variant(interop_python(), "optimum", engine.model, "")
+        chosen = {"Optimum (same ONNX)": optimum, "onnxruntime": engine}
+    else:
+        base, model = ("teacher", teacher) if piece == "teacher" else ("student", student)
+        chosen = {f"{base}, eager fp32": Variant(ours, "eager", model, "float32"), **engines}
+    call = {"num_inference_steps": steps, "height": size, "width": size}
+    found, likeness = take_turns(chosen, rounds, call)
+    first, *_ = found.values()
+    for name, drawn in found.items():
+        record.row(**image_row(name, drawn, first, None if piece == "teacher" else likeness[name]))
 
 
-def piece_peer(bench: Bench) -> list[dict[str, Any]]:
-    """The same ONNX files by us and by Optimum, each with its own settings of ONNX Runtime."""
-    ours = bench.engine("onnxruntime")
-    return rows_of(bench, {"Optimum (same ONNX)": Way(bench.interop, "optimum", ours.model, ""), "onnxruntime": ours})
-
-
-def piece_teacher(bench: Bench) -> list[dict[str, Any]]:
-    """From the eager teacher to the student's engines: the fastest of OpenVINO's, and ONNX Runtime's."""
-    chosen = {slot: bench.engine(slot) for slot in ("onnxruntime", slots()[-1])}
-    return rows_of(
-        bench,
-        {"teacher, eager fp32": bench.eager(bench.asked.teacher)}
-        | {f"student, {slot}": way for slot, way in chosen.items()},
-        quality=False,
-    )
-
-
-def rows_of(bench: Bench, chosen: Mapping[str, Way], quality: bool = True) -> list[dict[str, Any]]:
-    """Measure ways in turn: medians, and speed over the first way by paired rounds."""
-    found, likeness = take_turns(chosen, bench.asked.rounds, bench.call)
-    base, *_ = found
-    return [pipeline_row(name, found[name], found[base], likeness[name] if quality else None) for name in found]
-
-
-def pipeline_row(
+def image_row(
     name: str, drawn: list[dict[str, Any]], base: list[dict[str, Any]], likeness: float | None
 ) -> dict[str, Any]:
-    """Medians of one way; how many times faster than `base` a UNet call and a whole image are."""
-    first = drawn is base
-    outside = [(one["seconds"] - sum(map(sum, _modules(one)))) / len(one["unet"]) for one in drawn]
+    """Medians of one variant; how many times faster than `base` a UNet call and a whole image are."""
+    outside = [(one["seconds"] - sum(map(sum, (one["unet"], one["vae"], one["text"])))) / len(one["unet"])
+               for one in drawn]  # fmt: skip
+    pairs = (base, drawn) if drawn is not base else ([], [])
     return {
         "way": name,
         "seconds": statistics.median(one["seconds"] for one in drawn),
         "unet_step_seconds": statistics.median(each for one in drawn for each in one["unet"]),
         "outside_per_step_seconds": statistics.median(outside),
-        "image_faster": None if first else _faster(*([[one["seconds"]] for one in way] for way in (base, drawn))),
-        "unet_faster": None if first else _faster(*([one["unet"] for one in way] for way in (base, drawn))),
+        "image_faster": faster(*([[one["seconds"]] for one in side] for side in pairs)),
+        "unet_faster": faster(*([one["unet"] for one in side] for side in pairs)),
         "psnr_db": likeness,
         "samples": drawn,
     }
 
 
-def _modules(one: Mapping[str, Any]) -> list[list[float]]:
-    return [one[name] for name in ("unet", "vae", "text")]
-
-
-def _faster(base: list[list[float]], other: list[list[float]]) -> list[float] | None:
-    ratio = speedup(base, other)
-    return [ratio.value, ratio.low, ratio.high] if ratio else None
-
-
-# Running
-
-
-def measure(bench: Bench, piece: str) -> list[dict[str, Any]]:
-    """The rows of one piece."""
-    known: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "overhead": partial(piece_overhead, bench),
-        "peer": partial(piece_peer, bench),
-        "teacher": partial(piece_teacher, bench),
-        "attention": measure_attention,
-    }
-    return known.get(piece, partial(piece_slot, bench, piece))()
+# The result
 
 
 def merged(
-    before: Mapping[str, Any], head: Mapping[str, Any], piece: str, rows: list[dict[str, Any]]
+    before: Mapping[str, Any], new: Mapping[str, Any], piece: str, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """A result with one more piece; pieces measured with other settings go."""
-    same = before.get("schema") == SCHEMA and before.get("settings") == head["settings"]
+    same = before.get("schema") == SCHEMA and before.get("settings") == new["settings"]
     kept = dict(before) if same else {}
-    optimum = head["optimum"] or kept.get("optimum")
-    run = {name: head[name] for name in ("date", "commit", "command")}
-    return {**kept, **head, "optimum": optimum, "runs": {**kept.get("runs", {}), piece: run}, piece: rows}
+    run = {name: new[name] for name in ("date", "commit", "command")}
+    optimum = new["optimum"] or kept.get("optimum")
+    return {**kept, **new, "optimum": optimum, "runs": {**kept.get("runs", {}), piece: run}, piece: rows}
+
+
+def page(found: Mapping[str, Any]) -> list[str]:
+    """The tables for people."""
+    lines = ["# The runtime", "", f"Measured on {found['machine']}, {found['date']}, commit {found['commit']}."]
+    shown = {"overhead": overhead_lines, "attention": attention_lines}
+    for name in [name for name in PIECES if name in found]:
+        lines += ["", *shown.get(name, partial(image_lines, name))(found[name], found)]
+        run = found["runs"].get(name, {})
+        if run and (run["commit"], run["date"]) != (found["commit"], found["date"]):
+            lines += ["", f"Of {run['date']}, commit {run['commit']}."]
+    return lines
+
+
+def overhead_lines(rows: Sequence[Mapping[str, Any]], _: Mapping[str, Any]) -> list[str]:
+    """Of denoising steps."""
+    cells = [
+        [row["model"], row["slot"], f"{row['bare_seconds'] * 1e3:,.2f}", f"{row['runtime_seconds'] * 1e3:,.2f}",
+         "{:.3f} ({:.3f} to {:.3f})".format(*(value * 1e3 for value in row["overhead_seconds"])),
+         f"{row['overhead_share'][0]:.2%}", f"{row['loop_seconds'] * 1e3:.2f}",
+         f"{row['step_overhead_share'][0]:.2%}"]
+        for row in rows
+    ]  # fmt: skip
+    heads = ("model", "target", "bare, ms", "EngineUNet, ms", "overhead, ms (95 %)", "share", "loop, ms",
+             "whole step's share")  # fmt: skip
+    return [
+        "## Denoising steps in a pipeline, with guidance: the library's bare call on the same tensors, and the rest",
+        "",
+        *table(heads, cells),
+        "",
+        "Overhead: median of the differences of pairs. Loop: guidance, scheduler and diffusers' own Python between two",
+        "UNet calls. Share: of the bare call; the whole step's adds the loop.",
+    ]
+
+
+def image_lines(piece: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[str]:
+    """Of whole images."""
+    cells = [
+        [row["way"], f"{row['seconds']:.2f}", f"{row['unet_step_seconds'] * 1e3:,.0f}",
+         f"{row['outside_per_step_seconds'] * 1e3:.1f}", ratio_cell(row["unet_faster"]),
+         ratio_cell(row["image_faster"]), NONE if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"]
+        for row in rows
+    ]  # fmt: skip
+    settings = found["settings"]
+    return [
+        f"## Whole images, {piece}: {settings['steps']} steps, {settings['size']} px, guidance 7.5",
+        "",
+        *table(
+            ("way", "image, s", "UNet call, ms", "outside, ms per step", "UNet call", "image", "PSNR, dB"), cells, 1
+        ),
+        "",
+        f"Times faster than {rows[0]['way']}: ratios of medians with a 95 % bootstrap interval over paired rounds.",
+        "PSNR: of the image, to the first way's. Outside: what is neither UNet, VAE nor text encoder.",
+    ]
+
+
+def attention_lines(rows: Sequence[Mapping[str, Any]], _: Mapping[str, Any]) -> list[str]:
+    """Of forms of attention, in a result that is there: the trial is in the history, at the commit that it names."""
+    cells = [
+        [f"{row['queries']} x {row['keys']} x {row['width']}", row["form"], f"{row['seconds'] * 1e3:,.1f}",
+         ratio_cell(row["faster"])]
+        for row in rows
+    ]  # fmt: skip
+    heads = ("queries x keys x width", "form", "ms", "faster than opset 23's")
+    return ["## Attention in ONNX Runtime: batch 2, 8 heads, float32", "", *table(heads, cells)]
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pieces", default="", help=f"of {','.join(PIECES)}; all that run here by default")
+    here = [piece for piece in PIECES if piece != "attention" and (piece not in SLOTS or piece in slots())]
+    parser.add_argument("--pieces", default=",".join(here), help=f"of {','.join(here)}; all by default")
     parser.add_argument("--rounds", type=int, default=3, help="images of each way")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--size", type=int, default=512, help="pixels")
@@ -293,37 +301,28 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "bench-runtime", help="bundles; re-used")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
     asked = parser.parse_args()
-    runs_here = [piece for piece in PIECES if piece not in SLOTS or piece in slots()]
-    asked.chosen = asked.pieces.split(",") if asked.pieces else runs_here
-    if unknown := set(asked.chosen) - set(runs_here):
-        parser.error(f"piece {min(unknown)!r} is unknown or cannot run here: choose of {', '.join(runs_here)}")
+    if unknown := set(asked.pieces.split(",")) - set(here):
+        parser.error(f"piece {min(unknown)!r} is unknown or cannot run here: choose of {', '.join(here)}")
     return asked
 
 
 def main() -> None:
     """Measure and write, piece by piece: what is done stays when the rest is interrupted."""
-    from sdkd.compare.measure.environment import environment
-
     asked = parse()
-    bench, folder = Bench(asked), asked.output / machine()
-    for piece in asked.chosen:
-        rows = measure(bench, piece)
-        options = " ".join(f"--{name} {getattr(asked, name)}" for name in ("rounds", *SETTINGS))
-        head = {
-            "schema": SCHEMA,
-            "machine": machine(),
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "command": f"python tools/bench_runtime.py --pieces {','.join(asked.chosen)} {options}",
-            "settings": {name: getattr(asked, name) for name in SETTINGS},
-            "environment": environment("cpu"),
-            "optimum": optimum_versions(bench.interop) if piece == "peer" else None,
-        }
-        file = folder / "runtime.json"
-        found = merged(read_json(file) if file.is_file() else {}, head, piece, rows)
-        check_private(found)
-        write_json(file, found)
-        write_bytes(folder / "runtime.md", markdown(found).encode())
+    settings = {name: getattr(asked, name) for name in SETTINGS}
+    options = " ".join(f"--{name} {value}" for name, value in {"rounds": asked.rounds, **settings}.items())
+    command = f"python tools/bench_runtime.py --pieces {asked.pieces} {options}"
+    file, place = asked.output / machine() / "runtime.json", Place(asked.work, python_path(), logged=False)
+    for name in asked.pieces.split(","):
+        given = {"rounds": asked.rounds, "work": str(asked.work), **settings}
+        piece = Piece(name, "bench_runtime:images", {"piece": name, **given})
+        if name == "overhead":
+            piece = Piece(name, "bench_runtime:overhead", given)
+        rows = run_or_exit(piece, place)["rows"]
+        optimum = optimum_versions(interop_python()) if name == "peer" else None
+        new = {**head(command, settings=settings, optimum=optimum), "schema": SCHEMA}
+        found = merged(read_json(file) if file.is_file() else {}, new, name, rows)
+        keep(file, found, page(found))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ benchmarks/<machine>/train-<size>-<students>.json (raw samples) and .md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import ROOT, commit, machine
-from gpu_bench.page import over_reference
+from bench_kit.results import NONE, ROOT, faster, head, in_turn, keep, machine, ratio_cell, table
 from torch.nn import functional as F
 
-from sdkd.compare.measure.environment import environment
-from sdkd.compare.measure.stats import Spread, speedup
+from sdkd.compare.measure.stats import Spread
 from sdkd.compare.measure.timing import Timer
-from sdkd.core.files import write_bytes, write_json
 from sdkd.distill.data.encode import tokens
 from sdkd.distill.data.latents import encode_images
 from sdkd.distill.training.batches import Batch
@@ -193,24 +189,21 @@ def measure(bench: Bench, rounds: int, rows: Sequence[str] = ()) -> Measured:
 
     Memory is that of a row alone: the teacher that another row uses does not count.
     """
-    names = list(rows or (*ROWS, *bench.calls))
-    found = Measured({name: [] for name in names})
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            if name in found.failed:
-                continue
-            try:
-                seconds = _one(bench, name, found)
-            except torch.OutOfMemoryError as error:
-                found.failed[name] = str(error).splitlines()[0]
-                del found.samples[name]
-                continue
-            if turn:
-                found.samples[name].append(seconds)
-            elif name == COMPILED:
-                found.compile_seconds = seconds
-            print(f"round {turn} of {rounds}, {name}: {seconds:.2f} s", flush=True)
+    found = Measured({name: [] for name in rows or (*ROWS, *bench.calls)})
+    for turn, name in in_turn(list(found.samples), rounds + 1):
+        if name in found.failed:
+            continue
+        try:
+            seconds = _one(bench, name, found)
+        except torch.OutOfMemoryError as error:
+            found.failed[name] = str(error).splitlines()[0]
+            del found.samples[name]
+            continue
+        if turn:
+            found.samples[name].append(seconds)
+        elif name == COMPILED:
+            found.compile_seconds = seconds
+        print(f"round {turn} of {rounds}, {name}: {seconds:.2f} s", flush=True)
     return found
 
 
@@ -234,27 +227,19 @@ def result(student: str, measured: Measured, batch_size: int) -> dict[str, Any]:
     rows = []
     base = measured.samples.get(REFERENCE)
     for name, values in measured.samples.items():
-        rounds = [[value] for value in values]
-        over = speedup([[value] for value in base], rounds) if base else None
+        over = faster([[value] for value in base], [[value] for value in values]) if base else None
         if base and over is None:
             raise InputError(f"{len(values)} rounds say nothing about drift: give --rounds 3 or more")
-        middle = Spread.of(rounds)
-        rows.append(
-            {
-                "step": name,
-                "seconds_median": middle.median,
-                "images_per_second": batch_size / middle.median,
-                "speedup": over.value if over else None,
-                "speedup_low": over.low if over else None,
-                "speedup_high": over.high if over else None,
-                "memory_gb": measured.memory.get(name),
-                "seconds_samples": values,
-            }
-        )
+        middle = Spread.of([values]).median
+        speed = dict(zip(("speedup", "speedup_low", "speedup_high"), over or (None,) * 3, strict=True))
+        rows.append({
+            "step": name, "seconds_median": middle, "images_per_second": batch_size / middle, **speed,
+            "memory_gb": measured.memory.get(name), "seconds_samples": values,
+        })  # fmt: skip
     return {"student": student, "rows": rows, "failed": measured.failed}
 
 
-def markdown(found: dict[str, Any]) -> str:
+def page(found: dict[str, Any]) -> list[str]:
     """The table for people."""
     lines = [
         f"# Distillation step, SD 1.5 shapes with random weights, {found['size']} px, batch {found['batch_size']}",
@@ -263,25 +248,25 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['precision']}.",
     ]
     for part in found["students"]:
-        lines += ["", f"## Student {part['student']}", "", "| step | s | images/s | over reference (95 % interval) |"]
-        lines += ["|---|---:|---:|---:|"]
-        for row in part["rows"]:
-            rate = f"{row['images_per_second']:.3f}"
-            lines.append(f"| {row['step']} | {row['seconds_median']:.2f} | {rate} | {over_reference(row)} |")
-        lines += [f"| {name} | – | – | {why} |" for name, why in part.get("failed", {}).items()]
-    lines += [
+        rows = [
+            [row["step"], f"{row['seconds_median']:.2f}", f"{row['images_per_second']:.3f}",
+             ratio_cell([row[key] for key in ("speedup", "speedup_low", "speedup_high")])]
+            for row in part["rows"]
+        ]  # fmt: skip
+        rows += [[name, NONE, NONE, why] for name, why in part.get("failed", {}).items()]
+        heads = ("step", "s", "images/s", "over reference (95 % interval)")
+        lines += ["", f"## Student {part['student']}", "", *table(heads, rows, left=1)]
+    return [
+        *lines,
         "",
         f"Rows are cumulative up to `{OURS}`, the trainer itself; `{COMPILED}` is the same with `--compile`, whose",
         f"first step took {found['students'][0]['compile_seconds']:.0f} s.",
-        "",
-        "Made again by:",
     ]
-    return "\n".join([*lines, "", f"    {found['command']}", ""])
 
 
 def main() -> None:
     """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", default="tiny,small")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -297,24 +282,11 @@ def main() -> None:
         parts.append(result(student, measured, asked.batch_size) | {"compile_seconds": measured.compile_seconds})
         del bench
         gc.collect()
-    found = {
-        "schema": 1,
-        "machine": machine(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "size": asked.size,
-        "batch_size": asked.batch_size,
-        "precision": asked.precision,
-        "command": f"python tools/bench_train.py --students {asked.students} --size {asked.size} "
-        f"--batch-size {asked.batch_size} --rounds {asked.rounds} --device {asked.device} "
-        f"--precision {asked.precision}",
-        "environment": environment(asked.device),
-        "students": parts,
-    }
-    folder = asked.output / machine()
-    name = f"train-{asked.size}-{asked.students.replace(',', '-')}"
-    write_json(folder / f"{name}.json", found)
-    write_bytes(folder / f"{name}.md", markdown(found).encode())
+    names = ("students", "size", "batch_size", "rounds", "device", "precision")
+    options = " ".join(f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in names)
+    settings = {name: getattr(asked, name) for name in ("size", "batch_size", "precision")}
+    found = head(f"python tools/bench_train.py {options}", asked.device, **settings, students=parts)
+    keep(asked.output / machine() / f"train-{asked.size}-{asked.students.replace(',', '-')}.json", found, page(found))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench import PIECES, ROOT
+from bench import PIECES
+from bench_kit.results import NONE, ROOT
+from bench_kit.results import table as table_lines
 from gpu_bench.goals import goals
-from gpu_bench.missing import GPU_COMMAND, GPU_ROWS, environment_of, on_gpu
-from gpu_bench.page import table as table_lines
+from gpu_bench.settings import KINDS as GPU_KINDS
 
 from sdkd.core.files import read_json, write_bytes
 from sdkd.errors import InputError, SdkdError
@@ -30,7 +31,8 @@ from sdkd.errors import InputError, SdkdError
 PAGE, README = "docs/benchmarks.md", "README.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 COMMAND = "python tools/benchmarks_page.py"
-UNKNOWN, NONE = "not recorded", "–"
+GPU_COMMAND = "python tools/gpu_report.py"  # docs/gpu.md
+UNKNOWN = "not recorded"
 Json = Mapping[str, Any]
 Rows = list[list[str]]
 
@@ -100,10 +102,7 @@ def gpu_report(found: Json) -> Rows:
     """tools/gpu_report.py: its goals; InputError for a dry run, which measures nothing."""
     if found["dry_run"]:
         raise InputError("a dry run of tools/gpu_report.py measures nothing: keep it elsewhere, with --out")
-    return [
-        [goal.words, goal.wanted, "not measured" if goal.value is None else f"{goal.value:,.2f}{goal.unit}"]
-        for goal in goals(found)
-    ]
+    return [[goal.words, goal.wanted, goal.measured] for goal in goals(found)]
 
 
 def ablation(found: Json) -> Rows:
@@ -253,10 +252,31 @@ def machine_section(folder: str, results: Sequence[tuple[Path, Kind, Json]]) -> 
     return "\n\n".join([*parts, "\n".join(source(path, found, kind) for path, kind, found in results)])
 
 
+def environment_of(found: Json) -> Json:
+    """Where it was measured, empty when the file does not say."""
+    environment: Json = found.get("environment") or found.get("comparison", {}).get("environment") or {}
+    return environment
+
+
+def on_gpu(results: Sequence[Json]) -> set[str]:
+    """Kinds of the GPU report's pieces that the results measured on a GPU."""
+    there = [found for found in results if environment_of(found).get("gpu")]
+    compared = [row for found in there if "comparison" in found for row in found["comparison"]["results"]]
+    trained = {"train" for found in there if "students" in found}
+    reported = {
+        name.partition("/")[0]
+        for found in there
+        for name, piece in found.get("pieces", {}).items()
+        if piece["rows"] and not found["dry_run"]
+    }
+    return trained | reported | {row["target"].removesuffix(f"-{row['precision']}") for row in compared}
+
+
 def gpu_section(results: Sequence[Json]) -> str:
     """What is not measured on a GPU yet; empty when all is."""
     measured = on_gpu(results)
-    missing = [f"- `{name}`: {words}" for words, name in GPU_ROWS if name not in measured]
+    kinds = {name: kind.words for name, kind in GPU_KINDS.items() if kind.words}
+    missing = [f"- `{name}`: {words}" for name, words in kinds.items() if name not in measured]
     words = f"One call measures all of it, or some with `--pieces`: `{GPU_COMMAND}` ([gpu.md](gpu.md))."
     return "\n".join(["## Not measured on a GPU yet", "", words, "", *missing]) if missing else ""
 

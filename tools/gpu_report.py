@@ -15,7 +15,6 @@ on. Beside the JSON (raw samples, versions, driver, clocks, commit) lies the sam
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -32,14 +31,14 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # where sdkd is not installed
     sys.path.insert(0, str(ROOT))
 
-from gpu_bench.page import add_limits, markdown  # noqa: E402
-from gpu_bench.runner import child, run_all  # noqa: E402
-from gpu_bench.settings import Settings, all_pieces, chosen, dry  # noqa: E402
+from bench_kit.results import commit, keep, slug, today  # noqa: E402
+from bench_kit.runner import Place, python_path, run_all  # noqa: E402
+from gpu_bench.page import add_limits, page  # noqa: E402
+from gpu_bench.settings import Settings, all_pieces, chosen  # noqa: E402
 
-from sdkd.core.files import read_json, write_bytes, write_json  # noqa: E402
+from sdkd.core.files import read_json  # noqa: E402
 from sdkd.errors import InputError, SdkdError  # noqa: E402
 
-SCHEMA = 1
 BUDGET_S = 540.0  # all of it: ten minutes are a usual limit of one command
 IDENTIFY = """
 import importlib.util, json, sys
@@ -69,22 +68,6 @@ def identify(device: str, environment: Mapping[str, str]) -> dict[str, Any]:
     if device == "cuda" and not found["environment"]["gpu"]:
         raise SystemExit("error: torch sees no CUDA device here (`sdkd doctor` says why): --dry-run runs on the CPU")
     return found
-
-
-def slug(name: str) -> str:
-    """A folder's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def commit_of(asked: str | None) -> str:
-    """The commit that is measured: the one given, the checkout's, or `unknown` for a copy without its history."""
-    if asked:
-        return asked
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def install(wheels: Sequence[Path], work: Path) -> Path:
@@ -120,22 +103,25 @@ def install(wheels: Sequence[Path], work: Path) -> Path:
     return site
 
 
+# Which report a call goes on with
+
+
 def differences(found: Mapping[str, Any], fresh: Mapping[str, Any]) -> Iterator[str]:
     """In what a report is of something else than another one."""
     for what, keys in SAME.items():
-        before, now = _at(found, keys), _at(fresh, keys)
+        before, now = found, fresh
+        for key in keys:
+            before, now = before.get(key, {}), now.get(key, {})
         if before != now:
             yield f"another {what} ({before}, here {now})"
 
 
-def opened(path: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """The report that is there, or a new one; InputError for one of another machine or other settings."""
-    if not path.is_file():
-        return {**fresh, "pieces": {}}
+def check_same(path: Path, fresh: Mapping[str, Any], advice: str) -> dict[str, Any]:
+    """The report in a file; InputError for one of another machine or other settings."""
     found: dict[str, Any] = read_json(path)
     if other := next(differences(found, fresh), None):
-        raise InputError(f"report {str(path)!r} was begun with {other}: give another --out, or move it away")
-    return {**found, "command": fresh["command"]}
+        raise InputError(f"report {str(path)!r} was begun with {other}: {advice}")
+    return found
 
 
 def place(folder: Path, fresh: Mapping[str, Any], names: Sequence[str]) -> Path:
@@ -155,44 +141,48 @@ def place(folder: Path, fresh: Mapping[str, Any], names: Sequence[str]) -> Path:
     return path
 
 
-def resumed(found: dict[str, Any], earlier: Path, fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """A report with what it lacks from an earlier one; InputError where that is of something else, or not there."""
-    before: dict[str, Any] = read_json(earlier)
-    if other := next(differences(before, fresh), None):
-        raise InputError(f"report {str(earlier)!r} was begun with {other}: leave out --resume, which would mix them")
-    own = {name: piece for name, piece in found["pieces"].items() if piece["state"] != "not started"}
-    return {**found, "date": min(found["date"], before["date"]), "pieces": {**before["pieces"], **own}}
+def begun(asked: argparse.Namespace, fresh: Mapping[str, Any], names: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The report that a call goes on with, and its path: one that is there, or a new one, with what `--resume` has.
+
+    InputError where either is of another machine or of other settings.
+    """
+    out = folder_of(asked)
+    path = out if out.suffix == ".json" else place(out / fresh["machine"], fresh, names)
+    if asked.resume and path != out and NAME.fullmatch(asked.resume.name):  # a new report goes on under its name
+        named = path.with_name(asked.resume.name)
+        path = path if path.exists() or named.exists() else named
+    found = {**fresh, "pieces": {}}
+    if path.is_file():
+        found = {**check_same(path, fresh, "give another --out, or move it away"), "command": fresh["command"]}
+    if asked.resume:
+        before = check_same(asked.resume, fresh, "leave out --resume, which would mix them")
+        own = {name: piece for name, piece in found["pieces"].items() if piece["state"] != "not started"}
+        found |= {"date": min(found["date"], before["date"]), "pieces": {**before["pieces"], **own}}
+    return path, found
 
 
-def _at(data: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        data = data.get(key)
-    return data
+def folder_of(asked: argparse.Namespace) -> Path:
+    """Where reports go: what was asked for, or a folder of this repository."""
+    default = ROOT / "artifacts" / "gpu-dry-run" if asked.dry_run else ROOT / "benchmarks"
+    return Path(asked.out or default)
 
 
-def python_path(*folders: Path | None) -> dict[str, str]:
-    """The environment of the pieces' processes, which find these folders, then the checkout and its tools."""
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    every = [*(str(folder) for folder in folders if folder), str(ROOT), str(ROOT / "tools"), *given]
-    return {"PYTHONPATH": os.pathsep.join(one for one in every if one), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+def check_settings(asked: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """InputError for a file that is named and has other settings, before anything is installed."""
+    advice = ("leave out --resume, which would mix them", "give another --out, or move it away")
+    for path, words in zip((asked.resume, folder_of(asked)), advice, strict=True):
+        if path and path.suffix == ".json" and path.is_file():
+            check_same(path, {**read_json(path), "settings": settings}, words)
 
 
-def settings_of(asked: argparse.Namespace) -> Settings:
-    """What the command line asks for; InputError for models or numbers that cannot be read."""
-    models = None
-    if asked.models:
-        pairs = [word.partition("=") for word in asked.models.split(",")]
-        if not all(label and model for label, _, model in pairs):
-            raise InputError(f"models {asked.models!r} are not understood: give LABEL=MODEL,LABEL=MODEL")
-        models = {label: model for label, _, model in pairs}
-    given: dict[str, Any] = {"models": models, "work": str(asked.work), "steps": asked.steps, "seconds": asked.seconds}
-    for name in ("sizes", "batches", "train_batches"):
-        words = getattr(asked, name)
-        given[name] = tuple(int(word) for word in words.split(",")) if words else None
-    given["targets"] = tuple(asked.targets.split(",")) if asked.targets else None
-    if asked.dry_run:
-        return dry(given)
-    return Settings(**{name: value for name, value in given.items() if value is not None})
+def command_line(words: Sequence[str]) -> str:
+    """What makes a report again, without the folders of this machine."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and not word.startswith(FOLDERS):
+            kept.append(word)
+        skip = word in FOLDERS
+    return " ".join(["python tools/gpu_report.py", *kept])
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -216,87 +206,41 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "gpu-report", help="bundles, engines, logs")
     parser.add_argument("--commit", help="what is measured, where the checkout has no history")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU with tiny models; measures nothing")
-    parser.add_argument("--child", nargs=3, metavar=("PIECE", "SETTINGS", "RESULT"), help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
 def report(asked: argparse.Namespace, words: Sequence[str]) -> Path:
     """Run what is missing and write it; the JSON's path."""
     deadline = time.monotonic() + asked.budget
-    settings = settings_of(asked)
-    pieces = chosen(settings, asked.pieces)
-    check_settings(asked, settings)
+    settings = Settings.of(asked)
+    pieces, public = chosen(settings, asked.pieces), json.loads(json.dumps(settings.public()))
+    check_settings(asked, public)
     wheels = [Path(folder) for word in asked.wheels for folder in word.split(",") if folder]
     environment = python_path(install(wheels, asked.work) if wheels else None)
     machine = identify(settings.device, environment)
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    out, name = folder_of(asked), slug(machine["name"])
-    fresh = json.loads(json.dumps({
-        "schema": SCHEMA, "kind": "gpu-report", "dry_run": asked.dry_run, "machine": name, "date": date,
-        "command": command_line(words), "settings": public(settings), "environment": machine["environment"],
-    }))  # fmt: skip
-    path = out if out.suffix == ".json" else place(out / name, fresh, [one.name for one in all_pieces(settings)])
-    if asked.resume and path != out and NAME.fullmatch(asked.resume.name):  # a new report goes on under its name
-        named = path.with_name(asked.resume.name)
-        path = path if path.exists() or named.exists() else named
-    found = opened(path, fresh)
-    if asked.resume:
-        found = resumed(found, asked.resume, fresh)
-    commit = commit_of(asked.commit)
+    fresh = {
+        "schema": 1, "kind": "gpu-report", "dry_run": asked.dry_run, "machine": slug(machine["name"]), "date": today(),
+        "command": command_line(words), "settings": public, "environment": machine["environment"],
+    }  # fmt: skip
+    path, found = begun(asked, fresh, [one.name for one in all_pieces(settings)])
 
     def save() -> None:
         every = [one for piece in found["pieces"].values() for one in (piece, *piece["rows"])]
         found["commit"] = ", ".join(sorted({one["commit"] for one in every if "commit" in one}))
         add_limits(found)
-        write_json(path, found)
-        write_bytes(path.with_suffix(".md"), markdown(found).encode())
+        keep(path, found, page(found))
 
-    missing = {kind: f"{kind} is not installed here" for kind in machine["missing"]}
     run_all(
-        pieces, settings, found["pieces"], save, deadline=deadline, again=asked.again, said={"commit": commit},
-        environment=environment, missing=missing,
+        pieces, Place(asked.work, environment), found["pieces"], save, deadline=deadline, again=asked.again,
+        said={"commit": asked.commit or commit()},
+        missing={kind: f"{kind} is not installed here" for kind in machine["missing"]},
     )  # fmt: skip
     return path
-
-
-def folder_of(asked: argparse.Namespace) -> Path:
-    """Where reports go: what was asked for, or a folder of this repository."""
-    default = ROOT / "artifacts" / "gpu-dry-run" if asked.dry_run else ROOT / "benchmarks"
-    return Path(asked.out or default)
-
-
-def check_settings(asked: argparse.Namespace, settings: Settings) -> None:
-    """InputError for a file that is named and has other settings, before anything is installed; as `opened` says it."""
-    own = json.loads(json.dumps(public(settings)))
-    for path in (asked.resume, folder_of(asked)):
-        if path and path.suffix == ".json" and path.is_file():
-            found = read_json(path)
-            if found.get("settings") != own:
-                opened(path, {"settings": own, "command": "", "environment": found["environment"]})
-
-
-def public(settings: Settings) -> dict[str, Any]:
-    """The settings without this machine's folders: models by their last name."""
-    models = {label: model if ":" in model else Path(model).name for label, model in settings.models.items()}
-    return {name: value for name, value in settings.to_json().items() if name != "work"} | {"models": models}
-
-
-def command_line(words: Sequence[str]) -> str:
-    """What makes a report again, without the folders of this machine."""
-    kept, skip = [], False
-    for word in words:
-        if not skip and not word.startswith(FOLDERS):
-            kept.append(word)
-        skip = word in FOLDERS
-    return " ".join(["python tools/gpu_report.py", *kept])
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Command line."""
     asked = parse(words)
-    if asked.child:
-        child(asked.child[0], Path(asked.child[1]), Path(asked.child[2]))
-        return 0
     try:
         path = report(asked, sys.argv[1:] if words is None else words)
     except SdkdError as error:

@@ -1,7 +1,7 @@
 """Attention as ONNX Runtime's CPU runs it best: its own MultiHeadAttention, which never writes the scores.
 
 The `Attention` of opset 23 writes them all: 1 GB for one guided image of 512 px at the UNet's first level.
-`tools/bench_attention.py` times both.
+Both are timed in benchmarks/amd-epyc-avx2-2-cores/runtime.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python tests/interop/interop_environment.py     # -> .venv-interop/bin/python
 
 Optimum cannot live beside our diffusers and transformers, so it has a virtual environment of its own, in .venv-interop
-beside .venv (about 1.3 GB). The tests and tools/bench_export.py call it.
+beside .venv (about 1.3 GB). The tests and tools/bench_kit/commands.py call it.
 """
 
 from __future__ import annotations

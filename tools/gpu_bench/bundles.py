@@ -2,88 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_bench.device import Device
-from gpu_bench.record import Record
 from gpu_bench.settings import TENSORRT, Settings
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.profiles import Range, ShapeRanges
-from sdkd.errors import BundleError, EngineError
+from sdkd.errors import BundleError
 
 if TYPE_CHECKING:
     from export.build.options import BuildOptions
+    from gpu_bench.bench import Bench
     from sdkd.targets.gpu_trial import Trial
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder")
+REST = ("text_encoder", "vae_decoder")
+COMPONENTS = (*REST, "unet")
 GUIDANCE = 2  # latents per image
+TOKENS = Range.fixed(77)
 
 
-def exported(settings: Settings, model: str, record: Record) -> Bundle:
-    """A model's bundle; exported where it is not there, without the comparison, which the report does on the device."""
-    home = Path(settings.work)
-    folder = home / f"{model}-{settings.precision}"
-    try:
+def exported(bench: Bench) -> Bundle:
+    """The model's bundle; exported where it is missing, without the comparison, which the report does on the device."""
+    settings, home = bench.settings, Path(bench.settings.work)
+    folder = home / f"{bench.model}-{settings.precision}"
+    with contextlib.suppress(BundleError):
         bundle = Bundle.open(folder)
         for name in COMPONENTS:
             bundle.component(name)
         return bundle
-    except BundleError:
-        pass
     from export import export_pipeline
 
-    others = [home / f"{other}-{settings.precision}" for other in settings.models if other != model]
+    others = [home / f"{other}-{settings.precision}" for other in settings.models if other != bench.model]
     start = time.perf_counter()
     bundle = export_pipeline(
-        settings.models[model], folder, precision=settings.precision, components=COMPONENTS, verify=False,
-        overwrite=True, reuse=others,
+        bench.name, folder, precision=settings.precision, components=COMPONENTS, verify=False, overwrite=True,
+        reuse=others,
     )  # fmt: skip
     records = bundle.manifest.components
-    record.fact(
+    bench.record.fact(
         export_s=time.perf_counter() - start,
         exported={name: {"seconds": one.seconds, "bytes": one.total_bytes} for name, one in records.items()},
     )
     return bundle
 
 
-def unet_profiles(settings: Settings) -> tuple[ShapeRanges, ...]:
-    """One profile for the smallest batch and size alone, and one for all of them, best at the largest batch."""
+def profiles(settings: Settings, component: str) -> tuple[ShapeRanges, ...]:
+    """Of the UNet one for the smallest batch and size alone, and one for all of them, best at the largest batch.
+
+    Text encoder and VAE are built for one image of any of the sizes.
+    """
+    first = Range.fixed(settings.sizes[0])
+    every = Range(settings.sizes[0], settings.sizes[0], max(settings.sizes))
+    if component != "unet":
+        return (ShapeRanges(Range.fixed(1), every, every, TOKENS),)
     images = [max(1, batch // GUIDANCE) for batch in settings.batches]
-    first, most = Range.fixed(settings.sizes[0]), max(settings.sizes)
-    every = Range(settings.sizes[0], settings.sizes[0], most)
-    tokens = Range.fixed(77)
-    alone = ShapeRanges(Range.fixed(images[0]), first, first, tokens)
-    return alone, ShapeRanges(Range(images[0], max(images), max(images)), every, every, tokens)
+    alone = ShapeRanges(Range.fixed(images[0]), first, first, TOKENS)
+    return alone, ShapeRanges(Range(images[0], max(images), max(images)), every, every, TOKENS)
 
 
-def rest_profile(settings: Settings) -> ShapeRanges:
-    """What text encoder and VAE are built for: one image of any of the sizes."""
-    sizes = Range(settings.sizes[0], settings.sizes[0], max(settings.sizes))
-    return ShapeRanges(Range.fixed(1), sizes, sizes, Range.fixed(77))
+def built(bench: Bench, bundle: Bundle, target: str, *components: str, **options: Any) -> Bundle:
+    """The bundle with these engines of a target, in the precision of the report; `options` as of BuildOptions.
 
-
-def built(
-    settings: Settings, bundle: Bundle, target: str, components: Sequence[str], profiles: Any, **options: Any
-) -> Bundle:
-    """The bundle with these engines of a target, in the precision of the report; `options` as of BuildOptions."""
+    What building took and gave is recorded by target and component.
+    """
     from export import build_engine
 
-    several = profiles if isinstance(profiles, tuple) else (profiles,)
-    return build_engine(
-        bundle, target, precision=settings.precision, ranges=several, components=components,
-        options=build_options(settings, target, **options),
-    )  # fmt: skip
-
-
-def build_facts(record: Record, bundle: Bundle, target: str, components: Sequence[str]) -> None:
-    """Record what building took and gave, by target and component."""
+    settings, how = bench.settings, build_options(bench.settings, target, **options)
+    for some in (("unet",), REST):
+        if wanted := [name for name in some if name in components]:
+            bundle = build_engine(
+                bundle, target, precision=settings.precision, ranges=profiles(settings, wanted[0]), components=wanted,
+                options=how,
+            )  # fmt: skip
     made = {f"{target}/{name}": bundle.engine(target, name) for name in components}
     new = {name: {"builder_s": one.seconds, "engine_bytes": one.total_bytes} for name, one in made.items()}
-    record.fact(builds={**record.facts.get("builds", {}), **new})
+    bench.record.fact(builds={**bench.record.facts.get("builds", {}), **new})
+    return bundle
 
 
 def build_options(settings: Settings, target: str, **options: Any) -> BuildOptions:
@@ -116,28 +116,52 @@ def refused(settings: Settings, target: str) -> str:
     return "" if any(trial.ran for trial in found) else "; ".join(trial.words() for trial in found)
 
 
-def check_place(sessions: Iterable[Any], device: Device) -> None:
-    """EngineError unless all of these sessions run on the report's device: a library may fall back without a word."""
-    for session in sessions:
-        if session.device.type != device.name:
-            raise EngineError(
-                f"{session.checked.label} runs on {session.device.type}, and the report is of {device.name}: "
-                f"see what `sdkd doctor` says of {session.slot}"
-            )
-
-
-def runnable(settings: Settings) -> list[str]:
-    """The targets of the report that build here and run on its device."""
+def each_target(bench: Bench) -> Iterator[tuple[str, Bundle]]:
+    """The targets of the report that build here and run on its device, with the model's bundle: each a part."""
     from engines.sessions.opening import expected_device
     from sdkd.targets.registry import availability
 
-    found = {target: availability(target) for target in settings.targets}
-    return [
+    found = {target: availability(target) for target in bench.settings.targets}
+    targets = [
         target
         for target, here in found.items()
-        if here.can_build and here.can_run and expected_device(target).type == settings.device
-        if not refused(settings, target)
+        if here.can_build and here.can_run and expected_device(target).type == bench.device
+        if not refused(bench.settings, target)
     ]
+    bundle = None
+    with bench.record.part("export"):
+        bundle = exported(bench) if targets else None
+    yield from ((target, bundle) for target in targets if bundle)
+
+
+def graphs_of(target: str) -> dict[str, bool]:
+    """Whether each way to run a target's engine has CUDA graphs; without them only TensorRT's are asked, too."""
+    if target.startswith("tensorrt"):
+        return {f"{target}, CUDA graphs": True, f"{target}, no graphs": False}
+    return {target: True}
+
+
+@contextlib.contextmanager
+def opened(bench: Bench, bundle: Bundle, target: str, part: str, **options: Any) -> Iterator[Any]:
+    """A module of a pipeline on an engine, closed afterwards; `bench.load_s` says what opening took.
+
+    `options` as of open_session. EngineError where it is not on the report's device.
+    """
+    import torch
+
+    from engines.pipelines.pipeline import build_module
+    from engines.sessions.opening import open_session
+
+    bench.begin()
+    start, session = time.perf_counter(), partial(open_session, bundle, target, **options)
+    module: Any = build_module(bundle, target, part, bench.dtype, torch.device(bench.device), None, session)
+    bench.load_s = time.perf_counter() - start
+    try:
+        bench.check_place(module.sessions())
+        yield module
+    finally:
+        module.close()
+        bench.wait()
 
 
 def copy_of(bundle: Bundle, name: str) -> Bundle:
@@ -146,7 +170,5 @@ def copy_of(bundle: Bundle, name: str) -> Bundle:
     if not (folder / "bundle.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("engines", "swapped", "bundle.json"))
-        from dataclasses import replace
-
         Bundle(folder, replace(bundle.manifest, engines={})).save()
     return Bundle.open(folder)

@@ -23,6 +23,11 @@ class Goal:
     met: bool
     gap: str
 
+    @property
+    def measured(self) -> str:
+        """The value in words."""
+        return "not measured" if self.value is None else f"{self.value:,.2f}{self.unit}"
+
 
 def _steps(found: Json, label: str) -> list[Json]:
     """UNet steps of a model at the report's first shape, LoRA's own rows left out."""

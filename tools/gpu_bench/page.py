@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import Any
+
+from bench_kit.results import NONE, ratio_cell, table
 
 from gpu_bench.goals import EAGER, goals
 from sdkd.compare.measure.limits import EXPLAINED, Ceilings, Work, fraction
 
 Json = Mapping[str, Any]
-NONE = "–"
 TENSOR_CORES_FROM = 8  # major compute capability; every such GPU does more than LEAST_RATE in half precision
 LEAST_RATE = 1e13
 
@@ -19,9 +20,7 @@ LEAST_RATE = 1e13
 def all_rows(found: Json, what: str) -> Iterator[tuple[str, Json]]:
     """Label of the model (or student) and row, for every row of a kind."""
     for name, piece in found["pieces"].items():
-        for row in piece["rows"]:
-            if row["what"] == what:
-                yield name.partition("/")[2], row
+        yield from ((name.partition("/")[2], row) for row in piece["rows"] if row["what"] == what)
 
 
 def add_limits(found: dict[str, Any]) -> None:
@@ -54,11 +53,12 @@ def implausible(found: Json) -> dict[str, str]:
     }
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
-    """Lines of a Markdown table; none without rows."""
-    lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (*lines, *cells)] if rows else []
+def _shown(value: float | None, form: str = ",.1f", scale: float = 1.0) -> str:
+    return NONE if value is None else format(value * scale, form)
+
+
+def _ms(seconds: float | None, form: str = ",.3f") -> str:
+    return _shown(seconds, form, 1e3)
 
 
 def _limit(row: Json) -> list[str]:
@@ -68,12 +68,8 @@ def _limit(row: Json) -> list[str]:
     return [f"{limit['flops_per_s'] / 1e12:,.3g}", f"{limit['fraction']:.0%} ({limit['bound']})"]
 
 
-def _bytes(row: Json, key: str) -> str:
-    return f"{row[key] / 1e9:,.2f}" if row.get(key) else NONE
-
-
-def _seconds(value: float | None) -> str:
-    return NONE if value is None else f"{value:,.1f}"
+def _gb_taken(row: Json) -> str:
+    return _shown(row.get("taken_bytes") or None, ",.2f", 1e-9)
 
 
 def what_runs(found: Json) -> list[str]:
@@ -96,17 +92,21 @@ def machine_limits(found: Json) -> list[str]:
     return table(("precision", "how", "TFLOP/s", "GB/s"), rows)
 
 
+def _place(label: str, row: Json, way: str | None = None) -> tuple[Any, ...]:
+    """What rows have in common that are of the same model, way and shape."""
+    return label, way or row["way"], row["batch"], row["size"]
+
+
 def unet_steps(found: Json) -> list[str]:
     """UNet steps, against eager with channels-last at the same shape."""
-    every = list(all_rows(found, "UNet step"))
-    base = {(label, row["batch"], row["size"]): row["median_s"] for label, row in every if row["way"] == EAGER}
+    medians = {_place(label, row): row["median_s"] for label, row in all_rows(found, "UNet step")}
     rows = []
-    for label, row in every:
-        eager = base.get((label, row["batch"], row["size"]))
+    for label, row in all_rows(found, "UNet step"):
+        eager = medians.get(_place(label, row, EAGER))
         times = f"{eager / row['median_s']:.2f}x" if eager and row["way"] != EAGER else NONE
         rows.append(
-            [label, row["way"], str(row["batch"]), str(row["size"]), f"{row['median_s'] * 1e3:,.3f}",
-             f"{median(row['wall_seconds']) * 1e3:,.3f}", times, *_limit(row), _bytes(row, "taken_bytes")]
+            [label, row["way"], str(row["batch"]), str(row["size"]), _ms(row["median_s"]),
+             _ms(median(row["wall_seconds"])), times, *_limit(row), _gb_taken(row)]
         )  # fmt: skip
     heads = ("model", "way", "batch", "px", "ms", "wall, ms", "over eager", "TFLOP/s", "of the limit", "GB taken")
     return table(heads, rows)
@@ -122,9 +122,8 @@ def engines(found: Json) -> list[str]:
             own = kind == target  # the piece that is about this engine
             first: Json = next((row for row in piece["rows"] if own and "load_s" in row), {})
             row = [
-                label, target, component, _seconds(facts.get("export_s") if own else None),
-                _seconds(made["builder_s"]), f"{made['engine_bytes'] / 1e6:,.1f}", _seconds(first.get("load_s")),
-                _seconds(first.get("first_call_s")),
+                label, target, component, _shown(facts.get("export_s") if own else None), _shown(made["builder_s"]),
+                f"{made['engine_bytes'] / 1e6:,.1f}", _shown(first.get("load_s")), _shown(first.get("first_call_s")),
             ]  # fmt: skip
             if own or (label, engine) not in rows:
                 rows[label, engine] = row
@@ -134,66 +133,45 @@ def engines(found: Json) -> list[str]:
 
 def queued(found: Json) -> list[str]:
     """Calls that nothing waits between, beside calls that are waited for."""
-    single = {
-        (label, row["way"], row["batch"], row["size"]): median(row["wall_seconds"])
-        for label, row in all_rows(found, "UNet step")
-    }
-    rows = []
-    for label, row in all_rows(found, "queued"):
-        alone = single.get((label, row["way"], row["batch"], row["size"]))
-        rows.append(
-            [label, row["way"], str(row["batch"]), str(row["size"]), f"{median(row['wall_seconds']) * 1e3:,.3f}",
-             NONE if alone is None else f"{alone * 1e3:,.3f}"]
-        )  # fmt: skip
+    alone = {_place(label, row): median(row["wall_seconds"]) for label, row in all_rows(found, "UNet step")}
+    rows = [
+        [label, row["way"], str(row["batch"]), str(row["size"]), _ms(median(row["wall_seconds"])),
+         _ms(alone.get(_place(label, row)))]
+        for label, row in all_rows(found, "queued")
+    ]  # fmt: skip
     return table(("model", "way", "batch", "px", "each of 10, wall, ms", "one alone, wall, ms"), rows)
 
 
 def parity(found: Json) -> list[str]:
     """Relative distance to eager float32 of the first, second and third call."""
     rows = [
-        [label, row["way"], row.get("component", "unet"), *(_error(one) for one in row["errors"])]
+        [label, row["way"], row.get("component", "unet"), *(_shown(one, ".2e") for one in row["errors"])]
         for label, row in all_rows(found, "parity")
     ]
     return table(("model", "way", "component", "first call", "second", "third"), rows, left=3)
 
 
-def over_reference(row: Json) -> str:
-    """The speed of a training step over the reference's, which may have lacked memory."""
-    if row["speedup"] is None:
-        return NONE
-    return f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
-
-
-def _error(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2e}"
-
-
 def overhead(found: Json) -> list[str]:
     """What the runtime adds to the library's own call, on the device's clock and on the wall's."""
     rows = []
-    runs = {(label, row["way"]): row for label, row in reversed(list(all_rows(found, "UNet step")))}
+    runs = {(label, row["way"]): row["median_s"] for label, row in reversed(list(all_rows(found, "UNet step")))}
     for label, row in all_rows(found, "bare"):
         target, _, call = row["way"].partition(", ")
-        whole = runs.get((label, f"{target}, CUDA graphs"))
-        if whole:
-            added = whole["median_s"] - row["median_s"]
-            rows.append(
-                [label, target, call, f"{row['median_s'] * 1e3:,.3f}", _limit(row)[1],
-                 f"{whole['median_s'] * 1e3:,.3f}", f"{added * 1e6:,.0f}", f"{added / row['median_s']:.2%}"]
-            )  # fmt: skip
-    return table(
-        ("model", "target", "bare", "ms", "of the limit", "through the runtime, ms", "added, us", "share"), rows, left=3
-    )
+        if whole := runs.get((label, f"{target}, CUDA graphs")):
+            added = whole - row["median_s"]
+            rows.append([label, target, call, _ms(row["median_s"]), _limit(row)[1], _ms(whole), f"{added * 1e6:,.0f}",
+                         f"{added / row['median_s']:.2%}"])  # fmt: skip
+    heads = ("model", "target", "bare", "ms", "of the limit", "through the runtime, ms", "added, us", "share")
+    return table(heads, rows, left=3)
 
 
 def whole_images(found: Json) -> list[str]:
     """VAE decoding and images end to end."""
     rows = [
-        [label, row["way"], what, str(row["size"]), f"{row['median_s'] * 1e3:,.1f}", *_limit(row),
-         _bytes(row, "taken_bytes")]
+        [label, row["way"], what, str(row["size"]), _ms(row["median_s"], ",.1f"), *_limit(row), _gb_taken(row)]
         for what in ("image", "VAE decode")
         for label, row in all_rows(found, what)
-    ]  # fmt: skip
+    ]
     shown = table(("model", "way", "what", "px", "ms", "TFLOP/s", "of the limit", "GB taken"), rows, left=3)
     return [*shown, "", "The work of an image is that of its UNet steps alone; its time is all of it."] if shown else []
 
@@ -203,12 +181,9 @@ def loras(found: Json) -> list[str]:
     rows = []
     steps = {(label, row["way"]): row["median_s"] for label, row in all_rows(found, "UNet step")}
     for label, row in all_rows(found, "LoRA"):
-        before, after = (steps.get((label, f"{row['way']}: {when}")) for when in ("before", "LoRA"))
-        rows.append(
-            [label, row["way"], *(f"{one:,.2f}" for one in row["seconds"]),
-             *(NONE if one is None else f"{one * 1e3:,.3f}" for one in (before, after)),
-             "exact" if row["exact_back"] else f"{row['back']:.1e}" if row["back"] is not None else NONE]
-        )  # fmt: skip
+        both = [_ms(steps.get((label, f"{row['way']}: {when}"))) for when in ("before", "LoRA")]
+        back = "exact" if row["exact_back"] else _shown(row["back"], ".1e")
+        rows.append([label, row["way"], *(f"{one:,.2f}" for one in row["seconds"]), *both, back])
     heads = ("model", "way", "LoRA on, s", "off, s", "step before, ms", "with it, ms", "after it was taken off")
     return table(heads, rows)
 
@@ -217,8 +192,8 @@ def training(found: Json) -> list[str]:
     """Distillation steps."""
     rows = [
         [row["student"], row["way"], str(row["batch"]), f"{row['batch'] / row['median_s']:,.2f}",
-         over_reference(row),
-         NONE if row["memory_gb"] is None else f"{row['memory_gb']:,.2f}", *_limit(row)]
+         ratio_cell([row[key] for key in ("speedup", "speedup_low", "speedup_high")]),
+         _shown(row["memory_gb"], ",.2f"), *_limit(row)]
         for _, row in all_rows(found, "training step")
     ]  # fmt: skip
     heads = ("student", "step", "batch", "images/s", "over the reference (95 %)", "GB", "TFLOP/s", "of the limit")
@@ -227,11 +202,11 @@ def training(found: Json) -> list[str]:
 
 def against_goals(found: Json) -> list[str]:
     """What was to be reached, and what was."""
-    rows = []
-    for goal in goals(found):
-        value = "not measured" if goal.value is None else f"{goal.value:,.2f}{goal.unit}"
-        met = "" if goal.value is None else "yes" if goal.met else f"no, {goal.gap}"
-        rows.append([goal.words, goal.wanted, value, met])
+    rows = [
+        [goal.words, goal.wanted, goal.measured,
+         "" if goal.value is None else "yes" if goal.met else f"no, {goal.gap}"]
+        for goal in goals(found)
+    ]  # fmt: skip
     return table(("goal", "wanted", "measured", "reached"), rows, left=1)
 
 
@@ -256,8 +231,8 @@ SECTIONS: tuple[tuple[str, Callable[[Json], list[str]]], ...] = (
 )  # fmt: skip
 
 
-def markdown(found: Json) -> str:
-    """The page for people."""
+def page(found: Json) -> list[str]:
+    """The lines of the page for people."""
     environment, settings = found["environment"], found["settings"]
     device = environment["gpu"]["gpu"] if environment["gpu"] else environment["cpu"]
     models = ", ".join(f"{label} = `{model}`" for label, model in settings["models"].items())
@@ -273,4 +248,4 @@ def markdown(found: Json) -> str:
     for title, show in SECTIONS:
         if shown := show(found):
             lines += ["", f"## {title}", "", *shown]
-    return "\n".join([*lines, "", "Made again by:", "", f"    {found['command']}", ""])
+    return lines

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from bench_kit.runner import Piece
 
 from sdkd.errors import InputError
 from sdkd.targets.registry import TARGETS
@@ -13,34 +17,6 @@ FULL_SIZE = {"tiny": "random:sd15-tiny", "teacher": "random:sd15", "small": "ran
 TENSORRT = ("tensorrt-rtx", "tensorrt")
 ENGINES = (*TENSORRT, "onnxruntime")
 TEACHER = "teacher"  # the label of the model that students are trained from
-DEMO = {TEACHER: "demo"}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One part of a report, run in a process of its own: its kind, the model it measures, and what runs it."""
-
-    kind: str
-    model: str  # empty: of no model
-    function: str  # "module:name" in this package
-
-    @property
-    def name(self) -> str:
-        """How it is called: `eager/tiny`, `doctor`."""
-        return f"{self.kind}/{self.model}" if self.model else self.kind
-
-
-FUNCTIONS = {
-    "doctor": "pieces:doctor",
-    "ceilings": "pieces:ceilings",
-    "eager": "unets:eager",
-    "compile": "unets:compiled",
-    **dict.fromkeys(ENGINES, "unets:engine"),
-    "vae": "parts:vae",
-    "images": "images:images",
-    "lora": "weights:lora",
-    "train": "training:train",
-}
 # The most telling first: what runs at all, then the first model on everything, then the others. Numbers are places in
 # the settings' models, names those of students to train.
 ORDER: tuple[tuple[str, int | str | None], ...] = (
@@ -49,24 +25,36 @@ ORDER: tuple[tuple[str, int | str | None], ...] = (
     ("compile", 0), ("tensorrt-rtx", 1), ("tensorrt", 1), ("tensorrt-rtx", 2), ("tensorrt", 2), ("images", 1),
     ("images", 2), ("compile", 1), ("compile", 2), ("onnxruntime", 1), ("onnxruntime", 2),
 )  # fmt: skip
-# Seconds that a piece of each kind usually takes in full size: with fewer left it is not begun.
-COSTS = {
-    "doctor": 60.0, "ceilings": 15.0, "eager": 30.0, "train": 90.0, "onnxruntime": 120.0, "tensorrt-rtx": 120.0,
-    "tensorrt": 240.0, "images": 80.0, "vae": 45.0, "lora": 60.0, "compile": 240.0,
-}  # fmt: skip
-CAPS = {"compile": 300.0}  # seconds after which a piece is stopped, where that is not CAP_FACTOR times its cost
-CAP_FACTOR = 2.5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Pieces of a kind: what runs them, what they say, and the seconds that one usually takes in full size."""
+
+    function: str
+    cost: float  # with fewer left it is not begun
+    words: str = ""  # empty: no figures
+
+    @property
+    def cap(self) -> float:
+        """Seconds after which a piece is stopped."""
+        return 300.0 if self.function == "unets:compiled" else 2.5 * self.cost
+
+
+KINDS = {
+    "doctor": Kind("bench:doctor", 60.0),
+    "eager": Kind("unets:eager", 30.0, "teacher and students in eager PyTorch: UNet steps"),
+    "tensorrt": Kind("unets:engine", 240.0, "the same as TensorRT engines"),
+    "tensorrt-rtx": Kind("unets:engine", 120.0, "the same as TensorRT-RTX engines"),
+    "onnxruntime": Kind("unets:engine", 120.0, "the same on ONNX Runtime's CUDA"),
+    "compile": Kind("unets:compiled", 240.0, "the same with torch.compile"),
+    "images": Kind("wholes:images", 80.0, "whole images of 25 steps"),
+    "vae": Kind("wholes:vae", 45.0, "decoding by the VAE"),
+    "lora": Kind("changes:lora", 60.0, "a LoRA by refit and by rebuilding"),
+    "train": Kind("changes:train", 90.0, "a distillation step, the reference's and ours"),
+    "ceilings": Kind("bench:ceilings", 15.0, "what the GPU can do at most"),
+}
 DRY_SHARE = 0.1  # of the costs, with the models of a dry run
-
-
-def cost(kind: str, settings: Settings) -> float:
-    """Seconds that must be left for a piece to be begun."""
-    return COSTS[kind] * (DRY_SHARE if settings.device == "cpu" else 1.0)
-
-
-def cap(kind: str) -> float:
-    """Seconds after which a piece is stopped."""
-    return CAPS.get(kind, CAP_FACTOR * COSTS[kind])
 
 
 @dataclass(frozen=True)
@@ -93,15 +81,31 @@ class Settings:
     compile_options: tuple[Mapping[str, Any], ...] = ({"mode": "max-autotune"}, {"mode": "max-autotune-no-cudagraphs"})
     work: str = "artifacts/gpu-report"
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_json` reads it back."""
-        return asdict(self)
-
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Settings:
-        """The inverse of `to_json`."""
-        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
-        return Settings(**values)
+        """The inverse of `dataclasses.asdict` and JSON."""
+        return Settings(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+    @staticmethod
+    def of(asked: argparse.Namespace) -> Settings:
+        """What the command line asks for; InputError for models that cannot be read."""
+        given: dict[str, Any] = {"work": str(asked.work), "steps": asked.steps, "seconds": asked.seconds}
+        if asked.models:
+            pairs = [word.partition("=") for word in asked.models.split(",")]
+            if not all(label and model for label, _, model in pairs):
+                raise InputError(f"models {asked.models!r} are not understood: give LABEL=MODEL,LABEL=MODEL")
+            given["models"] = {label: model for label, _, model in pairs}
+        for name in ("sizes", "batches", "train_batches"):
+            words = getattr(asked, name)
+            given[name] = tuple(int(word) for word in words.split(",")) if words else None
+        given["targets"] = tuple(asked.targets.split(",")) if asked.targets else None
+        given = {name: value for name, value in given.items() if value is not None}
+        return dry(given) if asked.dry_run else Settings(**given)
+
+    def public(self) -> dict[str, Any]:
+        """For a report, without this machine's folders: models by their last name."""
+        models = {label: model if ":" in model else Path(model).name for label, model in self.models.items()}
+        return {name: value for name, value in asdict(self).items() if name != "work"} | {"models": models}
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -112,11 +116,11 @@ class Settings:
 def dry(settings: Mapping[str, Any]) -> Settings:
     """Settings of a run without a GPU: the same pieces on a CPU, with tiny models, few calls, and no compiler."""
     small: dict[str, Any] = {
-        "models": DEMO, "device": "cpu", "precision": "fp32", "train_precision": "fp32", "sizes": (64, 128),
-        "batches": (2, 4), "train_size": 64, "train_batches": (2,), "train_rounds": 3, "steps": 2, "seconds": 0.05,
-        "runs": 3, "compile_options": ({"backend": "eager"},),
+        "models": {TEACHER: "demo"}, "device": "cpu", "precision": "fp32", "train_precision": "fp32",
+        "sizes": (64, 128), "batches": (2, 4), "train_size": 64, "train_batches": (2,), "train_rounds": 3, "steps": 2,
+        "seconds": 0.05, "runs": 3, "compile_options": ({"backend": "eager"},),
     }  # fmt: skip
-    return Settings(**(small | {name: value for name, value in settings.items() if value is not None}))
+    return Settings(**(small | dict(settings)))
 
 
 def all_pieces(settings: Settings) -> list[Piece]:
@@ -130,20 +134,23 @@ def all_pieces(settings: Settings) -> list[Piece]:
             wanted.append((kind, place or ""))
     later = ("eager", *ENGINES, "images", "compile")
     wanted += [(kind, labels[place]) for place in sorted(labels)[3:] for kind in later]
-    return [
-        Piece(kind, model, FUNCTIONS[kind]) for kind, model in wanted if kind not in TARGETS or kind in settings.targets
-    ]
+    return [_piece(settings, *one) for one in wanted if one[0] not in TARGETS or one[0] in settings.targets]
+
+
+def _piece(settings: Settings, kind: str, model: str) -> Piece:
+    name, cost = (
+        f"{kind}/{model}" if model else kind,
+        KINDS[kind].cost * (DRY_SHARE if settings.device == "cpu" else 1.0),
+    )
+    given = {"kind": kind, "model": model, "settings": asdict(settings)}
+    return Piece(name, "gpu_bench.bench:run", given, cost, KINDS[kind].cap)
 
 
 def chosen(settings: Settings, words: str) -> list[Piece]:
     """The pieces that are named, by kind or whole name, in their order; all for empty words. InputError otherwise."""
     every = all_pieces(settings)
-    names = [word for word in words.replace(" ", "").split(",") if word]
-    if unknown := sorted(set(names) - set(_names(every))):
-        raise InputError(f"piece {unknown[0]!r} is unknown: choose from {', '.join(dict.fromkeys(_names(every)))}")
+    known = dict.fromkeys([*(piece.kind for piece in every), *(piece.name for piece in every)])
+    names: Sequence[str] = [word for word in words.replace(" ", "").split(",") if word]
+    if unknown := sorted(set(names) - set(known)):
+        raise InputError(f"piece {unknown[0]!r} is unknown: choose from {', '.join(known)}")
     return [piece for piece in every if not names or {piece.name, piece.kind} & set(names)]
-
-
-def _names(pieces: Sequence[Piece]) -> Iterator[str]:
-    yield from (piece.kind for piece in pieces)
-    yield from (piece.name for piece in pieces)

@@ -1,10 +1,11 @@
 """Pipelines in processes of their own, for tools/bench_runtime.py: eager, on engines, or Optimum's.
 
-Each stays loaded and draws when it is asked to, so that ways can take turns while no two of them work at a time.
+Each stays loaded and draws when it is asked to, so that they can take turns while no two of them work at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import ROOT
+from bench_kit.results import ROOT, in_turn
 
 # Runs in Optimum's environment, too: none of our packages but where they are what is measured.
 WORKER = """
@@ -43,7 +44,7 @@ def timed(name, call):
     return run
 for name, part, method in (("unet", "unet", "forward"), ("vae", "vae", "decode"), ("text", "text_encoder", "forward")):
     module = getattr(pipe, part)
-    setattr(module, method, timed(name, getattr(module, method)))
+    vars(module)[method] = timed(name, getattr(module, method))  # engine modules refuse the plain way
 print("ready", flush=True)
 for line in sys.stdin:
     call = json.loads(line)
@@ -58,7 +59,7 @@ for line in sys.stdin:
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """How to draw: the environment's Python, `eager`, `engine` or `optimum`, the model, and its dtype or slot."""
 
     python: Path
@@ -68,23 +69,31 @@ class Way:
 
 
 class Running:
-    """A way in its process."""
+    """A variant in its process; a context manager that ends it."""
 
-    def __init__(self, way: Way, folder: Path) -> None:
+    def __init__(self, variant: Variant, folder: Path) -> None:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         self.file = Path(tempfile.mkstemp(suffix=".npy", dir=folder)[1])
         self.process = subprocess.Popen(
-            [way.python, "-c", WORKER, way.kind, way.model, way.slot],
+            [variant.python, "-c", WORKER, variant.kind, variant.model, variant.slot],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
         )  # fmt: skip
         self._read(until="ready")
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
     def _read(self, until: str) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:  # libraries print, too
             if line.startswith(until):
                 return line
-        raise SystemExit(f"a pipeline's process ended with status {self.process.wait()}: see its message above")
+        raise RuntimeError(f"a pipeline's process ended with status {self.process.wait()}: see its message above")
 
     def draw(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """Seconds of one image, and those of each call of its modules."""
@@ -95,44 +104,25 @@ class Running:
 
     def image(self) -> np.ndarray:
         """What was drawn last: [height, width, 3] in 0..1."""
-        found: np.ndarray = np.load(self.file)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        return np.load(self.file).astype(np.float64)
 
 
 def take_turns(
-    chosen: Mapping[str, Way], rounds: int, call: Mapping[str, Any]
+    chosen: Mapping[str, Variant], rounds: int, call: Mapping[str, Any]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float | None]]:
-    """One image of every way a round, in rotating order, after a step that warms up; the images' PSNR to the first's.
+    """One image of every variant a round, after a step that warms up; the images' PSNR to the first's, dB.
 
-    None stands for images without any difference, and for the first way's own.
+    None stands for images without any difference, and for the first one's own.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
-    running: dict[str, Running] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for name, way in chosen.items():
-                running[name] = Running(way, Path(folder))
-                running[name].draw({**call, "num_inference_steps": 1})
-            names = list(running)
-            for turn in range(rounds):
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    found[name].append(running[name].draw(call))
-                    print(f"round {turn + 1} of {rounds}, {name}: {found[name][-1]['seconds']:.2f} s", flush=True)
-            images = {name: one.image() for name, one in running.items()}
-        finally:
-            for one in running.values():
-                one.close()
-    first = images[names[0]]
-    return found, {name: psnr(image, first) for name, image in images.items()}
-
-
-def psnr(image: np.ndarray, reference: np.ndarray) -> float | None:
-    """Peak signal-to-noise ratio of values in 0..1, dB; None where both are the same."""
-    error = float(np.mean((image.astype(np.float64) - reference) ** 2))
-    return None if error == 0 else -10 * float(np.log10(error))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        running = {name: stack.enter_context(Running(one, Path(folder))) for name, one in chosen.items()}
+        for one in running.values():
+            one.draw({**call, "num_inference_steps": 1})
+        for turn, name in in_turn(list(running), rounds):
+            found[name].append(running[name].draw(call))
+            print(f"round {turn + 1} of {rounds}, {name}: {found[name][-1]['seconds']:.2f} s", flush=True)
+        images = {name: one.image() for name, one in running.items()}
+    first = next(iter(images.values()))
+    errors = {name: float(np.mean((image - first) ** 2)) for name, image in images.items()}
+    return found, {name: -10 * float(np.log10(error)) if error else None for name, error in errors.items()}

@@ -1,12 +1,13 @@
-"""Runs the pieces of a report, each in a process of its own, within a budget; keeps what was found after each.
+"""Runs pieces of a benchmark, each in a process of its own, within a budget; keeps what was found after each.
 
 A process that crashes or is stopped loses what it had not written yet, and no other piece.
-Loads no torch: a GPU belongs to the piece that runs.
+Loads no torch: memory and GPU belong to the piece that runs.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import signal
@@ -14,27 +15,57 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gpu_bench.settings import Piece, Settings, cap, cost
+from bench_kit.record import Record
+from bench_kit.results import ROOT
 from sdkd.core.files import read_json
 from sdkd.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "gpu_report.py"
 KEPT_LINES = 40
 ROW_KEYS = ("what", "way", "batch", "size", "student", "component", "precision")  # rows equal in these are the same
 Json = dict[str, Any]
-Save = Callable[[], None]
-Command = Callable[[Piece, Path, Path], Sequence[str]]
-"""The words that run a piece, given the files of its settings and its result."""
+Command = Callable[[Path, Path], Sequence[str]]
+"""The words that run a piece, given the files of the piece and of its result."""
 
 
-def command(piece: Piece, settings: Path, result: Path) -> list[str]:
-    """The report's own script, in the same Python."""
-    return [sys.executable, str(SCRIPT), "--child", piece.name, str(settings), str(result)]
+@dataclass(frozen=True)
+class Piece:
+    """One part of a benchmark: what runs it ("module:name", called with a Record and the arguments), and for how long.
+
+    With less than `cost` seconds left it is not begun, after `cap` seconds it is stopped.
+    """
+
+    name: str
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    cost: float = 0.0
+    cap: float = float("inf")
+
+    @property
+    def kind(self) -> str:
+        """What it measures, of whatever model: `eager` of `eager/tiny`."""
+        return self.name.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where pieces run: the folder of their files, their environment, and the words that start one."""
+
+    work: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    command: Command = lambda piece, result: [sys.executable, "-m", "bench_kit.runner", str(piece), str(result)]
+    logged: bool = True  # what they print goes into a file of the folder, not to the terminal
+
+
+def python_path(*folders: Path | None) -> dict[str, str]:
+    """The environment of the pieces' processes, which find these folders, then the checkout and its tools."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    every = [*(str(folder) for folder in folders if folder), str(ROOT), str(ROOT / "tools"), *given]
+    return {"PYTHONPATH": os.pathsep.join(one for one in every if one), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def to_run(pieces: Sequence[Piece], found: Mapping[str, Json], again: bool) -> list[Piece]:
@@ -46,27 +77,25 @@ def to_run(pieces: Sequence[Piece], found: Mapping[str, Json], again: bool) -> l
 
 
 def run_all(
-    pieces: Sequence[Piece], settings: Settings, found: dict[str, Json], save: Save, *, deadline: float, again: bool,
-    said: Mapping[str, Any], environment: Mapping[str, str], missing: Mapping[str, str] = MappingProxyType({}),
-    words: Command = command,
+    pieces: Sequence[Piece], place: Place, found: dict[str, Json], save: Callable[[], None], *, deadline: float,
+    again: bool, said: Mapping[str, Any], missing: Mapping[str, str] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """Run what is to be run until `deadline` (of time.monotonic), and `save` after each; what does not fit is left out.
 
-    `said`: what every result says beside its own (commit, versions). `environment`: of the processes. `missing`: kinds
-    whose package is not there, and why; no process is started for them.
+    `said`: what every result says beside its own (commit, versions). `missing`: kinds whose package is not there, and
+    why; no process is started for them.
     """
     for piece in to_run(pieces, found, again):
         left, before = deadline - time.monotonic(), found.get(piece.name, {})
-        needed = cost(piece.kind, settings)
-        if piece.kind in missing or left < needed:
+        if piece.kind in missing or left < piece.cost:
             state = "not installed" if piece.kind in missing else "not started"
             why = {"package": missing[piece.kind]} if piece.kind in missing else {}
             if not before or (why and not before["rows"]):
                 found[piece.name] = {"state": state, "rows": [], "facts": {}, "errors": why}
-            print(f"{piece.name}: {state}, {why.get('package', f'{left:.0f} s left of {needed:.0f}')}", flush=True)
+            print(f"{piece.name}: {state}, {why.get('package', f'{left:.0f} s left of {piece.cost:.0f}')}", flush=True)
             continue
         print(f"{piece.name}: {left:.0f} s left", flush=True)
-        result = run_one(piece, settings, left, environment, words)
+        result = run_one(piece, place, left)
         found[piece.name] = merged(before, {**result, **said})
         save()
         errors = "; ".join(f"{name}: {text}" for name, text in result["errors"].items())
@@ -88,20 +117,19 @@ def _key(row: Json) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ROW_KEYS)
 
 
-def run_one(piece: Piece, settings: Settings, seconds: float, environment: Mapping[str, str], words: Command) -> Json:
+def run_one(piece: Piece, place: Place, seconds: float = float("inf")) -> Json:
     """One piece's result, with its state: done, failed (with the error) or out of budget (with what it had by then)."""
-    work = Path(settings.work)
-    work.mkdir(parents=True, exist_ok=True)
-    files = [work / f".{piece.name.replace('/', '-')}.{name}.json" for name in ("settings", "result")]
-    for file in files:
+    place.work.mkdir(parents=True, exist_ok=True)
+    name = piece.name.replace("/", "-")
+    given, result, log = (place.work / one for one in (f".{name}.piece.json", f".{name}.result.json", f"{name}.log"))
+    for file in (result, log):
         file.unlink(missing_ok=True)
-    files[0].write_text(json.dumps(settings.to_json()))
-    start, log = time.monotonic(), work / f"{piece.name.replace('/', '-')}.log"
-    most = min(seconds, cap(piece.kind))
-    status = _wait(words(piece, *files), environment, log, most)
+    given.write_text(json.dumps({"function": piece.function, "arguments": dict(piece.arguments)}))
+    start, most = time.monotonic(), min(seconds, piece.cap)
+    status = _wait(place.command(given, result), place.environment, log if place.logged else None, most)
     found: Json = {"rows": [], "facts": {}, "errors": {}, "tracebacks": {}}
     try:
-        found |= read_json(files[1])
+        found |= read_json(result)
     except InputError:  # it ended before it had anything to say
         found["errors"]["process"] = ""
     if status is None:
@@ -109,14 +137,24 @@ def run_one(piece: Piece, settings: Settings, seconds: float, environment: Mappi
         found["errors"]["process"] = f"stopped after {most:.0f} s, {why}"
     elif status:
         found["errors"]["process"] = ended(status, log)
+    work = place.work
     found = scrubbed(found, {str(work.resolve()): "WORK", str(work): "WORK", str(ROOT): ".", str(Path.home()): "~"})
     state = "out of budget" if status is None else "failed" if _nothing(found) else "done"
     finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {**found, "state": state, "wall_s": round(time.monotonic() - start, 1), "finished_utc": finished}
 
 
+def run_or_exit(piece: Piece, place: Place) -> Json:
+    """One piece's result; SystemExit with all that went wrong, where anything did."""
+    found = run_one(piece, place)
+    if found["errors"]:
+        traces = ["\n".join(lines) for lines in found["tracebacks"].values()]
+        raise SystemExit("\n".join([*traces, *(f"error: {piece.name}: {text}" for text in found["errors"].values())]))
+    return found
+
+
 def _nothing(found: Json) -> bool:
-    """Whether a piece ended by an error with no figure at all; one of several ways may fail in a piece that is done."""
+    """Whether a piece ended by an error with no figure at all; a part may fail in a piece that is done."""
     return "process" in found["errors"] or (bool(found["errors"]) and not found["rows"])
 
 
@@ -139,15 +177,16 @@ def ended(status: int, log: Path) -> str:
     return "\n".join([how, *lines[-KEPT_LINES:]])
 
 
-def _wait(words: Sequence[str], environment: Mapping[str, str], log: Path, seconds: float) -> int | None:
+def _wait(words: Sequence[str], environment: Mapping[str, str], log: Path | None, seconds: float) -> int | None:
     """The status of a process with all it started, None when it had to be stopped."""
-    with log.open("wb") as stream:
+    with (log or Path(os.devnull)).open("wb") as stream:
+        out = stream if log else None
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env={**os.environ, **environment},
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **environment},
             start_new_session=True,
         )  # fmt: skip
         try:
-            return process.wait(seconds)
+            return process.wait(None if seconds == float("inf") else seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
@@ -156,29 +195,13 @@ def _wait(words: Sequence[str], environment: Mapping[str, str], log: Path, secon
                 process.wait()
 
 
-def child(name: str, settings_file: Path, result: Path) -> None:
+def child(piece: Path, result: Path) -> None:
     """In the piece's own process: run it, and write what it found after each row."""
-    from gpu_bench.record import Record
-    from gpu_bench.settings import all_pieces
-
-    settings = Settings.from_json(read_json(settings_file))
-    piece = next(one for one in all_pieces(settings) if one.name == name)
-    record = Record(result)
-    run_piece(piece, settings, record)
-    record.save()
-
-
-def run_piece(piece: Piece, settings: Settings, record: Any) -> None:
-    """Call a piece's function in this process; what it raises is recorded as an error of the piece."""
-    import importlib
-
-    from gpu_bench.device import Device, clocks
-
-    module, _, name = piece.function.partition(":")
-    function = getattr(importlib.import_module(f"gpu_bench.{module}"), name)
-    extra = {"target": piece.kind} if name == "engine" else {}
-    record.fact(clocks_before=clocks())
-    device = Device(settings)
+    given, record = read_json(piece), Record(result)
+    module, _, name = given["function"].partition(":")
     with record.part("piece"):
-        function(settings, device, record, piece.model, **extra)
-    record.fact(clocks_under_load=device.clocks, clocks_after=clocks())
+        getattr(importlib.import_module(module), name)(record, **given["arguments"])
+
+
+if __name__ == "__main__":
+    child(Path(sys.argv[1]), Path(sys.argv[2]))

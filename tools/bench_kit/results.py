@@ -1,0 +1,90 @@
+"""A result: where and when it was measured, the files that keep it, and the tables of its page."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdkd.compare.measure.stats import speedup
+from sdkd.core.files import write_bytes, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+NONE = "–"
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def machine() -> str:
+    """A folder name for this machine: its GPU, else its CPU and core count."""
+    from sdkd.targets.registry import cpu_name, gpu
+
+    device = gpu()
+    return slug(device["gpu"] if device else f"{cpu_name()} {os.cpu_count()} cores")
+
+
+def commit() -> str:
+    """The commit that is measured; `unknown` for a copy without its history."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def today() -> str:
+    """The date of a result."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+
+
+def head(command: str, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """What every result begins with. It loads torch: call it after memory was measured."""
+    from sdkd.compare.measure.environment import environment
+
+    made = {"machine": machine(), "date": today(), "commit": commit(), "command": command}
+    return {"schema": 1, **made, **more, "environment": environment(device)}
+
+
+def keep(path: Path, found: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """Write a result and, beside it, its page; SystemExit for one that bears a path of this machine."""
+    text = json.dumps(found)
+    leaks = [str(place) for place in (ROOT, Path.home(), tempfile.gettempdir()) if str(place) in text]
+    if leaks:
+        raise SystemExit(f"the result holds paths of this machine ({', '.join(leaks)}): it was not written")
+    write_json(path, found)
+    page = [*lines, "", "Made again by:", "", f"    {found['command']}", ""]
+    write_bytes(path.with_suffix(".md"), "\n".join(page).encode())
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Lines of a Markdown table, none without rows; what follows the first `left` columns stands to the right."""
+    lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left)]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (*lines, *cells)] if rows else []
+
+
+def in_turn(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Round and name: every name once a round, in rotating order, so that drift of the machine hits all alike."""
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield from ((turn, name) for name in (*names[first:], *names[:first]))
+
+
+def faster(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> list[float] | None:
+    """How many times faster `other` is, with its 95 % interval over paired rounds; None for fewer than three."""
+    ratio = speedup(base, other)
+    return [ratio.value, ratio.low, ratio.high] if ratio else None
+
+
+def ratio_cell(ratio: Sequence[float | None] | None) -> str:
+    """A ratio and its interval, for a table."""
+    return NONE if not ratio or ratio[0] is None else "{:.2f}x ({:.2f} to {:.2f})".format(*ratio)
