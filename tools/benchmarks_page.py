@@ -33,6 +33,8 @@ BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 COMMAND = "python tools/benchmarks_page.py"
 GPU_COMMAND = "python tools/gpu_report.py"  # docs/gpu.md
 UNKNOWN = "not recorded"
+# Before that day, latents of half-precision engines were in float32, those of eager PyTorch in half precision.
+HALF_LATENTS = "2026-11-29"
 Json = Mapping[str, Any]
 Rows = list[list[str]]
 
@@ -47,9 +49,11 @@ def faster(value: float, low: float, high: float, tie: bool = False) -> str:
     return f"{'tie' if tie else f'{value:.2f}×'} ({low:.2f}–{high:.2f})"
 
 
-def likeness(row: Json) -> str:
+def likeness(row: Json, date: str) -> str:
     """The distance of a subject's images to its own eager float32, and whether they keep their rule."""
     close, verdict = row["against_eager"], row["verdict"]
+    if verdict and row["precision"] != "fp32" and date < HALF_LATENTS:
+        return "withdrawn"
     shown = "identical" if close["identical"] else f"{close['psnr_mean_db']:.1f} dB"
     return shown if not verdict or verdict["ok"] else f"{shown}: breaks its rule ({verdict['found']})"
 
@@ -66,7 +70,8 @@ def comparison(found: Json) -> Rows:
     for label, row in results.items():
         if over := row["step_speedup"].get("eager"):
             ratio = faster(over["value"], over["low"], over["high"], over["tie"])
-            rows.append([label, milliseconds(results[over["over"]]), milliseconds(row), ratio, likeness(row)])
+            close = likeness(row, found.get("date", ""))
+            rows.append([label, milliseconds(results[over["over"]]), milliseconds(row), ratio, close])
     return rows
 
 
@@ -291,7 +296,9 @@ def whole_page(root: Path) -> str:
         f"<!-- Written by {COMMAND} from benchmarks/**/*.json: change those, not this page. -->",
         "The rows that matter of every result under [benchmarks/](../benchmarks), medians. The JSON files hold the raw "
         "samples and the versions of libraries. `sd15`, `sd15-small` and `sd15-tiny` are full-size models with random "
-        f"weights. `make test` fails when `{COMMAND}` would write another page. What others published: "
+        "weights. Withdrawn are images of half-precision engines that had latents in float32 while eager ones were in "
+        "half precision: both are in half precision now, and were not measured again. `make test` fails when "
+        f"`{COMMAND}` would write another page. What others published: "
         "[peers.md](peers.md).",
         *(machine_section(name, list(group)) for name, group in groupby(results, lambda result: result[0].parent.name)),
         gpu_section([found for _, _, found in results]),

@@ -98,8 +98,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """The lines of a Markdown table; the first `left` columns are left-aligned, the others right-aligned."""
     aligned = ["---"] * left + ["---:"] * (len(heads) - left)
-    lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(aligned)}|"]
-    return lines + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (heads, aligned, *cells)]
 
 
 def _is_number(text: str) -> bool:

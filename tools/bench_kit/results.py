@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.compare.measure.stats import speedup
+from sdkd.core.console import markdown_table
 from sdkd.core.files import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,9 +68,7 @@ def keep(path: Path, found: Mapping[str, Any], lines: Sequence[str]) -> None:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
     """Lines of a Markdown table, none without rows; what follows the first `left` columns stands to the right."""
-    lines = [heads, ["---"] * left + ["---:"] * (len(heads) - left)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (*lines, *cells)] if rows else []
+    return markdown_table(heads, rows, left) if rows else []
 
 
 def in_turn(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
