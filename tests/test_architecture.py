@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def test_every_raises_reads_the_message(path: Path) -> None:
     raises = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "raises"]
     silent = [call.lineno for call in raises if not any(word.arg == "match" for word in call.keywords)]
     assert silent == []
+
+
+def test_pytest_looks_into_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    folders = {folder.name for path in TESTS for folder in path.parents if folder.is_relative_to(ROOT / "tests")}
+    skipped = pytestconfig.getini("norecursedirs")
+    assert [name for name in folders for pattern in skipped if fnmatch.fnmatch(name, pattern)] == []
 
 
 def test_test_files_have_unique_names() -> None:
