@@ -37,7 +37,7 @@ demo: install ## The whole way on this machine: students, distillation, engines,
 
 # Two processes at most, each with one thread: tests wait on Python more than on arithmetic, and each holds up to 2 GB.
 test: install ## The fast tests (CPU)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: install ## Full-size models: minutes and gigabytes
 	@$(BIN)/python -m pytest -m slow $(ARGS)
