@@ -115,6 +115,7 @@ class EngineModule(torch.nn.Module):
     """
 
     place: torch.Tensor
+    session: Session
     falls_back = False
     # Set where there are adapters: a copy of the eager module, without weights, that holds them, and what gives a
     # module those that it holds. See engines.lora.adapters.
@@ -148,8 +149,8 @@ class EngineModule(torch.nn.Module):
         return self.place.device
 
     def sessions(self) -> Iterable[Session]:
-        """The opened engines of this module."""
-        raise NotImplementedError
+        """The opened engines of this module: one, where it says no other."""
+        return (self.session,)
 
     def follow(self, before: object, rebuild: Rebuild | None, falls_back: bool = False) -> None:
         """Go on as the module that was in this place: weights that were swapped in, fallback, how engines are rebuilt.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,6 @@ class EngineUNet(EngineModule):
     def in_channels(self) -> int:
         """Channels of the latents."""
         return int(self.config.in_channels)
-
-    def sessions(self) -> Iterable[Session]:
-        """The UNet's engine."""
-        return (self.session,)
 
     def forward(
         self,
@@ -157,10 +153,6 @@ class EngineControlNet(EngineModule, ControlNetModel):
         EngineModule.__init__(self, full_config(ControlNetModel, config), dtype, device, original)
         self.session = session
 
-    def sessions(self) -> Iterable[Session]:
-        """The ControlNet's engine."""
-        return (self.session,)
-
     def forward(
         self,
         sample: torch.Tensor,
@@ -228,10 +220,6 @@ class EngineTextEncoder(EngineModule):
         super().__init__(CLIPTextConfig.from_dict(dict(config)), dtype, device, original)
         self.session = session
         object.__setattr__(self, "_norm", None)  # no submodule: an engine module has no parameters
-
-    def sessions(self) -> Iterable[Session]:
-        """The text encoder's engine."""
-        return (self.session,)
 
     def forward(
         self,
