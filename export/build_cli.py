@@ -12,12 +12,11 @@ import typer
 
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
 from sdkd.core.console import Progress, progress, show, show_json, table, within
-from sdkd.core.contract import COMPONENTS, check_precision, size_multiple
+from sdkd.core.contract import COMPONENTS, size_multiple
 from sdkd.errors import InputError, OutputExistsError
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
 from sdkd.targets.plan import EnginePlan, plan_for_model
-from sdkd.targets.registry import check_target
 
 if TYPE_CHECKING:
     from export.build.options import BuildOptions
@@ -110,15 +109,12 @@ def _check_wish(
     from export.build.ranges import check_sizes
     from export.build.request import check_buildable, plan_for
 
-    check_target(target)
-    if precision:
-        check_precision(precision)
-    for typed in profiles:
-        typed.check()
     if isinstance(source, BundleSource):
         plan = plan_for(source.bundle, target, precision)
     else:
         plan = plan_for_model(target, precision)
+    for typed in profiles:
+        typed.check()
     sizes = [pixels for typed in profiles if (pixels := typed.pixels())] if source.here else []
     for height, width in sizes:
         check_sizes(height, width, size_multiple(source.unet_config, source.config("vae")))

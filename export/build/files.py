@@ -66,7 +66,7 @@ def moved(partial: Path, home: Path) -> Iterator[None]:
 
 def drop_replaced(before: Bundle, after: Bundle) -> None:
     """Remove the engine files that a manifest has named and no longer does. Who has just read the older manifest opens
-    the bundle again (`engines.sessions.base`), and what is open stays so.
+    the bundle again (`engines.sessions.checks.of_newest`), and what is open stays so.
     """
     for path in _named(before.manifest) - _named(after.manifest):
         with contextlib.suppress(OSError):
