@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from ctrl_c import interrupted
 from PIL import Image
+from processes import finished, interrupted
 from small_bundles import small_pipeline
 from typer.testing import CliRunner
 
@@ -165,21 +163,6 @@ def rows(out: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (out / METADATA).read_text().splitlines()]
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "sdkd.cli", "generate", *(str(word) for word in words)]
-
-
-def environment() -> dict[str, str]:
-    """One thread each, so that sums are ordered the same in every process."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def finished(*words: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def test_two_processes_draw_what_is_missing_and_what_one_draws(
     folder: Path, prompts: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -189,8 +172,10 @@ def test_two_processes_draw_what_is_missing_and_what_one_draws(
         shutil.copy(alone / name, out)
     before = {name: (out / name).stat().st_mtime_ns for name in numbers(out)}
     words = (folder, "--prompts", prompts, "-o", out, "--steps", 2, "--negative-prompt", "blue", "--batch", 2)
-    done = finished(*words, "--num-processes", 2)
-    assert done.stdout.replace("\n", " ").count("for 3 images, 2 were there") == 1
+    log = tmp_path / "log"
+    status = finished(["generate", *words, "--num-processes", 2], log, OMP_NUM_THREADS="1")  # as in this process
+    assert status == 0, log.read_text()
+    assert log.read_text().replace("\n", " ").count("for 3 images, 2 were there") == 1
     same_images(out, alone)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert rows(out) == [{"file_name": f"{index:05d}.png", "text": TEXTS[index]} for index in range(5)]
@@ -200,13 +185,13 @@ def test_two_processes_draw_what_is_missing_and_what_one_draws(
 def test_one_process_that_fails_ends_the_command(folder: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "00003.png" / "in the way").mkdir(parents=True)  # the second process cannot write its last image
-    words = command(folder, "--prompts", prompts, "--steps", 1, "--batch", 2, "-o", out, "--num-processes=2")
-    done = subprocess.run([*words, "--overwrite"], capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 1
-    said = " ".join(done.stderr.split())
+    words = (folder, "--prompts", prompts, "--steps", 1, "--batch", 2, "-o", out, "--num-processes=2")
+    log = tmp_path / "log"
+    assert finished(["generate", *words, "--overwrite"], log) == 1
+    said = " ".join(log.read_text().split())
     assert "00003.png" in said, said
     assert "and a file is wanted" in said, said
-    assert "sdkd: one of 2 processes ended with status 1: its message is above" in done.stderr
+    assert "sdkd: one of 2 processes ended with status 1: its message is above" in said
     there = [name for name in numbers(out) if (out / name).is_file()]
     assert "00002.png" in there
     assert [row["file_name"] for row in rows(out)] == there
@@ -238,10 +223,11 @@ def test_ctrl_c_keeps_finished_images_of_one_process(folder: Path, prompts: Path
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_images_of_two_processes(folder: Path, prompts: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    words = command(folder, "--prompts", prompts, "--steps", 5, "--count", 1000, "-o", out, "--num-processes", 2)
-    status = interrupted(words, log, environment(), lambda: len(numbers(out)) >= 3, seconds=120)
+    words = ("generate", folder, "--prompts", prompts, "--steps", 5, "--count", 1000, "-o", out, "--num-processes", 2)
+    status = interrupted(words, log, lambda: len(numbers(out)) >= 3, seconds=120)
     assert status == 130, log.read_text()
     wait_until_quiet(out)
     found = [row["file_name"] for row in rows(out)]

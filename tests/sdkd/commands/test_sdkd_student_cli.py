@@ -9,8 +9,8 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from ctrl_c import Dropping
 from diffusers import DiffusionPipeline
+from processes import Dropping
 from safetensors.torch import load_file
 
 from sdkd.commands import student as student_cli

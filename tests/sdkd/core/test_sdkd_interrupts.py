@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ctrl_c import Dropping
+from processes import Dropping
 
 from sdkd.core import interrupts
 from sdkd.core.interrupts import between_steps

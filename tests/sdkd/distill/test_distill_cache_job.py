@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ctrl_c import interrupted
 from helpers import tiny_pipeline
 from PIL import Image
+from processes import interrupted
 
 from sdkd.core.child import ChildError
 from sdkd.distill.cache_cli import CacheJob, _failed, run
@@ -59,14 +57,11 @@ def test_wrong_options(changes: dict[str, Any], message: str, model: Path, tmp_p
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes(model: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "work" / "c", tmp_path / "log"
-    script = "from sdkd.cli import _command, guarded; from sdkd.distill.cache_cli import cache; " \
-        "_command('cache', guarded(cache))()"  # fmt: skip
-    words = [str(model), "demo", str(out), "--shard-images", "8", "--precision", "fp32", "--num-processes", "2"]
-    status = interrupted(
-        [sys.executable, "-c", script, *words], log, os.environ, lambda: len(list(out.glob("latents-*.json"))) >= 2
-    )
+    words = ["cache", model, "demo", out, "--shard-images", 8, "--precision", "fp32", "--num-processes", 2]
+    status = interrupted(words, log, lambda: len(list(out.glob("latents-*.json"))) >= 2)
     printed = log.read_text()
     assert status == 130, printed
     assert "Traceback" not in printed

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from ctrl_c import Dropping
 from helpers import tiny_pipeline
 from PIL import Image
+from processes import Dropping
 
 from sdkd.distill.data.cache import write_cache
 from sdkd.distill.data.disk_cache import open_cache

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +15,7 @@ import helpers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from processes import kill, started
 from safetensors.torch import load_file
 
 from sdkd.core.files import read_json, write_json
@@ -214,12 +212,11 @@ def test_killed_and_resumed_equals_uninterrupted(teacher: Path, tmp_path: Path) 
     given = {"teacher": teacher, "data": "demo", "output": killed.output}
     options = {**given, **SETTINGS, **settings}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    process = subprocess.Popen([sys.executable, "-m", "sdkd.cli", "distill", *words], stderr=subprocess.DEVNULL)
+    process = started(["distill", *words], tmp_path / "log")
     end = time.monotonic() + 120
-    while not checkpoints(killed.output) and time.monotonic() < end and process.poll() is None:
+    while not checkpoints(killed.output) and time.monotonic() < end and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert checkpoints(killed.output)
     assert not (killed.output / "model_index.json").exists()
     with pytest.raises(OutputExistsError, match="holds checkpoints of a run: go on with --resume auto"):
