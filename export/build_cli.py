@@ -40,11 +40,6 @@ def build_engine(
     optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5 (slow build); usual: 3.")] = None,
     workspace_gb: Annotated[float | None, typer.Option(help="GiB of scratch memory for one layer at run time.")] = None,
     refit: Annotated[str, typer.Option(help="Weights that can change later: none, lora or all.")] = "none",
-    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan without weights.")] = False,
-    weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay on the host.")] = False,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Run with later versions of the library, too.")
-    ] = False,
     hardware_compatible: Annotated[
         str, typer.Option(help="Run on other GPUs, too: none, ampere-plus or same-compute-capability.")
     ] = "none",
@@ -72,9 +67,6 @@ def build_engine(
         optimization_level=optimization_level,
         workspace_gb=workspace_gb,
         refit=refit,
-        strip_weights=strip_weights,
-        weight_streaming=weight_streaming,
-        version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
         compute_capabilities=tuple(compute_capability.replace(" ", "").split(",")) if compute_capability else (),
         memory_cap_gb=memory_cap_gb,

@@ -195,5 +195,4 @@ def recorded_environment(request: Request) -> dict[str, str]:
     """What must be equal where the engine runs: less for an engine that is made for more."""
     options = BuildOptions.of(request.flags.get("options", {}))
     free = FREE[options.hardware_compatible]
-    free += (check_target(request.target).module,) if options.version_compatible else ()
     return {key: value for key, value in built_environment(request.target).items() if key not in free}

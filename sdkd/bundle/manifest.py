@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from sdkd.bundle.manifest_checks import check_places, export_command, file_problem, rebuild_command, strange_values
+from sdkd.bundle import manifest_checks as checks
 from sdkd.bundle.onnx_trust import check_external_data
 from sdkd.core.contract import Contract, vae_scale
 from sdkd.core.files import read_json, sha256, write_json
@@ -176,8 +176,8 @@ def _read_manifest(root: Path) -> Manifest:
             )
         if wrong := problem(data, _ManifestJson):
             raise InputError(wrong)
-        check_places(root, data)
-        if strange := next(strange_values(data), None):
+        checks.check_places(root, data)
+        if strange := next(checks.strange_values(data), None):
             raise InputError(strange)
         return Manifest.from_json(data)
     except (InputError, KeyError, TypeError) as error:
@@ -204,7 +204,9 @@ class Bundle:
                     f"{str(root)!r} is an export by Optimum or another tool, not a bundle (no {MANIFEST}): make one "
                     "from the model that it was made from, with: sdkd export MODEL BUNDLE"
                 )
-            raise BundleError(f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: {export_command(root)}")
+            raise BundleError(
+                f"{str(root)!r} is not a bundle (no {MANIFEST}): make one with: {checks.export_command(root)}"
+            )
         bundle = Bundle(root, _read_manifest(root))
         bundle.verify_rest()
         return bundle
@@ -273,7 +275,7 @@ class Bundle:
 
     def verify_files(self, record: ComponentRecord | EngineRecord) -> None:
         """BundleError when a file of the record is missing, truncated or altered (sizes first, then SHA-256)."""
-        found = next((found for file in record.files if (found := file_problem(self.path, asdict(file)))), None)
+        found = next((found for file in record.files if (found := checks.file_problem(self.path, asdict(file)))), None)
         if found:
             raise BundleError(f"bundle {str(self.path)!r}: {found}; make it again: {self.repair(record)}")
 
@@ -292,9 +294,7 @@ class Bundle:
         found = next((found for file in listed or () if (found := self._file_problem_once(file))), None)
         found = found or next((f"{name} is not in the manifest" for name in names if name not in known), None)
         if found:
-            raise BundleError(
-                f"bundle {str(self.path)!r}: {found}; restore it, or make the bundle again: {self._made_by()}"
-            )
+            raise BundleError(f"bundle {str(self.path)!r}: {found}; restore it, or make all again: {self._made_by()}")
 
     def _file_problem_once(self, file: FileRecord) -> str | None:
         """As `file_problem`, which is asked once per process as long as size and time of change stay the same."""
@@ -304,7 +304,7 @@ class Bundle:
         status = path.stat()
         key = (str(path.resolve()), status.st_size, status.st_mtime_ns, file)
         if key not in _verified:
-            if found := file_problem(self.path, asdict(file)):
+            if found := checks.file_problem(self.path, asdict(file)):
                 return found
             _verified.add(key)
         return None
@@ -314,7 +314,7 @@ class Bundle:
         if isinstance(record, ComponentRecord):
             return self._made_by()
         onnx = self.manifest.components.get("unet", record).precision
-        return rebuild_command(self.path, asdict(record), onnx, [one.options() for one in record.profiles])
+        return checks.rebuild_command(self.path, asdict(record), onnx, [one.options() for one in record.profiles])
 
     def build_command(self, slot: str) -> str:
         """The command that builds the engines of a slot into this bundle, as a shell reads it."""
@@ -339,7 +339,7 @@ class Bundle:
         if gpu and record.built_for and gpu not in record.built_for:
             names = ", ".join(record.built_for)
             reasons.append(f"built for compute capability {names}, here it is {gpu} (sdkd doctor --try tries that one)")
-        return reasons
+        return reasons + checks.unknown_options(record.flags)
 
     def check_fresh(self, record: EngineRecord, environment: Mapping[str, str]) -> None:
         """StaleEngineError, in one sentence with the repairing command, when `stale_reasons` finds any."""

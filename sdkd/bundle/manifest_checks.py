@@ -17,10 +17,7 @@ OPENVINO_CONFIG = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")
 # What an engine's record can say of its build, as `sdkd build-engine` takes it.
 BUILD_OPTIONS = {
     name: f"--{name.replace('_', '-')}"
-    for name in (
-        *("optimization_level", "workspace_gb", "refit", "strip_weights", "weight_streaming", "version_compatible"),
-        *("hardware_compatible", "memory_cap_gb"),
-    )
+    for name in (*("optimization_level", "workspace_gb", "refit", "hardware_compatible", "memory_cap_gb"),)
 } | {"compute_capabilities": "--compute-capability"}
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 _AXIS = re.compile(r"(batch|sequence|(image_)?(height|width))(_\d{1,2})?( [*/] [1-9]\d?)?")
@@ -65,6 +62,8 @@ def strange_values(manifest: Mapping[str, Any]) -> Iterator[str]:
         config = row.get("flags", {}).get("config", {})
         if not isinstance(config, dict) or not set(config) <= set(OPENVINO_CONFIG):
             yield f"engines.{name}.flags.config is {config!r}, it can have {' and '.join(OPENVINO_CONFIG)} alone"
+        if not isinstance(options := row.get("flags", {}).get("options", {}), dict):
+            yield f"engines.{name}.flags.options is {options!r}, it can be options by name alone"
 
 
 def _strange_record(where: str, row: Mapping[str, Any]) -> Iterator[str]:
@@ -81,6 +80,12 @@ def _strange_tensor(where: str, spec: Mapping[str, Any]) -> Iterator[str]:
         known = _AXIS.fullmatch(axis) if isinstance(axis, str) else 1 <= axis <= _LARGEST_AXIS
         if not known:
             yield f"{where}: {spec['name']} has the axis {axis!r}, which is neither a size nor a known name"
+
+
+def unknown_options(flags: Mapping[str, Any]) -> list[str]:
+    """What an engine's record says of its build and this version does not know: the engine may lack weights."""
+    unknown = [name for name in flags.get("options", {}) if name not in BUILD_OPTIONS]
+    return [f"built with the option {name}, which this version of sdkd does not have" for name in unknown]
 
 
 def file_problem(root: Path, file: Mapping[str, Any]) -> str | None:
@@ -106,11 +111,9 @@ def rebuild_command(root: Path, engine: Mapping[str, Any], onnx: str, shapes: Se
     wanted = ["--precision", onnx] if engine["slot"] == engine["target"] else []
     wanted += [word for name, value in one.items() for word in (f"--{name}", value)]
     wanted += [word for each in several for word in ("--profile", ",".join(f"{k}={v}" for k, v in each.items()))]
-    built = engine.get("flags", {}).get("options", {})
-    for option, value in built.items() if isinstance(built, Mapping) else ():
+    for option, value in engine.get("flags", {}).get("options", {}).items():
         if option in BUILD_OPTIONS:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            wanted += [BUILD_OPTIONS[option]] if value is True else [BUILD_OPTIONS[option], text]
+            wanted += [BUILD_OPTIONS[option], ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join(["sdkd", "build-engine", str(root), "--target", engine["slot"], *wanted])
 
 

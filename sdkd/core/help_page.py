@@ -44,8 +44,7 @@ _OWN: dict[str, dict[str, str]] = {
     "export": {PARTS: "vae controlnet hidden_states keep_float", SHAPES: "static size batch tokens opset"},
     "build-engine": {
         SHAPES: "size_opt batch_opt tokens profile",
-        TENSORRT: "optimization_level workspace_gb refit strip_weights weight_streaming version_compatible "
-        "hardware_compatible compute_capability",
+        TENSORRT: "optimization_level workspace_gb refit hardware_compatible compute_capability",
         SPEED: "memory_cap_gb",
     },
     "generate": {IMAGES: "image mask control strength control_scale image_guidance_scale", SPEED: "batch low_memory"},

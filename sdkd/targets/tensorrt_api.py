@@ -94,7 +94,6 @@ class IBuilderConfig(Protocol):
     num_compute_capabilities: int
 
     def set_flag(self, flag: Member) -> None: ...
-    def clear_flag(self, flag: Member) -> None: ...
     def get_flag(self, flag: Member) -> bool: ...
     def set_preview_feature(self, feature: Member, enable: bool) -> None: ...
     def get_preview_feature(self, feature: Member) -> bool: ...
@@ -107,24 +106,6 @@ class Builder(Protocol):
     def create_network(self, flags: int) -> INetworkDefinition: ...
     def create_builder_config(self) -> IBuilderConfig: ...
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> Buffer | None: ...
-
-
-class ParserError(Protocol):
-    """Why the parser refuses a node."""
-
-    def desc(self) -> str: ...
-    def node(self) -> int: ...
-    def node_name(self) -> str: ...
-    def node_operator(self) -> str: ...
-
-
-class OnnxParser(Protocol):
-    """Reads an ONNX graph into a network."""
-
-    num_errors: int
-
-    def parse_from_file(self, model: str) -> bool: ...
-    def get_error(self, index: int) -> ParserError: ...
 
 
 class IRuntimeCache(Protocol):
@@ -158,16 +139,12 @@ class ICudaEngine(Protocol):
 
     num_io_tensors: int
     num_optimization_profiles: int
-    device_memory_size_v2: int
-    streamable_weights_size: int
-    weight_streaming_budget_v2: int
 
     def get_tensor_name(self, index: int) -> str: ...
     def get_tensor_mode(self, name: str) -> Member: ...
     def get_tensor_dtype(self, name: str) -> Member: ...
     def get_tensor_location(self, name: str) -> Member: ...
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int: ...
-    def get_weight_streaming_automatic_budget(self) -> int: ...
     def create_runtime_config(self) -> IRuntimeConfig: ...
     def create_execution_context(self, how: IRuntimeConfig | Member = ..., /) -> IExecutionContext | None: ...
     def create_engine_inspector(self) -> EngineInspector: ...
@@ -193,8 +170,6 @@ class IExecutionContext(Protocol):
 class Runtime(Protocol):
     """Opens plans; an engine that is None was refused."""
 
-    engine_host_code_allowed: bool
-
     def get_engine_validity(self, buffer: bytes) -> tuple[Member, SupportsInt]: ...
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None: ...
 
@@ -208,12 +183,6 @@ class Refitter(Protocol):
     def refit_cuda_engine(self) -> bool: ...
 
 
-class OnnxParserRefitter(Protocol):
-    """Gives an engine the weights of an ONNX graph."""
-
-    def refit_from_file(self, model: str) -> bool: ...
-
-
 class _NewLogger(Protocol):
     INTERNAL_ERROR: Member
 
@@ -222,10 +191,8 @@ class _NewLogger(Protocol):
 
 # Named here: inside of the class the library's names are those of its own attributes.
 _NewBuilder = Callable[[ILogger], Builder]
-_NewParser = Callable[[INetworkDefinition, ILogger], OnnxParser]
 _NewRuntime = Callable[[ILogger], Runtime]
 _NewRefitter = Callable[[ICudaEngine, ILogger], Refitter]
-_NewParserRefitter = Callable[[Refitter, ILogger], OnnxParserRefitter]
 
 
 class TensorRT(Protocol):
@@ -236,8 +203,6 @@ class TensorRT(Protocol):
 
     Builder: _NewBuilder
     Logger: _NewLogger
-    OnnxParser: _NewParser
-    OnnxParserRefitter: _NewParserRefitter
     Refitter: _NewRefitter
     Runtime: _NewRuntime
     Weights: Callable[[Member, int, int], object]  # dtype, address, number of elements

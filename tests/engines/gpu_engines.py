@@ -67,7 +67,7 @@ LARGE = ShapeRanges(Range.fixed(1), Range(32, 64, 64), Range(32, 64, 64), Range.
 def real_unet(folder: Path, kind: str, **options: Any) -> Bundle:
     """An exported UNet of two levels as an engine in float32, for this GPU."""
     usable(kind)
-    if options.keys() & {"refit", "strip_weights"}:
+    if "refit" in options:
         options |= for_this_gpu(kind)
     bundle = build_engine(
         bundle_copy(folder), kind, precision="fp32", components=("unet",), options=BuildOptions(**options)

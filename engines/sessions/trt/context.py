@@ -28,16 +28,13 @@ class Call:
 class BoundContext:
     """An execution context, and what was last set on it; it runs, and changes its profile, once at a time.
 
-    `managed`: whether its device memory is user-managed; `streamed`: whether its weights are streamed from host memory.
-    `failed` makes the error for a step that failed.
+    `managed`: whether its device memory is user-managed; `failed` makes the error for a step that failed.
     """
 
-    def __init__(
-        self, context: IExecutionContext, managed: bool, failed: Callable[[str], EngineError], streamed: bool = False
-    ) -> None:
+    def __init__(self, context: IExecutionContext, managed: bool, failed: Callable[[str], EngineError]) -> None:
         self.context = context
         self.needed = 0  # bytes of activation memory, for the shapes that are set
-        self._managed, self._failed, self._streamed = managed, failed, streamed
+        self._managed, self._failed = managed, failed
         self._shapes: Shapes = {}
         self._memory: tuple[int, int] | None = None  # address and bytes of the workspace, as set for these shapes
 
@@ -75,9 +72,7 @@ class BoundContext:
         engine = self.context.engine
         # None needed, or an error that the library only logs: the whole profile's is enough in any case.
         needed = self.context.update_device_memory_size_for_shapes()
-        needed = needed or engine.get_device_memory_size_for_profile_v2(profile)
-        # Room for streamed weights is part of the engine's own size, not surely of that for some shapes.
-        return max(needed, engine.device_memory_size_v2) if self._streamed else int(needed)
+        return int(needed or engine.get_device_memory_size_for_profile_v2(profile))
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set the address of every input and output."""

@@ -1,12 +1,11 @@
-"""Opening for TensorRT: an engine from its plan, with weights where it brings none, and execution contexts of it."""
+"""Opening for TensorRT: an engine from its plan, and execution contexts of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from engines.sessions.checks import Checked, verify_once
-from engines.sessions.trt.context import BoundContext, library_reason, raises_engine_error
+from engines.sessions.checks import Checked
+from engines.sessions.trt.context import BoundContext, library_reason
 from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.errors import EngineError
 from sdkd.targets.gpu_trial import reasons
@@ -16,19 +15,14 @@ Failed = Callable[[str], EngineError]
 """Makes the error for a step that failed."""
 
 
-def options_of(checked: Checked) -> Mapping[str, Any]:
-    """What an engine was built with, where that is not as by default."""
-    return dict(checked.record.flags.get("options", {}))
-
-
 def deserialize(trt: TensorRT, log: Recorder, checked: Checked, rebuild: str, failed: Failed) -> ICudaEngine:
-    """The engine of a plan, its weights filled in and its streaming budget set where it was built for that.
+    """The engine of a plan.
 
     `log` records what the library says, `rebuild` is the command that builds the engine again. EngineError says which
     step failed, and what the library said.
     """
     log.messages.clear()  # earlier messages are no reason for what happens now
-    plan, options = checked.path.read_bytes(), options_of(checked)
+    plan = checked.path.read_bytes()
     runtime = trt.Runtime(log)
     if hasattr(runtime, "get_engine_validity"):
         validity, diagnostics = runtime.get_engine_validity(plan)
@@ -37,45 +31,11 @@ def deserialize(trt: TensorRT, log: Recorder, checked: Checked, rebuild: str, fa
                 f"{checked.label} cannot run here: {trt.__name__} {trt.__version__} says "
                 f"{', '.join(reasons(trt, diagnostics))}. Rebuild it with: {rebuild}"
             )
-    if options.get("version_compatible"):  # such a plan brings the runtime that it was built for
-        runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         words = library_reason(trt.__name__, log.messages)
         raise EngineError(f"{checked.label} was refused{words}. Rebuild it with: {rebuild}")
-    if options.get("strip_weights"):
-        _fill_weights(trt, log, checked, engine, failed)
-    if options.get("weight_streaming"):
-        stream_weights(engine, failed)
     return engine
-
-
-def stream_weights(engine: ICudaEngine, failed: Failed) -> None:
-    """Let the library keep as many weights on the GPU as it thinks fit; before there is a context.
-
-    EngineError when the budget was not taken: the bindings do not say so.
-    """
-    budget = engine.get_weight_streaming_automatic_budget()
-    engine.weight_streaming_budget_v2 = budget
-    taken = engine.weight_streaming_budget_v2
-    if taken not in (budget, min(budget, engine.streamable_weights_size)):  # more than all of them is all of them
-        raise failed(f"setting the budget of streamed weights to {budget} bytes (it is {taken})")
-
-
-def _fill_weights(trt: TensorRT, log: Recorder, checked: Checked, engine: ICudaEngine, failed: Failed) -> None:
-    """Give a plan without weights those of the ONNX that it was built from, which is checked first."""
-    bundle = checked.bundle
-    component = bundle.component(checked.record.component)
-    verify_once(bundle, component)
-    with raises_engine_error(failed, "preparing to fill in the weights"):
-        refitter = trt.Refitter(engine, log)
-        parser_refitter = trt.OnnxParserRefitter(refitter, log)
-    if not parser_refitter.refit_from_file(str(bundle.path / component.files[0].path)):
-        raise failed(f"reading the weights of {component.files[0].path}")
-    if missing := refitter.get_missing_weights():
-        raise failed(f"filling in {len(missing)} weights, first {missing[0]!r},")
-    if not refitter.refit_cuda_engine():
-        raise failed("filling in the weights")
 
 
 def captures_by_itself(trt: TensorRT) -> bool:
@@ -84,18 +44,11 @@ def captures_by_itself(trt: TensorRT) -> bool:
 
 
 def open_context(
-    trt: TensorRT,
-    engine: ICudaEngine,
-    kernels: RuntimeCache,
-    failed: Failed,
-    *,
-    graphs: bool = False,
-    streamed: bool = False,
+    trt: TensorRT, engine: ICudaEngine, kernels: RuntimeCache, failed: Failed, *, graphs: bool = False
 ) -> BoundContext:
     """An execution context, with user-managed device memory where the library has that.
 
-    `graphs`: one for a single shape, that captures by itself if it can; `streamed`: of an engine that streams weights.
-    EngineError says which step failed.
+    `graphs`: one for a single shape, that captures by itself if it can. EngineError says which step failed.
     """
     probe, strategies = trt.IExecutionContext, trt.ExecutionContextAllocationStrategy
     managed = hasattr(probe, "update_device_memory_size_for_shapes") and hasattr(probe, "set_device_memory")
@@ -114,7 +67,7 @@ def open_context(
         raise failed("creating an execution context")
     if hasattr(context, "nvtx_verbosity"):  # plans are built to name all of their layers, which slows each call
         context.nvtx_verbosity = type(context.nvtx_verbosity).NONE
-    return BoundContext(context, managed, failed, streamed)
+    return BoundContext(context, managed, failed)
 
 
 def configure_graphs(runtime_config: IRuntimeConfig, failed: Failed) -> None:

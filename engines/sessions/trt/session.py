@@ -25,7 +25,7 @@ from engines.sessions.trt.cuda_graphs import (
     own_stream,
     synchronize,
 )
-from engines.sessions.trt.opening import captures_by_itself, deserialize, open_context, options_of
+from engines.sessions.trt.opening import captures_by_itself, deserialize, open_context
 from engines.sessions.trt.refit import HalfRefitError, refit
 from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.bundle.onnx_weights import exported_weights
@@ -68,8 +68,6 @@ class TensorRTSession(EngineSession):
             self._open_engine(checked)
         if cuda_graphs is False:
             self._graphs.off = "cuda_graphs=False"
-        elif options_of(checked).get("weight_streaming"):  # copies from the host, as the moment's budget wants them
-            self._graphs.disable(self.checked.label, "its weights are streamed from host memory")
         elif own is None:
             self._graphs.disable(self.checked.label, f"{STREAMS} other engines have the streams to capture on")
 
@@ -95,7 +93,7 @@ class TensorRTSession(EngineSession):
         synchronize(self.device)
         with torch.cuda.device(self.device):
             self._drop_graphs()  # they hold the old weights, and their contexts the old engine
-            if options_of(self.checked).get("refit", "none") == "none":
+            if self.checked.record.flags.get("options", {}).get("refit", "none") == "none":
                 self._open_engine(self.rebuilt(stored))
                 return
             try:
@@ -124,8 +122,7 @@ class TensorRTSession(EngineSession):
 
     def _context(self, engine: ICudaEngine, kernels: RuntimeCache, graphs: bool = False) -> BoundContext:
         """An execution context of an engine; `graphs`: for one shape, that captures by itself if it can."""
-        streamed = bool(options_of(self.checked).get("weight_streaming"))
-        return open_context(self._trt, engine, kernels, self._failed, graphs=graphs, streamed=streamed)
+        return open_context(self._trt, engine, kernels, self._failed, graphs=graphs)
 
     def _check_io(self, engine: ICudaEngine) -> None:
         """Names, directions, places and dtypes as in the contract: a silent float32 engine is refused here."""

@@ -68,7 +68,7 @@ def test_several_profiles(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     bundle = graph_bundle(tmp_path / "bundle", "fp16")
     profiles = ("--profile", "size=32,batch=1..4", "--profile", "size=32..64,size-opt=64", "--batch", "1")
-    options = ("--optimization-level", "2", "--compute-capability", "8.9, 8.6", "--weight-streaming", "--json")
+    options = ("--optimization-level", "2", "--compute-capability", "8.9, 8.6", "--workspace-gb", "1", "--json")
     data = json.loads(_run(bundle.path, "-t", "tensorrt-rtx", "--components", "unet", *profiles, *options).stdout)
     (engine,) = data["engines"]
     assert [(one["batch"], one["height"]) for one in engine["profiles"]] == [
@@ -80,7 +80,7 @@ def test_several_profiles(tmp_path: Path) -> None:
     assert Bundle.open(bundle.path).engine("tensorrt-rtx", "unet").flags["options"] == {
         "optimization_level": 2,
         "compute_capabilities": ["8.6", "8.9"],
-        "weight_streaming": True,
+        "workspace_gb": 1.0,
     }
 
 
@@ -174,7 +174,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--size", "500"), r"height 500 is not a multiple of 64 pixels, as this model needs: use 448 or 512"),
         (("--batch", "4..1"), r"range 4..4..1 is not ordered"),
         (("--components", "vae"), r"component 'vae' is unknown"),
-        (("--strip-weights",), r"--strip-weights cannot be had for onnxruntime"),
+        (("--refit", "all"), r"--refit cannot be had for onnxruntime"),
         (("--profile", "size=64", "--profile", "size=96"), r"height 96 is not a multiple of 64 pixels"),
         (("--precision", "bf16"), r"the ONNX graph is bf16, which onnxruntime cannot run"),
     ],

@@ -17,11 +17,12 @@ from graph_bundles import CONFIGS, graph_bundle
 from small_exports import half_unet
 
 from export import build_engine
+from export.build import engines
 from export.build import tensorrt_plan as build_tensorrt
 from export.build.job import Job
-from export.build.options import GIB, BuildOptions, capabilities, check_options, difference, lean_runtime
-from export.build.tensorrt_plan import config_arguments
-from export.build.tensorrt_refit import lora_weights, mark_weights, touched
+from export.build.options import GIB, BuildOptions, capabilities, check_options, difference
+from export.build.request import plan_for, requests_for
+from export.build.tensorrt_plan import config_arguments, lora_weights, mark_weights, refit_flags, touched
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import component_contract
 from sdkd.errors import BuildError, InputError
@@ -75,11 +76,14 @@ def test_values_that_nobody_takes(values: dict[str, Any], message: str) -> None:
     [
         ("onnxruntime", {"refit": "all"}, r"--refit cannot be had for onnxruntime: it is an option of tensorrt and"),
         ("openvino", {"optimization_level": 3}, r"--optimization-level cannot be had for openvino: it is an option"),
-        (RTX, {"hardware_compatible": "ampere-plus"}, r"--hardware-compatible .*: its plans are for several GPU gen"),
+        (
+            RTX,
+            {"hardware_compatible": "ampere-plus"},
+            r"--hardware-compatible .* tensorrt-rtx: it is an option of tens",
+        ),
         (RTX, {"compute_capabilities": ("9.9",)}, r"--compute-capability .* does not know 9.9 \(it knows 7.5, 8.0"),
-        (RTX, {"version_compatible": True}, r"--version-compatible .* needs the lean runtime.*libnvinfer_lean is"),
     ],
-)  # fmt: skip
+)
 def test_what_a_target_does_not_have(
     bundle: Bundle, trt: ModuleType, target: str, values: dict[str, Any], message: str
 ) -> None:
@@ -88,16 +92,15 @@ def test_what_a_target_does_not_have(
     assert not (bundle.path / "engines").exists()
 
 
-@pytest.mark.parametrize("values", [{"refit": "all"}, {"refit": "lora"}, {"strip_weights": True}])
-def test_what_rtx_does_only_on_a_gpu(trt: ModuleType, values: dict[str, Any]) -> None:
+def test_what_rtx_does_only_on_a_gpu(trt: ModuleType) -> None:
     with pytest.raises(
         InputError, match=rf"cannot be had for {RTX}: tensorrt_rtx .* only where there is an NVIDIA GPU"
     ):
-        check_options(BuildOptions(**values), RTX, trt, has_gpu=False)
+        check_options(BuildOptions(refit="lora"), RTX, trt, has_gpu=False)
     with pytest.raises(InputError, match=r"such a plan is for one GPU generation: name it with --compute-capability"):
-        check_options(BuildOptions(**values), RTX, trt, has_gpu=True)
+        check_options(BuildOptions(refit="lora"), RTX, trt, has_gpu=True)
     for one in ("8.9", "current"):
-        check_options(BuildOptions(**values, compute_capabilities=(one,)), RTX, trt, has_gpu=True)
+        check_options(BuildOptions(refit="lora", compute_capabilities=(one,)), RTX, trt, has_gpu=True)
 
 
 def test_the_gpu_that_is_here_alone(trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,12 +114,9 @@ def test_the_gpu_that_is_here_alone(trt: ModuleType, monkeypatch: pytest.MonkeyP
         r"torch sees none: name generations such as 8.6,8.9",
     ):
         check_options(options, RTX, trt, has_gpu=False)
-    arguments = config_arguments(trt, options)
-    assert arguments["current"] is True
-    assert "compute_capabilities" not in arguments
-    assert config_arguments(trt, BuildOptions(compute_capabilities=("8.6",)))["current"] is False
+    assert "compute_capabilities" not in config_arguments(trt, options)
     config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
-    build_tensorrt._set_current(trt, config)
+    build_tensorrt.set_checked(trt, config, (), current=True)
     assert config.num_compute_capabilities == 1
     here = {"gpu": "Example GPU", "compute_capability": "9.0"}  # one that the library does not name
     monkeypatch.setattr(build_tensorrt, "gpu", lambda: here)
@@ -124,8 +124,7 @@ def test_the_gpu_that_is_here_alone(trt: ModuleType, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("flag", ["REFIT", "REFIT_IDENTICAL", "STRIP_PLAN"])
-def test_the_library_itself_fails_there(bundle: Bundle, trt: ModuleType, flag: str) -> None:
+def test_the_library_itself_fails_there(bundle: Bundle, trt: ModuleType) -> None:
     """The reason for the refusal: should a later tensorrt_rtx build it, this fails, and the refusal must go."""
     code = (
         "import os, sys; os.environ['POLYGRAPHY_USE_TENSORRT_RTX'] = '1'\n"
@@ -135,43 +134,36 @@ def test_the_library_itself_fails_there(bundle: Bundle, trt: ModuleType, flag: s
         "builder, network, parser = NetworkFromOnnxPath(sys.argv[1], strongly_typed=True)()\n"
         "profile = Profile().add('sample', *[(1, 4, 16, 16)] * 3).add('encoder_hidden_states', *[(1, 77, 32)] * 3)\n"
         "config = CreateConfigRTX(profiles=[profile], compute_capabilities=[(8, 9)])(builder, network)\n"
-        "config.set_flag(getattr(trt.BuilderFlag, sys.argv[2]))\n"
+        "config.set_flag(trt.BuilderFlag.REFIT)\n"
         "EngineBytesFromNetwork((builder, network, parser), config)()"
     )
     path = str(bundle.path / "unet/model.onnx")
-    done = subprocess.run([sys.executable, "-c", code, path, flag], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
     assert "MyelinCheckException" in done.stdout + done.stderr
 
 
-def test_what_the_installed_library_knows(trt: ModuleType) -> None:
-    assert {"7.5", "8.0", "8.6", "8.9", "12.0"} <= set(capabilities(trt))
-    assert lean_runtime("tensorrt_rtx") is None
-
-
 def test_arguments_for_polygraphy(trt: ModuleType) -> None:
-    level, pools = trt.HardwareCompatibilityLevel, trt.MemoryPoolType
+    assert {"7.5", "8.0", "8.6", "8.9", "12.0"} <= set(capabilities(trt))
     plain = config_arguments(trt, BuildOptions())
-    assert (plain["flags"], plain["memory_pool_limits"], plain["hardware_compatibility_level"]) == ([], None, None)
-    assert "weight_streaming" not in plain
-    many = config_arguments(
-        trt,
-        BuildOptions(
-            optimization_level=1, workspace_gb=0.5, memory_cap_gb=2, weight_streaming=True,
-            hardware_compatible="ampere-plus", compute_capabilities=("8.6", "12.0"),
-        ),
-    )  # fmt: skip
-    assert many["memory_pool_limits"] == {pools.WORKSPACE: GIB // 2, pools.TACTIC_DRAM: 2 * GIB}
-    assert (many["builder_optimization_level"], many["weight_streaming"]) == (1, True)
-    assert many["hardware_compatibility_level"] == level.AMPERE_PLUS
-    assert many["compute_capabilities"] == [(8, 6), (12, 0)]
-    assert config_arguments(trt, BuildOptions(refit="all"))["flags"] == ["REFIT"]
-    assert config_arguments(trt, BuildOptions(refit="lora"), marked=True)["flags"] == ["REFIT_INDIVIDUAL"]
-    assert config_arguments(trt, BuildOptions(strip_weights=True))["flags"] == ["REFIT_IDENTICAL"]
-    assert config_arguments(trt, BuildOptions(strip_weights=True, refit="all"))["flags"] == ["REFIT"]
+    assert set(plain.values()) == {None}
+    assert "compute_capabilities" not in plain
+    level, pools = trt.HardwareCompatibilityLevel, trt.MemoryPoolType
+    options = {"optimization_level": 1, "workspace_gb": 0.5, "memory_cap_gb": 2, "hardware_compatible": "ampere-plus"}
+    assert config_arguments(trt, BuildOptions(**options, compute_capabilities=("8.6", "12.0"))) == {
+        "memory_pool_limits": {pools.WORKSPACE: GIB // 2, pools.TACTIC_DRAM: 2 * GIB},
+        "builder_optimization_level": 1,
+        "hardware_compatibility_level": level.AMPERE_PLUS,
+        "compute_capabilities": [(8, 6), (12, 0)],
+    }
+    assert [refit_flags(BuildOptions(refit=kind), marked) for kind, marked in (("none", False), ("all", False))] == [
+        (), ("REFIT",),
+    ]  # fmt: skip
+    assert refit_flags(BuildOptions(refit="lora"), marked=True) == ("REFIT_INDIVIDUAL",)
+    assert refit_flags(BuildOptions(refit="lora"), marked=False) == ("REFIT",)
 
 
 def test_a_plan_for_named_generations(bundle: Bundle, trt: ModuleType) -> None:
-    options = BuildOptions(compute_capabilities=("12.0", "8.6"), weight_streaming=True, optimization_level=2)
+    options = BuildOptions(compute_capabilities=("12.0", "8.6"), workspace_gb=1, optimization_level=2)
     record = build_engine(bundle, RTX, components=["unet"], options=options).engine(RTX, "unet")
     assert record.built_for == ("8.6", "12.0")
     assert record.flags["plan_accelerators"] == ["sm86", "sm120"]
@@ -196,26 +188,30 @@ def test_other_options_are_a_reason_to_build_again(bundle: Bundle, trt: ModuleTy
             build_engine(bundle, RTX, components=["unet"], options=BuildOptions(**values), progress=hear)
         return heard[0]
 
-    assert said(weight_streaming=True) == "unet: to build for tensorrt-rtx (not built yet)"
-    assert said(weight_streaming=True) == "unet: tensorrt-rtx engine is fresh, reused"
-    assert said("unet: to build", optimization_level=2) == (
-        "unet: to build for tensorrt-rtx (built with --weight-streaming on, asked for off; "
-        "built with --optimization-level default, asked for 2)"
+    assert said(optimization_level=0) == "unet: to build for tensorrt-rtx (not built yet)"
+    assert said(optimization_level=0) == "unet: tensorrt-rtx engine is fresh, reused"
+    assert said("unet: to build", workspace_gb=1) == (
+        "unet: to build for tensorrt-rtx (built with --optimization-level 0, asked for default; "
+        "built with --workspace-gb default, asked for 1)"
     )
     assert difference({"compute_capabilities": ["8.6"]}, {}) == [
         "built with --compute-capability 8.6, asked for default"
     ]
-    assert difference({"from_later": 1}, {}) == ["built with --from-later 1, asked for default"]
 
 
-def test_a_compatible_engine_records_less_of_where_it_was_built(bundle: Bundle) -> None:
-    from export.build.engines import FREE, recorded_environment
-    from export.build.request import plan_for, requests_for
-
+def test_a_compatible_engine_records_less_of_where_it_was_built(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {"gpu": "Example GPU", "compute_capability": "8.9", "tensorrt": "10.9"}
+    monkeypatch.setattr(engines, "built_environment", lambda _: here)
     (request,) = requests_for(bundle, plan_for(bundle, "onnxruntime"), None, ["unet"])
-    compatible = replace(request, flags={"options": {"version_compatible": True}})
-    assert set(recorded_environment(request)) - set(recorded_environment(compatible)) == {"onnxruntime"}
-    assert FREE["same-compute-capability"] == ("gpu",)
+    for level, free in (
+        ("none", set()),
+        ("ampere-plus", {"gpu", "compute_capability"}),
+        ("same-compute-capability", {"gpu"}),
+    ):
+        found = engines.recorded_environment(replace(request, flags={"options": {"hardware_compatible": level}}))
+        assert set(here) - set(found) == free
 
 
 # Weights that a LoRA can touch

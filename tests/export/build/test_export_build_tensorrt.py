@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from export import build_engine
 from export.build import tensorrt_plan as build_tensorrt
 from export.build.job import Job, Run
 from export.build.onnxruntime_graph import open_reference
-from export.build.options import BuildOptions
 from export.build.run import build_all
 from export.build.tensorrt_progress import SILENT, PhaseTree, progress_monitor, silent_seconds
 from sdkd.bundle.manifest import Bundle, Manifest
@@ -210,14 +209,14 @@ def test_a_plan_is_compared_with_its_graph_where_a_gpu_is_there_for_it(
     """ONNX Runtime stands for the plan, which needs a GPU: first as it is, then a tenth away."""
     job, factors = _unet_job(bundle), [1.0, 1.1]
 
-    def runner(trt: ModuleType, job: Job, plan: memoryview) -> Run:
+    def runner(job: Job, plan: memoryview) -> Run:
         reference, factor = open_reference(job.onnx), factors.pop(0)
         return lambda feeds: [array * factor for array in reference(feeds)]
 
     monkeypatch.setattr(build_tensorrt, "gpu", lambda: {"gpu": "one", "compute_capability": "8.9"})
     monkeypatch.setattr(build_tensorrt, "_runner", runner)
     monkeypatch.setattr(build_tensorrt, "_library", lambda _: trt)  # it builds in a process of its own
-    monkeypatch.setattr(build_tensorrt, "_parse", lambda *_: SimpleNamespace(network=None))
+    monkeypatch.setattr(build_tensorrt, "_parse", lambda *_: (None, None, None))
     monkeypatch.setattr(build_tensorrt, "_allow_decomposition", lambda *_: "")
     monkeypatch.setattr(build_tensorrt, "_plan", lambda *_: memoryview(b"a plan"))
     (answer,) = build_all([job.to_json()])
@@ -227,23 +226,21 @@ def test_a_plan_is_compared_with_its_graph_where_a_gpu_is_there_for_it(
 
 
 @pytest.mark.parametrize(
-    ("here", "options", "precision", "runs"),
+    ("here", "precision", "runs"),
     [
-        ("8.9", {}, "fp16", True),
-        ("8.9", {}, "bf16", False),  # no graph to compare with runs on the CPU
-        ("7.5", {}, "fp16", False),  # not built for that GPU
-        (None, {}, "fp16", False),
-        ("8.9", {"strip_weights": True}, "fp16", False),
-        ("8.9", {"weight_streaming": True}, "fp16", False),
+        ("8.9", "fp16", True),
+        ("8.9", "bf16", False),  # no graph to compare with runs on the CPU
+        ("7.5", "fp16", False),  # not built for that GPU
+        (None, "fp16", False),
     ],
 )
 def test_plans_that_cannot_be_compared(
-    monkeypatch: pytest.MonkeyPatch, here: str | None, options: dict[str, Any], precision: str, runs: bool
+    monkeypatch: pytest.MonkeyPatch, here: str | None, precision: str, runs: bool
 ) -> None:
     monkeypatch.setattr(build_tensorrt, "gpu", lambda: here and {"gpu": "one", "compute_capability": here})
     job = Job("unet", RTX, precision, "", "", Contract("unet", (), ()), (), ())
-    assert build_tensorrt._runs_here(job, BuildOptions.of(options), ("8.6", "8.9")) == runs
-    assert build_tensorrt._runs_here(job, BuildOptions.of(options), ()) == (runs or here == "7.5")  # for the one here
+    assert build_tensorrt._runs_here(job, ("8.6", "8.9")) == runs
+    assert build_tensorrt._runs_here(job, ()) == (runs or here == "7.5")  # for the one here
 
 
 def test_inputs_are_run_in_the_profile_that_holds_them() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,15 @@ def test_an_engine_for_another_gpu_is_refused(bundle: Bundle) -> None:
     record = bundle.engine("tensorrt-rtx", "vae_decoder")
     with pytest.raises(StaleEngineError, match=r"built for compute capability 8\.6, 8\.9, here it is 9\.0"):
         bundle.check_fresh(record, HERE | {"compute_capability": "9.0"})
+
+
+def test_an_engine_with_an_option_of_another_version_is_refused(bundle: Bundle) -> None:
+    """Weights of a stripped plan, which earlier versions could build, would be missing."""
+    record = replace(bundle.engine("tensorrt-rtx", "vae_decoder"), flags={"options": {"strip_weights": True}})
+    with pytest.raises(
+        StaleEngineError, match=r"option strip_weights, which .* does not have\. Rebuild it with: (?!.*strip)"
+    ):
+        bundle.check_fresh(record, HERE)
 
 
 def test_an_engine_of_older_weights_is_refused(bundle: Bundle) -> None:

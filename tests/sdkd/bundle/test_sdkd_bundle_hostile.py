@@ -74,6 +74,7 @@ UNET, ENGINE = ("components", "unet"), ("engines", "openvino/unet")
             {"CACHE_DIR": "/x"},
             r"flags.config is .*CACHE_DIR.* it can have INFERENCE_PREC",
         ),
+        ((*ENGINE, "flags", "options"), ["refit"], r"flags.options is \['refit'\], it can be options by name alone"),
         ((*ENGINE, "environment"), {"cpu": 3}, "environment.cpu is 3, not text"),
     ],
 )

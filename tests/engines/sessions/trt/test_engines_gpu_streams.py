@@ -86,7 +86,6 @@ class Engine:
     """Two optimization profiles, no settings at run time."""
 
     num_optimization_profiles = len(PROFILES)
-    device_memory_size_v2 = 1 << 20
     more = 0  # bytes of activation memory that it wants besides
 
     def __init__(self, checked: Checked) -> None:

@@ -15,14 +15,14 @@ from engines.modules.components import _one_timestep, _scalar
 from engines.sessions.out_of_memory import CAPTURING
 from engines.sessions.trt.context import BoundContext, Call
 from engines.sessions.trt.cuda_graphs import Buffers, ShapeGraph
-from engines.sessions.trt.opening import captures_by_itself, configure_graphs, stream_weights
+from engines.sessions.trt.opening import captures_by_itself, configure_graphs
 from engines.sessions.trt.refit import HalfRefitError, refit
 from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.core.collection import paused_gc
 from sdkd.errors import EngineError
 
 STREAM: Any = SimpleNamespace(cuda_stream=0)
-PROFILE_BYTES, ENGINE_BYTES = 4096, 8192
+PROFILE_BYTES = 4096
 
 
 class Context:
@@ -32,9 +32,7 @@ class Context:
 
     def __init__(self, needed: int = 512) -> None:
         self.needed, self.workspaces, self.shape = needed, [], ()  # type: ignore[var-annotated]
-        self.engine = SimpleNamespace(
-            get_device_memory_size_for_profile_v2=lambda _: PROFILE_BYTES, device_memory_size_v2=ENGINE_BYTES
-        )
+        self.engine = SimpleNamespace(get_device_memory_size_for_profile_v2=lambda _: PROFILE_BYTES)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shape = shape
@@ -90,12 +88,9 @@ def test_a_context_with_memory_of_its_own_is_given_none() -> None:
     assert (bound.needed, context.workspaces) == (0, [])
 
 
-@pytest.mark.parametrize(
-    ("answer", "streamed", "needed"),
-    [(512, False, 512), (0, False, PROFILE_BYTES), (512, True, ENGINE_BYTES), (9999, True, 9999)],
-)
-def test_memory_is_never_less_than_what_is_needed(answer: int, streamed: bool, needed: int) -> None:
-    bound = BoundContext(Context(answer), True, failed, streamed)
+@pytest.mark.parametrize(("answer", "needed"), [(512, 512), (0, PROFILE_BYTES)])
+def test_memory_is_never_less_than_what_is_needed(answer: int, needed: int) -> None:
+    bound = BoundContext(Context(answer), True, failed)
     bound.prepare(call(2), STREAM)
     assert bound.needed == needed
 
@@ -174,35 +169,6 @@ def test_a_refit_that_failed_in_its_last_step_has_an_error_of_its_own() -> None:
     kernel = {"kernel": np.zeros(2, np.float32)}
     with pytest.raises(HalfRefitError, match=r"the engine: TensorRT could not refit the engine"):
         refit(SimpleNamespace(**{**vars(TRT), "Refitter": half}), {"kernel"}, None, kernel, "the engine", lambda _: {})
-
-
-class Streamed:
-    """An engine of 100 bytes of streamable weights, which takes no budget below `least`."""
-
-    streamable_weights_size = 100
-
-    def __init__(self, automatic: int, least: int = 0) -> None:
-        self.automatic, self.least, self.budget = automatic, least, 7
-
-    def get_weight_streaming_automatic_budget(self) -> int:
-        return self.automatic
-
-    @property
-    def weight_streaming_budget_v2(self) -> int:
-        return self.budget
-
-    @weight_streaming_budget_v2.setter
-    def weight_streaming_budget_v2(self, budget: int) -> None:
-        self.budget = min(budget, 100) if budget >= self.least else self.budget
-
-
-def test_a_streaming_budget_that_is_not_taken_is_an_error() -> None:
-    for automatic, taken in ((50, 50), (100, 100), (1000, 100)):
-        engine = Streamed(automatic)
-        stream_weights(engine, failed)
-        assert engine.budget == taken
-    with pytest.raises(EngineError, match=r"setting the budget of streamed weights to 50 bytes \(it is 7\) failed"):
-        stream_weights(Streamed(50, least=60), failed)
 
 
 # Settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def test_engines_without_refit_are_rebuilt_from_the_exported_bundle_each_time(ch
 
 
 def test_a_refit_that_failed_is_undone(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_tensorrt, "options_of", lambda _: {"refit": "all"})
+    checked = replace(checked, record=replace(checked.record, flags={"options": {"refit": "all"}}))
     weight = small_pipeline().unet.state_dict()[TO_V]
     session, works = Session(checked), [True, False, True]
 
