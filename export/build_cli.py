@@ -12,7 +12,7 @@ import typer
 
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
 from sdkd.core.console import Progress, progress, show, show_json, table, within
-from sdkd.core.contract import COMPONENTS, size_multiple
+from sdkd.core.contract import COMPONENTS, check_components, size_multiple
 from sdkd.errors import InputError, OutputExistsError
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
@@ -60,7 +60,6 @@ def build_engine(
     from export.build.engines import build_engine as build
     from export.build.options import BuildOptions
     from export.build.ranges import Typed, parse_profile, parse_profiles
-    from export.build.request import check_components
     from sdkd.models.resolve import resolve
 
     options = BuildOptions(
@@ -135,7 +134,7 @@ def _bundle(source: ModelSource, output: Path | None, plan: EnginePlan, overwrit
 
 def _check_same(source: ModelSource, path: Path, plan: EnginePlan) -> None:
     """OutputExistsError, with every reason, unless the bundle at `path` is what an export would make now."""
-    from export.freshness import export_reasons
+    from export.pipeline import export_reasons
 
     if reasons := export_reasons(Bundle.open(path), source, plan):
         raise OutputExistsError(

@@ -6,9 +6,10 @@ import contextlib
 import copy
 import ctypes
 import gc
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from export.graph.components import component_state, graph_module, module_contra
 from export.graph.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
 from export.graph.precision import cast, check_finite
 from export.graph.to_onnx import OnnxGraph, choose_opset, forget_weights, save, to_onnx
-from export.reuse import Wanted, find, take
 from export.source import Source
 from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
@@ -28,7 +28,7 @@ from sdkd.core.console import Progress
 from sdkd.core.contract import COMPONENTS, Contract, Extras, Precision, check_size, static_contract, torch_dtype
 from sdkd.core.files import write_json
 from sdkd.core.profiles import ShapeRanges
-from sdkd.errors import InputError
+from sdkd.errors import BundleError, InputError
 from sdkd.models.exportable import module_config
 
 
@@ -107,10 +107,12 @@ def export_component(
     float32 weights are gone. Raises what `export_pipeline` says.
     """
     start = time.perf_counter()
-    found = reusable(source, name, options, versions)
-    if found:
-        progress(f"the same as in {found[0].path.name}, re-used", 1.0)
-        return take(*found, folder)
+    if found := reusable(source, name, options, versions):
+        bundle, record = found
+        progress(f"the same as in {bundle.path.name}, re-used", 1.0)
+        # Copied, not linked: a later weight swap in one bundle must not reach the other.
+        shutil.copytree(bundle.path / name, folder / name)
+        return replace(record, details={**record.details, "reused": True})
     digest, opset = source.digest(name), choose_opset(name, options.opset, options.target)
     ready = _prepare(source, name, options, in_place, progress)
     check_references(ready.contract, ready.references, options.precision)
@@ -153,12 +155,25 @@ def export_component(
 def reusable(
     source: Source, name: str, options: ExportOptions, versions: Mapping[str, str]
 ) -> tuple[Bundle, ComponentRecord] | None:
-    """Where the same component was exported before, among the bundles that `options` names."""
-    if not options.reuse:
-        return None
+    """Where the same component was exported before, among the bundles that `options` names: a student's text encoder
+    and VAE are its teacher's. Same weights, precision, opset, options and versions, checked if that is wanted, and
+    undamaged; a path that holds no bundle is passed over.
+    """
     opset, wanted = choose_opset(name, options.opset, options.target), _wanted_options(options, name, source)
-    asked = Wanted(name, source.digest(name), options.precision, opset, versions, options.verify, wanted)
-    return find(options.reuse, asked)
+    for path in options.reuse:
+        with contextlib.suppress(BundleError):
+            bundle = Bundle.open(path)
+            record = bundle.component(name)
+            asked = (source.digest(name), options.precision, opset, dict(versions), _on(wanted))
+            made = (record.source_sha256, record.precision, record.opset, dict(bundle.manifest.versions))
+            if asked == (*made, _on(record.details.get("options", {}))) and (record.parity or not options.verify):
+                bundle.verify_files(record)
+                return bundle, record
+    return None
+
+
+def _on(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value}
 
 
 def release_memory() -> None:

@@ -13,12 +13,12 @@ from export.side_by_side import export_components, source_for
 from sdkd import __version__
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import COMPONENTS, check_precision
+from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS, check_components, check_precision
 from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
-from sdkd.errors import InputError
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
+from sdkd.targets.plan import EnginePlan
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -66,7 +66,7 @@ def export_pipeline(
         check_precision(precision), opset, target, hidden_states, tuple(keep_float), static, verify, tuple(reuse)
     )
     replaced = {part: str(name) for part, name in (("vae", vae), ("controlnet", controlnet)) if name is not None}
-    _check_components(components)
+    check_components(components)
     for name in COMPONENTS:
         choose_opset(name, opset, target)
     options.check_islands()
@@ -93,7 +93,21 @@ def versions() -> dict[str, str]:
     return {"sdkd": __version__, **{name: str(importlib.import_module(name).__version__) for name in LIBRARIES}}
 
 
-def _check_components(components: Sequence[str] | None) -> None:
-    unknown = [name for name in components or () if name not in COMPONENTS]
-    if unknown or (components is not None and not components):
-        raise InputError(f"components {', '.join(unknown) or 'none'!r}: choose from {', '.join(COMPONENTS)}")
+def export_reasons(
+    bundle: Bundle, source: ModelSource, plan: EnginePlan, components: Sequence[str] = BASE_COMPONENTS
+) -> list[str]:
+    """How a bundle differs from what an export of the model would be now, in words: weights, precision, opset,
+    libraries; empty when it can be used again.
+    """
+    digests, records = source.digests, bundle.manifest.components
+    changed = [name for name in components if name not in records or records[name].source_sha256 != digests.get(name)]
+    reasons = [f"other weights ({', '.join(changed)})"] if changed else []
+    if "unet" in components and "unet" in records and (found := records["unet"].precision) != plan.onnx:
+        reasons.append(f"precision {found}, not {plan.onnx}")
+    for name, record in records.items():  # an older TensorRT does not parse the attention of newer opsets
+        if record.opset > (latest := choose_opset(name, None, plan.target.name)):
+            reasons.append(f"{name} in opset {record.opset}, later than {latest}")
+    made, here = bundle.manifest.versions, versions()
+    return reasons + [
+        f"{name} {made.get(name)}, here it is {here[name]}" for name in here if made.get(name) != here[name]
+    ]

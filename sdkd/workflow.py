@@ -85,7 +85,7 @@ def prepare(
 
 def _is_current(path: Path, source: ModelSource, plan: EnginePlan, components: tuple[str, ...]) -> bool:
     """Whether a bundle is what an export would make now, undamaged."""
-    from export.freshness import export_reasons
+    from export.pipeline import export_reasons
 
     try:
         bundle = Bundle.open(path)

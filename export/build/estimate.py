@@ -14,7 +14,7 @@ scores; VAE decoder, 0.6 GB, 3.2 GB and 2.9 GB for 0.1, 0.2 and 0.2 GB of weight
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from export.build.options import GIB, BuildOptions
@@ -33,7 +33,7 @@ from sdkd.bundle.memory import (
     largest_of,
 )
 from sdkd.core.profiles import ShapeRanges
-from sdkd.errors import BuildError, InputError
+from sdkd.errors import InputError
 from sdkd.targets.registry import check_target, gpu
 
 LARGEST_VOLUME = 2**31 - 1  # elements of one tensor in TensorRT
@@ -56,10 +56,12 @@ def check_volume(bundle: Bundle, request: Request) -> None:
     for profile in request.profiles:
         found = _largest_tensor(bundle, request, profile)
         if found.elements > LARGEST_VOLUME:
+            fused = fuses(request.target, request.precision)
+            shape = f"batch {profile.batch.max}, {profile.height.max}x{profile.width.max} px"
             raise InputError(
-                f"{request.component.name} at {_largest(profile)} has {found.what} of {found.elements:,} elements, and "
+                f"{request.component.name} at {shape} has {found.what} of {found.elements:,} elements, and "
                 f"{request.target} can have {LARGEST_VOLUME:,} in a tensor: narrow --size or --batch"
-                + ("" if _fuses(request) else ", or export in fp16, where attention needs no scores")
+                f"{'' if fused else ', or export in fp16, where attention needs no scores'}"
             )
 
 
@@ -69,7 +71,8 @@ def estimate(bundle: Bundle, request: Request) -> Estimate:
     weights = record.total_bytes
     engine = round(weights * BYTES[request.precision] / BYTES[record.precision])
     largest = max(_largest_tensor(bundle, request, one).elements for one in request.profiles)
-    compared = 0 if target.runs_on_gpu else max(_compared(bundle, request))
+    shapes = () if target.runs_on_gpu else check_shapes(record.contract, request.profiles, Geometry.of(bundle))
+    compared = max((largest_of(bundle, record, sizes, fused=False).elements for sizes in shapes), default=0)
     return Estimate(
         host=BASE_BYTES + 3 * weights + 2 * compared * BYTES[record.precision],
         gpu=2 * engine + 2 * largest * BYTES[request.precision] if target.builds_on_gpu else 0,
@@ -79,20 +82,7 @@ def estimate(bundle: Bundle, request: Request) -> Estimate:
 
 def _largest_tensor(bundle: Bundle, request: Request, profile: ShapeRanges) -> Largest:
     sizes = corner(bundle, request.component, profile, "max")
-    return largest_of(bundle, request.component, sizes, _fuses(request))
-
-
-def _fuses(request: Request) -> bool:
-    return fuses(request.target, request.precision)
-
-
-def _compared(bundle: Bundle, request: Request) -> Iterator[int]:
-    for sizes in check_shapes(request.component.contract, request.profiles, Geometry.of(bundle)):
-        yield largest_of(bundle, request.component, sizes, fused=False).elements
-
-
-def _largest(profile: ShapeRanges) -> str:
-    return f"batch {profile.batch.max}, {profile.height.max}x{profile.width.max} px"
+    return largest_of(bundle, request.component, sizes, fuses(request.target, request.precision))
 
 
 def check_resources(bundle: Bundle, requests: Sequence[Request], options: BuildOptions) -> None:
@@ -105,25 +95,14 @@ def check_resources(bundle: Bundle, requests: Sequence[Request], options: BuildO
     for request in requests:
         check_volume(bundle, request)
     needs = {request.component.name: estimate(bundle, request) for request in requests}
-    host = max(needs, key=lambda name: needs[name].host)
-    advice = "close other programs, narrow --size and --batch, or leave it out of --components"
-    check_room(
-        f"the builds, {host} most of all,", "memory", needs[host].host, free_memory(_cap(options)), advice, BuildError
-    )
+    cap = int(options.memory_cap_gb * GIB) if options.memory_cap_gb else UNLIMITED
+    rooms = [("memory", {name: need.host for name, need in needs.items()}, free_memory(cap))]
     if requests[0].target == "tensorrt" and gpu():
-        name = max(needs, key=lambda name: needs[name].gpu)
-        check_room(
-            f"the builds, {name} most of all,",
-            "GPU memory",
-            needs[name].gpu,
-            free_gpu_memory(_cap(options)),
-            advice,
-            BuildError,
-        )
+        rooms.append(("GPU memory", {name: need.gpu for name, need in needs.items()}, free_gpu_memory(cap)))
+    for kind, wanted, free in rooms:
+        most = max(wanted, key=wanted.__getitem__)
+        advice = "close other programs, narrow --size and --batch, or leave it out of --components"
+        check_room(f"the builds, {most} most of all,", kind, wanted[most], free, advice)
     disk = sum(need.disk for need in needs.values())
     free = shutil.disk_usage(bundle.path).free
     check_room(f"engines in {str(bundle.path)!r}", "disk space", disk, free, "free some, or copy the bundle elsewhere")
-
-
-def _cap(options: BuildOptions) -> int:
-    return int(options.memory_cap_gb * GIB) if options.memory_cap_gb else UNLIMITED

@@ -12,9 +12,9 @@ from export.build.options import BuildOptions, check_options, difference
 from export.build.ranges import check_ranges, cover, default_ranges
 from export.build.run import BUILDERS
 from sdkd.bundle.manifest import Bundle, ComponentRecord
-from sdkd.core.contract import COMPONENTS
+from sdkd.core.contract import COMPONENTS, check_components
 from sdkd.core.profiles import ShapeRanges
-from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
+from sdkd.errors import BuildError, BundleError, MissingExtraError
 from sdkd.targets.plan import EnginePlan, plan_for_onnx
 from sdkd.targets.registry import Target, availability, gpu, require
 
@@ -70,7 +70,8 @@ def requests_for(
     options: BuildOptions = BuildOptions(),
 ) -> list[Request]:
     """One request per component; InputError for an unknown component or sizes that the model does not have."""
-    names = _components(bundle, components)
+    check_components(components)
+    names = [name for name in COMPONENTS if name in (bundle.manifest.components if components is None else components)]
     profiles = profiles_for(bundle, plan.target, ranges)
     builder = importlib.import_module(BUILDERS[plan.target.name])
     chosen = {"options": changed} if (changed := options.changed()) else {}
@@ -83,23 +84,6 @@ def requests_for(
         )
 
     return [request(bundle.component(name)) for name in names]
-
-
-def listed(profiles: Sequence[ShapeRanges]) -> str:
-    """Profiles in words."""
-    return " and ".join(str(profile) for profile in profiles)
-
-
-def check_components(names: Sequence[str] | None) -> None:
-    """InputError for a name that is no component."""
-    unknown = [name for name in names or () if name not in COMPONENTS]
-    if unknown:
-        raise InputError(f"component {unknown[0]!r} is unknown: choose from {', '.join(COMPONENTS)}")
-
-
-def _components(bundle: Bundle, asked: Sequence[str] | None) -> list[str]:
-    check_components(asked)
-    return [name for name in COMPONENTS if name in (bundle.manifest.components if asked is None else asked)]
 
 
 def check_buildable(target: Target, options: BuildOptions = BuildOptions()) -> None:
@@ -125,7 +109,9 @@ def rebuild_reasons(bundle: Bundle, request: Request, here: Mapping[str, str]) -
     if record.precision != request.precision:
         reasons.append(f"built in {record.precision}, asked for {request.precision}")
     if record.profiles != request.profiles:
-        reasons.append(f"built for {listed(record.profiles)}, asked for {listed(request.profiles)}")
+        reasons.append(
+            f"built for {' and '.join(map(str, record.profiles))}, asked for {' and '.join(map(str, request.profiles))}"
+        )
     reasons += difference(record.flags.get("options", {}), request.flags.get("options", {}))
     for key, value in request.flags.items():
         if key != "options" and record.flags.get(key) != value:

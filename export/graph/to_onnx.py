@@ -26,28 +26,11 @@ from sdkd.core.contract import Contract
 from sdkd.errors import ExportError, InputError
 from sdkd.targets.registry import check_target
 
-
-@dataclass(frozen=True)
-class OpsetChoice:
-    """The opset a component is exported at, and why."""
-
-    opset: int
-    reason: str
-
-
-_WHOLE = "Attention, GroupNormalization and Gelu stay whole: 39 % fewer nodes than at 18 (646 instead of 1,056)"
-_WIDE_HEAD = (
-    "the VAE's one attention head of width 512 has no fused kernel: TensorRT-RTX 1.7.1 fails on opset 23's node "
-    "and builds opset 22, which keeps GroupNormalization whole, its statistics in float32: 187 nodes in SD's decoder, "
-    "337 at opset 18; onnxruntime needs the same time for both"
-)
-OPSETS: dict[str, OpsetChoice] = {
-    "text_encoder": OpsetChoice(23, _WHOLE),
-    "unet": OpsetChoice(23, _WHOLE),
-    "vae_decoder": OpsetChoice(22, _WIDE_HEAD),
-    "vae_encoder": OpsetChoice(22, _WIDE_HEAD),
-    "controlnet": OpsetChoice(23, _WHOLE),
-}
+# Attention, GroupNormalization and Gelu stay whole at 23: 39 % fewer nodes than at 18 (646 instead of 1,056). But the
+# VAE's one attention head of width 512 has no fused kernel: TensorRT-RTX 1.7.1 fails on opset 23's node and builds
+# opset 22, which keeps GroupNormalization whole, its statistics in float32: 187 nodes in SD's decoder, 337 at opset 18;
+# onnxruntime needs the same time for both.
+OPSETS = {"text_encoder": 23, "unet": 23, "vae_decoder": 22, "vae_encoder": 22, "controlnet": 23}
 MIN_OPSET, MAX_OPSET = 18, 23  # what torch's exporter implements and onnxruntime's CPU kernels run
 
 # Above this many bytes of weights they go to model.onnx.data: a protobuf file cannot exceed 2 GB, and writing one takes
@@ -80,7 +63,7 @@ def choose_opset(component: str, opset: int | None = None, target: str | None = 
     InputError when the exporter does not know the given one.
     """
     if opset is None:
-        return MIN_OPSET if target is not None and _is_old(target) else OPSETS[component].opset
+        return MIN_OPSET if target is not None and _is_old(target) else OPSETS[component]
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise InputError(f"opset {opset} is not between {MIN_OPSET} and {MAX_OPSET}: leave --opset out for the default")
     return opset

@@ -7,7 +7,7 @@ height_2, width_2, height_4, ... (latents halved once, twice, ... inside the UNe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -331,10 +331,16 @@ CONFIG_FOLDERS = {
 }
 
 
+def check_components(names: Sequence[str] | None) -> None:
+    """InputError for a name that is no component, or no name at all; None stands for all that there are."""
+    unknown = [name for name in names or () if name not in COMPONENTS]
+    if unknown or not (names is None or names):
+        raise InputError(f"component {(unknown or ['none'])[0]!r} is unknown: choose from {', '.join(COMPONENTS)}")
+
+
 def component_contract(
     component: str, config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()
 ) -> Contract:
     """Contract of a component from its own config.json; InputError on an unknown component."""
-    if component not in CONTRACTS:
-        raise InputError(f"component {component!r} is unknown: choose one of {', '.join(COMPONENTS)}")
+    check_components([component])
     return CONTRACTS[component](config, precision, extras)

@@ -17,8 +17,8 @@ from helpers import tiny_pipeline
 from small_exports import bundle_copy, half_decoder, small_bundle, small_pipeline
 
 from export import export_pipeline
-from export.reuse import Wanted, find
-from export.source import state_digest
+from export.component import ExportOptions, reusable
+from export.source import open_source, state_digest
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.contract import BASE_COMPONENTS, component_contract
 from sdkd.core.files import lock, read_json
@@ -150,13 +150,23 @@ def test_the_same_component_of_another_bundle_is_copied(tmp_path: Path) -> None:
 
 def test_other_weights_opset_precision_or_damage_are_not_reused(tmp_path: Path) -> None:
     bundle = bundle_copy(tmp_path / "bundle")
-    record = bundle.component("unet")
-    wanted = Wanted("unet", record.source_sha256, "fp32", 23, bundle.manifest.versions, verify=True)
-    assert find([bundle.path], wanted) is not None
-    changes: list[dict[str, Any]] = [{"source_sha256": "0"}, {"opset": 22}, {"precision": "fp16"}, {"versions": {}}]
-    assert all(find([bundle.path], replace(wanted, **change)) is None for change in changes)
+
+    def found(seed: int = 0, versions: Any = bundle.manifest.versions, **options: Any) -> bool:
+        wanted = ExportOptions(**{"precision": "fp32", "reuse": (tmp_path, bundle.path), **options})
+        return reusable(open_source(small_pipeline(seed), {}), "unet", wanted, versions) is not None
+
+    assert found()
+    assert not found(seed=5)
+    assert not found(versions={})
+    changes: list[dict[str, Any]] = [{"opset": 22}, {"precision": "fp16"}, {"keep_float": ("unet.conv_in",)}]
+    assert not any(found(**change) for change in changes)
+    record = replace(bundle.component("unet"), parity=None)
+    manifest = replace(bundle.manifest, components={"unet": record})
+    replace(bundle, manifest=manifest).save()
+    assert not found()
+    assert found(verify=False)
     os.truncate(bundle.path / "unet" / "model.onnx", 1000)
-    assert find([bundle.path], wanted) is None
+    assert not found(verify=False)
 
 
 def test_a_named_model_is_loaded_and_its_source_recorded(tmp_path: Path) -> None:
@@ -232,8 +242,11 @@ def test_a_failed_export_keeps_the_old_bundle(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"precision": "int8"}, "precision 'int8' is unknown: choose one of fp32, fp16, bf16"),
-        ({"components": ("unet", "safety_checker")}, "components 'safety_checker': choose from text_encoder, unet"),
-        ({"components": ()}, "components 'none': choose from text_encoder"),
+        (
+            {"components": ("unet", "safety_checker")},
+            "component 'safety_checker' is unknown: choose from text_encoder, unet",
+        ),
+        ({"components": ()}, "component 'none' is unknown: choose from text_encoder"),
         ({"opset": 24}, "opset 24 is not between 18 and 23"),
     ],
 )

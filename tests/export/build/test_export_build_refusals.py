@@ -16,7 +16,7 @@ from onnx import helper
 from small_exports import bundle_copy
 
 from export import build_engine
-from export.build.errors import OTHER_ADVICE, advice_for, explain
+from export.build.engines import OTHER_ADVICE, advice_for, explain
 from sdkd.bundle.manifest import Bundle, FileRecord
 from sdkd.core.child import ChildError
 from sdkd.errors import BuildError, BusyError

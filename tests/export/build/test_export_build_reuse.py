@@ -12,8 +12,7 @@ from small_exports import small_bundle, small_pipeline
 from export.build.estimate import estimate
 from export.build.ranges import Typed, default_ranges, to_ranges
 from export.build.request import requests_for
-from export.freshness import export_reasons
-from export.pipeline import versions
+from export.pipeline import export_reasons, versions
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import largest_tensor
 from sdkd.core.contract import static_contract

@@ -13,7 +13,7 @@ from helpers import tiny_text_encoder
 from onnx import numpy_helper
 from small_exports import references, small_graph, small_pipeline
 
-from export.check.parity import Case, Reference, check_graph, check_values, parity_cases
+from export.check.parity import Case, Reference, check_graph, check_references, check_values, parity_cases
 from sdkd.core.contract import BASE_COMPONENTS, vae_decoder_contract
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
 from sdkd.models.exportable import module_config
@@ -125,11 +125,11 @@ def test_nan_weights_are_a_values_error(tmp_path: Path) -> None:
 
 
 def test_nan_weights_in_the_model_itself_are_a_values_error() -> None:
-    _, _, contract, file = small_graph(ENCODER)
+    _, _, contract, _ = small_graph(ENCODER)
     broken = tiny_text_encoder(seed=2)
     broken.final_layer_norm.bias.data[0] = float("nan")
     with pytest.raises(ValuesError, match="PyTorch itself gives NaN or infinity in float32"):
-        check_graph(file, contract, references(broken, contract), "fp32")
+        check_references(contract, references(broken, contract), "fp32")
 
 
 def test_a_file_that_is_no_runnable_graph_is_a_parity_error(tmp_path: Path) -> None:
@@ -164,4 +164,6 @@ def test_overflow_of_eager_half_is_found_even_when_the_graph_is_finite() -> None
     exact = torch.ones(4)
     reference = one_case(exact, torch.tensor([1.0, float("inf"), 1.0, 1.0]))
     with pytest.raises(ValuesError, match="PyTorch itself gives NaN or infinity in fp16; export with --precision bf16"):
-        check_values(CONTRACT, [reference], [(exact,)], "fp16")
+        check_references(CONTRACT, [reference], "fp16")
+    with pytest.raises(ValuesError, match="more than"):  # and could not pass for a limit
+        check_values(CONTRACT, [one_case(exact, torch.full((4,), float("nan")))], [(exact,)], "fp16")

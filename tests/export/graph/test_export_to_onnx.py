@@ -97,9 +97,8 @@ def test_opset_23_keeps_attention_and_22_does_not() -> None:
     assert unet.nodes["InstanceNormalization"] == vae.nodes["InstanceNormalization"] == 0
 
 
-def test_opsets_have_reasons_and_limits() -> None:
+def test_opsets_have_limits() -> None:
     assert set(OPSETS) == set(COMPONENTS)
-    assert all(choice.reason for choice in OPSETS.values())
     assert choose_opset("vae_decoder") == 22
     assert choose_opset("vae_decoder", 18) == 18
     with pytest.raises(InputError, match="opset 17 is not between 18 and 23"):

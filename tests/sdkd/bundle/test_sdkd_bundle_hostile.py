@@ -106,9 +106,7 @@ def test_small_files_are_those_that_were_exported(
     bundle: Bundle, name: str, change: Callable[[Path], Any], message: str
 ) -> None:
     change(bundle.path / name)
-    with pytest.raises(
-        BundleError, match=rf"{name} {message}.*restore it, or make the bundle again: sdkd export graphs"
-    ):
+    with pytest.raises(BundleError, match=rf"{name} {message}.*restore it, or make all again: sdkd export graphs"):
         Bundle.open(bundle.path)
 
 

@@ -46,7 +46,7 @@ def test_a_contract_survives_json(component: str) -> None:
 
 
 def test_an_unknown_component_lists_the_known() -> None:
-    with pytest.raises(InputError, match=r"'adapter' is unknown: choose one of text_encoder, unet"):
+    with pytest.raises(InputError, match=r"'adapter' is unknown: choose from text_encoder, unet"):
         component_contract("adapter", {}, "fp32")
 
 
