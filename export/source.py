@@ -21,8 +21,8 @@ from sdkd.errors import InputError, ModelError, an
 from sdkd.models.diffusers_folder import quiet_libraries, write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, module_config
 from sdkd.models.families import EXPORTED, check_exported
-from sdkd.models.noise_schedule import check_schedule
 from sdkd.models.resolve import Model, load_component, load_rest, resolve
+from sdkd.models.schedulers import check_schedule
 from sdkd.models.source import ModelSource
 
 if TYPE_CHECKING:

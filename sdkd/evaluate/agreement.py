@@ -21,7 +21,7 @@ from sdkd.distill.data.opening import to_pixels
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError
-from sdkd.models.noise_schedule import scheduler_like
+from sdkd.models.schedulers import scheduler_like
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MERGES = Path(__file__).parent / "clip" / "merges.txt.gz"
 POSITIONS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
+TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407}
+PADDING = {END: TOKENS["eos_token_id"], "!": 0}  # of SD 1.x, of SD 2.x
 
 
 def token_limit(tokenizer: Any, positions: int | None) -> int:
@@ -38,15 +40,11 @@ def bounded(tokenizer: Any, positions: int | None) -> Any:
     return tokenizer
 
 
-def byte_letters() -> list[str]:
-    """The character that stands for each byte, in the vocabulary's order: printable ones for themselves, first."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
-
-
 def vocabulary(merges: list[str]) -> dict[str, int]:
     """Token -> id: letters, letters that end a word, what each merge makes, start and end of text (49,408 in all)."""
-    letters = byte_letters()
+    # A character stands for each byte: printable ones for themselves, first.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
     return {token: index for index, token in enumerate([*tokens, START, END])}
 

@@ -132,11 +132,6 @@ def quiet_libraries() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The pipeline of a checked folder, in `dtype`, without safety checker."""
-    return _pipeline(folder, {part: load_part(folder, part, dtype) for part in HEAVY})
-
-
 def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
     """One of the heavy parts of a checked folder, in `dtype`, with one copy of its weights in memory.
 
@@ -166,21 +161,16 @@ def _module(folder: Path, part: str, kind: str | None, dtype: torch.dtype) -> An
     return fill(module, tensors, dtype)
 
 
-def load_rest_of(folder: Path) -> StableDiffusionPipeline:
+def load_rest(folder: Path) -> StableDiffusionPipeline:
     """The pipeline of a checked folder without its heavy parts, whose places still name their classes."""
-    pipe = _pipeline(folder, dict.fromkeys(HEAVY))
-    index = _json(folder / "model_index.json")
-    pipe.register_to_config(**{part: tuple(index[part]) for part in HEAVY})
-    return pipe
-
-
-def _pipeline(folder: Path, parts: Mapping[str, Any]) -> StableDiffusionPipeline:
     import diffusers
 
-    kind = getattr(diffusers, PIPELINES[_json(folder / "model_index.json")["_class_name"]])
-    pipe = kind.from_pretrained(folder, **_LOCAL, **parts)
+    index = _json(folder / "model_index.json")
+    kind = getattr(diffusers, PIPELINES[index["_class_name"]])
+    pipe = kind.from_pretrained(folder, **_LOCAL, **dict.fromkeys(HEAVY))
     positions = _json(folder / "text_encoder" / "config.json").get("max_position_embeddings")
     pipe.tokenizer = bounded(pipe.tokenizer, positions)
+    pipe.register_to_config(**{part: tuple(index[part]) for part in HEAVY})
     return pipe
 
 

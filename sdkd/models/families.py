@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdkd.errors import ModelError, an
-from sdkd.students.blocks import STUDENTS, TEACHER_CONFIG
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+from sdkd.models.clip_tokenizer import END, PADDING, TOKENS, clip_tokenizer
+from sdkd.students.blocks import STUDENTS, TEACHER_CONFIG, StudentSpec
 
 HEAVY = ("unet", "vae", "text_encoder")  # the parts with weights
 # Classes that a pipeline's heavy parts may have, the usual one first, and the library of each part.
@@ -53,24 +51,34 @@ class Family:
     text_encoder: Mapping[str, Any]
     image_size: int  # pixels
     prediction_type: str
-    pad_token: str = "<|endoftext|>"  # noqa: S105 - a token of text
+    pad_token: str = END
     scheduler: str = "DDIMScheduler"
     vae: Mapping[str, Any] = field(default_factory=lambda: _VAE)
 
-    def config(self, part: str, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-        """The config of `unet`, `vae` or `text_encoder`."""
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of `unet`, `vae` or `text_encoder`; empty for another part."""
         if part == "text_encoder":
-            tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-            return {**self.text_encoder, **tokens}
-        return dict(self.unet) if part == "unet" else {**self.vae, "sample_size": self.image_size}
+            return {**self.text_encoder, **TOKENS, "pad_token_id": PADDING[self.pad_token]}
+        return {"unet": dict(self.unet), "vae": {**self.vae, "sample_size": self.image_size}}.get(part, {})
 
-    def make_scheduler(self, prediction_type: str | None = None, kind: str | None = None) -> Any:
-        """The scheduler that the family is published with; the arguments name another prediction or class."""
+    def rest(self, channels: int = 4, prediction_type: str | None = None, scheduler: str | None = None) -> Any:
+        """A pipeline without its heavy parts, whose places still name their classes, with the embedded tokenizer.
+
+        `channels` of the UNet's input; `prediction_type` and `scheduler` where they are not the family's own.
+        """
         import diffusers
 
-        name = kind or self.scheduler
+        name = scheduler or self.scheduler
         own = {"skip_prk_steps": True} if name == "PNDMScheduler" else {"clip_sample": False}
-        return getattr(diffusers, name)(**_NOISE, **own, prediction_type=prediction_type or self.prediction_type)
+        noise = _NOISE | own | {"prediction_type": prediction_type or self.prediction_type}
+        pipe = getattr(diffusers, PIPELINE_OF_CHANNELS[channels])(
+            **dict.fromkeys((*HEAVY, "safety_checker", "feature_extractor")),
+            tokenizer=clip_tokenizer(self.pad_token),
+            scheduler=getattr(diffusers, name)(**noise),
+            requires_safety_checker=False,
+        )
+        pipe.register_to_config(**{part: (library, kinds[0]) for part, (library, kinds) in CLASSES.items()})
+        return pipe
 
 
 _CLIP_L = {
@@ -130,25 +138,12 @@ def student_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     Empty for a complete UNet and for other shapes.
     """
-    found = {key: _frozen(config.get(key, TEACHER_CONFIG[key])) for key in _BLOCKS}
-    return tuple(name for name in STUDENTS if _student_blocks(name) == found)
+    keys = ("down_block_types", "up_block_types", "mid_block_type", "layers_per_block")
+    found = [tuple(value) if isinstance(value := config.get(key, TEACHER_CONFIG[key]), list) else value for key in keys]
+    down, up, mid = (TEACHER_CONFIG[key] for key in keys[:3])
 
+    def blocks(spec: StudentSpec) -> list[Any]:
+        kept = mid if spec.keeps_mid_block else None
+        return [down[: len(down) - spec.dropped_levels], up[spec.dropped_levels :], kept, len(spec.down_layers)]
 
-_BLOCKS = ("down_block_types", "up_block_types", "mid_block_type", "layers_per_block")
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _student_blocks(name: str) -> dict[str, Any]:
-    spec = STUDENTS[name]
-    down, up, mid = (TEACHER_CONFIG[key] for key in _BLOCKS[:3])
-    kept_mid = mid if spec.keeps_mid_block else None
-    return dict(
-        zip(
-            _BLOCKS,
-            (down[: len(down) - spec.dropped_levels], up[spec.dropped_levels :], kept_mid, len(spec.down_layers)),
-            strict=True,
-        )
-    )
+    return tuple(name for name, spec in STUDENTS.items() if blocks(spec) == found)

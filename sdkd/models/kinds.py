@@ -7,34 +7,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import CONFIG_FOLDERS
-from sdkd.core.files import read_json, sha256
+from sdkd.core.files import read_json
 from sdkd.errors import ModelError
 from sdkd.models import checkpoint, single_file
-from sdkd.models.clip_tokenizer import clip_tokenizer
 from sdkd.models.diffusers_folder import (
     check_pipeline_folder,
     component_digest,
     digest,
-    load_folder,
     load_part,
-    load_rest_of,
+    load_rest,
     quiet_libraries,
 )
-from sdkd.models.families import FAMILIES, HEAVY
-from sdkd.models.hub import downloaded
-from sdkd.models.random_weights import RandomModel, parse, random_part, random_pipeline, random_rest
+from sdkd.models.families import HEAVY
+from sdkd.models.random_weights import RandomModel
 from sdkd.models.source import Kind, ModelSource, Part, as_model_error
 from sdkd.students.blocks import full_config
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
 
+# Parts that sdkd does not use, so that they are not fetched and may be pickles.
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 # The components that a model itself has, and the part of a pipeline that each is made from.
 _OWN = {name: part for name, part in CONFIG_FOLDERS.items() if part in HEAVY}
 
@@ -62,17 +60,35 @@ class FolderSource(ModelSource):
         file = self.folder / part / "config.json"
         return dict(read_json(file)) if part in ("unet", "vae") or file.is_file() else {}
 
-    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
-        """The eager pipeline."""
-        return load_folder(self.folder, dtype)
-
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One module of the pipeline."""
         return load_part(self.folder, part, dtype)
 
     def load_rest(self) -> StableDiffusionPipeline:
         """The pipeline without its heavy modules."""
-        return load_rest_of(self.folder)
+        return load_rest(self.folder)
+
+
+def downloaded(name: str, *, local_only: bool = False) -> Path:
+    """Folder of a hub model in the local cache, fetched when it is not there, unless `local_only`.
+
+    ModelError when the model has no .safetensors weights; OSError and others, as the hub's library raises them, when
+    there is no such model or no connection.
+    """
+    from diffusers import DiffusionPipeline
+
+    for variant in (None, "fp16"):  # full precision where the hub has it
+        options = {"variant": variant, "local_files_only": local_only, **dict.fromkeys(_UNUSED)}
+        try:
+            return Path(DiffusionPipeline.download(name, use_safetensors=True, **options))
+        except OSError as error:
+            if "`safetensors` weights" not in str(error):
+                raise
+    raise ModelError(
+        f"hub model {name!r} has no complete .safetensors weights, and pickles can run code on loading: convert it, "
+        f"if you trust its origin, with StableDiffusionPipeline.from_pretrained({name!r}).save_pretrained(FOLDER), "
+        "and give the folder"
+    )
 
 
 class DemoSource(FolderSource):
@@ -163,10 +179,6 @@ class BundleSource(ModelSource):
                 f"place, or use the bundle as it is, with: {shlex.join(['sdkd', 'generate', self.name, 'PROMPT'])}"
             ) from error
 
-    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
-        """The eager pipeline of the model that the bundle was exported from."""
-        return self.original.load_whole(dtype)
-
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One of its modules."""
         return self.original.load_part(part, dtype)
@@ -177,36 +189,41 @@ class BundleSource(ModelSource):
 
 
 @dataclass(frozen=True)
-class SingleFileSource(ModelSource):
+class FamilySource(ModelSource):
+    """A model with the configs, tokenizer and scheduler of a published family."""
+
+    opened: single_file.Checkpoint | RandomModel = field(kw_only=True, repr=False, compare=False)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """As the base class says, from the digest of the whole file, or from the name."""
+        return {name: digest(f"{self.opened.identity} {name}") for name in _OWN}
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of a part, the UNet's with its defaults."""
+        return full_config(self.opened.unet_config) if part == "unet" else self.opened.family.config(part)
+
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One module of the pipeline."""
+        return self.opened.load_part(part, dtype)
+
+    def load_rest(self) -> StableDiffusionPipeline:
+        """The pipeline without its heavy modules."""
+        return self.opened.rest()
+
+
+class SingleFileSource(FamilySource):
     """A checkpoint in one .safetensors file."""
 
     kind: ClassVar[Kind] = "single-file"
     advice = "the file is damaged or incomplete; download it again"
 
-    opened: single_file.Checkpoint = field(kw_only=True, repr=False, compare=False)
 
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """As the base class says, from the digest of the whole file."""
-        assert self.path is not None
-        whole = sha256(self.path)
-        return {name: digest(f"{whole} {name}") for name in _OWN}
+class RandomSource(FamilySource):
+    """A model of full size with random weights, by name: equal names have equal weights."""
 
-    def config(self, part: str) -> dict[str, Any]:
-        """The config of the UNet, and of the VAE that every family has."""
-        return full_config(self.opened.unet_config) if part == "unet" else _family_config(part)
-
-    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
-        """The eager pipeline."""
-        return single_file.load_whole(self.opened, dtype)
-
-    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
-        """One module of the pipeline."""
-        return single_file.load_part(self.opened, part, dtype)
-
-    def load_rest(self) -> StableDiffusionPipeline:
-        """The pipeline without its heavy modules."""
-        return single_file.load_rest(self.opened)
+    kind: ClassVar[Kind] = "random"
+    advice = "give another name"
 
 
 @dataclass(frozen=True)
@@ -232,11 +249,6 @@ class CheckpointSource(ModelSource):
         """The config of a part, the UNet's the checkpoint's own."""
         return dict(read_json(self._unet / "config.json")) if part == "unet" else self.base.config(part)
 
-    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
-        """The eager pipeline."""
-        rest, parts = self.load_rest(), {part: self.load_part(part, dtype) for part in get_args(Part)}
-        return type(rest)(**(rest.components | parts), requires_safety_checker=False)  # it looks at its UNet once, here
-
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One module of the pipeline."""
         assert self.path is not None
@@ -245,44 +257,3 @@ class CheckpointSource(ModelSource):
     def load_rest(self) -> StableDiffusionPipeline:
         """The pipeline without its heavy modules."""
         return self.base.original.load_rest()
-
-
-class RandomSource(ModelSource):
-    """A model of full size with random weights, by name."""
-
-    kind: ClassVar[Kind] = "random"
-    advice = "give another name"
-
-    @cached_property
-    def _model(self) -> RandomModel:
-        return parse(self.name)
-
-    @property
-    def _tokenizer(self) -> CLIPTokenizer:
-        """The embedded CLIP tokenizer, which pads as the model's family does."""
-        return clip_tokenizer(FAMILIES[self._model.family].pad_token)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """As the base class says: equal names have equal weights."""
-        return {name: digest(f"{self.name} {name}") for name in _OWN}
-
-    def config(self, part: str) -> dict[str, Any]:
-        """The config of the UNet, and of the VAE that every family has."""
-        return dict(self._model.unet_config) if part == "unet" else _family_config(part)
-
-    def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
-        """The eager pipeline."""
-        return random_pipeline(self._model, self._tokenizer, dtype)
-
-    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
-        """One module of the pipeline."""
-        return random_part(self._model, part, self._tokenizer, dtype)
-
-    def load_rest(self) -> StableDiffusionPipeline:
-        """The pipeline without its heavy modules."""
-        return random_rest(self._model, self._tokenizer)
-
-
-def _family_config(part: str) -> dict[str, Any]:
-    return dict(FAMILIES["sd15"].vae) if part == "vae" else {}

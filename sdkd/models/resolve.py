@@ -55,8 +55,7 @@ def resolve(model: Model) -> ModelSource:
     if name == DEMO:
         return _demo()
     if name.startswith(PREFIX):
-        parse(name)
-        return RandomSource(name, None, True)
+        return RandomSource(name, None, True, opened=parse(name))
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(name, path)

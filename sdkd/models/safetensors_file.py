@@ -49,11 +49,11 @@ class Tensor(NamedTuple):
     start: int
     end: int
 
-    def rows(self, part: int, parts: int) -> Tensor:
-        """One of `parts` equal pieces along the first axis."""
-        size = (self.end - self.start) // parts
-        start = self.start + part * size
-        return self._replace(shape=(self.shape[0] // parts, *self.shape[1:]), start=start, end=start + size)
+    def rows(self, first: int, last: int) -> Tensor:
+        """The rows `[first, last)` along the first axis."""
+        size = (self.end - self.start) // self.shape[0]
+        places = {"start": self.start + first * size, "end": self.start + last * size}
+        return self._replace(shape=(last - first, *self.shape[1:]), **places)
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor on the CPU, numbers with a point cast to `dtype` (None: as in the file); nothing stays mapped."""

@@ -7,23 +7,22 @@ see `prediction`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.core.files import sha256
 from sdkd.core.text_files import read_yaml
 from sdkd.errors import InputError, ModelError
-from sdkd.models.clip_tokenizer import clip_tokenizer
-from sdkd.models.families import CLASSES, FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
+from sdkd.models.families import FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
 from sdkd.models.ldm_names import LDM_PREFIXES, UNET, located
 from sdkd.models.refusals import SUPPORTED, what_it_is
-from sdkd.models.safetensors_file import Tensor, Weights, check_complete, check_shapes, fill, shapes_of
+from sdkd.models.safetensors_file import Weights, check_complete, check_shapes, fill, shapes_of
+from sdkd.models.weight_files import current_names
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
 
 FIRST = UNET + "input_blocks.0.0.weight"
 CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -50,9 +49,26 @@ class Checkpoint:
         """The UNet's config, in which only the number of input channels is not the family's."""
         return {**self.family.unet, "in_channels": self.channels}
 
-    def tokenizer(self) -> CLIPTokenizer:
-        """The embedded CLIP tokenizer, which pads as the family does."""
-        return clip_tokenizer(self.family.pad_token)
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the whole file."""
+        return sha256(self.weights.path)
+
+    def rest(self) -> Any:
+        """The pipeline without its heavy parts."""
+        return self.family.rest(self.channels, self.prediction_type)
+
+    def load_part(self, part: str, dtype: torch.dtype) -> Any:
+        """One of the heavy parts, in `dtype`; ModelError when any part of the checkpoint is incomplete."""
+        modules, tensors = {}, {}
+        for name in HEAVY:
+            what = f"checkpoint {str(self.weights.path)!r}: its {name}"
+            modules[name] = empty(name, self.unet_config if name == "unet" else self.family.config(name))
+            shapes = shapes_of(modules[name])
+            tensors[name] = current_names(located(name, modules[name], self.weights.tensors), shapes)
+            check_complete([key for key in shapes if key not in tensors[name]], len(shapes), what)
+            check_shapes(shapes, tensors[name], what)
+        return fill(modules[part], tensors[part], dtype)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -144,49 +160,3 @@ def _notes(weights: Weights, kind: str, reason: str) -> tuple[str, ...]:
     if any(name.startswith("model_ema.") for name in weights.tensors):
         notes.append("holds averaged (EMA) weights as well, which are not used")
     return tuple(notes)
-
-
-def load_part(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> Any:
-    """One of the heavy parts, in `dtype`; ModelError when any part of the checkpoint is incomplete."""
-    tokenizer = checkpoint.tokenizer()
-    modules = {name: empty(name, _config(checkpoint, name, tokenizer)) for name in HEAVY}
-    tensors = {name: _tensors(checkpoint, name, modules[name]) for name in HEAVY}
-    return fill(modules[part], tensors[part], dtype)
-
-
-def _config(checkpoint: Checkpoint, part: str, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    return checkpoint.unet_config if part == "unet" else checkpoint.family.config(part, tokenizer)
-
-
-def _tensors(checkpoint: Checkpoint, part: str, module: Any) -> dict[str, Tensor]:
-    """Diffusers' names of a part -> where the checkpoint has them."""
-    what = f"checkpoint {str(checkpoint.weights.path)!r}: its {part}"
-    shapes = shapes_of(module)
-    found = located(part, shapes, checkpoint.weights.tensors)
-    check_complete([value for value in found.values() if isinstance(value, str)], len(found), what)
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    check_shapes(shapes, tensors, what)
-    return tensors
-
-
-def load_rest(checkpoint: Checkpoint, parts: Mapping[str, Any] | None = None) -> StableDiffusionPipeline:
-    """The pipeline with the given heavy parts; without any, their places still name their classes."""
-    import diffusers
-
-    kind = getattr(diffusers, PIPELINE_OF_CHANNELS[checkpoint.channels])
-    pipe = kind(
-        **(parts or dict.fromkeys(HEAVY)),
-        tokenizer=checkpoint.tokenizer(),
-        scheduler=checkpoint.family.make_scheduler(checkpoint.prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    if not parts:
-        pipe.register_to_config(**{part: (CLASSES[part][0], CLASSES[part][1][0]) for part in HEAVY})
-    return pipe
-
-
-def load_whole(checkpoint: Checkpoint, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The whole pipeline in `dtype`."""
-    return load_rest(checkpoint, {part: load_part(checkpoint, part, dtype) for part in HEAVY})

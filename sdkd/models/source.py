@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from sdkd.core.contract import native_size, vae_scale
 from sdkd.errors import ModelError
@@ -84,9 +84,10 @@ class ModelSource(ABC):
         """Height and width of the model's own images in pixels; None where its configs do not tell."""
         return native_size(self.unet_config, self.config("vae"))
 
-    @abstractmethod
     def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
         """The eager pipeline."""
+        rest, parts = self.load_rest(), {part: self.load_part(part, dtype) for part in get_args(Part)}
+        return type(rest)(**(rest.components | parts), requires_safety_checker=False)  # it looks at its UNet once, here
 
     @abstractmethod
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:

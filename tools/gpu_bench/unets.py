@@ -27,14 +27,9 @@ TIMESTEP = 500.0
 
 def scale_of(model: str) -> int:
     """Pixels per latent of a model's VAE, from its config."""
-    from sdkd.core.contract import vae_scale
-    from sdkd.core.files import read_json
-    from sdkd.models.families import FAMILIES
-    from sdkd.models.random_weights import parse
     from sdkd.models.resolve import resolve
 
-    path = resolve(model).path
-    return vae_scale(FAMILIES[parse(model).family].vae if path is None else read_json(path / "vae" / "config.json"))
+    return resolve(model).latent_scale
 
 
 def step(unet: Any, feeds: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from sdkd.core.files import write_bytes, write_json
 from sdkd.core.images import is_finite
 from sdkd.models.clip_tokenizer import bounded
-from sdkd.models.noise_schedule import scheduler_like
+from sdkd.models.schedulers import scheduler_like
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -26,7 +26,7 @@ from sdkd.distill.training.finite import SkippedSteps, check_weights, not_finite
 from sdkd.distill.training.losses import Learnt, SampleWeights, distill_losses, min_snr_weights, task_target
 from sdkd.distill.training.pairs import Pair, feature_pairs
 from sdkd.distill.training.setup import check_models, make_accelerator, make_optimizer, make_samples, pick_device
-from sdkd.models.noise_schedule import scheduler_like
+from sdkd.models.schedulers import scheduler_like
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -88,8 +88,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("family", PARAMETERS)
 def test_published_sizes(family: str) -> None:
-    tokens = type("Tokens", (), {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 0})
-    parts = [FAMILIES[family].config(part, tokens) for part in ("unet", "vae", "text_encoder")]  # type: ignore[arg-type]
-    modules = [empty(part, config) for part, config in zip(CLASSES, parts, strict=True)]
+    modules = [empty(part, FAMILIES[family].config(part)) for part in CLASSES]
     assert tuple(sum(p.numel() for p in module.parameters()) for module in modules) == PARAMETERS[family]
-    assert FAMILIES[family].make_scheduler().config.prediction_type == FAMILIES[family].prediction_type
+    assert FAMILIES[family].rest().scheduler.config.prediction_type == FAMILIES[family].prediction_type
+    assert modules[2].config.pad_token_id == FAMILIES[family].rest().tokenizer.pad_token_id

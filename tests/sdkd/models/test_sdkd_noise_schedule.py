@@ -18,9 +18,8 @@ from sdkd.distill.training.loop import train
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import ModelError
 from sdkd.models.clip_tokenizer import bounded, token_limit
-from sdkd.models.noise_schedule import scheduler_like
 from sdkd.models.resolve import load_eager, load_rest
-from sdkd.models.schedulers import SCHEDULERS, set_scheduler
+from sdkd.models.schedulers import SCHEDULERS, scheduler_like, set_scheduler
 from sdkd.students.blocks import build_student
 
 CONFIG = TrainConfig(steps=1, batch_size=2, precision="fp32", device="cpu", log_every=1, caption_dropout=0.0)
