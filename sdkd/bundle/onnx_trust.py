@@ -37,31 +37,19 @@ def check_external_data(onnx_file: str | Path, listed: Collection[Path] | None =
             )
 
 
-def _external(model: Any) -> Iterator[Any]:
-    """Every tensor with data outside the file: of graphs, of graphs within nodes, of functions."""
+def _external(message: Any) -> Iterator[Any]:
+    """Every tensor with data outside the file, wherever in a model it is: in graphs within nodes, in functions, ..."""
+    from google.protobuf.message import Message
     from onnx import TensorProto
 
-    found = [*_of_graph(model.graph), *(tensor for function in model.functions for tensor in _of_nodes(function.node))]
-    for training in model.training_info:
-        found += [*_of_graph(training.initialization), *_of_graph(training.algorithm)]
-    yield from (tensor for tensor in found if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data)
-
-
-def _of_graph(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _of_nodes(graph.node)
-
-
-def _of_nodes(nodes: Any) -> Iterator[Any]:
-    for attribute in (attribute for node in nodes for attribute in node.attribute):
-        yield attribute.t
-        yield from attribute.tensors
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for graph in (attribute.g, *attribute.graphs):
-            yield from _of_graph(graph)
+    if isinstance(message, TensorProto):
+        if message.data_location == TensorProto.EXTERNAL or message.external_data:
+            yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in (value,) if isinstance(value, Message) else value:
+                yield from _external(part)
 
 
 def _problem(onnx_file: Path, tensor: Any, listed: Collection[Path] | None) -> str | None:

@@ -15,7 +15,7 @@ from sdkd.core.model_numbers import config_problem
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.clip_tokenizer import bounded
 from sdkd.models.families import HEAVY, check_class, empty
-from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder, other_pipeline
+from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder
 from sdkd.models.safetensors_file import check_complete, check_shapes, fill, shapes_of
 from sdkd.models.weight_files import current_names, folder_tensors, weight_files
 
@@ -68,7 +68,7 @@ def check_pipeline_folder(path: Path) -> None:
         raise ModelError(f"{where} {OTHER_EXPORT}")
     kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
-        raise ModelError(f"{where} holds {an(kind)}{other_pipeline(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")
+        raise ModelError(f"{where} holds {an(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")
     missing = [part for part in NEEDED if not (path / part).is_dir()]
     if missing:
         raise ModelError(f"pipeline {where} lacks {', '.join(missing)}: save or download it again")

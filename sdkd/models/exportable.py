@@ -8,9 +8,9 @@ word.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 from sdkd.core.contract import residual_specs, split_axis, vae_scale
 from sdkd.errors import ExportError, ModelError, an
@@ -21,41 +21,27 @@ Config = Mapping[str, Any]
 _EAGERLY = "run it eagerly"
 _IP_ADAPTER = "it has an IP-Adapter, which reads images: remove it first with pipe.unload_ip_adapter()"
 _CLASSES = f"it takes class labels, a noise level or image embeddings beside the text: {_EAGERLY}"
-_ADDED = f"it takes conditions beside the text, as SDXL and Kandinsky do: {_EAGERLY}"
 
 
-class Limit(NamedTuple):
-    """A config key, the values with which a module has the contract's inputs, and why it has not with any other."""
-
-    key: str
-    usual: tuple[Any, ...]
-    why: str
-
-
-# Of UNet2DConditionModel and ControlNetModel; every other key changes what is computed within, which the graph holds.
-LIMITS = (
-    Limit(
-        "time_cond_proj_dim",
-        (None,),
-        "it takes the guidance scale as an input, as LCM-distilled UNets do, and guidance-embedded UNets are not "
-        f"supported yet: {_EAGERLY}, or give its base model",
-    ),
-    Limit("encoder_hid_dim_type", (None,), f"it projects other embeddings than the text encoder's: {_EAGERLY}"),
-    Limit("encoder_hid_dim", (None,), f"it projects other embeddings than the text encoder's: {_EAGERLY}"),
-    Limit("addition_embed_type", (None,), _ADDED),
-    Limit("class_embed_type", (None,), _CLASSES),
-    Limit("num_class_embeds", (None,), _CLASSES),
-    Limit("class_embeddings_concat", (None, False), _CLASSES),
-    Limit("attention_type", (None, "default"), f"it takes boxes and phrases, as GLIGEN does: {_EAGERLY}"),
-    Limit("dual_cross_attention", (None, False), f"it attends to two conditions at once: {_EAGERLY}"),
-    Limit(
-        "global_pool_conditions",
-        (None, False),
-        "it pools its residuals over the image (global_pool_conditions, as the shuffle model does), "
-        "which is not supported: use it with the eager pipeline",
-    ),
-)
-# Parts of the Python pipelines, beside the heavy ones, that give a UNet inputs; and what to do.
+_PROJECTED = f"it projects other embeddings than the text encoder's: {_EAGERLY}"
+# Keys of UNet2DConditionModel and ControlNetModel with which these have other inputs than the contract's, and which;
+# every other key changes what is computed within, which the graph holds.
+LIMITS = {
+    "time_cond_proj_dim": "it takes the guidance scale as an input, as LCM-distilled UNets do, and guidance-embedded "
+    f"UNets are not supported yet: {_EAGERLY}, or give its base model",
+    "encoder_hid_dim_type": _PROJECTED,
+    "encoder_hid_dim": _PROJECTED,
+    "addition_embed_type": f"it takes conditions beside the text, as SDXL and Kandinsky do: {_EAGERLY}",
+    "class_embed_type": _CLASSES,
+    "num_class_embeds": _CLASSES,
+    "class_embeddings_concat": _CLASSES,
+    "attention_type": f"it takes boxes and phrases, as GLIGEN does: {_EAGERLY}",
+    "dual_cross_attention": f"it attends to two conditions at once: {_EAGERLY}",
+    "global_pool_conditions": "it pools its residuals over the image (global_pool_conditions, as the shuffle model "
+    "does), which is not supported: use it with the eager pipeline",
+}
+_USUAL = (None, False, "default")  # their values otherwise
+# Parts of the Python pipelines, beside the heavy ones, that give a UNet inputs.
 EXTRA_PARTS = {
     "adapter": "a T2I-Adapter, whose residuals no graph takes",
     "motion_adapter": "a motion adapter of AnimateDiff",
@@ -79,8 +65,8 @@ def check_config(part: str, config: Config) -> None:
     """ModelError when a UNet or ControlNet has inputs that the contract does not declare."""
     if part not in ("unet", "controlnet"):
         return
-    for key, usual, why in LIMITS:
-        if (value := config.get(key)) not in usual:
+    for key, why in LIMITS.items():
+        if (value := config.get(key)) not in _USUAL:
             reason = _IP_ADAPTER if value == "ip_image_proj" else why
             raise ModelError(f"the {part} cannot run as an engine, its {key} is {value!r}: {reason}")
 
@@ -102,57 +88,45 @@ def check_configs(configs: Mapping[str, Config]) -> None:
     unet = configs.get("unet")
     if unet is None:
         return
-    if (text := configs.get("text_encoder")) is not None:
-        width = text.get("hidden_size")
-        _agree("text encoder", "width", width, "UNet's cross_attention_dim", unet.get("cross_attention_dim"))
-    vae, controlnet = configs.get("vae"), configs.get("controlnet")
-    if vae is not None:
-        channels = vae.get("latent_channels")
-        _agree("VAE", "latent_channels", channels, "UNet's out_channels", unet.get("out_channels"))
+    text, vae, controlnet = (configs.get(part) for part in ("text_encoder", "vae", "controlnet"))
+    for part, own, value, other in (
+        ("text encoder", "width", (text or {}).get("hidden_size"), "cross_attention_dim"),
+        ("VAE", "latent_channels", (vae or {}).get("latent_channels"), "out_channels"),
+    ):
+        words = f"its {own} is {{}}, the UNet's {other} {{}}"
+        _fit(part, [(value, unet.get(other), words)], "give parts of one family (SD 1.x, SD 2.x)")
     if controlnet is not None:
         check_controlnet(controlnet, unet, vae)
 
 
-def _agree(what: str, own: str, value: Any, other: str, wanted: Any) -> None:
-    if value is not None and wanted is not None and value != wanted:
-        raise ModelError(
-            f"the {what} does not fit the UNet: its {own} is {value}, the {other} {wanted}. Give parts of one family "
-            "(SD 1.x, SD 2.x)"
-        )
+def _fit(part: str, pairs: Iterable[tuple[Any, Any, str]], advice: str) -> None:
+    """ModelError for the first two values that differ, in the words given; None differs from nothing."""
+    for ours, theirs, words in pairs:
+        if None not in (ours, theirs) and ours != theirs:
+            raise ModelError(f"the {part} does not fit the UNet: {words.format(ours, theirs)}: {advice}")
 
 
 def check_controlnet(controlnet: Config, unet: Config, vae: Config | None = None) -> None:
     """ModelError, naming both values, when a ControlNet's residuals or inputs do not fit a UNet (and its VAE)."""
     check_config("controlnet", controlnet)
-    advice = "give a ControlNet that was made for this UNet's family and layout (SD 1.x, SD 2.x, not a student)"
-    for key in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
-        if (ours := _listed(controlnet.get(key))) != (theirs := _listed(unet.get(key))) and None not in (ours, theirs):
-            raise ModelError(
-                f"the ControlNet does not fit the UNet: its {key} is {ours}, the UNet's is {theirs}: {advice}"
-            )
-    ours, theirs = (_residuals(config) for config in (controlnet, unet))
-    if ours != theirs:
+    if unet.get("in_channels") == 8:
         raise ModelError(
-            f"the ControlNet does not fit the UNet: it gives {len(ours)} residuals of {ours}, and the UNet takes "
-            f"{len(theirs)} of {theirs} (channels, part of the size): {advice}"
-        )
-    channels = unet.get("in_channels", 4)
-    if channels == 8:
-        raise ModelError(
-            f"the UNet takes {channels} channels ({PIPELINE_OF_CHANNELS[8]}), and no pipeline of diffusers uses a "
-            "ControlNet with it: leave the ControlNet out"
-        )
-    latents = controlnet.get("in_channels", 4)
-    if latents != unet.get("out_channels", 4):
-        raise ModelError(
-            f"the ControlNet does not fit the UNet: it takes {latents} channels, the latents have "
-            f"{unet.get('out_channels', 4)}: {advice}"
+            f"the UNet takes 8 channels ({PIPELINE_OF_CHANNELS[8]}), and no pipeline of diffusers uses a ControlNet "
+            "with it: leave the ControlNet out"
         )
     stride = 2 ** (len(controlnet.get("conditioning_embedding_out_channels") or (0,) * 4) - 1)
-    if vae is not None and stride != (scale := vae_scale(vae)):
-        raise ModelError(
-            f"the ControlNet does not fit the VAE: it reads {stride} pixels per latent, the VAE has {scale}: {advice}"
-        )
+    residuals = "it gives the residuals {} (channels, part of the size), and the UNet takes {}"
+    pairs = [
+        *(
+            (_listed(controlnet.get(key)), _listed(unet.get(key)), f"its {key} is {{}}, the UNet's is {{}}")
+            for key in ("cross_attention_dim", "block_out_channels", "layers_per_block")
+        ),
+        (_residuals(controlnet), _residuals(unet), residuals),
+        (controlnet.get("in_channels", 4), unet.get("out_channels", 4), "it takes {} channels, the latents have {}"),
+        (stride, vae and vae_scale(vae), "it reads {} pixels per latent, the VAE has {}"),
+    ]
+    advice = "give a ControlNet that was made for this UNet's family and layout (SD 1.x, SD 2.x, not a student)"
+    _fit("ControlNet", pairs, advice)
 
 
 def _listed(value: Any) -> Any:

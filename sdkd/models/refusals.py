@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from sdkd.core.files import read_json
 from sdkd.errors import InputError, an
@@ -17,40 +16,23 @@ _LORA = (
     "pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER)) and give that folder"
 )
 _CONTROLNET = "is a ControlNet, not a model: give its base model, and the ControlNet with --controlnet"
-_ALONE = "give the diffusers folder or the whole checkpoint that it belongs to"
-_OTHER = f"another architecture: {SUPPORTED}"
 
 
-class Kind(NamedTuple):
-    """Names that give a kind of weights away, and what to say of it."""
-
-    pattern: str
-    message: str
-
-
-# The first that matches any name is it. LoRAs come first: theirs hold the names of what they change.
-KINDS = tuple(
-    Kind(pattern, message)
-    for pattern, message in (
-        (r"(^|\.)lora_|\.lora\.|_lora\.|\.(hada|lokr)_w\d", _LORA),
-        (r"^conditioner\.embedders\.1\.|^add_embedding\.", f"is SDXL: {SUPPORTED}"),
-        (r"(^|\.)(double|single|single_transformer)_blocks\.", f"is Flux or a model like it: {SUPPORTED}"),
-        (r"(^|\.)joint_blocks\.|^context_embedder\.", f"is Stable Diffusion 3: {SUPPORTED}"),
-        (r"^control_model\.|^controlnet_|^input_hint_block\.", _CONTROLNET),
-        (r"^depth_model\.", f"is a depth-to-image model, whose UNet takes a depth map as well: {SUPPORTED}"),
-        (r"motion_modules\.", f"is a motion module of AnimateDiff, not a model: {SUPPORTED}"),
-        (r"(^|\.)ip_adapter\.|^image_proj\.", f"is an IP-Adapter, not a model: {SUPPORTED}"),
-    )
-)
+# Patterns of names that give a kind of weights away, and what to say of it. LoRAs come first: theirs hold the names of
+# what they change.
+_KINDS = {
+    r"(^|\.)lora_|\.lora\.|_lora\.|\.(hada|lokr)_w\d": _LORA,
+    r"^control_model\.|^controlnet_|^input_hint_block\.": _CONTROLNET,
+    r"^conditioner\.embedders\.1\.|^add_embedding\.": f"is SDXL: {SUPPORTED}",
+    r"(^|\.)((double|single|single_transformer|joint)_blocks|ip_adapter)\.|^(context_embedder|depth_model|image_proj)\."
+    r"|motion_modules\.": f"is not for Stable Diffusion 1.x or 2.x alone (Flux, SD 3, AnimateDiff, ...): {SUPPORTED}",
+}
 # Parts of a pipeline on their own; looked for only where the UNet of a checkpoint is missing.
-PARTS = tuple(
-    Kind(pattern, f"is {what} alone: {_ALONE}")
-    for pattern, what in (
-        (r"^(first_stage_model\.)?(decoder\.|encoder\.(mid|down|conv_in))", "a VAE"),
-        (r"^(input_blocks|middle_block|output_blocks|down_blocks|up_blocks)\.", "a UNet"),
-        (r"^(cond_stage_model\.|text_model\.|transformer\.resblocks\.|encoder\.layers\.)", "a text encoder"),
-    )
-)
+_PARTS = {
+    r"^(first_stage_model\.)?(decoder\.|encoder\.(mid|down|conv_in))": "a VAE",
+    r"^(input_blocks|middle_block|output_blocks|down_blocks|up_blocks)\.": "a UNet",
+    r"^(cond_stage_model\.|text_model\.|transformer\.resblocks\.|encoder\.layers\.)": "a text encoder",
+}
 _EMBEDDING = (
     "is a textual-inversion embedding, not a model: give the model that it belongs to, and load the embedding with "
     "pipe.load_textual_inversion(FILE)"
@@ -63,42 +45,26 @@ _EMA = (
 
 def what_it_is(tensors: Mapping[str, Tensor], needed: str) -> str | None:
     """What weights are that are not those of an SD checkpoint, for a message; None when they have the `needed` name."""
-    foreign = _first(KINDS, tensors)
+    foreign = _first(_KINDS, tensors)
     if foreign or needed in tensors:
         return foreign
-    if _is_embedding(tensors.values()):
+    if 0 < len(tensors) <= 2 and all(len(t.shape) in (1, 2) and t.shape[-1] >= 768 for t in tensors.values()):
         return _EMBEDDING
     if any(name.startswith("model_ema.diffusion_model") for name in tensors):
         return _EMA
-    if part := _first(PARTS, tensors):
-        return part
+    if part := _first(_PARTS, tensors):
+        return f"is {part} alone: give the diffusers folder or the whole checkpoint that it belongs to"
     if any(name.startswith("model.diffusion_model.") for name in tensors):
-        return f"holds {_OTHER}"
+        return f"holds another architecture: {SUPPORTED}"
     return (
         f"holds no Stable Diffusion UNet (its first weight is {min(tensors, default='none')}): give a whole checkpoint"
     )
 
 
-def _first(kinds: Iterable[Kind], names: Collection[str]) -> str | None:
-    return next((kind.message for kind in kinds if any(re.search(kind.pattern, name) for name in names)), None)
+def _first(kinds: Mapping[str, str], names: Collection[str]) -> str | None:
+    return next((said for pattern, said in kinds.items() if any(re.search(pattern, name) for name in names)), None)
 
 
-def _is_embedding(tensors: Collection[Tensor]) -> bool:
-    """A vector, or a few, for one or two text encoders."""
-    return 0 < len(tensors) <= 2 and all(len(tensor.shape) in (1, 2) and tensor.shape[-1] >= 768 for tensor in tensors)
-
-
-# Marks in the class names of pipelines that are not supported, and why.
-_PIPELINES = {
-    "ControlNet": "whose UNet works with a ControlNet: give its base model, and the ControlNet with --controlnet",
-    "XL": "which has another UNet and two text encoders",
-    "StableDiffusion3": "which is another architecture",
-    "Flux": "which is another architecture",
-    "Upscale": "whose UNet takes the image's noise level as well",
-    "Depth2Img": "whose UNet takes a depth map as well",
-    "UnCLIP": "whose UNet takes image embeddings as well",
-    "ImageVariation": "whose UNet takes image embeddings instead of text",
-}
 # Files of folders that are no pipelines, and what such a folder is.
 _FILES = {
     "adapter_config.json": _LORA,
@@ -107,11 +73,6 @@ _FILES = {
     "learned_embeds.safetensors": _EMBEDDING,
     "learned_embeds.bin": _EMBEDDING,
 }
-
-
-def other_pipeline(kind: Any) -> str:
-    """Why a pipeline of this class is not supported, as a clause, or nothing."""
-    return next((f", {why}" for mark, why in _PIPELINES.items() if mark.lower() in str(kind).lower()), "")
 
 
 OTHER_EXPORT = (

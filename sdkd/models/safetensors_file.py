@@ -52,8 +52,8 @@ class Tensor(NamedTuple):
     def rows(self, first: int, last: int) -> Tensor:
         """The rows `[first, last)` along the first axis."""
         size = (self.end - self.start) // self.shape[0]
-        places = {"start": self.start + first * size, "end": self.start + last * size}
-        return self._replace(shape=(last - first, *self.shape[1:]), **places)
+        start, end = (self.start + index * size for index in (first, last))
+        return self._replace(shape=(last - first, *self.shape[1:]), start=start, end=end)
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor on the CPU, numbers with a point cast to `dtype` (None: as in the file); nothing stays mapped."""
