@@ -1,4 +1,4 @@
-"""Published families and students are recognised by their configs, those of old diffusers versions included."""
+"""Published families and students are recognised, those of old diffusers versions too; the tokenizer is CLIP's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
+from sdkd.models.clip_tokenizer import MERGES, clip_tokenizer
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.families import CLASSES, FAMILIES, empty, student_names
 from sdkd.models.resolve import load_eager, resolve
@@ -36,15 +39,11 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_students_are_recognised(name: str) -> None:
-    config, students = PUBLISHED[name]
-    assert student_names(config) == students
-
-
-@pytest.mark.parametrize("student", STUDENTS)
-def test_our_own_students_are_recognised(student: str) -> None:
-    assert student in student_names(student_config(helpers.TEACHER_UNET, student))
+def test_published_students_and_our_own_are_recognised() -> None:
+    for name, (config, students) in PUBLISHED.items():
+        assert student_names(config) == students, name
+    for student in STUDENTS:
+        assert student in student_names(student_config(helpers.TEACHER_UNET, student))
 
 
 @pytest.mark.parametrize("student", ["sd-small", "bk-small", "sd-tiny"])
@@ -62,8 +61,6 @@ def test_a_folder_with_an_old_config_loads(student: str, tmp_path: Path) -> None
 
 
 def test_attention_of_the_vae_in_its_old_names(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     pipe = helpers.tiny_pipeline()
     write_pipeline(pipe, tmp_path / "model")
     file = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
@@ -92,3 +89,32 @@ def test_published_sizes(family: str) -> None:
     assert tuple(sum(p.numel() for p in module.parameters()) for module in modules) == PARAMETERS[family]
     assert FAMILIES[family].rest().scheduler.config.prediction_type == FAMILIES[family].prediction_type
     assert modules[2].config.pad_token_id == FAMILIES[family].rest().tokenizer.pad_token_id
+
+
+# Ids as CLIP's own tokenizer gives them.
+KNOWN = {
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "A  Photo, of\na cat": [320, 1125, 267, 539, 320, 2368],
+    "": [],
+    "!": [256],
+    "1girl": [272, 1611],
+}
+
+
+def test_the_embedded_tokenizer(tmp_path: Path) -> None:
+    tokenizer = clip_tokenizer()
+    for text, ids in KNOWN.items():
+        assert tokenizer(text).input_ids == [49406, *ids, 49407]
+    assert (len(tokenizer), tokenizer.model_max_length) == (49408, 77)
+    letters = ["!", "Ń", "!</w>", "Ń</w>", "in", "th", "jekyll</w>"]
+    assert tokenizer.convert_ids_to_tokens([0, 255, 256, 511, 512, 513, 49405]) == letters
+    for text in ("日本語", "café 🐱 don't", "naïve Ωμέγα"):
+        back = tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True)
+        assert back.replace(" ", "") == text.lower().replace(" ", "")
+    for pad, token in ((49407, "<|endoftext|>"), (0, "!")):  # of SD 1.x, of SD 2.x
+        padded = clip_tokenizer(token)("cat", padding="max_length").input_ids
+        assert (len(padded), padded[:4]) == (77, [49406, 2368, 49407, pad])
+        clip_tokenizer(token).save_pretrained(tmp_path / str(pad))
+        again = CLIPTokenizer.from_pretrained(tmp_path / str(pad))
+        assert again("cat", padding="max_length").input_ids == padded
+    assert "Copyright (c) 2021 OpenAI" in (MERGES.parent / "NOTICE").read_text(encoding="utf-8")

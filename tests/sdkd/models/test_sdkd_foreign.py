@@ -76,27 +76,22 @@ FILES: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_checkpoint(name: str, tmp_path: Path) -> None:
-    make, message = FILES[name]
-    path = ldm_files.write(tmp_path / f"{name}.safetensors", make())
-    with pytest.raises(ModelError, match=rf"checkpoint '.*{name}.safetensors' {message}"):
-        resolve(path)
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    for name, (make, message) in FILES.items():
+        path = ldm_files.write(tmp_path / f"{name}.safetensors", make())
+        with pytest.raises(ModelError, match=rf"checkpoint '.*{name}.safetensors' {message}"):
+            resolve(path)
 
 
-@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".pth", ""])
-def test_pickles_are_not_read(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"model{suffix}"
-    torch.save({"state_dict": one("x")}, path)
-    with pytest.raises(ModelError, match=r"only .safetensors is read .pickles can run code on loading.; convert it"):
-        resolve(path)
-
-
-@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
-def test_the_conversion_that_the_message_names_works(suffix: str, tmp_path: Path) -> None:
+def test_pickles_are_not_read_and_the_conversion_that_is_named_works(tmp_path: Path) -> None:
     state = ldm_files.ldm_state(helpers.tiny_pipeline())
-    torch.save({"state_dict": state}, tmp_path / f"model{suffix}")
-    save_file(torch.load(tmp_path / f"model{suffix}", weights_only=True)["state_dict"], tmp_path / "new.safetensors")
+    for suffix in (".ckpt", ".pt", ".bin", ".pth", ""):
+        torch.save({"state_dict": state}, tmp_path / f"model{suffix}")
+        with pytest.raises(
+            ModelError, match=r"only .safetensors is read .pickles can run code on loading.; convert it"
+        ):
+            resolve(tmp_path / f"model{suffix}")
+    save_file(torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"], tmp_path / "new.safetensors")
     with pytest.raises(ModelError, match=r"has an unknown UNet .width 16"):  # that is: it was read and recognised
         resolve(tmp_path / "new.safetensors")
 
@@ -142,8 +137,12 @@ def test_a_folder_with_pickled_weights_only(folder: Path) -> None:
     assert torch.equal(load_component(folder / "new", "unet").conv_in.weight, helpers.tiny_unet().conv_in.weight)
 
 
-def test_weights_that_are_not_there(folder: Path) -> None:
+def test_weights_that_are_not_there_or_end_too_early(folder: Path) -> None:
     weights = folder / "unet" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    size = weights.stat().st_size
+    with pytest.raises(ModelError, match=rf"is cut off: {size} of {size + 1} bytes; download or save it again"):
+        resolve(folder)
     weights.rename(weights.with_name("other.safetensors"))
     with pytest.raises(ModelError, match=r"holds other.safetensors alone, none of which is named diffusion_"):
         resolve(folder)
@@ -152,45 +151,34 @@ def test_weights_that_are_not_there(folder: Path) -> None:
         resolve(folder)
 
 
+def headed(text: bytes, length: int | None = None) -> bytes:
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+def row(offsets: list[Any]) -> bytes:
+    return headed(json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()) + b"\0" * 8
+
+
+HEADER = "is damaged: its header is not that of a safetensors file"
 DAMAGE = {
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer, not"),
-    "empty": (b"", "is cut off or damaged: its 0 bytes do not hold"),
-    "short": (b"123", "is cut off or damaged: its 3 bytes"),
-    "long header": ((10**6).to_bytes(8, "little") + b"{}", "is cut off or damaged: its 10 bytes"),
-    "garbage": ((4).to_bytes(8, "little") + b"{{{{", "is damaged: its header is not that of a safetensors file"),
-    "deep": ((10**5).to_bytes(8, "little") + b"[" * 10**5, "is damaged"),
-    "list": ((2).to_bytes(8, "little") + b"[]", "is damaged"),
-    "row": ((8).to_bytes(8, "little") + b'{"a": 1}', "is damaged"),
-    "pickle": (b"PK\x03\x04" + b"\0" * 100, "is a pickle under a .safetensors name, which can run code"),
-    "page": (b"<!DOCTYPE html><html></html>" + b" " * 100, "is a web page, not weights: download it again"),
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n": "is a Git LFS pointer, not",
+    b"": "is cut off or damaged: its 0 bytes do not hold",
+    b"123": "is cut off or damaged: its 3 bytes",
+    headed(b"{}", 10**6): "is cut off or damaged: its 10 bytes",
+    b"PK\x03\x04" + b"\0" * 100: "is a pickle under a .safetensors name, which can run code",
+    b"<!DOCTYPE html><html></html>" + b" " * 100: "is a web page, not weights: download it again",
+    **dict.fromkeys([headed(b"{{{{"), headed(b"[" * 10**5), headed(b"[]"), headed(b'{"a": 1}')], HEADER),
+    **{row(offsets): HEADER for offsets in ([0, 5], [-4, 0], [4, 0], [0, 1e400], ["a", "b"], [0])},
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_weights(name: str, folder: Path, tmp_path: Path) -> None:
-    content, message = DAMAGE[name]
-    (folder / "vae" / WEIGHTS).write_bytes(content)
-    (tmp_path / "single.safetensors").write_bytes(content)
-    for path in (folder, tmp_path / "single.safetensors"):
-        with pytest.raises(ModelError, match=rf"weights file '.*' {message}"):
-            load_eager(path)
-
-
-@pytest.mark.parametrize("offsets", [[0, 5], [-4, 0], [4, 0], [0, 1e400], ["a", "b"], [0]])
-def test_headers_that_contradict_themselves(offsets: list[Any], tmp_path: Path) -> None:
-    row = {"x": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}
-    header = json.dumps(row).encode()
-    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
-    with pytest.raises(ModelError, match="is damaged: its header is not that of a safetensors file"):
-        resolve(tmp_path / "x.safetensors")
-
-
-def test_a_file_that_ends_too_early(folder: Path) -> None:
-    weights = folder / "unet" / WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-1])
-    size = weights.stat().st_size
-    with pytest.raises(ModelError, match=rf"is cut off: {size} of {size + 1} bytes; download or save it again"):
-        resolve(folder)
+def test_damaged_weights(folder: Path, tmp_path: Path) -> None:
+    for content, message in DAMAGE.items():
+        (folder / "vae" / WEIGHTS).write_bytes(content)
+        (tmp_path / "single.safetensors").write_bytes(content)
+        for path in (folder, tmp_path / "single.safetensors"):
+            with pytest.raises(ModelError, match=rf"weights file '.*' {message}"):
+                resolve(path)
 
 
 def test_missing_and_odd_weights_of_a_folder(folder: Path) -> None:

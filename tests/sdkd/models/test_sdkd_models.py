@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from sdkd.bundle.manifest import Bundle, Manifest
-from sdkd.errors import InputError, ModelError
-from sdkd.models import random_weights as random_models
+from sdkd.errors import BundleError, InputError, ModelError
 from sdkd.models import resolve as models
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.families import FAMILIES, Family
@@ -49,11 +48,6 @@ def test_load_folder(folder: Path) -> None:
     assert load_eager(folder, torch.float16).unet.dtype == torch.float16
 
 
-def test_load_half_variant(folder: Path, tmp_path: Path) -> None:
-    helpers.tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
-    assert load_eager(tmp_path / "half").unet.dtype == torch.float32
-
-
 PARTS: tuple[models.Part, ...] = ("unet", "vae", "text_encoder")
 
 
@@ -66,6 +60,7 @@ def test_one_component_is_that_of_the_whole(folder: Path, tmp_path: Path) -> Non
     helpers.tiny_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
     for model in (folder, tmp_path / "half", bundle_of(tmp_path / "bundle", str(folder))):
         whole = load_eager(model)
+        assert whole.unet.dtype == torch.float32
         for part in PARTS:
             module = load_component(model, part)
             assert same_weights(module, getattr(whole, part))
@@ -84,37 +79,37 @@ def test_the_rest_has_everything_but_weights(folder: Path) -> None:
     assert rest.scheduler.config == whole.scheduler.config
 
 
-def test_missing_model() -> None:
-    with pytest.raises(ModelError, match="model 'nothing' does not exist: give a diffusers folder, a hub id"):
-        resolve("nothing")
-
-
 @pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ('{"_class_name": "StableDiffusionPipeline"}', "lacks unet, vae, text_encoder, tokenizer, scheduler"),
-        ("{", "is not JSON"),
-        ("[1]", "save or download the model again"),
-    ],
-)
-def test_damaged_folders_are_refused(index: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(index)
-    with pytest.raises(ModelError, match=message):
-        resolve(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["models/sd.safetensors", "models/sd.ckpt", "a/b.ONNX"])
-def test_a_file_that_is_not_there_is_no_hub_model(name: str) -> None:
-    with pytest.raises(ModelError, match="does not exist: give a diffusers folder, a hub id"):
+    "name", ["nothing", "models/sd.safetensors", "models/sd.ckpt", "a/b.ONNX"]
+)  # what ends like a file is no hub id
+def test_missing_model(name: str) -> None:
+    with pytest.raises(ModelError, match=f"model '{name}' does not exist: give a diffusers folder, a hub id"):
         resolve(name)
 
 
-def test_a_damaged_config(tmp_path: Path) -> None:
-    write_pipeline(helpers.tiny_pipeline(), tmp_path / "p")
-    for content, message in {"{": "config.json' is not JSON", "3": "save or download the model again"}.items():
-        (tmp_path / "p" / "unet" / "config.json").write_text(content)
-        with pytest.raises(ModelError, match=message):
-            resolve(tmp_path / "p")
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for part in ("model_index.json", "unet/config.json"):
+        for content, message in {"{": "json' is not JSON", "[1]": "save or download the model again"}.items():
+            (tmp_path / "p" / part).write_text(content)
+            with pytest.raises(ModelError, match=message):
+                resolve(tmp_path / "p")
+        if part == "model_index.json":
+            (tmp_path / "p" / part).write_text('{"_class_name": "StableDiffusionPipeline"}')
+            with pytest.raises(ModelError, match="lacks unet, vae, text_encoder, tokenizer, scheduler"):
+                resolve(tmp_path / "p")
+            write_pipeline(helpers.tiny_pipeline(), tmp_path / "p")
+
+
+def test_an_export_of_another_tool_is_named(tmp_path: Path) -> None:
+    for part in ("unet", "text_encoder", "vae_decoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.onnx").write_bytes(b"")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ModelError, match=r"is an export by Optimum.*give the model that it was made from"):
+        resolve(tmp_path)
+    with pytest.raises(BundleError, match=r"is an export by Optimum.*not a bundle"):
+        Bundle.open(tmp_path)
 
 
 def test_a_student_is_noted(tmp_path: Path) -> None:
@@ -125,27 +120,21 @@ def test_a_student_is_noted(tmp_path: Path) -> None:
     assert resolve(tmp_path / "whole").notes == ()
 
 
-def test_hub_model_without_network() -> None:
-    with pytest.raises(ModelError, match=r"'nobody/nothing' could not be loaded .* check the spelling and the network"):
-        load_eager("nobody/nothing")
-
-
 def test_bundle_leads_to_its_original(folder: Path, tmp_path: Path) -> None:
     assert load_eager(bundle_of(tmp_path / "good", str(folder))).unet.config.cross_attention_dim == helpers.CONTEXT
     with pytest.raises(ModelError, match=r"holds ONNX graphs and engines, not PyTorch weights, .* is gone"):
         load_eager(bundle_of(tmp_path / "gone", str(tmp_path / "no-such-model")))
 
 
-def test_demo_without_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "DEMO_WEIGHTS", tmp_path)
-    with pytest.raises(ModelError, match="the demo's teacher is not in this installation"):
-        resolve("demo")
-
-
-def test_demo_is_a_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_the_demo_is_a_folder_of_the_installation(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
     monkeypatch.setattr(models, "DEMO_WEIGHTS", folder)
     assert resolve("demo").kind == "demo"
     assert load_eager("demo").unet.config.sample_size == 8
+    monkeypatch.setattr(models, "DEMO_WEIGHTS", tmp_path)
+    with pytest.raises(ModelError, match="the demo's teacher is not in this installation"):
+        resolve("demo")
 
 
 @pytest.mark.parametrize("name", ["random:sd3", "random:sd15-micro", "random:"])
@@ -170,15 +159,14 @@ def test_random_pipeline_is_the_same_in_every_dtype(monkeypatch: pytest.MonkeyPa
     assert image.std() > 0
 
 
-def test_random_models_have_the_tokenizer_of_their_family() -> None:
-    assert load_rest("random:sd15").tokenizer.pad_token_id == 49407
-    assert load_rest("random:sd21-bk-small").tokenizer.pad_token_id == 0
-
-
-def test_random_shapes_are_full_size() -> None:
-    assert random_models.parse("random:sd15").unet_config["cross_attention_dim"] == 768
-    assert random_models.parse("random:sd21-bk-small").unet_config["mid_block_type"] is None
-    assert random_models.parse("random:sd21-bk-small").student.name == "bk-small"  # type: ignore[union-attr]
+def test_random_models_are_those_of_their_family() -> None:
+    for name, pad, width, mid in (
+        ("random:sd15", 49407, 768, "UNetMidBlock2DCrossAttn"),
+        ("random:sd21-bk-small", 0, 1024, None),
+    ):
+        assert load_rest(name).tokenizer.pad_token_id == pad
+        config = resolve(name).unet_config
+        assert (config["cross_attention_dim"], config["mid_block_type"]) == (width, mid)
 
 
 @pytest.mark.slow

@@ -124,6 +124,7 @@ def test_what_a_checkpoint_predicts(state: dict[str, torch.Tensor], tmp_path: Pa
     flat = ldm_files.write(tmp_path / "flat.safetensors", state)
     assert predicted(flat)[0] == "epsilon"
     assert "judging by the spread of a weight" in predicted(flat)[1]
+    assert resolve(flat).notes[1] == "holds averaged (EMA) weights as well, which are not used"
     spread = state | {SPREAD: torch.tensor([-0.1, 0.1]).repeat(len(state[SPREAD]) // 2)}
     wide = ldm_files.write(tmp_path / "wide.safetensors", spread)
     assert predicted(wide)[0] == "v_prediction"
@@ -152,12 +153,7 @@ def test_a_config_beside_the_checkpoint_decides(state: dict[str, torch.Tensor], 
             resolve(path)
 
 
-def test_averaged_weights_are_mentioned(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    notes = resolve(ldm_files.write(tmp_path / "model.safetensors", state)).notes
-    assert notes[1] == "holds averaged (EMA) weights as well, which are not used"
-
-
-def test_missing_weights_are_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_missing_and_odd_weights_are_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     for name, own in {
         "model.diffusion_model.out.2.bias": "unet lacks 1 of .* .conv_out.bias",
         "first_stage_model.decoder.up.3.block.0.conv1.weight": "vae lacks .* .decoder.up_blocks.0.*conv1.weight",
@@ -167,29 +163,21 @@ def test_missing_weights_are_named(state: dict[str, torch.Tensor], tmp_path: Pat
         with pytest.raises(ModelError, match=rf"its {own}\): the file is incompl"):
             load_component(path, "text_encoder")
 
-
-def test_weights_of_another_shape_are_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     state["model.diffusion_model.time_embed.0.bias"] = torch.zeros(7)
-    path = ldm_files.write(tmp_path / "odd.safetensors", state)
-    with pytest.raises(
-        ModelError,
-        match=r"1 of \d+ weights in another shape .* .time_embedding.linear_1.bias: expected \[64\], found \[7\]",
-    ):
-        load_eager(path)
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ("first_stage_model.", "has no vae .no weight begins with first_stage_model.*: give a checkpoint that holds"),
-        ("cond_stage_model.", "has no text_encoder .no weight begins with cond_stage_model.transformer. or cond_stage"),
-        ("model.diffusion_model.", "is a VAE alone: give the diffusers folder or the whole checkpoint"),
-    ],
-)
-def test_a_missing_part_is_named(part: str, message: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    rest = {name: value for name, value in state.items() if not name.startswith(part)}
+    message = r"1 of \d+ weights in another shape .* .time_embedding.linear_1.bias: expected \[64\], found \[7\]"
     with pytest.raises(ModelError, match=message):
-        resolve(ldm_files.write(tmp_path / "part.safetensors", rest))
+        load_eager(ldm_files.write(tmp_path / "odd.safetensors", state))
+
+
+def test_a_missing_part_is_named(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    for part, message in {
+        "first_stage_model.": "has no vae .no weight begins with first_stage_model.*: give a checkpoint that holds",
+        "cond_stage_model.": "has no text_encoder .no weight begins with cond_stage_model.transformer. or cond_stage",
+        "model.diffusion_model.": "is a VAE alone: give the diffusers folder or the whole checkpoint",
+    }.items():
+        rest = {name: value for name, value in state.items() if not name.startswith(part)}
+        with pytest.raises(ModelError, match=message):
+            resolve(ldm_files.write(tmp_path / "part.safetensors", rest))
 
 
 def test_unknown_unets_are_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
