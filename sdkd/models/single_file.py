@@ -18,7 +18,7 @@ from sdkd.errors import InputError, ModelError
 from sdkd.models.families import FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
 from sdkd.models.ldm_names import LDM_PREFIXES, UNET, located
 from sdkd.models.refusals import SUPPORTED, what_it_is
-from sdkd.models.safetensors_file import Weights, check_complete, check_shapes, fill, shapes_of
+from sdkd.models.safetensors_file import Tensor, Weights, check_complete, check_shapes, fill, shapes_of
 from sdkd.models.weight_files import current_names
 
 if TYPE_CHECKING:
@@ -58,17 +58,24 @@ class Checkpoint:
         """The pipeline without its heavy parts."""
         return self.family.rest(self.channels, self.prediction_type)
 
+    @cached_property
+    def _located(self) -> dict[str, dict[str, Tensor]]:
+        """Where each part's weights lie, by name; ModelError when any part is incomplete."""
+        found = {}
+        for part in HEAVY:
+            what, module = f"checkpoint {str(self.weights.path)!r}: its {part}", empty(part, self._config(part))
+            shapes = shapes_of(module)
+            found[part] = current_names(located(part, module, self.weights.tensors), shapes)
+            check_complete([name for name in shapes if name not in found[part]], len(shapes), what)
+            check_shapes(shapes, found[part], what)
+        return found
+
+    def _config(self, part: str) -> dict[str, Any]:
+        return self.unet_config if part == "unet" else self.family.config(part)
+
     def load_part(self, part: str, dtype: torch.dtype) -> Any:
         """One of the heavy parts, in `dtype`; ModelError when any part of the checkpoint is incomplete."""
-        modules, tensors = {}, {}
-        for name in HEAVY:
-            what = f"checkpoint {str(self.weights.path)!r}: its {name}"
-            modules[name] = empty(name, self.unet_config if name == "unet" else self.family.config(name))
-            shapes = shapes_of(modules[name])
-            tensors[name] = current_names(located(name, modules[name], self.weights.tensors), shapes)
-            check_complete([key for key in shapes if key not in tensors[name]], len(shapes), what)
-            check_shapes(shapes, tensors[name], what)
-        return fill(modules[part], tensors[part], dtype)
+        return fill(empty(part, self._config(part)), self._located[part], dtype)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
