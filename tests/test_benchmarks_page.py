@@ -24,7 +24,8 @@ import bench_export
 import bench_runtime
 import benchmarks_page
 from bench_kit.commands import Measured, Run
-from gpu_bench.settings import KINDS
+from bench_kit.overhead import overhead_row
+from gpu_bench.settings import FIGURES
 
 ROOT = Path(__file__).parent.parent
 HEAD = {
@@ -104,15 +105,21 @@ def runtime_file() -> dict[str, Any]:
     }
     words: dict[str, Any] = {"command": "python tools/bench_runtime.py --pieces overhead", "optimum": None}
     words |= {"settings": {"steps": 4, "size": 512}, "schema": bench_runtime.SCHEMA}
-    rows = [bench_runtime.overhead_row("demo", "onnxruntime", samples)]
+    rows = [overhead_row("demo", "onnxruntime", samples)]
     found = bench_runtime.merged({}, {**HEAD, **words}, "overhead", rows)
-    drawn = [{"seconds": each + 1.0, "unet": [each], "vae": [0.5], "text": [0.1]} for each in (2.0, 2.1, 2.2)]
-    quick = [{**one, "seconds": one["seconds"] / 2, "unet": [one["unet"][0] / 2]} for one in drawn]
     images = [
-        bench_runtime.image_row("student, eager fp32", drawn, drawn, None),
-        bench_runtime.image_row("student, onnxruntime", quick, drawn, 61.25),
+        bench_runtime.image_row(image_result("student, eager fp32", 1.0), None),
+        bench_runtime.image_row(image_result("student, onnxruntime", 2.0), 61.25),
     ]
     return bench_runtime.merged(found, {**HEAD, **words}, "onnxruntime", images)
+
+
+def image_result(label: str, speed: float) -> dict[str, Any]:
+    """A result of a comparison, so many times faster than its baseline."""
+    found: dict[str, Any] = {name: {"median": 3100 / speed, "samples": [[3.0]]} for name in bench_runtime.TIMED}
+    ratio = {"baseline": {"value": speed, "low": speed, "high": speed}} if speed > 1 else {}
+    found |= {"image_s": {"median": 3.1 / speed, "samples": [[3.0]]}, "image_speedup": ratio, "step_speedup": ratio}
+    return {**found, "label": label, "rest_ms": 8.0, "unet_calls": 4}
 
 
 def test_pieces_of_a_runtime_result_are_measured_apart_and_of_one_setting(tmp_path: Path) -> None:
@@ -128,16 +135,21 @@ def test_pieces_of_a_runtime_result_are_measured_apart_and_of_one_setting(tmp_pa
 
 
 def gpu_report_file(pieces: Sequence[str], dry_run: bool = False) -> dict[str, Any]:
-    """A result of tools/gpu_report.py."""
-    row = {"what": "ceilings", "precision": "fp16", "flops_per_s": 8e14, "bytes_per_s": 4e12, "how": "a product"}
-    found = {"state": "done", "rows": [row], "facts": {}, "errors": {}}
-    settings = {"models": {"tiny": "random:sd15-tiny"}, "precision": "fp16", "sizes": [512], "batches": [2]}
+    """A result of tools/gpu_report.py: rows of some pieces, and a comparison of one target."""
+    row = {"what": "LoRA", "way": "tensorrt, refit", "slot": "onnxruntime"}
+    found: dict[str, Any] = {"state": "done", "rows": [row], "facts": {}, "errors": {}}
+    engine = {"target": "tensorrt", "precision": "fp16", "bundle": "b", "step_speedup": {"eager": {"value": 3.0}}}
+    settings = {"models": {"tiny": "random:sd15-tiny"}, "precision": "fp16", "sizes": [512], "batches": [1]}
     words = {"command": "python tools/gpu_report.py", "settings": settings, "dry_run": dry_run}
-    return {**HEAD, **words, "environment": GPU, "pieces": dict.fromkeys(pieces, found)}
+    every = {
+        **dict.fromkeys(pieces, found),
+        "compare/tiny": {"rows": [], "facts": {"comparison": {"results": [engine]}}},
+    }
+    return {**HEAD, **words, "environment": GPU, "pieces": every}
 
 
 def test_a_dry_run_is_no_result(tmp_path: Path) -> None:
-    found = {"2026-01-02": gpu_report_file(["ceilings"], dry_run=True)}
+    found = {"2026-01-02": gpu_report_file(["lora/tiny"], dry_run=True)}
     with pytest.raises(InputError, match=r"a dry run of tools/gpu_report\.py measures nothing: keep it elsewhere"):
         benchmarks_page.whole_page(put(tmp_path, **found))
 
@@ -237,15 +249,15 @@ def test_a_file_that_lacks_a_figure_is_refused_by_name(tmp_path: Path) -> None:
 def test_what_no_gpu_has_measured_is_listed(tmp_path: Path) -> None:
     text = benchmarks_page.whole_page(put(tmp_path, demo=comparison_file(), train_256_tiny=train_file()))
     listed = re.findall(r"^- `([\w-]+)`:", text.split("## Not measured on a GPU yet\n")[1], flags=re.MULTILINE)
-    assert listed == [name for name, kind in KINDS.items() if kind.words]
+    assert listed == list(FIGURES)
     assert (ROOT / benchmarks_page.GPU_COMMAND.removeprefix("python ")).is_file()
 
 
 def test_what_a_gpu_has_measured_leaves_that_list(tmp_path: Path) -> None:
     put(tmp_path, demo=comparison_file(GPU), train_256_tiny=train_file(environment=GPU))
-    report = gpu_report_file(("onnxruntime/tiny", "compile/tiny", "images/tiny", "vae/tiny", "lora/tiny", "ceilings"))
+    report = gpu_report_file(("lora/tiny", "overhead/tiny"))
     text = benchmarks_page.whole_page(put(tmp_path, **{"2026-01-02": report}))
-    assert "| 2026-01-02 | UNet step of tiny on its best target, over eager | at least 2.5x | not measured |" in text
+    assert "| 2026-01-02 | UNet step of tiny on its best target, over eager | at least 2.5x | 3.00x |" in text
     assert "Measured on: Example GPU, driver 580.10, CUDA 13.0, Example CPU @ 2.10GHz" in text
     listed = re.findall(r"^- `([\w-]+)`:", text.split("## Not measured on a GPU yet\n")[1], flags=re.MULTILINE)
-    assert listed == ["tensorrt", "tensorrt-rtx"]
+    assert listed == ["compile", "tensorrt-rtx", "teacher-to-student"]

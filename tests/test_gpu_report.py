@@ -8,17 +8,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small_exports
 import torch
 from helpers import tiny_pipeline
+from made_once import made_once
 
+from engines.sessions import opening
 from sdkd.core.files import read_json, write_json
-from sdkd.errors import EngineError, InputError
-from sdkd.targets import gpu_trial
+from sdkd.errors import InputError
+from sdkd.targets import gpu_trial, registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -26,265 +27,173 @@ import gpu_report
 from bench_kit import runner
 from bench_kit.record import Record
 from bench_kit.runner import Piece, Place
-from gpu_bench import bundles, page, unets, wholes
-from gpu_bench.bench import Bench
-from gpu_bench.goals import goals
-from gpu_bench.settings import ENGINES, KINDS, Settings, all_pieces, chosen, dry
+from gpu_bench import page, pieces
+from gpu_bench.page import goals
+from gpu_bench.settings import FIGURES, SECONDS, TARGETS, Settings, all_pieces, chosen, dry
 
-SIZE = 32  # pixels of the small pipeline
-SHAPES = [(2, SIZE), (2, 2 * SIZE)]
-CEILINGS = {"what": "ceilings", "precision": "fp32", "flops_per_s": 9e10, "bytes_per_s": 2e10, "how": "product"}
-BLANK: dict[str, Any] = {"state": "done", "errors": {}, "facts": {}}
+SIZE = 64  # pixels
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """A dry run of a two-level model, whose bundle is there already, and of a teacher of four levels to train from."""
-    home = tmp_path_factory.mktemp("report")
+def small_report(home: Path) -> None:
+    """What every piece finds that needs no GPU, as a report holds it: run as a child runs it, but in this process.
+
+    Of a two-level model whose bundle is there already, and of a teacher of four levels to train from.
+    """
     for name, pipe in (("tiny", small_exports.small_pipeline()), ("teacher", tiny_pipeline())):
         pipe.save_pretrained(home / name)
-    (home / "work").mkdir()
     small_exports.bundle_copy(home / "work" / "tiny-fp32")
     models = {"tiny": str(home / "tiny"), "teacher": str(home / "teacher")}
-    return dry({
-        "models": models, "work": str(home / "work"), "sizes": (SIZE, 2 * SIZE), "batches": (2,), "seconds": 0.01,
-        "runs": 2,
-    })  # fmt: skip
+    settings = dry({"models": models, "work": str(home / "work")})
+    found: dict[str, Any] = {}
+    for piece in chosen(settings, "compare/tiny,teacher-to-student,overhead,train/tiny,lora"):
+        write_json(home / "piece", {"function": piece.function, "arguments": dict(piece.arguments)})
+        runner.child(home / "piece", home / "result")
+        found[piece.name] = {**read_json(home / "result"), "state": "done", "commit": "abc1234"}
+    head = {"date": "2026-01-02", "machine": "example", "command": "python tools/gpu_report.py", "dry_run": True}
+    environment = {"gpu": None, "cpu": "Example CPU"}
+    report = {**head, "commit": "abc1234", "settings": settings.public(), "environment": environment, "pieces": found}
+    write_json(home / "report.json", report)
 
 
 @pytest.fixture(scope="module")
-def pieces(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What every piece that needs no GPU found, as a report holds it: run as a child runs it, but in this process."""
-    folder, found = tmp_path_factory.mktemp("pieces"), {"ceilings": {**BLANK, "rows": [dict(CEILINGS)]}}
-    kinds = ("eager", "onnxruntime", "tensorrt-rtx", "images", "vae", "lora", "compile", "train")
-    for piece in [one for one in all_pieces(settings) if one.name in {f"{kind}/tiny" for kind in kinds}]:
-        write_json(folder / "piece", {"function": piece.function, "arguments": dict(piece.arguments)})
-        runner.child(folder / "piece", folder / "result")
-        found[piece.name] = {**read_json(folder / "result"), "state": "done", "commit": "abc1234"}
+def report() -> dict[str, Any]:
+    found: dict[str, Any] = read_json(made_once("gpu-report", small_report) / "report.json")
     return found
-
-
-def rows(piece: dict[str, Any], what: str) -> list[dict[str, Any]]:
-    return [row for row in piece["rows"] if row["what"] == what]
 
 
 # What the pieces find
 
 
-def steps_of(piece: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [(row["way"], row["batch"], row["size"]) for row in rows(piece, "UNet step")]
-
-
-def test_eager_steps_at_all_shapes(pieces: dict[str, Any]) -> None:
-    found = pieces["eager/tiny"]
-    assert found["errors"] == {}
-    way = "eager, channels_last"
-    assert steps_of(found) == [("eager", 2, SIZE), *((way, *shape) for shape in SHAPES)]
-    for row in rows(found, "UNet step"):
-        assert len(row["seconds"]) in (1, 2)
-        assert row["work"]["flops"] > row["batch"] * 1e6
-    (parity,) = rows(found, "parity")
-    assert max(parity["errors"]) < 1e-5
-    (queued,) = rows(found, "queued")
-    assert (queued["way"], queued["batch"]) == (way, 2)
-    assert 0.1 < queued["median_s"] / rows(found, "UNet step")[1]["median_s"] < 10  # of one call, not of ten
-    assert "SDPA" in found["facts"]["attention"]
-
-
-def test_engines_are_built_run_and_compared(pieces: dict[str, Any]) -> None:
-    found = pieces["onnxruntime/tiny"]
-    assert found["errors"] == {}
-    assert "export_s" not in found["facts"]  # the bundle was there
-    assert found["facts"]["engine_bytes"] > 10_000
-    assert steps_of(found) == [("onnxruntime", *shape) for shape in SHAPES]
-    assert all(row["load_s"] > 0 and row["first_call_s"] > 0 for row in rows(found, "UNet step"))
-    assert max(rows(found, "parity")[0]["errors"]) < 1e-4
-
-
-def test_what_cannot_run_is_recorded_in_its_own_words(pieces: dict[str, Any]) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    found = pieces["tensorrt-rtx/tiny"]
-    assert found["facts"]["engine_bytes"] > 10_000  # it is built
-    assert rows(found, "UNet step") == []
-    assert set(found["errors"]) == {"tensorrt-rtx, CUDA graphs", "tensorrt-rtx, no graphs"}
-    assert all("needs an NVIDIA GPU" in text for text in found["errors"].values())
-
-
-def test_images_vae_compile_and_training(pieces: dict[str, Any]) -> None:
-    for name in ("images/tiny", "vae/tiny", "compile/tiny", "train/tiny"):
-        assert pieces[name]["errors"] == {}, name
-    assert [row["way"] for row in rows(pieces["images/tiny"], "image")] == ["eager", "onnxruntime"]
-    eager = "eager, channels_last"
-    decoded = [row["way"] for row in rows(pieces["vae/tiny"], "VAE decode")]
-    assert decoded == [eager, eager, "onnxruntime", "onnxruntime"]
-    parity = {(row["component"], row["way"]): max(row["errors"]) for row in rows(pieces["vae/tiny"], "parity")}
-    assert list(parity) == [
-        ("text_encoder", "eager"), ("vae_decoder", eager), ("text_encoder", "onnxruntime"),
-        ("vae_decoder", "onnxruntime"),
+def test_models_are_compared_on_what_runs_here(report: dict[str, Any]) -> None:
+    alone, both = (report["pieces"][name] for name in ("compare/tiny", "teacher-to-student"))
+    assert (alone["errors"], both["errors"]) == ({}, {})
+    found = alone["facts"]["comparison"]
+    assert [row["label"] for row in found["results"]] == ["tiny eager", "tiny onnxruntime"]
+    assert (found["setup"]["size_px"], found["setup"]["steps"], found["setup"]["batch"]) == (SIZE, 2, 1)
+    engine = found["results"][1]
+    assert (engine["verdict"]["ok"], set(engine["step_speedup"]), engine["limit"]["fraction"] > 0) == (
+        True,
+        {"eager"},
+        True,
+    )
+    left = [note for note in found["notes"] if " was left out: " in note]
+    assert [note.partition(" was")[0] for note in left] == ["tiny tensorrt", "tiny tensorrt-rtx"]
+    built = {row["component"] for row in alone["facts"]["builds"] if row["made"] == "onnxruntime"}
+    assert built == {"unet", "text_encoder", "vae_decoder", "vae_encoder"}
+    results = both["facts"]["comparison"]["results"]
+    assert [(row["label"], row["role"]) for row in results] == [
+        ("teacher eager", "teacher"), ("tiny onnxruntime", "student")
     ]  # fmt: skip
-    assert max(parity.values()) < 1e-4
-    for name in ("images/tiny", "vae/tiny"):
-        built = pieces[name]["facts"]["builds"]
-        assert {"onnxruntime/text_encoder", "onnxruntime/vae_decoder"} <= set(built)
-        assert all(one["engine_bytes"] > 1000 for one in built.values())
-    assert steps_of(pieces["compile/tiny"]) == [("compile, eager", *shape) for shape in SHAPES]
-    ways = [f"compile, eager, batch {batch}, {size} px" for batch, size in SHAPES]
-    assert list(pieces["compile/tiny"]["facts"]["compile_s"]) == ways
-    steps = rows(pieces["train/tiny"], "training step")
-    assert [row["way"] for row in steps] == ["reference", "+ channels_last", "Trainer.step"]
-    assert {(row["student"], row["batch"], len(row["seconds"])) for row in steps} == {("tiny", 2, 3)}
+    assert set(results[1]["step_speedup"]) == {"teacher"}
 
 
-def test_a_lora_goes_on_and_comes_off_exactly(pieces: dict[str, Any]) -> None:
-    found = pieces["lora/tiny"]
-    assert found["errors"] == {}
-    assert found["facts"]["weights"] > 0
-    (row,) = rows(found, "LoRA")
+def test_the_runtime_is_measured_over_the_librarys_own_call(report: dict[str, Any]) -> None:
+    found = report["pieces"]["overhead/tiny"]
+    (row,) = found["rows"]
+    assert (row["model"], row["slot"]) == ("tiny", "onnxruntime")
+    assert {name: len(values) for name, values in row["samples"].items()} == {"bare": 2, "runtime": 2, "loop": 2}
+    assert min(row["bare_seconds"], row["runtime_seconds"]) > 0
+    assert list(found["errors"]) == ["tensorrt", "tensorrt-rtx"]  # in their own words
+
+
+def test_a_lora_goes_on_and_comes_off_exactly(report: dict[str, Any]) -> None:
+    (row,) = report["pieces"]["lora/tiny"]["rows"]
+    assert (row["way"], row["exact_back"], row["back"]) == ("onnxruntime, rebuild", True, 0.0)
+    assert row["weights"] > 0
     assert row["moved"] > 1e-4
-    assert row["exact_back"] is True
-    assert len(row["seconds"]) == 2
 
 
-def report_of(pieces: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    environment = {"gpu": None, "cpu": "Example CPU"}
-    head = {"date": "2026-01-02", "machine": "example", "command": "python tools/gpu_report.py", "dry_run": True}
-    found = {**head, "commit": "abc1234", "settings": settings.public(), "environment": environment, "pieces": pieces}
-    page.add_limits(found)
-    return found
+def test_a_students_steps_are_trained_and_held_against_the_limit(report: dict[str, Any]) -> None:
+    found = report["pieces"]["train/tiny"]
+    assert found["errors"] == {}
+    assert [row["way"] for row in found["rows"]] == ["reference", "+ channels_last", "Trainer.step"]
+    ceilings = found["facts"]["ceilings"]
+    for row in found["rows"]:
+        assert (row["student"], row["batch"], len(row["seconds_samples"])) == ("tiny", 2, 3)
+        rate = row["work"]["flops"] / row["seconds_median"]
+        assert row["limit"]["matrix_share"] == pytest.approx(rate / ceilings["flops_per_s"])
 
 
-def test_every_row_with_work_has_its_limit_and_the_page_shows_all(pieces: dict[str, Any], settings: Settings) -> None:
-    found = report_of(pieces, settings)
-    limits = [row["limit"] for piece in pieces.values() for row in piece["rows"] if "work" in row]
-    assert len(limits) >= 12
-    assert all(limit["fraction"] > 0 and limit["bound"] in ("compute", "memory") for limit in limits)
-    lines = page.page(found)
+def test_the_page_shows_all_and_is_made_of_the_json_alone(report: dict[str, Any]) -> None:
+    lines = page.page(report)
     assert "**A dry run: tiny models on a CPU, few calls. No figure here is a measurement.**" in lines
-    titles = {"The machine's limits", "UNet steps", "Calls in a row", "Engines", "Distance to eager float32",
-              "Whole images, and the VAE", "LoRA", "Distillation steps", "Goals"}  # fmt: skip
-    assert titles <= {line.removeprefix("## ") for line in lines}
-    assert lines == page.page(json.loads(json.dumps(found)))
-    assert [line for line in lines if "nan" in line.split("|")] == []
+    titles = {"Comparisons", "Exports and builds", "The runtime over the bare library", "LoRA", "Distillation steps",
+              "Goals", "Missing, or failed"}  # fmt: skip
+    assert {line.removeprefix("## ") for line in lines if line.startswith("## ")} == titles
+    text = "\n".join(lines)
+    assert text.count("- UNet step: Median of one UNet call") == 1  # of two comparisons
+    assert "| onnxruntime, rebuild |" in text
+    assert "| overhead/tiny | done | tensorrt: EngineError: " in text
 
 
-def test_a_kind_that_a_trial_refused_is_measured_no_further(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorrt_rtx")
+def test_a_target_that_cannot_run_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ready = registry.Availability("tensorrt-rtx", "1.7", True, True, "ready", "")
+    monkeypatch.setattr(registry, "availability", lambda _: ready)
+    on_gpu = replace(dry({}), device="cuda")
+    assert pieces.refused(on_gpu, "onnxruntime").startswith("it runs on cpu here, and the report is of cuda: ")
+    monkeypatch.setattr(opening, "expected_device", lambda _: torch.device("cuda"))
     here = {"version": "1.7", "gpu": "Example GPU", "compute_capability": "9.0", "driver": "580.10"}
     monkeypatch.setattr(gpu_trial, "identity", lambda _: dict(here))
-    on_gpu = replace(settings, device="cuda")
     failed = gpu_trial.Trial("tensorrt-rtx", "portable", "open", "unsupported cc", **here)  # type: ignore[arg-type]
-    gpu_trial.remember([failed])
-    assert bundles.refused(settings, "tensorrt-rtx") == ""  # the CPU of a dry run is asked nothing
-    assert "failed at 'open': unsupported cc" in bundles.refused(on_gpu, "tensorrt-rtx")
-    bench, record = Bench(settings, Record(), "tensorrt-rtx", "tiny"), Record()
-    bench.settings, bench.record = on_gpu, record
-    unets.engine(bench)  # the first model, too
-    assert "failed at 'open': unsupported cc" in record.errors["export"]
-    assert record.facts == {}  # nothing was exported or built
-    gpu_trial.remember([failed, replace(failed, plan="current", step="ran")])
-    assert bundles.refused(on_gpu, "tensorrt-rtx") == ""
-    assert bundles.build_options(on_gpu, "tensorrt-rtx").compute_capabilities == ("current",)
-    gpu_trial.remember([replace(failed, step="ran")])
-    assert bundles.refused(on_gpu, "tensorrt-rtx") == ""
-    assert bundles.build_options(on_gpu, "tensorrt-rtx").compute_capabilities == ()
-    refit = bundles.build_options(on_gpu, "tensorrt-rtx", refit="lora")  # which only one generation can have
+
+    def tried(*trials: gpu_trial.Trial) -> tuple[str, tuple[str, ...]]:
+        gpu_trial.remember(trials)
+        options = pieces.build_options(on_gpu, "tensorrt-rtx")
+        return pieces.refused(on_gpu, "tensorrt-rtx"), options.compute_capabilities
+
+    assert "failed at 'open': unsupported cc" in tried(failed)[0]
+    assert tried(failed, replace(failed, plan="current", step="ran")) == ("", ("current",))
+    assert tried(replace(failed, step="ran")) == ("", ())
+    refit = pieces.build_options(on_gpu, "tensorrt-rtx", refit="lora")  # which only one generation can have
     assert (refit.refit, refit.compute_capabilities) == ("lora", ("current",))
-    assert bundles.build_options(settings, "tensorrt", refit="lora").compute_capabilities == ()
-
-
-def test_a_session_elsewhere_than_the_report_is_refused(settings: Settings) -> None:
-    checked = SimpleNamespace(label="the onnxruntime engine of unet")
-    session = SimpleNamespace(device=torch.device("cpu"), checked=checked, slot="onnxruntime")
-    Bench(settings, Record(), "eager", "tiny").check_place([session])
-    elsewhere = Bench(replace(settings, device="meta"), Record(), "eager", "tiny")
-    with pytest.raises(EngineError, match=r"^the onnxruntime engine of unet runs on cpu, and the report is of meta: "):
-        elsewhere.check_place([session])
-
-
-def test_a_rate_that_tensor_cores_cannot_have_is_no_ceiling(settings: Settings) -> None:
-    ceiling = {**CEILINGS, "precision": "fp16", "flops_per_s": 9e12, "bytes_per_s": 2e12}
-    step = {"what": "UNet step", "precision": "fp16", "median_s": 0.01, "work": {"flops": 10**12, "bytes": 10**9},
-            "limit": {"of": "earlier ceilings"}}  # fmt: skip
-    found = report_of({"ceilings": {**BLANK, "rows": [ceiling]}, "eager/tiny": {**BLANK, "rows": [step]}}, settings)
-    assert step["limit"]["fraction"] == pytest.approx(10**12 / 9e12 / 0.01)  # on a CPU it may be so
-    found["environment"]["gpu"] = {"gpu": "Example GPU", "compute_capability": "9.0"}
-    page.add_limits(found)
-    assert "limit" not in step
-    (row,) = page.not_measured(found)[2:]
-    assert "| ceilings | not used: fp16 | a matrix rate of 9 TFLOP/s cannot be true of compute capability 9.0" in row
-    ceiling["flops_per_s"] = 6e14
-    page.add_limits(found)
-    assert step["limit"]["matrix_share"] == pytest.approx(1 / 6)
-    assert page.not_measured(found) == []
-
-
-def test_the_work_of_decoding_is_counted_and_not_guessed() -> None:
-    vae = small_exports.small_pipeline().vae
-    found = wholes.decoding_work("fp32", vae, SIZE)
-    counted = count_products(vae, torch.zeros(wholes.latent_shape(vae.config, SIZE)))
-    attention = 4 * (SIZE // 2) ** 4 * vae.config.block_out_channels[-1]  # both products, n x n x channels
-    assert found["flops"] == counted + attention
-    pixels, latents = 3 * SIZE**2, vae.config.latent_channels * (SIZE // 2) ** 2
-    weights = sum(one.numel() for part in (vae.decoder, vae.post_quant_conv) for one in part.parameters())
-    assert found["bytes"] == 4 * (weights + pixels + latents)
-
-
-def count_products(vae: Any, latents: torch.Tensor) -> int:
-    """FLOPs of all convolutions and linear layers, by their own shapes."""
-    counts: list[int] = []
-
-    def count(module: Any, _: Any, output: torch.Tensor) -> None:
-        counts.append(2 * output.numel() * module.weight[0].numel())
-
-    kinds = (torch.nn.Conv2d, torch.nn.Linear)
-    hooks = [one.register_forward_hook(count) for one in vae.modules() if isinstance(one, kinds)]
-    with torch.inference_mode():
-        vae.decode(latents)
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
+    assert pieces.build_options(dry({}), "tensorrt", refit="lora").compute_capabilities == ()
 
 
 # Pieces, settings
 
 
-def test_the_most_telling_pieces_come_first_and_every_target_has_one() -> None:
-    names = [piece.name for piece in all_pieces(Settings())]
-    assert names[:7] == [
-        "doctor", "ceilings", "eager/tiny", "eager/teacher", "tensorrt-rtx/tiny", "tensorrt/tiny", "train/small"
+def test_the_most_telling_pieces_come_first() -> None:
+    every = all_pieces(Settings())
+    assert [piece.name for piece in every] == [
+        "doctor", "compare/tiny", "teacher-to-student", "train/small", "overhead/tiny", "compare/tiny-batch8",
+        "compare/tiny@768", "train/tiny", "compare/teacher", "compare/small", "lora/tiny",
     ]  # fmt: skip
-    assert len(set(names)) == len(names)
-    for model in ("tiny", "teacher", "small"):
-        assert {f"{kind}/{model}" for kind in ("eager", "compile", "images", *ENGINES)} <= set(names)
-    assert {"train/tiny", "train/small", "lora/tiny", "vae/tiny"} <= set(names)
-    assert [piece.name for piece in all_pieces(dry({}))][:3] == ["doctor", "ceilings", "eager/teacher"]
+    assert all(callable(getattr(pieces, piece.function.partition(":")[2])) for piece in every)
+    assert {piece.kind for piece in every} == set(SECONDS)
+    assert set(FIGURES) == {*TARGETS, *SECONDS} - {"doctor", "compare"}
+    given = {piece.name: piece.arguments for piece in every}
+    assert given["compare/tiny"]["subjects"] == {"tiny": TARGETS}
+    assert given["teacher-to-student"]["subjects"] == {"teacher": ("eager",), "tiny": TARGETS[2:]}
+    assert (given["compare/tiny-batch8"]["batch"], given["compare/tiny@768"]["size"]) == (8, 768)
+    assert [piece.name for piece in all_pieces(dry({"models": {"tiny": "demo"}}))] == [
+        "doctor", "compare/tiny", "overhead/tiny", "compare/tiny-batch2", "lora/tiny"
+    ]  # fmt: skip
 
 
 def test_pieces_are_chosen_by_kind_or_name() -> None:
-    assert [piece.name for piece in chosen(Settings(), "compile, doctor,train/small")] == [
-        "doctor", "train/small", "compile/tiny", "compile/teacher", "compile/small"
-    ]  # fmt: skip
+    names = [piece.name for piece in chosen(Settings(), "train, doctor,compare/small")]
+    assert names == ["doctor", "train/small", "train/tiny", "compare/small"]
     assert chosen(Settings(), "") == all_pieces(Settings())
-    with pytest.raises(InputError, match=r"piece 'eagr' is unknown: choose from doctor, ceilings, eager"):
-        chosen(Settings(), "eagr")
+    with pytest.raises(InputError, match=r"piece 'compar' is unknown: choose from doctor, compare, teacher-to-student"):
+        chosen(Settings(), "compar")
 
 
 def test_settings_travel_and_profiles_hold_every_shape() -> None:
-    settings = Settings(sizes=(512, 768), batches=(2, 8, 16))
-    given = all_pieces(settings)[0].arguments["settings"]
-    assert Settings.from_json(json.loads(json.dumps(given))).shapes == settings.shapes
-    assert settings.shapes == [(2, 512), (8, 512), (16, 512), (2, 768)]
-    alone, every = bundles.profiles(settings, "unet")
+    settings = Settings()
+    assert Settings.from_json(json.loads(json.dumps(all_pieces(settings)[0].arguments["given"]))) == settings
+    alone, every = pieces.profiles(settings, "unet")
     assert (alone.batch.max, alone.height.max) == (1, 512)
     assert (every.batch.max, every.batch.opt, every.height.min, every.height.max) == (8, 8, 512, 768)
     asked = gpu_report.parse(["--models", "a=demo", "--sizes", "64", "--batches", "2,4", "--steps", "3"])
     found = Settings.of(asked)
     assert (found.models, found.sizes, found.batches, found.steps) == ({"a": "demo"}, (64,), (2, 4), 3)
-    with pytest.raises(InputError, match=r"models 'demo' are not understood: give LABEL=MODEL"):
-        Settings.of(gpu_report.parse(["--models", "demo"]))
+    for words, said in (
+        (("--models", "demo"), r"models 'demo' are not understood: give LABEL=MODEL"),
+        (("--targets", "eager,tensort"), r"target 'tensort' is unknown here: choose from eager, compile"),
+    ):
+        with pytest.raises(InputError, match=said):
+            Settings.of(gpu_report.parse(words))
 
 
 # The runner, with processes that need no torch
@@ -295,22 +204,21 @@ WRITE = "open(result, 'w').write(json.dumps({'rows': [{'what': 'row of ' + name}
 
 def planted(work: Path, code: str) -> Place:
     """Every piece is a Python process with this code, which has its `name`, and the file `result`."""
-    head = "import json, os, sys, time\nfile, result = sys.argv[1:]\ngiven = json.load(open(file))['arguments']\n"
-    head += "name = '/'.join(filter(None, (given['kind'], given['model'])))\n"
-    start = [sys.executable, "-S", "-c", head + code]
-    return Place(work, {}, lambda piece, result: [*start, str(piece), str(result)])
+    head = "import json, os, sys, time\nfile, result = sys.argv[1:]\n"
+    head += "name = os.path.basename(file)[1:].removesuffix('.piece.json')\n"
+    return Place(work, {}, [sys.executable, "-S", "-c", head + code])
 
 
 def run_planted(
     found: dict[str, Any], work: Path, code: str, names: str, *, seconds: float = 600.0, again: bool = False,
-    missing: dict[str, str] | None = None, **limits: float,
+    **limits: float,
 ) -> list[str]:  # fmt: skip
     """The states of some pieces, in the order in which they were saved."""
     saved = list[int]()
     asked = [replace(piece, **limits) for piece in chosen(Settings(work=str(work)), names)]
     runner.run_all(
         asked, planted(work, code), found, lambda: saved.append(len(found)), deadline=time.monotonic() + seconds,
-        again=again, said={"commit": "abc1234"}, missing=missing or {},
+        again=again, said={"commit": "abc1234"},
     )  # fmt: skip
     assert saved[-1] == len(found)
     return [f"{name}: {piece['state']}" for name, piece in found.items()]
@@ -318,66 +226,49 @@ def run_planted(
 
 def test_finished_pieces_are_kept_and_the_rest_goes_on_after_a_crash(tmp_path: Path) -> None:
     found: dict[str, Any] = {}
-    crash = WRITE + "if name == 'eager/tiny': os.abort()\n"
-    states = run_planted(found, tmp_path, crash, "doctor,eager/tiny,ceilings")
-    assert states == ["doctor: done", "ceilings: done", "eager/tiny: failed"]
-    assert found["eager/tiny"]["errors"]["process"].startswith("ended by SIGABRT")
-    assert found["eager/tiny"]["rows"] == [{"what": "row of eager/tiny"}]  # written before the crash
+    names = "doctor,compare/tiny,train/small"
+    crash = WRITE + "if name == 'compare-tiny': os.abort()\n"
+    assert run_planted(found, tmp_path, crash, names) == ["doctor: done", "compare/tiny: failed", "train/small: done"]
+    assert found["compare/tiny"]["errors"]["process"].startswith("ended by SIGABRT")
+    assert found["compare/tiny"]["rows"] == [{"what": "row of compare-tiny"}]  # written before the crash
     assert found["doctor"]["commit"] == "abc1234"
     before = found["doctor"]
-    states = run_planted(found, tmp_path, WRITE, "doctor,eager/tiny,ceilings")
-    assert states == ["doctor: done", "ceilings: done", "eager/tiny: done"]
+    assert set(run_planted(found, tmp_path, WRITE, names)) == {
+        "doctor: done",
+        "compare/tiny: done",
+        "train/small: done",
+    }
     assert found["doctor"] is before
-    run_planted(found, tmp_path, WRITE, "doctor", again=True)
-    assert found["doctor"] is not before
-
-
-def test_an_error_is_the_librarys_own_and_a_later_failure_keeps_earlier_rows(tmp_path: Path) -> None:
-    found: dict[str, Any] = {}
-    assert run_planted(found, tmp_path, WRITE, "ceilings") == ["ceilings: done"]
-    states = run_planted(found, tmp_path, "raise RuntimeError('no such card')", "ceilings", again=True)
-    assert states == ["ceilings: failed"]
-    assert "ended with status 1" in found["ceilings"]["errors"]["process"]
-    assert "RuntimeError: no such card" in found["ceilings"]["errors"]["process"]
-    assert found["ceilings"]["rows"] == [{"what": "row of ceilings"}]
+    states = run_planted(found, tmp_path, "raise RuntimeError('no such card')", "doctor", again=True)
+    assert states[0] == "doctor: failed"
+    assert "ended with status 1" in found["doctor"]["errors"]["process"]
+    assert "RuntimeError: no such card" in found["doctor"]["errors"]["process"]
+    assert found["doctor"]["rows"] == before["rows"]  # a later failure keeps them
 
 
 def test_the_budget_stops_a_piece_and_begins_no_other(tmp_path: Path) -> None:
     code = WRITE + "import subprocess\nsubprocess.Popen(['sleep', '60'])\ntime.sleep(60)\n"
     found: dict[str, Any] = {}
-    states = run_planted(found, tmp_path, code, "doctor,ceilings", seconds=2.0, cost=1.0)
-    assert states == ["doctor: out of budget", "ceilings: not started"]
+    states = run_planted(found, tmp_path, code, "doctor,train/small", seconds=2.0, cost=1.0)
+    assert states == ["doctor: out of budget", "train/small: not started"]
     assert found["doctor"]["rows"] == [{"what": "row of doctor"}]
     assert found["doctor"]["errors"]["process"] == "stopped after 2 s, at the end of the budget"
-    order = [piece.name for piece in runner.to_run(chosen(Settings(), "doctor,ceilings"), found, again=False)]
-    assert order == ["ceilings", "doctor"]  # what was never begun comes first
+    order = [piece.name for piece in runner.to_run(chosen(Settings(), "doctor,train/small"), found, again=False)]
+    assert order == ["train/small", "doctor"]  # what was never begun comes first
+    run_planted(found, tmp_path, code, "lora/tiny", cap=1.0)
+    assert found["lora/tiny"]["errors"]["process"] == "stopped after 1 s, the most for its kind"
 
 
-def test_a_piece_is_begun_when_its_cost_is_left_and_stopped_at_the_most_for_its_kind(tmp_path: Path) -> None:
-    costs = {piece.name: (piece.cost, piece.cap) for piece in all_pieces(Settings())}
-    assert (costs["tensorrt/tiny"], costs["compile/tiny"]) == ((240.0, 600.0), (240.0, 300.0))
-    assert {piece.name: piece.cost for piece in all_pieces(dry({}))}["tensorrt/teacher"] == 24.0
-    found: dict[str, Any] = {}
-    states = run_planted(found, tmp_path, WRITE, "tensorrt/tiny,train/small,eager/tiny", seconds=100.0)
-    assert states == ["eager/tiny: done", "tensorrt/tiny: not started", "train/small: done"]
-    run_planted(found, tmp_path, WRITE + "time.sleep(60)\n", "ceilings", cap=1.0)
-    assert found["ceilings"]["state"] == "out of budget"
-    assert found["ceilings"]["errors"]["process"] == "stopped after 1 s, the most for its kind"
-    assert found["ceilings"]["rows"] == [{"what": "row of ceilings"}]
-
-
-def test_a_kind_that_is_not_installed_needs_no_process(tmp_path: Path) -> None:
-    found: dict[str, Any] = {}
-    missing = {"tensorrt": "tensorrt is not installed here"}
-    states = run_planted(found, tmp_path, WRITE, "tensorrt/tiny,ceilings", missing=missing)
-    assert states == ["ceilings: done", "tensorrt/tiny: not installed"]
-    assert found["tensorrt/tiny"]["errors"] == {"package": "tensorrt is not installed here"}
-    assert run_planted(found, tmp_path, WRITE, "tensorrt/tiny") == ["ceilings: done", "tensorrt/tiny: done"]
+def test_a_piece_is_begun_when_its_cost_is_left(tmp_path: Path) -> None:
+    costs = [(piece.cost, piece.cap) for settings in (Settings(), dry({})) for piece in chosen(settings, "compare")]
+    assert (costs[0], costs[-1]) == ((200.0, 480.0), (20.0, 480.0))
+    states = run_planted({}, tmp_path, WRITE, "compare/tiny,train/small", seconds=100.0)
+    assert states == ["compare/tiny: not started", "train/small: done"]
 
 
 def test_a_rerun_keeps_what_it_did_not_find_again() -> None:
     def row(way: str, seconds: float, **more: Any) -> dict[str, Any]:
-        return {"what": "UNet step", "way": way, "batch": 2, "size": 512, "median_s": seconds, **more}
+        return {"what": "training step", "way": way, "batch": 2, "size": 512, "median_s": seconds, **more}
 
     before = {"rows": [row("eager", 1.0), row("other", 2.0)], "facts": {"a": 1, "b": 2}, "commit": "old"}
     found = runner.merged(before, {"rows": [row("eager", 3.0)], "facts": {"b": 3}, "errors": {}, "commit": "new"})
@@ -400,19 +291,17 @@ def test_a_part_that_fails_is_recorded_and_the_next_goes_on(tmp_path: Path) -> N
     assert any("raise ValueError" in line for line in found["tracebacks"]["one"])
 
 
-def test_how_a_process_ended() -> None:
+def test_a_result_bears_no_folder_of_this_machine() -> None:
     assert runner.ended(-signal.SIGKILL, Path("nothing")) == "ended by SIGKILL"
     places = {"/home/me/work": "WORK", "/home/me": "~"}
     found = {"errors": {"a": "/home/me/work/x and /home/me/y"}, "rows": [{"n": 1}]}
     assert runner.scrubbed(found, places) == {"errors": {"a": "WORK/x and ~/y"}, "rows": [{"n": 1}]}
 
 
-def test_a_piece_of_another_benchmark_runs_the_same_and_ends_it_when_it_fails(tmp_path: Path) -> None:
+def test_a_piece_of_another_benchmark_ends_it_when_it_fails(tmp_path: Path) -> None:
     place = Place(tmp_path, runner.python_path())
     with pytest.raises(SystemExit, match=r"(?s)Traceback .*error: slug: TypeError: slug\(\) got an unexpected"):
         runner.run_or_exit(Piece("slug", "bench_kit.results:slug", {"other": 1}), place)
-    with pytest.raises(SystemExit, match=r"error: none: AttributeError: .*'nothing'"):
-        runner.run_or_exit(Piece("none", "bench_kit.results:nothing"), place)
 
 
 # The whole call
@@ -422,9 +311,12 @@ ENVIRONMENT = {"gpu": {"gpu": "Example GPU", "compute_capability": "9.0"}, "gpu_
 
 
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *words: str, driver: str = "580.10") -> Path:
-    machine = {"environment": {**ENVIRONMENT, "gpu_driver": driver}, "name": "Example GPU", "missing": ["tensorrt"]}
+    machine = {"environment": {**ENVIRONMENT, "gpu_driver": driver}, "name": "Example GPU"}
+    row = "{'what': 'row of ' + name, 'way': 'LoRA', 'on_s': 1.0, 'off_s': 1.0, 'exact_back': True}"
     monkeypatch.setattr(gpu_report, "identify", lambda *_: machine)
-    monkeypatch.setattr(gpu_report, "Place", lambda work, _: planted(work, WRITE))
+    monkeypatch.setattr(
+        gpu_report, "Place", lambda work, _: planted(work, WRITE.replace("{'what': 'row of ' + name}", row))
+    )
     gpu_report.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--commit", "abc", *words])
     return max((tmp_path / "out" / "example-gpu").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -436,14 +328,14 @@ def test_one_call_writes_json_and_page_and_the_next_goes_on(tmp_path: Path, monk
     assert (list(first["pieces"]), first["commit"], first["dry_run"]) == (["doctor"], "abc", False)
     assert first["command"] == "python tools/gpu_report.py --commit abc --pieces doctor"
     assert str(tmp_path) not in path.read_text()
-    call(tmp_path, monkeypatch, "--pieces", "doctor,ceilings", "--commit", "def")
+    call(tmp_path, monkeypatch, "--pieces", "doctor,lora", "--commit", "def")
     again = read_json(path)
     assert again["pieces"]["doctor"] == first["pieces"]["doctor"]
-    assert (list(again["pieces"]), again["commit"]) == (["doctor", "ceilings"], "abc, def")
+    assert (list(again["pieces"]), again["commit"]) == (["doctor", "lora/tiny"], "abc, def")
     for number, words in ((2, ("--pieces", "doctor", "--steps", "9")), (3, ("--pieces", "doctor", "--seconds", "2"))):
         other = call(tmp_path, monkeypatch, *words)
         assert other.name == f"{path.stem}-{number}.json"  # other settings: a report of its own
-    assert call(tmp_path, monkeypatch, "--pieces", "eager/tiny", "--steps", "9").name == f"{path.stem}-2.json"
+    assert call(tmp_path, monkeypatch, "--pieces", "lora/tiny", "--steps", "9").name == f"{path.stem}-2.json"
     assert read_json(path)["pieces"] == again["pieces"]
     named = ("--out", str(path))
     with pytest.raises(SystemExit, match=r"was begun with another driver \(580\.10, here 590\.1\): give another --out"):
@@ -453,19 +345,19 @@ def test_one_call_writes_json_and_page_and_the_next_goes_on(tmp_path: Path, monk
 
 
 def test_a_report_goes_on_after_midnight_and_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    today = call(tmp_path, monkeypatch, "--pieces", "doctor,tensorrt/tiny")
-    found = read_json(today)
-    assert found["pieces"]["tensorrt/tiny"]["errors"] == {"package": "tensorrt is not installed here"}
+    today = call(tmp_path, monkeypatch, "--pieces", "doctor,lora")
     earlier = today.with_name("2026-01-02.json")
+    found = read_json(today)
+    found["pieces"]["compare/tiny"] = {"state": "out of budget", "rows": [], "facts": {}, "errors": {}}
     write_json(earlier, {**found, "date": "2026-01-02"})
     today.unlink()
-    assert call(tmp_path, monkeypatch, "--pieces", "ceilings") == earlier
-    assert list(read_json(earlier)["pieces"]) == ["doctor", "tensorrt/tiny", "ceilings"]
+    assert call(tmp_path, monkeypatch, "--pieces", "doctor") == earlier
+    assert list(read_json(earlier)["pieces"]) == ["doctor", "lora/tiny", "compare/tiny"]
     copy = earlier.rename(tmp_path / "2026-01-02.json")
-    words = ("--pieces", "eager/tiny", "--resume", str(copy))
+    words = ("--pieces", "compare/small", "--resume", str(copy))
     assert call(tmp_path, monkeypatch, *words) == earlier
     again = read_json(earlier)
-    assert (list(again["pieces"])[-1], len(again["pieces"]), again["date"]) == ("eager/tiny", 4, "2026-01-02")
+    assert (list(again["pieces"])[-1], len(again["pieces"]), again["date"]) == ("compare/small", 4, "2026-01-02")
     assert "--resume" not in again["command"]
     with pytest.raises(SystemExit, match=r"begun with another driver \(580\.10, here 590\.1\): leave out --resume"):
         call(tmp_path, monkeypatch, *words, driver="590.1")
@@ -495,38 +387,31 @@ def test_wheels_are_installed_beside_everything(tmp_path: Path) -> None:
 # Goals
 
 
-def planted_goals(engine_ms: float) -> dict[str, Any]:
-    def step(way: str, ms: float, batch: int = 2, **more: Any) -> dict[str, Any]:
-        return {"what": "UNet step", "way": way, "batch": batch, "size": 512, "median_s": ms / 1e3, **more}
+def planted_goals(speed: float) -> dict[str, Any]:
+    def compared(over: str, share: float, ratio: float) -> dict[str, Any]:
+        def row(bundle: str | None, ratio: float) -> dict[str, Any]:
+            return {"bundle": bundle, "step_speedup": {over: {"value": ratio}}, "limit": {"matrix_share": share}}
+
+        return {"rows": [], "facts": {"comparison": {"results": [row("b", ratio), row("b", 1.5), row(None, 99.0)]}}}
 
     def trained(way: str, seconds: float, memory: float) -> dict[str, Any]:
-        return {"what": "training step", "way": way, "batch": 8, "median_s": seconds, "memory_gb": memory}
+        return {"student": "small", "way": way, "batch": 8, "seconds_median": seconds, "memory_gb": memory}
 
-    way = "tensorrt, CUDA graphs"
-    tiny = [step(way, engine_ms), step(way, 20.0, 16, limit={"matrix_share": 0.55})]
-    bare = {"what": "bare", "way": "tensorrt, bare replay", "median_s": (engine_ms - 0.03) / 1e3}
-    rows = {
-        "eager/tiny": [step("eager, channels_last", 10.0)], "eager/teacher": [step("eager, channels_last", 24.0)],
-        "tensorrt/tiny": [*tiny, bare], "lora/tiny": [step("tensorrt, refit: before", 0.001)],
-        "train/small": [trained("reference", 3.0, 40.0), trained("Trainer.step", 1.0, 25.0)],
+    added = [
+        {"slot": slot, "overhead_seconds": [us / 1e6, 0, 1]} for slot, us in (("tensorrt", 30), ("onnxruntime", 900))
+    ]
+    found = {
+        "compare/tiny": compared("eager", 0.1, speed), "compare/tiny-batch8": compared("eager", 0.55, 3.0),
+        "teacher-to-student": compared("teacher", 0.1, 6.0), "overhead/tiny": {"rows": added, "facts": {}},
+        "train/small": {"rows": [trained("reference", 3.0, 40.0), trained("Trainer.step", 1.0, 25.0)], "facts": {}},
     }  # fmt: skip
-    settings = {"batches": [2, 8, 16], "sizes": [512, 768]}
-    return {"settings": settings, "pieces": {name: {"rows": each} for name, each in rows.items()}}
+    return {"settings": {"batches": [1, 8]}, "pieces": found}
 
 
 def test_goals_say_what_is_reached_and_what_is_missing() -> None:
-    found = goals(planted_goals(4.0))
+    found = goals(planted_goals(2.5))
     assert [round(goal.value or 0, 6) for goal in found] == [2.5, 6.0, 0.55, 30.0, 3.0, 1.6]
     assert [goal.met for goal in found] == [True, True, True, True, True, False]
     assert found[-1].gap == "0.40x short"
-    assert goals(planted_goals(5.0))[0].met is False
-    empty = goals({"settings": {"batches": [2], "sizes": [512]}, "pieces": {}})
-    assert {goal.value for goal in empty} == {None}
-
-
-def test_a_kind_has_a_function_and_words_for_its_figures() -> None:
-    for kind in KINDS.values():
-        module, _, name = kind.function.partition(":")
-        assert callable(getattr(__import__(f"gpu_bench.{module}", fromlist=[name]), name))
-    assert {piece.kind for piece in all_pieces(Settings())} == set(KINDS)
-    assert [name for name, kind in KINDS.items() if not kind.words] == ["doctor"]
+    assert goals(planted_goals(2.0))[0].met is False
+    assert {goal.value for goal in goals({"settings": {"batches": [1]}, "pieces": {}})} == {None}

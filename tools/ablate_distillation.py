@@ -20,6 +20,7 @@ from typing import Any
 
 from bench_kit.results import ROOT, commit
 
+from sdkd.core.console import markdown_table
 from sdkd.core.files import read_json, write_bytes, write_json
 
 FOLDER = ROOT / "benchmarks" / "ablation-demo"
@@ -209,15 +210,15 @@ def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
         f"(lower is better). Captions: share of {settings.scenes} seen and {settings.scenes} held-out captions whose "
         "shape, colour and background a reader finds in the image.",
         "",
-        "| student | variant | seeds | noise MSE | captions, seen | held out | shape, seen | shape, held out |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in made:
-        shares = [_range(row[name], ".0%") for name in ("seen", "held_out", "shape_seen", "shape_held_out")]
-        lines.append(
-            f"| {row['student']} | {row['variant']} | {len(row['seeds'])} | {_range(row['noise_mse'], '.4f')} | "
-            f"{' | '.join(shares)} |"
-        )
+    heads = ("student", "variant", "seeds", "noise MSE", "captions, seen", "held out", "shape, seen", "shape, held out")
+    names = ("seen", "held_out", "shape_seen", "shape_held_out")
+    cells = [
+        [row["student"], row["variant"], str(len(row["seeds"])), _range(row["noise_mse"], ".4f"),
+         *(_range(row[name], ".0%") for name in names)]
+        for row in made
+    ]  # fmt: skip
+    lines += markdown_table(heads, cells, left=2)
     return "\n".join(
         [*lines, "", *_words(), "![plot](ablation.png)", "", "Made by `python tools/ablate_distillation.py`.", ""]
     )

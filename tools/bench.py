@@ -14,27 +14,22 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench_kit.comparison import builds_table, comparison_lines, keep_comparison
 from bench_kit.record import Record
-from bench_kit.results import ROOT, commit, keep, machine, table, today
+from bench_kit.results import ROOT, commit, keep, machine, today
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
-
-from sdkd.bundle.manifest import Bundle
 
 PIECES = ("demo", "sd15-tiny", "sd15-small", "sd15")  # all but the demo: full size, random weights
 
 
 def measure(record: Record, name: str, work: str) -> None:
     """A piece: its comparison, what was exported and built for it, and the comparison's page."""
-    from sdkd.compare.report.tables import markdown
-
     folder = Path(work, name)
-    report = demo(folder) if name == "demo" else full_size(name, folder)
-    found = {"comparison": report.to_json(), "builds": list(builds(folder.rglob("bundle.json")))}
-    record.fact(**found, markdown=markdown(report))
+    keep_comparison(record, demo(folder) if name == "demo" else full_size(name, folder), [folder])
 
 
 def demo(folder: Path) -> Any:
@@ -87,19 +82,6 @@ def half_and_compiled(model: str, skipped: dict[str, str]) -> Iterator[Any]:
         skipped["compile"] = "no C++ compiler here"
 
 
-def builds(manifests: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """What was exported and built, how long it took, how large it is."""
-    for manifest in sorted(manifests):
-        found = Bundle.open(manifest.parent).manifest
-        model = str(found.source.get("model", ""))
-        model = model if ":" in model or model == "demo" else Path(model).name
-        made = [(part.name, f"onnx-{part.precision}", part) for part in found.components.values()]
-        made += [(engine.component, engine.slot, engine) for engine in found.engines.values()]
-        for component, what, one in made:
-            size = {"seconds": round(one.seconds, 2), "bytes": one.total_bytes}
-            yield {"model": model, "component": component, "made": what, **size}
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,12 +98,9 @@ def main() -> int:
         piece = Piece(name, "bench:measure", {"name": name, "work": str(asked.work)})
         facts = run_or_exit(piece, Place(asked.work, python_path(), logged=False))["facts"]
         found = {"date": today(), "commit": commit(), "command": command, **facts}
-        rows = [[row["model"], row["component"], row["made"], f"{row['seconds']:.1f}", f"{row['bytes'] / 1e6:.1f}"]
-                for row in found["builds"]]  # fmt: skip
-        title = [f"# {name} on {machine()}", "", f"{found['date']}, commit {found['commit']}, `{command}`", ""]
-        built = ["", "## Exports and builds", "", *table(("model", "component", "made", "seconds", "MB"), rows, left=3)]
-        keep(asked.output / machine() / f"{name}.json", found,
-             [*title, found["markdown"].removeprefix("# ").rstrip("\n"), *built])  # fmt: skip
+        head = [f"# {name} on {machine()}", "", f"{found['date']}, commit {found['commit']}, `{command}`", ""]
+        built = ["", "## Exports and builds", "", *builds_table(found["builds"])]
+        keep(asked.output / machine() / f"{name}.json", found, [*comparison_lines(found["markdown"], head), *built])
     return 0
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from bench_kit.commands import Measured, chosen, interop_python, measure, optimum_versions
-from bench_kit.results import NONE, ROOT, head, keep, machine, table
+from bench_kit.results import NONE, ROOT, head, keep, machine
 
 from sdkd.bundle.manifest import Bundle
+from sdkd.core.console import markdown_table
 
 _BUILD = ("sdkd", "build-engine", "FOLDER", "--size", "512", "--batch", "1..4", "--output", "OUT")
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -75,7 +76,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
         "engines, MB",
     )
     for part in found["models"]:
-        lines += ["", f"## {part['model']}", "", *table(heads, [_cells(each) for each in part["rows"]], left=1)]
+        lines += ["", f"## {part['model']}", "", *markdown_table(heads, [_cells(each) for each in part["rows"]])]
     return [
         *lines,
         "",

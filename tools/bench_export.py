@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from bench_kit.commands import Measured, chosen, interop_python, measure, optimum_versions
-from bench_kit.results import NONE, ROOT, faster, head, keep, machine, ratio_cell, table
+from bench_kit.results import NONE, ROOT, faster, head, keep, machine, ratio_cell
 
+from sdkd.core.console import markdown_table
 from sdkd.core.files import read_json
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
@@ -92,8 +93,8 @@ def page(found: Mapping[str, Any]) -> list[str]:
     heads = ("way", "s", "faster (95 % interval)", "peak memory, GB", "of it anonymous, GB", "files, MB", "nodes")
     for part in found["models"]:
         nodes = [[row["way"], *(_cell(row["components"][name]) for name in COMPONENTS)] for row in part["rows"]]
-        lines += ["", f"## {part['model']}", "", *table(heads, [_row(row) for row in part["rows"]], left=1)]
-        lines += ["", *table(("nodes (opset, seconds)", *COMPONENTS), nodes)]
+        lines += ["", f"## {part['model']}", "", *markdown_table(heads, [_row(row) for row in part["rows"]])]
+        lines += ["", *markdown_table(("nodes (opset, seconds)", *COMPONENTS), nodes, left=2)]
     return [
         *lines,
         "",

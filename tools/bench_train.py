@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kit.results import NONE, ROOT, faster, head, in_turn, keep, machine, ratio_cell, table
+from bench_kit.results import NONE, ROOT, faster, head, in_turn, keep, machine, ratio_cell
 from torch.nn import functional as F
 
 from sdkd.compare.measure.stats import Spread
 from sdkd.compare.measure.timing import Timer
+from sdkd.core.console import markdown_table
 from sdkd.distill.data.encode import tokens
 from sdkd.distill.data.latents import encode_images
 from sdkd.distill.training.batches import Batch
@@ -255,7 +256,7 @@ def page(found: dict[str, Any]) -> list[str]:
         ]  # fmt: skip
         rows += [[name, NONE, NONE, why] for name, why in part.get("failed", {}).items()]
         heads = ("step", "s", "images/s", "over reference (95 % interval)")
-        lines += ["", f"## Student {part['student']}", "", *table(heads, rows, left=1)]
+        lines += ["", f"## Student {part['student']}", "", *markdown_table(heads, rows)]
     return [
         *lines,
         "",

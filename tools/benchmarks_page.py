@@ -21,10 +21,10 @@ from typing import Any
 
 from bench import PIECES
 from bench_kit.results import NONE, ROOT
-from bench_kit.results import table as table_lines
-from gpu_bench.goals import goals
-from gpu_bench.settings import KINDS as GPU_KINDS
+from gpu_bench.page import facts_of, goals
+from gpu_bench.settings import FIGURES
 
+from sdkd.core.console import markdown_table
 from sdkd.core.files import read_json, write_bytes
 from sdkd.errors import InputError, SdkdError
 
@@ -37,11 +37,6 @@ UNKNOWN = "not recorded"
 HALF_LATENTS = "2026-11-29"
 Json = Mapping[str, Any]
 Rows = list[list[str]]
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table; the columns after the first `left` hold numbers and stand to the right."""
-    return "\n".join(table_lines(heads, rows, left))
 
 
 def faster(value: float, low: float, high: float, tie: bool = False) -> str:
@@ -199,7 +194,7 @@ def readme_block(root: Path) -> str:
         f"step in eager bf16 takes {bf16}: {ratio}."
     )
     heads = ("measured: baseline, sdkd", "baseline", "sdkd", "faster (95 %)", "images to eager", "file")
-    return "\n".join([table(heads, rows, left=1), "", where, *sources.values()])
+    return "\n".join([*markdown_table(heads, rows), "", where, *sources.values()])
 
 
 def _cells(found: Json, name: str, words: tuple[str, ...]) -> list[str]:
@@ -253,7 +248,7 @@ def machine_section(folder: str, results: Sequence[tuple[Path, Kind, Json]]) -> 
     for heads, group in groupby(results, key=lambda result: result[1].heads):
         same = list(group)
         rows = [row for path, kind, found in same for row in shown(path, kind, found)]
-        parts.append(table(("file", *heads), rows, same[0][1].left))
+        parts.append("\n".join(markdown_table(("file", *heads), rows, same[0][1].left)))
     return "\n\n".join([*parts, "\n".join(source(path, found, kind) for path, kind, found in results)])
 
 
@@ -264,24 +259,23 @@ def environment_of(found: Json) -> Json:
 
 
 def on_gpu(results: Sequence[Json]) -> set[str]:
-    """Kinds of the GPU report's pieces that the results measured on a GPU."""
-    there = [found for found in results if environment_of(found).get("gpu")]
-    compared = [row for found in there if "comparison" in found for row in found["comparison"]["results"]]
-    trained = {"train" for found in there if "students" in found}
-    reported = {
-        name.partition("/")[0]
-        for found in there
-        for name, piece in found.get("pieces", {}).items()
-        if piece["rows"] and not found["dry_run"]
-    }
-    return trained | reported | {row["target"].removesuffix(f"-{row['precision']}") for row in compared}
+    """Which of FIGURES the results have from a GPU: targets of comparisons, and kinds of the GPU report's pieces."""
+    measured = set[str]()
+    for found in [found for found in results if environment_of(found).get("gpu") and not found.get("dry_run")]:
+        pieces = found.get("pieces", {})
+        compared = [found["comparison"]] if "comparison" in found else []
+        compared += [report for _, report in facts_of({"pieces": pieces}, "comparison")]
+        rows = [row for report in compared for row in report["results"]]
+        measured |= {row["target"].removesuffix(f"-{row['precision']}") for row in rows}
+        done = {name for name, piece in pieces.items() if piece["rows"] or "comparison" in piece["facts"]}
+        measured |= {name.partition("/")[0] for name in done} | ({"train"} if "students" in found else set())
+    return measured
 
 
 def gpu_section(results: Sequence[Json]) -> str:
     """What is not measured on a GPU yet; empty when all is."""
     measured = on_gpu(results)
-    kinds = {name: kind.words for name, kind in GPU_KINDS.items() if kind.words}
-    missing = [f"- `{name}`: {words}" for name, words in kinds.items() if name not in measured]
+    missing = [f"- `{name}`: {words}" for name, words in FIGURES.items() if name not in measured]
     words = f"One call measures all of it, or some with `--pieces`: `{GPU_COMMAND}` ([gpu.md](gpu.md))."
     return "\n".join(["## Not measured on a GPU yet", "", words, "", *missing]) if missing else ""
 

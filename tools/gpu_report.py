@@ -2,7 +2,7 @@
 
     python tools/gpu_report.py                                    # all pieces within 9 minutes
     python tools/gpu_report.py                                    # again: goes on with what is missing
-    python tools/gpu_report.py --pieces doctor,eager,train/small --budget 300
+    python tools/gpu_report.py --pieces doctor,compare/tiny,train/small --budget 300
     python tools/gpu_report.py --wheels KIT --out OUT             # packages from tools/gpu_kit.py, no network
     python tools/gpu_report.py --resume EARLIER.json --out OUT    # where OUT is empty: goes on with that report
     python tools/gpu_report.py --dry-run --out OUT                # the same on a CPU, with tiny models
@@ -33,21 +33,20 @@ if str(ROOT) not in sys.path:  # where sdkd is not installed
 
 from bench_kit.results import commit, keep, slug, today  # noqa: E402
 from bench_kit.runner import Place, python_path, run_all  # noqa: E402
-from gpu_bench.page import add_limits, page  # noqa: E402
-from gpu_bench.settings import Settings, all_pieces, chosen  # noqa: E402
+from gpu_bench.page import page  # noqa: E402
+from gpu_bench.settings import TARGETS, Settings, all_pieces, chosen  # noqa: E402
 
 from sdkd.core.files import read_json  # noqa: E402
 from sdkd.errors import InputError, SdkdError  # noqa: E402
 
 BUDGET_S = 540.0  # all of it: ten minutes are a usual limit of one command
 IDENTIFY = """
-import importlib.util, json, sys
+import json, sys
 from sdkd.compare.measure.environment import environment
-from sdkd.targets.registry import TARGETS, cpu_name, gpu
+from sdkd.targets.registry import cpu_name
 found = environment(sys.argv[1])
 name = (found["gpu"] or {}).get("gpu") or f"{cpu_name()} cpu"
-missing = [one.name for one in TARGETS.values() if importlib.util.find_spec(one.module) is None]
-print(json.dumps({"environment": found, "name": name, "missing": missing}))
+print(json.dumps({"environment": found, "name": name}))
 """
 NAME = re.compile(r"(\d{4}-\d\d-\d\d)(?:-(\d+))?\.json")
 SAME = {
@@ -192,12 +191,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for this call")
     parser.add_argument("--again", action="store_true", help="run pieces that are done once more, too")
     parser.add_argument("--models", help="LABEL=MODEL,...; default: SD 1.5's teacher, small, tiny, random weights")
-    parser.add_argument("--targets", help="of the engines, with commas; default: both TensorRT kinds, onnxruntime")
-    parser.add_argument("--sizes", help="pixels, with commas, the first for most rows; default: 512,768")
-    parser.add_argument("--batches", help="latents per UNet call, with commas; default: 2,8,16")
+    parser.add_argument("--targets", help=f"of the comparisons, with commas; default: {','.join(TARGETS)}")
+    parser.add_argument("--sizes", help="pixels, with commas, the first for most pieces; default: 512,768")
+    parser.add_argument("--batches", help="images per call, with commas, the first for most pieces; default: 1,8")
     parser.add_argument("--train-batches", help="images per training step, with commas; default: 8,16,32")
     parser.add_argument("--steps", type=int, help="of a whole image; default: 25")
-    parser.add_argument("--seconds", type=float, help="of timed calls for each row; default: 1.5")
+    parser.add_argument("--seconds", type=float, help="of timed UNet calls for each subject; default: 1")
     parser.add_argument(
         "--wheels", action="append", default=[], help="a kit of tools/gpu_kit.py, or wheels; its folders with commas"
     )
@@ -227,13 +226,11 @@ def report(asked: argparse.Namespace, words: Sequence[str]) -> Path:
     def save() -> None:
         every = [one for piece in found["pieces"].values() for one in (piece, *piece["rows"])]
         found["commit"] = ", ".join(sorted({one["commit"] for one in every if "commit" in one}))
-        add_limits(found)
         keep(path, found, page(found))
 
     run_all(
         pieces, Place(asked.work, environment), found["pieces"], save, deadline=deadline, again=asked.again,
         said={"commit": asked.commit or commit()},
-        missing={kind: f"{kind} is not installed here" for kind in machine["missing"]},
     )  # fmt: skip
     return path
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.compare.measure.stats import speedup
-from sdkd.core.console import markdown_table
 from sdkd.core.files import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,11 +63,6 @@ def keep(path: Path, found: Mapping[str, Any], lines: Sequence[str]) -> None:
     write_json(path, found)
     page = [*lines, "", "Made again by:", "", f"    {found['command']}", ""]
     write_bytes(path.with_suffix(".md"), "\n".join(page).encode())
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
-    """Lines of a Markdown table, none without rows; what follows the first `left` columns stands to the right."""
-    return markdown_table(heads, rows, left) if rows else []
 
 
 def in_turn(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from bench_kit.record import Record
@@ -26,10 +25,9 @@ from sdkd.core.files import read_json
 from sdkd.errors import InputError
 
 KEPT_LINES = 40
-ROW_KEYS = ("what", "way", "batch", "size", "student", "component", "precision")  # rows equal in these are the same
+ROW_KEYS = ("what", "way", "batch", "size", "student", "model", "slot", "precision")  # rows equal in these are the same
+CHILD = ("-m", "bench_kit.runner")  # what a Python runs a piece with
 Json = dict[str, Any]
-Command = Callable[[Path, Path], Sequence[str]]
-"""The words that run a piece, given the files of the piece and of its result."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where pieces run: the folder of their files, their environment, and the words that start one."""
+    """Where pieces run: the folder of their files, their environment, and the program that gets two of the files."""
 
     work: Path
     environment: Mapping[str, str] = field(default_factory=dict)
-    command: Command = lambda piece, result: [sys.executable, "-m", "bench_kit.runner", str(piece), str(result)]
+    program: Sequence[str] = (sys.executable, *CHILD)
     logged: bool = True  # what they print goes into a file of the folder, not to the terminal
 
 
@@ -70,7 +68,7 @@ def python_path(*folders: Path | None) -> dict[str, str]:
 
 def to_run(pieces: Sequence[Piece], found: Mapping[str, Json], again: bool) -> list[Piece]:
     """What is not done: what was never begun first, then what ran out of time, then what failed; all for `again`."""
-    ranks = {"": 0, "not started": 0, "not installed": 0, "out of budget": 1, "failed": 2}
+    ranks = {"": 0, "not started": 0, "out of budget": 1, "failed": 2}
     states = {piece.name: found.get(piece.name, {}).get("state", "") for piece in pieces}
     open_ones = [piece for piece in pieces if again or states[piece.name] != "done"]
     return sorted(open_ones, key=lambda piece: ranks.get(states[piece.name], 0))
@@ -78,21 +76,17 @@ def to_run(pieces: Sequence[Piece], found: Mapping[str, Json], again: bool) -> l
 
 def run_all(
     pieces: Sequence[Piece], place: Place, found: dict[str, Json], save: Callable[[], None], *, deadline: float,
-    again: bool, said: Mapping[str, Any], missing: Mapping[str, str] = MappingProxyType({}),
+    again: bool, said: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run what is to be run until `deadline` (of time.monotonic), and `save` after each; what does not fit is left out.
 
-    `said`: what every result says beside its own (commit, versions). `missing`: kinds whose package is not there, and
-    why; no process is started for them.
+    `said`: what every result says beside its own (commit, versions).
     """
     for piece in to_run(pieces, found, again):
         left, before = deadline - time.monotonic(), found.get(piece.name, {})
-        if piece.kind in missing or left < piece.cost:
-            state = "not installed" if piece.kind in missing else "not started"
-            why = {"package": missing[piece.kind]} if piece.kind in missing else {}
-            if not before or (why and not before["rows"]):
-                found[piece.name] = {"state": state, "rows": [], "facts": {}, "errors": why}
-            print(f"{piece.name}: {state}, {why.get('package', f'{left:.0f} s left of {piece.cost:.0f}')}", flush=True)
+        if left < piece.cost:
+            found.setdefault(piece.name, {"state": "not started", "rows": [], "facts": {}, "errors": {}})
+            print(f"{piece.name}: not started, {left:.0f} s left of {piece.cost:.0f}", flush=True)
             continue
         print(f"{piece.name}: {left:.0f} s left", flush=True)
         result = run_one(piece, place, left)
@@ -126,7 +120,7 @@ def run_one(piece: Piece, place: Place, seconds: float = float("inf")) -> Json:
         file.unlink(missing_ok=True)
     given.write_text(json.dumps({"function": piece.function, "arguments": dict(piece.arguments)}))
     start, most = time.monotonic(), min(seconds, piece.cap)
-    status = _wait(place.command(given, result), place.environment, log if place.logged else None, most)
+    status = _wait([*place.program, str(given), str(result)], place.environment, log if place.logged else None, most)
     found: Json = {"rows": [], "facts": {}, "errors": {}, "tracebacks": {}}
     try:
         found |= read_json(result)
@@ -155,7 +149,8 @@ def run_or_exit(piece: Piece, place: Place) -> Json:
 
 def _nothing(found: Json) -> bool:
     """Whether a piece ended by an error with no figure at all; a part may fail in a piece that is done."""
-    return "process" in found["errors"] or (bool(found["errors"]) and not found["rows"])
+    measured = found["rows"] or "comparison" in found["facts"]
+    return "process" in found["errors"] or (bool(found["errors"]) and not measured)
 
 
 def scrubbed(value: Any, places: Mapping[str, str]) -> Any:
