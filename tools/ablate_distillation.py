@@ -55,11 +55,10 @@ class Lessons:
     """The teacher, the latents of its lessons, and what the students are examined with; made once."""
 
     def __init__(self, settings: Settings) -> None:
-        from sdkd.demo.dataset import DemoImages
         from sdkd.distill.data.latents import encode_images, training_size
         from sdkd.evaluate.agreement import make_probe
         from sdkd.models.resolve import load_eager
-        from sdkd.toyworld.scenes import held_out_scenes, seen_scenes
+        from sdkd.toyworld.scenes import DemoImages, held_out_scenes, seen_scenes
 
         self.pipe = load_eager("demo")
         self.latents = encode_images(
@@ -160,9 +159,9 @@ def series(students: list[str], seeds: list[int], settings: Settings) -> None:
 
 def why(settings: Settings, student: str = "tiny", seed: int = 0) -> None:
     """What random conditioning is for: noise MSE with the images' own captions, and with captions of other images."""
-    from sdkd.demo.dataset import DemoImages
     from sdkd.distill import train
     from sdkd.evaluate.agreement import make_probe, noise_agreement
+    from sdkd.toyworld.scenes import DemoImages
 
     lessons = Lessons(settings)
     rows = DemoImages(count=settings.probe, seed=99, held_out=True)

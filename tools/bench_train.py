@@ -31,9 +31,9 @@ from sdkd.distill.data.encode import tokens
 from sdkd.distill.data.latents import encode_images
 from sdkd.distill.training.batches import Batch
 from sdkd.distill.training.config import TrainConfig
-from sdkd.distill.training.features import FeatureUNet
 from sdkd.distill.training.loop import peak_memory
-from sdkd.distill.training.losses import task_target
+from sdkd.distill.training.losses import FeatureUNet, task_target
+from sdkd.distill.training.pairs import feature_pairs
 from sdkd.distill.training.setup import lay_out_state
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError
@@ -83,7 +83,7 @@ class Bench:
         self.device, self.dtype = self.trainer.device, self.trainer.dtype
         if self.pipe.vae is not self.trainer.vae:  # the trainer's copy is the one in use
             self.pipe.vae.to("cpu")
-        names = [name for name, _ in self.trainer._pairs()]
+        names = [name for name, _ in feature_pairs(self.config.spec, self.config.pair_preset)]
         self.pipe.unet.to(self.device)
         self.teachers = {False: FeatureUNet(self.pipe.unet, names), True: self.trainer.teacher}
         self.optimizer = self.trainer.optimizer.optimizer

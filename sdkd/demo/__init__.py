@@ -1,19 +1,34 @@
-"""The embedded default: procedural captioned images, a small trained teacher, and a reader that checks its pictures."""
+"""The embedded default: procedural captioned images and a small trained teacher.
+
+The teacher is an 11-million-parameter Stable Diffusion pipeline for 64x64 images of the demo's captions.
+Trained by tools/train_demo_teacher.py; how well it does is measured in benchmarks/demo-teacher/accuracy.json.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdkd.errors import ModelError
 
 if TYPE_CHECKING:
-    from sdkd.demo.teacher import load_teacher, teacher_path
+    import torch
+    from diffusers import StableDiffusionPipeline
 
-__all__ = ["load_teacher", "teacher_path"]
+
+def teacher_path() -> Path:
+    """The diffusers folder of the teacher (half precision); ModelError when the package came without it."""
+    path = Path(__file__).parent / "weights"
+    if not (path / "model_index.json").is_file():
+        raise ModelError(
+            "the demo teacher is not part of this installation: install sdkd again, or in a checkout run "
+            "python tools/train_demo_teacher.py --work artifacts/demo-teacher --output sdkd/demo/weights"
+        )
+    return path
 
 
-def __getattr__(name: str) -> Any:
-    """Load `sdkd.demo.teacher` on first use, so that importing this package costs nothing."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sdkd.demo import teacher
+def load_teacher(torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
+    """The teacher as an eager pipeline on the CPU, in float32 unless another dtype is asked for."""
+    from sdkd.models.resolve import load_eager
 
-    return getattr(teacher, name)
+    return load_eager("demo", torch_dtype)

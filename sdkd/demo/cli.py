@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sdkd.core.console import progress, show
+from sdkd.core.files import lock
+from sdkd.demo.run import DemoResult, DemoSettings, check_outputs, made_folders, run_demo
 
 
 def demo(
@@ -22,36 +25,21 @@ def demo(
     Builds and distils the small and tiny students, exports all three models, builds every engine this machine can,
     generates the same prompts with each and compares them. Run again, it re-uses what is fresh.
     """
-    from sdkd.core.files import lock
-    from sdkd.demo.run import DemoResult, DemoSettings, check_outputs, run_demo
-
     settings = DemoSettings() if steps is None else DemoSettings(distill_steps=steps)
     check_outputs(output)
     with lock(output):
-        if fresh:
-            _forget(output)
+        for folder in made_folders(output) if fresh else ():
+            shutil.rmtree(folder, ignore_errors=True)
         with progress("demo") as report:
-            result: DemoResult = run_demo(output, settings, report)
+            result = run_demo(output, settings, report)
     _tell(result)
     if result.report is not None and result.report.failed:
         result.report.check(output / "report.html")
 
 
-def _forget(output: Path) -> None:
-    import shutil
-
-    from sdkd.demo.run import made_folders
-
-    for folder in made_folders(output):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tell(result: object) -> None:
-
+def _tell(result: DemoResult) -> None:
     from sdkd.compare.report.tables import terminal_table
-    from sdkd.demo.run import DemoResult
 
-    assert isinstance(result, DemoResult)
     assert result.report is not None
     show(terminal_table(result.report))
     if result.reused:

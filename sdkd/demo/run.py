@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.files import check_file_free, check_free, new_folder, read_json, write_json
+from sdkd.core.files import check_file_free, check_free, new_folder, read_json, write_bytes, write_json
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import InputError
 from sdkd.targets.plan import EnginePlan, plan_for_model
@@ -19,6 +21,7 @@ from sdkd.targets.registry import availability, cpu_precisions
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
 
     from sdkd.compare.measure.results import Report
     from sdkd.compare.measure.subjects import Subject
@@ -74,11 +77,6 @@ class DemoResult:
     skipped: dict[str, str] = field(default_factory=dict)  # target -> why
 
 
-def digest(*parts: object) -> str:
-    """A short name for what a result was made from."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progress = quiet) -> DemoResult:
     """The whole way into `folder`; re-uses what is fresh. Raises what any step raises, losing nothing finished.
 
@@ -113,11 +111,6 @@ def check_outputs(folder: Path) -> None:
         check_file_free(folder / PICTURE, overwrite=False)
 
 
-def model_path(folder: Path, name: str) -> Path | str:
-    """What to load for a model of the demo: the embedded teacher or a distilled student's folder."""
-    return "demo" if name == "teacher" else folder / "models" / name
-
-
 def _is_fresh(record: Path, key: str) -> bool:
     try:
         return bool(read_json(record).get("key") == key)
@@ -130,7 +123,8 @@ def make_students(folder: Path, settings: DemoSettings, result: DemoResult, prog
     from sdkd.demo import teacher_path
 
     weights = (teacher_path() / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = digest(hashlib.sha256(weights).hexdigest(), asdict(settings))
+    made_from = json.dumps([hashlib.sha256(weights).hexdigest(), asdict(settings)], sort_keys=True)
+    key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
     stale = [name for name in STUDENTS if not _is_fresh(folder / "models" / name / RECORD, key)]
     result.reused += [f"student {name}" for name in STUDENTS if name not in stale]
     if not stale:
@@ -144,9 +138,9 @@ def make_students(folder: Path, settings: DemoSettings, result: DemoResult, prog
 
 def _lessons(settings: DemoSettings, progress: Progress) -> tuple[StableDiffusionPipeline, LatentCache]:
     """The teacher, and the latents of the procedural images that both students learn from."""
-    from sdkd.demo.dataset import DemoImages
     from sdkd.distill.data.latents import encode_images, training_size
     from sdkd.models.resolve import load_eager
+    from sdkd.toyworld.scenes import DemoImages
 
     progress("loading the teacher", 0.0)
     pipe = load_eager("demo")
@@ -216,7 +210,7 @@ def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[S
     engines = wanted_engines(result)
     subjects, done, total = [], 0, len(engines) * len(MODELS)
     for name in MODELS:
-        model = str(model_path(folder, name))
+        model = "demo" if name == "teacher" else str(folder / "models" / name)
         source = resolve(model)
         role = "teacher" if name == "teacher" else "student"
         subjects.append(Subject(f"{name} eager", model, "eager", "fp32", None, role))
@@ -280,12 +274,35 @@ def compare_all(
 
 def draw(report: Report, path: Path) -> None:
     """One picture: every model eagerly, and on the first of its engines."""
-    from sdkd.demo.picture import write_sheet
-
     rows, seen = {}, set()
     for row in report.results:
         kind = (row.subject.model_key, row.subject.is_eager)
         if kind not in seen:
             seen.add(kind)
             rows[row.subject.label] = report.images[row.subject.label]
-    write_sheet(path, rows, report.setup.prompts)
+    stream = io.BytesIO()
+    contact_sheet(rows, report.setup.prompts).save(stream, "PNG", optimize=True)
+    write_bytes(path, stream.getvalue())
+
+
+def contact_sheet(rows: Mapping[str, Sequence[Image]], captions: Sequence[str]) -> Image:
+    """A row per subject, a column per prompt; small images are enlarged without smoothing: every pixel shows."""
+    from PIL import Image as Pillow
+    from PIL import ImageDraw, ImageFont
+
+    def write(place: tuple[int, int], text: str, size: int, columns: int) -> None:
+        drawn.multiline_text(place, textwrap.fill(text, columns), fill=(32, 33, 36), font=ImageFont.load_default(size))
+
+    cell, gap, label_width, head = 160, 8, 150, 64  # pixels
+    width, height = label_width + len(captions) * (cell + gap), head + len(rows) * (cell + gap)
+    sheet = Pillow.new("RGB", (width, height), "white")
+    drawn = ImageDraw.Draw(sheet)
+    for column, caption in enumerate(captions):
+        write((label_width + column * (cell + gap), 4), caption, 13, 24)
+    for row, (label, images) in enumerate(rows.items()):
+        top = head + row * (cell + gap)
+        write((4, top + cell // 2 - 16), label, 15, 18)
+        for column, image in enumerate(images):
+            enlarged = image.resize((cell, cell), Pillow.Resampling.NEAREST)
+            sheet.paste(enlarged, (label_width + column * (cell + gap), top))
+    return sheet

@@ -136,54 +136,32 @@ def _fill(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
 
 
 def _run(job: CacheJob, processes: int, report: Progress) -> dict[str, Any]:
-    from sdkd.distill.data.cache import prepare
+    from sdkd.distill.data.cache import cache_settings, prepare, write_cache
 
     report("loading the model", None)
-    pipe, images, options = _opened(job, 0)
-    if processes > 1:
-        from sdkd.distill.data.cache import cache_settings
-
-        wanted = {name: options[name] for name in ("size", "precision", "shard_images", "text", "flip")}
-        if prepare(Path(job.output), cache_settings(pipe, images, **wanted)) is None:
-            _in_processes(job, processes, within(report, 0.0, 0.9))
-    return _write(job, pipe, images, options, report) or {}
+    pipe, images, settings, how = _opened(job, 0)
+    if processes > 1 and prepare(Path(job.output), cache_settings(pipe, images, **settings)) is None:
+        _in_processes(job, processes, within(report, 0.0, 0.9))
+    return write_cache(pipe, images, Path(job.output), **settings, **how, progress=report) or {}
 
 
-def _opened(job: CacheJob, rank: int) -> tuple[StableDiffusionPipeline, CaptionedImages, dict[str, Any]]:
-    """Pipeline, images and the options of `write_cache`."""
+def _opened(
+    job: CacheJob, rank: int
+) -> tuple[StableDiffusionPipeline, CaptionedImages, dict[str, Any], dict[str, Any]]:
+    """Pipeline, images, and for `write_cache` what its content depends on, and how a process makes it."""
     from sdkd.distill.data.latents import training_size
+    from sdkd.distill.training.setup import pick_device
 
-    device = _device(job, rank)
+    device = pick_device(job.device, job.precision, rank)
     images = open_images(job.data, image_column=job.image_column, caption_columns=job.caption_columns)
     if job.max_images is not None:
         if job.max_images < 1:
             raise InputError(f"max_images {job.max_images} is not positive: give 1 or more")
         images = FirstImages(images, job.max_images)
     pipe = load_eager(job.model)
-    options = {name: getattr(job, name) for name in ("precision", "shard_images", "workers", "text", "flip")}
-    return pipe, images, options | {"size": training_size(pipe, job.resolution), "device": device}
-
-
-def _device(job: CacheJob, rank: int) -> Any:
-    """The device of a process; InputError when it is not there or cannot do the precision."""
-    import torch
-
-    from sdkd.core.contract import torch_dtype
-
-    gpus = torch.cuda.device_count() if job.device in ("auto", "cuda") else 0
-    if job.device not in ("auto", "cpu", "cuda") or (job.device == "cuda" and not gpus):
-        raise InputError(f"device {job.device!r} is not on this machine: give auto or cpu, or run where torch sees it")
-    if torch_dtype(job.precision) == torch.float16 and not gpus:
-        raise InputError("precision 'fp16' needs a CUDA device: give --precision bf16 or fp32")
-    return torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
-
-
-def _write(
-    job: CacheJob, pipe: Any, images: CaptionedImages, options: Mapping[str, Any], report: Progress, **which: Any
-) -> dict[str, Any] | None:
-    from sdkd.distill.data.cache import write_cache
-
-    return write_cache(pipe, images, Path(job.output), progress=report, **options, **which)
+    settings = {name: getattr(job, name) for name in ("precision", "shard_images", "text", "flip")}
+    settings["size"] = training_size(pipe, job.resolution)
+    return pipe, images, settings, {"workers": job.workers, "device": device}
 
 
 def _tidy(out: Path) -> int:
@@ -234,6 +212,8 @@ def _failed(rank: int, error: ChildError) -> str:
 
 def write_share(job: Mapping[str, Any], rank: int, world: int, progress: Progress = quiet) -> None:
     """Write the shards of process `rank` of `world`; raises as `run`."""
+    from sdkd.distill.data.cache import write_cache
+
     own = CacheJob(**{**job, "caption_columns": tuple(job["caption_columns"])})
-    pipe, images, options = _opened(own, rank)
-    _write(own, pipe, images, options, progress, rank=rank, world=world)
+    pipe, images, settings, how = _opened(own, rank)
+    write_cache(pipe, images, Path(own.output), **settings, **how, rank=rank, world=world, progress=progress)

@@ -14,18 +14,11 @@ import typer
 
 from sdkd.core.console import progress, show, show_json, table
 from sdkd.core.numbers import check_number
-from sdkd.distill.training.config import TrainConfig, make_config, parse_prompts, settings_of
-from sdkd.distill.training.recipes import read_recipe, recipe_names
+from sdkd.distill.data.rows import split_columns
+from sdkd.distill.training.config import TrainConfig, make_config, parse_prompts, read_recipe, recipe_names, settings_of
 from sdkd.distill.training.run import Job, is_main, run
 
 _TEXTS = ("prompts", "trackers")  # tuples that are given as one text
-_MODEL = {
-    "distill": ("--teacher", "A diffusers folder, hub id, .safetensors or demo."),
-    "finetune": ("--model", "The model to train: a diffusers folder, hub id, .safetensors or demo."),
-    "lora": ("--model", "The model to adapt: a diffusers folder, hub id, .safetensors or demo."),
-}
-
-
 _INIT = {
     "distill": "A student or a checkpoint to start from. [default: the teacher's own layers]",
     "finetune": "A checkpoint to start from. [default: the model's own weights]",
@@ -35,17 +28,17 @@ _INIT = {
 
 def _shared(objective: str) -> dict[str, tuple[Any, Any]]:
     """Options that are not settings: name -> (annotation, default)."""
-    flag, text = _MODEL[objective]
+    flag = "--teacher" if objective == "distill" else "--model"
     required = inspect.Parameter.empty
     names = ", ".join(recipe_names())
     return {
         "init": (Annotated[str | None, typer.Option("--init", help=_INIT[objective])], None),
-        "model": (Annotated[str, typer.Option(flag, help=text)], required),
+        "model": (
+            Annotated[str, typer.Option(flag, help="A diffusers folder, hub id, .safetensors or demo.")],
+            required,
+        ),
         "data": (
-            Annotated[
-                str,
-                typer.Option("--data", help="Folder, tar shards, parquet, hub id, latents of `sdkd cache`, or demo."),
-            ],
+            Annotated[str, typer.Option(help="Folder, tar shards, parquet, hub id, latents of `sdkd cache`, or demo.")],
             required,
         ),
         "output": (Annotated[Path, typer.Option("--output", help="Folder for the run and its result.")], required),
@@ -80,7 +73,6 @@ def _command(objective: str, text: str) -> Callable[..., None]:
         _main(objective, values)
 
     command: Any = call  # typer reads the signature that is set below
-
     ordered = sorted(options.items(), key=lambda option: option[1][1] is not inspect.Parameter.empty)
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, kind, default=d, annotation=a) for name, (a, d) in ordered]
@@ -91,43 +83,25 @@ def _command(objective: str, text: str) -> Callable[..., None]:
 
 
 def _main(objective: str, values: dict[str, Any]) -> None:
-    known = {item.name for item in settings_of(objective)}
-    own = {name: value for name, value in values.items() if name in known}
-    others = {name: value for name, value in values.items() if name not in known}
-    check_number("num_processes", others["num_processes"], 1, 4096, whole=True)
-    if others["num_processes"] > 1:
+    processes, recipe, as_json = (values.pop(name) for name in ("num_processes", "recipe", "json"))
+    check_number("num_processes", processes, 1, 4096, whole=True)
+    if processes > 1:
         from sdkd.core.torchrun import relaunch
 
-        relaunch(others["num_processes"])
+        relaunch(processes)
         return
+    own = {item.name: values.pop(item.name, None) for item in settings_of(objective)}
     for name in _TEXTS:
-        if own.get(name) is not None:
+        if own[name] is not None:
             own[name] = parse_prompts(own[name].replace(",", ";") if name == "trackers" else own[name])
-    recipe = read_recipe(others["recipe"], objective).settings if others["recipe"] is not None else {}
-    job = Job(
-        model=others["model"],
-        data=others["data"],
-        output=others["output"],
-        config=make_config(objective, recipe, own),
-        resume=others["resume"],
-        overwrite=others["overwrite"],
-        init=others.get("init"),
-        image_column=others["image_column"],
-        caption_columns=tuple((others["caption_columns"] or "").replace(",", " ").split()),
-    )
-    _carry_out(job, json=others["json"])
-
-
-def _carry_out(job: Job, *, json: bool) -> None:
+    config = make_config(objective, read_recipe(recipe, objective) if recipe is not None else {}, own)
+    job = Job(config=config, **values | {"caption_columns": split_columns(values["caption_columns"] or "")})
     if not is_main():
         run(job)
         return
-    with progress(job.config.objective) as report:
+    with progress(objective) as report:
         summary = run(job, report)
-    if json:
-        show_json(summary)
-    else:
-        _tell(summary)
+    show_json(summary) if as_json else _tell(summary)
 
 
 def _tell(summary: dict[str, Any]) -> None:

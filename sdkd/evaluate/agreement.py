@@ -15,9 +15,9 @@ import torch
 from sdkd.compare.measure.subjects import native_side
 from sdkd.core.console import Progress, quiet
 from sdkd.core.images import check_finite
+from sdkd.distill.data.buckets import fit_pixels
 from sdkd.distill.data.encode import encode_captions, encode_image
 from sdkd.distill.data.latents import Latents
-from sdkd.distill.data.opening import to_pixels
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError
@@ -111,7 +111,7 @@ def _encoded(
 
     def load(position: int, index: int) -> tuple[torch.Tensor, str]:
         row = images[index]
-        return to_pixels(row["image"], size), row_caption(row, index)
+        return fit_pixels(row["image"], size, size), row_caption(row, index)
 
     reader = Reader(load, len(images), workers=0)
     latents, captions = [], []

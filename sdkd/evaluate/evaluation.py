@@ -145,10 +145,10 @@ def _open(settings: Settings) -> Any:
     if settings.data is None:
         return None
     if settings.data == DEMO:
-        from sdkd.demo.dataset import DemoImages
+        from sdkd.toyworld.scenes import DemoImages
 
         return DemoImages(settings.images or 64, settings.seed, held_out=True)
-    from sdkd.distill.training.run import open_images_or_cache
+    from sdkd.distill.data.opening import open_images_or_cache
 
     return open_images_or_cache(settings.data, settings.image_column, settings.caption_columns)
 

@@ -41,7 +41,7 @@ class StudentSpec:
     short: str
     keeps_mid_block: bool
     dropped_levels: int  # deepest levels removed, down and up
-    pairs: str  # preset of feature pairs, see sdkd.distill.training.features
+    pairs: str  # preset of feature pairs, see sdkd.distill.training.pairs
     weights: LossWeights
     down_layers: tuple[int, ...] = (0,)
     # The last resnet of an up block takes the skip of the next finer level, so it cannot be the one that goes.

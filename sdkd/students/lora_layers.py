@@ -130,7 +130,7 @@ def _place(key: str) -> tuple[str, str, str] | None:
     name = _TEXT_ROOT.sub("text_encoder.", common_name(key))
     match = _KOHYA.fullmatch(name)
     if match is None:
-        match = _DOTTED.fullmatch(_OLD_TEXT.sub(_of_old_text, name))
+        match = _DOTTED.fullmatch(_OLD_TEXT.sub(r".\1_proj.lora.", name))
     if match is None:
         return None
     role = "alpha" if match["role"] == "alpha" else "up" if _UP.search(match["role"]) else "down"
@@ -139,10 +139,6 @@ def _place(key: str) -> tuple[str, str, str] | None:
         return "unet", module, role
     text = _TEXT_LAYER.fullmatch(module)
     return None if text is None else ("text_encoder", f"layers.{text[1]}.{text[2]}.{text[3]}", role)
-
-
-def _of_old_text(match: re.Match[str]) -> str:
-    return f".{match[1]}_proj.lora."
 
 
 def _layer(given: Mapping[str, tuple[str, torch.Tensor]], what: str) -> Layer:

@@ -17,28 +17,16 @@ _UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out
 # Old diffusers kept a LoRA in attention processors: ...attn1.processor.to_q_lora.down.weight
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
 # Adapters that a down and an up matrix do not describe, by what the names of their weights hold.
-_OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern))
-    for kind, pattern in (
-        ("DoRA", r"dora_scale|lora_magnitude_vector"),
-        ("LoHa", r"\.hada_"),
-        ("LoKr", r"\.lokr_"),
-        ("BOFT", r"boft_"),
-        ("OFT", r"(^|[._])oft_"),
-        ("IA3", r"ia3_|\.on_input$"),
-        ("GLoRA", r"\.[ab][12]\.weight$"),
-        ("VeRA", r"vera_lambda_"),
-        ("AdaLoRA", r"\.lora_E$|ranknum"),
-        ("LoCon with Tucker decomposition", r"\.lora_mid\."),
-        ("LoRA with a trained scalar", r"\.scalar$"),
-        ("LoRA with biases", r"lora[\w.]*\.bias$"),
-        ("LoRA of an embedding layer", r"lora_embedding_[AB]"),
-        ("full difference of weights", r"\.diff(_b)?$"),
-        ("difference of norm layers", r"\.[wb]_norm$"),
-        ("textual inversion in a LoRA file", r"^bundle_emb\."),
-        ("Control-LoRA", r"^lora_controlnet$"),
-    )
-)
+_OTHERS = {
+    "DoRA": r"dora_scale|lora_magnitude_vector",
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "OFT": r"(^|[._])b?oft_",
+    # IA3, GLoRA, VeRA, AdaLoRA, Tucker decomposition, trained scalars, biases, embedding layers, differences of
+    # weights, textual inversions, Control-LoRA.
+    "adapter of another kind": r"ia3_|\.on_input$|\.[ab][12]\.weight$|vera_lambda_|\.lora_E$|ranknum|\.lora_mid\."
+    r"|\.scalar$|lora[\w.]*\.bias$|lora_embedding_[AB]|\.diff(_b)?$|\.[wb]_norm$|^bundle_emb\.|^lora_controlnet$",
+}
 _LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 
 
@@ -48,7 +36,7 @@ def other_kind(names: Iterable[str]) -> str | None:
     To be asked of the names as the file has them: diffusers leaves out what it does not know.
     """
     names = list(names)
-    found = {kind: name for kind, pattern in _OTHERS for name in reversed(names) if pattern.search(name)}
+    found = {kind: name for kind, pattern in _OTHERS.items() for name in reversed(names) if re.search(pattern, name)}
     if not found:
         return None
     first = next(iter(found.values()))
@@ -74,14 +62,9 @@ def common_name(key: str) -> str:
             break
     if not key.startswith(_UNET_PARTS):
         return key
-    key = _PROCESSOR.sub(_of_processor, key)
+    key = _PROCESSOR.sub(lambda found: f".to_{found[1]}{'.0' if found[1] == 'out' else ''}.lora.", key)
     # One style for all weights: of a file with both, diffusers would load those of the first alone.
     return "unet." + key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
-
-
-def _of_processor(match: re.Match[str]) -> str:
-    layer = match[1]
-    return f".to_{layer}.0.lora." if layer == "out" else f".to_{layer}.lora."
 
 
 def remap_settings(settings: Mapping[str, Any], modules: Mapping[str, str]) -> dict[str, Any]:

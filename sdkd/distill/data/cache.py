@@ -9,24 +9,25 @@ there.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import Precision, torch_dtype
-from sdkd.core.files import check_free, read_json, sha256, staged_folder, write_bytes, write_json
+from sdkd.core.files import check_free, read_json, sha256, write_bytes, write_json
 from sdkd.core.interrupts import between_steps
 from sdkd.core.marks import CACHE, proves
-from sdkd.distill.data.disk_cache import CAPTIONS, INDEX, MIRRORED, PLAIN, SCHEMA, SETTINGS, open_cache
+from sdkd.distill.data.buckets import fit_pixels
+from sdkd.distill.data.digests import fingerprint
+from sdkd.distill.data.disk_cache import CAPTIONS, INDEX, MIRRORED, PLAIN, SCHEMA, SETTINGS, DiskCache, Shard
 from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, model_digests, placed, too_long
-from sdkd.distill.data.opening import fingerprint, to_pixels
 from sdkd.distill.data.reader import Reader, check_unreadable
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError, OutputExistsError
@@ -49,7 +50,6 @@ def write_cache(
     device: torch.device | str = "cpu",
     text: bool = True,
     flip: bool = False,
-    overwrite: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any] | None:
     """Encode all images (`size` pixels square, middle cut out) and captions in `precision`; returns the index.
@@ -62,20 +62,14 @@ def write_cache(
     """
     if shard_images < 1 or not 0 <= rank < world:
         raise InputError(f"shard_images {shard_images}, rank {rank} of {world}: give 1 or more, and 0 <= rank < world")
-    if overwrite and world > 1:
-        raise InputError("overwrite would remove the shards of the other ranks: remove the cache before")
     settings = cache_settings(
         pipe, images, size=size, precision=precision, shard_images=shard_images, text=text, flip=flip
     )
-    with contextlib.ExitStack() as stack:
-        if overwrite:  # what is there stays until the new one is complete
-            check_free(out, overwrite)
-            out = stack.enter_context(staged_folder(out))
-        if done := prepare(out, settings):
-            progress(f"{out} is complete already: kept", 1.0)
-            return done
-        check = stack.enter_context(between_steps())
-        writer = _Writer(pipe, images, out, settings, torch.device(device), progress, check)
+    if done := prepare(out, settings):
+        progress(f"{out} is complete already: kept", 1.0)
+        return done
+    with between_steps() as check:
+        writer = _Writer(pipe, images, out, settings, device, progress, check)
         writer.latents(rank, world, workers)
         return writer.finish() if world == 1 else None
 
@@ -115,57 +109,45 @@ def prepare(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         check_free(out, overwrite=False)
         write_json(out / SETTINGS, dict(settings))
         return None
-    found = {"flip": False} | read_json(out / name, dict[str, Any], strict=True)  # caches of before hold one view
+    found = read_json(out / name, dict[str, Any], strict=True)
     differing = [key for key, value in settings.items() if found.get(key) != value]
     if differing:
         shown = "; ".join(f"{key}: there {found.get(key)!r}, asked {settings[key]!r}" for key in differing)
         raise OutputExistsError(
             f"cache {str(out)!r} was made with other settings ({shown}): choose another folder or pass --overwrite"
         )
-    return {"flip": False, "unreadable": {}} | open_cache(out).index if name == INDEX else None
+    return DiskCache(out).index if name == INDEX else None
 
 
-class _Shard(TypedDict):
-    """What is read of the record beside a complete shard."""
+class _Latents(Shard):
+    """What is read of the record beside a complete shard of latents."""
 
-    file: str
-    bytes: int
-    sha256: str
     shapes: dict[str, list[int]]
-
-
-class _Latents(_Shard):
     captions: list[str]
     sources: list[int]
     unreadable: dict[str, str]
 
 
-class _Text(_Shard):
+class _Text(Shard):
+    shapes: dict[str, list[int]]
     captions: str
-    cut: int
 
 
+@dataclass
 class _Writer:
-    """One run of `write_cache`."""
+    """One run of `write_cache`; `check` sees to signals, between two images."""
 
-    def __init__(
-        self,
-        pipe: StableDiffusionPipeline,
-        images: CaptionedImages,
-        out: Path,
-        settings: Mapping[str, Any],
-        device: torch.device,
-        progress: Progress,
-        check: Callable[[], None],
-    ) -> None:
-        self.check = check  # sees to signals, between two images
-        self.pipe, self.images, self.out, self.settings, self.progress = pipe, images, out, settings, progress
-        self.device, self.dtype = device, torch_dtype(settings["precision"])
-        self.size, self.count = int(settings["resolution"]), int(settings["images"])
+    pipe: StableDiffusionPipeline
+    images: CaptionedImages
+    out: Path
+    settings: Mapping[str, Any]
+    device: torch.device | str
+    progress: Progress
+    check: Callable[[], None]
 
     def latents(self, rank: int, world: int, workers: int) -> None:
         """Write this rank's missing shards of latents."""
-        shards = _ranges(self.count, self.settings["shard_images"])
+        shards = self._ranges(len(self.images))
         own = [(f"latents-{place:05d}", shards[place]) for place in range(rank, len(shards), world)]
         kept = {name: record for name, rows in own if (record := self._kept(name, len(rows)))}
         if kept:
@@ -173,10 +155,10 @@ class _Writer:
         missing = [(name, rows) for name, rows in own if name not in kept]
         if not missing:
             return
-        reader = Reader(self._load, self.count, workers=workers)
+        reader = Reader(self._load, len(self.images), workers=workers)
         for record in kept.values():
             reader.unreadable.update({int(index): message for index, message in record["unreadable"].items()})
-        vae = placed(self.pipe.vae, self.device, self.dtype)
+        vae = self._placed(self.pipe.vae)
         stream = reader.rows((index, index) for _, rows in missing for index in rows)
         try:
             for number, (name, rows) in enumerate(missing, len(kept)):
@@ -185,8 +167,8 @@ class _Writer:
             stream.close()
 
     def _load(self, position: int, index: int) -> tuple[int, torch.Tensor, str]:
-        row = self.images[index]
-        return index, to_pixels(row["image"], self.size), row_caption(row, index)
+        row, size = self.images[index], self.settings["resolution"]
+        return index, fit_pixels(row["image"], size, size), row_caption(row, index)
 
     def _write_latents(
         self, vae: Any, name: str, rows: range, reader: Reader[Any], stream: Iterator[Any], at: tuple[int, int]
@@ -199,7 +181,7 @@ class _Writer:
             self.check()
             if place % 16 == 0:
                 fraction = (at[0] + place / len(rows)) / at[1]
-                self.progress(f"encoding image {rows.start + place + 1} of {self.count}", fraction)
+                self.progress(f"encoding image {rows.start + place + 1} of {len(self.images)}", fraction)
             found = encode_image(vae, pixels) + (encode_image(vae, pixels.flip(2)) if self.settings["flip"] else ())
             for key, value in zip(names, found, strict=True):
                 made[key].append(value.cpu())
@@ -242,10 +224,9 @@ class _Writer:
 
     def finish(self) -> dict[str, Any]:
         """Text shards, captions and the index, once all shards of latents are there."""
-        shards = _ranges(self.count, self.settings["shard_images"])
-        records = [self._record(f"latents-{place:05d}") for place in range(len(shards))]
+        records = [self._record(f"latents-{place:05d}") for place in range(len(self._ranges(len(self.images))))]
         unreadable = {int(at): message for record in records for at, message in record.pop("unreadable").items()}
-        check_unreadable(unreadable, self.count)
+        check_unreadable(unreadable, len(self.images))
         captions = [caption for record in records for caption in record.pop("captions")]
         sources = [source for record in records for source in record.pop("sources")]
         unique = list(dict.fromkeys(["", *captions]))
@@ -265,9 +246,9 @@ class _Writer:
         return index
 
     def _texts(self, unique: list[str]) -> list[dict[str, Any]]:
-        encoder = placed(self.pipe.text_encoder, self.device, self.dtype)
+        encoder = self._placed(self.pipe.text_encoder)
         records = []
-        for place, rows in enumerate(_ranges(len(unique), self.settings["shard_images"])):
+        for place, rows in enumerate(self._ranges(len(unique))):
             self.progress(f"encoding caption {rows.start + 1} of {len(unique)}", None)
             name, part = f"text-{place:05d}", unique[rows.start : rows.stop]
             record = self._kept(name, len(part))
@@ -279,6 +260,9 @@ class _Writer:
             records.append({key: value for key, value in record.items() if key != "captions"})
         return records
 
+    def _placed(self, module: Any) -> Any:
+        return placed(module, self.device, torch_dtype(self.settings["precision"]))
 
-def _ranges(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+    def _ranges(self, count: int) -> list[range]:
+        size = self.settings["shard_images"]
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.core.images import to_rgb
 from sdkd.distill.data.latents import Latents
-from sdkd.distill.data.opening import fingerprint
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.errors import InputError
 
@@ -45,6 +45,18 @@ def data_digest(data: CaptionedImages | Latents) -> str:
         quick = getattr(data, "caption", None)
         captions = [_caption(quick, index) for index in _spread(len(data), _CAPTIONS)] if quick else []
     digest.update(json.dumps(captions).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(images: CaptionedImages) -> str:
+    """Digest of some rows, evenly spread: enough to tell one data set from another."""
+    digest = hashlib.sha256()
+    for index in _spread(len(images), _ROWS):
+        try:
+            row = images[index]
+            digest.update(f"{row['caption']} {row['image'].size}".encode() + to_rgb(row["image"]).tobytes())
+        except InputError:
+            digest.update(b"unreadable")
     return digest.hexdigest()
 
 

@@ -32,16 +32,13 @@ PLAIN, MIRRORED = ("mean", "std"), ("mirrored_mean", "mirrored_std")  # tensors 
 _OPEN = 64  # shards that a DiskCache keeps open
 
 
-def open_cache(path: str | Path) -> DiskCache:
-    """The latents of a folder that `sdkd cache` wrote; InputError when it is incomplete, damaged or something else."""
-    return DiskCache(Path(path))
+class Shard(TypedDict):
+    """A complete shard: what is read of its record, and of the cache's index."""
 
-
-class _Shard(TypedDict):
     file: str
     bytes: int
     sha256: str
-    cut: NotRequired[int]
+    cut: NotRequired[int]  # of captions
 
 
 class _Captions(TypedDict):
@@ -54,12 +51,12 @@ class _Index(TypedDict):
     resolution: int
     precision: Precision
     shard_images: int
-    latents: list[_Shard]
-    texts: list[_Shard]
+    latents: list[Shard]
+    texts: list[Shard]
     captions: _Captions
-    flip: NotRequired[bool]
-    images: NotRequired[int]
-    unreadable: NotRequired[dict[str, str]]
+    flip: bool
+    images: int
+    unreadable: dict[str, str]
 
 
 class _Caption(TypedDict):
@@ -69,11 +66,12 @@ class _Caption(TypedDict):
 class DiskCache:
     """Latents of a cache folder, read by row from memory-mapped shards; see the protocol `Latents`.
 
-    A shard's SHA-256 is checked when it is first used. Tensors come in the precision of the cache.
+    A shard's SHA-256 is checked when it is first used. Tensors come in the precision of the cache. InputError when the
+    folder is incomplete, damaged or something else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         if not (path / INDEX).is_file():
             unfinished = (path / SETTINGS).is_file()
             raise InputError(
@@ -83,7 +81,7 @@ class DiskCache:
                 f"sdkd cache MODEL {shlex.quote(str(path))} NEW_FOLDER"
             )
         self.index: dict[str, Any] = read_json(path / INDEX, dict[str, Any], strict=True)
-        if self.index.get("schema") != SCHEMA or "latents" not in self.index:
+        if self.index.get("schema") != SCHEMA:
             raise InputError(f"{str(path / INDEX)!r} is not of a cache that this version reads: make the cache again")
         if wrong := problem(self.index, _Index):
             raise self._damaged(INDEX, f"is not what was written ({wrong})")
@@ -107,7 +105,7 @@ class DiskCache:
     @property
     def flip(self) -> bool:
         """Whether there are latents of the mirrored images, too."""
-        return bool(self.index.get("flip"))
+        return bool(self.index["flip"])
 
     @property
     def cut(self) -> int:
@@ -155,9 +153,8 @@ class DiskCache:
         size, rows = self.index["shard_images"], {"latents": len(self.captions)}
         if self.index["texts"]:
             rows["texts"] = len(self._rows)
-        images = self.index.get("images", len(self.captions))
-        if len(self.captions) != images or not images:
-            raise self._damaged(CAPTIONS, f"holds {len(self.captions)} captions of {images} images")
+        if not self.captions or len(self.captions) != self.index["images"]:
+            raise self._damaged(CAPTIONS, f"holds {len(self.captions)} captions of {self.index['images']} images")
         for name, count in rows.items():
             if (found := len(self.index[name])) != -(-count // size):
                 raise self._damaged(INDEX, f"names {found} shards of {name} for {count} rows, {size} in each")

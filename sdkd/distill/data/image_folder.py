@@ -7,8 +7,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ METADATA = "metadata.jsonl"
 METADATA_CSV = "metadata.csv"
 TRAIN = "train"  # where Hugging Face's image folders keep the images to train on
 FILE_COLUMN = "file_name"
+_JSON_LINE = '{"file_name": "0001.png", "text": "a caption"}'
 
 
 class Row(NamedTuple):
@@ -103,8 +103,8 @@ class ImageFolder:
                 raise InputError(f"data folder {str(folder)!r} is a cache of latents: give what it was made from")
             raise InputError(
                 f"data folder {str(folder)!r} holds no captioned images: add {METADATA} with lines like "
-                f'{{"file_name": "0001.png", "text": "a red star"}}, {METADATA_CSV} with these two columns, or a .txt '
-                f"beside each image ({', '.join(SUFFIXES)})"
+                f"{_JSON_LINE}, {METADATA_CSV} with these two columns, or a .txt beside each image "
+                f"({', '.join(SUFFIXES)})"
             )
         problems = [row.problem for row in self.rows if row.problem]
         if len(problems) > LIMIT * len(self.rows):
@@ -134,18 +134,25 @@ class ImageFolder:
 
 
 def _from_metadata(listed: Path, column: str, captions: Sequence[str]) -> Iterator[Row]:
-    records = _csv_rows(listed) if listed.suffix == ".csv" else _json_rows(listed)
-    for place, read in records:
-        yield _metadata_row(listed, place, read, column, captions)
+    for place, row in _csv_rows(listed) if listed.suffix == ".csv" else _json_rows(listed):
+        yield _metadata_row(listed, place, row, column, captions)
 
 
-def _json_rows(listed: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _json_rows(listed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(read_lines(listed), 1):
-        if line.strip():
-            yield f"line {number} of {str(listed)!r}", partial(json.loads, line)
+        if not line.strip():
+            continue
+        place = f"line {number} of {str(listed)!r}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{place} is not understood: give {_JSON_LINE}, one object per line")
+        yield place, row
 
 
-def _csv_rows(listed: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _csv_rows(listed: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a table with a header, separated by commas, semicolons or tabs: by what its header has most of."""
     text = read_text(listed).lstrip("\n")
     header = text.partition("\n")[0]
@@ -156,48 +163,29 @@ def _csv_rows(listed: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         for row in table:
             if None in row:
                 raise InputError(f"{place} has more values than the header has columns: {advice}")
-            yield place, partial(dict, row)
+            yield place, row
             place = f"line {table.line_num + 1} of {str(listed)!r}"
     except csv.Error as error:
         raise InputError(f"{place} cannot be read ({error}): {advice}") from None
 
 
-def _metadata_row(listed: Path, place: str, read: Callable[[], Any], column: str, captions: Sequence[str]) -> Row:
-    try:
-        row: Mapping[str, Any] = read()
-        path, caption = listed.parent / row[column], caption_of(row, captions)
-        has_column = any(name in row for name in captions)
-    except KeyError:
-        return Row(listed, "", _lacks(listed, place, row, [column], (column, captions[0])))
-    except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
-        raise InputError(
-            f'{place} is not understood: give {{"file_name": "0001.png", "text": "a caption"}}, one object per line'
-        ) from None
-    if caption is None and not has_column:
-        return Row(path, "", _lacks(listed, place, row, captions, (column, captions[0])))
-    if caption is None:
-        return Row(path, "", f"{place} has no caption in {', '.join(captions)}: add it, or remove the line")
-    if not _is_file(path):
-        problem = f"{place} names {row[column]!r}, which is not there: restore it or remove the line"
-        return Row(path, "", problem)
-    return Row(path, caption)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # longer than a name may be
-        return False
-
-
-def _lacks(listed: Path, place: str, row: Mapping[str, Any], wanted: Iterable[str], names: Sequence[str]) -> str:
-    """That a row has none of the `wanted` columns; `names`: of the image and of its caption."""
-    image, caption = names
-    how = f"{{{image!r}: '0001.png', {caption!r}: 'a caption'}} as JSON, one object per line"
-    if listed.suffix == ".csv":
-        how = f"the columns {image},{caption} in its first line"
-    found = ", ".join(map(str, row))
-    return f"{place} is not understood: give {how} (no column {' or '.join(wanted)}; its columns: {found})"
+def _metadata_row(listed: Path, place: str, row: Mapping[str, Any], column: str, captions: Sequence[str]) -> Row:
+    file: Any = row.get(column)
+    caption = caption_of(row, captions)
+    lacking = [] if isinstance(file, str) else [column]
+    if lacking or not any(name in row for name in captions):
+        how = f"{{{column!r}: '0001.png', {captions[0]!r}: 'a caption'}} as JSON, one object per line"
+        if listed.suffix == ".csv":
+            how = f"the columns {column},{captions[0]} in its first line"
+        wanted, found = " or ".join(lacking or captions), ", ".join(map(str, row))
+        problem = f"{place} is not understood: give {how} (no column {wanted}; its columns: {found})"
+    elif caption is None:
+        problem = f"{place} has no caption in {', '.join(captions)}: add it, or remove the line"
+    elif not os.path.isfile(listed.parent / file):  # noqa: PTH113 - takes names of any length
+        problem = f"{place} names {file!r}, which is not there: restore it or remove the line"
+    else:
+        return Row(listed.parent / file, caption)
+    return Row(listed, "", problem)
 
 
 def _from_sidecars(folder: Path) -> Iterator[Row]:

@@ -14,8 +14,8 @@ import torch
 
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import check_size, size_multiple, vae_scale
+from sdkd.distill.data.buckets import fit_pixels
 from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, too_long
-from sdkd.distill.data.opening import to_pixels
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 
@@ -87,7 +87,7 @@ def encode_images(
 
     def load(position: int, index: int) -> tuple[torch.Tensor, str]:
         row = images[index]
-        return to_pixels(row["image"], size), row_caption(row, index)
+        return fit_pixels(row["image"], size, size), row_caption(row, index)
 
     reader = Reader(load, count, workers=workers)
     means, stds, captions = [], [], []

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from sdkd.core.images import image_size, read_rgb
 from sdkd.core.schema import problem
 from sdkd.core.text_files import decode_text
 from sdkd.distill.data.image_folder import SIDECARS, SUFFIXES, files_below, hidden
-from sdkd.distill.data.patterns import matching
 from sdkd.distill.data.rows import CaptionedImages, caption_of
 from sdkd.distill.data.tables import TableImages, load_saved, load_table, no_column
 from sdkd.errors import InputError
 
+_PATTERN, _RANGE = re.compile(r"[*?\[{]"), re.compile(r"(\d+)\.\.(\d+)")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)  # extensions of tar members
 _TEXTS = tuple(suffix[1:] for suffix in reversed(SIDECARS))  # the last one that is there is the column _TEXT_COLUMN
@@ -83,6 +83,42 @@ def _table_of(tables: Sequence[Path]) -> Any:
     return load_table("parquet", data_files=[str(table) for table in train or own])
 
 
+def matching(pattern: str) -> list[Path]:
+    """The .tar or .parquet files of a path or of a pattern with *, ? and {00..99}; InputError when one is missing."""
+    found: list[Path] = []
+    for name in _braces(pattern):
+        path = Path(name).expanduser()
+        if _PATTERN.search(name):
+            folder = Path(path.anchor or ".")
+            matches = folder.glob(str(path.relative_to(path.anchor) if path.anchor else path))
+            found += sorted(match for match in matches if not match.name.startswith("._"))  # of macOS
+        elif path.suffix in (".tar", ".parquet"):
+            if not path.is_file():
+                raise InputError(f"data file {name!r} does not exist: restore it, or correct the name or pattern")
+            found.append(path)
+    if _PATTERN.search(pattern) and not found:
+        raise InputError(f"data pattern {pattern!r} matches no file: correct it; it may hold *, ? and {{00..99}}")
+    if other := [path for path in found if path.suffix not in (".tar", ".parquet")]:
+        raise InputError(f"data file {str(other[0])!r} is neither .tar nor .parquet: unpack it, or correct the pattern")
+    return found
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """`a{00..02}` -> a00, a01, a02; `{x,y}` -> x, y, as a shell does."""
+    before, opened, rest = pattern.partition("{")
+    inside, closed, after = rest.partition("}")
+    if not (opened and closed):
+        yield pattern
+        return
+    if numbers := _RANGE.fullmatch(inside):
+        low, high = numbers.groups()
+        choices = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
+    else:
+        choices = inside.split(",")
+    for choice in choices:
+        yield from _braces(before + choice + after)
+
+
 class Member(NamedTuple):
     """Bytes of a file inside a shard."""
 
@@ -116,30 +152,32 @@ class TarShards:
         return len(self._rows)
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        shard, key, parts = self._rows[index]
-        name = f"image {key!r} of shard {str(self.shards[shard])!r}"
-        image = read_rgb(self._read(shard, parts[self._image_of(parts)]), name)
+        shard, _, parts = self._rows[index]
+        image = read_rgb(self._read(shard, parts[self._image_of(parts)]), self._name(index))
         return {"image": image, "caption": self.caption(index)}
 
     def caption(self, index: int) -> str:
         """Caption of one image; InputError when it has none."""
-        shard, key, _ = self._rows[index]
         columns = self._columns(index)
         found = caption_of(columns, self._captions)
         if found is None:
             raise InputError(
-                f"image {key!r} of shard {str(self.shards[shard])!r} has no caption in {', '.join(self._captions)}: "
-                f"its columns are {', '.join(columns) or 'none'}"
+                f"{self._name(index)} has no caption in {', '.join(self._captions)}: its columns are "
+                f"{', '.join(columns) or 'none'}"
             )
         return found.strip()
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels, from the image's header."""
-        shard, key, parts = self._rows[index]
-        name, member = f"image {key!r} of shard {str(self.shards[shard])!r}", parts[self._image_of(parts)]
+        shard, _, parts = self._rows[index]
+        member = parts[self._image_of(parts)]
         with contextlib.suppress(InputError):
-            return image_size(self._read(shard, Member(member.offset, min(member.size, _HEAD))), name)
-        return image_size(self._read(shard, member), name)
+            return image_size(self._read(shard, Member(member.offset, min(member.size, _HEAD))), self._name(index))
+        return image_size(self._read(shard, member), self._name(index))
+
+    def _name(self, index: int) -> str:
+        shard, key, _ = self._rows[index]
+        return f"image {key!r} of shard {str(self.shards[shard])!r}"
 
     def _columns(self, index: int) -> dict[str, Any]:
         shard, key, parts = self._rows[index]

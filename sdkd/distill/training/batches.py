@@ -6,14 +6,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.distill.data.draws import Draw, draw_at, draw_latents, draw_noise
 from sdkd.distill.data.encode import encode_image
 from sdkd.distill.data.latents import Latents, TextEmbeddings
-from sdkd.distill.data.order import Order
+from sdkd.distill.data.order import Draw, Order, draw_at, draw_latents, draw_noise
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, caption_at, row_caption
 from sdkd.distill.training.config import TrainConfig
@@ -33,31 +32,11 @@ class Sample:
     caption: str
 
 
-class Samples(Protocol):
-    """Where samples come from."""
-
-    @property
-    def waited(self) -> float:
-        """Seconds spent waiting for data."""
-
-    @property
-    def unreadable(self) -> Mapping[int, str]:
-        """What could not be read, by index."""
-
-    def __len__(self) -> int: ...
-
-    def stream(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Sample]:
-        """The samples of (position, index) pairs, in order."""
-
-    def caption(self, index: int) -> str:
-        """The caption at an index, without its image where that is possible."""
-
-    def text(self, index: int) -> torch.Tensor | None:
-        """Stored text embeddings [s, d] of an index (-1: of the empty caption), or None."""
-
-
 class LatentSamples:
-    """Samples from latents that were made before; `mirrored` says at which positions the mirrored image is due."""
+    """Samples from latents that were made before; `mirrored` says at which positions the mirrored image is due.
+
+    `waited` are the seconds spent waiting for data, `unreadable` names what could not be read, by index.
+    """
 
     def __init__(
         self, latents: Latents, limit: int | None = None, mirrored: Callable[[int], bool] | None = None
@@ -72,7 +51,7 @@ class LatentSamples:
         return self._count
 
     def stream(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Sample]:
-        """See Samples."""
+        """The samples of (position, index) pairs, in order."""
         for position, index in pairs:
             start = time.perf_counter()
             view = (True,) if self.mirrored and self.mirrored(position) else ()
@@ -81,11 +60,11 @@ class LatentSamples:
             yield Sample(position, index, mean, std, self.latents.captions[index])
 
     def caption(self, index: int) -> str:
-        """See Samples."""
+        """The caption at an index."""
         return self.latents.captions[index]
 
     def text(self, index: int) -> torch.Tensor | None:
-        """See Samples."""
+        """Stored text embeddings [s, d] of an index (-1: of the empty caption), or None."""
         return self.latents.text(index)
 
 
@@ -94,7 +73,7 @@ View = Callable[[int, int, Any], torch.Tensor]  # (position, index, PIL image) -
 
 
 class ImageSamples:
-    """Samples from images that are read ahead by threads and encoded when they are needed."""
+    """The same from images that are read ahead by threads and encoded when they are needed."""
 
     def __init__(
         self, images: CaptionedImages, vae: AutoencoderKL, view: View, *, workers: int, limit: int | None = None
@@ -102,6 +81,7 @@ class ImageSamples:
         self.images, self.vae, self.view = images, vae, view
         self._count = min(len(images), limit or len(images))
         self._reader: Reader[Pixels] = Reader(self._load, self._count, workers=workers)
+        self.unreadable = self._reader.unreadable
 
     def __len__(self) -> int:
         return self._count
@@ -111,19 +91,14 @@ class ImageSamples:
         """Seconds spent waiting for images."""
         return self._reader.waited
 
-    @property
-    def unreadable(self) -> Mapping[int, str]:
-        """Images that could not be read, by index."""
-        return self._reader.unreadable
-
     def stream(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Sample]:
-        """See Samples."""
+        """The samples of (position, index) pairs, in order."""
         for position, (index, pixels, caption) in self._reader.rows(pairs):
             mean, std = encode_image(self.vae, pixels)
             yield Sample(position, index, mean, std, caption)
 
     def caption(self, index: int) -> str:
-        """See Samples; where an image has none, that of the next one that has."""
+        """The caption at an index, without its image where that is possible; of the next one that has one."""
         return self._reader.one(index, lambda place: caption_at(self.images, place))
 
     def text(self, index: int) -> None:
@@ -132,6 +107,9 @@ class ImageSamples:
     def _load(self, position: int, index: int) -> Pixels:
         row = self.images[index]
         return index, self.view(position, index, row["image"]), row_caption(row, index)
+
+
+Samples = LatentSamples | ImageSamples
 
 
 @dataclass(frozen=True)
@@ -194,7 +172,7 @@ class Batches:
 
     def next(self) -> Batch:
         """The next batch; float32 and int64 tensors on the device."""
-        chosen = [self._drawn(sample) for sample in itertools.islice(self._stream, self.config.batch_size)]
+        chosen = [(sample, self._draw(sample)) for sample in itertools.islice(self._stream, self.config.batch_size)]
         self.images += len(chosen)
         device = self.place.device
         latents = torch.stack([draw_latents(draw, sample.mean.cpu(), sample.std.cpu()) for sample, draw in chosen])
@@ -205,9 +183,9 @@ class Batches:
         named = tuple((sample.index, draw.timestep, self._shown(sample, draw)) for sample, draw in chosen)
         return Batch(latents.to(device), noise.to(device), timesteps.to(device), text, matching.to(device), named)
 
-    def _drawn(self, sample: Sample) -> tuple[Sample, Draw]:
+    def _draw(self, sample: Sample) -> Draw:
         config = self.config
-        draw = draw_at(
+        return draw_at(
             config.seed,
             sample.position,
             together=self.together,
@@ -215,7 +193,6 @@ class Batches:
             caption_dropout=config.caption_dropout,
             random_conditioning=config.random_conditioning,
         )
-        return sample, draw
 
     def _text(self, chosen: Sequence[tuple[Sample, Draw]]) -> torch.Tensor:
         stored = [self.samples.text(self._caption_index(sample, draw)) for sample, draw in chosen]
@@ -229,11 +206,11 @@ class Batches:
             return -1
         return sample.index if draw.other is None else int(draw.other * len(self.samples))
 
-    def _shown(self, sample: Sample, draw: Draw) -> str:
-        own = draw.empty or draw.other is None
-        return ("" if draw.empty else sample.caption) if own else f"image {self._caption_index(sample, draw)}'s caption"
-
     def _caption(self, sample: Sample, draw: Draw) -> str:
-        if draw.empty:
-            return ""
-        return sample.caption if draw.other is None else self.samples.caption(self._caption_index(sample, draw))
+        if draw.empty or draw.other is None:
+            return "" if draw.empty else sample.caption
+        return self.samples.caption(self._caption_index(sample, draw))
+
+    def _shown(self, sample: Sample, draw: Draw) -> str:
+        own = draw.empty or draw.other is None  # another's may have to be read first
+        return self._caption(sample, draw) if own else f"image {self._caption_index(sample, draw)}'s caption"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sdkd.distill.training.config import TrainConfig
@@ -56,44 +55,33 @@ pipe.load_lora_weights("THIS_FOLDER")
 _SHOWN = ("loss/total", "loss/task", "loss/output", "loss/feature")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What the trainer itself does not know; `model` is the teacher's name, or the trained model's."""
-
-    model: str
-    data: str
-    images: int
-    size: int  # pixels
-    random_weights: bool
-    command: str
-
-
 def model_card(
-    origin: Origin, config: TrainConfig, *, counts: Mapping[str, int], seconds: float, last: Mapping[str, float]
+    config: TrainConfig, facts: Mapping[str, Any], *, size: int, counts: Mapping[str, int], command: str
 ) -> str:
-    """The text of README.md; `counts` are UNet parameters, `last` is the last record of the training log."""
-    rows = _rows(origin, config) | {
-        "time": f"{seconds:.0f} s",
+    """The text of README.md; `facts` are those of `about`, `size` is in pixels, `counts` are UNet parameters."""
+    model, last = facts.get("teacher") or facts["model"], facts["last"]
+    rows = _rows(config, model, facts, size) | {
+        "time": f"{last['seconds']:.0f} s",
         "last losses": ", ".join(f"{name.removeprefix('loss/')} {last[name]:.4g}" for name in _SHOWN if name in last),
     }
     if skipped := last.get("skipped"):
         rows["skipped"] = f"{skipped:g} steps, where gradients overflowed in fp16"
-    titles = {"distill": f"{config.spec.name} of {origin.model}", "finetune": f"{origin.model}, fine-tuned"}
+    titles = {"distill": f"{config.spec.name} of {model}", "finetune": f"{model}, fine-tuned"}
     return _CARD.format(
         tag=_TAGS[config.objective] + (f", {config.spec.name}" if config.objective == "distill" else ""),
-        title=titles.get(config.objective, f"LoRA for {origin.model}"),
+        title=titles.get(config.objective, f"LoRA for {model}"),
         lead=_LEADS[config.objective].format(**counts),
         rows="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
         usage=_ADAPTER if config.objective == "lora" else _PIPELINE,
-        command=origin.command,
+        command=command,
     )
 
 
-def _rows(origin: Origin, config: TrainConfig) -> dict[str, str]:
-    weights, random = config.weights, " (random weights: for measuring only)" if origin.random_weights else ""
+def _rows(config: TrainConfig, model: str, facts: Mapping[str, Any], size: int) -> dict[str, str]:
+    weights, random = config.weights, " (random weights: for measuring only)" if facts["random_weights"] else ""
     rows = {
-        "teacher" if config.objective == "distill" else "model": f"`{origin.model}`{random}",
-        "data": f"`{origin.data}`, {origin.images} images at {origin.size}x{origin.size} pixels",
+        "teacher" if config.objective == "distill" else "model": f"`{model}`{random}",
+        "data": f"`{facts['data']}`, {facts['images']} images at {size}x{size} pixels",
     }
     if config.objective == "distill":
         pairs = f"{config.pair_preset}, {len(feature_pairs(config.spec, config.pair_preset))} pairs"
@@ -109,16 +97,22 @@ def _rows(origin: Origin, config: TrainConfig) -> dict[str, str]:
     return rows
 
 
-def about(origin: Origin, config: TrainConfig, last: Mapping[str, float]) -> dict[str, Any]:
-    """What goes into the folder's sdkd.json."""
-    named = {"teacher": origin.model, "student": config.spec.name} if config.objective == "distill" else {}
+def named(config: TrainConfig, model: str) -> dict[str, str]:
+    """What was trained on what, for records: the teacher and its student, or the model."""
+    return {"teacher": model, "student": config.spec.name} if config.objective == "distill" else {"model": model}
+
+
+def about(
+    config: TrainConfig, model: str, last: Mapping[str, float], *, data: str, images: int, random_weights: bool
+) -> dict[str, Any]:
+    """What goes into the folder's sdkd.json; `last` is the last record of the training log."""
     return {
-        **(named or {"model": origin.model}),
+        **named(config, model),
         "objective": config.objective,
-        "random_weights": origin.random_weights,
+        "random_weights": random_weights,
         "steps": config.steps,
-        "data": origin.data,
-        "images": origin.images,
+        "data": data,
+        "images": images,
         "settings": config.to_json(),
         "last": dict(last),
     }

@@ -6,7 +6,7 @@
     checkpoint-500/random.safetensors     states of torch's global generators of every process (dropout draws from them)
     checkpoint-500/checkpoint.json        step, settings, every other number, digests of data, model and files
 
-What is random about the samples needs no state: it is drawn from the seed and the sample's position (see draws.py).
+What is random about the samples needs no state: it is drawn from the seed and the sample's position (see order.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from sdkd.core.files import new_folder, read_json, sha256, write_json
 from sdkd.core.schema import problem
+from sdkd.distill.training.card import named
 from sdkd.distill.training.finite import SkippedSteps, check_weights
 from sdkd.distill.training.log import LogState
 from sdkd.distill.training.setup import lay_out_state
@@ -49,8 +50,13 @@ class _Optimizer(TypedDict):
     state: dict[str, dict[str, Any]]
 
 
+class _Skipped(TypedDict):
+    total: int
+    row: int
+
+
 class _Record(TypedDict):
-    """checkpoint.json; what came later may be missing in older ones."""
+    """checkpoint.json."""
 
     schema: int
     step: int
@@ -60,16 +66,11 @@ class _Record(TypedDict):
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None
     ema_steps: int | None
-    log: NotRequired[LogState | None]
-    digests: NotRequired[dict[str, str]]
-    skipped: NotRequired[dict[str, int]]
-    files: NotRequired[dict[str, str]]
-    sha256: NotRequired[str]
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return folder / f"checkpoint-{step}"
+    log: LogState | None
+    digests: dict[str, str]
+    skipped: _Skipped
+    files: dict[str, str]
+    sha256: str
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -86,13 +87,13 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, log: Mapping[str, Any] | None = None) -> Path:
+def save_checkpoint(trainer: Trainer, folder: Path, log: LogState | None = None) -> Path:
     """Write a checkpoint, then delete those beyond `keep`; every process must call it, the first one writes.
 
     `log` is what the log has counted since its last record. Checkpoints of later steps go, too: they are of a run that
     was left at this one. OSError (no space, for one) and NotFiniteError leave the checkpoints that were there.
     """
-    path = checkpoint_path(folder, trainer.done)
+    path = folder / f"checkpoint-{trainer.done}"
     states = _random_states(trainer)
     if trainer.accelerator.is_main_process:
         with new_folder(path, overwrite=True) as partial:
@@ -105,12 +106,14 @@ def save_checkpoint(trainer: Trainer, folder: Path, log: Mapping[str, Any] | Non
     return path
 
 
-def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], log: Mapping[str, Any] | None) -> None:
+def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], log: LogState | None) -> None:
     from safetensors.torch import save_file
 
     tensors, numbers = _split(trainer.optimizer.state_dict())
     check_weights(trainer.named_parameters() | tensors, trainer.done)
-    write_json(folder / PROVENANCE, _about(trainer))
+    config, base = trainer.config, trainer.model_name
+    about = {BASE: base, **named(config, base), "objective": config.objective, "steps": trainer.done}
+    write_json(folder / PROVENANCE, about)  # by it, `resolve` knows the parts that belong to its UNet
     _save_unet(trainer, folder, "unet")
     if trainer.ema is not None:
         with trainer.averaged():
@@ -133,13 +136,6 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
         "files": {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()},
     }
     write_json(folder / RECORD, record | {"sha256": _digest(record)})
-
-
-def _about(trainer: Trainer) -> dict[str, Any]:
-    """The checkpoint's sdkd.json: by it, `resolve` knows the parts that belong to its UNet."""
-    config, base = trainer.config, trainer.model_name
-    named = {"teacher": base, "student": config.spec.name} if config.objective == "distill" else {"model": base}
-    return {BASE: base, **named, "objective": config.objective, "steps": trainer.done}
 
 
 def _digest(record: Mapping[str, Any]) -> str:
@@ -217,7 +213,7 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
         torch.set_rng_state(states[f"cpu.{rank}"])
         if f"cuda.{rank}" in states and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(states[f"cuda.{rank}"], trainer.device)
-        trainer.skips = SkippedSteps(**record.get("skipped", {}))
+        trainer.skips = SkippedSteps(**record["skipped"])
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise damaged(path, f"cannot be read ({error})") from error
     trainer.done = record["step"]
@@ -248,14 +244,14 @@ def read_record(path: Path) -> dict[str, Any]:
         )
     if wrong := problem(record, _Record):
         raise damaged(path, f"is not what was written ({RECORD}: {wrong})")
-    if record.get("sha256", _digest(record)) != _digest(record):
+    if record["sha256"] != _digest(record):
         raise damaged(path, f"was changed in {RECORD}")
     return record
 
 
 def check_files(path: Path, record: Mapping[str, Any]) -> None:
-    """InputError when a file is not what was written; checkpoints of before have no digests and are not checked."""
-    for name, digest in record.get("files", {}).items():
+    """InputError when a file is not what was written."""
+    for name, digest in record["files"].items():
         if not (path / name).is_file() or sha256(path / name) != digest:
             raise damaged(path, f"was changed in {name}")
 
@@ -296,8 +292,7 @@ def check_settings(path: Path, record: Mapping[str, Any], config: TrainConfig, p
 
 def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> None:
     """InputError when data or model are not those that the checkpoint was trained with."""
-    then = record.get("digests", {})
-    if changed := [name for name, digest in trainer.digests().items() if then.get(name, digest) != digest]:
+    if changed := [name for name, digest in trainer.digests().items() if record["digests"].get(name) != digest]:
         others = " and ".join("other data" if name == "data" else f"another {name}" for name in changed)
         raise InputError(
             f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start over {way_on(path)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from importlib import resources
 from typing import Any
 
 from sdkd.core.help_page import DATA, LORA, LOSSES, OPTIMIZER, SAMPLES, SPEED, STATES, USUAL
@@ -207,3 +208,24 @@ def make_config(objective: str, *layers: Mapping[str, Any]) -> TrainConfig:
 def parse_prompts(text: str | Sequence[str]) -> tuple[str, ...]:
     """Prompts from a file with one a line, or from 'one;another'; InputError when there is none."""
     return prompts_of(text) if isinstance(text, str) else tuple(text)
+
+
+def recipe_names() -> list[str]:
+    """All published recipes, which are YAML in the package: what was trained how, and who says so."""
+    folder = resources.files(__package__) / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def read_recipe(name: str, objective: str) -> dict[str, Any]:
+    """The settings of a recipe; InputError when there is none of that name, or it is for another objective."""
+    import yaml
+
+    if name not in recipe_names():
+        raise InputError(f"recipe {name!r} is unknown: choose one of {', '.join(recipe_names())}")
+    found = yaml.safe_load((resources.files(__package__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if found["objective"] != objective:
+        raise InputError(
+            f"recipe {name!r} is for sdkd {found['objective']}, not for sdkd {objective}: use that command"
+        )
+    settings: dict[str, Any] = found["settings"]
+    return settings

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -22,12 +22,11 @@ Send = Callable[[Mapping[str, float], int], None]
 
 
 class LogState(TypedDict):
-    """What `TrainingLog.state` gives; earlier ones have one count, of steps."""
+    """What was counted since the last record, as JSON."""
 
     sums: dict[str, float]
+    counts: dict[str, int]
     images: int
-    counts: NotRequired[dict[str, int]]
-    steps: NotRequired[int]
 
 
 class TrainingLog:
@@ -59,16 +58,15 @@ class TrainingLog:
             self._counts[name] = self._counts.get(name, 0) + 1
         self._images += images
 
-    def state(self) -> dict[str, Any]:
-        """What was counted since the last record, as JSON, for `restore`."""
+    def state(self) -> LogState:
+        """For `restore`."""
         sums = {name: number for name, value in self._sums.items() if math.isfinite(number := float(value))}
         return {"sums": sums, "counts": {name: self._counts[name] for name in sums}, "images": self._images}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: LogState) -> None:
         """Go on counting where `state` was taken, so that a resumed run writes the same records."""
         self._sums = {name: torch.tensor(value) for name, value in state["sums"].items()}
-        self._counts = dict(state.get("counts") or dict.fromkeys(self._sums, state.get("steps")))
-        self._images = state["images"]
+        self._counts, self._images = dict(state["counts"]), state["images"]
 
     def means(self) -> dict[str, torch.Tensor]:
         """The means since the last record, still on their device."""
@@ -87,32 +85,29 @@ class TrainingLog:
         `means` replaces this process's own (by the mean over all); `others` are added as they are.
         """
         now = time.perf_counter()
-        record: dict[str, float] = {"step": step}
-        record |= {name: float(value) for name, value in (means or self.means()).items()}
-        seconds = max(now - self._last, 1e-9)
-        record |= {
+        values: dict[str, Any] = {
+            "step": step,
+            **(means or self.means()),
             "lr": lr,
-            "images_per_second": self._images / seconds,
+            "images_per_second": self._images / max(now - self._last, 1e-9),
             "seconds": now - self._start,
             **(others or {}),
         }
-        record = {name: value for name, value in record.items() if math.isfinite(value)}
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        record = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._sums, self._counts, self._images, self._last = {}, {}, 0, now
-        self._append(record)
+        self.history.append(record)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(_line(record))
+        if self._send is not None:
+            self._send(record, step)
         return record
 
     @property
     def seconds(self) -> float:
         """Time since the last record."""
         return time.perf_counter() - self._last
-
-    def _append(self, record: dict[str, Any]) -> None:
-        self.history.append(record)
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(_line(record))
-        if self._send is not None:
-            self._send(record, int(record["step"]))
 
 
 def _line(record: Mapping[str, float]) -> str:

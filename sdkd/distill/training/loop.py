@@ -110,7 +110,7 @@ def _cut(trainer: Trainer) -> list[str]:
 
 def _notes(config: TrainConfig, record: Mapping[str, Any]) -> list[str]:
     """What a user should know about a run that goes on."""
-    then = record.get("settings", {}).get("steps", config.steps)
+    then = record["settings"]["steps"] if record else config.steps
     if then == config.steps or config.schedule == "constant":
         return []
     return [
@@ -235,16 +235,12 @@ def peak_memory(device: torch.device) -> int:
     return found if sys.platform == "darwin" else found * 1024  # Linux counts in KiB
 
 
-# Tracker -> (module that it needs, extra that installs it).
-_TRACKERS = {"tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb")}
-
-
 def _trackers(trainer: Trainer, folder: Path | None) -> Send:
     """Accelerate's trackers, given the settings, as one function; MissingExtraError names what is not installed."""
-    accelerator, config = trainer.accelerator, trainer.config
-    check_trackers(config)
     from accelerate.tracking import filter_trackers
 
+    accelerator, config = trainer.accelerator, trainer.config
+    check_trackers(config)
     kinds = filter_trackers(list(config.trackers), str(folder or "."))
     flat = {
         key: value if isinstance(value, int | float | str) else str(value) for key, value in config.to_json().items()
@@ -264,7 +260,6 @@ def check_trackers(config: TrainConfig) -> None:
     """MissingExtraError unless every tracker that was asked for can be imported."""
     import importlib.util
 
-    for name in config.trackers:
-        module, extra = _TRACKERS[name]
-        if importlib.util.find_spec(module) is None:
-            raise MissingExtraError(module, extra, f"tracker {name!r}")
+    for name in config.trackers:  # the name is that of its module and of the extra that installs it
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(name, name, f"tracker {name!r}")

@@ -1,4 +1,4 @@
-"""Task loss, output KD and feature KD: each one and each pair a float32 scalar of its own.
+"""Task loss, output KD and feature KD, each one and each pair a float32 scalar of its own; where features come from.
 
     total = task_weight * MSE(student, target) + output_weight * MSE(student, teacher)
           + feature_weight * sum over pairs of MSE(student feature, teacher feature)
@@ -13,16 +13,55 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from sdkd.errors import ModelError
 from sdkd.students.blocks import LossWeights
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, UNet2DConditionModel
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 Learnt = tuple[torch.Tensor, Sequence[torch.Tensor]]  # an output [b, c, h, w] and its features
+
+
+class FeatureUNet(nn.Module):
+    """A UNet whose forward returns its output and the features of chosen modules.
+
+    The features leave through the return value, so the same code serves eager, compiled and data-parallel modules.
+    Hooks are set here, before any compilation; `close` removes them, which gives the UNet back as it was.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, modules: Sequence[str]) -> None:
+        super().__init__()
+        self.unet = unet
+        self._found: dict[int, torch.Tensor] = {}
+        self._count = len(modules)
+        self._handles = [
+            unet.get_submodule(name).register_forward_hook(self._keep(index)) for index, name in enumerate(modules)
+        ]
+
+    def _keep(self, index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # A down block returns (hidden states after its downsampler, skips); the others return one tensor.
+            self._found[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Noisy latents [b, c, h, w], timesteps [b], text [b, s, d] -> output [b, c, h, w] and features, in order."""
+        self._found.clear()
+        output = self.unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        features = [self._found[index] for index in range(self._count)]
+        self._found.clear()  # keep no activation alive between calls
+        return output, features
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -82,8 +121,8 @@ def _feature_loss(student: torch.Tensor, teacher: torch.Tensor, norm: str) -> to
 def prediction_type(scheduler_config: Mapping[str, Any]) -> str:
     """What the teacher predicts, from its scheduler's config; ModelError when it is neither noise nor velocity."""
     kind = scheduler_config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise ModelError(f"the teacher predicts {kind!r}: distillation knows {' and '.join(PREDICTION_TYPES)}")
+    if kind not in ("epsilon", "v_prediction"):
+        raise ModelError(f"the teacher predicts {kind!r}: distillation knows epsilon and v_prediction")
     return str(kind)
 
 

@@ -5,25 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.core.console import Progress, quiet
 from sdkd.core.files import staged_folder, write_bytes, write_json
-from sdkd.distill.training.card import Origin, about, model_card
+from sdkd.distill.data.opening import open_images_or_cache
+from sdkd.distill.training.card import about, model_card, named
 from sdkd.distill.training.config import TrainConfig
-from sdkd.distill.training.run_folder import (
-    AUTO,
-    INDEX,
-    LORA_FILE,
-    carry_over,
-    check_output,
-    newest,
-    run_folder,
-    spare_folder,
-)
+from sdkd.distill.training.run_folder import AUTO, carry_over, check_output, is_whole, newest, run_folder, spare_folder
 from sdkd.errors import InputError
 from sdkd.models.checkpoint import BASE, RECORD, is_checkpoint, load_own
 from sdkd.models.diffusers_folder import provenance
@@ -52,12 +44,7 @@ class Job:
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
     init: str | None = None  # a model or checkpoint whose UNet, or LoRA, training starts from
-    command: str = field(default_factory=lambda: command_line())
-
-
-def command_line() -> str:
-    """The command as it was typed, for the model card."""
-    return shlex.join(["sdkd", *sys.argv[1:]])
+    command: str = field(default_factory=lambda: shlex.join(["sdkd", *sys.argv[1:]]))  # as typed, for the card
 
 
 def is_main() -> bool:
@@ -72,6 +59,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     Raises what `sdkd.distill.train` raises, OutputExistsError, and InterruptedRunError when Ctrl-C came after a
     checkpoint.
     """
+    from sdkd.distill.data.latents import training_size
     from sdkd.distill.training.loop import check_trackers, train
     from sdkd.distill.training.setup import check_views
     from sdkd.models.resolve import load_eager, resolve
@@ -80,7 +68,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     if is_main():
         inputs = (job.model, job.data, job.init)
         check_output(job.output, job.resume, job.overwrite, inputs, goes_on=checkpoint is not None)
-    source, data = resolve(job.model), open_data(job)
+    source, data = resolve(job.model), open_images_or_cache(job.data, job.image_column, job.caption_columns)
     check_views(data, job.config)
     check_trackers(job.config)
     if checkpoint and _is_finished(job, checkpoint, _absolute(source), data):
@@ -97,15 +85,13 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
         )  # fmt: skip
         summary = _summary(job, source.name, done, counts) | {"notes": list(source.notes)}
         if done.main_process:
-            origin = Origin(
-                model=source.name,
-                data=job.data,
-                images=done.images,
-                size=_size(pipe, job.config, data),
-                random_weights=source.random_weights,
-                command=job.command,
-            )
-            _write(job, folder, pipe, done, origin, counts)
+            facts = about(
+                job.config, source.name, done.history[-1],
+                data=job.data, images=done.images, random_weights=source.random_weights,
+            )  # fmt: skip
+            size = int(getattr(data, "size", 0)) or training_size(pipe, job.config.resolution)
+            card = model_card(job.config, facts, size=size, counts=counts, command=job.command)
+            _write(job, folder, pipe, done.unet, facts, card)
     return summary
 
 
@@ -122,13 +108,11 @@ def _is_finished(job: Job, checkpoint: Path, model: str, data: CaptionedImages |
     from sdkd.distill.data.digests import data_digest
     from sdkd.distill.training.checkpoint import check_settings, read_record, step_of
 
-    whole = any((checkpoint.parent / name).is_file() for name in (INDEX, LORA_FILE))
-    if not whole or step_of(checkpoint) != job.config.steps:
+    if not is_whole(checkpoint.parent) or step_of(checkpoint) != job.config.steps:
         return False
     record = read_record(checkpoint)
     check_settings(checkpoint, record, job.config, int(os.environ.get("WORLD_SIZE", "1")))
-    same = record.get("digests", {}).get("data") == data_digest(data)
-    return same and provenance(checkpoint).get(BASE) == model
+    return record["digests"].get("data") == data_digest(data) and provenance(checkpoint).get(BASE) == model
 
 
 def _finished(job: Job, model: str, images: int) -> dict[str, Any]:
@@ -153,27 +137,6 @@ def _adapter(job: Job) -> dict[str, torch.Tensor] | None:
     if other := [f"{key} {made[f'unet.{key}']}" for key in now if made.get(f"unet.{key}", now[key]) != now[key]]:
         raise InputError(f"init {job.init!r} has {' and '.join(other)}: give --lora-rank and --lora-alpha to match")
     return state
-
-
-def open_data(job: Job) -> CaptionedImages | DiskCache:
-    """The data by name: images, or latents that `sdkd cache` made."""
-    return open_images_or_cache(job.data, job.image_column, job.caption_columns)
-
-
-def open_images_or_cache(
-    data: str, image_column: str | None = None, caption_columns: Sequence[str] = ()
-) -> CaptionedImages | DiskCache:
-    """Images as `open_images` gives them, by default with its columns, or the latents of a folder of `sdkd cache`."""
-    from sdkd.distill.data.disk_cache import INDEX as CACHE_INDEX
-    from sdkd.distill.data.disk_cache import open_cache
-    from sdkd.distill.data.opening import open_images
-    from sdkd.distill.data.rows import CAPTION_COLUMNS
-
-    if (Path(data) / CACHE_INDEX).is_file():
-        if image_column or tuple(caption_columns) not in ((), CAPTION_COLUMNS):
-            raise InputError(f"cache {data!r} has no columns: leave --image-column and --caption-columns out")
-        return open_cache(Path(data))
-    return open_images(data, image_column=image_column, caption_columns=caption_columns or CAPTION_COLUMNS)
 
 
 def check_cache(data: CaptionedImages | DiskCache, pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
@@ -234,40 +197,29 @@ def _unet_of(model: str) -> Any:
     return load_own(path, torch.float32) if is_checkpoint(path) else load_component(model, "unet")
 
 
-def _size(pipe: StableDiffusionPipeline, config: TrainConfig, data: CaptionedImages | Latents) -> int:
-    from sdkd.distill.data.latents import training_size
-
-    return int(getattr(data, "size", 0)) or training_size(pipe, config.resolution)
-
-
 def _write(
-    job: Job, folder: Path, pipe: StableDiffusionPipeline, done: TrainResult, origin: Origin, counts: dict[str, int]
+    job: Job, folder: Path, pipe: StableDiffusionPipeline, unet: Any, facts: Mapping[str, Any], card: str
 ) -> None:
     """The finished result, with all that the run's folder holds, in the place of the output, in one step."""
     from sdkd.models.diffusers_folder import PROVENANCE, write_pipeline
 
-    last = done.history[-1]
-    card = model_card(origin, job.config, counts=counts, seconds=last["seconds"], last=last)
-    facts = about(origin, job.config, last)
     with staged_folder(job.output) as partial:
         if job.config.objective == "lora":
             from sdkd.distill.training.lora import save_lora
 
-            save_lora(done.unet, partial)
-            write_json(partial / PROVENANCE, facts)
+            save_lora(unet, partial)
+            write_json(partial / PROVENANCE, dict(facts))
             write_bytes(partial / "README.md", card.encode())
         else:
-            write_pipeline(pipe, partial, unet=done.unet.cpu(), about=facts, readme=card)
+            write_pipeline(pipe, partial, unet=unet.cpu(), about=dict(facts), readme=card)
         carry_over(folder, partial)
 
 
 def _summary(job: Job, model: str, done: TrainResult, counts: dict[str, int]) -> dict[str, Any]:
-    config = job.config
-    named = {"teacher": model, "student": config.spec.name} if config.objective == "distill" else {"model": model}
     return {
         "output": str(job.output),
-        "objective": config.objective,
-        **named,
+        "objective": job.config.objective,
+        **named(job.config, model),
         **{name.replace("parameters", "unet_parameters"): value for name, value in counts.items()},
         "steps": done.steps,
         "images": done.images,

@@ -20,8 +20,6 @@ from sdkd.distill.training.config import TrainConfig
 from sdkd.errors import InterruptedRunError, OutputExistsError
 from sdkd.models.diffusers_folder import PROVENANCE
 
-INDEX = "model_index.json"  # of a finished pipeline
-LORA_FILE = "pytorch_lora_weights.safetensors"
 AUTO = "auto"
 
 
@@ -64,12 +62,16 @@ def _occupied(output: Path, resume: str) -> bool:
     return not (resume == AUTO and is_unfinished(output))
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds the result of a finished run."""
+    return any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder holds a run that was killed before its first checkpoint, and nothing else."""
     from sdkd.distill.training.checkpoint import checkpoints
 
-    done = any((folder / name).exists() for name in (INDEX, LORA_FILE)) or checkpoints(folder)
-    return not done and proves(folder, RUN) and foreign(folder, RUN) is None
+    return not (is_whole(folder) or checkpoints(folder)) and proves(folder, RUN) and foreign(folder, RUN) is None
 
 
 @contextlib.contextmanager
@@ -99,7 +101,8 @@ def run_folder(
             sweep_inside(folder)
             kept = checkpoints(folder)
             if checkpoint is None and not kept:
-                _take_back(folder, keep=existed and not aside)
+                for path in folder.iterdir() if existed and not aside else (folder,):
+                    discard(path)
             if isinstance(error, KeyboardInterrupt) and kept:
                 raise InterruptedRunError(
                     f"interrupted: {kept[-1]} is kept, go on from it by the same command with --resume auto"
@@ -121,12 +124,6 @@ def _start_anew(folder: Path, config: TrainConfig) -> None:
         discard(path)
     about = {"objective": config.objective, "unfinished": True, "settings": config.to_json()}
     write_json(folder / PROVENANCE, about)
-
-
-def _take_back(folder: Path, keep: bool) -> None:
-    """Remove what a run that failed has begun, and its folder, unless that was there before."""
-    for path in folder.iterdir() if keep else (folder,):
-        discard(path)
 
 
 def carry_over(folder: Path, result: Path) -> None:

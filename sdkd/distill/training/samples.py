@@ -24,11 +24,6 @@ FOLDER = "samples"
 GUIDANCE = 7.5
 
 
-def sample_path(folder: Path, step: int) -> Path:
-    """Where the picture of a step lies in a run folder."""
-    return folder / FOLDER / f"step-{step:06d}.png"
-
-
 def save_samples(trainer: Trainer, folder: Path) -> list[int]:
     """Draw the validation prompts with the averaged weights and save them; the first process draws, the others wait.
 
@@ -36,7 +31,7 @@ def save_samples(trainer: Trainer, folder: Path) -> list[int]:
     """
     bad: list[int] = []
     if trainer.accelerator.is_main_process:
-        path = sample_path(folder, trainer.done)
+        path = folder / FOLDER / f"step-{trainer.done:06d}.png"
         stream, images = io.BytesIO(), draw(trainer)
         bad = [place for place, image in enumerate(images) if not is_finite(image)]
         to_pil = trainer.pipe.image_processor.numpy_to_pil

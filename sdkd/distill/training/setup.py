@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import size_multiple, vae_scale
+from sdkd.core.contract import size_multiple, torch_dtype, vae_scale
 from sdkd.distill.data.buckets import aspect_buckets, fit_pixels, nearest_bucket
-from sdkd.distill.data.draws import mirrored_at, view_generator
 from sdkd.distill.data.latents import Latents, encode_images, training_size
-from sdkd.distill.data.order import Bucketed, Order, Sharded, Shuffled
+from sdkd.distill.data.order import Bucketed, Order, Sharded, mirrored_at, view_generator
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import ImageSamples, LatentSamples, Place, Samples
 from sdkd.distill.training.config import TrainConfig
@@ -28,22 +27,18 @@ if TYPE_CHECKING:
 _MEMORY_LIMIT = 1 << 31  # bytes of latents that "auto" encodes before training
 
 
-def pick_device(config: TrainConfig) -> torch.device:
-    """The device to train on; InputError when it is not there or cannot do the precision."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} is unknown: give auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} cannot train here: give auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} is not on this machine: give --device cpu, or run where torch sees a GPU")
-    if device.type == "cpu" and config.precision == "fp16":
-        raise InputError("precision 'fp16' trains on CUDA devices only: give --precision bf16 or fp32")
-    return device
+def pick_device(name: str, precision: str, rank: int = 0) -> torch.device:
+    """The device of a process by its option; InputError when it is not there or cannot do the precision."""
+    gpus = torch.cuda.device_count()
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {name!r} is unknown: give auto, cpu or cuda")
+    if name == "cuda" and not gpus:
+        raise InputError("device 'cuda' is not on this machine: give --device cpu, or run where torch sees a GPU")
+    if name != "cpu" and gpus:
+        return torch.device("cuda", rank % gpus)
+    if torch_dtype(precision) == torch.float16:
+        raise InputError("precision 'fp16' needs a CUDA device: give --precision bf16 or fp32")
+    return torch.device("cpu")
 
 
 def make_accelerator(config: TrainConfig, device: torch.device) -> Accelerator:
@@ -128,12 +123,12 @@ def make_samples(
         check_views(data, config)
         mirrored = partial(mirrored_at, config.seed) if config.flip else None
         samples: Samples = LatentSamples(data, config.max_images, mirrored)
-        return samples, Shuffled(len(samples), config.seed)
+        return samples, Order(len(samples), config.seed)
     size = training_size(pipe, config.resolution)
     if _fits_memory(pipe, data, config, size, place):
         made = encode_images(vae, data, size=size, limit=config.max_images, workers=config.workers, progress=progress)
         samples = LatentSamples(made)
-        return samples, Shuffled(len(samples), config.seed)
+        return samples, Order(len(samples), config.seed)
     if config.buckets:
         multiple = size_multiple(pipe.unet.config, pipe.vae.config)
         return _bucketed(data, vae, config, size, multiple, place)
@@ -142,7 +137,7 @@ def make_samples(
     blocks = getattr(data, "blocks", None)
     if blocks and config.max_images is None:
         return samples, Sharded(blocks, config.batch_size, place.rank, place.world, config.seed)
-    return samples, Shuffled(len(samples), config.seed)
+    return samples, Order(len(samples), config.seed)
 
 
 def check_views(data: CaptionedImages | Latents, config: TrainConfig) -> None:

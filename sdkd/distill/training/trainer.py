@@ -15,16 +15,22 @@ import torch
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import torch_dtype
 from sdkd.distill.data.digests import data_digest, model_digest
-from sdkd.distill.data.draws import DROPOUT, generator_at
 from sdkd.distill.data.encode import placed
 from sdkd.distill.data.latents import Latents, TextEmbeddings
+from sdkd.distill.data.order import DROPOUT, generator_at
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import Batch, Batches, Place
 from sdkd.distill.training.config import TrainConfig
-from sdkd.distill.training.features import FeatureUNet
 from sdkd.distill.training.finite import SkippedSteps, check_weights, not_finite
-from sdkd.distill.training.losses import Learnt, SampleWeights, distill_losses, min_snr_weights, task_target
-from sdkd.distill.training.pairs import Pair, feature_pairs
+from sdkd.distill.training.losses import (
+    FeatureUNet,
+    Learnt,
+    SampleWeights,
+    distill_losses,
+    min_snr_weights,
+    task_target,
+)
+from sdkd.distill.training.pairs import feature_pairs
 from sdkd.distill.training.setup import check_models, make_accelerator, make_optimizer, make_samples, pick_device
 from sdkd.models.schedulers import scheduler_like
 
@@ -44,9 +50,10 @@ class Trainer:
         progress: Progress = quiet,
     ) -> None:
         from diffusers import DDPMScheduler
+        from diffusers.training_utils import EMAModel
 
         check_models(pipe, unet, config)
-        device = pick_device(config)
+        device = pick_device(config.device, config.precision)
         self.config, self.pipe, self.unet = config, pipe, unet
         self.dtype = torch_dtype(config.precision)
         self.accelerator = make_accelerator(config, device)
@@ -57,16 +64,17 @@ class Trainer:
         self.data, self.model_name = data, ""
         self._model = model_digest(pipe, self.scheduler, self.dtype)
         self.batches = self._batches(data, progress)
-        pairs = self._pairs()
+        pairs = feature_pairs(config.spec, config.pair_preset) if config.objective == "distill" else ()
         self.names = [own for _, own in pairs]
         self.teacher = self._teacher([name for name, _ in pairs])
         self.parameters = self._trainable()
         self.student = FeatureUNet(unet, self.names)  # hooks before any compilation
         self.optimizer, self.schedule, self.model = self._prepared()
-        self.ema = _ema(self.parameters, config.ema)
+        self.ema: Any = EMAModel(self.parameters, decay=config.ema, foreach=True) if config.ema else None
         self.done = 0  # optimizer steps, those that fp16 skipped included
         self.skips = SkippedSteps()
-        seed_dropout(config.seed, self.accelerator.process_index)
+        # Dropout draws from torch's global generators: each process has its own.
+        torch.manual_seed(generator_at(config.seed, self.accelerator.process_index, DROPOUT).initial_seed())
 
     def _batches(self, data: CaptionedImages | Latents, progress: Progress) -> Batches:
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, self.device)
@@ -74,12 +82,6 @@ class Trainer:
         text = TextEmbeddings(self.pipe.tokenizer, self.text_encoder)
         timesteps = int(self.scheduler.config.num_train_timesteps)
         return Batches(samples, order, text, self.config, place, timesteps)
-
-    def _pairs(self) -> tuple[Pair, ...]:
-        """Feature pairs; none without a teacher or where their loss does not count."""
-        if self.config.objective != "distill":
-            return ()
-        return feature_pairs(self.config.spec, self.config.pair_preset)
 
     def _teacher(self, names: list[str]) -> FeatureUNet | None:
         if self.config.objective != "distill":
@@ -137,7 +139,10 @@ class Trainer:
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a batch, float32 scalars."""
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # [b, c, h, w]
-        taught = self._taught(noisy, batch)
+        taught: Learnt | None = None
+        if self.teacher_call is not None:
+            with torch.no_grad():
+                taught = self.teacher_call(noisy.to(self.dtype), batch.timesteps, batch.text)
         learnt: Learnt = self.model(noisy, batch.timesteps, batch.text)
         target = task_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
         return distill_losses(
@@ -149,13 +154,6 @@ class Trainer:
             samples=self._sample_weights(batch),
             feature_norm=self.config.feature_norm,
         )
-
-    def _taught(self, noisy: torch.Tensor, batch: Batch) -> Learnt | None:
-        if self.teacher_call is None:
-            return None
-        with torch.no_grad():
-            taught: Learnt = self.teacher_call(noisy.to(self.dtype), batch.timesteps, batch.text)
-        return taught
 
     def _sample_weights(self, batch: Batch) -> SampleWeights:
         """min-SNR on task loss and output KD; no task loss where the caption is another image's."""
@@ -252,17 +250,6 @@ class Trainer:
         self.unet.zero_grad(set_to_none=True)
         if self.config.checkpointing:
             self.unet.disable_gradient_checkpointing()
-
-
-def seed_dropout(seed: int, rank: int) -> None:
-    """Seed torch's global generators, which dropout draws from, each process its own."""
-    torch.manual_seed(generator_at(seed, rank, DROPOUT).initial_seed())
-
-
-def _ema(parameters: list[torch.nn.Parameter], decay: float) -> Any:
-    from diffusers.training_utils import EMAModel
-
-    return EMAModel(parameters, decay=decay, foreach=True) if decay else None
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:

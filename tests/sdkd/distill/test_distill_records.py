@@ -1,4 +1,4 @@
-"""What sdkd reads of its own beside a run and a cache: damaged in any way, it is one error that names the file."""
+"""What sdkd reads of its own beside a run and a shard: damaged in any way, it is one error that names the file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from sdkd.distill.data.disk_cache import INDEX, DiskCache, open_cache
 from sdkd.distill.data.sources import TarShards, shard_members
 from sdkd.distill.training.checkpoint import read_record
 from sdkd.distill.training.log import LOG, read_log
@@ -25,8 +22,10 @@ from sdkd.models.diffusers_folder import PROVENANCE, provenance
 
 CHECKPOINT: dict[str, Any] = {
     "schema": 1, "step": 2, "processes": 1, "settings": {}, "optimizer": {"param_groups": [], "state": {}},
-    "schedule": {}, "scaler": None, "ema_steps": None, "log": {"sums": {"loss/total": 1}, "images": 2},
+    "schedule": {}, "scaler": None, "ema_steps": None, "skipped": {"total": 0, "row": 0}, "digests": {}, "files": {},
+    "log": {"sums": {"loss/total": 1}, "counts": {"loss/total": 2}, "images": 2},
 }  # fmt: skip
+CHECKPOINT["sha256"] = hashlib.sha256(json.dumps(CHECKPOINT, sort_keys=True).encode()).hexdigest()
 RECORD = {"step": 1, "lr": 0.1, "images_per_second": 2, "seconds": 1, "loss/total": 0.5}
 Read = Callable[[Path], Any]
 # file, what is in it, what reads its folder, and a key whose value is then a list
@@ -78,7 +77,7 @@ def test_damaged_in_any_way_it_is_named(reader: str, tmp_path: Path) -> None:
         ({"schema": 2}, "has schema 2, this sdkd reads 1: go on with the version that wrote it"),
         ({"schema": True}, "schema is True, not a whole number"),
         ({"optimizer": {"state": {}}}, r"optimizer\.param_groups is missing"),
-        ({"log": {"sums": {"x": "1"}, "images": 1}}, r"log\.sums\.x is '1', not a finite number"),
+        ({"log": {"sums": {"x": "1"}, "counts": {}, "images": 1}}, r"log\.sums\.x is '1', not a finite number"),
         ({"files": {"unet/x": 1}}, r"files\.'unet/x' is 1, not text"),
         ({"sha256": "0"}, "was changed in checkpoint.json"),
     ],
@@ -104,65 +103,6 @@ def test_pictures_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "samples" / "step-000001.png")
     with pytest.raises(InputError, match=r"step-000001\.png' is no regular file"):
         samples(tmp_path)
-
-
-def cache(folder: Path, captions: list[str], **changes: Any) -> DiskCache:
-    """A cache of three latents in two shards, with two rows of text, and something of its index changed."""
-    (folder / "captions.jsonl").write_text("".join(f"{line}\n" for line in captions))
-    tensors = {"mean": torch.zeros(2, 1, 1, 1), "std": torch.ones(2, 1, 1, 1), "text": torch.zeros(2, 1, 1)}
-    records = []
-    for name in ("latents-00000", "latents-00001", "text-00000"):
-        file = folder / f"{name}.safetensors"
-        save_file({key: value for key, value in tensors.items() if (key == "text") == name.startswith("text")}, file)
-        data = file.read_bytes()
-        records.append({"file": file.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    index = {
-        "schema": 1, "images": 3, "resolution": 8, "precision": "fp32", "shard_images": 2, "latents": records[:2],
-        "texts": records[2:],
-        "captions": {"sha256": hashlib.sha256((folder / "captions.jsonl").read_bytes()).hexdigest()},
-    }  # fmt: skip
-    (folder / INDEX).write_text(json.dumps({**index, **{key: change(index[key]) for key, change in changes.items()}}))
-    return open_cache(folder)
-
-
-ROW = '{"text": "a"}'
-
-
-@pytest.mark.parametrize(
-    ("captions", "changes", "message"),
-    [
-        ([ROW] * 3, {"latents": lambda rows: rows[:1]}, r"index\.json of cache .*1 shards of latents for 3 rows, 2 in"),
-        (
-            [ROW] * 3,
-            {"texts": lambda rows: rows * 2},
-            r"index\.json of cache .*2 shards of texts for 2 rows, 2 in each",
-        ),
-        ([ROW] * 2, {}, r"captions\.jsonl of cache .*holds 2 captions of 3 images: make the cache again"),
-        ([ROW, ROW, '{"text": 1}'], {}, r"captions\.jsonl of cache .*text is 1, not text"),
-        ([ROW, ROW, "[" * 100_000], {}, r"captions\.jsonl of cache .*nested too deeply"),
-        ([ROW, ROW, "5"], {}, r"captions\.jsonl of cache .*5, not an object"),
-    ],
-)
-def test_a_cache_whose_index_does_not_fit_its_files(
-    captions: list[str], changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=message):
-        cache(tmp_path, captions, **changes)
-
-
-def test_a_shard_with_fewer_rows_than_its_index_says(tmp_path: Path) -> None:
-    found = cache(tmp_path, [ROW] * 3)
-    assert [float(found.posterior(index)[1]) for index in range(3)] == [1, 1, 1]
-    found = cache(tmp_path, [ROW] * 3, shard_images=lambda size: 3, latents=lambda rows: rows[:1])
-    with pytest.raises(InputError, match=r"latents-00000\.safetensors of cache .*has no row 2"):
-        found.posterior(2)
-    found = cache(tmp_path, [ROW] * 3, texts=lambda rows: [cache_record(tmp_path)])
-    with pytest.raises(InputError, match=r"latents-00000\.safetensors of cache .*has no row 0"):
-        found.text(-1)
-
-
-def cache_record(folder: Path) -> Any:
-    return json.loads((folder / INDEX).read_text())["latents"][0]
 
 
 def test_shards_and_their_notes_are_read_as_regular_files_only(tmp_path: Path) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from sdkd.demo.dataset import DemoImages
 from sdkd.errors import InputError
 from sdkd.toyworld.scenes import (
     COLOURS,
@@ -17,6 +14,7 @@ from sdkd.toyworld.scenes import (
     POSITIONS,
     SHAPES,
     SIZES,
+    DemoImages,
     Scene,
     all_scenes,
     caption,
@@ -37,16 +35,10 @@ def test_number_of_scenes() -> None:
     assert len({caption(scene) for scene in all_scenes()}) == 6720
 
 
-def test_caption_names_everything_but_the_middle() -> None:
+def test_every_caption_is_parsed_back_whatever_case_spaces_and_full_stop() -> None:
     assert caption(STAR) == "a small red star on a blue background, at the top left"
     assert caption(Scene("ring", "white", "black")) == "a medium white ring on a black background"
-
-
-def test_every_caption_is_parsed_back() -> None:
     assert [parse_caption(caption(scene)) for scene in all_scenes()] == list(all_scenes())
-
-
-def test_parse_caption_forgives_case_spaces_and_full_stop() -> None:
     assert parse_caption("  A small RED star on a blue  background, at the top left. ") == STAR
 
 
@@ -75,14 +67,10 @@ def test_held_out_are_one_combination_in_eleven() -> None:
     assert set(seen_scenes()) | set(held_out_scenes()) == set(all_scenes())
 
 
-def test_every_word_is_seen_in_training() -> None:
+def test_every_word_is_seen_in_training_and_colours_are_far_apart() -> None:
     for field, words in {"shape": SHAPES, "colour": COLOURS, "background": COLOURS}.items():
         assert {getattr(scene, field) for scene in seen_scenes()} == set(words)
-
-
-def test_colours_are_far_apart() -> None:
-    distances = [np.linalg.norm(np.subtract(a, b)) for a, b in combinations(COLOURS.values(), 2)]
-    assert min(distances) > 120
+    assert min(np.linalg.norm(np.subtract(a, b)) for a, b in combinations(COLOURS.values(), 2)) > 120
 
 
 def test_drawing_depends_on_scene_and_seed_only() -> None:
@@ -94,18 +82,12 @@ def test_drawing_depends_on_scene_and_seed_only() -> None:
 
 @pytest.mark.parametrize("image_size", [64, 128])
 def test_drawing_has_both_colours_where_they_belong(image_size: int) -> None:
-    for shape in ("circle", "square", "triangle", "star", "cross", "heart"):
-        scene = Scene(shape, "yellow", "black", "large", "bottom right")
-        pixels = np.asarray(render(scene, 0, image_size))
+    for shape in ("circle", "square", "triangle", "star", "cross", "heart", "ring"):
+        pixels = np.asarray(render(Scene(shape, "yellow", "black", "large", "bottom right"), 0, image_size))
         x, y = (middle("large", "bottom right") * image_size).astype(int)
         assert pixels.shape == (image_size, image_size, 3)
         assert tuple(pixels[0, 0]) == COLOURS["black"]
-        assert tuple(pixels[y, x]) == COLOURS["yellow"]
-
-
-def test_ring_has_a_hole() -> None:
-    pixels = np.asarray(render(Scene("ring", "cyan", "red", "large"), 0))
-    assert tuple(pixels[32, 32]) == COLOURS["red"]
+        assert tuple(pixels[y, x]) == COLOURS["black" if shape == "ring" else "yellow"]  # a ring has a hole
 
 
 def test_shapes_stay_inside() -> None:
@@ -117,16 +99,9 @@ def test_shapes_stay_inside() -> None:
         assert share > 0.8 if (scene.shape, scene.size) == ("triangle", "large") else share == 1, scene
 
 
-def test_too_small_an_image_is_refused() -> None:
-    with pytest.raises(InputError, match="image size 8 is too small"):
-        render(STAR, 0, 8)
-
-
 def test_sample_scenes_is_repeatable_and_bounded() -> None:
     assert sample_scenes(seen_scenes(), 20, 3) == sample_scenes(seen_scenes(), 20, 3)
     assert len(set(sample_scenes(seen_scenes(), 500, 3))) == 500
-    with pytest.raises(InputError, match="count 7000 is not between 1 and 6720"):
-        sample_scenes(all_scenes(), 7000, 0)
 
 
 def test_dataset_is_repeatable_and_never_held_out() -> None:
@@ -148,20 +123,14 @@ def test_dataset_goes_on_with_other_drawings() -> None:
     assert images[0]["image"].tobytes() != images[later[0]]["image"].tobytes()
 
 
-def test_dataset_of_held_out_scenes_only() -> None:
+def test_dataset_of_held_out_scenes_and_bounds() -> None:
     images = DemoImages(10, held_out=True)
     assert all(is_held_out(images.scene(index)) for index in range(10))
-
-
-def test_dataset_bounds() -> None:
+    with pytest.raises(IndexError, match=r"index 10 is not in 0\.\.9"):
+        images[10]
     with pytest.raises(InputError, match="count 0 is not a number of images"):
         DemoImages(0)
-    with pytest.raises(IndexError, match=r"index 10 is not in 0\.\.9"):
-        DemoImages(10)[10]
-
-
-def test_importing_the_package_is_light() -> None:
-    code = "import sys, sdkd.demo.teacher, sdkd.toyworld.scenes, sdkd.toyworld.reader, sdkd.toyworld.accuracy; "
-    heavy = "{'torch', 'diffusers', 'transformers'} & set(sys.modules)"
-    result = subprocess.run([sys.executable, "-c", f"{code}print({heavy})"], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"
+    with pytest.raises(InputError, match="count 7000 is not between 1 and 6720"):
+        sample_scenes(all_scenes(), 7000, 0)
+    with pytest.raises(InputError, match="image size 8 is too small"):
+        render(STAR, 0, 8)

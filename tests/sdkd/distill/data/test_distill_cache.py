@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import torch
 from helpers import tiny_pipeline
 from PIL import Image
 from processes import Dropping
+from safetensors.torch import save
+from training_runs import RUN, job
 
+from sdkd.distill import TrainConfig, train
+from sdkd.distill.data.buckets import fit_pixels
 from sdkd.distill.data.cache import write_cache
-from sdkd.distill.data.disk_cache import open_cache
+from sdkd.distill.data.disk_cache import INDEX, SCHEMA, DiskCache
 from sdkd.distill.data.encode import encode_captions, encode_image, placed
 from sdkd.distill.data.latents import Latents
-from sdkd.distill.data.opening import to_pixels
+from sdkd.distill.training.run import run
 from sdkd.errors import InputError, ModelError, OutputExistsError, TrainingError
+from sdkd.students.blocks import build_student
 
 
 class Noise:
@@ -58,13 +65,13 @@ def test_the_cache_equals_the_online_encoders(precision: str, pipe: Any, tmp_pat
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     images = Noise()
     write(pipe, images, tmp_path / "c", precision=precision)
-    found = open_cache(tmp_path / "c")
+    found = DiskCache(tmp_path / "c")
     assert isinstance(found, Latents)
     assert (len(found), found.size, found.precision) == (7, 64, precision)
     assert list(found.captions) == ["a", "b", "", "a", "a", "b", ""]
     vae, encoder = placed(pipe.vae, "cpu", dtype), placed(pipe.text_encoder, "cpu", dtype)
     for index in (6, 0, 3, 1):
-        mean, std = encode_image(vae, to_pixels(images[index]["image"], 64))
+        mean, std = encode_image(vae, fit_pixels(images[index]["image"], 64, 64))
         stored = found.posterior(index)
         assert mean.dtype == stored[0].dtype == dtype
         assert torch.equal(stored[0], mean)
@@ -80,7 +87,7 @@ def test_the_cache_equals_the_online_encoders(precision: str, pipe: Any, tmp_pat
 
 
 def test_latents_are_the_scaled_posterior(pipe: Any) -> None:
-    pixels = to_pixels(Noise()[0]["image"], 64)
+    pixels = fit_pixels(Noise()[0]["image"], 64, 64)
     with torch.no_grad():
         posterior = pipe.vae.encode(pixels[None]).latent_dist
     mean, std = encode_image(pipe.vae, pixels)
@@ -116,7 +123,7 @@ def test_an_interrupted_cache_goes_on(lost: bool, pipe: Any, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt, match=r"^$" if lost else "here"):
         write(pipe, Noise(7, reads=reads, lost=lost), tmp_path / "c", workers=0)
     with pytest.raises(InputError, match="is not complete: run the same `sdkd cache` again"):
-        open_cache(tmp_path / "c")
+        DiskCache(tmp_path / "c")
     first = tmp_path / "c" / "latents-00000.safetensors"
     before = first.stat().st_mtime_ns
     said: list[str] = []
@@ -147,12 +154,6 @@ def test_other_settings_are_refused(pipe: Any, tmp_path: Path) -> None:
         write(pipe, Noise(7), tmp_path / "c", size=128)
     with pytest.raises(OutputExistsError, match=r"other settings .*data: there"):
         write(pipe, Noise(7, bad=(0,)), tmp_path / "c")
-    assert write(pipe, Noise(5), tmp_path / "c", overwrite=True)["images"] == 5
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(OutputExistsError, match="already exists"):
-        write(pipe, Noise(5), tmp_path / "mine", overwrite=True)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["latents-00001.safetensors", "text-00000.safetensors", "captions.jsonl"])
@@ -162,35 +163,24 @@ def test_truncated_and_altered_files_are_refused(name: str, pipe: Any, tmp_path:
     data = path.read_bytes()
     path.write_bytes(data[:-10])
     with pytest.raises(InputError, match=rf"{name} of cache .* (is not there with its|was changed)"):
-        open_cache(tmp_path / "c")
+        DiskCache(tmp_path / "c")
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InputError, match=rf"{name} of cache .* was changed: make the cache again"):
         read_all(tmp_path / "c")
     path.unlink()
     with pytest.raises(InputError, match=rf"{name} of cache"):
-        open_cache(tmp_path / "c")
-
-
-@pytest.mark.parametrize("kind", ["latents", "texts"])
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/hostname", "sub/latents-00000.safetensors", "index.json"])
-def test_an_index_names_files_of_its_own_folder_only(kind: str, name: str, tmp_path: Path) -> None:
-    record = {"file": name, "bytes": 0, "sha256": "", "shapes": {}}
-    index = {"schema": 1, "resolution": 64, "precision": "fp32", "shard_images": 3, "captions": {"sha256": ""}}
-    index |= {"latents": [], "texts": []} | {kind: [record]}
-    (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match=rf"index.json of cache .* names '{name}', which is no file of a cache"):
-        open_cache(tmp_path)
+        DiskCache(tmp_path / "c")
 
 
 def read_all(path: Path) -> None:
-    cache = open_cache(path)
+    cache = DiskCache(path)
     for index in range(len(cache)):
         cache.posterior(index), cache.text(index)
 
 
 def test_another_model_is_refused(pipe: Any, tmp_path: Path) -> None:
     write(pipe, Noise(3), tmp_path / "c", precision="bf16")
-    cache = open_cache(tmp_path / "c")
+    cache = DiskCache(tmp_path / "c")
     cache.check(pipe)
     half = tiny_pipeline().to(torch.bfloat16)
     cache.check(half)
@@ -201,31 +191,23 @@ def test_another_model_is_refused(pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"was made by another model \(differs: vae\)"):
         cache.check(half)
     with pytest.raises(InputError, match="is no cache"):
-        open_cache(tmp_path)
+        DiskCache(tmp_path)
 
 
-def test_without_text(pipe: Any, tmp_path: Path) -> None:
-    write(pipe, Noise(3), tmp_path / "c", text=False)
-    assert open_cache(tmp_path / "c").text(0) is None
-
-
-def test_unreadable_images(pipe: Any, tmp_path: Path) -> None:
-    index = write(pipe, Noise(200, bad=(66,)), tmp_path / "one", shard_images=67)
+def test_unreadable_images_are_replaced_and_add_up_over_ranks(pipe: Any, tmp_path: Path) -> None:
+    index = write(pipe, Noise(100, bad=(66,)), tmp_path / "one", shard_images=67, text=False)
     assert index["unreadable"] == {"66": "image 66 cannot be read"}
-    cache = open_cache(tmp_path / "one")
+    cache = DiskCache(tmp_path / "one")
     assert torch.equal(cache.posterior(66)[0], cache.posterior(67)[0])
     assert json.loads((tmp_path / "one" / "captions.jsonl").read_text().splitlines()[66]) == {
         "index": 66, "image": 67, "text": "a",
     }  # fmt: skip
-    with pytest.raises(TrainingError, match=r"3 of 200 images \(1.5%\) could not be read"):
-        write(pipe, Noise(200, bad=(3, 4, 5)), tmp_path / "three")
-
-
-def test_unreadable_images_add_up_over_ranks(pipe: Any, tmp_path: Path) -> None:
+    assert cache.text(0) is None
+    images = Noise(100, bad=(1, 99))
     for rank in range(2):
-        write(pipe, Noise(200, bad=(1, 2, 199)), tmp_path / "c", shard_images=100, rank=rank, world=2)
-    with pytest.raises(TrainingError, match=r"3 of 200 images \(1.5%\) could not be read"):
-        write(pipe, Noise(200, bad=(1, 2, 199)), tmp_path / "c", shard_images=100)
+        write(pipe, images, tmp_path / "c", shard_images=50, rank=rank, world=2)
+    with pytest.raises(TrainingError, match=r"2 of 100 images \(2.0%\) could not be read"):
+        write(pipe, images, tmp_path / "c", shard_images=50)
 
 
 def test_results_that_are_not_finite(tmp_path: Path) -> None:
@@ -235,82 +217,127 @@ def test_results_that_are_not_finite(tmp_path: Path) -> None:
         write(broken, Noise(3), tmp_path / "c")
 
 
-def test_training_from_a_cache_equals_training_from_images(pipe: Any, tmp_path: Path) -> None:
-    from sdkd.distill.training.config import TrainConfig
-    from sdkd.distill.training.loop import train
-    from sdkd.students.blocks import build_student
-
-    write(pipe, Noise(12), tmp_path / "c")
-
-    def losses(data: Any, latents: str) -> list[dict[str, float]]:
-        teacher = tiny_pipeline()
-        config = TrainConfig(
-            student="tiny", steps=2, batch_size=2, precision="fp32", device="cpu", latents=latents, log_every=1
-        )
-        done = train(teacher, build_student(teacher.unet, "tiny"), data, config)
-        return [{name: record[name] for name in record if name.startswith("loss/")} for record in done.history]
-
-    online = losses(Noise(12), "online")
-    assert len(online) == 2
-    assert losses(open_cache(tmp_path / "c"), "auto") == online
-    assert losses(Noise(12), "memory") == online
-
-
-CACHES = ("fp32-True", "bf16-True", "fp32-False", "fp16-False")  # precision, and whether it has text
+CACHES = {"fp32": True, "bf16": True, "fp16": False}  # precision, and whether it has text
 
 
 @pytest.fixture(scope="module")
 def caches(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Caches of all precisions, two of them without text, and one of mirrored images."""
+    """Caches of all precisions, one of them without text, and one of mirrored images."""
     folder = tmp_path_factory.mktemp("caches")
-    for name in CACHES:
-        precision, text = name.split("-")
-        write(pipe, Noise(4), folder / name, precision=precision, text=text == "True")
+    for precision, text in CACHES.items():
+        write(pipe, Noise(4), folder / precision, precision=precision, text=text)
     write(pipe, Noise(12), folder / "mirrored", flip=True)
     return folder
 
 
-def first_loss(data: Any, **settings: Any) -> float:
-    from sdkd.distill.training.config import TrainConfig
-    from sdkd.distill.training.loop import train
-    from sdkd.students.blocks import build_student
-
-    teacher = tiny_pipeline()
-    config = TrainConfig(**({"steps": 1, "batch_size": 2, "device": "cpu", "precision": "fp32"} | settings))
-    return train(teacher, build_student(teacher.unet, "tiny"), data, config).history[0]["loss/total"]
+def losses(data: Any, **settings: Any) -> list[dict[str, float]]:
+    teacher, config = tiny_pipeline(), TrainConfig(**(RUN | settings))
+    done = train(teacher, build_student(teacher.unet, "tiny"), data, config)
+    return [{name: record[name] for name in record if name.startswith("loss/")} for record in done.history]
 
 
 @pytest.mark.parametrize("run_precision", ["fp32", "bf16"])
-def test_a_run_of_any_precision_takes_a_cache_of_any(run_precision: str, caches: Path) -> None:
-    expected = first_loss(Noise(4), precision=run_precision)
+def test_a_run_of_any_precision_takes_a_cache_of_any_and_equals_images_from_its_own(
+    run_precision: str, caches: Path
+) -> None:
+    expected = losses(Noise(4), precision=run_precision)
     for name in CACHES:
-        found = first_loss(open_cache(caches / name), precision=run_precision)
-        assert found == pytest.approx(expected, rel=0.02), name
-        if name.startswith(run_precision):
-            assert found == expected
+        found = losses(DiskCache(caches / name), precision=run_precision)
+        assert found[0]["loss/total"] == pytest.approx(expected[0]["loss/total"], rel=0.02), name
+        assert (found == expected) == (name == run_precision), name
 
 
 def test_mirrored_latents_equal_mirrored_images(caches: Path) -> None:
-    data = open_cache(caches / "mirrored")
-    settings: dict[str, Any] = {"steps": 3, "batch_size": 4, "seed": 3}
-    assert first_loss(data, flip=True, **settings) == first_loss(Noise(12), flip=True, latents="online", **settings)
-    assert first_loss(data, **settings) == first_loss(Noise(12), latents="memory", **settings)
-    assert first_loss(data, flip=True, **settings) != first_loss(data, **settings)
+    data = DiskCache(caches / "mirrored")
+    settings: dict[str, Any] = {"steps": 1, "batch_size": 6, "seed": 3}
+    mirrored = losses(data, flip=True, **settings)
+    assert mirrored == losses(Noise(12), flip=True, latents="online", **settings)
+    assert mirrored != losses(data, **settings)
 
 
 def test_settings_that_a_cache_cannot_follow_are_refused_by_name(caches: Path, tmp_path: Path) -> None:
-    from sdkd.distill.training.config import TrainConfig
-    from sdkd.distill.training.run import Job
-    from sdkd.distill.training.run import run as train_run
-
-    plain, mirrored = (str(caches / name) for name in ("bf16-True", "mirrored"))
+    plain, mirrored = (caches / name for name in ("bf16", "mirrored"))
     for data, settings, message in (
         (plain, {"flip": True}, "flip needs mirrored images, .*: make it with sdkd cache --flip, or give --no-flip"),
         (mirrored, {"crop": "random", "buckets": True}, "crop 'random' .* --crop center; buckets .* --no-buckets"),
         (mirrored, {"latents": "online"}, "latents 'online' is about images: leave it out"),
+        (plain, {"resolution": 128}, "resolution 128 is not the cache's 64"),
     ):
         with pytest.raises(InputError, match=message):
-            train_run(Job("demo", data, tmp_path / "out", TrainConfig(device="cpu", **settings)))
+            run(job(tmp_path / "out", data=data, **settings))
     with pytest.raises(InputError, match="has no columns: leave --image-column and --caption-columns out"):
-        train_run(Job("demo", plain, tmp_path / "out", TrainConfig(device="cpu"), caption_columns=("text",)))
+        run(replace(job(tmp_path / "out", data=plain), caption_columns=("text",)))
     assert not (tmp_path / "out").exists()
+
+
+def cache(folder: Path, lines: tuple[str, ...] = ('{"text": "a"}',) * 3, **changes: Any) -> DiskCache:
+    """A cache of three latents in two shards, with two rows of text, and something of its index changed."""
+    (folder / "captions.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    tensors = {"mean": torch.zeros(2, 1, 1, 1), "std": torch.ones(2, 1, 1, 1), "text": torch.zeros(2, 1, 1)}
+    records = []
+    for name in ("latents-00000", "latents-00001", "text-00000"):
+        data = save({key: value for key, value in tensors.items() if (key == "text") == name.startswith("text")})
+        (folder / f"{name}.safetensors").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        records.append({"file": f"{name}.safetensors", "bytes": len(data), "sha256": digest})
+    index = {
+        "schema": SCHEMA, "images": 3, "resolution": 8, "precision": "fp32", "shard_images": 2, "flip": False,
+        "unreadable": {}, "latents": records[:2], "texts": records[2:],
+        "captions": {"sha256": hashlib.sha256((folder / "captions.jsonl").read_bytes()).hexdigest()},
+    }  # fmt: skip
+    changed = {key: change(index[key]) if callable(change) else change for key, change in changes.items()}
+    (folder / INDEX).write_text(json.dumps(index | changed))
+    return DiskCache(folder)
+
+
+SHARD = {"file": "latents-00000.safetensors", "bytes": 8, "sha256": "0"}
+ROW = '{"text": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": "64"}, r"index\.json of cache .*resolution is .* not a whole number"),
+        ({"precision": "fp8"}, "precision"),
+        ({"shard_images": 0}, "shard_images of .* 0 is too small"),
+        ({"latents": {"file": "x"}}, "latents.*a list"),
+        ({"latents": [{"file": "latents-00000.safetensors"}]}, "bytes"),
+        ({"latents": [SHARD | {"bytes": None}]}, "bytes"),
+        ({"latents": [SHARD]}, "is not there with its 8 bytes"),
+        ({"texts": [5]}, "texts"),
+        ({"captions": None}, "captions.*an object"),
+        ({"schema": 99}, "is not of a cache that this version reads"),
+        ({"latents": lambda rows: rows[:1]}, r"index\.json of cache .*1 shards of latents for 3 rows, 2 in each"),
+        ({"texts": lambda rows: rows * 2}, r"index\.json of cache .*2 shards of texts for 2 rows, 2 in each"),
+        ({"lines": (ROW, ROW)}, r"captions\.jsonl of cache .*holds 2 captions of 3 images: make the cache again"),
+        ({"lines": (ROW, ROW, '{"text": 1}')}, r"captions\.jsonl of cache .*text is 1, not text"),
+        ({"lines": (ROW, ROW, "[" * 100_000)}, r"captions\.jsonl of cache .*nested too deeply"),
+        ({"lines": (ROW, ROW, "5")}, r"captions\.jsonl of cache .*5, not an object"),
+        *(
+            ({kind: [SHARD | {"file": name}]}, rf"index.json of cache .* names '{name}', which is no file of a cache")
+            for kind in ("latents", "texts")
+            for name in ("../x.safetensors", "/etc/hostname", "sub/latents-00000.safetensors", "index.json")
+        ),
+    ],
+)
+def test_a_damaged_or_hostile_cache_is_one_message(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        cache(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[" * 9000, "nested"), ('{"a": 1, "a": 2}', "a"), ("[]", "an object")])
+def test_an_index_that_is_no_index(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(InputError, match=message):
+        DiskCache(tmp_path)
+
+
+def test_a_shard_with_fewer_rows_than_its_index_says(tmp_path: Path) -> None:
+    found = cache(tmp_path)
+    assert [float(found.posterior(index)[1]) for index in range(3)] == [1, 1, 1]
+    found = cache(tmp_path, shard_images=3, latents=lambda rows: rows[:1])
+    with pytest.raises(InputError, match=r"latents-00000\.safetensors of cache .*has no row 2"):
+        found.posterior(2)
+    found = cache(tmp_path, texts=lambda rows: json.loads((tmp_path / INDEX).read_text())["latents"][:1])
+    with pytest.raises(InputError, match=r"latents-00000\.safetensors of cache .*has no row 0"):
+        found.text(-1)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sdkd.distill.data.buckets import aspect_buckets, fit_pixels, nearest_bucket
-from sdkd.distill.data.reader import Reader
+from sdkd.distill.data.reader import AHEAD, Reader
 from sdkd.errors import InputError, TrainingError
 
 
@@ -27,13 +27,14 @@ def loader(bad: set[int], slow: bool = False):
 
 @pytest.mark.parametrize("workers", [0, 1, 5])
 def test_one_unreadable_image_in_200_is_replaced_and_named(workers: int) -> None:
-    reader = Reader(loader({7}, slow=True), 200, workers=workers, ahead=9)
+    reader = Reader(loader({7}, slow=True), 200, workers=workers)
     order = [*range(200), 7, 199]
     rows = list(reader.rows((position + 1000, index) for position, index in enumerate(order)))
     assert [position for position, _ in rows] == [1000 + place for place in range(202)]
     assert [row for _, row in rows] == [(1000 + place, 8 if i == 7 else i) for place, i in enumerate(order)]
     assert reader.unreadable == {7: "image 7 cannot be read"}
     assert reader.waited > 0
+    assert list(Reader(loader({199}), 200, workers=workers).rows([(0, 199)])) == [(0, (0, 0))]  # by the first
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -45,49 +46,36 @@ def test_three_in_200_stop_the_run(workers: int) -> None:
     with pytest.raises(TrainingError, match=message):
         list(rows)
     assert list(reader.unreadable) == [5, 6, 100]
+    with pytest.raises(TrainingError, match=r"7 of 600 images \(1.2%\) could not be read, .*and 2 more\)"):
+        next(Reader(loader(set(range(10))), 600, workers=workers).rows([(0, 3)]))
 
 
-def test_the_last_image_is_replaced_by_the_first() -> None:
-    assert list(Reader(loader({199}), 200).rows([(0, 199)])) == [(0, (0, 0))]
-
-
-def test_nothing_readable() -> None:
-    reader = Reader(loader(set(range(10))), 10, limit=1.0)
-    with pytest.raises(TrainingError, match=r"10 of 10 images \(100.0%\) could not be read, .*and 5 more\)"):
-        next(reader.rows([(0, 3)]))
-
-
-def test_other_errors_come_through_and_stop_the_threads() -> None:
-    def load(position: int, index: int) -> int:
-        if index == 3:
-            raise ZeroDivisionError("a bug")
-        return index
-
-    rows = Reader(load, 10).rows((i, i) for i in range(10))
-    assert [next(rows), next(rows), next(rows)] == [(0, 0), (1, 1), (2, 2)]
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        next(rows)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sdkd-reader")]
-
-
-def test_closing_stops_the_threads_and_reads_no_further_than_ahead() -> None:
+def test_other_errors_and_closing_stop_the_threads_and_no_more_is_read_than_ahead() -> None:
     seen: list[int] = []
 
     def load(position: int, index: int) -> int:
         seen.append(index)
+        if index == 3:
+            raise ZeroDivisionError("a bug")
         return index
 
-    rows = Reader(load, 1000, ahead=8).rows((i, i) for i in range(1000))
-    assert next(rows) == (0, 0)
-    rows.close()  # type: ignore[attr-defined]
-    assert len(seen) <= 9
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sdkd-reader")]
+    for end in (0, 3):
+        rows = Reader(load, 1000).rows((i, i) for i in range(1000))
+        assert next(rows) == (0, 0)
+        if end:
+            assert [next(rows), next(rows)] == [(1, 1), (2, 2)]
+            with pytest.raises(ZeroDivisionError, match="a bug"):
+                next(rows)
+        rows.close()
+        assert len(seen) <= AHEAD + 1 + end
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("sdkd-reader")]
+        seen.clear()
 
 
 def test_settings_of_a_reader() -> None:
     with pytest.raises(InputError, match="the data holds no images"):
         Reader(loader(set()), 0)
-    with pytest.raises(InputError, match=r"workers -1, ahead 32, limit 0.01 are not usable"):
+    with pytest.raises(InputError, match=r"workers -1 is too small: give 0 or more"):
         Reader(loader(set()), 5, workers=-1)
 
 
@@ -103,17 +91,15 @@ def test_aspect_buckets() -> None:
         aspect_buckets(32)
 
 
-def test_nearest_bucket() -> None:
+def test_nearest_bucket_and_its_pixels() -> None:
     sizes = aspect_buckets(512)
     found = [sizes[nearest_bucket(*size, sizes)] for size in ((1000, 1000), (1600, 900), (300, 400), (10, 5000))]
     assert found == [(512, 512), (384, 640), (576, 448), (640, 384)]
-
-
-def test_pixels_of_a_bucket() -> None:
     image = Image.new("RGB", (40, 10), "black")
     image.paste("white", (10, 0, 30, 10))
     assert torch.equal(fit_pixels(image, 10, 20), torch.ones(3, 10, 20))
     assert fit_pixels(image, 20, 10).shape == (3, 20, 10)
+    assert fit_pixels(Image.new("L", (100, 37), 0), 16, 16).unique().tolist() == [-1.0]
 
 
 def test_random_crop_and_flip_are_the_generators() -> None:

@@ -11,27 +11,16 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
+from training_runs import RUN, latents, trainer
 
 from sdkd.distill import TrainConfig, train
-from sdkd.distill.data.latents import LatentCache
 from sdkd.distill.training.checkpoint import checkpoints, read_record, save_checkpoint
 from sdkd.distill.training.finite import NotFiniteError
 from sdkd.distill.training.trainer import Trainer
-from sdkd.errors import InputError, TrainingError
+from sdkd.errors import TrainingError
 from sdkd.students.blocks import build_student
 
-RUN: dict[str, Any] = {"steps": 6, "batch_size": 2, "precision": "fp32", "device": "cpu", "log_every": 1}
 NAN = float("nan")
-
-
-def latents() -> LatentCache:
-    mean = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    return LatentCache(mean, torch.full_like(mean, 0.1), [f"number {index}" for index in range(4)])
-
-
-def trainer(**settings: Any) -> Trainer:
-    pipe = helpers.tiny_pipeline()
-    return Trainer(pipe, build_student(pipe.unet, "tiny"), latents(), TrainConfig(**(RUN | settings)))
 
 
 def values(one: Trainer) -> list[torch.Tensor]:
@@ -46,9 +35,8 @@ def break_gradient(parameter: torch.nn.Parameter, when: list[bool], value: float
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     pipe = helpers.tiny_pipeline()
     student = build_student(pipe.unet, "tiny")
-    parameter = student.conv_in.weight.requires_grad_()
-    break_gradient(parameter, [False, False, True])
-    config = TrainConfig(**(RUN | {"save_every": 2, "caption_dropout": 0.0}))
+    break_gradient(student.conv_in.weight.requires_grad_(), [False, False, True])
+    config = TrainConfig(**(RUN | {"steps": 6, "save_every": 2, "caption_dropout": 0.0}))
     with pytest.raises(TrainingError, match=r"^grad_norm nan at step 3, of image \d at timestep") as found:
         train(pipe, student, latents(), config, folder=tmp_path)
     message = str(found.value)
@@ -106,7 +94,7 @@ def test_validation_images_that_are_not_finite_are_named_and_not_drawn_black(tmp
 
 def test_fp16_skips_a_step_with_schedule_and_average(tmp_path: Path) -> None:
     one = fp16_on_a_cpu(ema=0.9, warmup=4)
-    break_gradient(one.parameters[0], [False, True, False], float("inf"))
+    break_gradient(one.parameters[0], [False, True, False] + [False] * 20, float("inf"))
     one.step()
     before, rate = values(one), one.learning_rate
     found = one.step()
@@ -120,34 +108,8 @@ def test_fp16_skips_a_step_with_schedule_and_average(tmp_path: Path) -> None:
     one.step()
     assert (one.done, one.ema.optimization_step, one.skips.total, one.skips.row) == (3, 2, 1, 0)
     assert one.learning_rate > rate
-
-
-def test_fp16_that_skips_for_ever_stops() -> None:
-    one = fp16_on_a_cpu()
-    break_gradient(one.parameters[0], [True] * 20)
+    break_gradient(one.parameters[1], [True] * 20)
     for _ in range(19):
         one.step()
-    with pytest.raises(NotFiniteError, match="in 20 steps of fp16 in a row, the last one at step 20, of image"):
+    with pytest.raises(NotFiniteError, match="in 20 steps of fp16 in a row, the last one at step 23, of image"):
         one.step()
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "message"),
-    [
-        ("learning_rate", float("inf"), "learning_rate inf is not finite"),
-        ("learning_rate", NAN, "learning_rate nan is not finite"),
-        ("betas", (1.5, 0.9), r"betas 1.5 is too large: give a number of at least 0 and below 1"),
-        ("betas", (0.9,), r"betas \(0.9,\) are not two"),
-        ("seed", -1, "seed -1 is too small"),
-        ("seed", 2**64, "seed 18446744073709551616 is too large"),
-        ("steps", 1.5, "steps 1.5 is not a whole number"),
-        ("batch_size", 10**9, "batch_size 1000000000 is too large"),
-        ("lora_rank", 100_000, "lora_rank 100000 is too large: give a whole number from 1 to 1280"),
-        ("max_grad_norm", NAN, "max_grad_norm nan is not finite"),
-        ("ema", NAN, "ema nan is not finite"),
-        ("caption_dropout", NAN, "caption_dropout nan is not finite"),
-    ],
-)
-def test_settings_out_of_bounds_are_named(setting: str, value: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        TrainConfig(**{setting: value})

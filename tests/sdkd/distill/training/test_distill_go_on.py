@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import numpy as np
 import pytest
 import torch
+import training_runs
 from PIL import Image
 from safetensors.torch import load_file
+from training_runs import losses, same, sdkd, teacher, weights
 
-from sdkd.cli import load_command
+from engines import plug
 from sdkd.distill.training.checkpoint import checkpoints
-from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.log import LOG, read_log
 from sdkd.distill.training.lora import read_lora
 from sdkd.distill.training.run import Job, run
@@ -23,17 +25,12 @@ from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.resolve import load_component, load_eager, resolve
 
-CONFIG: dict[str, Any] = {
-    "steps": 2, "batch_size": 2, "device": "cpu", "precision": "fp32", "log_every": 1, "schedule": "constant",
-}  # fmt: skip
-UNET = "unet/diffusion_pytorch_model.safetensors"
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher, data, other data, and a finished run of two steps in `run`."""
     folder = tmp_path_factory.mktemp("go_on")
-    write_pipeline(helpers.tiny_pipeline(), folder / "teacher")
+    shutil.copytree(teacher(), folder / "teacher")
     for name, colours in (("data", ("red", "blue")), ("other", ("red", "lime"))):
         (folder / name).mkdir()
         for colour in colours:
@@ -43,24 +40,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(work: Path, output: Path, *, resume: str = "never", init: Path | None = None, **settings: Any) -> Job:
-    data, model = (
-        str(work / settings.pop(name, default)) for name, default in (("data", "data"), ("model", "teacher"))
-    )
-    config = TrainConfig(**(CONFIG | settings))
-    return Job(model, data, output, config, resume=resume, init=str(init) if init else None)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / UNET)
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def losses(folder: Path) -> list[dict[str, float]]:
-    return [{key: row[key] for key in row if key.startswith("loss") or key == "step"} for row in read_log(folder / LOG)]
+def job(work: Path, output: Path, **settings: Any) -> Job:
+    given = {"model": "teacher", "data": "data", "schedule": "constant"} | settings
+    given |= {name: work / given[name] for name in ("model", "data")}
+    return training_runs.job(output, **given)
 
 
 def test_a_finished_run_goes_on_bit_for_bit(work: Path, tmp_path: Path) -> None:
@@ -130,7 +113,7 @@ def test_other_data_or_another_teacher_is_refused_and_the_way_on_works(
         return
     words = shlex.split(str(found.value).partition("another folder: ")[2])
     assert words[::2] == ["--init", "--output"]
-    run(job(work, Path(words[3]), init=Path(words[1]), **other))
+    run(job(work, Path(words[3]), init=words[1], **other))
     assert (Path(words[3]) / "model_index.json").is_file()
 
 
@@ -178,8 +161,7 @@ def test_a_checkpoint_is_a_model(work: Path, tmp_path: Path, monkeypatch: pytest
     assert resolve(place).digests["vae_decoder"] == resolve("teacher").digests["vae_decoder"]
     pipe.set_progress_bar_config(disable=True)
     assert pipe("all red", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
-    words = [str(place), "all red", "--steps", "1", "--output", str(tmp_path / "image.png"), "--device", "cpu"]
-    load_command("generate").main(words[:-2], standalone_mode=False)
+    sdkd("generate", place, "all red", "--steps", 1, "--output", tmp_path / "image.png")
     assert (tmp_path / "image.png").is_file()
     (work / "teacher").rename(work / "gone")
     try:
@@ -187,3 +169,25 @@ def test_a_checkpoint_is_a_model(work: Path, tmp_path: Path, monkeypatch: pytest
             resolve(place)
     finally:
         (work / "gone").rename(work / "teacher")
+
+
+def image_of(pipe: Any) -> np.ndarray[Any, Any]:
+    image = pipe("all red", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.slow
+def test_a_run_is_extended_and_its_engines_follow_under_the_same_names(work: Path, tmp_path: Path) -> None:
+    out, bundle = tmp_path / "run", tmp_path / "bundle"
+    parts = ("--components", "unet", "--components", "vae_decoder")
+    images = []
+    for steps in (2, 3):
+        run(job(work, out, steps=steps, save_every=1, learning_rate=1e-2, resume="auto"))
+        sdkd("export", out, bundle, *parts, *(["--overwrite"] if bundle.exists() else []))
+        sdkd("build-engine", bundle, "--target", "onnxruntime")
+        images.append(image_of(plug(load_eager(out), bundle, "onnxruntime", components=["unet"])))
+        for model in (out, out / f"checkpoint-{steps}"):
+            assert abs(images[-1] - image_of(load_eager(model))).max() <= 1
+    assert abs(images[0] - images[1]).max() > 1
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-3"]
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"run", "bundle"}

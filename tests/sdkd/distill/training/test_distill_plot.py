@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdkd.distill.training.plot import charts, samples, write_page
+from sdkd.distill.training.plot import charts, write_page
 from sdkd.errors import InputError
 
 RECORDS = [
@@ -30,18 +30,13 @@ RECORDS = [
 ]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "my <run>"
-    (folder / "samples").mkdir(parents=True)
-    (folder / "training.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+def test_page_holds_every_quantity_and_picture_of_a_log_cut_at_its_end(tmp_path: Path) -> None:
+    run = tmp_path / "my <run>"
+    (run / "samples").mkdir(parents=True)
+    (run / "training.jsonl").write_text("".join(json.dumps(one) + "\n" for one in RECORDS) + '{"step": 50, "loss/to')
     for step in (20, 100):
-        Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / "samples" / f"step-{step:06d}.png")
-    (folder / "samples" / "prompts.json").write_text(json.dumps({"prompts": ["a <b>cat</b>"], "seed": 0}))
-    return folder
-
-
-def test_page_holds_every_quantity_and_picture(run: Path) -> None:
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(run / "samples" / f"step-{step:06d}.png")
+    (run / "samples" / "prompts.json").write_text(json.dumps({"prompts": ["a <b>cat</b>"], "seed": 0}))
     text = write_page(run).read_text()
     titles = re.findall(r"<figcaption>([^<]+)</figcaption>", text)
     assert titles == [
@@ -55,21 +50,12 @@ def test_page_holds_every_quantity_and_picture(run: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
-def test_curves_are_the_records() -> None:
-    found = dict(charts(RECORDS))
+def test_curves_are_the_records(tmp_path: Path) -> None:
+    alone = {key: RECORDS[0][key] for key in ("step", "loss/total", "loss/feature/up_blocks.0", "seconds")}
+    found = dict(charts([alone]))
+    assert [*found] == ["Losses", "Feature KD of each pair"]
     assert b"up_blocks.0" not in found["Losses"]
-    assert charts(RECORDS[:1])[0][0] == "Losses"
-    without = [{key: value for key, value in record.items() if "feature" not in key} for record in RECORDS]
-    assert "Feature KD of each pair" not in dict(charts(without))
-
-
-def test_pictures_come_in_order_and_a_cut_log_is_read_to_its_last_whole_line(run: Path) -> None:
-    assert [step for step, _ in samples(run)] == [20, 100]
-    with (run / "training.jsonl").open("a") as stream:
-        stream.write('{"step": 50, "loss/to')
-    assert "40 optimizer steps" in write_page(run, run / "other.html").read_text()
-
-
-def test_a_folder_without_log_is_refused(tmp_path: Path) -> None:
+    del alone["loss/feature/up_blocks.0"]
+    assert [title for title, _ in charts([alone])] == ["Losses"]
     with pytest.raises(InputError, match=r"holds no training\.jsonl with records"):
         write_page(tmp_path)
