@@ -94,7 +94,8 @@ def planted_report(
         images[subject.label] = [drawing(index, shift, noise, seed, size) for index in range(len(PROMPTS))]
     baselines = {row.label: _baselines(row) for row in rows}
     results = tuple(_result(row, steps, images, baselines[row.label], judged) for row in rows)
-    setup = Setup(PROMPTS, 25, 4.0, size, 0, 2, 30, 1.0, "PNDMScheduler", "wall clock", True, 0.95)
+    how = {"scheduler": "PNDMScheduler", "timing": "wall clock", "open_together": True, "confidence": 0.95}
+    setup = Setup(PROMPTS, 25, 4.0, 0, size, unet_batch=2, runs=30, min_seconds=1.0, **how)
     command = "sdkd compare demo --targets eager,onnxruntime"
     return Report(setup, results, ENVIRONMENT, images, baselines, command, ceilings=CEILINGS)
 
@@ -128,12 +129,12 @@ def _result(
         unet_step_ms=Spread.of(samples, 1000),
         unet_step_cpu_ms=Spread.of(samples, 1900),
         image_s=Spread.of(whole),
+        image_cpu_s=Spread.of(whole, 1.9),
         load_s=0.41,
         first_call_s=25.4 * samples[0][0] + 0.2,
         unet_parameters=unet,
         parameters=unet + 1_480_000,
         bytes_on_disk=TARGETS[subject.target][3] * (unet + 1_480_000),
-        rss_growth_bytes=52_000_000,
         repeatable=True,
         attention="SDPA, flash attention (CPU)" if subject.is_eager else None,
         against_eager=own,

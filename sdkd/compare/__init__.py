@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sdkd.compare.measure.comparison import compare
     from sdkd.compare.measure.results import Report
     from sdkd.compare.measure.subjects import Subject
-    from sdkd.compare.report.folder import write_report
+    from sdkd.compare.report.files import write_report
 
 __all__ = ["Report", "Subject", "compare", "write_report"]
 
@@ -19,7 +19,7 @@ _HOMES = {
     "Report": "measure.results",
     "Subject": "measure.subjects",
     "compare": "measure.comparison",
-    "write_report": "report.folder",
+    "write_report": "report.files",
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +16,7 @@ from sdkd.errors import InputError
 from sdkd.models.resolve import resolve
 
 if TYPE_CHECKING:
-    from sdkd.compare.measure.earlier import Earlier
+    from sdkd.compare.measure.against import Earlier
     from sdkd.compare.measure.results import Report
 
 DEMO = "demo"
@@ -79,12 +80,11 @@ def compare(
 
     load = load_average()  # before engines are built
     from engines.generate.cli import drawn_size
-    from sdkd.compare.measure.against import check_threshold
+    from sdkd.compare.measure.against import check_threshold, read_report
     from sdkd.compare.measure.comparison import compare as measure
-    from sdkd.compare.measure.earlier import read_report
     from sdkd.compare.measure.planning import Wish, default_guidance, default_judge, make_plan, parse_prompts
     from sdkd.compare.measure.refusals import check_asked
-    from sdkd.compare.report.folder import check_report_free
+    from sdkd.compare.report.files import check_report_free, write_report
 
     names = models or [DEMO]
     check_threshold(threshold)
@@ -94,23 +94,20 @@ def compare(
     kept = parse_prompts(prompts, opened)
     guidance = default_guidance(opened) if guidance_scale is None else guidance_scale
     pixels = None if size is None else drawn_size(size)
-    check_asked(kept, pixels, steps=steps, guidance_scale=guidance, seed=seed, runs=runs, batch=batch)
+    settings: dict[str, Any] = {
+        "steps": steps, "guidance_scale": guidance, "batch": batch, "seed": seed, "runs": runs,
+    }  # fmt: skip
+    check_asked(kept, pixels, **settings)
+    settings |= {"scheduler": scheduler, "baseline": baseline}
     wish = Wish(_targets(targets), precision, pixels, bundles, batch, steps, scheduler)
-    command = make_again(names, targets, precision, kept, steps, guidance, size, batch, scheduler, seed, runs, baseline)
-    command += " --in-process" if in_process else ""
+    options = {"targets": targets, "precision": precision, "prompts": ";".join(kept), "size": size, **settings}
+    command = make_again(names, options) + (" --in-process" if in_process else "")
     with lock(output), progress("compare") as bar:
         plan = make_plan(opened, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
         found = measure(
             plan.subjects,
             prompts=kept,
-            steps=steps,
-            guidance_scale=guidance,
             size=pixels,
-            seed=seed,
-            runs=runs,
-            baseline=baseline,
-            batch=batch,
-            scheduler=scheduler,
             judge=default_judge(opened, kept, pixels),
             command=command,
             notes=plan.notes,
@@ -118,9 +115,14 @@ def compare(
             isolate=not in_process,
             load_before=load,
             progress=within(bar, 0.3, 1.0),
+            **settings,
         )
         found = found if earlier is None else found.held_against(earlier, threshold)
-        page = _write(found, output, overwrite, json)
+        try:
+            page = write_report(found, output, overwrite)
+        except Exception:
+            _show_report(found, None, json)  # what was measured is shown all the same
+            raise
     _show_report(found, page, json)
     found.check(page)
 
@@ -132,17 +134,6 @@ def _check_labels(baseline: str | None, earlier: Earlier | None, labels: list[st
     check_baseline(baseline, labels)
     if earlier is not None:
         check_common(earlier, labels)
-
-
-def _write(report: Report, output: Path, overwrite: bool, json: bool) -> Path:
-    """The page of the written report; where it cannot be written, what was measured is shown all the same."""
-    from sdkd.compare.report.folder import write_report
-
-    try:
-        return write_report(report, output, overwrite)
-    except Exception:
-        _show_report(report, None, json)
-        raise
 
 
 def _show_report(report: Report, page: Path | None, json: bool) -> None:
@@ -169,7 +160,7 @@ def compare_reports(models: list[str] | None, against: Path | None, report: Path
     if json:
         show_json(found.to_json())
     else:
-        from sdkd.compare.report.against_tables import against_table
+        from sdkd.compare.report.tables import against_table
 
         show(against_table(found))
     if (problem := found.problem()) is not None:
@@ -180,33 +171,10 @@ def _targets(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def make_again(
-    models: list[str],
-    targets: str | None,
-    precision: str | None,
-    prompts: tuple[str, ...],
-    steps: int,
-    guidance_scale: float,
-    size: str | None,
-    batch: int,
-    scheduler: str | None,
-    seed: int,
-    runs: int,
-    baseline: str | None,
-) -> str:
-    """The command that makes the comparison again, with every setting spelled out."""
-    options = {
-        "--targets": targets,
-        "--precision": precision,
-        "--prompts": ";".join(prompts),
-        "--steps": steps,
-        "--guidance-scale": f"{guidance_scale:g}",
-        "--size": size,
-        "--batch": batch,
-        "--scheduler": scheduler,
-        "--seed": seed,
-        "--runs": runs,
-        "--baseline": baseline,
-    }
-    given = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-    return shlex.join(["sdkd", "compare", *models, *given])
+def make_again(models: list[str], options: Mapping[str, object]) -> str:
+    """The command that makes the comparison again, with every setting spelled out; None is none."""
+    words = ["sdkd", "compare", *models]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)

@@ -102,7 +102,7 @@ def made_folders(folder: Path) -> list[Path]:
 
 def check_outputs(folder: Path) -> None:
     """OutputExistsError or InputError, before any work, where a run would replace what sdkd did not write."""
-    from sdkd.compare.report.folder import check_report_free
+    from sdkd.compare.report.files import check_report_free
 
     check_report_free(folder, overwrite=True)
     for path in made_folders(folder):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.compare.measure.subjects import native_side
+from sdkd.compare.measure.calls import native_side
 from sdkd.core.console import Progress, quiet
 from sdkd.core.images import check_finite
 from sdkd.distill.data.buckets import fit_pixels

@@ -162,8 +162,7 @@ def _fid(images: Sequence[Image], real: RealImages | None, settings: Settings) -
 
 
 def _cmmd(images: Sequence[Image], real: RealImages | None, settings: Settings) -> Mapping[str, Any] | str:
-    from sdkd.compare.measure.scores import CMMD_MODEL, find_clip, load_clip
-    from sdkd.evaluate.cmmd import clip_embeddings, cmmd
+    from sdkd.compare.measure.scores import CMMD_MODEL, clip_embeddings, cmmd, find_clip, load_clip
 
     if real is None:
         return _NO_REAL

@@ -6,11 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-from sdkd.compare.measure.earlier import Earlier, Row, read_report
-from sdkd.compare.measure.stats import Ratio, speedup
+from sdkd.compare.measure.quality import IDENTICAL_DB
+from sdkd.compare.measure.stats import Ratio, Spread, speedup
+from sdkd.core.documents import parse_json, read_regular
+from sdkd.core.schema import problem
 from sdkd.errors import InputError, RegressionError, SdkdError
+
+# Schemas: 1 had one image per call and no comparison with an earlier report, 2 no memory at its peak, no times of text
+# encoder and VAE, all subjects in one process, no limits and no SSIM.
+READABLE = (1, 2, 3)
+EARLIER = "give the report.json of an earlier comparison"
 
 THRESHOLD = 0.1  # a UNet step may take so much longer before it is an error
 CHANGED_DB = 1.0  # a mean PSNR that moved by more is said
@@ -20,34 +27,114 @@ Images = Literal["same", "changed", "worse", "better", "not compared"]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What two reports must have in common, and for what: their speeds, their images."""
+class Row:
+    """One subject of a report on disk: raw samples of its UNet step, and what was found about its images."""
 
-    part: str
-    key: str
-    words: str
-    speed: bool
-    images: bool
+    label: str
+    model: str
+    precision: str
+    unet_parameters: int
+    step_ms: Spread
+    psnr_db: float | None  # mean, to eager fp32 of its own model; None where it was not compared
+    ok: bool | None  # whether its rule held; None where nothing was judged
+    found: str  # what the rule was judged by
 
 
-# A UNet call is as long whatever the prompt, the scheduler and the number of steps; likeness does not hang on the
-# machine, because an image is measured against eager images of the same machine.
+@dataclass(frozen=True)
+class Earlier:
+    """A report on disk: where it came from, what was asked on what machine, and its subjects by label."""
+
+    name: str
+    setup: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    rows: Mapping[str, Row]
+
+
+class _RowJson(TypedDict):
+    label: str
+    model: str
+    precision: str
+    unet_parameters: int
+    unet_step_ms: dict[str, Any]
+    against_eager: dict[str, Any] | None
+    verdict: dict[str, Any] | None
+
+
+class _EnvironmentJson(TypedDict):
+    date_utc: str
+
+
+class _ReportJson(TypedDict):
+    schema: int
+    setup: dict[str, Any]
+    environment: _EnvironmentJson
+    results: list[_RowJson]
+
+
+def read_report(path: Path) -> Earlier:
+    """The report.json at `path`; InputError when it is missing, no report of `sdkd compare`, or of another schema."""
+    try:
+        path.stat()
+        data = parse_json(read_regular(path), strict=True)
+    except InputError as error:
+        raise InputError(f"{error}; {EARLIER}") from error
+    except OSError as error:
+        raise InputError(f"report {str(path)!r} cannot be read ({error.strerror}): {EARLIER}") from error
+    except ValueError as error:
+        raise InputError(f"report {str(path)!r} {error}: {EARLIER}") from error
+    return parse_report(data, str(path))
+
+
+def parse_report(data: Any, name: str) -> Earlier:
+    """A report from its JSON; `name` is for messages. InputError as `read_report`."""
+    if not isinstance(data, dict) or not {"schema", "setup", "environment", "results"} <= data.keys():
+        raise InputError(f"report {name!r} is not one of `sdkd compare`: {EARLIER}")
+    if data["schema"] not in READABLE:
+        raise InputError(
+            f"report {name!r} has schema {data['schema']!r}, this sdkd reads {', '.join(map(str, READABLE))}: "
+            "measure again with this version, or compare with the version that wrote it"
+        )
+    try:
+        if wrong := problem(data, _ReportJson):
+            raise ValueError(wrong)
+        rows = [_row(row) for row in data["results"]]
+        setup = {"batch": 1, "isolated": False, "width_px": None, **data["setup"]}
+        return Earlier(name, setup, data["environment"], {row.label: row for row in rows})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(f"report {name!r} is damaged ({error!r}): make it again with its `command`") from error
+
+
+def _row(data: Mapping[str, Any]) -> Row:
+    likeness, verdict = data["against_eager"], data["verdict"]
+    mean = None if likeness is None else IDENTICAL_DB if likeness["identical"] else float(likeness["psnr_mean_db"])
+    return Row(
+        **{name: data[name] for name in ("label", "model", "precision", "unet_parameters")},
+        step_ms=Spread.of(data["unet_step_ms"]["samples"]),
+        psnr_db=mean,
+        ok=None if verdict is None else verdict["ok"],
+        found="" if verdict is None else verdict["found"],
+    )
+
+
+# What two reports must have in common, and for what. A UNet call is as long whatever the prompt, the scheduler and the
+# number of steps; likeness does not hang on the machine: an image is measured against eager images of the same machine.
+BOTH, SPEED, IMAGES = ("speed", "images"), ("speed",), ("images",)
 SETTINGS = (
-    Setting("setup", "size_px", "image side in pixels", True, True),
-    Setting("setup", "width_px", "image width where it is not square", True, True),
-    Setting("setup", "batch", "images per call", True, True),
-    Setting("setup", "unet_batch", "latents per UNet call", True, True),
-    Setting("setup", "steps", "steps", False, True),
-    Setting("setup", "scheduler", "scheduler", False, True),
-    Setting("setup", "guidance_scale", "guidance scale", False, True),
-    Setting("setup", "seed", "seed", False, True),
-    Setting("setup", "prompts", "prompts", False, True),
-    Setting("setup", "timing", "clock", True, False),
-    Setting("environment", "device", "device", True, False),
-    Setting("environment", "cpu", "CPU", True, False),
-    Setting("environment", "cores_usable", "usable cores", True, False),
-    Setting("environment", "threads_torch", "threads of PyTorch", True, False),
-    Setting("environment", "gpu", "GPU", True, False),
+    ("setup", "size_px", "image side in pixels", BOTH),
+    ("setup", "width_px", "image width where it is not square", BOTH),
+    ("setup", "batch", "images per call", BOTH),
+    ("setup", "unet_batch", "latents per UNet call", BOTH),
+    ("setup", "steps", "steps", IMAGES),
+    ("setup", "scheduler", "scheduler", IMAGES),
+    ("setup", "guidance_scale", "guidance scale", IMAGES),
+    ("setup", "seed", "seed", IMAGES),
+    ("setup", "prompts", "prompts", IMAGES),
+    ("setup", "timing", "clock", SPEED),
+    ("environment", "device", "device", SPEED),
+    ("environment", "cpu", "CPU", SPEED),
+    ("environment", "cores_usable", "usable cores", SPEED),
+    ("environment", "threads_torch", "threads of PyTorch", SPEED),
+    ("environment", "gpu", "GPU", SPEED),
 )
 
 
@@ -116,13 +203,8 @@ class Against:
         """Whether a subject is slower by more than the threshold, with an interval that excludes 1."""
         return change.verdict == "slower" and change.slower_by > self.threshold
 
-    @property
-    def ok(self) -> bool:
-        """Whether nothing became worse, and any speed could be compared."""
-        return self.problem() is None
-
     def problem(self) -> SdkdError | None:
-        """The error to end with: RegressionError names what is worse, InputError says why nothing was compared."""
+        """The error to end with: RegressionError names what is worse, InputError says why no speed was compared."""
         if self.worse:
             first, count = self.worse[0], len(self.worse)
             return RegressionError(
@@ -152,17 +234,13 @@ class Against:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; see docs/compare.md."""
         problem = self.problem()
+        lists = {name: list(getattr(self, name)) for name in ("appeared", "went", "differences", "notes")}
         return {
-            "report": self.report,
-            "day": self.day,
-            "threshold": self.threshold,
+            **{name: getattr(self, name) for name in ("report", "day", "threshold")},
             "ok": problem is None,
             "problem": None if problem is None else str(problem),
             "subjects": [change.to_json() for change in self.changes],
-            "appeared": list(self.appeared),
-            "went": list(self.went),
-            "differences": list(self.differences),
-            "notes": list(self.notes),
+            **lists,
         }
 
 
@@ -175,53 +253,42 @@ def check_common(then: Earlier, labels: list[str]) -> None:
         )
 
 
-def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
-    """Compare two reports subject by subject; `threshold` 0.1 lets a step take 10 % longer.
-
-    Raises InputError for a threshold below 0, and where the reports have no subject in common.
-    """
-    check_threshold(threshold)
-    check_common(then, list(now.rows))
-    return differences_of(then, now, threshold)
-
-
 def check_threshold(threshold: float) -> None:
     """InputError for a threshold that is no share."""
     if not 0 <= threshold < math.inf:
         raise InputError(f"threshold {threshold:g} is below 0: give the share that a step may take longer, like 0.1")
 
 
-def differences_of(then: Earlier, now: Earlier, threshold: float) -> Against:
-    """What changed between two reports; unlike `weigh`, reports without a subject in common are compared, too."""
-    differ = {setting: text for setting in SETTINGS if (text := _difference(setting, then, now))}
-    speed = "; ".join(text for setting, text in differ.items() if setting.speed)
-    images = any(setting.images for setting in differ)
+def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
+    """What changed between two reports, subject by subject; `threshold` 0.1 lets a step take 10 % longer."""
+    differ = {
+        text: hangs
+        for part, key, words, hangs in SETTINGS
+        if (text := _difference(words, *(getattr(report, part).get(key) for report in (then, now))))
+    }
+    speed = "; ".join(text for text, hangs in differ.items() if "speed" in hangs)
+    images = any("images" in hangs for hangs in differ.values())
     both = [label for label in now.rows if label in then.rows]
     return Against(
         report=then.name,
-        day=then.day,
+        day=str(then.environment["date_utc"])[:10],  # UTC
         threshold=threshold,
         changes=tuple(_change(then.rows[label], now.rows[label], speed, images) for label in both),
         appeared=tuple(label for label in now.rows if label not in then.rows),
         went=tuple(label for label in then.rows if label not in now.rows),
-        differences=tuple(differ.values()),
+        differences=tuple(differ),
         notes=tuple(_notes(then, now, both)),
     )
 
 
-def _value(setting: Setting, report: Earlier) -> Any:
-    value = getattr(report, setting.part).get(setting.key)
-    return value.get("gpu") if isinstance(value, Mapping) else value
-
-
-def _difference(setting: Setting, then: Earlier, now: Earlier) -> str | None:
+def _difference(setting: str, then: Any, now: Any) -> str | None:
     """In words how two reports differ in a setting; None where they do not."""
-    old, new = _value(setting, then), _value(setting, now)
+    old, new = (value.get("gpu") if isinstance(value, Mapping) else value for value in (then, now))
     if old == new:
         return None
     if isinstance(old, list) and isinstance(new, list):
-        return f"{setting.words}: {len(old)} then, {len(new)} now, not the same"
-    return f"{setting.words}: {'none' if old is None else old} then, {'none' if new is None else new} now"
+        return f"{setting}: {len(old)} then, {len(new)} now, not the same"
+    return f"{setting}: {'none' if old is None else old} then, {'none' if new is None else new} now"
 
 
 def _change(then: Row, now: Row, differ: str, other_images: bool) -> Change:
@@ -267,5 +334,8 @@ def _notes(then: Earlier, now: Earlier, labels: list[str]) -> list[str]:
 
 
 def compare_files(then: Path, now: Path, threshold: float = THRESHOLD) -> Against:
-    """Compare two report.json files; InputError as `read_report` and `weigh`."""
-    return weigh(read_report(then), read_report(now), threshold)
+    """Compare two report.json files; InputError as `read_report`, `check_threshold` and `check_common`."""
+    check_threshold(threshold)
+    earlier, later = read_report(then), read_report(now)
+    check_common(earlier, list(later.rows))
+    return weigh(earlier, later, threshold)

@@ -1,4 +1,7 @@
-"""What every subject is asked to do: whole images from equal noise, and the pipeline's parts as it calls them."""
+"""What every subject is asked to do: whole images from equal noise, and the pipeline's parts as it calls them.
+
+Pipelines that look at images get drawn ones: the same picture, mask and edges for every subject.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdkd.compare.measure.pictures import Size, inputs_for, kind_of
-from sdkd.compare.measure.subjects import native_side
+from engines.generate.image_inputs import SEEING, TEXT, Inputs, PipelineKind, as_pipeline, kind_for, with_defaults
 from sdkd.compare.measure.timing import Work
-from sdkd.core.contract import check_size, size_multiple
+from sdkd.core.contract import check_size, native_size, size_multiple
 from sdkd.core.images import check_finite
+from sdkd.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 UNET, TEXT_ENCODER, VAE_DECODER = "unet", "text_encoder", "vae_decoder"
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What every subject is asked to do."""
+class Asked:
+    """The images that are asked for."""
 
     prompts: tuple[str, ...]
     steps: int
@@ -29,14 +34,24 @@ class Request:
     seed: int
     size_px: int
     batch: int = 1  # images per call
-    scheduler: str | None = None  # as `sdkd generate` takes it; None: each model's own
-    copies: int = 2  # latents per image in a guided UNet call
-    width_px: int | None = None  # None: square
+    width_px: int | None = None  # None: as wide as high, `size_px`
 
     @property
     def size(self) -> Size:
         """Height and width in pixels."""
         return self.size_px, self.width_px or self.size_px
+
+    @property
+    def image_prompts(self) -> tuple[str, ...]:
+        """The prompt of every image: the first image of each prompt, then the second of each, and so on."""
+        return self.prompts * self.batch
+
+
+@dataclass(frozen=True)
+class Request(Asked):
+    """What every subject is asked to do."""
+
+    copies: int = 2  # latents per image in a guided UNet call
 
     @property
     def guided(self) -> bool:
@@ -48,14 +63,18 @@ class Request:
         """Latents per UNet call."""
         return self.batch * (self.copies if self.guided else 1)
 
-    @property
-    def image_prompts(self) -> tuple[str, ...]:
-        """The prompt of every image: the first image of each prompt, then the second of each, and so on."""
-        return self.prompts * self.batch
-
-    def numbers(self, prompt: int) -> list[int]:
+    def numbers(self, prompt: int) -> range:
         """Numbers of the images that one call makes for prompt number `prompt`; image n starts from `seed + n`."""
-        return list(range(prompt, len(self.image_prompts), len(self.prompts)))
+        return range(prompt, len(self.image_prompts), len(self.prompts))
+
+
+def native_side(pipe: Any) -> int:
+    """Image side in pixels that a model was made for: the UNet's `sample_size` times the VAE's scale."""
+    height, width = native_size(pipe.unet.config, pipe.vae.config) or (0, 1)
+    if height != width:
+        sample = pipe.unet.config.sample_size
+        raise ModelError(f"the UNet's sample_size {sample!r} is not one integer: give the image size with --size")
+    return height
 
 
 def image_size(pipe: Any, size: Size | None) -> Size:
@@ -66,17 +85,14 @@ def image_size(pipe: Any, size: Size | None) -> Size:
 
 
 def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
-    """The images of one prompt, from noise that is equal for every subject: float32 on the CPU, then cast.
-
-    A pipeline that looks at images gets drawn ones: see `sdkd.compare.measure.pictures`.
-    """
+    """The images of one prompt, from noise that is equal for every subject: float32 on the CPU, then cast."""
     import torch
 
     generators = [torch.Generator("cpu").manual_seed(request.seed + number) for number in request.numbers(prompt)]
     shape = (1, pipe.vae.config.latent_channels, *_latent_sides(pipe, request))
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])  # [batch, c, h, w]
-    way = kind_of(pipe)
-    size = dict(zip(("height", "width"), request.size, strict=True)) if way.sized else {}
+    kind = kind_of(pipe)
+    size = dict(zip(("height", "width"), request.size, strict=True)) if kind.sized else {}
     made = pipe(
         [request.prompts[prompt]] * request.batch,
         num_inference_steps=request.steps,
@@ -85,16 +101,11 @@ def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
         latents=noise.to(pipe.device, pipe.text_encoder.dtype),
         output_type="np",
         **size,
-        **inputs_for(way, request.size, request.steps).arguments(way, request.batch),
+        **_inputs(kind, request.size, request.steps).arguments(kind, request.batch),
     ).images
     check_finite(made, f"images of prompt {prompt + 1}")
     images: list[Image] = pipe.image_processor.numpy_to_pil(made)
     return images
-
-
-def unet_calls(pipe: Any) -> int:
-    """UNet calls of the last whole image: one for each of the scheduler's timesteps, which can be more than steps."""
-    return len(pipe.scheduler.timesteps)
 
 
 def step_work(pipe: Any, request: Request) -> Work:
@@ -107,13 +118,15 @@ def step_work(pipe: Any, request: Request) -> Work:
     states = torch.cat([*others, prompt])  # [batch, sequence, context]
     sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels).to(pipe.device, states.dtype)
     timestep = torch.tensor(500, device=pipe.device)
-    return _without_gradients(lambda: pipe.unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0])
+    return torch.no_grad()(lambda: pipe.unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0])
 
 
 def text_work(pipe: Any, request: Request) -> Work:
     """A call's prompts to embeddings: the tokenizer, and the text encoder once, or twice with guidance."""
+    import torch
+
     prompts = [request.prompts[0]] * request.batch
-    return _without_gradients(lambda: _encode(pipe, prompts, 1, request.guided))
+    return torch.no_grad()(lambda: _encode(pipe, prompts, 1, request.guided))
 
 
 def _encode(pipe: Any, prompts: str | list[str], count: int, guided: bool) -> Any:
@@ -125,15 +138,17 @@ def _encode(pipe: Any, prompts: str | list[str], count: int, guided: bool) -> An
 
 def vae_work(pipe: Any, request: Request) -> Work:
     """A call's latents to pixels."""
+    import torch
+
     sample = _seeded(pipe, request, request.batch, pipe.vae.config.latent_channels)
     sample = sample.to(pipe.device, pipe.text_encoder.dtype)
-    return _without_gradients(lambda: pipe.vae.decode(sample, return_dict=False)[0])
+    return torch.no_grad()(lambda: pipe.vae.decode(sample, return_dict=False)[0])
 
 
 WORKS: dict[str, Callable[[Any, Request], Work]] = {UNET: step_work, TEXT_ENCODER: text_work, VAE_DECODER: vae_work}
 
 
-def _latent_sides(pipe: Any, request: Request) -> tuple[int, int]:
+def _latent_sides(pipe: Any, request: Request) -> Size:
     height, width = request.size
     return height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
 
@@ -146,11 +161,53 @@ def _seeded(pipe: Any, request: Request, batch: int, channels: int) -> torch.Ten
     return torch.randn((batch, channels, *_latent_sides(pipe, request)), generator=generator)
 
 
-def _without_gradients(call: Callable[[], object]) -> Work:
-    import torch
+def kind_of(pipe: Any) -> PipelineKind:
+    """The pipeline of diffusers that a model is for, by what its UNet takes and whether it has a ControlNet."""
+    channels = int(pipe.unet.config.in_channels)
+    seen = SEEING[channels][1][0] if channels in SEEING else frozenset[str]()
+    return kind_for(channels, seen | {"control"} if getattr(pipe, "controlnet", None) is not None else seen)
 
-    def work() -> object:
-        with torch.no_grad():
-            return call()
 
-    return work
+def as_drawn(pipe: Any) -> Any:
+    """The pipeline in the class that its model is for; text-to-image stays as it is, whatever its class."""
+    kind = kind_of(pipe)
+    return pipe if kind is TEXT else as_pipeline(pipe, kind.pipeline)
+
+
+def _inputs(kind: PipelineKind, size: Size, steps: int) -> Inputs:
+    """The drawn images that a pipeline takes, in the size to draw, and its scales' defaults."""
+    images = {name: picture(name, size) for name in sorted(set(kind.images.values()))}
+    return with_defaults(Inputs(images=images), kind, steps)
+
+
+def picture(name: str, size: Size) -> Image:
+    """The drawn input of a name.
+
+    `image`: a red disc on a field that goes from blue to yellow; `control`: its outline, white on black, as edge
+    detectors give it; both RGB. `mask`: white, which is drawn again, in the middle; mode L.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = size
+    middle = width // 4, height // 4, width - width // 4 - 1, height - height // 4 - 1
+    if name == "mask":
+        field = Image.new("L", (width, height), 0)
+        ImageDraw.Draw(field).rectangle(middle, fill=255)
+    elif name == "control":
+        field = Image.new("RGB", (width, height), "black")
+        ImageDraw.Draw(field).ellipse(middle, outline="white", width=max(1, min(size) // 64))
+    else:
+        gradient = Image.linear_gradient("L")
+        across, down = gradient.rotate(90).resize((width, height)), gradient.resize((width, height))
+        field = Image.merge("RGB", (across, down, across.point(lambda value: 255 - value)))
+        ImageDraw.Draw(field).ellipse(middle, fill=(220, 40, 40))
+    return field
+
+
+def inputs_note(name: str, kind: PipelineKind) -> str | None:
+    """What a report says of a model's inputs; None for text-to-image."""
+    if kind is TEXT:
+        return None
+    names = {"control": "the outline of a disc for its ControlNet", "image": "a drawn picture", "mask": "a mask"}
+    given = " and ".join(names[each] for each in ("image", "mask", "control") if each in kind.images.values())
+    return f"{name} was given {given}, the same for every subject"

@@ -1,9 +1,8 @@
-"""The subjects while they are measured: which are loaded, and the timed phases."""
+"""The subjects while they are measured: which are loaded, the timed phases, and the reference images."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import random
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING
 from sdkd.bundle.memory import free_gpu_memory, free_memory
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request
 from sdkd.compare.measure.environment import Memory
-from sdkd.compare.measure.isolation import IsolatedRunner
-from sdkd.compare.measure.runner import Drawn, LocalRunner, Opened, RunConfig, SubjectRunner
-from sdkd.compare.measure.subjects import Failed, Subject, size_on_disk
-from sdkd.compare.measure.timing import Bench, Part, Sample, Timed, interleave
+from sdkd.compare.measure.quality import Likeness, likeness
+from sdkd.compare.measure.runner import IsolatedRunner, LocalRunner, Opened, RunConfig
+from sdkd.compare.measure.scores import lpips_here
+from sdkd.compare.measure.subjects import STUDENT, TEACHER, Failed, Subject, size_on_disk
+from sdkd.compare.measure.timing import Burst, Part, Sample, Timed, interleave
 from sdkd.core.console import Progress, within
 from sdkd.errors import EngineError
 
@@ -58,16 +58,15 @@ class LoadedSubjects:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self._loaded: dict[str, tuple[Case, SubjectRunner]] = {}
+        self._loaded: dict[str, tuple[Case, LocalRunner | IsolatedRunner]] = {}
 
-    def runner(self, case: Case) -> SubjectRunner:
+    def runner(self, case: Case) -> LocalRunner | IsolatedRunner:
         """The case's runner, its subject loaded if need be. Raises what loading raises."""
         label = case.subject.label
         if label not in self._loaded:
             if not self.config.keep_loaded:
                 self.finish()
-            kind = IsolatedRunner if self.config.isolate else LocalRunner
-            runner: SubjectRunner = kind(case.subject, self.config)
+            runner = (IsolatedRunner if self.config.isolate else LocalRunner)(case.subject, self.config)
             self._loaded[label] = case, runner
             opened = runner.open()
             case.opened = case.opened or opened
@@ -118,31 +117,32 @@ def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bo
     return needed < MEMORY_SHARE * free
 
 
-def first_opened(cases: Sequence[Case], loaded: LoadedSubjects) -> Opened | None:
+def first_opened(cases: Sequence[Case], loaded: LoadedSubjects, failed: Sequence[Failed]) -> Opened:
     """The first subject that opens, and stays open: size, scheduler and guidance copies are all subjects'."""
     for case in cases:
         with loaded.trying(case):
             loaded.runner(case)
         if case.opened is not None:
             return case.opened
-    return None
+    raise nothing_left(failed, cases)
 
 
-def measured(cases: Sequence[Case], failed: Sequence[Failed] = ()) -> list[Case]:
+def measured(cases: Sequence[Case], failed: Sequence[Failed]) -> list[Case]:
     """The cases that did not fail; raises as `nothing_left` when all did, those that `failed` before among them."""
     if kept := [case for case in cases if not case.failed]:
         return kept
-    raise nothing_left([*failed, *(case.failed for case in cases if case.failed)])
+    raise nothing_left(failed, cases)
 
 
-def nothing_left(failed: Sequence[Failed]) -> Exception:
+def nothing_left(failed: Sequence[Failed], cases: Sequence[Case] = ()) -> Exception:
     """The error to end with when every subject failed: its own of the only one, EngineError with all reasons."""
-    first = failed[0]
-    if len(failed) == 1 and first.error is not None:
-        return first.error
-    words = "; ".join(f"{one.subject.label!r}: {one.reason}" for one in failed)
+    every = [*failed, *(case.failed for case in cases if case.failed)]
+    first = every[0].error
+    if len(every) == 1 and first is not None:
+        return first
+    words = "; ".join(f"{one.subject.label!r}: {one.reason}" for one in every)
     found = EngineError(f"no subject could be measured: {words}")
-    found.__cause__ = first.error
+    found.__cause__ = first
     return found
 
 
@@ -182,25 +182,8 @@ def time_images(cases: Sequence[Case], loaded: LoadedSubjects, request: Request,
             with loaded.trying(case):
                 drawn = loaded.runner(case).images(request, prompt)
                 case.image_samples.append([drawn.sample])
-                case.repeatable &= _same(drawn, [case.images[number] for number in request.numbers(prompt)])
-
-
-def _same(drawn: Drawn, before: Sequence[Image]) -> bool:
-    return [image.tobytes() for image in drawn.images] == [image.tobytes() for image in before]
-
-
-@dataclass(frozen=True)
-class _BenchOf:
-    """A runner as a Bench: what is timed is the request's."""
-
-    runner: SubjectRunner
-    request: Request
-
-    def warm(self, part: str) -> float:
-        return self.runner.warm(part, self.request)
-
-    def burst(self, part: str, count: int) -> list[Sample]:
-        return self.runner.burst(part, self.request, count)
+                before = [case.images[number].tobytes() for number in request.numbers(prompt)]
+                case.repeatable &= [image.tobytes() for image in drawn.images] == before
 
 
 def time_parts(
@@ -208,15 +191,14 @@ def time_parts(
 ) -> None:
     """Time UNet calls in rounds over all subjects, and in some of the rounds text encoder and VAE, too."""
 
-    def bench(case: Case) -> Bench:
-        return _BenchOf(loaded.runner(case), request)
+    def timed(case: Case) -> Burst:
+        return lambda part, count, seconds: loaded.runner(case).burst(request, part, count, seconds)
 
     by_label = {case.subject.label: case for case in cases}
-    components = (TEXT_ENCODER, VAE_DECODER)
     few = COMPONENT_ROUNDS, min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS  # once a round, or for the time
     samples = interleave(
-        {label: functools.partial(bench, case) for label, case in by_label.items()},
-        [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in components)],
+        {label: timed(case) for label, case in by_label.items()},
+        [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in (TEXT_ENCODER, VAE_DECODER))],
         rounds=None if loaded.config.keep_loaded else ROUNDS_ONE_AT_A_TIME,
         seed=request.seed,
         lost=lambda label, error: loaded.fail(by_label[label], error),
@@ -224,3 +206,73 @@ def time_parts(
     )
     for case in cases:
         case.parts = samples[case.subject.label]
+
+
+@dataclass
+class ReferenceImages:
+    """Eager images by model and precision, with their label; `notes` say which could not be made and why."""
+
+    by_key: dict[tuple[str, str], tuple[str, Sequence[Image]]] = field(default_factory=dict)
+    teacher_key: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_own(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
+        """How far images are from eager float32 of the subject's own model; None for that subject itself."""
+        return None if subject.is_reference else self._distance((subject.model_key, "fp32"), images)
+
+    def half_to_own(self, subject: Subject) -> Likeness | None:
+        """How far eager images in the half precision of an engine are from eager float32."""
+        half = self.by_key.get((subject.model_key, subject.precision))
+        if half is None or subject.is_eager or subject.precision == "fp32":
+            return None
+        return self._distance((subject.model_key, "fp32"), half[1])
+
+    def to_teacher(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
+        """How far a student's images are from the teacher's eager float32 ones."""
+        if subject.role != STUDENT or self.teacher_key is None:
+            return None
+        return self._distance((self.teacher_key, "fp32"), images)
+
+    def _distance(self, key: tuple[str, str], images: Sequence[Image]) -> Likeness | None:
+        if (found := self.by_key.get(key)) is None:
+            return None
+        return likeness(images, found[1], found[0], lpips_here())
+
+
+def find_references(
+    cases: Sequence[Case], request: Request, loaded: LoadedSubjects, progress: Progress
+) -> ReferenceImages:
+    """Take the references from the subjects, and make those that are missing (untimed, after all timing).
+
+    One that failed gives its images where it had made them all, and is not tried again.
+    """
+    teacher = next((case.subject.model_key for case in cases if case.subject.role == TEACHER), None)
+    found, tried = ReferenceImages(teacher_key=teacher), set[tuple[str, str]]()
+    for case in (case for case in cases if case.subject.is_eager):
+        key = case.subject.model_key, case.subject.precision
+        tried.add(key)
+        if case.images:
+            found.by_key.setdefault(key, (case.subject.label, case.images))
+    missing = {key: subject for key, subject in _references(cases).items() if key not in tried}
+    for place, (key, subject) in enumerate(missing.items()):
+        progress(f"reference images of {subject.label}", place / len(missing))
+        case = Case(subject)
+        with loaded.trying(case):  # the measurement is done, and must not be lost for a reference
+            runner = loaded.runner(case)
+            calls = [runner.images(request, prompt).images for prompt in range(len(request.prompts))]
+            loaded.unload(case)
+            found.by_key[key] = subject.label, [call[number] for number in range(request.batch) for call in calls]
+        if case.failed:
+            found.notes.append(f"no reference images of {subject.label}: {case.failed.reason}")
+    return found
+
+
+def _references(cases: Sequence[Case]) -> dict[tuple[str, str], Subject]:
+    """The eager subjects that cases are held against: float32 of every model, and the half of each half engine."""
+    wanted = {}
+    for subject in (case.subject for case in cases if not case.failed):
+        for precision in dict.fromkeys(("fp32", subject.precision)):
+            label = f"{subject.model_label} eager" + ("" if precision == "fp32" else f"-{precision}")
+            made = Subject(label, subject.model, precision=precision, replaced=subject.replaced)
+            wanted[made.model_key, precision] = made
+    return wanted

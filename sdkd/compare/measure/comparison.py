@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sdkd.compare.measure.beside import complete
-from sdkd.compare.measure.calls import TEXT_ENCODER, VAE_DECODER, Request
+from sdkd.compare.measure.calls import TEXT_ENCODER, VAE_DECODER, Request, Size
 from sdkd.compare.measure.cases import (
     Case,
     LoadedSubjects,
+    ReferenceImages,
+    find_references,
     first_images,
     first_opened,
     fit_together,
@@ -19,18 +21,17 @@ from sdkd.compare.measure.cases import (
     time_parts,
 )
 from sdkd.compare.measure.environment import environment, state_after
-from sdkd.compare.measure.isolation import prepare_children
-from sdkd.compare.measure.pictures import Size
+from sdkd.compare.measure.limits import Ceilings, Work, element_bytes, fraction, measure_ceilings, unet_work
 from sdkd.compare.measure.quality import judge_engine
-from sdkd.compare.measure.references import ReferenceImages, find_references
 from sdkd.compare.measure.refusals import check_asked, check_models
 from sdkd.compare.measure.results import Report, Result, Setup
-from sdkd.compare.measure.runner import RunConfig
+from sdkd.compare.measure.runner import RunConfig, prepare_children
 from sdkd.compare.measure.stats import CONFIDENCE, Ratio, Spread, speedup
 from sdkd.compare.measure.subjects import TEACHER, Failed, Subject, check_subjects, has_random_weights, size_on_disk
 from sdkd.compare.measure.timing import Sample, Timer
 from sdkd.core.console import Progress, quiet, within
-from sdkd.errors import InputError
+from sdkd.errors import InputError, SdkdError
+from sdkd.models.resolve import resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,59 +94,39 @@ def compare(
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
         prepare_children()
-    config = RunConfig(where, fit_together(subjects, where, isolate), isolate, scheduler, pixels, texts)
-    loaded = LoadedSubjects(config)
+    together = fit_together(subjects, where, isolate)
+    loaded = LoadedSubjects(RunConfig(where, together, isolate, scheduler, pixels, texts))
     try:
-        if (first := first_opened(cases, loaded)) is None:
-            raise nothing_left([*failed, *(case.failed for case in cases if case.failed)])
+        first = first_opened(cases, loaded, failed)
         height, width = first.size
-        wide = None if width == height else width
-        request = Request(texts, steps, guidance_scale, seed, height, batch, scheduler, first.copies, wide)
+        asked = texts, steps, guidance_scale, seed, height, batch, None if width == height else width
+        request = Request(*asked, copies=first.copies)
         _make_images(cases, loaded, request, image_runs, within(progress, *SHARES["images"]))
         time_parts(measured(cases, failed), loaded, request, runs, min_seconds, within(progress, *SHARES["steps"]))
         loaded.finish()
         surroundings |= state_after(where)
-        kept = measured(cases, failed)
+        kept = {case.subject.label: case for case in measured(cases, failed)}
         references = find_references(cases, request, loaded, within(progress, *SHARES["references"]))
     finally:
         loaded.close()
-    setup = _setup(request, config, first.scheduler, runs, min_seconds)
-    others = [case.subject for case in kept]
-    baselines = {case.subject.label: find_baselines(case.subject, others, baseline) for case in kept}
-    by_label = {case.subject.label: case for case in kept}
+    setup = Setup(
+        *asked, unet_batch=request.unet_batch, runs=runs, min_seconds=min_seconds, scheduler=first.scheduler,
+        timing=Timer(where).method, open_together=loaded.config.keep_loaded, confidence=CONFIDENCE, isolated=isolate,
+    )  # fmt: skip
+    others = [case.subject for case in kept.values()]
+    baselines = {label: find_baselines(case.subject, others, baseline) for label, case in kept.items()}
+    told = [note for case in kept.values() if case.opened for note in case.opened.notes]  # inputs, prompts that are cut
     report = Report(
         setup=setup,
-        results=tuple(
-            _result(case, by_label, references, baselines[case.subject.label], judge, request) for case in kept
-        ),
+        results=tuple(_result(case, kept, references, baselines[name], judge, request) for name, case in kept.items()),
         environment=surroundings,
-        images={case.subject.label: tuple(case.images) for case in kept},
+        images={label: tuple(case.images) for label, case in kept.items()},
         baselines=baselines,
         command=command,
-        notes=(*known, *_notes_of(kept), *notes, *references.notes),
+        notes=(*known, *dict.fromkeys(told), *notes, *references.notes),
         failed=(*failed, *(case.failed for case in cases if case.failed)),
     )
-    return complete(report, where)
-
-
-def _setup(request: Request, config: RunConfig, scheduler: str, runs: int, min_seconds: float) -> Setup:
-    return Setup(
-        prompts=request.prompts,
-        steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        size_px=request.size_px,
-        seed=request.seed,
-        unet_batch=request.unet_batch,
-        runs=runs,
-        min_seconds=min_seconds,
-        scheduler=scheduler,
-        batch=request.batch,
-        timing=Timer(config.device).method,
-        open_together=config.keep_loaded,
-        confidence=CONFIDENCE,
-        isolated=config.isolate,
-        width_px=request.width_px,
-    )
+    return with_scores(with_limits(report, where), where)
 
 
 def _make_images(
@@ -163,11 +144,6 @@ def random_notes(subjects: Sequence[Subject]) -> list[str]:
     """A warning for every model of random weights: its speed and size count, its images mean nothing."""
     names = dict.fromkeys(subject.model_label for subject in subjects if has_random_weights(subject))
     return [f"{name} has random weights: its speed and size count, its images mean nothing" for name in names]
-
-
-def _notes_of(cases: Sequence[Case]) -> list[str]:
-    """What models were given beside prompts, and what of prompts was cut."""
-    return list(dict.fromkeys(note for case in cases if case.opened for note in case.opened.notes))
 
 
 def _default_device() -> str:
@@ -195,15 +171,18 @@ def find_baselines(subject: Subject, subjects: Sequence[Subject], baseline: str 
     return {name: label for name, label in found.items() if label not in (None, subject.label)}
 
 
-def _seconds(samples: Sequence[Sequence[Sample]]) -> list[list[float]]:
+Samples = Sequence[Sequence[Sample]]
+
+
+def _seconds(samples: Samples) -> list[list[float]]:
     return [[sample.seconds for sample in part] for part in samples]
 
 
-def _cpu_seconds(samples: Sequence[Sequence[Sample]]) -> list[list[float]]:
+def _cpu_seconds(samples: Samples) -> list[list[float]]:
     return [[sample.cpu_s for sample in part] for part in samples]
 
 
-def _ratios(over: Mapping[str, Sequence[Sequence[Sample]]], own: Sequence[Sequence[Sample]]) -> dict[str, Ratio]:
+def _ratios(over: Mapping[str, Samples], own: Samples) -> dict[str, Ratio]:
     """The speed-up over each baseline that was measured in enough rounds."""
     found = {name: speedup(_seconds(samples), _seconds(own)) for name, samples in over.items()}
     return {name: ratio for name, ratio in found.items() if ratio is not None}
@@ -217,10 +196,7 @@ def _result(
     judge: Judge | None,
     request: Request,
 ) -> Result:
-    subject = case.subject
-    own, half, teacher = references.own(subject), references.half(subject), references.teacher(subject)
-    against = None if own is None else own.distance(case.images)
-    half_against = None if own is None or half is None else own.distance(half.images)
+    subject, against = case.subject, references.to_own(case.subject, case.images)
     over = {name: cases[label] for name, label in baselines.items()}
     assert case.opened is not None
     assert case.memory is not None
@@ -229,24 +205,74 @@ def _result(
         unet_step_ms=Spread.of(_seconds(case.step_samples), 1000),
         unet_step_cpu_ms=Spread.of(_cpu_seconds(case.step_samples), 1000),
         image_s=Spread.of(_seconds(case.image_samples), 1 / request.batch),
+        image_cpu_s=Spread.of(_cpu_seconds(case.image_samples), 1 / request.batch),
+        text_encoder_ms=Spread.of(_seconds(case.parts[TEXT_ENCODER]), 1000),
+        vae_decode_ms=Spread.of(_seconds(case.parts[VAE_DECODER]), 1000),
         load_s=case.opened.load_s,
         first_call_s=case.first_call_s,
         unet_parameters=case.opened.unet_parameters,
         parameters=case.opened.parameters,
         bytes_on_disk=size_on_disk(subject),
-        rss_growth_bytes=case.memory.growth,
+        memory=case.memory,
         repeatable=case.repeatable,
+        unet_calls=case.unet_calls,
+        images_per_call=request.batch,
         attention=case.attention,
         against_eager=against,
-        against_teacher=None if teacher is None else teacher.distance(case.images),
-        verdict=judge_engine(subject, against, half_against),
+        against_teacher=references.to_teacher(subject, case.images),
+        verdict=judge_engine(subject, against, references.half_to_own(subject)),
         step_speedup=_ratios({name: other.step_samples for name, other in over.items()}, case.step_samples),
         image_speedup=_ratios({name: other.image_samples for name, other in over.items()}, case.image_samples),
         judged=None if judge is None else dict(judge(case.images, request.image_prompts)),
-        image_cpu_s=Spread.of(_cpu_seconds(case.image_samples), 1 / request.batch),
-        text_encoder_ms=Spread.of(_seconds(case.parts[TEXT_ENCODER]), 1000),
-        vae_decode_ms=Spread.of(_seconds(case.parts[VAE_DECODER]), 1000),
-        unet_calls=case.unet_calls,
-        images_per_call=request.batch,
-        memory=case.memory,
     )
+
+
+def with_limits(report: Report, device: str) -> Report:
+    """Every UNet call against a matrix product in its precision and a copy, both measured now on `device`.
+
+    Where a ceiling cannot be measured or a model is gone, there is no limit, and the report gets a note: what was
+    timed before is not lost for it.
+    """
+    ceilings, results, notes = dict[str, Ceilings](), list[Result](), list[str]()
+    for precision in dict.fromkeys(row.subject.precision for row in report.results):
+        try:
+            ceilings[precision] = measure_ceilings(device, precision)
+        except RuntimeError as error:  # PyTorch's: no memory left, or no such product on this device
+            notes.append(f"{precision}: the machine's limit could not be measured ({str(error).splitlines()[0]})")
+    for row in report.results:
+        try:
+            results.append(_with_limit(row, report.setup, ceilings))
+        except SdkdError as error:
+            notes.append(f"{row.subject.label}: its limit is not known ({error})")
+            results.append(row)
+    return dataclasses.replace(report, results=tuple(results), ceilings=ceilings, notes=(*report.notes, *notes))
+
+
+def _with_limit(row: Result, setup: Setup, ceilings: Mapping[str, Ceilings]) -> Result:
+    if (found := ceilings.get(row.subject.precision)) is None:
+        return row
+    work = subject_work(row.subject, setup)
+    return dataclasses.replace(row, work=work, limit=fraction(work, found, row.unet_step_ms.median / 1000))
+
+
+def subject_work(subject: Subject, setup: Setup) -> Work:
+    """The work of one of the subject's timed UNet calls, from its configs alone; ModelError when they are gone."""
+    home = resolve(subject.bundle or subject.model)
+    height, width = (pixels // home.latent_scale for pixels in setup.size)
+    return unet_work(home.unet_config, setup.unet_batch, height, width, element_bytes=element_bytes(subject.precision))
+
+
+def with_scores(report: Report, device: str) -> Report:
+    """CLIP scores of every image with its prompt where CLIP is on this disk; what is not, in `not_measured`."""
+    from sdkd.compare.measure.scores import CLIP_SCORE_MODEL, clip_scores, find_clip, load_clip, lpips_or_why
+
+    missing = {"LPIPS": why} if isinstance(why := lpips_or_why(), str) else {}
+    results, prompts = report.results, report.setup.image_prompts
+    try:
+        clip = load_clip(find_clip(None, CLIP_SCORE_MODEL), device)
+        scores = [tuple(clip_scores(*clip, report.images[row.subject.label], prompts)) for row in results]
+        results = tuple(dataclasses.replace(row, clip_scores=found) for row, found in zip(results, scores, strict=True))
+    except SdkdError as error:
+        missing["CLIP score"] = str(error)
+    said = (why if why.startswith(score) else f"{score}: {why}" for score, why in missing.items())
+    return dataclasses.replace(report, results=results, not_measured=(*report.not_measured, *said))

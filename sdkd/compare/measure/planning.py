@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.compare.measure.pictures import Size
+from sdkd.compare.measure.calls import Size
 from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
 from sdkd.compare.measure.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
 from sdkd.core.console import Progress, quiet, within

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.compare.measure.pictures import Size
+from sdkd.compare.measure.calls import Size
 from sdkd.compare.measure.subjects import IN_TORCH, OPTIMUM, optimum_problem
 from sdkd.core.contract import check_precision, check_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_numbers

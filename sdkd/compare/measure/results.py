@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkd.compare.measure.against import THRESHOLD, Against, differences_of
-from sdkd.compare.measure.earlier import Earlier, parse_report
+from sdkd.compare.measure.against import THRESHOLD, Against, Earlier, parse_report, weigh
+from sdkd.compare.measure.calls import Asked
 from sdkd.compare.measure.environment import Memory, busy
 from sdkd.compare.measure.limits import Ceilings, Limit, Work
 from sdkd.compare.measure.quality import Likeness, Verdict
@@ -24,15 +24,10 @@ SCHEMA = 3
 NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What was asked: equal for all subjects."""
+@dataclass(frozen=True, kw_only=True)
+class Setup(Asked):
+    """What was asked, equal for all subjects, and how it was measured."""
 
-    prompts: tuple[str, ...]
-    steps: int
-    guidance_scale: float
-    size_px: int
-    seed: int
     unet_batch: int  # twice the images per call with guidance: conditional and unconditional in one call
     runs: int
     min_seconds: float
@@ -40,19 +35,7 @@ class Setup:
     timing: str
     open_together: bool  # all pipelines in memory at once; otherwise one at a time, opened again for every round
     confidence: float
-    batch: int = 1  # images per call
     isolated: bool = False  # every subject in a process of its own
-    width_px: int | None = None  # None: as wide as high, `size_px`
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.size_px, self.width_px or self.size_px
-
-    @property
-    def image_prompts(self) -> tuple[str, ...]:
-        """The prompt of every image, in the order of a report's images."""
-        return self.prompts * self.batch
 
 
 @dataclass(frozen=True)
@@ -61,15 +44,20 @@ class Result:
 
     subject: Subject
     unet_step_ms: Spread
-    unet_step_cpu_ms: Spread
+    unet_step_cpu_ms: Spread  # CPU time of all threads
     image_s: Spread  # per image: a call's time over its images
+    image_cpu_s: Spread
+    text_encoder_ms: Spread  # of one pipeline call: its prompts to embeddings
+    vae_decode_ms: Spread  # of one pipeline call: its latents to pixels
     load_s: float
     first_call_s: float
     unet_parameters: int
     parameters: int
     bytes_on_disk: int | None
-    rss_growth_bytes: int  # of this process, from before loading to after the first image
+    memory: Memory
     repeatable: bool  # the same seed gave the same image again
+    unet_calls: int  # of one pipeline call; a scheduler may make more than steps
+    images_per_call: int = 1
     attention: str | None = None  # eager only
     against_eager: Likeness | None = None
     against_teacher: Likeness | None = None
@@ -77,21 +65,13 @@ class Result:
     step_speedup: Mapping[str, Ratio] = field(default_factory=dict)  # over `eager`, `teacher`, `baseline`
     image_speedup: Mapping[str, Ratio] = field(default_factory=dict)
     judged: Mapping[str, float] | None = None
-    image_cpu_s: Spread | None = None  # CPU time of all threads
-    text_encoder_ms: Spread | None = None  # of one pipeline call: its prompts to embeddings
-    vae_decode_ms: Spread | None = None  # of one pipeline call: its latents to pixels
-    unet_calls: int = 0  # of one pipeline call; a scheduler may make more than steps
-    images_per_call: int = 1
-    memory: Memory = field(default_factory=Memory)
     work: Work | None = None  # of one UNet call
     limit: Limit | None = None  # what that call reached
     clip_scores: tuple[float, ...] | None = None  # per image, with its prompt
 
     @property
-    def rest_ms(self) -> float | None:
+    def rest_ms(self) -> float:
         """What one pipeline call takes beside its timed parts: loop, scheduler, pixels to images; from medians."""
-        if self.text_encoder_ms is None or self.vae_decode_ms is None:
-            return None
         parts = self.text_encoder_ms.median + self.unet_calls * self.unet_step_ms.median + self.vae_decode_ms.median
         return 1000 * self.images_per_call * self.image_s.median - parts
 
@@ -158,23 +138,19 @@ class Report:
     def _broken_rule(self) -> str:
         subject, verdict = self.broken[0].subject, self.broken[0].verdict
         assert verdict is not None
-        return (
-            f"{len(self.broken)} of {len(self.results)} subjects broke a rule. {subject.label!r}: {verdict.found}, but "
-            f"the rule is: {verdict.rule}. {self._repair(subject)}."
-        )
-
-    def _repair(self, subject: Subject) -> str:
-        if subject.is_compiled:
-            return "Leave the target compile out, or try another version of PyTorch"
         again = (
             f"sdkd build-engine {shlex.quote(str(subject.model))} --target {subject.target} "
             f"--output {shlex.quote(str(subject.bundle))} --overwrite"
         )
-        if subject.precision == "fp32":
-            return f"Export and build the engine again, with: {again}"
-        few = len(self.setup.prompts)
+        few = f"Compare more than {len(self.setup.prompts)} prompts to be sure, then use the fp32 engine, or export and"
+        repair = f"Export and build the engine again, with: {again}"
+        if subject.is_compiled:
+            repair = "Leave the target compile out, or try another version of PyTorch"
+        elif subject.precision != "fp32":
+            repair = f"{few} build again: {again}"
         return (
-            f"Compare more than {few} prompts to be sure, then use the fp32 engine, or export and build again: {again}"
+            f"{len(self.broken)} of {len(self.results)} subjects broke a rule. {subject.label!r}: {verdict.found}, but "
+            f"the rule is: {verdict.rule}. {repair}."
         )
 
     @property
@@ -197,7 +173,7 @@ class Report:
     def held_against(self, then: Earlier, threshold: float = THRESHOLD) -> Report:
         """A copy with its comparison with an earlier one; where all subjects in common failed, `check` says so."""
         now = parse_report(self.to_json(), "this one")
-        return replace(self, against=differences_of(then, now, threshold))
+        return replace(self, against=weigh(then, now, threshold))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary (finite numbers only), units in field names, raw samples kept; see docs."""
@@ -235,75 +211,44 @@ def _subject_json(subject: Subject) -> dict[str, Any]:
     }
 
 
+FIGURES = (
+    "unet_step_ms", "unet_step_cpu_ms", "image_s", "image_cpu_s", "text_encoder_ms", "vae_decode_ms", "unet_calls",
+    "rest_ms", "images_per_s", "load_s", "first_call_s", "unet_parameters", "parameters", "bytes_on_disk", "repeatable",
+    "attention", "against_eager", "against_teacher", "verdict", "judged",
+)  # fmt: skip  # of a result, under their own names in its JSON
+
+
 def _result_json(row: Result, report: Report) -> dict[str, Any]:
-    subject, baselines = row.subject, report.baselines.get(row.subject.label, {})
+    subject, memory, baselines = row.subject, row.memory, report.baselines.get(row.subject.label, {})
     return {
         **_subject_json(subject),
-        "unet_step_ms": _spread_json(row.unet_step_ms),
-        "unet_step_cpu_ms": _spread_json(row.unet_step_cpu_ms),
-        "image_s": _spread_json(row.image_s),
-        "image_cpu_s": _maybe_spread(row.image_cpu_s),
-        "text_encoder_ms": _maybe_spread(row.text_encoder_ms),
-        "vae_decode_ms": _maybe_spread(row.vae_decode_ms),
-        "unet_calls": row.unet_calls,
-        "rest_ms": row.rest_ms,
-        "images_per_s": row.images_per_s,
-        "load_s": row.load_s,
-        "first_call_s": row.first_call_s,
-        "unet_parameters": row.unet_parameters,
-        "parameters": row.parameters,
-        "bytes_on_disk": row.bytes_on_disk,
-        "rss_growth_bytes": row.rss_growth_bytes,
-        "base_rss_bytes": row.memory.base_rss,
-        "peak_rss_bytes": row.memory.peak_rss,
-        "peak_gpu_bytes": row.memory.peak_gpu,
-        "peak_torch_bytes": row.memory.peak_torch,
-        "repeatable": row.repeatable,
-        "attention": row.attention,
+        **{name: _figure_json(getattr(row, name)) for name in FIGURES},
+        "rss_growth_bytes": memory.growth,
+        **{f"{name}_bytes": getattr(memory, name) for name in ("base_rss", "peak_rss", "peak_gpu", "peak_torch")},
         "step_speedup": {name: _ratio_json(ratio, baselines[name]) for name, ratio in row.step_speedup.items()},
         "image_speedup": {name: _ratio_json(ratio, baselines[name]) for name, ratio in row.image_speedup.items()},
-        "against_eager": _likeness_json(row.against_eager),
-        "against_teacher": _likeness_json(row.against_teacher),
-        "verdict": None if row.verdict is None else vars(row.verdict),
-        "judged": None if row.judged is None else dict(row.judged),
         "clip_scores": None if row.clip_scores is None else {"mean": row.clip_mean, "per_image": list(row.clip_scores)},
-        "limit": _limit_json(row),
+        "limit": {**vars(row.work), **vars(row.limit)} if row.work and row.limit else None,
         "images": [image_name(subject, number) for number in range(len(report.images[subject.label]))],
     }
 
 
-def _spread_json(spread: Spread) -> dict[str, Any]:
-    samples = [list(part) for part in spread.samples]
-    figures = {"median": spread.median, "p10": spread.p10, "p90": spread.p90, "p99": spread.p99}
-    return {**figures, "count": spread.count, "samples": samples}
-
-
-def _maybe_spread(spread: Spread | None) -> dict[str, Any] | None:
-    return None if spread is None else _spread_json(spread)
+def _figure_json(value: Any) -> Any:
+    """A number or text as it is; a spread with its samples, a likeness without infinities."""
+    if isinstance(value, Spread):
+        figures = {name: getattr(value, name) for name in ("median", "p10", "p90", "p99", "count")}
+        return {**figures, "samples": [list(part) for part in value.samples]}
+    if isinstance(value, Likeness):
+        names = ("reference", "identical", "ssim_mean", "ssim_min", "lpips_mean", "lpips_max")
+        return {
+            **{name: getattr(value, name) for name in names},
+            "psnr_mean_db": None if value.identical else value.psnr_mean_db,
+            "psnr_min_db": None if value.identical else value.psnr_min_db,
+            "max_abs_levels": value.max_abs,
+            "per_image": [vars(image) for image in value.per_image],
+        }
+    return vars(value) if isinstance(value, Verdict) else value
 
 
 def _ratio_json(ratio: Ratio, baseline: str) -> dict[str, Any]:
     return {**vars(ratio), "tie": ratio.tie, "over": baseline}
-
-
-def _limit_json(row: Result) -> dict[str, Any] | None:
-    if row.work is None or row.limit is None:
-        return None
-    return {**vars(row.work), **vars(row.limit)}
-
-
-def _likeness_json(found: Likeness | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {
-        "reference": found.reference,
-        "identical": found.identical,
-        "psnr_mean_db": None if found.identical else found.psnr_mean_db,
-        "psnr_min_db": None if found.identical else found.psnr_min_db,
-        "max_abs_levels": found.max_abs,
-        "ssim_mean": found.ssim_mean,
-        "ssim_min": found.ssim_min,
-        "lpips_mean": found.lpips_mean,
-        "lpips_max": found.lpips_max,
-        "per_image": [vars(image) for image in found.per_image],
-    }

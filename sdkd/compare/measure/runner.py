@@ -1,22 +1,59 @@
-"""One subject where it is measured: opened, its images made, its parts timed."""
+"""One subject where it is measured: opened, its images made, its parts timed, here or in a process of its own.
+
+On Linux children are forked from a server that has imported what every subject needs (`LIBRARIES`), so that a fresh
+process costs milliseconds; where torch sees a GPU, and elsewhere, each is spawned, because a GPU that any library
+looked at before a fork cannot be used after it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import multiprocessing
+import signal
+import sys
+import threading
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from engines.generate.long_prompts import cut_lines
-from sdkd.compare.measure.calls import WORKS, Request, image_size, make_images, step_work, unet_calls
+from sdkd.compare.measure.calls import WORKS, Request, Size, image_size, inputs_note, kind_of, make_images, step_work
 from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used, peak_rss, rss, torch_peak
-from sdkd.compare.measure.pictures import Size, kind_of, note
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
-from sdkd.compare.measure.timing import LocalBench, Sample, Timer
+from sdkd.compare.measure.timing import Bench, Sample, Timer
+from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, inherited, live_as_child
 from sdkd.core.contract import unet_copies
+from sdkd.core.interrupts import handling
+from sdkd.errors import EngineError
 from sdkd.targets.registry import require
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from PIL.Image import Image
+
+# What every subject needs before it is timed. The server that their processes are forked from imports these, too, so
+# nothing in them may start a thread that computes or touch a GPU: neither survives a fork.
+LIBRARIES = (
+    "accelerate",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.schedulers",
+    "safetensors.torch",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "engines.pipelines.pipeline",
+    "sdkd.models.resolve",
+)
+PRELOAD = [*LIBRARIES, "sdkd.compare.measure.runner"]
+DOING = {
+    "open": "it was loaded",
+    "images": "it made images",
+    "attention": "its attention kernel was looked up",
+    "burst": "it was timed",
+    "memory": "it was asked for its memory",
+}
 
 
 def _threads() -> int:
@@ -61,105 +98,65 @@ class Drawn:
     unet_calls: int
 
 
-class SubjectRunner(Protocol):
-    """Loads, runs and times one subject: in this process (LocalRunner) or in one of its own (IsolatedRunner)."""
-
-    def open(self) -> Opened:
-        """Load the subject, timed; InputError when it cannot make images of the asked size."""
-
-    def images(self, request: Request, prompt: int) -> Drawn:
-        """Make the images of one prompt in one call, timed end to end."""
-
-    def attention(self, request: Request) -> str:
-        """The attention kernel of a UNet call in PyTorch."""
-
-    def warm(self, part: str, request: Request) -> float:
-        """Call a part until it is stable; seconds of the last call."""
-
-    def burst(self, part: str, request: Request, count: int) -> list[Sample]:
-        """`count` timed calls of a part, after one that is thrown away or a warm-up."""
-
-    def memory(self) -> Memory:
-        """What it took until now."""
-
-    def close(self) -> None:
-        """Unload the subject, whatever it is doing."""
-
-
 class LocalRunner:
-    """A SubjectRunner in this process."""
+    """Loads, runs and times one subject in this process."""
 
     def __init__(self, subject: Subject, config: RunConfig) -> None:
         self.subject, self.config = subject, config
         self._pipe: Any = None
-        self._bench = LocalBench({}, Timer())
+        self._bench = Bench({}, Timer())
         self._request: Request | None = None
         self._memory = Memory()
 
     def open(self) -> Opened:
-        """As a SubjectRunner."""
-        import_libraries()
-        self._use_threads()
-        subject, base = self.subject, rss()
-        self._memory = Memory(base_rss=base)
+        """Load the subject, timed; InputError when it cannot make images of the asked size."""
+        import torch
+
+        for name in LIBRARIES:  # else the first subject's loading time would contain their import
+            importlib.import_module(name)
+        if self.config.threads != torch.get_num_threads():
+            torch.set_num_threads(self.config.threads)
+        subject = self.subject
+        self._memory = Memory(base_rss=rss())
         if subject.has_engines:
             require(subject.target)  # the library's own import is not the engine's load
         load_s = Timer().time(self._load).wall_s
         device = str(self._pipe.device)
-        self._bench = LocalBench({}, Timer(device))
+        self._bench = Bench({}, Timer(device))
         size = image_size(self._pipe, self.config.size)
         scheduler = type(self._pipe.scheduler).__name__
         counts, config = count_parameters(subject, self._pipe), self._pipe.unet.config
         copies = unet_copies(int(config.in_channels), int(config.out_channels))
-        return Opened(load_s, device, size, scheduler, *counts, copies, self._notes())
-
-    def _notes(self) -> tuple[str, ...]:
-        given = note(self.subject.model_label, kind_of(self._pipe))
-        cut = cut_lines(self._pipe, self.config.prompts)
-        return (*([given] if given else []), *cut)
+        given = inputs_note(subject.model_label, kind_of(self._pipe))
+        notes = (*([given] if given else []), *cut_lines(self._pipe, self.config.prompts))
+        return Opened(load_s, device, size, scheduler, *counts, copies, notes)
 
     def _load(self) -> None:
         self._pipe = open_subject(self.subject, self.config.device, self.config.scheduler)
 
-    def _use_threads(self) -> None:
-        import torch
-
-        if self.config.threads != torch.get_num_threads():
-            torch.set_num_threads(self.config.threads)
-
     def images(self, request: Request, prompt: int) -> Drawn:
-        """As a SubjectRunner; EngineError in place of what torch.compile raises."""
+        """Make the images of one prompt in one call, timed end to end; EngineError for what torch.compile raises."""
         made: list[Image] = []
         with compiling(self.subject):
             sample = self._bench.timer.time(lambda: made.extend(make_images(self._pipe, request, prompt)))
         if not self._memory.growth:
             self._memory = replace(self._memory, growth=rss() - self._memory.base_rss)
         self._note_gpu_memory()
-        return Drawn(made, sample, unet_calls(self._pipe))
+        return Drawn(made, sample, len(self._pipe.scheduler.timesteps))
 
     def attention(self, request: Request) -> str:
-        """As a SubjectRunner."""
+        """The attention kernel of a UNet call in PyTorch."""
         return attention_kernel(step_work(self._pipe, request))
 
-    def warm(self, part: str, request: Request) -> float:
-        """As a SubjectRunner."""
-        call_s = self._bench_for(part, request).warm(part)
-        self._note_gpu_memory()
-        return call_s
-
-    def burst(self, part: str, request: Request, count: int) -> list[Sample]:
-        """As a SubjectRunner."""
-        samples = self._bench_for(part, request).burst(part, count)
-        self._note_gpu_memory()
-        return samples
-
-    def _bench_for(self, part: str, request: Request) -> LocalBench:
-        """The bench with this part's work, which is made once for a request."""
+    def burst(self, request: Request, part: str, count: int, seconds: float) -> list[Sample]:
+        """Time calls of a part, whose work is made once for a request: see `Bench.burst`."""
         if request != self._request:
-            self._request, self._bench = request, LocalBench({}, self._bench.timer)
+            self._request, self._bench = request, Bench({}, self._bench.timer)
         if part not in self._bench.works:
             self._bench.works[part] = WORKS[part](self._pipe, request)
-        return self._bench
+        samples = self._bench.burst(part, count, seconds)
+        self._note_gpu_memory()
+        return samples
 
     def _note_gpu_memory(self) -> None:
         """Note what the process holds on the GPU, between timed calls: allocators keep what they once took."""
@@ -168,33 +165,146 @@ class LocalRunner:
         self._memory = self._memory.with_peaks_of(seen)
 
     def memory(self) -> Memory:
-        """As a SubjectRunner."""
+        """What it took until now."""
         if not self.config.isolate:
             return self._memory
         return replace(self._memory, peak_rss=max(peak_rss() - self._memory.base_rss, 0))
 
     def close(self) -> None:
-        """As a SubjectRunner."""
+        """Unload the subject, whatever it is doing."""
         if self._pipe is not None:
             close_subject(self.subject, self._pipe)
-        self._pipe, self._bench = None, LocalBench({}, self._bench.timer)
+        self._pipe, self._bench = None, Bench({}, self._bench.timer)
 
 
-# What every subject needs before it is timed. The server that their processes are forked from imports these, too, so
-# nothing in them may start a thread that computes or touch a GPU: neither survives a fork.
-LIBRARIES = (
-    "accelerate",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.schedulers",
-    "safetensors.torch",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.clip.tokenization_clip",
-    "engines.pipelines.pipeline",
-    "sdkd.models.resolve",
-)
+class IsolatedRunner:
+    """A LocalRunner in a process of its own, which ends with `close`, and when this process is gone."""
+
+    def __init__(self, subject: Subject, config: RunConfig) -> None:
+        self.subject = subject
+        self._busy = False
+        context = _context()
+        self._connection, theirs = context.Pipe()
+        try:
+            name = f"sdkd compare: {subject.label}"
+            self._process = context.Process(target=serve, args=(theirs, subject, config), name=name)
+            _start(self._process)
+        except BaseException:
+            self._connection.close()
+            raise
+        finally:
+            theirs.close()  # else the end of the child would not be the end of the pipe
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of a LocalRunner that is in DOING, called there."""
+        if name not in DOING:
+            raise AttributeError(name)
+        return functools.partial(self._ask, name)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """The answer of the child; its error as the same error, its end as EngineError."""
+        label, doing = self.subject.label, DOING[name]
+        self._busy = True
+        try:
+            self._connection.send((name, arguments))
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join(GRACE_SECONDS)
+            how = _how_it_ended(self._process.exitcode, doing)
+            raise EngineError(f"the process of {label!r} was ended {how}") from error
+        self._busy = False
+        if isinstance(answer, Failure):
+            raise answer.error(
+                lambda words: EngineError(f"{label!r} failed while {doing}: {words}; --debug shows where")
+            )
+        return answer
+
+    def close(self) -> None:
+        """End the process: by asking when it waits, by a signal when it is in the middle of something."""
+        steps = [self._process.terminate, self._process.kill]
+        if not self._busy:
+            steps.insert(0, self._ask_to_end)
+        if not self._gone(0):
+            end(self._gone, steps)
+        self._connection.close()
+        with contextlib.suppress(ValueError):  # still running: not even SIGKILL ends a process that waits for a disk
+            self._process.close()
+
+    def _ask_to_end(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+
+    def _gone(self, seconds: float) -> bool:
+        self._process.join(seconds)
+        return not self._process.is_alive()
 
 
-def import_libraries() -> None:
-    """Import what every subject needs, so that no subject's loading time contains it."""
-    for name in LIBRARIES:
-        importlib.import_module(name)
+def _how_it_ended(status: int | None, doing: str) -> str:
+    """In words how a process ended while it was doing something, and what to do about it."""
+    cause = ended_by(status)
+    if status is None or status >= 0:
+        return f"with {cause} while {doing}: look at what it printed above"
+    if cause == "SIGKILL":
+        return (
+            f"by {cause} while {doing}: most likely the system ran out of memory; compare fewer subjects at once, or "
+            "give a smaller --size or --batch"
+        )
+    return f"by {cause} while {doing}: a library of its target crashed; build its engines again, or try another version"
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """How children are started here."""
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def prepare_children() -> None:
+    """Start the server that children are forked from, in the background; does nothing where there is none."""
+    if _context().get_start_method() == "forkserver":
+        from multiprocessing.forkserver import ensure_running
+
+        with _no_interrupts(), inherited():
+            ensure_running()
+
+
+def _start(process: Any) -> None:
+    """Start a child that never hears Ctrl-C, which ends this process, and so the child."""
+    prepare_children()
+    forked = _context().get_start_method() == "forkserver"  # from a server that may still import: must hear Ctrl-C
+    with contextlib.nullcontext() if forked else _no_interrupts(), inherited():
+        process.start()
+
+
+def _no_interrupts() -> contextlib.AbstractContextManager[None]:
+    """Processes that are started within ignore SIGINT; only the main thread can arrange for that."""
+    return handling(signal.SIG_IGN, signal.SIGINT)
+
+
+def serve(connection: Connection, subject: Subject, config: RunConfig) -> None:
+    """The child: answer calls of a LocalRunner's methods until the parent sends None or is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    live_as_child(parent.join)
+    _use_no_semaphores()
+    runner = LocalRunner(subject, config)
+    with contextlib.suppress(EOFError):
+        while (asked := connection.recv()) is not None:
+            name, arguments = asked
+            try:
+                answer = getattr(runner, name)(*arguments)
+            except Exception as error:  # noqa: BLE001 - whatever a library raises, the parent must hear of it
+                answer = Failure.of(error)
+            connection.send(answer)
+    runner.close()
+
+
+def _use_no_semaphores() -> None:
+    """Have tqdm lock among threads only: a killed child would leave its lock among processes behind."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())

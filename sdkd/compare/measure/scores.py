@@ -1,18 +1,21 @@
-"""CLIP score, FID and LPIPS by torchmetrics, on weights that are on this disk: nothing is ever downloaded.
+"""CLIP score, FID, CMMD and LPIPS on weights that are on this disk: nothing is ever downloaded.
 
 What a score needs and does not find is said as `NotMeasuredError`: what it is, and how to get it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.nn import functional as F
 
+from sdkd.compare.measure.quality import Perceptual
 from sdkd.errors import InputError, SdkdError
 
 if TYPE_CHECKING:
@@ -25,6 +28,10 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 ALEXNET = "alexnet-owt-7be5be79.pth"  # under LPIPS, as its authors evaluate it; torchmetrics holds the rest
 LPIPS_LEAST_PX = 32  # smaller images vanish in AlexNet's poolings
 FEATURES = 2048  # of the Inception network; fewer images than this leave its covariance without full rank
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+CMMD_BLOCK = 1024  # rows of a kernel matrix that are in memory at once
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class NotMeasuredError(SdkdError, LookupError):
@@ -71,56 +78,18 @@ def load_clip(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     return model.eval().requires_grad_(False).to(device), processor
 
 
-class _Tensors(torch.nn.Module):
-    """A CLIPModel whose features are bare tensors, as torchmetrics wants them; transformers 5 wraps them."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected image embeddings [n, d]."""
-        return _pooled(self.model.get_image_features(pixel_values))
-
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Projected text embeddings [n, d]."""
-        return _pooled(self.model.get_text_features(input_ids, attention_mask))
-
-
-class _Cut:
-    """A CLIPProcessor that cuts long prompts before their end token; torchmetrics would cut that off, too."""
-
-    def __init__(self, processor: Any, length: int) -> None:
-        self.processor, self.length = processor, length
-
-    def __call__(self, text: Any = None, images: Any = None, **options: Any) -> Any:
-        if text is not None:
-            options |= {"truncation": True, "max_length": self.length}
-        return self.processor(text=text, images=images, **options)
-
-
-def _pooled(found: Any) -> torch.Tensor:
-    pooled: torch.Tensor = found if isinstance(found, torch.Tensor) else found.pooler_output
-    return pooled
-
-
 @torch.no_grad()
 def clip_scores(model: Any, processor: Any, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-    """CLIP score of every image with its prompt: 100 times the cosine, not below 0 (as torchmetrics has it).
+    """CLIP score of every image with its prompt (Hessel et al. 2021): 100 times the cosine, not below 0.
 
-    Raises NotMeasuredError when torchmetrics is not installed.
+    Long prompts are cut before their end token.
     """
-    _need("torchmetrics", "CLIP score")
-    from torchmetrics.multimodal.clip_score import CLIPScore
-
-    wrapped, cut = _Tensors(model), _Cut(processor, int(model.config.text_config.max_position_embeddings))
-    metric = CLIPScore(model_name_or_path=lambda: (wrapped, cut))
-    device = next(model.parameters()).device
+    cut = {"truncation": True, "max_length": int(model.config.text_config.max_position_embeddings)}
     found = []
     for image, prompt in zip(images, prompts, strict=True):
-        metric.reset()
-        metric.update(_bytes(image).to(device), prompt)
-        found.append(float(metric.compute()))
+        inputs = processor(text=[prompt], images=[image.convert("RGB")], return_tensors="pt", padding=True, **cut)
+        output = model(**inputs.to(model.device))
+        found.append(max(0.0, 100 * float((output.text_embeds * output.image_embeds).sum())))
     return found
 
 
@@ -167,14 +136,22 @@ def frechet_distance(real: Images, generated: Images, inception: Path, device: s
 
 
 def accumulate(metric: Any, real: Images, generated: Images, device: str = "cpu", batch_size: int = 16) -> float:
-    """FID of two sets of images by a torchmetrics FrechetInceptionDistance."""
+    """FID of two sets of images by a torchmetrics FrechetInceptionDistance.
+
+    Images of any size become Inception's 299 pixels, cut square about their middle.
+    """
+    from PIL.Image import Resampling
+    from PIL.ImageOps import fit
+
     for images, is_real in ((real, True), (generated, False)):
-        for batch in _batches(images, batch_size):
-            metric.update(batch.to(device), real=is_real)
+        stream = iter(images)
+        while part := list(itertools.islice(stream, batch_size)):
+            square = [_bytes(fit(image.convert("RGB"), (299, 299), Resampling.BICUBIC)) for image in part]
+            metric.update(torch.stack(square).to(device), real=is_real)
     return float(metric.compute())
 
 
-def lpips_distance() -> Callable[[Image, Image], float | None]:
+def lpips_distance() -> Perceptual:
     """LPIPS of two images of equal size on AlexNet (Zhang et al. 2018): 0 for equal images, larger is further.
 
     None for images below LPIPS_LEAST_PX. NotMeasuredError without torchmetrics, torchvision, or AlexNet's weights in
@@ -207,6 +184,20 @@ def lpips_distance() -> Callable[[Image, Image], float | None]:
     return distance
 
 
+@functools.cache
+def lpips_or_why() -> Perceptual | str:
+    """LPIPS, loaded once, or why it cannot be measured here."""
+    try:
+        return lpips_distance()
+    except SdkdError as error:
+        return str(error)
+
+
+def lpips_here() -> Perceptual | None:
+    """LPIPS where its weights are on this disk."""
+    return None if isinstance(found := lpips_or_why(), str) else found
+
+
 def _need(package: str, metric: str, command: str = "pip install 'sdkd[train]'") -> None:
     if importlib.util.find_spec(package) is None:
         raise NotMeasuredError(f"{metric} needs the package {package.replace('_', '-')}; get it with: {command}")
@@ -219,12 +210,55 @@ def _bytes(image: Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def _batches(images: Images, size: int) -> Iterator[torch.Tensor]:
-    """uint8 [n, 3, side, side] of Inception's 299 pixels: images of any size, cut square about their middle."""
-    from PIL.Image import Resampling
-    from PIL.ImageOps import fit
+def cmmd(one: torch.Tensor, other: torch.Tensor, *, unbiased: bool = True) -> float:
+    """CMMD of embeddings [n, d] and [m, d] (Jayasumana et al. 2023, arXiv 2401.09603).
 
-    stream = iter(images)
-    while part := list(itertools.islice(stream, size)):
-        square = [fit(image.convert("RGB"), (299, 299), Resampling.BICUBIC) for image in part]
-        yield torch.stack([_bytes(image) for image in square])
+        MMD^2 = mean k(x, x') + mean k(y, y') - 2 mean k(x, y),  k(a, b) = exp(-|a - b|^2 / (2 sigma^2)),  times 1000
+
+    on unit-length image embeddings of CLIP ViT-L/14 at 336 pixels, sigma 10; in float64, since three means near 1
+    cancel. The paper takes the unbiased estimate (pairs of one image with itself left out), the authors' published code
+    (google-research/cmmd) the biased one. The unbiased estimate may be slightly negative for equal distributions.
+    InputError with fewer than 2 rows.
+    """
+    if min(len(one), len(other)) < 2:
+        raise InputError(f"CMMD of {len(one)} and {len(other)} images: give at least 2 of each")
+    x, y = one.double(), other.double()
+    return CMMD_SCALE * (_own(x, unbiased) + _own(y, unbiased) - 2 * _kernel_sum(x, y) / (len(x) * len(y)))
+
+
+def _own(x: torch.Tensor, unbiased: bool) -> float:
+    itself = len(x) if unbiased else 0  # the diagonal: exp(0) each
+    return (_kernel_sum(x, x) - itself) / (len(x) ** 2 - itself)
+
+
+def _kernel_sum(x: torch.Tensor, y: torch.Tensor) -> float:
+    total = 0.0
+    for rows in x.split(CMMD_BLOCK):
+        squared = rows.square().sum(1)[:, None] + y.square().sum(1)[None] - 2 * rows @ y.T
+        total += float(torch.exp(-squared.clamp(min=0) / (2 * CMMD_SIGMA**2)).sum())
+    return total
+
+
+@torch.no_grad()
+def clip_embeddings(model: Any, images: Iterable[Image], batch_size: int = 16) -> torch.Tensor:
+    """Unit-length image embeddings [n, d] float32 of a transformers CLIPModel.
+
+    Images are cut square about their middle and resized with bicubic interpolation, without antialiasing, to the
+    model's size, as in the authors' code.
+    """
+    size = int(model.config.vision_config.image_size)
+    found, stream = [], iter(images)
+    while part := list(itertools.islice(stream, batch_size)):
+        pixels = torch.cat([_clip_pixels(image, size) for image in part])
+        states = model.vision_model(pixel_values=pixels.to(model.device, model.dtype)).pooler_output
+        found.append(F.normalize(model.visual_projection(states).float(), dim=-1).cpu())
+    return torch.cat(found)
+
+
+def _clip_pixels(image: Image, size: int) -> torch.Tensor:
+    """float32 [1, 3, size, size], normalised as CLIP wants it."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    pixels = _bytes(image.crop((left, top, left + side, top + side)))[None].float() / 255
+    square = F.interpolate(pixels, size=(size, size), mode="bicubic")
+    return (square - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]

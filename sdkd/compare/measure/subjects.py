@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
-from sdkd.compare.measure.pictures import as_drawn
-from sdkd.core.contract import COMPONENTS, check_precision, native_size, torch_dtype
-from sdkd.errors import EngineError, InputError, ModelError, one_line
+from sdkd.compare.measure.calls import as_drawn
+from sdkd.core.contract import COMPONENTS, check_precision, torch_dtype
+from sdkd.errors import EngineError, InputError, one_line
+from sdkd.models.resolve import load_eager, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +88,7 @@ class Subject:
         for suffix in (self.runs_as, self.target):
             if self.label.endswith(suffix) and (name := self.label.removesuffix(suffix).strip(" ,·-")):
                 return name
-        name = str(self.model)
-        return re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name
+        return re.split(r"[\\/]", str(self.model).rstrip("\\/"))[-1] or str(self.model)
 
     @property
     def runs_as(self) -> str:
@@ -139,12 +139,14 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
     """
     dtype = torch_dtype(subject.precision)
     if subject.in_torch:
-        from sdkd.models.resolve import load_eager
-
-        pipe = as_drawn(with_parts(load_eager(subject.model, torch_dtype=dtype), subject.replaced, dtype))
+        pipe = as_drawn(_with_parts(load_eager(subject.model, torch_dtype=dtype), subject.replaced, dtype))
         pipe = pipe if device == "cpu" else pipe.to(device)
         if subject.is_compiled:
-            _compile_unet(pipe)
+            import torch._dynamo
+
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILED)
+            pipe.unet.compile(**COMPILER)  # at its first call
     elif subject.target == OPTIMUM:
         pipe = _optimum_pipeline(subject, device)
     else:
@@ -160,11 +162,8 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
     return pipe
 
 
-def with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
-    """An eager pipeline with other parts in place of its own, as export gives them to a bundle.
-
-    Raises ModelError when a part is gone.
-    """
+def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
+    """An eager pipeline with other parts in place of its own, as export gives them to a bundle; ModelError if gone."""
     from export.source import CONTROLNET_PIPELINE, load_replacement
 
     for part, name in replaced:
@@ -195,20 +194,9 @@ def optimum_problem() -> str | None:
     )
     try:
         from optimum.onnxruntime import ORTStableDiffusionPipeline  # noqa: F401
-    except ImportError as error:
-        return f"optimum.onnxruntime cannot be imported ({error}); {advice}"
-    except RuntimeError as error:  # its lazy modules turn an ImportError within into this
+    except (ImportError, RuntimeError) as error:  # its lazy modules turn an ImportError within into the second
         return f"optimum.onnxruntime cannot be imported ({str(error).splitlines()[0]}); {advice}"
     return None
-
-
-def _compile_unet(pipe: Any) -> None:
-    """Have the UNet compiled by torch.compile in its default mode, at its first call."""
-    import torch._dynamo
-
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILED)
-    pipe.unet.compile(**COMPILER)
 
 
 @contextlib.contextmanager
@@ -254,8 +242,6 @@ def size_on_disk(subject: Subject) -> int | None:
             bundle.engine(subject.target, name) if subject.has_engines else bundle.component(name) for name in names
         ]
         return sum(record.total_bytes for record in records)
-    from sdkd.models.resolve import resolve
-
     path = resolve(subject.model).path
     return None if path is None else weight_bytes(Path(path))
 
@@ -264,8 +250,6 @@ def has_random_weights(subject: Subject) -> bool:
     """Whether the model was never trained; a bundle knows even when its model is gone."""
     if subject.bundle is not None:
         return bool(Bundle.open(subject.bundle).manifest.source.get("random_weights"))
-    from sdkd.models.resolve import resolve
-
     return resolve(subject.model).random_weights
 
 
@@ -276,20 +260,9 @@ def weight_bytes(path: Path) -> int | None:
     """
     if path.is_file():
         return path.stat().st_size
-    return sum(_component_bytes(path / name) for name in WEIGHT_FOLDERS) or None
-
-
-def _component_bytes(folder: Path) -> int:
-    for pattern in ("*model.safetensors", "*model-*-of-*.safetensors", "*.safetensors", "*.bin"):
-        if files := list(folder.glob(pattern)):
-            return sum(file.stat().st_size for file in files)
-    return 0
-
-
-def native_side(pipe: Any) -> int:
-    """Image side in pixels that a model was made for: the UNet's `sample_size` times the VAE's scale."""
-    height, width = native_size(pipe.unet.config, pipe.vae.config) or (0, 1)
-    if height != width:
-        sample = pipe.unet.config.sample_size
-        raise ModelError(f"the UNet's sample_size {sample!r} is not one integer: give the image size with --size")
-    return height
+    patterns = ("*model.safetensors", "*model-*-of-*.safetensors", "*.safetensors", "*.bin")
+    found = 0
+    for name in WEIGHT_FOLDERS:
+        files = next((files for pattern in patterns if (files := list((path / name).glob(pattern)))), [])
+        found += sum(file.stat().st_size for file in files)
+    return found or None

@@ -6,8 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from sdkd.core.console import Progress, quiet
 
@@ -106,16 +105,25 @@ class Part:
         return min(self.rounds or rounds, rounds)
 
 
-class Bench(Protocol):
-    """One case, ready to be timed; its parts go by name."""
+class Bench:
+    """Pieces of work by name, ready to be timed in this process."""
 
-    def warm(self, part: str) -> float:
-        """Call until it is stable; seconds of the last call."""
+    def __init__(self, works: dict[str, Work], timer: Timer) -> None:
+        self.works, self.timer = works, timer
+        self._call_s: dict[str, float] = {}  # of what was warmed up
 
-    def burst(self, part: str, count: int) -> list[Sample]:
-        """`count` timed calls, straight after a warm-up (made where there was none yet) or one that is thrown away."""
+    def burst(self, part: str, count: int, seconds: float) -> list[Sample]:
+        """At least `count` timed calls, and `seconds` of them within reason: as `Burst`."""
+        if part in self._call_s:
+            self.works[part]()
+        else:
+            self._call_s[part] = warm_up(self.works[part], self.timer)[-1]
+        length = burst_length(count, seconds, self._call_s[part])
+        return [self.timer.time(self.works[part]) for _ in range(length)]
 
 
+Burst = Callable[[str, int, float], list[Sample]]
+"""A burst of one case: of a part's name, calls and seconds. It comes after a warm-up, or a call that is thrown away."""
 Timed = dict[str, list[list[Sample]]]
 """Samples of one case by part and round."""
 
@@ -125,14 +133,13 @@ def rounds_for(runs: int) -> int:
     return max(FEWEST_ROUNDS, math.ceil(runs / BURST))
 
 
-def burst_length(runs: int, rounds: int, min_seconds: float, call_s: float) -> int:
-    """Calls of one case in one round: enough for `runs` calls and for `min_seconds` over all rounds, within reason."""
-    for_time = math.ceil(min_seconds / rounds / call_s) if call_s > 0 else LONGEST_BURST
-    return max(math.ceil(runs / rounds), min(for_time, LONGEST_BURST))
+def burst_length(count: int, seconds: float, call_s: float) -> int:
+    """Calls of one case in one round: at least `count`, and enough for `seconds` unless they are LONGEST_BURST."""
+    return max(count, min(math.ceil(seconds / call_s), LONGEST_BURST) if call_s > 0 else LONGEST_BURST)
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], Bench]],
+    cases: Mapping[str, Burst],
     parts: Sequence[Part],
     *,
     rounds: int | None = None,
@@ -142,13 +149,12 @@ def interleave(
 ) -> dict[str, Timed]:
     """Time all cases in rounds, each round in a new (seeded) order, so that drift of the machine hits all alike.
 
-    Per case and part: warm-up until stable and a burst of timed calls in its first round, then in every round that is
-    its own one call that is thrown away and a burst; at least `runs` calls, and `min_seconds` where the burst limit
-    allows. `lost` hears of a case that raises and is left out from there on; without it the error ends all.
+    Per case and part: a burst in every round that is its own; at least `runs` calls over all rounds, and `min_seconds`
+    where the burst limit allows. `lost` hears of a case that raises and is left out from there on; without it the
+    error ends all.
     """
     rounds = rounds or rounds_for(parts[0].runs)
     order, shuffle = list(cases), random.Random(seed)  # noqa: S311 (an order, not a secret)
-    bursts: dict[tuple[str, str], int] = {}
     samples: dict[str, Timed] = {name: {part.name: [] for part in parts} for name in cases}
     for number in range(rounds):
         shuffle.shuffle(order)
@@ -156,12 +162,10 @@ def interleave(
         for place, name in enumerate(turn := tuple(order)):
             progress("timing UNet steps", (number + place / len(turn)) / rounds)
             try:
-                bench = cases[name]()
                 for part in due:
-                    if (key := (name, part.name)) not in bursts:
-                        call_s = bench.warm(part.name)
-                        bursts[key] = burst_length(part.runs, part.rounds_of(rounds), part.min_seconds, call_s)
-                    samples[name][part.name].append(bench.burst(part.name, bursts[key]))
+                    own = part.rounds_of(rounds)
+                    count, seconds = math.ceil(part.runs / own), part.min_seconds / own
+                    samples[name][part.name].append(cases[name](part.name, count, seconds))
             except Exception as error:
                 if lost is None:
                     raise
@@ -169,26 +173,3 @@ def interleave(
                 order.remove(name)
     progress("timed", 1.0)
     return samples
-
-
-@dataclass(frozen=True)
-class LocalBench:
-    """A Bench of plain work in this process."""
-
-    works: dict[str, Work]
-    timer: Timer
-    fresh: dict[str, bool] = field(default_factory=dict)  # of parts warmed up: whether there was no burst since
-
-    def warm(self, part: str) -> float:
-        """As a Bench."""
-        self.fresh[part] = True
-        return warm_up(self.works[part], self.timer)[-1]
-
-    def burst(self, part: str, count: int) -> list[Sample]:
-        """As a Bench."""
-        if part not in self.fresh:
-            self.warm(part)
-        if not self.fresh[part]:
-            self.works[part]()
-        self.fresh[part] = False
-        return [self.timer.time(self.works[part]) for _ in range(count)]

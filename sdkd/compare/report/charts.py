@@ -1,4 +1,6 @@
-"""The page's scatter plots as data and inline SVG; no library, no script."""
+"""The page's drawings as data: time per UNet step, how its calls spread, memory; and scatter plots as inline SVG."""
+
+# Not matplotlib: its SVG of the scatters is six times as large, in fixed colours (no dark mode), without a spoken text.
 
 from __future__ import annotations
 
@@ -9,12 +11,177 @@ from html import escape
 
 from sdkd.compare.measure.quality import Likeness
 from sdkd.compare.measure.results import Report, Result
-from sdkd.compare.report.bars import FEW_TICKS, model_colours, nice_ceiling, tick
-from sdkd.compare.report.cells import number
-from sdkd.compare.report.tables import MB
+from sdkd.compare.measure.subjects import Subject
+from sdkd.compare.report.columns import MB, memory_bytes, number
 
+COLOURS = 6  # custom properties --c0 to --c5 of the style sheet
+FEW_TICKS = 5
+RIDGE_BINS = 80
 CHARACTER_PX = 6.4  # width of a 12 px letter, for placing labels
 LINE_PX = 14.0
+Ticks = tuple[tuple[float, str], ...]
+"""Of an axis: percent of the track, and what is said there."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels."""
+
+
+def model_colours(report: Report) -> dict[str, int]:
+    """A colour number per model, in the order of the subjects."""
+    keys = list(dict.fromkeys(row.subject.model_key for row in report.results))
+    return {key: index % COLOURS for index, key in enumerate(keys)}
+
+
+def nice_ceiling(value: float) -> float:
+    """The smallest of 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 times a power of ten that is at least `value`."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+    return next((step * power for step in steps if step * power >= value * 0.999999), 10 * power)
+
+
+def tick(value: float) -> str:
+    """A tick's number, as short as it goes: 0, 2.5, 10, 1,500."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, in percent of the track; for latencies also p10, p90, every sample, and how many lie off the axis."""
+
+    subject: Subject
+    text: str
+    width: float
+    note: str = ""
+    low: float = 0.0
+    high: float = 0.0
+    samples: tuple[float, ...] = ()
+    beyond: int = 0
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """The bars of one model, on the scale of all."""
+
+    model: str
+    colour: int
+    about: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """Bars grouped by model, and the axis' ticks; the last one has the unit."""
+
+    groups: tuple[BarGroup, ...]
+    ticks: Ticks
+
+
+def latency_bars(report: Report) -> BarChart:
+    """Time per UNet step; a few slow calls do not stretch the axis, they are counted in `beyond`."""
+    top = nice_ceiling(max(row.unet_step_ms.p90 for row in report.results))
+
+    def bar(row: Result) -> Bar:
+        step = row.unet_step_ms
+        ratio = row.step_speedup.get("teacher") or row.step_speedup.get("eager") or row.step_speedup.get("baseline")
+        every = [sample / top * 100 for part in step.samples for sample in part]
+        return Bar(
+            subject=row.subject,
+            text=f"{number(step.median)} ms",
+            width=step.median / top * 100,
+            note="" if ratio is None else "tie" if ratio.tie else f"{ratio.value:.2f}×",
+            low=step.p10 / top * 100,
+            high=step.p90 / top * 100,
+            samples=tuple(dict.fromkeys(round(value, 1) for value in sorted(every) if value <= 100)),  # one per 0.1 %
+            beyond=sum(value > 100 for value in every),
+        )
+
+    return _chart(report, top, "ms", bar)
+
+
+def memory_bars(report: Report) -> BarChart:
+    """Memory of each subject's process."""
+    used = {row.subject.label: memory_bytes(row) / MB for row in report.results}
+    top = nice_ceiling(max(used.values()))
+
+    def bar(row: Result) -> Bar:
+        megabytes = used[row.subject.label]
+        return Bar(row.subject, f"{number(megabytes)} MB", max(0.0, megabytes / top * 100))
+
+    return _chart(report, top, "MB", bar)
+
+
+def _chart(report: Report, top: float, unit: str, bar: Callable[[Result], Bar]) -> BarChart:
+    groups = []
+    for key, colour in model_colours(report).items():
+        rows = [row for row in report.results if row.subject.model_key == key]
+        role = f"{subject.role}, " if (subject := rows[0].subject).role not in ("model", subject.model_label) else ""
+        about = f"{role}{rows[0].unet_parameters / 1e6:,.1f} M UNet parameters"
+        groups.append(BarGroup(subject.model_label, colour, about, tuple(map(bar, rows))))
+    ticks = [(100 * step / (FEW_TICKS - 1), tick(top * step / (FEW_TICKS - 1))) for step in range(FEW_TICKS)]
+    return BarChart(tuple(groups), (*ticks[:-1], (ticks[-1][0], f"{ticks[-1][1]} {unit}")))
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """How the calls of one subject spread: the outline of their histogram, and p10 to p90 in percent of the track."""
+
+    label: str
+    colour: int
+    path: str
+    low: float
+    high: float
+    text: str
+    beyond: int
+
+
+@dataclass(frozen=True)
+class RidgeChart:
+    """All calls over the median of their subject, on one axis; `median` is where 1 lies, in percent of the track."""
+
+    ridges: tuple[Ridge, ...]
+    ticks: Ticks
+    median: float
+
+
+def latency_ridges(report: Report) -> RidgeChart:
+    """The distribution of every subject's UNet calls around its own median; calls off the axis are counted."""
+    spreads = [row.unet_step_ms for row in report.results]
+    low = 1 - max(0.05, min(0.5, max(1 - spread.p10 / spread.median for spread in spreads) * 1.6))
+    high = 1 + max(0.15, min(2.0, max(spread.p90 / spread.median - 1 for spread in spreads) * 1.6))
+    colours = model_colours(report)
+    ridges = tuple(_ridge(row, colours[row.subject.model_key], low, high) for row in report.results)
+    at = 100 * (1 - low) / (high - low)
+    half = ((100 + at) / 2, _signed((high - 1) / 2))
+    return RidgeChart(ridges, ((0.0, _signed(low - 1)), (at, "median"), half, (100.0, _signed(high - 1))), at)
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}".removesuffix(".0").replace("-", "−") + "%"
+
+
+def _ridge(row: Result, colour: int, low: float, high: float) -> Ridge:
+    step = row.unet_step_ms
+
+    def place(value: float) -> float:
+        return 100 * (value / step.median - low) / (high - low)
+
+    every = [place(sample) for part in step.samples for sample in part]
+    counts = [0] * RIDGE_BINS
+    for at in every:
+        if 0 <= at < 100:
+            counts[int(at * RIDGE_BINS / 100)] += 1
+    width, most = 100 / RIDGE_BINS, max(counts)
+    outline = "".join(f"V{20 - 19 * count / most:.1f}h{width:g}" for count in counts) if most else "H100"
+    return Ridge(
+        label=row.subject.label,
+        colour=colour,
+        path=f"M0 20{outline}V20z",
+        low=max(0.0, place(step.p10)),
+        high=min(100.0, place(step.p90)),
+        text=f"{_signed(step.p10 / step.median - 1)} to {_signed(step.p90 / step.median - 1)}",
+        beyond=sum(not 0 <= at < 100 for at in every),
+    )
 
 
 @dataclass(frozen=True)
@@ -105,7 +272,7 @@ def _spoken(plot: Plot) -> str:
     return f"{plot.title}. {each}"
 
 
-def _grid(plot: Plot, box: tuple[float, float, float, float], x_top: float) -> list[str]:
+def _grid(plot: Plot, box: Box, x_top: float) -> list[str]:
     left, top, right, bottom = box
     low, high = plot.y_range
     parts = []
@@ -146,37 +313,27 @@ def _mark(point: Point, x: float, y: float, spot: tuple[float, float]) -> str:
     )
 
 
-Box = tuple[float, float, float, float]
-
-
 def place_labels(labels: Sequence[str], marks: Sequence[tuple[float, float]], box: Box) -> list[tuple[float, float]]:
     """Where each label's text begins (x, baseline y): the nearest of many places that is free and inside `box`."""
     taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
     spots = []
     for label, (x, y) in zip(labels, marks, strict=True):
         width = CHARACTER_PX * len(label)
-        tried = [(x + dx, y + dy + 4) for dx, dy in _offsets(width)]
-        inside = [spot for spot in tried if _inside(_area(spot, width), box)] or tried[:1]
-        spot = next((spot for spot in inside if not _overlaps(_area(spot, width), taken)), inside[0])
-        taken.append(_area(spot, width))
+        sides = (9.0, -9.0 - width, -width / 2)
+        near = [(9.0, 0.0), (-9.0 - width, 0.0), (-width / 2, -15.0), (-width / 2, 15.0)]
+        far = [(side, 15.0 * rows * sign) for rows in range(1, 7) for sign in (-1, 1) for side in sides]
+        tried = [(x + dx, y + dy + 4) for dx, dy in (*near, *far)]
+        areas = {spot: (spot[0] - 2, spot[1] - 11, spot[0] + width + 2, spot[1] + 3) for spot in tried}
+        tried = [spot for spot in tried if _within(areas[spot], box)] or tried[:1]
+        spot = next((spot for spot in tried if not any(_overlap(areas[spot], other) for other in taken)), tried[0])
+        taken.append(areas[spot])
         spots.append(spot)
     return spots
 
 
-def _offsets(width: float) -> list[tuple[float, float]]:
-    sides = (9.0, -9.0 - width, -width / 2)
-    near = [(9.0, 0.0), (-9.0 - width, 0.0), (-width / 2, -15.0), (-width / 2, 15.0)]
-    shifts = [shift * sign for shift in (15.0, 30.0, 45.0, 60.0, 75.0, 90.0) for sign in (-1, 1)]
-    return near + [(side, shift) for shift in shifts for side in sides]
+def _within(one: Box, box: Box) -> bool:
+    return one[0] >= box[0] and one[1] >= box[1] and one[2] <= box[2] and one[3] <= box[3]
 
 
-def _area(spot: tuple[float, float], width: float) -> Box:
-    return spot[0] - 2, spot[1] - 11, spot[0] + width + 2, spot[1] + 3
-
-
-def _inside(area: Box, box: Box) -> bool:
-    return area[0] >= box[0] and area[1] >= box[1] and area[2] <= box[2] and area[3] <= box[3]
-
-
-def _overlaps(area: Box, taken: Sequence[Box]) -> bool:
-    return any(area[0] < b[2] and b[0] < area[2] and area[1] < b[3] and b[1] < area[3] for b in taken)
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sdkd.compare.measure.quality import Likeness, difference_image
 from sdkd.compare.measure.results import Report, Result
-from sdkd.compare.report.tables import similarity
+from sdkd.compare.report.columns import similarity
 
 if TYPE_CHECKING:
     from PIL.Image import Image

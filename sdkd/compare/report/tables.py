@@ -1,225 +1,49 @@
-"""The columns of a comparison, declared once; the terminal table, the Markdown table and the page all use them."""
+"""A comparison as tables: Markdown, and a terminal of 80 columns; and against an earlier report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from sdkd.compare.measure.quality import Likeness
+from sdkd.compare.measure.against import Against, Change
 from sdkd.compare.measure.results import Report, Result
-from sdkd.compare.measure.stats import Ratio, Spread
-from sdkd.compare.report.against_tables import against_table, markdown_lines
-from sdkd.compare.report.cells import EMPTY, STYLES, Cell, Tone, number
+from sdkd.compare.report.columns import EMPTY, STYLES, Cell, Column, Tone, full_title, number, shown_columns
+from sdkd.compare.report.words import machine_line, noise_note, sentence
 from sdkd.core.console import markdown_table, no_html
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
     from rich.table import Table
 
-MB = 1e6
-MILLION = 1e6
-GIGA = 1e9
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: title, unit, what it means, and how a result becomes a cell (EMPTY where it has no value)."""
-
-    key: str
-    title: str
-    unit: str
-    help: str
-    cell: Callable[[Result], Cell]
-    better: Literal["", "low", "high"] = ""
-    page_only: bool = False
-    parts: bool = False  # shown in a table of its own, with the parts of an image
-
-
-def _spread(row: Result) -> Cell:
-    step = row.unet_step_ms
-    return Cell(number(step.median), f"{number(step.p10)}–{number(step.p90)}", step.median)
-
-
-def _ratio(ratio: Ratio | None) -> Cell:
-    if ratio is None:
-        return EMPTY
-    interval = f"{ratio.low:.2f}–{ratio.high:.2f}"
-    if ratio.tie:
-        return Cell("tie", interval, ratio.value, "muted")
-    return Cell(f"{ratio.value:.2f}×", interval, ratio.value, "good" if ratio.value > 1 else "bad")
-
-
-def _against_eager(row: Result) -> Cell:
-    found = row.against_eager
-    if found is None:
-        return EMPTY
-    if found.identical:
-        return Cell("identical", "", found.psnr_mean_db)
-    return Cell(f"{found.psnr_mean_db:.1f}", f"worst {found.psnr_min_db:.1f}", found.psnr_mean_db)
-
-
-def _verdict(row: Result) -> Cell:
-    if row.verdict is None:
-        return EMPTY
-    half = "" if row.subject.precision == "fp32" else f" eager {row.subject.precision}"
-    text, tone, sort = _VERDICTS[row.verdict.ok, bool(half)]
-    return Cell(text + half, "" if row.verdict.ok else row.verdict.found, sort, tone)
-
-
-# By verdict, and by whether the engine is measured against eager in its own half precision.
-_VERDICTS: dict[tuple[bool | None, bool], tuple[str, Tone, float]] = {
-    (True, False): ("✓ same images", "good", 2),
-    (True, True): ("✓ as close as", "good", 2),
-    (False, False): ("✗ differs", "bad", 0),
-    (False, True): ("✗ further than", "bad", 0),
-    (None, False): ("not judged", "muted", 1),
-    (None, True): ("not judged, no", "muted", 1),
-}
-
-
-def _teacher(row: Result) -> Cell:
-    found = row.against_teacher
-    return EMPTY if found is None else Cell(f"{found.psnr_mean_db:.1f}", "", found.psnr_mean_db)
-
-
-def _ssim(found: Likeness | None) -> Cell:
-    if found is None:
-        return EMPTY
-    if found.identical:
-        return Cell("identical", "", 1.0)
-    return Cell(similarity(found.ssim_mean), f"worst {similarity(found.ssim_min)}", found.ssim_mean)
-
-
-def similarity(value: float) -> str:
-    """SSIM with three decimals, never rounded up to the 1 that only equal images have."""
-    text = f"{value:.3f}"
-    return text if value == 1 or float(text) < 1 else "> 0.999"
-
-
-def _lpips(found: Likeness | None) -> Cell:
-    if found is None or found.lpips_mean is None:
-        return EMPTY
-    return Cell(f"{found.lpips_mean:.3f}", f"worst {found.lpips_max:.3f}", found.lpips_mean)
-
-
-def _limit(row: Result) -> Cell:
-    if row.limit is None:
-        return EMPTY
-    return Cell(f"{row.limit.fraction:.0%}", f"{number(row.limit.flops_per_s / GIGA)} GFLOP/s", row.limit.fraction)
-
-
-def memory_bytes(row: Result) -> int:
-    """The memory that drawings show: the peak on the GPU, else in RAM, else how much a shared process had grown."""
-    peaks = (row.memory.peak_gpu, row.memory.peak_rss, row.rss_growth_bytes)
-    return next(peak for peak in peaks if peak is not None)
-
-
-def _judged(row: Result) -> Cell:
-    if not row.judged:
-        return EMPTY
-    mean = sum(row.judged.values()) / len(row.judged)
-    name = min(row.judged, key=lambda key: (row.judged or {})[key])
-    return Cell(f"{mean:.0%}", f"{name} {row.judged[name]:.0%}" if row.judged[name] < mean else "", mean)
-
-
-def _plain(value: float | None) -> Cell:
-    return EMPTY if value is None else Cell(number(value), "", value)
-
-
-def _part(spread: Spread | None) -> Cell:
-    return _plain(None if spread is None else spread.median)
-
-
-def _bytes(count: int | None) -> Cell:
-    return _plain(None if count is None else count / MB)
-
-
-COLUMNS: tuple[Column, ...] = (
-    Column("step", "UNet step", "ms", "Median of one UNet call; p10–p90 below it.", _spread, "low"),
-    Column("p99", "p99", "ms", "99 of 100 UNet calls are no longer; only with 100 calls or more.",
-           lambda row: _plain(row.unet_step_ms.p99), "low"),
-    Column("cpu", "CPU time", "ms", "Median of one UNet call, summed over all threads.",
-           lambda row: _plain(row.unet_step_cpu_ms.median), "low"),
-    Column("eager", "vs own eager", "", "Speed of a UNet step over eager PyTorch of the same model, and its "
-           "interval. A tie: the interval holds 1.", lambda row: _ratio(row.step_speedup.get("eager")), "high"),
-    Column("teacher", "vs teacher", "", "Speed of a UNet step over the teacher in eager PyTorch.",
-           lambda row: _ratio(row.step_speedup.get("teacher")), "high"),
-    Column("baseline", "vs baseline", "", "Speed of a UNet step over the chosen baseline.",
-           lambda row: _ratio(row.step_speedup.get("baseline")), "high"),
-    Column("images", "Images", "per s", "End to end: text encoder, all steps, scheduler and VAE.",
-           lambda row: _plain(row.images_per_s), "high"),
-    Column("limit", "Of limit", "", "The least time of a UNet step over its measured time: its arithmetic at "
-           "the rate of a matrix product or convolution, or its traffic at that of a copy, measured in the same run.",
-           _limit, "high"),
-    Column("psnr", "To own eager", "dB PSNR", "Images against eager fp32 of the same model, prompt and noise: mean "
-           "over prompts, and the worst.", _against_eager, "high"),
-    Column("verdict", "Verdict", "", "Whether the engine keeps the rule below.", _verdict),
-    Column("agreement", "To teacher", "dB PSNR", "A student's images against the teacher's of the same prompt and "
-           "noise. A student is another model: this is likeness, not an error.", _teacher, "high"),
-    Column("clip", "CLIP score", "", "100 times the cosine of an image's and its prompt's CLIP embeddings, mean.",
-           lambda row: _plain(row.clip_mean), "high"),
-    Column("judged", "Captions", "right", "Attributes that a reader finds in the image as the caption says.",
-           _judged, "high"),
-    Column("unet", "UNet", "M params", "Parameters of the UNet.",
-           lambda row: _plain(row.unet_parameters / MILLION), "low"),
-    Column("disk", "On disk", "MB", "Weight files (eager) or engine files.",
-           lambda row: _plain(None if row.bytes_on_disk is None else row.bytes_on_disk / MB), "low"),
-    Column("ssim", "To own eager", "SSIM", "Structural similarity to the same images; 1 is equal.",
-           lambda row: _ssim(row.against_eager), "high", page_only=True),
-    Column("lpips", "To own eager", "LPIPS", "Perceptual distance from the same images; 0 is equal.",
-           lambda row: _lpips(row.against_eager), "low", page_only=True),
-    Column("agreement-ssim", "To teacher", "SSIM", "Structural similarity of a student's images to the teacher's.",
-           lambda row: _ssim(row.against_teacher), "high", page_only=True),
-    Column("agreement-lpips", "To teacher", "LPIPS", "Perceptual distance of a student's images from the teacher's.",
-           lambda row: _lpips(row.against_teacher), "low", page_only=True),
-    Column("whole", "Pipeline", "M params", "Parameters of text encoder, UNet and VAE.",
-           lambda row: _plain(row.parameters / MILLION), "low", page_only=True),
-    Column("load", "Load", "s", "Opening the pipeline, libraries already imported.",
-           lambda row: _plain(row.load_s), "low", page_only=True),
-    Column("first", "First image", "s", "The first whole image after loading, compilation included.",
-           lambda row: _plain(row.first_call_s), "low", page_only=True),
-    Column("text", "Text encoder", "ms", "Median: the prompts of one call to embeddings, tokenizer included.",
-           lambda row: _part(row.text_encoder_ms), "low", parts=True),
-    Column("calls", "UNet calls", "× step", "UNet calls of one call of the pipeline; a scheduler may make more than "
-           "steps.", lambda row: _plain(row.unet_calls or None), parts=True),
-    Column("vae", "VAE", "ms", "Median: the latents of one call to pixels.",
-           lambda row: _part(row.vae_decode_ms), "low", parts=True),
-    Column("rest", "Rest", "ms", "What a whole call takes beside those: loop, scheduler, pixels to images; from "
-           "medians, so that noise can make it negative.", lambda row: _plain(row.rest_ms), "low", parts=True),
-    Column("memory", "Peak RAM", "+MB", "Growth of the case's process from its start, libraries imported, to its peak.",
-           lambda row: _bytes(row.memory.peak_rss), "low", parts=True),
-    Column("gpu", "Peak GPU", "MB", "The case's process on the GPU at its peak, context included (NVML).",
-           lambda row: _bytes(row.memory.peak_gpu), "low", parts=True),
-    Column("torch", "PyTorch on GPU", "MB", "PyTorch's tensors on the GPU at their peak.",
-           lambda row: _bytes(row.memory.peak_torch), "low", parts=True),
+# What fits a terminal of 80 columns: a heading of two lines, and whether the remark is shown.
+# What fits a terminal of 80 columns: three tables, by column a heading of two lines.
+_TERMINAL = (
+    {
+        "step": "step\nms", "eager": "over\neager", "teacher": "over\nteacher", "baseline": "over\nbaseline",
+        "images": "images\nper s", "limit": "of\nlimit", "unet": "UNet\nM", "disk": "disk\nMB",
+    },
+    {
+        "text": "text\nms", "calls": "UNet\ncalls", "vae": "VAE\nms", "rest": "rest\nms", "memory": "peak RAM\n+MB",
+        "gpu": "peak GPU\nMB",
+    },
+    {
+        "psnr": "own eager\ndB (worst)", "verdict": "\nverdict", "agreement": "teacher\ndB PSNR", "clip": "CLIP\nscore",
+        "judged": "caption\nright",
+    },
 )  # fmt: skip
-
-
-def shown_columns(report: Report, page: bool = False, parts: bool = False) -> list[Column]:
-    """The columns in which any subject has a value: of the main table, of the parts', or all for the page."""
-    kept = [column for column in COLUMNS if page or (column.parts == parts and not column.page_only)]
-    return [column for column in kept if any(column.cell(row) != EMPTY for row in report.results)]
-
-
-def best_rows(column: Column, rows: Sequence[Result]) -> set[str]:
-    """Labels of the rows that hold a column's best value; none where all are equal or there is nothing to win."""
-    values = {row.subject.label: cell.sort for row in rows if isinstance((cell := column.cell(row)).sort, float | int)}
-    if not column.better or len(set(values.values())) < 2:
-        return set()
-    best = (min if column.better == "low" else max)(values.values(), key=float)
-    return {label for label, value in values.items() if value == best}
-
-
-def full_title(column: Column) -> str:
-    """Title and unit."""
-    return f"{column.title}, {column.unit}" if column.unit else column.title
+_REMARKED = ("step", "psnr")  # columns whose remark fits, too
+HEADS = (("Then", "ms"), ("Now", "ms"), ("Speed", "then ÷ now"), ("Verdict", ""), ("Images", "to own eager"))
+_TONES: dict[str, Tone] = {
+    "faster": "good", "slower": "bad", "tie": "muted", "not compared": "muted",
+    "better": "good", "worse": "bad", "changed": "", "same": "muted",
+}  # fmt: skip
+_PLURALS = {"faster": "faster", "slower": "slower", "tie": "ties", "not compared": "not compared"}
 
 
 def markdown(report: Report) -> str:
     """The table for a README, with what was asked and where it was measured."""
-    from sdkd.compare.report.words import machine_line, noise_note, sentence
-
     columns, parts = shown_columns(report), shown_columns(report, parts=True)
     lines = [f"# {sentence(report)}", "", f"Measured on {machine_line(report)}.", "", *_markdown_table(report, columns)]
     lines += ["", *_markdown_table(report, parts)] if parts else []
@@ -227,7 +51,7 @@ def markdown(report: Report) -> str:
     lines += ["", *failed] if failed else []
     lines += ["", *(f"- {column.title}: {column.help}" for column in (*columns, *parts))]
     lines += [f"- Note: {note}." for note in (noise_note(report), *report.notes) if note]
-    lines += [] if report.against is None else ["", *markdown_lines(report.against)]
+    lines += [] if report.against is None else ["", *against_lines(report.against)]
     text = no_html("\n".join(lines)) + "\n"
     return text + (f"\nMade again by:\n\n    {report.command}\n" if report.command else "")
 
@@ -238,64 +62,87 @@ def _markdown_table(report: Report, columns: Sequence[Column]) -> list[str]:
     return markdown_table(head, rows)
 
 
-# What fits a terminal of 80 columns: a heading of two lines, and whether the remark is shown.
-_SPEED = {
-    "step": ("step", "ms", True),
-    "eager": ("over", "eager", False),
-    "teacher": ("over", "teacher", False),
-    "baseline": ("over", "baseline", False),
-    "images": ("images", "per s", False),
-    "limit": ("of", "limit", False),
-    "unet": ("UNet", "M", False),
-    "disk": ("disk", "MB", False),
-}
-_PARTS = {
-    "text": ("text", "ms", False),
-    "calls": ("UNet", "calls", False),
-    "vae": ("VAE", "ms", False),
-    "rest": ("rest", "ms", False),
-    "memory": ("peak RAM", "+MB", False),
-    "gpu": ("peak GPU", "MB", False),
-}
-_IMAGES = {
-    "psnr": ("own eager", "dB (worst)", True),
-    "verdict": ("", "verdict", False),
-    "agreement": ("teacher", "dB PSNR", False),
-    "clip": ("CLIP", "score", False),
-    "judged": ("caption", "right", False),
-}
-
-
 def terminal_table(report: Report) -> ConsoleRenderable:
     """Tables for a terminal of 80 columns: speed and size, parts and memory, then the images; the page has the rest."""
     from rich.console import Group
     from rich.text import Text
 
-    tables: list[ConsoleRenderable] = [
-        table for heads in (_SPEED, _PARTS, _IMAGES) if (table := _part_table(report, heads)) is not None
-    ]
+    shown, tables = (*shown_columns(report), *shown_columns(report, parts=True)), []
+    for heads in _TERMINAL:
+        if columns := [column for column in shown if column.key in heads]:
+            rows = {row.subject.label: [_short(column, row) for column in columns] for row in report.results}
+            tables.append(_table([heads[column.key] for column in columns], rows))
     failed = [Text(f"✗ {one.subject.label} failed: {one.reason}", "bold red") for one in report.failed]
     return Group(*tables, *failed, *([] if report.against is None else [against_table(report.against)]))
 
 
-def _part_table(report: Report, heads: Mapping[str, tuple[str, str, bool]]) -> Table | None:
+def _short(column: Column, row: Result) -> Cell:
+    cell = column.cell(row)
+    return replace(cell, note=cell.note.removeprefix("worst ") if column.key in _REMARKED else "")
+
+
+def _table(heads: Sequence[str], rows: Mapping[str, Sequence[Cell]]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    shown = (*shown_columns(report), *shown_columns(report, parts=True))
-    columns = [column for column in shown if column.key in heads]
-    if not columns:
-        return None
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("\nsubject", overflow="fold")
-    for column in columns:
-        table.add_column("\n".join(heads[column.key][:2]), justify="right", no_wrap=True)
-    for row in report.results:
-        texts = []
-        for column in columns:
-            cell = column.cell(row)
-            remark = f" ({cell.note.removeprefix('worst ')})" if cell.note and heads[column.key][2] else ""
-            texts.append(Text.assemble((cell.text, STYLES[cell.tone]), (remark, "dim")))
-        table.add_row(row.subject.label, *texts)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for label, cells in rows.items():
+        notes = [f" ({cell.note})" if cell.note else "" for cell in cells]
+        styled = [(cell.text, STYLES[cell.tone]) for cell in cells]
+        table.add_row(label, *(Text.assemble(text, (note, "dim")) for text, note in zip(styled, notes, strict=True)))
     return table
+
+
+def against_title(against: Against) -> str:
+    """What the report is held against, and how it came out: `Against old.json of 2026-01-02: 1 slower, 2 ties`."""
+    found = Counter(change.verdict for change in against.changes)
+    counts = [f"{count} {_PLURALS[name] if count > 1 else name}" for name, count in found.items()]
+    return f"Against {against.report} of {against.day}: {', '.join(counts)}"
+
+
+def against_cells(change: Change) -> tuple[Cell, ...]:
+    """One cell for each of HEADS."""
+    then, now, ratio = change.then.step_ms, change.now.step_ms, change.speed
+    speed = EMPTY if ratio is None else Cell(f"{ratio.value:.2f}×", f"{ratio.low:.2f}–{ratio.high:.2f}")
+    verdict = Cell(change.verdict, tone=_TONES[change.verdict])
+    return Cell(number(then.median)), Cell(number(now.median)), speed, verdict, _images_cell(change)
+
+
+def _images_cell(change: Change) -> Cell:
+    if change.images == "not compared":
+        return EMPTY
+    moved = change.psnr_change_db
+    note = "" if moved is None or change.images == "same" else f"{moved:+.1f} dB"
+    return Cell(change.images, note, tone=_TONES[change.images])
+
+
+def against_remarks(against: Against) -> list[str]:
+    """In words: settings that differ, who came and went, what else changed."""
+    found = [f"Not the same as then: {'; '.join(against.differences)}"] if against.differences else []
+    reasons = {change.why_not: change.label for change in against.changes if change.why_not}
+    found += [f"{label}: {why}" for why, label in reasons.items() if why.startswith(("another", "fewer"))]
+    for names, words in ((against.appeared, "Appeared since"), (against.went, "Gone since")):
+        found += [f"{words}: {', '.join(names)}"] if names else []
+    return found + ([f"Changed since: {'; '.join(against.notes)}"] if against.notes else [])
+
+
+def against_lines(against: Against) -> list[str]:
+    """A section of report.md."""
+    heads = ["Subject", *(f"{name}, {unit}" if unit else name for name, unit in HEADS)]
+    rows = [[change.label, *(cell.inline for cell in against_cells(change))] for change in against.changes]
+    remarks = (f"- {text}." for text in against_remarks(against))
+    return [f"## {against_title(against)}", "", *markdown_table(heads, rows), "", *remarks]
+
+
+def against_table(against: Against) -> ConsoleRenderable:
+    """For a terminal of 80 columns."""
+    from rich.console import Group
+    from rich.text import Text
+
+    heads = [f"{name.lower()}\n{unit}" for name, unit in HEADS]
+    table = _table(heads, {change.label: against_cells(change) for change in against.changes})
+    return Group(Text(against_title(against), style="bold"), table, *map(Text, against_remarks(against)))

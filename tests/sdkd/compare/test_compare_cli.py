@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from compare_faults import plant
 from compare_models import engine_models
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+import sdkd.compare.measure.runner as runner
 from sdkd import cli
+from sdkd.bundle.manifest import Bundle
 from sdkd.compare.cli import make_again
+from sdkd.compare.measure.timing import Timer
 
 QUICK = ["--in-process", "--prompts", "a red star;a blue ring", "--steps", "2", "--runs", "3"]
 
@@ -24,25 +33,64 @@ def call(*words: str) -> Result:
     return CliRunner().invoke(cli.app, ["compare", *words])
 
 
-def test_a_bundle_is_compared_with_its_model(tmp_path: Path) -> None:
-    bundle, output = engine_models() / "bundle", tmp_path / "out"
-    result = call(str(bundle), *QUICK, "--targets", "eager,onnxruntime", "--output", str(output))
+class Clock:
+    """A clock that moves by a millisecond when it is read, and by planted delays.
+
+    Sleeping would prove the same on a quiet machine, and something else on a busy one.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def delay(self, seed: int, slower: float = 1.0) -> Callable[[], object]:
+        """A delay of 0.2 s, up to 5 % less or more at random, `slower` times as long."""
+        noise = random.Random(seed)
+
+        def wait() -> None:
+            self.now += 0.2 * slower * noise.uniform(0.95, 1.05)
+
+        return wait
+
+
+def test_a_bundle_is_compared_with_its_model_and_a_planted_slowdown_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, labels = Clock(), ("bundle eager", "bundle onnxruntime")
+    bundle, old, new = engine_models() / "bundle", tmp_path / "old", tmp_path / "new"
+    monkeypatch.setattr(runner, "Timer", functools.partial(Timer, clock=clock, cpu_clock=clock))
+    few = ("--in-process", "--prompts", "a red star;a blue ring", "--steps", "1", "--runs", "9", "--scheduler", "ddim")
+    words = (str(bundle), *few, "--targets", "eager,onnxruntime")
+    plant(monkeypatch, {label: clock.delay(seed) for seed, label in enumerate(labels)})
+    result = call(*words, "--output", str(old))
     assert result.exit_code == 0, result.output
     assert re.search(r"bundle onnxruntime .* ✓ same images", result.stdout)
-    assert f"Look at {output / 'report.html'}" in result.stdout.replace("\n", "")
-    report = json.loads((output / "report.json").read_text())
-    assert [row["label"] for row in report["results"]] == ["bundle eager", "bundle onnxruntime"]
-    assert report["ok"] is True
-    words = shlex.split(report["command"])
-    assert words[:3] == ["sdkd", "compare", str(bundle)]
-    assert words[words.index("--prompts") + 1] == "a red star;a blue ring"
+    assert f"Look at {old / 'report.html'}" in result.stdout.replace("\n", "")
+    report = json.loads((old / "report.json").read_text())
+    assert [row["label"] for row in report["results"]] == list(labels)
+    assert (report["ok"], report["against"]) == (True, None)
+    assert (report["setup"]["batch"], report["setup"]["scheduler"]) == (1, "DDIMScheduler")
+    again = shlex.split(report["command"])
+    assert again[:3] == ["sdkd", "compare", str(bundle)]
+    assert again[again.index("--prompts") + 1] == "a red star;a blue ring"
+    assert again[again.index("--scheduler") + 1] == "ddim"
+
+    plant(monkeypatch, {labels[0]: clock.delay(10), labels[1]: clock.delay(11, slower=1.2)})
+    result = call(*words, "--output", str(new), "--against", str(old / "report.json"))
+    assert result.exit_code == 1
+    message = " ".join(result.stderr.split())
+    assert "1 of 2 subjects is worse than in" in message
+    assert "'bundle onnxruntime': a UNet step takes" in message
+    changes = json.loads((new / "report.json").read_text())["against"]["subjects"]
+    assert [(change["label"], change["verdict"]) for change in changes] == [(labels[0], "tie"), (labels[1], "slower")]
+    assert changes[1]["step_speedup"]["value"] == pytest.approx(1 / 1.2, rel=0.04)
+    assert "Against " in (new / "report.md").read_text()
 
 
 def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
-    import dataclasses
-
-    from sdkd.bundle.manifest import Bundle
-
     folder = engine_models()
     shutil.copytree(folder / "bundle", tmp_path / "bundle")
     opened = Bundle.open(tmp_path / "bundle")
@@ -68,8 +116,6 @@ def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_built_is_in_the_report_and_the_others_are_measured(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder, bad, output = engine_models(), tmp_path / "bad", tmp_path / "out"
     shutil.copytree(folder / "right", bad)
     weights = bad / "unet" / "diffusion_pytorch_model.safetensors"  # exported first
@@ -119,44 +165,30 @@ def test_what_no_subject_can_do_is_refused_before_anything_is_built(
     assert not (tmp_path / "bundles").exists()
 
 
-def test_engines_that_were_not_built_for_the_size_are_refused_with_the_command_that_builds_others(
-    tmp_path: Path,
-) -> None:
-    bundle = engine_models() / "bundle"
-    result = call(str(bundle), "--size", "64", "--batch", "2", "--output", str(tmp_path / "out"))
-    assert result.exit_code == 1
-    assert "onnxruntime engine of unet in" in result.stderr
-    assert "was asked for batch 2, height 64 px, width 64 px, and was built for batch 1, height 32 px" in result.stderr
-    assert f"sdkd build-engine {bundle} --target onnxruntime --size 32..64 --batch 1..2" in result.stderr
+def test_what_is_there_or_missing_is_one_message_before_any_work(tmp_path: Path) -> None:
+    def refused(message: str, *words: str) -> None:
+        result = call(*words)
+        assert result.exit_code == 1
+        assert message in result.stderr
 
-
-def test_a_report_that_is_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    bundle, out = engine_models() / "bundle", ("--output", str(tmp_path / "out"))
+    refused("model 'no-such-model' does not exist", "no-such-model", *QUICK, *out)
+    assert not (tmp_path / "out").exists()
+    larger = (str(bundle), "--size", "64", "--batch", "2", *out)
+    refused("was asked for batch 2, height 64 px, width 64 px, and was built for batch 1, height 32 px", *larger)
+    refused(f"sdkd build-engine {bundle} --target onnxruntime --size 32..64 --batch 1..2", *larger)
     (tmp_path / "report.json").write_text("{}")
-    result = call("no-such-model", "--output", str(tmp_path), "--overwrite")
-    assert result.exit_code == 1
-    assert "already holds report.json, which sdkd did not write: choose another folder" in result.stderr
+    words = ("no-such-model", "--output", str(tmp_path))
+    refused("already holds report.json, which sdkd did not write: choose another folder", *words, "--overwrite")
     (tmp_path / "report.json").write_text('{"schema": 3, "setup": {}, "environment": {}, "results": []}')
-    result = call("no-such-model", "--output", str(tmp_path))
-    assert result.exit_code == 1
-    assert "already holds report.json: choose another folder or pass --overwrite" in result.stderr
-
-
-def test_bad_usage_is_status_2() -> None:
+    refused("already holds report.json: choose another folder or pass --overwrite", *words)
     assert call("--steps", "0").exit_code == 2
 
 
-def test_a_missing_model_is_one_message(tmp_path: Path) -> None:
-    result = call("no-such-model", *QUICK, "--output", str(tmp_path / "out"))
-    assert result.exit_code == 1
-    assert "model 'no-such-model' does not exist" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_command_that_makes_it_again_spells_every_setting_out() -> None:
-    command = make_again(["demo"], "eager", None, ("it's; red",), 25, 4.0, None, 2, "dpm++", 0, 30, None)
-    assert command == (
-        "sdkd compare demo --targets eager --prompts 'it'\"'\"'s; red' --steps 25 --guidance-scale 4 --batch 2 "
-        "--scheduler dpm++ --seed 0 --runs 30"
+    options = {"targets": "eager", "precision": None, "prompts": "it's; red", "guidance_scale": 4.0, "batch": 2}
+    assert make_again(["demo"], options) == (
+        "sdkd compare demo --targets eager --prompts 'it'\"'\"'s; red' --guidance-scale 4 --batch 2"
     )
 
 

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[3]
 SCRIPT = """
 import sys
 from sdkd.core.child import run_in_child
-from sdkd.compare.measure import isolation
+from sdkd.compare.measure import runner as isolation
 
 def where(progress=None):
     import signal

@@ -15,14 +15,15 @@ from sdkd.compare.measure import scores
 from sdkd.compare.measure.scores import (
     NotMeasuredError,
     accumulate,
+    clip_embeddings,
     clip_scores,
+    cmmd,
     find_clip,
     find_inception,
     frechet_distance,
     load_clip,
 )
 from sdkd.errors import InputError
-from sdkd.evaluate.cmmd import clip_embeddings, cmmd
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def by_formula(x: np.ndarray, y: np.ndarray, unbiased: bool) -> float:
 
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_cmmd_is_the_papers_formula(unbiased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdkd.evaluate.cmmd._BLOCK", 4)
+    monkeypatch.setattr("sdkd.compare.measure.scores.CMMD_BLOCK", 4)
     x, y = unit(7, 1), unit(9, 2, shift=0.5)
     expected = by_formula(x.double().numpy(), y.double().numpy(), unbiased)
     assert cmmd(x, y, unbiased=unbiased) == pytest.approx(expected, abs=1e-9)
@@ -65,9 +66,6 @@ def test_cmmd_grows_with_the_distance_of_the_sets() -> None:
     same, near, far = (cmmd(x, unit(200, 2, shift)) for shift in (0.0, 0.3, 1.0))
     assert abs(same) < 0.2 < near < far
     assert cmmd(x, x, unbiased=False) == pytest.approx(0.0, abs=1e-9)
-
-
-def test_one_image_has_no_cmmd() -> None:
     with pytest.raises(InputError, match="CMMD of 1 and 3 images: give at least 2 of each"):
         cmmd(unit(1, 1), unit(3, 2))
 
@@ -86,7 +84,7 @@ def test_embeddings_are_unit_rows_and_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(found[:1], output, rtol=1e-4, atol=1e-4)
 
 
-def test_clip_score_is_the_cosine_in_percent(folder: Path) -> None:
+def test_clip_score_is_the_cosine_in_percent_and_long_prompts_are_cut(folder: Path) -> None:
     model, processor = load_clip(find_clip(folder, "any"))
     some, prompts = images(3), ["a red star", "a heart", "b"]
     found = clip_scores(model, processor, some, prompts)
@@ -95,17 +93,13 @@ def test_clip_score_is_the_cosine_in_percent(folder: Path) -> None:
         cosine = (output.text_embeds * output.image_embeds).sum(1)
     assert found == pytest.approx((100 * cosine).clamp(min=0).tolist(), abs=1e-3)
     assert len(set(found)) > 1
-
-
-def test_long_prompts_are_cut_before_their_end_token(folder: Path) -> None:
-    model, processor = load_clip(folder)
-    some, prompt = images(1), "xy " * 100
+    long = "xy " * 100
     with torch.no_grad():
-        ids = processor(text=[prompt], images=some, return_tensors="pt", truncation=True, max_length=77)
-        assert ids.input_ids[0, -1] == 513
+        ids = processor(text=[long], images=some[:1], return_tensors="pt", truncation=True, max_length=77)
+        assert ids.input_ids[0, -1] == 513  # its end token is kept
         output = model(**ids)
     expected = 100 * float((output.text_embeds * output.image_embeds).sum())
-    assert clip_scores(model, processor, some, [prompt]) == pytest.approx([max(expected, 0.0)], abs=1e-3)
+    assert clip_scores(model, processor, some[:1], [long]) == pytest.approx([max(expected, 0.0)], abs=1e-3)
 
 
 class Channels(torch.nn.Module):
@@ -128,7 +122,9 @@ def test_fid_is_the_distance_of_two_gaussians() -> None:
     assert accumulate(metric, *sets, batch_size=7) == pytest.approx(expected, rel=1e-3)
 
 
-def test_missing_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_or_damaged_is_said_with_how_to_get_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(NotMeasuredError, match=r"hf download no-such-user/no-such-clip`, or give .* with --clip"):
@@ -139,31 +135,20 @@ def test_missing_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest
         find_clip(tmp_path, "any")
     with pytest.raises(InputError, match=r"'nowhere\.pth' does not exist"):
         find_inception(Path("nowhere.pth"))
-
-
-def test_damaged_clip_folder_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(InputError, match=r"cannot be loaded .*it needs config\.json, model\.safetensors"):
         load_clip(tmp_path)
 
-
-def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(
-        scores.importlib.util, "find_spec", lambda name: None if name == "torch_fidelity" else real(name)
-    )
+    here = {"torchmetrics", "torchvision", "torch_fidelity"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in here else None)
+    with pytest.raises(NotMeasuredError, match="the weights of AlexNet are not on this disk; get them with"):
+        scores.lpips_distance()
+    here.remove("torch_fidelity")
     with pytest.raises(NotMeasuredError, match="FID needs the package torch-fidelity; get it with: pip install"):
         frechet_distance(images(2), images(2), tmp_path / "weights.pth")
-
-
-def test_lpips_names_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(NotMeasuredError, match="LPIPS needs the package torchmetrics; get it with: pip install"):
-        scores.lpips_distance()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "torchmetrics" else None)
+    here.remove("torchvision")
     with pytest.raises(NotMeasuredError, match="LPIPS needs the package torchvision; get it with: pip install torchv"):
         scores.lpips_distance()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(NotMeasuredError, match="the weights of AlexNet are not on this disk; get them with"):
+    here.remove("torchmetrics")
+    with pytest.raises(NotMeasuredError, match="LPIPS needs the package torchmetrics; get it with: pip install"):
         scores.lpips_distance()

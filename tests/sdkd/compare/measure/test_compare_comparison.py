@@ -1,56 +1,57 @@
-"""A comparison of real pipelines: eager, eager in half, a student, an engine, and an engine of the wrong weights."""
+"""Comparisons of real pipelines: eager, in half, compiled, a student, engines that are right, wrong or broken."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compare_faults import plant
 from compare_models import engine_models
-from helpers import tiny_pipeline
+from diffusers import UNet2DConditionModel
+from helpers import fixed_weights, tiny_pipeline
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
+from small_exports import ONE_LEVEL, small_pipeline
 
+import sdkd.compare.measure.cases as cases
+import sdkd.compare.measure.subjects as kinds
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.calls import Request, make_images, step_work
 from sdkd.compare.measure.comparison import find_baselines, random_notes
-from sdkd.compare.measure.results import Report
+from sdkd.compare.measure.quality import likeness
 from sdkd.errors import EngineError, InputError, ParityError
 
 QUICK: dict[str, Any] = {"prompts": ["a red star", "a blue ring"], "steps": 2, "runs": 3, "min_seconds": 0.0}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `teacher` and `tiny` with pipelines of equal text encoder and VAE."""
-    folder = tmp_path_factory.mktemp("models")
-    tiny_pipeline().save_pretrained(folder / "teacher")
-    tiny_pipeline(student="tiny").save_pretrained(folder / "tiny")
-    return folder
+def onnxruntime(model: str | Path) -> Subject:
+    """The engines of `right`, as if they were of this model."""
+    folder = engine_models()
+    return Subject(f"{Path(model).name} onnxruntime", folder / model, "onnxruntime", bundle=folder / "bundle")
 
 
-@pytest.fixture(scope="module")
-def report(models: Path) -> Report:
-    """Teacher, teacher in bf16 and student, eager, with a judge."""
+def test_a_teacher_in_two_precisions_and_its_student(tmp_path: Path) -> None:
+    teacher, tiny = tiny_pipeline(), tiny_pipeline(student="tiny")
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny.save_pretrained(tmp_path / "tiny")
 
     def judge(images: Sequence[Image], prompts: Sequence[str]) -> Mapping[str, float]:
         assert [len(prompts), images[0].size] == [2, (64, 64)]
         return {"bright": sum(image.getextrema()[0][1] > 200 for image in images) / len(images)}
 
     subjects = [
-        Subject("teacher eager", models / "teacher", role="teacher"),
-        Subject("teacher eager-bf16", models / "teacher", precision="bf16", role="teacher"),
-        Subject("tiny eager", models / "tiny", role="student"),
+        Subject("teacher eager", tmp_path / "teacher", role="teacher"),
+        Subject("teacher eager-bf16", tmp_path / "teacher", precision="bf16", role="teacher"),
+        Subject("tiny eager", tmp_path / "tiny", role="student"),
     ]
-    return compare(subjects, judge=judge, baseline="tiny eager", command="sdkd compare", **QUICK)
-
-
-def test_every_subject_is_measured(report: Report) -> None:
-    assert [row.subject.label for row in report.results] == ["teacher eager", "teacher eager-bf16", "tiny eager"]
+    report = compare(subjects, judge=judge, baseline="tiny eager", command="sdkd compare", **QUICK)
+    assert [row.subject for row in report.results] == subjects
     for row in report.results:
         assert len(row.unet_step_ms.samples) == 3
         assert row.unet_step_ms.count >= 3
@@ -60,62 +61,42 @@ def test_every_subject_is_measured(report: Report) -> None:
         assert row.repeatable
         assert row.attention == "SDPA, flash attention (CPU)"
         assert set(row.judged or {}) == {"bright"}
+        assert set(row.step_speedup) == set(row.image_speedup) == set(report.baselines[row.subject.label])
     assert (report.setup.size_px, report.setup.unet_batch, report.setup.scheduler) == (64, 2, "PNDMScheduler")
     json.dumps(report.to_json(), allow_nan=False)
 
-
-def test_bf16_is_close_to_fp32_because_the_noise_is_the_same(report: Report) -> None:
-    found = report.result("teacher eager-bf16").against_eager
-    assert found is not None
-    assert found.reference == "teacher eager"
-    assert 25 < found.psnr_mean_db < 70
-
-
-def test_the_student_is_compared_with_the_teacher_and_is_its_own_reference(report: Report) -> None:
-    tiny = report.result("tiny eager")
-    assert tiny.against_eager is None
-    assert tiny.against_teacher is not None
-    assert tiny.against_teacher.reference == "teacher eager"
-    assert 5 < tiny.against_teacher.psnr_mean_db < 30
-    assert report.result("teacher eager-bf16").against_teacher is None
-
-
-def test_ratios_are_over_own_eager_teacher_and_baseline(report: Report) -> None:
+    first, half, student = report.results
+    assert half.against_eager is not None
+    assert half.against_eager.reference == "teacher eager"
+    assert 25 < half.against_eager.psnr_mean_db < 70  # close, because the noise is the same
+    assert (half.against_teacher, student.against_eager) == (None, None)  # the student is its own reference
+    assert student.against_teacher is not None
+    assert student.against_teacher.reference == "teacher eager"
+    assert 5 < student.against_teacher.psnr_mean_db < 30
+    assert student.unet_parameters < first.unet_parameters / 2
     assert report.baselines == {
         "teacher eager": {"baseline": "tiny eager"},
         "teacher eager-bf16": {"eager": "teacher eager", "teacher": "teacher eager", "baseline": "tiny eager"},
         "tiny eager": {"teacher": "teacher eager"},
     }
-    for row in report.results:
-        assert set(row.step_speedup) == set(row.image_speedup) == set(report.baselines[row.subject.label])
-    assert report.result("tiny eager").unet_parameters < report.result("teacher eager").unet_parameters / 2
+    seed = torch.Generator("cpu").manual_seed(1)
+    expected = teacher("a blue ring", num_inference_steps=2, generator=seed).images[0]
+    assert report.images["teacher eager"][1].tobytes() == expected.tobytes()  # as diffusers makes it
 
 
-def test_images_are_those_of_diffusers_with_the_same_seed(report: Report) -> None:
-    pipe = tiny_pipeline()
-    expected = pipe("a blue ring", num_inference_steps=2, generator=torch.Generator("cpu").manual_seed(1)).images[0]
-    assert report.images["teacher eager"][1].tobytes() == expected.tobytes()
-
-
-def test_baselines_prefer_float32() -> None:
+def test_baselines_prefer_float32_and_random_weights_are_said() -> None:
     half, full = Subject("half", "m", precision="bf16"), Subject("full", "m")
     engine = Subject("engine", "m", "openvino", bundle=Path("b"))
     assert find_baselines(engine, [half, full, engine], None) == {"eager": "full"}
     assert find_baselines(engine, [half, engine], None) == {"eager": "half"}
     assert find_baselines(full, [half, full, engine], "half") == {"baseline": "half"}
-
-
-def test_random_weights_are_said() -> None:
-    subjects = [
-        Subject("sd15-tiny eager", "random:sd15-tiny"),
-        Subject("sd15-tiny eager-bf16", "random:sd15-tiny", precision="bf16"),
-    ]
-    assert random_notes(subjects) == ["sd15-tiny has random weights: its speed and size count, its images mean nothing"]
+    made = [(f"sd15-tiny {name}", "random:sd15-tiny", name) for name in ("eager", "compile")]
+    named = [Subject(*each) for each in made]
+    assert random_notes(named) == ["sd15-tiny has random weights: its speed and size count, its images mean nothing"]
 
 
 def test_without_guidance_the_unet_runs_at_batch_one() -> None:
-    pipe = tiny_pipeline()
-    calls = []
+    pipe, calls = tiny_pipeline(), []
     pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
     step_work(pipe, Request(("a",), 2, 1.0, 0, 64))()
     step_work(pipe, Request(("a",), 2, 7.5, 0, 64))()
@@ -131,66 +112,49 @@ def test_without_guidance_the_unet_runs_at_batch_one() -> None:
         ({"steps": 0}, "steps 0 is too few"),
         ({"runs": 0}, "runs 0 is too few"),
         ({"image_runs": 0}, "image_runs 0 is too few"),
-        ({"baseline": "huge"}, "baseline 'huge' is not among the subjects: choose one of teacher eager"),
-        ({"size": 100}, "height 100 is not a multiple of 64 pixels"),
+        ({"baseline": "huge"}, "baseline 'huge' is not among the subjects: choose one of right eager"),
+        ({"size": 30}, "'right eager': height 30 is not a multiple of 4 pixels"),
+        ({}, "'demo eager': height 32 is not a multiple of 64 pixels"),  # the first model's own size is no other's
+        ({"scheduler": "dice"}, "scheduler 'dice' is unknown: choose one of ddim"),
     ],
 )
-def test_bad_requests_are_refused(models: Path, changes: dict[str, Any], message: str) -> None:
+def test_bad_requests_are_refused(changes: dict[str, Any], message: str) -> None:
+    subjects = [Subject("right eager", engine_models() / "right"), Subject("demo eager", "demo")]
     with pytest.raises(InputError, match=message):
-        compare([Subject("teacher eager", models / "teacher")], **(QUICK | changes))
+        compare(subjects[:1] if changes else subjects, **(QUICK | changes))
 
 
-@pytest.fixture(scope="module")
-def engines() -> Path:
-    """Folders `right` and `wrong` with pipelines, and `bundle`: ONNX Runtime engines of `right`."""
-    return engine_models()
-
-
-def test_an_engine_of_the_same_weights_is_right_and_one_of_others_is_wrong(engines: Path) -> None:
-    bundle = engines / "bundle"
-    subjects = [
-        Subject("right eager", engines / "right"),
-        Subject("right onnxruntime", engines / "right", "onnxruntime", bundle=bundle),
-        Subject("wrong onnxruntime", engines / "wrong", "onnxruntime", bundle=bundle),
-    ]
+def test_engines_are_judged_by_eager_images_of_their_own_model(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    subjects = [Subject("right eager", engine_models() / "right"), *map(onnxruntime, ("right", "wrong", gone))]
     report = compare(subjects, **QUICK)
-    right, wrong = report.result("right onnxruntime"), report.result("wrong onnxruntime")
-    assert right.verdict is not None
+    eager, right, wrong, lost = report.results
+    for row in (right, wrong, lost):
+        assert row.verdict is not None
     assert right.verdict.ok is True
-    assert right.against_eager is not None
     assert right.against_eager.psnr_min_db >= 40
-    assert wrong.verdict is not None
     assert wrong.verdict.ok is False
-    assert wrong.against_eager is not None
     assert wrong.against_eager.reference == "wrong eager"  # made for the verdict, not timed
+    assert (lost.verdict.ok, lost.verdict.found) == (None, "no eager images to compare with")
     assert right.attention is None
-    assert right.unet_parameters == report.result("right eager").unet_parameters
+    assert right.unet_parameters == eager.unet_parameters
     assert right.bytes_on_disk is not None
-    with pytest.raises(ParityError, match=r"1 of 3 subjects broke a rule. 'wrong onnxruntime': worst image"):
+    (note,) = report.notes
+    assert note.startswith("no reference images of gone eager: model ")
+    with pytest.raises(ParityError, match=r"1 of 4 subjects broke a rule. 'wrong onnxruntime': worst image"):
         report.check()
 
 
-def test_an_engine_whose_model_is_gone_is_measured_but_not_judged(engines: Path, tmp_path: Path) -> None:
-    subjects = [Subject("gone onnxruntime", tmp_path / "gone", "onnxruntime", bundle=engines / "bundle")]
-    report = compare(subjects, **QUICK)
-    verdict = report.results[0].verdict
-    assert verdict is not None
-    assert (verdict.ok, verdict.found) == (None, "no eager images to compare with")
-    assert report.ok
-    assert len(report.notes) == 1
-    assert report.notes[0].startswith("no reference images of gone eager: model ")
-
-
-def test_a_reference_that_fails_costs_its_own_row_and_no_other(engines: Path, tmp_path: Path) -> None:
+def test_a_reference_that_fails_costs_its_own_row_and_no_other(tmp_path: Path) -> None:
     """Weights that are not numbers: no likeness and no ratio to what failed, everything else measured."""
     bad = tmp_path / "bad"
-    shutil.copytree(engines / "right", bad)
+    shutil.copytree(engine_models() / "right", bad)
     weights = bad / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: torch.full_like(part, torch.nan) for name, part in load_file(weights).items()}, weights)
-    subjects = [Subject("bad eager", bad), Subject("bad onnxruntime", bad, "onnxruntime", bundle=engines / "bundle")]
+    subjects = [Subject("bad eager", bad), onnxruntime(bad)]
     report = compare(subjects, **QUICK)
-    assert [row.subject.label for row in report.results] == ["bad onnxruntime"]
-    row = report.results[0]
+    (row,) = report.results
+    assert row.subject.label == "bad onnxruntime"
     assert row.unet_step_ms.count >= 3
     assert row.image_s.count == 3
     assert (row.step_speedup, row.against_eager) == ({}, None)
@@ -208,19 +172,75 @@ def test_a_reference_that_fails_costs_its_own_row_and_no_other(engines: Path, tm
         compare([subjects[0], again], **QUICK)
 
 
-def test_pipelines_that_do_not_fit_together_are_opened_one_at_a_time(
-    engines: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_scheduler_for_all_and_pipelines_that_do_not_fit_together_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import sdkd.compare.measure.cases as cases
-
     monkeypatch.setattr(cases, "MEMORY_SHARE", 0.0)
-    subjects = [Subject("right eager", engines / "right"), Subject("wrong eager", engines / "wrong")]
-    report = compare(subjects, **QUICK)
+    report = compare(
+        [onnxruntime("right"), Subject("wrong eager", engine_models() / "wrong")], scheduler="ddim", **QUICK
+    )
     assert not report.setup.open_together
     assert [len(row.unet_step_ms.samples) for row in report.results] == [3, 3]
+    assert report.setup.scheduler == "DDIMScheduler"
+    verdict = report.results[0].verdict
+    assert verdict is not None
+    assert verdict.ok is True  # against eager images of the same scheduler
 
 
-def test_models_of_different_sizes_need_a_common_one(models: Path, engines: Path) -> None:
-    subjects = [Subject("small eager", engines / "right"), Subject("teacher eager", models / "teacher")]
-    with pytest.raises(InputError, match="'teacher eager': height 32 is not a multiple of 64 pixels"):
-        compare(subjects, **QUICK)
+def test_images_of_one_call_are_those_of_calls_alone() -> None:
+    model = engine_models() / "right"
+    two = compare([Subject("a", model)], batch=2, image_runs=1, **QUICK)
+    alone = compare([Subject("a", model)], image_runs=1, **QUICK | {"prompts": ["a red star", "a blue ring"] * 2})
+    assert (two.setup.batch, two.setup.unet_batch, alone.setup.unet_batch) == (2, 4, 2)
+    assert len(two.images["a"]) == len(two.setup.image_prompts) == 4
+    # Sums of a larger matrix product are rounded otherwise; another seed's image would be 10 dB away.
+    assert likeness(two.images["a"], alone.images["a"], "").psnr_min_db > 40
+    assert likeness(two.images["a"][:1], two.images["a"][2:3], "").psnr_min_db < 40
+    row = two.results[0]
+    assert row.repeatable
+    assert row.images_per_s == pytest.approx(1 / row.image_s.median)
+
+
+def one_level(folder: Path) -> list[Subject]:
+    """The smallest model that there is, eagerly and compiled: a compiler follows every layer."""
+    pipe = small_pipeline()
+    pipe.unet = fixed_weights(UNet2DConditionModel(**ONE_LEVEL))
+    pipe.save_pretrained(folder / "one")
+    return [Subject("one eager", folder / "one"), Subject("one compile", folder / "one", "compile")]
+
+
+def test_a_compiled_unet_is_measured_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, known = [], []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        graphs.append(graph)
+        time.sleep(0.5)  # a compiler takes its time
+        return graph.forward
+
+    monkeypatch.setattr(kinds, "COMPILER", {**kinds.COMPILER, "backend": backend})
+    plant(monkeypatch, {"one compile": lambda: known.append(len(graphs))})
+    report = compare(one_level(tmp_path), **QUICK)
+    row = report.result("one compile")
+    assert graphs
+    assert row.first_call_s > 0.5
+    assert set(known[1:]) == {len(graphs)}  # nothing is compiled after the first UNet call of the warm-up
+    assert row.verdict is not None
+    assert row.verdict.ok is True
+    assert row.against_eager is not None
+    assert row.against_eager.reference == "one eager"
+    assert set(row.step_speedup) == {"eager"}
+    assert report.notes == ()
+
+
+def test_a_subject_that_the_compiler_fails_on_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: object, inputs: object) -> Any:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(kinds, "COMPILER", {**kinds.COMPILER, "backend": backend})
+    subjects = one_level(tmp_path)
+    report = compare(subjects, baseline="one compile", **QUICK)
+    assert [row.subject.label for row in report.results] == ["one eager"]
+    with pytest.raises(EngineError, match=r"1 of 2 subjects failed. 'one compile': torch.compile failed .*install"):
+        report.check()
+    with pytest.raises(EngineError, match=r"^torch.compile failed \(backend='backend' raised"):
+        compare(subjects[1:], **QUICK)

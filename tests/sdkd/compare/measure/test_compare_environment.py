@@ -16,42 +16,35 @@ import sdkd.compare.measure.environment as surroundings
 from sdkd.compare.measure.environment import attention_kernel, busy, environment, gpu_state, state_after
 
 
-def test_the_account_is_json_and_tells_no_host_name() -> None:
-    here = environment("cpu")
+def test_the_account_is_json_of_what_runs_and_tells_no_host_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    here, later = environment("cpu"), state_after("cpu")
     text = json.dumps(here, allow_nan=False)
     assert here["cpu"]
     assert here["cores_usable"] >= 1
     assert here["threads_torch"] == torch.get_num_threads()
     assert here["python"] == platform.python_version()
+    assert {"sdkd", "diffusers", "accelerate", "onnxscript"} <= set(here["versions"])
     assert here["versions"]["torch"] == torch.__version__
-    assert {"sdkd", "diffusers", "onnxruntime"} <= set(here["versions"])
-    assert len(here["load_average"]) == 3
-    assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
-
-
-def test_versions_are_of_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
-
-    here = environment("cpu")
-    assert {"accelerate", "onnxscript"} <= set(here["versions"])
     assert here["versions"]["onnxruntime"] == onnxruntime.__version__
     assert onnxruntime.__version__ in here["onnxruntime_packages"].values()
     assert here["cudnn"] == (torch.backends.cudnn.version() if torch.cuda.is_available() else None)
+    assert len(here["load_average"]) == 3
+    assert 0 <= here["cpu_busy_percent"] <= 100
+    assert here["gpu_state"] is None
+    assert len(socket.gethostname()) < 4 or socket.gethostname() not in text
+    assert set(later) == {"cpu_mhz_after", "cpu_busy_percent_after", "load_average_after", "gpu_state_after"}
+    assert {name.removesuffix("_after") for name in later} <= set(here)
+
     monkeypatch.setattr(onnxruntime, "__version__", "1.99.0")
     installed = {"onnxruntime": "1.22.0", "onnxruntime-gpu": "1.99.0", "triton": "3.5.0"}
     monkeypatch.setattr(surroundings, "installed_version", installed.get)
-    found = surroundings.versions()
-    assert (found["onnxruntime"], found["onnxruntime-gpu"], found["triton"]) == ("1.99.0", "1.99.0", "3.5.0")
-    assert environment("cpu")["onnxruntime_packages"] == {"onnxruntime": "1.22.0", "onnxruntime-gpu": "1.99.0"}
-
-
-def test_what_moves_is_read_before_and_after() -> None:
-    here, later = environment("cpu"), state_after("cpu")
-    assert set(later) == {"cpu_mhz_after", "cpu_busy_percent_after", "load_average_after", "gpu_state_after"}
-    assert {name.removesuffix("_after") for name in later} <= set(here)
-    assert 0 <= here["cpu_busy_percent"] <= 100
-    assert here["gpu_state"] is None
-    assert environment("cpu", load_before=[0.5, 0.25, 0.0])["load_average"] == [0.5, 0.25, 0.0]
+    here = environment("cpu", load_before=[0.5, 0.25, 0.0])
+    names = ("onnxruntime", "onnxruntime-gpu", "triton")
+    assert [here["versions"][name] for name in names] == ["1.99.0", "1.99.0", "3.5.0"]
+    assert here["onnxruntime_packages"] == {"onnxruntime": "1.22.0", "onnxruntime-gpu": "1.99.0"}
+    assert here["load_average"] == [0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from small_exports import small_bundle
 from engines.generate.image_inputs import EDIT, PIPELINE_KINDS, TEXT
 from export import build_engine, export_pipeline
 from sdkd.compare import compare
-from sdkd.compare.measure.calls import Request, make_images
-from sdkd.compare.measure.pictures import edges, mask, picture
+from sdkd.compare.measure.calls import Request, make_images, picture
 from sdkd.compare.measure.planning import Wish, default_judge, make_plan
 from sdkd.compare.measure.results import Report
 from sdkd.compare.measure.subjects import Subject, open_subject
@@ -103,10 +102,11 @@ def test_pixels_that_are_not_finite_are_no_black_pictures() -> None:
 
 
 def test_drawn_inputs_fit_every_pipeline() -> None:
-    for size in ((8, 8), (32, 48), (100, 60)):
-        assert [drawn(size).size for drawn in (picture, mask, edges)] == [size[::-1]] * 3
-    seen = np.asarray(mask((32, 32))).astype(float) / 255
-    assert seen.mean() == 0.25
-    assert np.asarray(picture((32, 32)))[16, 16].tolist() == [220, 40, 40]
-    known = {name for way in (*PIPELINE_KINDS.values(), EDIT, TEXT) for name in way.images.values()}
+    known = {name for kind in (*PIPELINE_KINDS.values(), EDIT, TEXT) for name in kind.images.values()}
     assert known == {"image", "mask", "control"}
+    for size in ((8, 8), (32, 48), (100, 60)):
+        assert [picture(name, size).size for name in known] == [size[::-1]] * 3
+    assert np.asarray(picture("mask", (32, 32))).mean() == 255 / 4
+    assert np.asarray(picture("image", (32, 32)))[16, 16].tolist() == [220, 40, 40]
+    outline = np.asarray(picture("control", (32, 32)))
+    assert (outline[16, 16].tolist(), outline.max()) == ([0, 0, 0], 255)

@@ -13,9 +13,7 @@ from compare_models import engine_models
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.calls import UNET, Request
 from sdkd.compare.measure.environment import Memory
-from sdkd.compare.measure.isolation import IsolatedRunner, _how_it_ended
-from sdkd.compare.measure.results import Report
-from sdkd.compare.measure.runner import LocalRunner, RunConfig
+from sdkd.compare.measure.runner import IsolatedRunner, LocalRunner, RunConfig, _how_it_ended
 from sdkd.errors import EngineError, InputError, ModelError
 
 QUICK: dict[str, Any] = {"prompts": ["a red star", "a blue ring"], "steps": 2, "runs": 3, "min_seconds": 0.0}
@@ -32,53 +30,29 @@ def faulty(subject: Subject, fault: Fault) -> Faulty:
     return Faulty(**vars(subject), fault=fault)
 
 
-@pytest.fixture(scope="module")
-def isolated() -> Report:
-    """Both subjects, each in a process of its own: one sleeps in every UNet call, the other takes 300 MB."""
-    eager, engine = (faulty(subject, fault) for subject, fault in zip(subjects(), (nap, hog), strict=True))
-    return compare([eager, engine], isolate=True, **QUICK)
-
-
-def pixels(report: Report, label: str) -> list[bytes]:
-    return [image.tobytes() for image in report.images[label]]
-
-
-def test_images_are_those_of_one_process_bit_for_bit(isolated: Report) -> None:
-    here = compare(subjects(), **QUICK)
+def test_each_subject_has_its_own_process_and_memory_and_the_images_of_one_process() -> None:
+    """One sleeps in every UNet call, the other takes 300 MB."""
+    planted = [faulty(subject, fault) for subject, fault in zip(subjects(), (nap, hog), strict=True)]
+    isolated, here = compare(planted, isolate=True, **QUICK), compare(subjects(), **QUICK)
     assert (isolated.setup.isolated, here.setup.isolated) == (True, False)
-    for label in LABELS:
-        assert pixels(isolated, label) == pixels(here, label)
-        one, other = isolated.result(label), here.result(label)
-        assert (one.unet_parameters, one.attention, one.unet_calls) == (
-            other.unet_parameters,
-            other.attention,
-            other.unet_calls,
-        )
+    for one, other in zip(isolated.results, here.results, strict=True):
+        pixels = [[image.tobytes() for image in report.images[one.subject.label]] for report in (isolated, here)]
+        assert pixels[0] == pixels[1]
+        for name in ("unet_parameters", "attention", "unet_calls"):
+            assert getattr(one, name) == getattr(other, name)
         assert one.repeatable
         assert other.memory.peak_rss is None  # one process has one peak
-    verdict = isolated.result(LABELS[1]).verdict
-    assert verdict is not None
-    assert verdict.ok is True
-
-
-def test_the_peak_of_memory_is_each_subjects_own(isolated: Report) -> None:
-    quiet, loud = (isolated.result(label).memory for label in LABELS)
-    assert quiet.peak_rss is not None
-    assert loud.peak_rss is not None
-    assert 0 < quiet.peak_rss < HOG_BYTES < loud.peak_rss
-    assert min(quiet.base_rss, loud.base_rss) > 50_000_000  # libraries were there before
-    row = isolated.to_json()["results"][1]
-    assert (row["peak_rss_bytes"], row["base_rss_bytes"]) == (loud.peak_rss, loud.base_rss)
-    assert (row["peak_gpu_bytes"], row["peak_torch_bytes"]) == (None, None)
-
-
-def test_a_planted_delay_works_in_the_subjects_own_process(isolated: Report) -> None:
-    samples = isolated.result(LABELS[0]).unet_step_ms.samples
-    assert min(min(part) for part in samples) >= 50
-
-
-def test_parts_have_samples_of_their_own(isolated: Report) -> None:
-    for row in isolated.to_json()["results"]:
+    quiet, loud = isolated.results
+    assert loud.verdict is not None
+    assert loud.verdict.ok is True
+    assert min(min(part) for part in quiet.unet_step_ms.samples) >= 50  # the delay, in ms
+    assert quiet.memory.peak_rss is not None
+    assert loud.memory.peak_rss is not None
+    assert 0 < quiet.memory.peak_rss < HOG_BYTES < loud.memory.peak_rss
+    assert min(quiet.memory.base_rss, loud.memory.base_rss) > 50_000_000  # libraries were there before
+    for row, memory in zip(isolated.to_json()["results"], (quiet.memory, loud.memory), strict=True):
+        assert (row["peak_rss_bytes"], row["base_rss_bytes"]) == (memory.peak_rss, memory.base_rss)
+        assert (row["peak_gpu_bytes"], row["peak_torch_bytes"]) == (None, None)
         for part in ("text_encoder_ms", "vae_decode_ms"):
             assert [len(burst) for burst in row[part]["samples"]] == [1, 1, 1]
             assert row[part]["median"] > 0
@@ -94,7 +68,7 @@ def test_a_subject_whose_process_is_ended_is_a_row_and_its_images_stay_the_refer
     (failed,) = report.failed
     assert failed.subject.label == LABELS[0]
     assert failed.reason == (
-        "the process of 'right eager' was ended by SIGKILL while it was warmed up: most likely the system ran out of "
+        "the process of 'right eager' was ended by SIGKILL while it was timed: most likely the system ran out of "
         "memory; compare fewer subjects at once, or give a smaller --size or --batch"
     )
     row = report.result(LABELS[1])
@@ -118,11 +92,13 @@ def test_a_process_goes_on_after_an_error_and_ends_when_it_is_closed() -> None:
     try:
         assert child.open().unet_parameters > 0
         with pytest.raises(
-            EngineError, match=r"'right eager' failed while it was warmed up: ValueError: planted; --debug shows where"
+            EngineError, match=r"'right eager' failed while it was timed: ValueError: planted; --debug shows where"
         ) as caught:
-            child.warm(UNET, REQUEST)
+            child.burst(REQUEST, UNET, 1, 0.0)
         assert "compare_faults.py" in caught.value.__notes__[0]  # where, for --debug
         assert len(child.images(REQUEST, 0).images) == 1
+        with pytest.raises(AttributeError, match="serve"):
+            child.serve()
     finally:
         child.close()
     assert multiprocessing.active_children() == []
@@ -133,7 +109,7 @@ def test_a_process_that_leaves_by_itself_is_one_message() -> None:
     try:
         child.open()
         with pytest.raises(EngineError, match="process of 'right eager' was ended with status 3 while it was timed"):
-            child.burst(UNET, REQUEST, 1)
+            child.burst(REQUEST, UNET, 1, 0.0)
     finally:
         child.close()
 

@@ -1,16 +1,24 @@
-"""The work of a UNet call, the measured ceilings, and the fraction of the limit that a call reaches."""
+"""The work of a UNet call, the measured ceilings, the limit that a call reaches; and scores that need weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import helpers
 import pytest
 import torch
+from compare_models import engine_models
+from planted_report import planted_report
+from small_clip import save_small_clip
 
+import sdkd.compare.measure.comparison as comparison
 import sdkd.compare.measure.limits as limits
+from sdkd.compare.measure import scores
+from sdkd.compare.measure.comparison import subject_work, with_limits, with_scores
 from sdkd.compare.measure.limits import (
     Ceilings,
     Work,
@@ -23,9 +31,12 @@ from sdkd.compare.measure.limits import (
     measure_ceilings,
     unet_work,
 )
+from sdkd.compare.measure.results import Report
+from sdkd.compare.measure.subjects import Subject
 from sdkd.compare.measure.timing import Timer
 from sdkd.errors import InputError
 from sdkd.models.families import FAMILIES
+from sdkd.models.resolve import resolve
 from sdkd.students.blocks import student_config
 
 SD15 = FAMILIES["sd15"].unet
@@ -125,6 +136,79 @@ def test_what_is_copied_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(copied) >= 5
     assert copied[0].numel() == 1024
     assert copied[0].unique().numel() > 1000
+
+
+def one(subject: Subject) -> Report:
+    """A planted report of the teacher in eager, as if it were of this subject."""
+    report = planted_report(models=("teacher",))
+    row = dataclasses.replace(report.results[0], subject=subject, work=None, limit=None)
+    images = {subject.label: report.images["teacher eager"]}
+    return dataclasses.replace(report, results=(row,), images=images, ceilings={})
+
+
+def test_a_report_gets_the_limit_of_each_call() -> None:
+    report = one(Subject("demo eager", "demo"))
+    found = with_limits(report, "cpu")
+    row, ceilings = found.results[0], found.ceilings["fp32"]
+    side = report.setup.size_px // resolve("demo").latent_scale
+    assert row.work == unet_work(resolve("demo").unet_config, report.setup.unet_batch, side, side)
+    assert row.limit is not None
+    assert row.work is not None
+    assert row.limit.flops_per_s == pytest.approx(row.work.flops / (row.unet_step_ms.median / 1000))
+    assert row.limit.matrix_share == pytest.approx(row.limit.flops_per_s / ceilings.flops_per_s)
+    data = found.to_json()
+    assert data["ceilings"]["fp32"] == vars(ceilings)
+    assert data["results"][0]["limit"] == {**vars(row.work), **vars(row.limit)}
+    assert report.to_json()["results"][0]["limit"] is None
+
+
+def test_what_was_timed_is_not_lost_where_a_limit_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = with_limits(one(Subject("gone eager", tmp_path / "gone")), "cpu")
+    assert found.results[0].limit is None
+    assert found.notes[-1].startswith("gone eager: its limit is not known (model '")
+
+    def fail(device: str, precision: str) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    monkeypatch.setattr(comparison, "measure_ceilings", fail)
+    found = with_limits(one(Subject("demo eager", "demo")), "cpu")
+    assert (found.results[0].limit, found.ceilings) == (None, {})
+    assert found.notes[-1] == "fp32: the machine's limit could not be measured (CUDA out of memory.)"
+
+
+def test_work_is_read_from_configs_alone() -> None:
+    setup = dataclasses.replace(planted_report().setup, size_px=512, unet_batch=1)
+    work = subject_work(Subject("x", "random:sd15-tiny", precision="bf16"), setup)
+    assert work.flops / 2e9 == pytest.approx(242.8, abs=0.05)
+    bundle = engine_models() / "bundle"
+    eager = subject_work(Subject("x", engine_models() / "right"), setup)
+    assert subject_work(Subject("x", "gone", "onnxruntime", bundle=bundle), setup) == eager
+
+
+def test_what_needs_weights_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(folder: object, model: str) -> Path:
+        raise scores.NotMeasuredError(f"the weights of {model} are not on this disk")
+
+    monkeypatch.setattr(scores, "find_clip", none)
+    found = with_scores(one(Subject("demo eager", "demo")), "cpu")
+    assert found.results[0].clip_scores is None
+    assert found.not_measured[-1] == f"CLIP score: the weights of {scores.CLIP_SCORE_MODEL} are not on this disk"
+    assert found.to_json()["not_measured"] == list(found.not_measured)
+
+
+def test_clip_scores_come_from_weights_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_small_clip(tmp_path)
+    monkeypatch.setattr(scores, "find_clip", lambda asked, model: folder)
+    report = planted_report(models=("teacher",))
+    found = with_scores(report, "cpu")
+    assert not any(why.startswith("CLIP score") for why in found.not_measured)
+    row = found.results[0]
+    model, processor = scores.load_clip(folder)
+    assert row.clip_scores is not None
+    expected = scores.clip_scores(model, processor, report.images[row.subject.label], report.setup.image_prompts)
+    assert list(row.clip_scores) == expected
+    assert row.clip_mean == pytest.approx(sum(expected) / len(expected))
+    assert found.to_json()["results"][0]["clip_scores"] == {"mean": row.clip_mean, "per_image": expected}
 
 
 @pytest.mark.gpu

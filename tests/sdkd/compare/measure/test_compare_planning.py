@@ -18,6 +18,7 @@ from sdkd.compare.measure.planning import (
     PHOTOGRAPHS,
     SHAPES,
     Wish,
+    _ranges,
     default_guidance,
     default_judge,
     find_roles,
@@ -55,34 +56,22 @@ def test_prompts_come_from_a_list_a_file_or_what_the_model_knows(models: Path, t
     assert parse_prompts(None, [str(models / "base"), "random:sd15-tiny"]) == PHOTOGRAPHS
     assert default_guidance([str(models / "base")]) == 4.0
     assert default_guidance([str(models / "base"), "random:sd15-tiny"]) == 7.5
+    with pytest.raises(InputError, match="prompts ' ; ' hold no prompt"):
+        parse_prompts(" ; ", [])
+    with pytest.raises(InputError, match=r"prompts file '.*nowhere.txt' does not exist"):
+        parse_prompts(str(tmp_path / "nowhere.txt"), [])
 
 
-def test_images_of_drawn_shapes_are_read() -> None:
+def test_images_of_drawn_shapes_are_read_and_others_have_no_reader() -> None:
     judge = default_judge([DEMO], SHAPES, None)
     assert judge is not None
     drawn = [render(parse_caption(text), seed=1) for text in SHAPES]
     assert judge(drawn, SHAPES) == {"shape": 1.0, "colour": 1.0, "background": 1.0}
     swapped = [drawn[1], drawn[0], *drawn[2:]]  # star and heart
     assert judge(swapped, SHAPES) == {"shape": 0.5, "colour": 0.5, "background": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("names", "prompts", "size"),
-    [
-        ([DEMO], ("a red star",), None),  # no caption of the demo's
-        ([DEMO, "random:sd15-tiny"], SHAPES, None),  # a model that draws anything
-        ([DEMO], SHAPES, (8, 64)),  # too small to be read
-    ],
-)
-def test_other_images_have_no_reader(names: list[str], prompts: tuple[str, ...], size: tuple[int, int] | None) -> None:
-    assert default_judge(names, prompts, size) is None
-
-
-def test_prompts_that_hold_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="prompts ' ; ' hold no prompt"):
-        parse_prompts(" ; ", [])
-    with pytest.raises(InputError, match=r"prompts file '.*nowhere.txt' does not exist"):
-        parse_prompts(str(tmp_path / "nowhere.txt"), [])
+    assert default_judge([DEMO], ("a red star",), None) is None  # no caption of the demo's
+    assert default_judge([DEMO, "random:sd15-tiny"], SHAPES, None) is None  # a model that draws anything
+    assert default_judge([DEMO], SHAPES, (8, 64)) is None  # too small to be read
 
 
 def test_names_are_short_where_that_is_enough() -> None:
@@ -99,15 +88,19 @@ def test_roles_follow_what_sdkd_wrote_about_a_student(models: Path) -> None:
     assert find_roles([tiny]) == {tiny: "student"}
 
 
-def test_eager_in_several_precisions(models: Path, tmp_path: Path) -> None:
-    names = [str(models / "base"), str(models / "tiny")]
-    plan = make_plan(names, wish(tmp_path, "eager", "eager-bf16"))
-    assert [(row.label, row.precision, row.role) for row in plan.subjects] == [
-        ("base eager", "fp32", "teacher"),
-        ("base eager-bf16", "bf16", "teacher"),
-        ("tiny eager", "fp32", "student"),
-        ("tiny eager-bf16", "bf16", "student"),
+def test_pytorch_is_a_target_in_several_precisions(models: Path, tmp_path: Path) -> None:
+    plan = make_plan(
+        [str(models / "base"), str(models / "tiny")], wish(tmp_path, "eager", "eager-bf16", "compile-bf16")
+    )
+    assert [(row.label, row.target, row.precision, row.role) for row in plan.subjects] == [
+        ("base eager", "eager", "fp32", "teacher"),
+        ("base eager-bf16", "eager", "bf16", "teacher"),
+        ("base compile-bf16", "compile", "bf16", "teacher"),
+        ("tiny eager", "eager", "fp32", "student"),
+        ("tiny eager-bf16", "eager", "bf16", "student"),
+        ("tiny compile-bf16", "compile", "bf16", "student"),
     ]
+    assert [row.runs_as for row in plan.subjects[:3]] == ["eager", "eager-bf16", "compile-bf16"]
     assert plan.notes == []
 
 
@@ -123,12 +116,6 @@ def test_a_bundle_brings_its_engines_and_its_model_as_eager(tmp_path: Path) -> N
     assert [row.label for row in only.subjects] == ["bundle onnxruntime"]
 
 
-def test_a_bundle_without_the_engine_says_how_to_build_it(tmp_path: Path) -> None:
-    bundle = engine_models() / "bundle"
-    with pytest.raises(BundleError, match=r"has no openvino engine for unet .*sdkd build-engine .* --target openvino"):
-        make_plan([str(bundle)], wish(tmp_path, "openvino"))
-
-
 def test_a_bundle_whose_model_is_gone_is_compared_without_eager(tmp_path: Path) -> None:
     shutil.copytree(engine_models() / "bundle", tmp_path / "bundle")
     opened = Bundle.open(tmp_path / "bundle")
@@ -139,13 +126,17 @@ def test_a_bundle_whose_model_is_gone_is_compared_without_eager(tmp_path: Path) 
     assert plan.notes[0].startswith("bundle: no eager baseline (bundle ")
 
 
-def test_unknown_names_are_refused(models: Path, tmp_path: Path) -> None:
+def test_unknown_names_and_missing_engines_are_refused(models: Path, tmp_path: Path) -> None:
+    base, bundle = str(models / "base"), str(engine_models() / "bundle")
     with pytest.raises(InputError, match="target 'teapot' is unknown: choose one of onnxruntime"):
-        make_plan([str(models / "base")], wish(tmp_path, "teapot"))
-    with pytest.raises(InputError, match="precision 'int4' is unknown"):
-        check_targets(("eager-int4",))
+        make_plan([base], wish(tmp_path, "teapot"))
     with pytest.raises(ModelError, match=r"model '.*nothing' does not exist"):
         make_plan([str(models / "nothing")], wish(tmp_path, "eager"))
+    with pytest.raises(BundleError, match=r"has no openvino engine for unet .*sdkd build-engine .* --target openvino"):
+        make_plan([bundle], wish(tmp_path, "openvino"))
+    for target in ("eager-int4", "compile-int4"):
+        with pytest.raises(InputError, match="precision 'int4' is unknown"):
+            check_targets((target,))
 
 
 @pytest.mark.skipif(availability("tensorrt").can_run, reason="TensorRT runs here")
@@ -154,21 +145,21 @@ def test_a_target_that_was_asked_for_must_run_here() -> None:
         check_targets(("eager", "tensorrt"))
 
 
-def test_optimum_is_refused_where_it_cannot_be_imported_with_the_command_that_installs_it() -> None:
-    if optimum_problem() is None:
-        pytest.skip("Optimum is installed")
-    with pytest.raises(
-        EngineError,
-        match=r"target 'optimum' does not run here: optimum.onnxruntime cannot be imported \(.*pip install 'sdkd\[opt",
-    ):
-        check_targets(("eager", "optimum"))
-
-
-def test_optimum_takes_the_onnx_files_of_a_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_optimum_is_refused_where_it_cannot_be_imported_and_takes_the_onnx_files_of_a_bundle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if optimum_problem() is not None:
+        with pytest.raises(EngineError, match=r"target 'optimum' does not run here: optimum.onnxruntime cannot be "
+                           r"imported \(.*pip install 'sdkd\[opt"):  # fmt: skip
+            check_targets(("eager", "optimum"))
     monkeypatch.setattr(refusals, "optimum_problem", lambda: None)
     bundle = engine_models() / "bundle"
     row = make_plan([str(bundle)], wish(tmp_path, "eager", "optimum")).subjects[1]
     assert (row.label, row.target, row.precision, row.bundle) == ("bundle optimum", "optimum", "fp32", bundle)
     assert row.has_engines is False
-    files = sum(file.stat().st_size for file in bundle.glob("*/model.onnx*"))
-    assert size_on_disk(row) == files
+    assert size_on_disk(row) == sum(file.stat().st_size for file in bundle.glob("*/model.onnx*"))
+
+
+def test_engines_are_built_for_the_size_and_batch(tmp_path: Path) -> None:
+    assert str(_ranges(Wish(None, None, (64, 64), tmp_path, 3))) == "batch 3, height 64 px, width 64 px, 77 tokens"
+    assert _ranges(Wish(None, None, None, tmp_path, 4)) is None  # a bundle's usual ones; 5 is refused: the command line

@@ -1,8 +1,9 @@
-"""PSNR against literal values, and how identical images count."""
+"""PSNR and SSIM against literal values, how identical images count, and the rules on engine images."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from PIL import Image
 from sdkd.compare.measure.quality import (
     IDENTICAL_DB,
     ImageLikeness,
+    Likeness,
+    Verdict,
     difference_image,
     image_likeness,
+    judge_engine,
     likeness,
     pixels,
     ssim,
 )
+from sdkd.compare.measure.subjects import Subject
 from sdkd.errors import InputError
 
 
@@ -24,20 +29,14 @@ def grey(level: int, size: tuple[int, int] = (4, 4)) -> Image.Image:
     return Image.new("RGB", size, (level, level, level))
 
 
-def test_one_level_everywhere_is_48_db() -> None:
+def test_psnr_and_the_largest_difference_of_an_image() -> None:
     assert image_likeness(grey(100), grey(101)).psnr_db == pytest.approx(48.1308, abs=1e-4)
     assert image_likeness(grey(0), grey(255)).psnr_db == pytest.approx(0.0)
-
-
-def test_the_psnr_of_identical_images_is_none_as_in_json() -> None:
-    assert image_likeness(grey(7), grey(7)) == ImageLikeness(None, True, 0)
-
-
-def test_the_largest_difference_does_not_wrap_around_in_uint8() -> None:
+    assert image_likeness(grey(7), grey(7)) == ImageLikeness(None, True, 0)  # as in JSON: no infinity
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[0, 0, 0] = 250
-    assert image_likeness(Image.fromarray(pixels), grey(0)).max_abs == 250
-    assert image_likeness(grey(0), Image.fromarray(pixels)).max_abs == 250
+    for pair in ((Image.fromarray(pixels), grey(0)), (grey(0), Image.fromarray(pixels))):
+        assert image_likeness(*pair).max_abs == 250  # does not wrap around in uint8
 
 
 def test_a_likeness_has_the_mean_and_the_worst_image() -> None:
@@ -50,16 +49,12 @@ def test_a_likeness_has_the_mean_and_the_worst_image() -> None:
     assert likeness([grey(1)], [grey(1)], "eager").identical
 
 
-def test_images_of_different_sizes_are_refused() -> None:
+def test_images_that_do_not_pair_are_refused() -> None:
     with pytest.raises(InputError, match=r"images of \(4, 4\) and \(8, 4\) pixels cannot be compared"):
         image_likeness(grey(0), grey(0, (8, 4)))
-
-
-def test_as_many_images_as_references() -> None:
-    with pytest.raises(InputError, match="1 images against 2 references"):
-        likeness([grey(0)], [grey(0), grey(0)], "eager")
-    with pytest.raises(InputError, match="0 images against 0 references"):
-        likeness([], [], "eager")
+    for own, others in ((1, 2), (0, 0)):
+        with pytest.raises(InputError, match=f"{own} images against {others} references"):
+            likeness([grey(0)] * own, [grey(0)] * others, "eager")
 
 
 def noisy(seed: int, size: tuple[int, int] = (24, 30)) -> Image.Image:
@@ -112,3 +107,43 @@ def test_a_difference_that_is_shown_smaller_keeps_its_largest_pixels() -> None:
     assert small.shape == (3, 2, 3)
     assert small[2, 1].tolist() == [9, 0, 3]
     assert small.sum() == 12
+
+
+def engine(precision: str) -> Subject:
+    return Subject("tiny engine", "tiny", "openvino", precision, Path("bundle"))
+
+
+def at(*values: float | None) -> Likeness:
+    return Likeness("tiny eager", tuple(ImageLikeness(value, value is None, 0) for value in values))
+
+
+@pytest.mark.parametrize(
+    ("values", "ok", "found"),
+    [
+        ((40.0, 55.0), True, "worst image 40.0 dB"),
+        ((39.94, 90.0), False, "worst image 39.9 dB"),
+        ((None, None), True, "worst image identical"),
+        ((None, 41.0), True, "worst image 41.0 dB"),
+    ],
+)
+def test_every_fp32_image_is_at_least_40_db(values: tuple[float | None, ...], ok: bool, found: str) -> None:
+    verdict = judge_engine(engine("fp32"), at(*values), None)
+    assert verdict == Verdict(ok, "every image is at least 40 dB PSNR from eager fp32", found)
+
+
+@pytest.mark.parametrize(("mean", "ok"), [(35.0, True), (29.5, True), (28.9, False)])
+def test_a_half_engine_is_no_further_than_eager_half_within_one_db(mean: float, ok: bool) -> None:
+    verdict = judge_engine(engine("bf16"), at(mean - 2, mean + 2), at(30.0, 30.0))
+    assert verdict is not None
+    assert verdict.ok is ok
+    assert verdict.rule == "no further from eager fp32 than eager bf16 is, within 1 dB of mean PSNR"
+    assert verdict.found == f"{mean:.1f} dB, eager bf16 30.0 dB"
+
+
+def test_what_cannot_be_judged_is_not_called_right_and_eager_gets_no_verdict() -> None:
+    rule = "every image is at least 40 dB PSNR from eager fp32"
+    assert judge_engine(engine("fp32"), None, None) == Verdict(None, rule, "no eager images to compare with")
+    half = judge_engine(engine("fp16"), at(30.0), None)
+    assert half is not None
+    assert (half.ok, half.found) == (None, "no eager fp16 images to compare with")
+    assert judge_engine(Subject("tiny eager", "tiny"), None, None) is None

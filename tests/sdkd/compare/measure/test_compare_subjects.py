@@ -10,13 +10,12 @@ import torch
 from compare_models import engine_models
 from helpers import tiny_pipeline
 
-from sdkd.compare.measure.calls import Request, make_images
+from sdkd.compare.measure.calls import Request, make_images, native_side
 from sdkd.compare.measure.subjects import (
     Subject,
     check_subjects,
     count_parameters,
     has_random_weights,
-    native_side,
     open_subject,
     size_on_disk,
     weight_bytes,

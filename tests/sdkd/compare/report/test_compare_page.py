@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from planted_report import PROMPTS, planted_report
 
+from sdkd.compare.report.files import html_page
 from sdkd.compare.report.gallery import LARGEST_EMBEDDED_PX, gain_for, kinds, worst_images
-from sdkd.compare.report.page import html_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -85,17 +85,7 @@ def test_embedded_images_are_the_images(page: Page) -> None:
     report = planted_report()
     embedded = [str(image["src"]) for image in page.all("img")]
     assert len(embedded) == 36 + 2 * 3  # the worst engine image and the worst student image, each with two others
-    first = Image.open(io.BytesIO(base64.b64decode(embedded[0].split(",", 1)[1])))
-    assert first.tobytes() == report.images["teacher eager"][0].tobytes()
-
-
-def test_large_images_are_shown_smaller(source: str) -> None:
-    large = Page(html_page(planted_report(size=384, models=("teacher",))))
-    encoded = str(large.all("img")[0]["src"]).split(",", 1)[1]
-    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (LARGEST_EMBEDDED_PX,) * 2
-    galleries = [div["class"] for div in large.all("div") if div.get("id") == "gallery"]
-    assert galleries == ["gallery"]  # not enlarged with square pixels
-    assert 'class="gallery pixelated"' in source
+    assert (decoded(embedded[0]) == np.asarray(report.images["teacher eager"][0])).all()
 
 
 def differences(source: str) -> dict[str, dict[str, str]]:
@@ -114,8 +104,17 @@ def test_differences_are_those_of_the_full_images(source: str) -> None:
     assert (decoded(found["tiny-openvino-bf16-1"]["eager"]) == abs(own - other)).all()
     assert set(found["tiny-eager-0"]) == {"teacher"}  # its own reference, but a student
     assert "teacher-eager-0" not in found
-    large = differences(html_page(planted_report(size=384, models=("teacher",))))
-    assert decoded(large["teacher-openvino-bf16-0"]["eager"]).shape == (192, 192, 3)  # the largest of 2 x 2 pixels
+
+
+def test_large_images_are_shown_smaller(source: str) -> None:
+    page = html_page(planted_report(size=384, models=("teacher",)))
+    found = differences(page)["teacher-openvino-bf16-0"]["eager"]
+    assert decoded(found).shape == (192, 192, 3)  # the largest of 2 x 2 pixels
+    large = Page(page)
+    assert decoded(str(large.all("img")[0]["src"])).shape == (LARGEST_EMBEDDED_PX, LARGEST_EMBEDDED_PX, 3)
+    galleries = [div["class"] for div in large.all("div") if div.get("id") == "gallery"]
+    assert galleries == ["gallery"]  # not enlarged with square pixels
+    assert 'class="gallery pixelated"' in source
 
 
 def test_the_worst_image_of_each_kind_is_shown() -> None:
@@ -132,14 +131,6 @@ def test_the_worst_image_of_each_kind_is_shown() -> None:
     assert [found.title for found in worst_images(planted_report(models=("teacher",)))] == ["Furthest from own eager"]
 
 
-def test_limits_and_what_is_missing_are_explained() -> None:
-    report = dataclasses.replace(planted_report(), not_measured=("LPIPS: it needs the package torchvision",))
-    text = " ".join("".join(Page(html_page(report)).text).split())
-    assert "80.0 GFLOP/s, 12.0 GB/s (product of 1024 × 1024 matrices in float32;" in text
-    assert "Limit. FLOPs of one UNet call: a multiply-add counts as 2;" in text
-    assert "Not measured. LPIPS: it needs the package torchvision." in text
-
-
 def test_students_alone_are_held_against_their_teacher() -> None:
     report = planted_report()
     eager = dataclasses.replace(report, results=tuple(row for row in report.results if row.subject.is_eager))
@@ -151,14 +142,11 @@ def test_students_alone_are_held_against_their_teacher() -> None:
     assert not lone.all("input")  # nothing to switch to
 
 
-def test_choices_are_labelled_radio_buttons(page: Page) -> None:
+def test_controls_and_regions_have_names(page: Page) -> None:
     radios = [attributes for attributes in page.all("input") if attributes.get("type") == "radio"]
     assert {radio["name"] for radio in radios} == {"show-gallery", "against-gallery", "show-zoom", "against-zoom"}
     labels = [radio["aria-label"] for radio in radios if radio["name"] == "show-zoom"]
     assert labels == ["Image", "Reference", "Difference × 8", "Difference × 64"]
-
-
-def test_headings_of_the_table_are_buttons_and_regions_have_names(page: Page) -> None:
     columns = [attributes for attributes in page.all("th") if attributes.get("scope") == "col"]
     buttons = [attributes for attributes in page.all("button") if "data-name" in attributes]
     assert len(columns) == len(buttons) >= 12
@@ -170,24 +158,26 @@ def test_headings_of_the_table_are_buttons_and_regions_have_names(page: Page) ->
     assert page.all("html")[0]["lang"] == "en"
 
 
-def test_a_broken_rule_is_said_first_and_notes_are_shown() -> None:
-    report = dataclasses.replace(planted_report(wrong="tiny openvino"), notes=("tiny has random weights",))
-    text = " ".join("".join(Page(html_page(report)).text).split())
-    assert "1 of 12 subjects broke a rule." in text
-    assert text.index("broke a rule") < text.index("Time per UNet step")
-    assert "tiny has random weights." in text
-
-
-def test_text_from_outside_is_escaped() -> None:
-    report = planted_report(models=("teacher",))
-    prompts = ("<script>alert(1)</script>", *PROMPTS[1:])
-    hostile = dataclasses.replace(
-        report, setup=dataclasses.replace(report.setup, prompts=prompts), command="sdkd 'a\"<b>'"
-    )
-    source = html_page(hostile)
+def test_what_broke_is_said_first_and_what_is_missing_is_explained_in_escaped_text() -> None:
+    report = planted_report(wrong="teacher openvino", models=("teacher",))
+    setup = dataclasses.replace(report.setup, prompts=("<script>alert(1)</script>", *PROMPTS[1:]))
+    missing = ("LPIPS: it needs the package torchvision",)
+    said = {"command": "sdkd 'a\"<b>'", "notes": ("tiny has random weights",), "not_measured": missing}
+    source = html_page(dataclasses.replace(report, setup=setup, **said))
     assert "<script>alert(1)" not in source
     assert "&lt;script&gt;alert(1)" in source
     assert "<b>'</code>" not in source
+    text = " ".join("".join(Page(source).text).split())
+    assert text.index("1 of 4 subjects broke a rule.") < text.index("Time per UNet step")
+    for words in (
+        "tiny has random weights.",
+        "80.0 GFLOP/s, 12.0 GB/s (product of 1024 × 1024 matrices in float32;",
+        "Limit. FLOPs of one UNet call: a multiply-add counts as 2;",
+        "Not measured. LPIPS: it needs the package torchvision.",
+        "Attention, eager PyTorchSDPA, flash attention (CPU)",
+        "Scheduler, seedPNDMScheduler, 0",
+    ):
+        assert words in text
 
 
 # Reports what the page did, in the page itself, where --dump-dom shows it.
