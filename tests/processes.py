@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from sdkd.compare.measure.isolation import PRELOAD
+from sdkd.compare.measure.runner import PRELOAD
 from sdkd.core.child import inherited
 
 
