@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engines.pipelines.pipeline import load_pipeline, plug, unplug
-    from engines.pipelines.swap import swap_weights
+    from engines.pipelines.weights import swap_weights
     from engines.sessions.opening import open_session
 
 __all__ = ["load_pipeline", "open_session", "plug", "swap_weights", "unplug"]
 
-_HOMES = {"open_session": "engines.sessions.opening", "swap_weights": "engines.pipelines.swap"}
+_HOMES = {"open_session": "engines.sessions.opening", "swap_weights": "engines.pipelines.weights"}
 
 
 def __getattr__(name: str) -> Any:

@@ -31,8 +31,12 @@ def pytest_configure() -> None:
     shared_root()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch sees no CUDA device."""
+    """Mark tests that begin with `test_gpu_` as `gpu`; skip those marked so where torch sees no CUDA device."""
+    for item in items:
+        if item.name.startswith("test_gpu_"):
+            item.add_marker("gpu")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

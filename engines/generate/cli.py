@@ -119,9 +119,9 @@ def generate(
     kind = find_kind(model, int(pipe.unet.config.in_channels), inputs)
     inputs, lines = resized(with_defaults(inputs, kind, steps), height, width)
     unwanted = negative_prompt and typed_text(negative_prompt)
-    read = reading(pipe, [*texts, unwanted or ""], height, width)
-    request = Request(texts, unwanted, height, width, steps, guidance_scale, seed, len(files), kind, inputs, read.parts)
-    for line in (*lines, *read.lines) if state.is_main_process else ():
+    parts, long = reading(pipe, [*texts, unwanted or ""], height, width)
+    request = Request(texts, unwanted, height, width, steps, guidance_scale, seed, len(files), kind, inputs, parts)
+    for line in (*lines, *long) if state.is_main_process else ():
         show(line)
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
@@ -250,8 +250,7 @@ def choose_target(model: Model, target: str | None, *, control: bool = False) ->
         return "eager"
     if target is not None:
         return target
-    from engines.pipelines.parts import BASE_PARTS
-    from engines.pipelines.slots import best_slot
+    from engines.pipelines.parts import BASE_PARTS, best_slot
 
     return best_slot(source.bundle, (*BASE_PARTS, "controlnet") if control else BASE_PARTS)
 

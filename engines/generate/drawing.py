@@ -115,8 +115,7 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
         **request.inputs.arguments(request.kind, len(full)),
     ).images
     check_finite(images, which)
-    drawn: list[Image] = pipe.image_processor.numpy_to_pil(images[: len(indices)])
-    return drawn
+    return pipe.image_processor.numpy_to_pil(images[: len(indices)])
 
 
 def draw_all(

@@ -7,7 +7,6 @@ tokens, as compel and other front ends do. All prompts of a request get as many 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdkd.models.clip_tokenizer import token_limit
@@ -20,37 +19,29 @@ CLIP_TOKENS = 77
 _SHOWN = 40  # characters of a prompt in a message
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a request's prompts are read: in how many parts of `limit` tokens, and a line about each long one."""
-
-    parts: int
-    limit: int
-    lines: tuple[str, ...] = ()
-
-
 def limit_of(pipe: Any) -> int:
     """Tokens that the text encoder takes at once, start and end included."""
     positions = getattr(pipe.text_encoder.config, "max_position_embeddings", None) or CLIP_TOKENS  # Optimum has none
     return token_limit(pipe.tokenizer, positions)
 
 
-def reading(pipe: Any, texts: Sequence[str], height: int, width: int) -> Reading:
-    """How the prompts are read for images of this size (pixels)."""
-    limit = limit_of(pipe)
-    kept = list(dict.fromkeys(texts))
-    long = {text: ids for text, ids in zip(kept, token_ids(pipe, kept), strict=True) if len(ids) > limit - 2}
+def reading(pipe: Any, texts: Sequence[str], height: int, width: int) -> tuple[int, list[str]]:
+    """In how many parts prompts are read for images of this size (pixels), and a line about each long one."""
+    limit, long = limit_of(pipe), _long(pipe, texts)
     needed = max((-(-len(ids) // (limit - 2)) for ids in long.values()), default=1)
     parts = max((count for count in range(1, needed + 1) if count in _takes(pipe, limit, height, width)), default=1)
-    lines = tuple(_said(pipe, text, ids, parts, limit) for text, ids in long.items())
-    return Reading(parts, limit, lines)
+    return parts, [_said(pipe, text, ids, parts, limit) for text, ids in long.items()]
 
 
 def cut_lines(pipe: Any, texts: Sequence[str]) -> list[str]:
     """What diffusers' own calls leave out of prompts, a line for each that is too long."""
-    limit, kept = limit_of(pipe), list(dict.fromkeys(texts))
-    found = zip(kept, token_ids(pipe, kept), strict=True)
-    return [_said(pipe, text, ids, 1, limit) for text, ids in found if len(ids) > limit - 2]
+    return [_said(pipe, text, ids, 1, limit_of(pipe)) for text, ids in _long(pipe, texts).items()]
+
+
+def _long(pipe: Any, texts: Sequence[str]) -> dict[str, list[int]]:
+    """The texts, each once, that the text encoder does not take at once, and their tokens."""
+    kept, limit = list(dict.fromkeys(texts)), limit_of(pipe)
+    return {text: ids for text, ids in zip(kept, token_ids(pipe, kept), strict=True) if len(ids) > limit - 2}
 
 
 def _takes(pipe: Any, limit: int, height: int, width: int) -> Iterator[int]:
@@ -70,8 +61,7 @@ def token_ids(pipe: Any, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     words = [pipe.maybe_convert_prompt(text, pipe.tokenizer) for text in texts]  # of textual inversion
-    found: list[list[int]] = pipe.tokenizer(words, truncation=False, add_special_tokens=False, verbose=False).input_ids
-    return found
+    return pipe.tokenizer(words, truncation=False, add_special_tokens=False, verbose=False).input_ids
 
 
 def _said(pipe: Any, text: str, ids: Sequence[int], parts: int, limit: int) -> str:
@@ -96,8 +86,7 @@ def encode(pipe: Any, texts: Sequence[str], parts: int) -> torch.Tensor:
         rows += [[*row, *[tokenizer.pad_token_id] * (limit - len(row))] for row in full]
     with torch.no_grad():
         found = pipe.text_encoder(torch.tensor(rows, device=pipe.text_encoder.device))[0]  # [texts * parts, limit, w]
-    joined: torch.Tensor = found.reshape(len(texts), parts * limit, found.shape[-1])
-    return joined
+    return found.reshape(len(texts), parts * limit, found.shape[-1])
 
 
 def arguments(pipe: Any, prompts: list[str], negative: str | None, parts: int, guided: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from engines.modules.carried import eager_tensors
 from engines.sessions.base import Rebuild, Session
+from engines.sessions.ranges import sizes_of
 from engines.sessions.refusals import COPIES, EAGERLY, LAYERS, UNREACHABLE, UNSETTABLE, UnreachableError
 from engines.sessions.weights import EngineWeights, check_state
 from sdkd.core.numbers import check_number
@@ -31,20 +32,14 @@ log = logging.getLogger(__name__)
 
 
 def refuse(module: object, arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
-    """EngineError naming the first argument that is neither None nor empty, with the reason and the way out."""
+    """EngineError naming the first argument that is neither empty nor a mask of ones (compel's), with the way out."""
     for name, value in arguments.items():
         empty = value is None or value is False or (isinstance(value, Mapping | tuple | list) and not value)
-        if not empty:
+        ones = name.endswith("attention_mask") and isinstance(value, torch.Tensor) and bool((value == 1).all())
+        if not empty and not ones:
             raise EngineError(
                 f"{type(module).__name__} cannot take {name}: {reasons.get(name, FIXED)}. Leave it out, or {EAGERLY}"
             )
-
-
-def harmless(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without masks of ones, as compel gives them: they change nothing."""
-    masks = {name: value for name, value in arguments.items() if name.endswith("attention_mask")}
-    ones = [name for name, mask in masks.items() if isinstance(mask, torch.Tensor) and bool((mask == 1).all())]
-    return {**arguments, **dict.fromkeys(ones)}
 
 
 def adapter_scale(module: object, options: Mapping[str, Any] | None) -> float:
@@ -65,7 +60,8 @@ def run_split(session: Session, feeds: Mapping[str, torch.Tensor], limit: int | 
     batched = [spec.name for spec in session.contract.inputs if spec.axes[:1] == ("batch",)]
     if not batched:
         return _run_fixed(session, feeds)
-    built = largest_batch(session, feeds)
+    # Of all profiles when none holds the other sizes: the session says so.
+    built = session.profiles.largest_batch(sizes_of(session.contract, feeds)) or session.limits["batch"].max
     parts = -(-feeds[batched[0]].shape[0] // min(built, limit or built))
     if parts <= 1:
         return session.run(feeds)
@@ -92,16 +88,6 @@ def _run_fixed(session: Session, feeds: Mapping[str, torch.Tensor]) -> dict[str,
     return {name: torch.cat([result[name] for result in results])[:count] for name in results[0]}
 
 
-def largest_batch(session: Session, feeds: Mapping[str, torch.Tensor]) -> int:
-    """The largest batch among the profiles that hold the other sizes of `feeds`; of all profiles when none does."""
-    sizes = {
-        axis: feeds[spec.name].shape[position]
-        for spec in session.contract.inputs
-        for position, axis in spec.dynamic_axes.items()
-    }
-    return session.profiles.largest_batch(sizes) or session.limits["batch"].max
-
-
 def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors in the dtypes of the session's contract."""
     return {spec.name: tensors[spec.name].to(spec.torch_dtype) for spec in session.contract.inputs}
@@ -110,28 +96,35 @@ def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[st
 class EngineModule(torch.nn.Module):
     """A parameterless module with a device and a dtype that follow `.to()`, as pipelines expect.
 
-    `original` is the eager module that it stands for, kept for `unplug`, or None. With `falls_back` that module answers
-    where the engine cannot.
+    `session` is its first engine, whose weights can change. `original` is the eager module that it stands for, kept for
+    `unplug`, or None. With `falls_back` that module answers where the engine cannot.
     """
 
     place: torch.Tensor
-    session: Session
+    original: Any
+    stands_for: Any  # the class of the eager module
     falls_back = False
     # Set where there are adapters: a copy of the eager module, without weights, that holds them, and what gives a
     # module those that it holds. See engines.lora.adapters.
     adapters: Any = None
     bring_back: Callable[[torch.nn.Module], None] | None = None
 
-    def __init__(
-        self, config: Any, dtype: torch.dtype, device: torch.device, original: torch.nn.Module | None = None
-    ) -> None:
+    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
+                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
         torch.nn.Module.__init__(self)  # not the next class's: ControlNetModel would draw a whole network at random
+        self.session = session
         self.register_buffer("place", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self._internal_dict = config  # diffusers repairs old configs by replacing this attribute
+        self._internal_dict = self.full_config(config)  # diffusers repairs old configs by replacing this attribute
         object.__setattr__(self, "original", original)  # no submodule: `.to()` and hooks must not reach it
-        object.__setattr__(self, "_weights", None)
+        self.weights = EngineWeights(session)  # a forward pass begins with `weights.apply_pending()`
         self._announced: set[str] = set()
-        object.__setattr__(self, "_state", (None, {}))  # of the eager module: see _eager_state
+        self._eager: tuple[Any, dict[str, torch.Tensor]] = (None, {})  # see _eager_state
+
+    def full_config(self, config: Mapping[str, Any]) -> Any:
+        """A config of `stands_for`, with its defaults of today where an older config.json has no value."""
+        parameters = inspect.signature(self.stands_for.__init__).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+        return FrozenDict(defaults | dict(config))
 
     @property
     def config(self) -> Any:
@@ -149,7 +142,7 @@ class EngineModule(torch.nn.Module):
         return self.place.device
 
     def sessions(self) -> Iterable[Session]:
-        """The opened engines of this module: one, where it says no other."""
+        """The opened engines of this module."""
         return (self.session,)
 
     def follow(self, before: object, rebuild: Rebuild | None, falls_back: bool = False) -> None:
@@ -159,40 +152,19 @@ class EngineModule(torch.nn.Module):
         """
         engine = before if isinstance(before, EngineModule) else None
         self.falls_back = falls_back or (engine is not None and engine.falls_back)
-        earlier = next(iter(engine.sessions())).rebuild if engine is not None else None
+        earlier = engine.session.rebuild if engine is not None else None
         for session in self.sessions():
             session.rebuild = rebuild or earlier
-        if engine is not None and engine._weights is not None and engine._weights.checkpoint:
-            check_state(self.weights.session, engine._weights.checkpoint)
-            self.weights.use(engine._weights.checkpoint)
-
-    @property
-    def weights(self) -> EngineWeights:
-        """The weights of this module's first engine, which can be changed; a forward pass begins with
-        `apply_pending_weights()`.
-        """
-        if self._weights is None:
-            object.__setattr__(self, "_weights", EngineWeights(next(iter(self.sessions()))))
-        found: EngineWeights = self._weights
-        return found
-
-    def scale_adapters(self, options: Mapping[str, Any] | None) -> None:
-        """Take the factor of adapters from `cross_attention_kwargs`, for this call."""
-        factor = adapter_scale(self, options)
-        if self._weights is not None:
-            self._weights.scale(factor)
-
-    def apply_pending_weights(self) -> None:
-        """Give the engine the weights that were set since the last run."""
-        if self._weights is not None:
-            self._weights.apply_pending()
+        if engine is not None and engine.weights.checkpoint:
+            check_state(self.session, engine.weights.checkpoint)
+            self.weights.use(engine.weights.checkpoint)
 
     def fall_back(self, error: EngineError, arguments: Mapping[str, Any], method: str = "forward") -> Any:
         """The eager module's answer to what the engine cannot do, announced once; `error` itself where not asked for.
 
         The engine's other weights and adapters count for it, too. Its dtype and device follow the pipeline's.
         """
-        eager: Any = self.__dict__["original"]
+        eager = self.original
         if not self.falls_back or eager is None:
             raise error
         if str(error) not in self._announced:
@@ -208,14 +180,11 @@ class EngineModule(torch.nn.Module):
 
     def _eager_state(self) -> dict[str, torch.Tensor]:
         """The engine's other weights for the eager module, made once for each change of them, device and dtype."""
-        if self._weights is None:
-            return {}
-        key = (self._weights.version, self.device, self.dtype)
-        if key != self._state[0]:
-            made = {name: tensor.to(self.device, self.dtype) for name, tensor in self._weights.changed().items()}
-            object.__setattr__(self, "_state", (key, made))
-        state: dict[str, torch.Tensor] = self._state[1]
-        return state
+        key = (self.weights.version, self.device, self.dtype)
+        if key != self._eager[0]:
+            changed = self.weights.changed()
+            self._eager = key, {name: tensor.to(self.device, self.dtype) for name, tensor in changed.items()}
+        return self._eager[1]
 
     def close(self) -> None:
         """Release the engines; calling the module afterwards is an EngineError."""
@@ -226,15 +195,13 @@ class EngineModule(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            raise self._unreachable(name) from None
+            reason = UNREACHABLE.get(name, LAYERS)
+            raise UnreachableError(f"{type(self).__name__} has no {name!r}: {reason}; {EAGERLY}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in UNSETTABLE:
             raise EngineError(f"{type(self).__name__} {UNSETTABLE[name]}, or {EAGERLY}")
         super().__setattr__(name, value)
-
-    def _unreachable(self, name: str) -> UnreachableError:
-        return UnreachableError(f"{type(self).__name__} has no {name!r}: {UNREACHABLE.get(name, LAYERS)}; {EAGERLY}")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """EngineError: an engine takes other weights in another way."""
@@ -250,8 +217,8 @@ class EngineModule(torch.nn.Module):
 
     def check_kept(self) -> None:
         """EngineError unless an eager module is kept that can be saved in this one's place."""
-        name, place = type(self).__name__, str(next(iter(self.sessions())).checked.bundle.path)
-        if self.__dict__["original"] is None:
+        name, place = type(self).__name__, str(self.session.checked.bundle.path)
+        if self.original is None:
             raise EngineError(
                 f"{name} cannot be saved: its weights live in the engine of bundle {place!r}, and no eager module is "
                 f"kept. Load that bundle again with engines.load_pipeline, or plug it with keep_eager=True"
@@ -266,39 +233,30 @@ class EngineModule(torch.nn.Module):
     def as_eager(self) -> Iterator[Any]:
         """The kept eager module as `restore` gives it, until the block ends: then it has its own weights again."""
         self.check_kept()
-        own = eager_tensors(self.__dict__["original"])
-        swapped = self._weights.checkpoint if self._weights is not None else {}
-        kept = {name: own[name].detach().clone() for name in swapped}
+        own = eager_tensors(self.original)
+        kept = {name: own[name].detach().clone() for name in self.weights.checkpoint}
         try:
             yield self.restore()
         finally:
-            fill(self.__dict__["original"], kept)
+            fill(self.original, kept)
 
-    def restore(self) -> torch.nn.Module | None:
+    def restore(self) -> Any:
         """The kept eager module as the pipeline is now: its device and dtype, swapped weights, adapters."""
-        eager: Any = self.__dict__["original"]
+        eager = self.original
         if eager is None:
             return None
         if (eager.device, eager.dtype) != (self.device, self.dtype):  # the pipeline was moved while plugged
             eager.to(self.device, self.dtype)
-        if self._weights is not None:
-            fill(eager, self._weights.checkpoint)
+        fill(eager, self.weights.checkpoint)
         if self.bring_back is not None:
             self.bring_back(eager)
-        restored: torch.nn.Module = eager
-        return restored
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        self._refuse_copies()
+        return eager
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self._refuse_copies()
-
-    def _refuse_copies(self) -> NoReturn:
-        place = str(next(iter(self.sessions())).checked.bundle.path)
         raise EngineError(
-            f"{type(self).__name__} {COPIES}: make another with engines.load_pipeline({place!r}) or engines.plug, or "
-            "share the engines: StableDiffusionImg2ImgPipeline.from_pipe(pipe)"
+            f"{type(self).__name__} {COPIES}: make another with engines.load_pipeline("
+            f"{str(self.session.checked.bundle.path)!r}) or engines.plug, or share the engines: "
+            "StableDiffusionImg2ImgPipeline.from_pipe(pipe)"
         )
 
 
@@ -331,10 +289,3 @@ def own_adapters_off(eager: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in on:
             layer._disable_adapters = False
-
-
-def full_config(model: Any, config: Mapping[str, Any]) -> FrozenDict:
-    """A diffusers config with the defaults of the model's class where an older config.json has no value."""
-    parameters = inspect.signature(model.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    return FrozenDict(defaults | dict(config))

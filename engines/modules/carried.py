@@ -1,23 +1,23 @@
 """What the eager modules of a pipeline carry beyond what a bundle holds: asked before an engine stands in for them.
 
-An engine computes what was exported, and takes adapters over (`engines.lora.carried`). Patched forward passes,
+An engine computes what was exported, and takes adapters over (`engines.lora.layers`). Patched forward passes,
 other attention, more tokens, other weights would be gone without a word: they are refused here, by name.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord
 from sdkd.bundle.onnx_index import StoredWeight, stored_weights_of
-from sdkd.core.contract import STATE_PREFIXES
+from sdkd.core.contract import STATE_PREFIXES, torch_dtype
 from sdkd.errors import InputError, ModelError
-
-if TYPE_CHECKING:
-    import torch
 
 CheckWeights = Literal["sample", "all", "none"]
 RUN = 64  # numbers that are compared at the beginning, in the middle and at the end of a weight
@@ -82,8 +82,6 @@ def eager_tensors(module: Any) -> dict[str, torch.Tensor]:
 
 def of_module(module: Any) -> Given:
     """The weights of an eager module."""
-    import torch
-
     tensors = {_plain(name): tensor.detach() for name, tensor in eager_tensors(module).items()}
 
     def read(name: str, stored: StoredWeight, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -153,8 +151,6 @@ def _differences(given: Given, stored: Mapping[str, StoredWeight], precision: st
 
 
 def _spans(shape: Sequence[int], how: CheckWeights) -> list[tuple[int, int]]:
-    import math
-
     count = math.prod(shape)
     if how == "all" or count <= WHOLE:
         return [(0, count)]
@@ -169,10 +165,6 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor, precision: str) -> bool:
 
     What adding and taking away an adapter leaves behind in that dtype is rounding, too.
     """
-    import torch
-
-    from sdkd.core.contract import torch_dtype
-
     kinds = (ours.dtype, theirs.dtype, torch_dtype(precision))
     coarse = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     one, other = (tensor.to(coarse).double() for tensor in (ours, theirs))

@@ -12,38 +12,23 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from engines.modules.base import (
-    FIXED,
-    EngineModule,
-    adapter_scale,
-    cast_feeds,
-    full_config,
-    harmless,
-    refuse,
-    run_split,
-)
+from engines.modules.base import FIXED, EngineModule, adapter_scale, cast_feeds, refuse, run_split
 from engines.sessions.base import Session
-from engines.sessions.checks import verify_once
 from sdkd.core.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, split_axis
 from sdkd.errors import EngineError, RangeError
 
 MASKS = f"{FIXED}: Stable Diffusion attends to all tokens, so only a mask of ones can be given"
-# Why an argument of the eager module has no counterpart in an engine.
-UNET_REFUSALS = {
-    "class_labels": FIXED,
+# Why an argument of the eager module has no counterpart in an engine, where it is not simply FIXED.
+REFUSALS = {
     "timestep_cond": f"{FIXED}: guidance-embedded (LCM-distilled) UNets are not exported",
     "attention_mask": MASKS,
     "encoder_attention_mask": MASKS,
     "added_cond_kwargs": f"{FIXED}: IP-Adapter and SDXL conditions are not exported",
     "down_intrablock_additional_residuals": f"{FIXED}: T2I-Adapter residuals are not exported",
+    **dict.fromkeys((DOWN_RESIDUAL, MID_RESIDUAL), f"{FIXED}: export the model with --controlnet for residual inputs"),
 }
-UNET_ALONE = ("encoder_attention_mask", "down_intrablock_additional_residuals")
-CONTROLNET_REFUSALS = {name: why for name, why in UNET_REFUSALS.items() if name not in UNET_ALONE}
-NO_RESIDUALS = f"{FIXED}: export the model with --controlnet for residual inputs"
 TEXT_REFUSALS = {
     "attention_mask": "the engine has CLIP's causal mask built in, so only a mask of ones can be given",
-    "position_ids": FIXED,
-    "inputs_embeds": FIXED,
     "output_attentions": "the engine returns the last hidden state and the pooled output only",
     "output_hidden_states": "the engine returns the last hidden state only; for clip_skip export with --hidden-states",
 }
@@ -52,10 +37,7 @@ TEXT_REFUSALS = {
 class EngineUNet(EngineModule):
     """Stands for UNet2DConditionModel; `session` is an engine of component `unet`."""
 
-    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
-                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
-        super().__init__(full_config(UNet2DConditionModel, config), dtype, device, original)
-        self.session = session
+    stands_for = UNet2DConditionModel
 
     @property
     def in_channels(self) -> int:
@@ -67,26 +49,22 @@ class EngineUNet(EngineModule):
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        *,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
         down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
         mid_block_additional_residual: torch.Tensor | None = None,
-        down_intrablock_additional_residuals: tuple[torch.Tensor, ...] | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        **others: Any,
+    ) -> Any:
         """Predict from latents `[batch, in_channels, height, width]`, one timestep and text `[batch, tokens, width]`.
 
-        Returns `[batch, out_channels, height, width]` in the latents' dtype. EngineError for an argument that the
-        engine has no input for; RangeError outside the built sizes.
+        Returns a UNet2DConditionOutput, or a tuple, of `[batch, out_channels, height, width]` in the latents' dtype.
+        EngineError for an argument that the engine has no input for; RangeError outside the built sizes.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
-        refuse(self, {name: harmless(given)[name] for name in UNET_REFUSALS}, UNET_REFUSALS)
-        self.scale_adapters(cross_attention_kwargs)
-        self.apply_pending_weights()
+        given = {name: value for name, value in locals().items() if name not in ("self", "others")} | others
+        refuse(self, others, REFUSALS)
+        self.weights.scale(adapter_scale(self, cross_attention_kwargs))
+        self.weights.apply_pending()
         tensors = {
             "sample": sample,
             "timestep": _one_timestep(timestep, sample),
@@ -96,8 +74,7 @@ class EngineUNet(EngineModule):
         try:
             result = run_split(self.session, cast_feeds(self.session, tensors))["out_sample"].to(sample.dtype)
         except RangeError as error:
-            found: UNet2DConditionOutput | tuple[torch.Tensor] = self.fall_back(error, given)
-            return found
+            return self.fall_back(error, given)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
 
     def _residuals(
@@ -109,11 +86,7 @@ class EngineUNet(EngineModule):
             return {spec.name: self._zeros(spec, sample) for spec in wanted}
         given = [*(down or ()), *(() if middle is None else (middle,))]
         if not wanted:
-            refuse(
-                self,
-                {DOWN_RESIDUAL: down, MID_RESIDUAL: middle},
-                dict.fromkeys((DOWN_RESIDUAL, MID_RESIDUAL), NO_RESIDUALS),
-            )
+            refuse(self, {DOWN_RESIDUAL: down, MID_RESIDUAL: middle}, REFUSALS)
         if len(given) != len(wanted):
             raise EngineError(
                 f"EngineUNet takes {len(wanted)} residuals, one per skip connection and the middle's, not "
@@ -148,10 +121,7 @@ def _scalar(value: float, beside: torch.Tensor) -> torch.Tensor:
 class EngineControlNet(EngineModule, ControlNetModel):
     """Stands for ControlNetModel, which it also is by class: diffusers' pipelines ask for that before they call it."""
 
-    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
-                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
-        EngineModule.__init__(self, full_config(ControlNetModel, config), dtype, device, original)
-        self.session = session
+    stands_for = ControlNetModel
 
     def forward(
         self,
@@ -160,21 +130,19 @@ class EngineControlNet(EngineModule, ControlNetModel):
         encoder_hidden_states: torch.Tensor,
         controlnet_cond: torch.Tensor,
         conditioning_scale: float = 1.0,
-        class_labels: torch.Tensor | None = None,
-        timestep_cond: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        *,
         cross_attention_kwargs: dict[str, Any] | None = None,
         guess_mode: bool = False,
         return_dict: bool = True,
-    ) -> ControlNetOutput | tuple[list[torch.Tensor], torch.Tensor]:
-        """Residuals for a UNet from its own inputs and an image `[batch, 3, 8 height, 8 width]` in [0, 1].
+        **others: Any,
+    ) -> Any:
+        """Residuals for a UNet (ControlNetOutput) from its own inputs and an image `[batch, 3, 8 height, 8 width]`.
 
-        `guess_mode` lets them grow from 0.1 to 1 with depth, as diffusers does. EngineError for an argument that the
-        engine has no input for; RangeError outside the built sizes.
+        The image is in [0, 1]; `guess_mode` lets them grow from 0.1 to 1 with depth, as diffusers does. EngineError for
+        an argument that the engine has no input for; RangeError outside the built sizes.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
-        refuse(self, {name: harmless(given)[name] for name in CONTROLNET_REFUSALS}, CONTROLNET_REFUSALS)
+        given = {name: value for name, value in locals().items() if name not in ("self", "others")} | others
+        refuse(self, others, REFUSALS)
         adapter_scale(self, cross_attention_kwargs)
         tensors = {
             "sample": sample,
@@ -186,8 +154,7 @@ class EngineControlNet(EngineModule, ControlNetModel):
         try:
             found = run_split(self.session, cast_feeds(self.session, tensors))
         except RangeError as error:
-            answer: ControlNetOutput | tuple[list[torch.Tensor], torch.Tensor] = self.fall_back(error, given)
-            return answer
+            return self.fall_back(error, given)
         every = [found[spec.name].to(sample.dtype) for spec in self.session.contract.outputs]
         if guess_mode:
             scales = torch.logspace(-1, 0, len(every), device=sample.device)
@@ -215,37 +182,35 @@ for _name in dir(ControlNetModel):
 class EngineTextEncoder(EngineModule):
     """Stands for transformers' CLIPTextModel; `session` is an engine of component `text_encoder`."""
 
-    def __init__(self, session: Session, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device,
-                 original: torch.nn.Module | None = None) -> None:  # fmt: skip
-        super().__init__(CLIPTextConfig.from_dict(dict(config)), dtype, device, original)
-        self.session = session
-        object.__setattr__(self, "_norm", None)  # no submodule: an engine module has no parameters
+    _norm: torch.nn.Module | None = None
+
+    def full_config(self, config: Mapping[str, Any]) -> CLIPTextConfig:
+        """As transformers reads it."""
+        return CLIPTextConfig.from_dict(dict(config))
 
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
+        *,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple[torch.Tensor, ...]:
+        **others: Any,
+    ) -> Any:
         """Token ids `[batch, tokens]` to `last_hidden_state [batch, tokens, width]` and `pooler_output [batch, width]`.
 
-        Both in this module's dtype. EngineError for an argument that the engine has no input or output for.
+        A BaseModelOutputWithPooling, or a tuple, in this module's dtype. EngineError for an argument that the engine
+        has no input or output for.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
-        asked = dict(given)
+        given = {name: value for name, value in locals().items() if name not in ("self", "others")} | others
         layers = [spec.name for spec in self.session.contract.outputs[2:]]
-        given["output_hidden_states"] = output_hidden_states and not layers
-        refuse(self, {name: harmless(given)[name] for name in TEXT_REFUSALS}, TEXT_REFUSALS)
-        self.apply_pending_weights()
+        hidden_states = output_hidden_states and not layers
+        refuse(self, {**others, "attention_mask": attention_mask, "output_hidden_states": hidden_states}, TEXT_REFUSALS)
+        self.weights.apply_pending()
         try:
             found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
         except RangeError as error:
-            answer: BaseModelOutputWithPooling | tuple[torch.Tensor, ...] = self.fall_back(error, asked)
-            return answer
+            return self.fall_back(error, given)
         results = [found[spec.name].to(self.dtype) for spec in self.session.contract.outputs[:2]]
         hidden = tuple(found[name].to(self.dtype) for name in layers) if output_hidden_states else None
         if return_dict is False:
@@ -255,10 +220,10 @@ class EngineTextEncoder(EngineModule):
     @property
     def text_model(self) -> torch.nn.Module:
         """Where StableDiffusionPipeline looks for `final_layer_norm` when clip_skip asks for an earlier layer."""
-        if self._norm is None:
+        if self._norm is None:  # no submodule: an engine module has no parameters
             object.__setattr__(self, "_norm", _final_norm(self.session, self.config).to(self.device, self.dtype))
         holder = torch.nn.Module()
-        holder.final_layer_norm = self._norm
+        holder.final_layer_norm = self.__dict__["_norm"]
         return holder
 
 
@@ -267,11 +232,7 @@ def _final_norm(session: Session, config: Any) -> torch.nn.LayerNorm:
     import onnx
     from onnx import numpy_helper
 
-    bundle = session.checked.bundle
-    record = bundle.component("text_encoder")
-    verify_once(bundle, record)
-    file = bundle.path / record.files[0].path
-    found = {}
+    file, found = session.checked.graph, {}
     for tensor in onnx.load(file).graph.initializer:
         if "final_layer_norm." in tensor.name:
             found[tensor.name.rpartition(".")[2]] = torch.tensor(numpy_helper.to_array(tensor).tolist())

@@ -12,7 +12,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-from engines.modules.base import EngineModule, cast_feeds, full_config, run_split
+from engines.modules.base import EngineModule, cast_feeds, run_split
 from engines.modules.tiles import OVERLAP, fitting_tile, in_tiles
 from engines.sessions.base import Rebuild, Session
 from sdkd.core.contract import is_tiny_vae, vae_scale
@@ -33,10 +33,8 @@ class EngineVAE(EngineModule):
     def __init__(self, decoder: Session, encoder: Session | None, config: Mapping[str, Any], dtype: torch.dtype,
                  device: torch.device, original: torch.nn.Module | None = None) -> None:  # fmt: skip
         self.is_tiny = is_tiny_vae(config)
-        super().__init__(
-            full_config(AutoencoderTiny if self.is_tiny else AutoencoderKL, config), dtype, device, original
-        )
-        self.decoder_session = decoder
+        self.stands_for = AutoencoderTiny if self.is_tiny else AutoencoderKL
+        super().__init__(decoder, config, dtype, device, original)
         self.encoder_session = encoder
         self.use_slicing = False
         self.use_tiling = False
@@ -48,38 +46,30 @@ class EngineVAE(EngineModule):
 
     def sessions(self) -> Iterable[Session]:
         """The decoder's engine, and the encoder's when there is one."""
-        return (self.decoder_session,) if self.encoder_session is None else (self.decoder_session, self.encoder_session)
+        return (self.session,) if self.encoder_session is None else (self.session, self.encoder_session)
 
-    def decode(
-        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> DecoderOutput | tuple[torch.Tensor]:
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
         """Unscaled latents `[batch, channels, height, width]` to images in [-1, 1]; the generator is unused."""
         try:
-            image = self._run(self.decoder_session, z, self.tile_latent_min_size, Fraction(self.scale))
+            image = self._run(self.session, z, self.tile_latent_min_size, Fraction(self.scale))
         except RangeError as error:
             asked = {"z": z, "return_dict": return_dict} | ({} if self.is_tiny else {"generator": generator})
-            answer: DecoderOutput | tuple[torch.Tensor] = self._eagerly(error, asked, "decode")
-            return answer
+            return self._eagerly(error, asked, "decode")
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | AutoencoderTinyOutput | tuple[Any]:
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         """Images in [-1, 1] to the distribution of their unscaled latents, of a tiny autoencoder the latents.
 
         EngineError without an encoder engine.
         """
-        answer: AutoencoderKLOutput | AutoencoderTinyOutput | tuple[Any]
         asked = {"x": x, "return_dict": return_dict}
         if self.encoder_session is None:
-            answer = self._eagerly(EngineError(NO_ENCODER), asked, "encode")
-            return answer
+            return self._eagerly(EngineError(NO_ENCODER), asked, "encode")
         tile = self.tile_sample_min_size // self.scale * self.scale
         try:
             found = self._run(self.encoder_session, x, tile, Fraction(1, self.scale))
         except RangeError as error:
-            answer = self._eagerly(error, asked, "encode")
-            return answer
+            return self._eagerly(error, asked, "encode")
         if self.is_tiny:
             return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
         latents = DiagonalGaussianDistribution(found)
@@ -104,7 +94,7 @@ class EngineVAE(EngineModule):
 
     def _eagerly(self, error: EngineError, asked: Mapping[str, Any], method: str) -> Any:
         if self.falls_back:
-            switch(self, self.__dict__["original"])
+            switch(self, self.original)
         return self.fall_back(error, asked, method)
 
     def follow(self, before: object, rebuild: Rebuild | None, falls_back: bool = False) -> None:
@@ -112,7 +102,7 @@ class EngineVAE(EngineModule):
         super().follow(before, rebuild, falls_back)
         switch(before, self)
 
-    def restore(self) -> torch.nn.Module | None:
+    def restore(self) -> Any:
         """As every engine module; slicing and tiling stay on, too."""
         eager = super().restore()
         switch(self, eager)

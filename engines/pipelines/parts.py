@@ -1,24 +1,28 @@
-"""The parts of a pipeline that engines can stand for, and whether a bundle's fit a pipeline's."""
+"""The parts of a pipeline that engines can stand for, which slot has engines of them, and whether they fit."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
-from sdkd.errors import InputError, ModelError
+from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
 from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, module_config
+from sdkd.targets.registry import availability, check_target, environment
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One module of a pipeline: the engines it needs, those it can use, and what must agree with the eager module."""
+    """One module of a pipeline: the engine it needs, one it can use, and what must agree with the eager module."""
 
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
+    engine: str
     agree: tuple[str, ...]
+    optional: str = ""
 
 
 # What the weights of a UNet or ControlNet do not show, and changes what they compute.
@@ -27,30 +31,23 @@ _BLOCKS = (
     *("flip_sin_to_cos", "freq_shift", "resnet_time_scale_shift"),
 )
 PARTS: dict[str, Part] = {
-    "unet": Part(
-        ("unet",), (), ("in_channels", "out_channels", "cross_attention_dim", *_BLOCKS, "center_input_sample")
-    ),
-    "vae": Part(("vae_decoder",), ("vae_encoder",), ("latent_channels", "scaling_factor", "act_fn", "norm_num_groups")),
+    "unet": Part("unet", ("in_channels", "out_channels", "cross_attention_dim", *_BLOCKS, "center_input_sample")),
+    "vae": Part("vae_decoder", ("latent_channels", "scaling_factor", "act_fn", "norm_num_groups"), "vae_encoder"),
     "text_encoder": Part(
-        ("text_encoder",),
-        (),
+        "text_encoder",
         ("hidden_size", "vocab_size", "max_position_embeddings", "num_attention_heads", "hidden_act", "layer_norm_eps"),
     ),
-    "controlnet": Part(("controlnet",), (), ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
+    "controlnet": Part("controlnet", ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
 }
 BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
+ORDER = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")  # of targets, the fastest first
 
 
 def engine_names(bundle: Bundle, slot: str, parts: Sequence[str]) -> list[str]:
-    """The components whose engines a slot has for these parts: the required ones, and the optional ones there are."""
-    return [
-        name
-        for part in parts
-        for name in (
-            *PARTS[part].required,
-            *(name for name in PARTS[part].optional if f"{slot}/{name}" in bundle.manifest.engines),
-        )
-    ]
+    """The components whose engines a slot has for these parts: the needed ones, and the optional ones there are."""
+    names = ((PARTS[part].engine, PARTS[part].optional) for part in parts)
+    built = bundle.manifest.engines
+    return [name for need, more in names for name in (need, more) if name == need or f"{slot}/{name}" in built]
 
 
 def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
@@ -60,7 +57,7 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
     for part in parts:
         theirs = module_config(getattr(pipe, part))
         check_config(part, theirs)
-        ours = bundle.config(PARTS[part].required[0])
+        ours = bundle.config(PARTS[part].engine)
         values = {key: (ours.get(key), theirs.get(key)) for key in PARTS[part].agree}
         if part == "vae":
             values = {"pixels per latent": (vae_scale(ours), vae_scale(theirs))} | values
@@ -135,3 +132,37 @@ def part_names(components: Sequence[str] | str | None, usual: Sequence[str]) -> 
     if not names:
         raise InputError(f"components is empty: choose from {', '.join(PARTS)}, or leave it out for all that there are")
     return tuple(dict.fromkeys(names))
+
+
+def best_slot(bundle: Bundle, parts: Sequence[str] = BASE_PARTS) -> str:
+    """The fastest slot whose engines are complete, fresh and run here; EngineError lists why each one is not."""
+    slots = sorted(
+        bundle.slots(), key=lambda slot: (ORDER.index(check_target(slot).name), slot != check_target(slot).name)
+    )
+    refused: dict[str, str] = {}
+    for slot in slots:
+        reason = why_not(bundle, slot, parts)
+        if reason is None:
+            for other, text in refused.items():
+                log.warning("engine %s was passed over for %s: %s", other, slot, text)
+            return slot
+        refused[slot] = reason
+    found = "; ".join(f"{slot}: {reason}" for slot, reason in refused.items()) or "it has none"
+    runnable = next((name for name in ORDER if (here := availability(name)).can_run and here.can_build), "onnxruntime")
+    raise EngineError(
+        f"no engine of {str(bundle.path)!r} runs here ({found}). Build one with: {bundle.build_command(runnable)}"
+    )
+
+
+def why_not(bundle: Bundle, slot: str, parts: Sequence[str]) -> str | None:
+    """Why a slot's engines cannot run here, in words with the repair, or None when they can. Files are not read."""
+    here = availability(check_target(slot).name)
+    if not here.can_run:
+        return f"{here.reason} ({here.fix})"
+    try:
+        for part in parts:
+            record = bundle.engine(slot, PARTS[part].engine)
+            bundle.check_fresh(record, environment(record.target))
+    except (BundleError, StaleEngineError, MissingExtraError) as error:
+        return str(error)
+    return None

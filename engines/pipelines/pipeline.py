@@ -7,9 +7,15 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from engines.lora import methods
+import diffusers
+import torch
+from transformers import CLIPTokenizer
+
+from engines.lora.adapters import extend_lora
+from engines.lora.layers import carry_over, check_adapters
+from engines.modules.base import EngineModule
 from engines.modules.carried import (
     CheckWeights,
     check_attention,
@@ -19,29 +25,25 @@ from engines.modules.carried import (
     of_graph,
     of_module,
 )
-from engines.pipelines.parts import BASE_PARTS, PARTS, check_agreement, chosen_parts, engine_names
-from engines.pipelines.slots import best_slot
+from engines.modules.components import EngineControlNet, EngineTextEncoder, EngineUNet
+from engines.modules.vae import EngineVAE
+from engines.pipelines.parts import BASE_PARTS, PARTS, best_slot, check_agreement, chosen_parts, engine_names
+from engines.pipelines.weights import guard_saving
+from engines.sessions.base import Rebuild, Session
+from engines.sessions.low_memory import StagedEngines, check_memory
+from engines.sessions.opening import as_bundle, expected_device, on_gpu, open_session
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BundleError, EngineError
 from sdkd.models.exportable import check_layers, check_patches
 from sdkd.models.families import check_exported
 from sdkd.targets.registry import check_target
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    from engines.modules.base import EngineModule
-    from engines.sessions.base import Rebuild, Session
-
-    Opener = Callable[[str], Session]
-
+Opener = Callable[[str], Session]
 Pipe = TypeVar("Pipe")
 log = logging.getLogger(__name__)
 
 # Pipelines that are loaded as such from a bundle; any other is loaded as text-to-image.
 PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "InstructPix2Pix"))
-CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
 
 
 def plug(
@@ -71,10 +73,8 @@ def plug(
     and for what an eager module carries besides (`engines.modules.carried`), EngineError when memory is short or an
     eager module to keep is gone, and what `engines.open_session` raises.
     """
-    from engines.sessions.opening import on_gpu
-
     check_how(check_weights)
-    opened, pipeline = _open(bundle), cast(Any, pipe)
+    opened, pipeline = as_bundle(bundle), cast(Any, pipe)
     parts = chosen_parts(components, pipe, opened)
     slot = target or best_slot(opened, parts)
     _check_carried(pipeline, opened, slot, parts, check_weights)
@@ -82,17 +82,22 @@ def plug(
         _check_kept(pipeline, parts)
     with on_gpu(getattr(pipeline, parts[0]).device):
         open_one = _opener(opened, slot, parts, low_memory)
-        with _all_or_none() as modules:
+        modules: dict[str, EngineModule] = {}
+        with contextlib.ExitStack() as on_failure:
             for name in parts:
                 before = getattr(pipeline, name)
-                kept = _eager(before) if keep_eager or eager_fallback or _is_engine(before) else None
-                modules[name] = build_module(opened, slot, name, before.dtype, before.device, kept, open_one)
-                modules[name].follow(before, rebuild, eager_fallback)
-                methods.carry_over(name, before, modules[name])
+                kept = _eager(before) if keep_eager or eager_fallback or isinstance(before, EngineModule) else None
+                module = build_module(opened, slot, name, before.dtype, before.device, kept, open_one)
+                on_failure.callback(module.close)
+                module.follow(before, rebuild, eager_fallback)
+                carry_over(name, before, module)
+                modules[name] = module
             _check_devices(pipeline, modules)
+            on_failure.pop_all()
     for name, module in modules.items():
         setattr(pipeline, name, module)
-    _install()
+    guard_saving()
+    extend_lora()
     return pipe
 
 
@@ -100,24 +105,21 @@ def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], h
     """ModelError when a part of the pipeline computes what the bundle's engine would not."""
     if "text_encoder" in parts:
         check_tokens(pipe, bundle)
-    for part in parts:
-        eager = _eager(getattr(pipe, part))
+    kept = {part: _eager(getattr(pipe, part)) for part in parts}
+    for part, eager in kept.items():
         if eager is not None:
             check_exported(part, type(eager), f"this {type(pipe).__name__}")
-            methods.check(part, getattr(pipe, part))
+            check_adapters(part, getattr(pipe, part))
             check_patches(part, eager)
             check_attention(part, eager)
             check_layers(part, eager)
     check_agreement(pipe, bundle, parts)
-    if how == "none":
-        return
     unknown = []
-    for part in parts:
-        module = getattr(pipe, part)
-        eager = _eager(module)
+    for part, eager in kept.items() if how != "none" else ():
         for component in engine_names(bundle, slot, (part,)):
-            given = of_module(eager) if eager is not None else of_graph(_bundle_of(module), component)
-            unknown += [] if check_weights_of(part, given, bundle, component, how) else [component]
+            earlier = of_graph(getattr(pipe, part).session.checked.bundle, component) if eager is None else None
+            if not check_weights_of(part, earlier or of_module(eager), bundle, component, how):
+                unknown.append(component)
     if unknown:
         log.warning("weights were not compared: bundle %s does not hold %s by name", bundle.path, ", ".join(unknown))
 
@@ -143,35 +145,11 @@ def _check_kept(pipe: Any, parts: Sequence[str]) -> None:
             )
 
 
-@contextlib.contextmanager
-def _all_or_none() -> Iterator[dict[str, EngineModule]]:
-    """Modules by name, to be filled; those that are there are closed when the next one cannot be opened."""
-    modules: dict[str, EngineModule] = {}
-    try:
-        yield modules
-    except BaseException:
-        for module in modules.values():
-            module.close()
-        raise
-
-
 def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -> Opener:
     """How the engines of these parts are opened: at once, or in turn; after a look at the memory that is free."""
-    from engines.pipelines.memory import check_memory
-    from engines.sessions.low_memory import StagedEngines
-    from engines.sessions.opening import expected_device, open_session
-
     place = expected_device(check_target(slot).name).type
     check_memory(bundle, slot, engine_names(bundle, slot, parts), place, low_memory)
     return StagedEngines(bundle, slot).session if low_memory else functools.partial(open_session, bundle, slot)
-
-
-def _install() -> None:
-    """What a pipeline does in another way on engines: LoRA, and saving."""
-    from engines.pipelines.saving import guard_saving
-
-    guard_saving()
-    methods.install()
 
 
 def unplug(pipe: Pipe) -> Pipe:
@@ -180,8 +158,6 @@ def unplug(pipe: Pipe) -> Pipe:
     They come back as the pipeline is now: on its device, in its dtype, with a VAE's slicing and tiling, with its
     adapters, and with the weights that were swapped in, which are written into them.
     """
-    from engines.modules.base import EngineModule
-
     pipeline: Any = pipe
     plugged = {name: getattr(pipeline, name, None) for name in PARTS}
     engines = {name: module for name, module in plugged.items() if isinstance(module, EngineModule)}
@@ -205,35 +181,38 @@ def load_pipeline(
     controlnet: bool = True,
     rebuild: Rebuild | None = None,
     low_memory: bool = False,
-) -> StableDiffusionPipeline:
+) -> diffusers.StableDiffusionPipeline:
     """A Stable Diffusion pipeline from a bundle's tokenizer, scheduler, configs and engines: no eager weights are read.
 
     `target`, `rebuild` and `low_memory` as in `plug`. `torch_dtype` (float32) is what latents and schedulers compute
     in; engines keep their own precision. With a ControlNet in the bundle the pipeline is
     StableDiffusionControlNetPipeline, unless `controlnet` is False: then its UNet runs without residuals. Raises
-    EngineError when memory is short, and when no engine of the bundle runs
-    here, and says why of each.
+    EngineError when memory is short, and when no engine of the bundle runs here, and says why of each.
     """
-    import torch
-
-    opened = _open(bundle)
+    opened = as_bundle(bundle)
     slot = target or best_slot(opened)
-    index = opened.json("model_index.json")
+    kind = opened.json("model_index.json").get("_class_name")
     controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
-    pipeline_class = _pipeline_class(index, controlled)
+    pipeline_class = getattr(diffusers, kind if kind in PIPELINES else PIPELINES[0])
+    if controlled:
+        pipeline_class = diffusers.StableDiffusionControlNetPipeline
     others = {"tokenizer": _tokenizer(opened), "scheduler": bundle_scheduler(opened)}
     dtype, device = torch_dtype or torch.float32, torch.device("cpu")
     names = (*BASE_PARTS, "controlnet") if controlled else BASE_PARTS
     open_one = _opener(opened, slot, names, low_memory)
-    with _all_or_none() as modules:
+    modules: dict[str, EngineModule] = {}
+    with contextlib.ExitStack() as on_failure:
         for name in names:
             modules[name] = build_module(opened, slot, name, dtype, device, None, open_one)
-        pipe: StableDiffusionPipeline = pipeline_class(
+            on_failure.callback(modules[name].close)
+        pipe: diffusers.StableDiffusionPipeline = pipeline_class(
             **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
+        on_failure.pop_all()
     for module in modules.values():
         module.follow(None, rebuild)
-    _install()
+    guard_saving()
+    extend_lora()
     return pipe
 
 
@@ -250,73 +229,33 @@ def build_module(
 
     `open_one`: gives a component's session, `open_session` by default.
     """
-    from engines.modules.components import EngineControlNet, EngineTextEncoder, EngineUNet
-    from engines.modules.vae import EngineVAE
-    from engines.sessions.opening import open_session
-
     wanted = engine_names(bundle, slot, (part,))
     open_one = open_one or functools.partial(open_session, bundle, slot)
-    sessions: dict[str, Session] = {}
-    try:
-        for name in wanted:
-            sessions[name] = open_one(name)
-    except BaseException:
-        for session in sessions.values():
-            session.close()
-        raise
+    with contextlib.ExitStack() as on_failure:
+        sessions = {name: on_failure.enter_context(open_one(name)) for name in wanted}
+        on_failure.pop_all()
     first = sessions[wanted[0]]
     place = first.device if first.device.type != "cpu" else device
     common = (bundle.config(wanted[0]), dtype, place, original)
     if part == "vae":
         return EngineVAE(first, sessions.get("vae_encoder"), *common)
     kinds = {"unet": EngineUNet, "text_encoder": EngineTextEncoder, "controlnet": EngineControlNet}
-    module: EngineModule = kinds[part](first, *common)
-    return module
+    return kinds[part](first, *common)
 
 
-def _open(bundle: Bundle | str | Path) -> Bundle:
-    return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-
-
-def _is_engine(module: object) -> bool:
-    from engines.modules.base import EngineModule
-
-    return isinstance(module, EngineModule)
-
-
-def _bundle_of(module: EngineModule) -> Bundle:
-    return next(iter(module.sessions())).checked.bundle
-
-
-def _eager(module: Any) -> torch.nn.Module | None:
+def _eager(module: Any) -> Any:
     """The eager module behind an engine module, or the module itself."""
-    from engines.modules.base import EngineModule
-
-    original: Any = module.__dict__["original"] if isinstance(module, EngineModule) else module
-    found: torch.nn.Module | None = getattr(original, "_orig_mod", original)  # of torch.compile
-    return found
-
-
-def _pipeline_class(index: Mapping[str, Any], controlled: bool) -> Callable[..., Any]:
-    import diffusers
-
-    name = index.get("_class_name")
-    plain = name if name in PIPELINES else PIPELINES[0]
-    found: Callable[..., Any] = getattr(diffusers, CONTROLNET_PIPELINE if controlled else plain)
-    return found
+    original = module.original if isinstance(module, EngineModule) else module
+    return getattr(original, "_orig_mod", original)  # of torch.compile
 
 
 def _tokenizer(bundle: Bundle) -> Any:
-    from transformers import CLIPTokenizer
-
     with _as_bundle_error(bundle, "tokenizer"):
         return CLIPTokenizer.from_pretrained(bundle.path / "tokenizer", local_files_only=True)
 
 
 def bundle_scheduler(bundle: Bundle) -> Any:
     """The scheduler that a bundle was exported with; BundleError when it is unknown or damaged."""
-    import diffusers
-
     found = bundle.json("model_index.json").get("scheduler")
     name = found[1] if isinstance(found, list) and len(found) == 2 else None
     if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):

@@ -6,14 +6,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from engines.sessions.checks import Checked, check_engine, verify_once
+from engines.sessions.checks import Checked, check_engine
 from engines.sessions.out_of_memory import OOM_ON_LOAD_HINT, OOM_ON_RUN_HINT, raises_out_of_memory
-from engines.sessions.ranges import check_sizes, output_sizes
+from engines.sessions.ranges import check_sizes, output_sizes, sizes_of
 from engines.sessions.refusals import COPIES
 from sdkd.bundle.manifest import Bundle, EngineRecord
 from sdkd.bundle.onnx_weights import state_arrays, stored_weights
@@ -60,9 +59,7 @@ class Session(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -127,18 +124,13 @@ class EngineSession(Session):
             raise EngineError(f"{self.checked.label} is closed: open it again with engines.open_session")
 
     def _sizes(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Size of each dynamic axis, after names, dtypes, ranks and fixed axes were found right."""
+        """`sizes_of`, after names, dtypes, ranks and fixed axes were found right."""
         wanted = [spec.name for spec in self.contract.inputs]
         if set(feeds) != set(wanted):
             raise EngineError(f"{self.checked.label} takes {', '.join(wanted)}, not {', '.join(feeds) or 'nothing'}")
-        sizes: dict[str, int] = {}
         for spec in self.contract.inputs:
             self._check_tensor(spec, feeds[spec.name])
-            for position, axis in spec.dynamic_axes.items():
-                size = feeds[spec.name].shape[position]
-                if sizes.setdefault(axis, size) != size:
-                    raise EngineError(f"input {spec.name!r} has {axis} {size}, another input has {sizes[axis]}")
-        return sizes
+        return sizes_of(self.contract, feeds)
 
     def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
         if tensor.dtype != spec.torch_dtype:
@@ -162,9 +154,7 @@ class EngineSession(Session):
         cannot change its weights.
         """
         self._check_open()
-        component = self.checked.bundle.component(self.checked.record.component)
-        verify_once(self.checked.bundle, component)
-        file = self.checked.bundle.path / component.files[0].path
+        file = self.checked.graph
         stored = stored_weights(file, state_arrays(weights))
         words = f"{self.checked.label}, given other weights,"
         with self._lock, raises_out_of_memory(words, OOM_ON_LOAD_HINT, on_gpu=self.device.type == "cuda"):

@@ -6,12 +6,12 @@ libraries answer such a file with None or a crash.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from engines.sessions.profiles import Profiles
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
 from sdkd.core.contract import Contract, axis_ranges, latent_multiple
 from sdkd.core.profiles import Range
@@ -19,6 +19,31 @@ from sdkd.errors import BundleError, EngineError
 from sdkd.targets.registry import check_target, environment, gpu, require
 
 T = TypeVar("T")
+TEXT = "sequence"  # the work goes by images or latents, though text may have more elements
+
+
+class Profiles(tuple[Mapping[str, Range], ...]):
+    """Ranges of each dynamic axis (in the contract's units), profile by profile in the engine's order."""
+
+    __slots__ = ()
+
+    def pick(self, sizes: Mapping[str, int]) -> int | None:
+        """The profile that holds all sizes and has the smallest largest images; None when none holds them."""
+        fitting = [index for index in range(len(self)) if self._holds(index, sizes)]
+        return min(fitting, key=self._volume, default=None)
+
+    def largest_batch(self, sizes: Mapping[str, int]) -> int | None:
+        """The largest batch of the profiles that hold these other sizes; None when none does."""
+        others = {axis: size for axis, size in sizes.items() if axis != "batch"}
+        return max((self[index]["batch"].max for index in range(len(self)) if self._holds(index, others)), default=None)
+
+    def _holds(self, index: int, sizes: Mapping[str, int]) -> bool:
+        return all(size in self[index][axis] for axis, size in sizes.items())
+
+    def _volume(self, index: int) -> int:
+        ranges = self[index]
+        axes = [axis for axis in ranges if axis != TEXT] if any("height" in axis for axis in ranges) else list(ranges)
+        return math.prod(ranges[axis].max for axis in axes)
 
 
 @dataclass(frozen=True)
@@ -37,6 +62,13 @@ class Checked:
     def path(self) -> Path:
         """The file to open; the record's flags say how."""
         return self.bundle.path / self.record.files[0].path
+
+    @property
+    def graph(self) -> Path:
+        """The exported graph that the engine was built from, its files verified once."""
+        component = self.bundle.component(self.record.component)
+        verify_once(self.bundle, component)
+        return self.bundle.path / component.files[0].path
 
     @property
     def label(self) -> str:

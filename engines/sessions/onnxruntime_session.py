@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engines.sessions.base import EngineSession
-from engines.sessions.checks import Checked, check_names, verify_once
+from engines.sessions.checks import Checked, check_names
 from sdkd.bundle.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole
 from sdkd.errors import EngineError
 from sdkd.targets.ort_attention import FUSED, fuse_attention
@@ -18,8 +18,6 @@ from sdkd.targets.ort_cuda import CPU, CUDA, cuda_problem, open_session, runs_on
 
 if TYPE_CHECKING:
     import numpy as np
-
-__all__ = ["CPU", "CUDA", "ELEMENT", "OnnxRuntimeSession", "providers"]
 
 # onnx.TensorProto.DataType of the contract's dtypes: stable numbers of the ONNX format.
 ELEMENT = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
@@ -115,8 +113,4 @@ class OnnxRuntimeSession(EngineSession):
 def _graph(checked: Checked, provider: str) -> Path:
     """The engine's file where it was optimised for this provider, else the exported graph."""
     built_for = CUDA if checked.record.flags.get("provider") == "cuda" else CPU
-    if provider == built_for:
-        return checked.path
-    component = checked.bundle.component(checked.record.component)
-    verify_once(checked.bundle, component)
-    return checked.bundle.path / component.files[0].path
+    return checked.path if provider == built_for else checked.graph

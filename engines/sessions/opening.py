@@ -27,7 +27,8 @@ OPENERS = {
 def expected_device(target: str) -> torch.device:
     """Where a target's sessions keep their tensors here; the CPU, too, where the GPU that they need is missing."""
     if target == "onnxruntime":
-        from engines.sessions.onnxruntime_session import CUDA, providers
+        from engines.sessions.onnxruntime_session import providers
+        from sdkd.targets.ort_cuda import CUDA
 
         on_gpu = providers()[0] == CUDA
     else:
@@ -48,8 +49,12 @@ def open_session(bundle: Bundle | str | Path, slot: str, component: str, **optio
     Raises what `check_engine` raises, and EngineError when the target's library refuses the engine after all:
     OutOfMemoryError for want of memory, after what torch keeps in store was given back.
     """
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    return of_newest(opened, slot, component, lambda current: _open(current, slot, component, **options))
+    return of_newest(as_bundle(bundle), slot, component, lambda current: _open(current, slot, component, **options))
+
+
+def as_bundle(bundle: Bundle | str | Path) -> Bundle:
+    """A bundle, opened where it is given as a folder."""
+    return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
 
 
 def _open(opened: Bundle, slot: str, component: str, **options: Any) -> EngineSession:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from sdkd.core.contract import Contract, guidance_copies, size_multiple, split_axis
 from sdkd.core.profiles import Range, ShapeRanges
-from sdkd.errors import RangeError
+from sdkd.errors import EngineError, RangeError
 
 if TYPE_CHECKING:
+    import torch
+
     from engines.sessions.checks import Checked
     from sdkd.bundle.manifest import Bundle, EngineRecord
 
@@ -74,6 +76,17 @@ def _check_image(checked: Checked, sizes: Mapping[str, int]) -> None:
             f"{asked[wrong[0]]} is not a multiple of {multiple} pixels, as this model needs: resize it, to "
             f"{near[0]}x{near[1]} px for one"
         )
+
+
+def sizes_of(contract: Contract, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Size of each dynamic axis of the inputs; EngineError when two inputs differ in one."""
+    sizes: dict[str, int] = {}
+    for spec in contract.inputs:
+        for position, axis in spec.dynamic_axes.items():
+            size = feeds[spec.name].shape[position]
+            if sizes.setdefault(axis, size) != size:
+                raise EngineError(f"input {spec.name!r} has {axis} {size}, another input has {sizes[axis]}")
+    return sizes
 
 
 def output_sizes(contract: Contract, sizes: Mapping[str, int], scale: int) -> dict[str, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,23 +94,16 @@ class EngineWeights:
         exported = [name for name in wanted.deltas if name not in wanted.checkpoint]
         base: dict[str, Any] = {name: wanted.checkpoint[name] for name in wanted.deltas if name in wanted.checkpoint}
         if exported:
-            found = read_weights(graph_file(self.session), exported)
+            found = read_weights(self.session.checked.graph, exported)
             base |= {name: torch.tensor(array, dtype=torch.float32) for name, array in found.items()}
         return dict(wanted.checkpoint) | {
             name: base[name].float() + wanted.scale * delta() for name, delta in wanted.deltas.items()
         }
 
 
-def graph_file(session: Session) -> Path:
-    """The exported graph that a session's engine was built from."""
-    bundle = session.checked.bundle
-    return bundle.path / bundle.component(session.checked.record.component).files[0].path
-
-
 def check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:
     """ModelError unless these are the weights, by name, that a session's graph has."""
-    file = graph_file(session)
-    names = set(read_json(file.parent / TRANSFORMS_FILE, dict[str, str]))
+    names = set(read_json(session.checked.graph.with_name(TRANSFORMS_FILE), dict[str, str]))
     missing, unknown = sorted(names - set(state)), sorted(set(state) - names)
     if missing or unknown:
         raise ModelError(

@@ -1,7 +1,8 @@
 """TensorRT and TensorRT-RTX sessions: torch pointers bound directly, on torch's stream, with torch's memory.
 
 One code path for TensorRT 10, 11 and TensorRT-RTX: features are found with hasattr, never by version. Every value that
-the library returns is checked, and the tensor named.
+the library returns is checked, and the tensor named. Polygraphy's TrtRunner is no substitute: its inputs and outputs
+are on a stream of its own, each call waits for the device, and it has neither CUDA graphs nor refit.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from engines.sessions.trt.cuda_graphs import (
     own_stream,
     synchronize,
 )
-from engines.sessions.trt.opening import captures_by_itself, deserialize, open_context
-from engines.sessions.trt.refit import HalfRefitError, refit
+from engines.sessions.trt.opening import HalfRefitError, captures_by_itself, deserialize, open_context, refit
 from engines.sessions.trt.runtime_cache import RuntimeCache
 from sdkd.bundle.onnx_weights import exported_weights
 from sdkd.errors import EngineError
@@ -75,7 +75,7 @@ class TensorRTSession(EngineSession):
 
     def _open_engine(self, checked: Checked) -> None:
         """Deserialize, and make the context of plain runs; what was open stays when that fails."""
-        engine = deserialize(self._trt, self._log, checked, self._rebuild, self._failed)
+        engine = deserialize(self._trt, self._log, checked, self._rebuild)
         self._check_io(engine)
         if engine.num_optimization_profiles != len(self.profiles):
             raise EngineError(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
-from lora_drawing import agree, differ, draw
+from drawn import agree, differ, draw
 from safetensors.torch import save_file
 from small_exports import small_pipeline
 
@@ -184,22 +184,20 @@ def test_a_module_put_in_by_hand_takes_the_adapters_that_are_loaded_then(engine_
 
 def test_the_scale_of_one_call(engine_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]) -> None:
     pipe = load_pipeline(engine_bundle, "onnxruntime")
-    pipe.load_lora_weights(style.file, adapter_name="style")
     swaps: list[int] = []
     for session in (pipe.unet.session, pipe.text_encoder.session):
         original = session.swap
         session.swap = lambda weights, swap=original: (swaps.append(len(weights)), swap(weights))[1]
+    pipe.load_lora_weights(style.file, adapter_name="style")
+    for scale in (0.5, -1.0, 1.0):  # weights change once, however often adapters do
+        pipe.set_adapters("style", scale)
 
     def scaled(scale: float) -> np.ndarray:
-        images: np.ndarray = pipe(
-            "a cat", num_inference_steps=2, guidance_scale=4.0, output_type="np",
-            generator=torch.Generator().manual_seed(0), cross_attention_kwargs={"scale": scale},
-        ).images  # fmt: skip
-        return images
+        return draw(pipe, cross_attention_kwargs={"scale": scale})
 
     agree(scaled(0.3), drawn(0.3))
     agree(scaled(0.3), drawn(0.3))
-    assert len(swaps) == 2  # once for each engine, not for each step or image
+    assert sorted(swaps) == [len(TEXT), len(UNET)]  # once for each engine, not for each step or image
     agree(scaled(0.0), drawn(0.0))
     agree(draw(pipe), drawn(1.0))  # the scale is that of the call
     plain, full = (style.on(small_pipeline(), scale).encode_prompt("a cat", "cpu", 1, False)[0] for scale in (0, 1))
@@ -253,11 +251,11 @@ def test_the_eager_fallback_counts_the_adapters_once(engine_bundle: Path, style:
     pipe.load_lora_weights(_peft(style), adapter_name="style")
     plug(pipe, engine_bundle, "onnxruntime", eager_fallback=True)
     pipe.set_adapters("style", 0.2)
-    agree(draw(pipe, 48), draw(style.on(small_pipeline(), 0.2), 48))
+    agree(draw(pipe, height=48, width=48), draw(style.on(small_pipeline(), 0.2), height=48, width=48))
     with pytest.raises(EngineError, match="cannot be saved with adapters on it"):
         pipe.unet.save_pretrained("nowhere")
     pipe.unload_lora_weights()
-    agree(draw(pipe, 48), draw(small_pipeline(), 48))
+    agree(draw(pipe, height=48, width=48), draw(small_pipeline(), height=48, width=48))
 
 
 def test_a_fused_adapter_is_refused_before_an_engine_opens(engine_bundle: Path, style: ByHand) -> None:
@@ -304,10 +302,13 @@ def test_a_load_prints_nothing_that_misleads(
     assert pipe.get_list_adapters() == {"unet": ["a", "b"]}
 
 
-def test_engines_with_adapters_go_with_their_pipeline(engine_bundle: Path, style: ByHand) -> None:
-    pipe = load_pipeline(engine_bundle, "onnxruntime")
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_engines_with_adapters_go_with_their_pipeline(engine_bundle: Path, style: ByHand, low_memory: bool) -> None:
+    pipe = load_pipeline(engine_bundle, "onnxruntime", low_memory=low_memory)
     pipe.load_lora_weights(style.file)
+    draw(pipe)
     kept = [weakref.ref(pipe.unet), weakref.ref(pipe.text_encoder.session)]
+    gc.collect()
     gc.disable()
     try:
         del pipe

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload_with_hook
 from diffusers import StableDiffusionPipeline
 from engine_bundles import unet_feeds
 
-from engines.modules.base import full_config, run_split
+from engines.modules.base import run_split
 from engines.modules.components import EngineTextEncoder, EngineUNet
 from engines.modules.vae import EngineVAE
 from engines.pipelines.pipeline import build_module
 from sdkd.bundle.manifest import Bundle
-from sdkd.errors import EngineError, InputError, RangeError
+from sdkd.errors import EngineError, InputError
 
 CPU = torch.device("cpu")
 
@@ -51,12 +50,10 @@ def arguments(batch: int = 2, size: int = 16) -> tuple[torch.Tensor, ...]:
 # UNet
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 9])
-def test_unet_equals_eager_whatever_the_batch(unet: EngineUNet, eager: StableDiffusionPipeline, batch: int) -> None:
-    inputs = arguments(batch)
-    result = unet(*inputs)
-    assert result.sample.shape == (batch, 4, 16, 16)
-    assert torch.allclose(result.sample, eager.unet(*inputs).sample, atol=1e-4)
+def test_unet_equals_eager_whatever_the_batch(unet: EngineUNet, eager: StableDiffusionPipeline) -> None:
+    for batch in (1, 2, 3, 4, 5, 9):
+        inputs = arguments(batch)
+        torch.testing.assert_close(unet(*inputs).sample, eager.unet(*inputs).sample, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("timestep", [7, 7.5, torch.tensor(7), torch.tensor([7.5]), torch.tensor([7, 7])])
@@ -64,10 +61,6 @@ def test_unet_takes_every_form_of_timestep(unet: EngineUNet, eager: StableDiffus
     sample, _, text = arguments()
     expected = eager.unet(sample, timestep, text, return_dict=False)[0]
     assert torch.allclose(unet(sample, timestep, text, return_dict=False)[0], expected, atol=1e-4)
-
-
-def test_unet_refuses_different_timesteps(unet: EngineUNet) -> None:
-    sample, _, text = arguments()
     with pytest.raises(EngineError, match=r"one timestep for the whole batch, not \[1, 2\]"):
         unet(sample, torch.tensor([1, 2]), text)
 
@@ -98,14 +91,10 @@ def test_unet_refuses_what_the_graph_has_no_input_for(unet: EngineUNet, name: st
         unet(*arguments(), **{name: value})
 
 
-def test_unet_accepts_empty_arguments(unet: EngineUNet) -> None:
-    empty = {"cross_attention_kwargs": {}, "added_cond_kwargs": None, "timestep_cond": None}
-    assert torch.equal(unet(*arguments(), **empty).sample, unet(*arguments()).sample)
-
-
 def test_unet_accepts_what_changes_nothing(unet: EngineUNet) -> None:
     ones = {"encoder_attention_mask": torch.ones(2, 77, dtype=torch.bool), "attention_mask": torch.ones(2, 256)}
-    harmless = {"cross_attention_kwargs": {"scale": 0.5}, **ones}  # no adapter is there to be scaled
+    empty = {"added_cond_kwargs": None, "timestep_cond": None}
+    harmless = {"cross_attention_kwargs": {"scale": 0.5}, **ones, **empty}  # no adapter is there to be scaled
     assert torch.equal(unet(*arguments(), **harmless).sample, unet(*arguments()).sample)
     with pytest.raises(
         EngineError, match=r"EngineUNet cannot take cross_attention_kwargs\['gligen'\]: .*no such input"
@@ -113,11 +102,6 @@ def test_unet_accepts_what_changes_nothing(unet: EngineUNet) -> None:
         unet(*arguments(), cross_attention_kwargs={"scale": 1.0, "gligen": {"objs": 1}})
     with pytest.raises(InputError, match=r"cross_attention_kwargs\['scale'\] nan is not finite"):
         unet(*arguments(), cross_attention_kwargs={"scale": float("nan")})
-
-
-def test_unet_outside_the_range(unet: EngineUNet) -> None:
-    with pytest.raises(RangeError, match=r"height 128 px, width 128 px.*--size 32\.\.128 --batch 1\.\.2"):
-        unet(*arguments(2, 64))
 
 
 def test_unet_shows_its_config(unet: EngineUNet, eager: StableDiffusionPipeline) -> None:
@@ -129,11 +113,8 @@ def test_unet_shows_its_config(unet: EngineUNet, eager: StableDiffusionPipeline)
         for key, value in eager.unet.config.items()
         if not key.startswith("_")
     }
-
-
-def test_old_configs_get_the_defaults_of_today(eager: StableDiffusionPipeline) -> None:
-    config = full_config(type(eager.unet), {"in_channels": 9})
-    assert (config.in_channels, config.time_cond_proj_dim, config.sample_size) == (9, None, None)
+    old = unet.full_config({"in_channels": 9})  # gets the defaults of today
+    assert (old.in_channels, old.time_cond_proj_dim, old.sample_size) == (9, None, None)
 
 
 # Device, dtype, offloading
@@ -146,25 +127,6 @@ def test_device_and_dtype_follow_to(bundle: Bundle) -> None:
     assert module.to("cpu", torch.bfloat16).dtype == torch.bfloat16
     assert list(module.parameters()) == []
     assert module.state_dict() == {}
-
-
-def test_offloading_is_refused_with_a_reason(unet: EngineUNet) -> None:
-    with pytest.raises(EngineError, match=r"EngineUNet cannot be offloaded: its weights live inside the engine"):
-        cpu_offload_with_hook(unet, "cpu")
-    assert unet(*arguments(1)).sample.shape == (1, 4, 16, 16)
-
-
-def test_layers_are_out_of_reach(unet: EngineUNet) -> None:
-    assert not hasattr(unet, "peft_config")
-    with pytest.raises(AttributeError, match=r"EngineUNet has no 'enable_freeu'.*engines.unplug\(pipe\)"):
-        unet.enable_freeu(1, 1, 1, 1)
-
-
-def test_closed_modules_say_so(bundle: Bundle) -> None:
-    module = build_module(bundle, "openvino", "unet", torch.float32, CPU)
-    module.close()
-    with pytest.raises(EngineError, match=r"is closed"):
-        module(*arguments())
 
 
 # Splitting
@@ -200,13 +162,8 @@ def test_vae_decodes_and_encodes_as_eager_does(vae: EngineVAE, eager: StableDiff
     draws = [d.sample(torch.Generator().manual_seed(1)) for d in (vae.encode(image, return_dict=False)[0], expected)]
     assert torch.allclose(*draws, atol=1e-3)
     assert vae.config.scaling_factor == eager.vae.config.scaling_factor
-
-
-def test_vae_slices(vae: EngineVAE) -> None:
-    latents = torch.randn(2, 4, 16, 16)
-    whole = vae.decode(latents).sample
     vae.enable_slicing()
-    assert torch.allclose(vae.decode(latents).sample, whole, atol=1e-5)
+    assert torch.allclose(vae.decode(latents).sample, image, atol=1e-5)
     vae.disable_slicing()
 
 

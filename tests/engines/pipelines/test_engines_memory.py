@@ -11,23 +11,16 @@ import pytest
 import small_exports
 import torch
 from diffusers import StableDiffusionPipeline
+from drawn import differ, draw
 
-import engines.pipelines.memory as memory
+import engines.sessions.low_memory as memory
 from engines import load_pipeline, plug, swap_weights
-from engines.pipelines.memory import check_memory, needed
-from engines.sessions.low_memory import StagedSession
+from engines.sessions.low_memory import StagedSession, check_memory, needed
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import run_memory
 from sdkd.errors import EngineError
 
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-
-
-def draw(pipe: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    images: np.ndarray = pipe("a red star", num_inference_steps=2, generator=generator, output_type="np")[0]
-    return images
 
 
 def opened(pipe: Any) -> set[str]:
@@ -45,9 +38,7 @@ def test_engines_take_turns_and_draw_the_same_images(engine_bundle: Path, target
         seen.append(opened(pipe))
         return tensors
 
-    pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "output_type": "np", "callback_on_step_end": look}
-    found = pipe("a red star", generator=torch.Generator().manual_seed(3), **options)[0]
+    found = draw(pipe, callback_on_step_end=look)
     assert seen == [{"unet"}, {"unet"}]
     assert opened(pipe) == {"vae_decoder"}
     assert np.array_equal(found, draw(load_pipeline(engine_bundle, target)))
@@ -60,7 +51,7 @@ def test_weights_outlive_a_stage(engine_bundle: Path) -> None:
     for one in (pipe, whole):
         swap_weights(one, state)
     changed = draw(pipe)
-    assert np.abs(changed - plain).max() > 0.01
+    differ(changed, plain)
     assert np.array_equal(changed, draw(whole))
     assert np.array_equal(draw(pipe), changed)  # the UNet was closed in between
     swap_weights(pipe, None)

@@ -120,7 +120,6 @@ def test_the_expected_device_is_that_of_the_session(monkeypatch: pytest.MonkeyPa
         assert expected_device("onnxruntime").type == device
 
 
-@pytest.mark.gpu
 def test_gpu_engine_is_built_for_cuda_and_opened_as_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if CUDA not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")

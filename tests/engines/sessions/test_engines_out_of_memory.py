@@ -16,7 +16,7 @@ from engines import load_pipeline, plug
 from engines.sessions.base import EngineSession
 from engines.sessions.onnxruntime_session import OnnxRuntimeSession
 from engines.sessions.opening import open_session
-from engines.sessions.out_of_memory import is_out_of_memory, once_more, raises_out_of_memory
+from engines.sessions.out_of_memory import is_out_of_memory, raises_out_of_memory
 from engines.sessions.trt.context import failure
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import EngineError, OutOfMemoryError, RangeError
@@ -31,13 +31,13 @@ def allocate_too_much() -> torch.Tensor:
     return torch.empty(1 << 60, dtype=torch.uint8)  # 2^60 bytes
 
 
-@pytest.mark.parametrize("words", [TENSORRT, LOAD, ONNXRUNTIME, "std::bad_alloc", "CUDA error: out of memory"])
-def test_what_the_libraries_call_it(words: str) -> None:
-    assert is_out_of_memory(EngineError(f"the unet engine failed: {words}"))
-    assert not is_out_of_memory(ValueError(words))
-
-
-def test_what_torch_and_python_call_it() -> None:
+def test_what_the_libraries_call_it() -> None:
+    for words in (TENSORRT, LOAD, ONNXRUNTIME, "std::bad_alloc", "CUDA error: out of memory"):
+        assert is_out_of_memory(EngineError(f"the unet engine failed: {words}"))
+        assert not is_out_of_memory(ValueError(words))
+    messages = [TENSORRT]  # what a library said counts once
+    found = [is_out_of_memory(failure("the engine", "tensorrt", messages, "queueing")) for _ in range(2)]
+    assert found == [True, False]
     with pytest.raises(RuntimeError, match=r"allocate") as caught:
         allocate_too_much()
     assert is_out_of_memory(caught.value)
@@ -77,16 +77,12 @@ def test_a_failed_run_says_the_sizes_and_keeps_nothing(graph: Bundle, monkeypatc
             session.run(feeds)
         assert isinstance(caught.value.__cause__, EngineError)  # the error is still held, and what it saw is not
         assert [reference() for reference in (*kept, *outputs)] == [None, None]
+        monkeypatch.setattr(session, "_execute", failing([], lambda: EngineError("a kernel is missing")))
+        with pytest.raises(EngineError, match=r"^a kernel is missing$") as other:
+            session.run(feeds)
+        assert not isinstance(other.value, OutOfMemoryError)
         monkeypatch.undo()
         assert torch.equal(session.run(feeds)["out_sample"], expected)
-
-
-def test_other_errors_pass(graph: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_session(graph, "onnxruntime", "unet") as session:
-        monkeypatch.setattr(session, "_execute", failing([], lambda: EngineError("a kernel is missing")))
-        with pytest.raises(EngineError, match=r"^a kernel is missing$") as caught:
-            session.run(unet_feeds())
-        assert not isinstance(caught.value, OutOfMemoryError)
 
 
 def break_opening(monkeypatch: pytest.MonkeyPatch, times: int, after: int = 0) -> list[str]:
@@ -109,16 +105,15 @@ def test_opening_is_tried_once_more_after_memory_was_given_back(graph: Bundle, m
     with open_session(graph, "onnxruntime", "unet") as session:
         assert opened == ["unet"]
         assert session.run(unet_feeds())["out_sample"].isfinite().all()
-
-
-def test_what_cannot_be_opened_is_told_with_the_way_out(graph: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_opening(monkeypatch, times=2)
+    monkeypatch.undo()
+    opened = break_opening(monkeypatch, times=2)  # and not twice
     with pytest.raises(
         OutOfMemoryError,
         match=r"opening the onnxruntime engine of unet in '.*' ran out of memory \(.*OutOfMemory.*\): [\d.,]+ GB are "
         r"free now\. Close other programs, or open the engines in turn: low_memory=True$",
     ):
         open_session(graph, "onnxruntime", "unet")
+    assert opened == []
 
 
 @pytest.mark.parametrize("way", ["plug", "load"])
@@ -158,21 +153,6 @@ def test_other_weights_that_do_not_fit_leave_the_old_ones(engine_bundle: Path, m
         assert not torch.equal(session.run(feeds)["out_sample"], before)
 
 
-def test_it_is_tried_once_more_and_not_twice() -> None:
-    tries: list[int] = []
-
-    def make() -> str:
-        tries.append(1)
-        raise MemoryError
-
-    with pytest.raises(MemoryError, match=r"^$"):
-        once_more(make)
-    assert len(tries) == 2
-    with pytest.raises(EngineError, match=r"^other$"):
-        once_more(failing(tries, lambda: EngineError("other")))
-    assert len(tries) == 3
-
-
 def test_one_error_is_told_once() -> None:
     with (
         pytest.raises(
@@ -182,9 +162,3 @@ def test_one_error_is_told_once() -> None:
         raises_out_of_memory("the inner", "Wait.", on_gpu=False),
     ):
         raise torch.cuda.OutOfMemoryError("no words.")
-
-
-def test_what_a_library_said_is_told_once() -> None:
-    messages = [TENSORRT]
-    assert is_out_of_memory(failure("the engine", "tensorrt", messages, "queueing"))
-    assert not is_out_of_memory(failure("the engine", "tensorrt", messages, "queueing"))

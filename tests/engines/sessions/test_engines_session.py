@@ -15,16 +15,16 @@ import torch
 from engine_bundles import CONTEXT, edit_engine, graph_unet, identity_unet, reference, replace_file, unet_feeds
 
 from engines.sessions.base import EngineSession
-from engines.sessions.checks import check_engine
+from engines.sessions.checks import Profiles, check_engine
 from engines.sessions.opening import open_session
 from engines.sessions.ranges import check_sizes
 from export.build.ranges import Typed, parse_profiles, to_ranges
 from export.build_cli import build_engine
 from sdkd.bundle.manifest import Bundle, FileRecord
-from sdkd.core.contract import TensorSpec
+from sdkd.core.contract import Precision, TensorSpec
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError, MissingExtraError, RangeError, StaleEngineError
-from sdkd.targets.registry import built_environment, environment
+from sdkd.targets.registry import built_environment
 
 TARGETS = ("onnxruntime", "openvino")
 
@@ -41,49 +41,45 @@ def test_engine_that_was_never_built_is_refused_with_the_command(graph: Bundle) 
         open_session(graph, "tensorrt", "unet")
 
 
+def engine_file(folder: Path, target: str) -> Path:
+    return folder / Bundle.open(folder).engine(target, "unet").files[0].path
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_truncated_engine_is_refused(graph_copy: Path, target: str) -> None:
-    path = graph_copy / Bundle.open(graph_copy).engine(target, "unet").files[0].path
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(BundleError, match=r"truncated or altered.*sdkd build-engine"):
-        open_session(graph_copy, target, "unet")
-
-
-def test_altered_engine_is_refused_also_after_it_was_opened_once(graph_copy: Path) -> None:
-    open_session(graph_copy, "onnxruntime", "unet").close()
-    path = graph_copy / "engines/onnxruntime/unet.onnx"
+def test_damaged_engines_are_refused_also_after_they_were_opened_once(graph_copy: Path, target: str) -> None:
+    open_session(graph_copy, target, "unet").close()
+    path = engine_file(graph_copy, target)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(0, 0))
-    with pytest.raises(BundleError, match=r"unet.onnx was altered: its SHA-256 differs"):
-        open_session(graph_copy, "onnxruntime", "unet")
-
-
-def test_missing_file_is_refused(graph_copy: Path) -> None:
-    (graph_copy / "engines/openvino/unet.blob").unlink()
-    with pytest.raises(BundleError, match=r"unet.blob is missing"):
-        open_session(graph_copy, "openvino", "unet")
-
-
-@pytest.mark.parametrize(("target", "module"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
-def test_engine_of_another_version_is_refused_before_it_is_read(graph_copy: Path, target: str, module: str) -> None:
-    replace_file(graph_copy, target, "unet", b"reading this would fail otherwise")
-    edit_engine(graph_copy, target, "unet", environment=built_environment(target) | {module: "1.0"})
-    with pytest.raises(StaleEngineError, match=rf"built with {module} 1.0, here it is .*sdkd build-engine"):
+    with pytest.raises(BundleError, match=rf"{path.name} was altered: its SHA-256 differs"):
+        open_session(graph_copy, target, "unet")
+    path.write_bytes(data[:-10])
+    with pytest.raises(BundleError, match=r"truncated or altered.*sdkd build-engine"):
+        open_session(graph_copy, target, "unet")
+    path.unlink()
+    with pytest.raises(BundleError, match=rf"{path.name} is missing"):
         open_session(graph_copy, target, "unet")
 
 
-def test_engine_of_another_cpu_is_refused(graph_copy: Path) -> None:
-    edit_engine(graph_copy, "openvino", "unet", environment=built_environment("openvino") | {"cpu": "Other 9000"})
-    with pytest.raises(StaleEngineError, match=r"built with cpu Other 9000, here it is"):
-        open_session(graph_copy, "openvino", "unet")
-
-
-def test_engine_of_other_weights_is_refused(graph_copy: Path) -> None:
-    edit_engine(graph_copy, "onnxruntime", "unet", onnx_sha256="0" * 16)
-    with pytest.raises(StaleEngineError, match=r"unet was exported again after the engine was built"):
-        open_session(graph_copy, "onnxruntime", "unet")
+@pytest.mark.parametrize(
+    ("target", "changes", "message"),
+    [
+        ("onnxruntime", {"onnxruntime": "1.0"}, r"built with onnxruntime 1.0, here it is .*sdkd build-engine"),
+        ("openvino", {"openvino": "1.0"}, r"built with openvino 1.0, here it is .*sdkd build-engine"),
+        ("openvino", {"cpu": "Other 9000"}, r"built with cpu Other 9000, here it is"),
+        ("onnxruntime", None, r"unet was exported again after the engine was built"),
+    ],
+)
+def test_engines_of_another_place_are_refused_before_they_are_read(
+    graph_copy: Path, target: str, changes: dict[str, str] | None, message: str
+) -> None:
+    replace_file(graph_copy, target, "unet", b"reading this would fail otherwise")
+    other = {"environment": built_environment(target) | changes} if changes else {"onnx_sha256": "0" * 16}
+    edit_engine(graph_copy, target, "unet", **other)
+    with pytest.raises(StaleEngineError, match=message):
+        open_session(graph_copy, target, "unet")
 
 
 def as_target(folder: Path, target: str, **changes: object) -> Bundle:
@@ -107,19 +103,16 @@ def test_missing_extra_names_the_pip_command(graph_copy: Path) -> None:
         open_session(graph_copy, "tensorrt", "unet")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_engine_without_a_gpu_says_what_is_needed(graph_copy: Path) -> None:
+def test_rtx_engines_are_checked_before_the_gpu_is_asked_for(graph_copy: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    as_target(graph_copy, "tensorrt-rtx", environment=built_environment("tensorrt-rtx"))
-    with pytest.raises(EngineError, match=r"needs an NVIDIA GPU with a driver.*--target onnxruntime"):
-        open_session(graph_copy, "tensorrt-rtx", "unet")
-
-
-def test_rtx_engine_of_another_version_is_refused_before_the_gpu_is_asked_for(graph_copy: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    as_target(graph_copy, "tensorrt-rtx", environment=built_environment("tensorrt-rtx") | {"tensorrt_rtx": "1.0.0"})
+    here = built_environment("tensorrt-rtx")
+    as_target(graph_copy, "tensorrt-rtx", environment=here | {"tensorrt_rtx": "1.0.0"})
     with pytest.raises(StaleEngineError, match=r"built with tensorrt.rtx 1\.0\.0, here it is"):
         open_session(graph_copy, "tensorrt-rtx", "unet")
+    as_target(graph_copy, "tensorrt-rtx", environment=here)
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineError, match=r"needs an NVIDIA GPU with a driver.*--target onnxruntime"):
+            open_session(graph_copy, "tensorrt-rtx", "unet")
 
 
 def test_engine_for_another_gpu_is_stale(graph_copy: Path) -> None:
@@ -149,24 +142,18 @@ def test_check_engine_knows_the_limits(graph: Bundle) -> None:
 # A call
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_half_precision_in_and_out(tmp_path: Path, target: str) -> None:
-    bundle = graph_unet(tmp_path / "bundle", "fp16", (target,))
-    feeds = unet_feeds("fp16")
+def test_half_precisions_in_and_out(tmp_path: Path, target: str, precision: Precision) -> None:
+    make = identity_unet if precision == "bf16" else lambda folder, kind, name: graph_unet(folder, kind, (name,))
+    bundle, feeds = make(tmp_path / "bundle", precision, target), unet_feeds(precision)
     with open_session(bundle, target, "unet") as session:
         result = run(session, feeds)
-    assert result.dtype == torch.float16
-    assert torch.allclose(result, reference(bundle, "unet", feeds), atol=5e-3)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_bfloat16_in_and_out(tmp_path: Path, target: str) -> None:
-    bundle = identity_unet(tmp_path / "bundle", "bf16", target)
-    feeds = unet_feeds("bf16")
-    with open_session(bundle, target, "unet") as session:
-        result = run(session, feeds)
-    assert result.dtype == torch.bfloat16
-    assert torch.equal(result, feeds["sample"])
+    assert result.dtype == feeds["sample"].dtype
+    if precision == "bf16":
+        assert torch.equal(result, feeds["sample"])
+    else:
+        assert torch.allclose(result, reference(bundle, "unet", feeds), atol=5e-3)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -240,6 +227,8 @@ def test_asking_outside_the_range_shows_the_command_that_covers_both(graph: Bund
             r"--batch 1\.\.3 --tokens 77",
         ):
             session.run(unet_feeds(batch=5, size=48))
+        with pytest.raises(RangeError, match=r"height 34 is not a multiple of 4 pixels.*use 32 or 36"):
+            session.run(unet_feeds(size=17))
         feeds = unet_feeds() | {"encoder_hidden_states": torch.zeros(2, 50, CONTEXT)}
         with pytest.raises(RangeError, match=r"tokens 50.*--tokens 50\.\.77\.\.77"):
             session.run(feeds)
@@ -287,22 +276,11 @@ def test_between_two_profiles_is_outside(graph_copy: Path) -> None:
     assert parse_profiles(texts, Typed(), bundle) == (small, large, exactly)
 
 
-def test_odd_sizes_name_the_multiple(graph: Bundle) -> None:
-    with (
-        open_session(graph, "onnxruntime", "unet") as session,
-        pytest.raises(RangeError, match=r"height 34 is not a multiple of 4 pixels.*use 32 or 36"),
-    ):
-        session.run(unet_feeds(size=17))
-
-
-def test_a_fixed_range_is_shown_as_one_size(tmp_path: Path) -> None:
+def test_a_fixed_range_is_shown_as_one_size(graph_copy: Path) -> None:
     fixed = ShapeRanges(Range.fixed(1), Range.fixed(32), Range.fixed(64), Range.fixed(77))
-    bundle = graph_unet(tmp_path / "bundle", targets=("onnxruntime",), ranges=fixed)
-    with (
-        open_session(bundle, "onnxruntime", "unet") as session,
-        pytest.raises(RangeError, match=r"built for batch 1, height 32 px, width 64 px.*--size 32x32\.\.64\.\.64"),
-    ):
-        session.run(unet_feeds(batch=1, size=16))
+    checked = check_engine(edit_engine(graph_copy, "onnxruntime", "unet", profiles=(fixed,)), "onnxruntime", "unet")
+    with pytest.raises(RangeError, match=r"built for batch 1, height 32 px, width 64 px.*--size 32x32\.\.64\.\.64"):
+        check_sizes(checked, {"batch": 1, "height": 16, "width": 16, "sequence": 77})
 
 
 def test_feeds_that_do_not_fit_the_contract_are_named(graph: Bundle) -> None:
@@ -325,14 +303,6 @@ def test_feeds_that_do_not_fit_the_contract_are_named(graph: Bundle) -> None:
             session.run(feeds | {"encoder_hidden_states": feeds["encoder_hidden_states"][:1]})
 
 
-def test_closed_sessions_say_so(graph: Bundle) -> None:
-    session = open_session(graph, "openvino", "unet")
-    session.close()
-    session.close()
-    with pytest.raises(EngineError, match=r"is closed: open it again"):
-        session.run(unet_feeds())
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_closing_under_another_thread_s_calls_is_said(graph: Bundle, target: str) -> None:
     session, begun, errors = open_session(graph, target, "unet"), threading.Event(), list[EngineError]()
@@ -348,6 +318,7 @@ def test_closing_under_another_thread_s_calls_is_said(graph: Bundle, target: str
     worker = threading.Thread(target=work)
     worker.start()
     assert begun.wait(60)
+    session.close()
     session.close()
     worker.join(60)
     assert ["is closed: open it again" in str(error) for error in errors] == [True]
@@ -373,6 +344,33 @@ def test_inputs_and_outputs_are_torch_s_own_memory(graph: Bundle, target: str, m
     assert seen == {name: tensor.data_ptr() for name, tensor in {**feeds, "out_sample": result}.items()}
 
 
-def test_environment_is_part_of_every_record(graph: Bundle) -> None:
-    for target in TARGETS:
-        assert graph.stale_reasons(graph.engine(target, "unet"), environment(target)) == []
+# Optimization profiles
+
+
+def unet(batch: int, low: int, high: int) -> dict[str, Range]:
+    """A UNet's profile: 1 to `batch` latents, `low` to `high` on a side."""
+    side = Range(low, low, high)
+    return {"batch": Range(1, 1, batch), "height": side, "width": side, "sequence": Range.fixed(77)}
+
+
+def sizes(batch: int, height: int, width: int) -> dict[str, int]:
+    return {"batch": batch, "height": height, "width": width, "sequence": 77}
+
+
+def test_the_smallest_profile_that_fits_is_picked() -> None:
+    profiles = Profiles([unet(8, 16, 64), unet(2, 16, 32)])
+    asked = ((2, 16, 16), (2, 32, 48), (8, 16, 16), (9, 16, 16), (2, 8, 8))
+    assert [profiles.pick(sizes(*one)) for one in asked] == [1, 0, 0, None, None]
+    many, large = (unet(6, 64, 64), unet(2, 64, 128))  # more latents, less text, which does not count
+    assert Profiles([many, large]).pick(sizes(2, 64, 64)) == 0
+    assert Profiles([large, many]).pick(sizes(2, 64, 64)) == 1
+    assert Profiles([many, large]).pick(sizes(2, 64, 72)) == 1
+    texts = [{"batch": Range(1, 1, most), "sequence": Range.fixed(77)} for most in (8, 2)]
+    assert Profiles(texts).pick({"batch": 1, "sequence": 77}) == 1
+    assert Profiles([{}]).pick({}) == 0  # fixed shapes
+
+
+def test_the_largest_batch_is_that_of_profiles_of_the_other_sizes() -> None:
+    profiles = Profiles([unet(8, 8, 16), unet(2, 8, 32)])
+    asked = ((1, 16, 16), (1, 32, 32), (9, 32, 16), (1, 64, 64))
+    assert [profiles.largest_batch(sizes(*one)) for one in asked] == [8, 2, 2, None]

@@ -15,7 +15,7 @@ import torch
 from graph_bundles import graph_bundle
 
 from engines.modules.base import run_split
-from engines.sessions.profiles import Profiles
+from engines.sessions.checks import Profiles
 from engines.sessions.ranges import check_sizes
 from sdkd.distill.data.encode import encode_captions, too_long
 from sdkd.distill.data.latents import LatentCache

@@ -14,8 +14,7 @@ import pytest
 import torch
 from engine_bundles import graph_unet, unet_feeds
 
-from engines.sessions.checks import Checked, check_engine
-from engines.sessions.profiles import Profiles
+from engines.sessions.checks import Checked, Profiles, check_engine
 from engines.sessions.trt import session as session_tensorrt
 from engines.sessions.trt.cuda_graphs import CAPACITY
 from engines.sessions.trt.session import DATA_TYPES, TensorRTSession
@@ -144,7 +143,6 @@ def case(batch: int, side: int, number: int) -> tuple[dict[str, torch.Tensor], t
     return feeds, feeds["sample"] * 0.5 + float(number)
 
 
-@pytest.mark.gpu
 def test_gpu_shapes_profiles_and_streams_in_turn(session: Any) -> None:
     sizes = [(batch, 16) for batch in (1, 2, 3, 4)] + [(batch, side) for batch in (1, 2) for side in (18, 24, 32)]
     assert len(sizes) > CAPACITY
@@ -165,7 +163,6 @@ def test_gpu_shapes_profiles_and_streams_in_turn(session: Any) -> None:
     assert all(torch.equal(found, expected) for found, expected in kept)
 
 
-@pytest.mark.gpu
 def test_gpu_memory_that_runs_out_costs_one_call(session: Any) -> None:
     for number in range(3):
         feeds, expected = case(2, 16, number)
@@ -181,12 +178,3 @@ def test_gpu_memory_that_runs_out_costs_one_call(session: Any) -> None:
     session._main._shapes = {}  # asked for its memory again
     for _ in range(3):
         assert torch.equal(session.run(large)["out_sample"], expected)
-
-
-def test_the_stand_in_has_the_contract_of_the_graph(checked: Checked) -> None:
-    engine = Engine(checked)
-    assert [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)] == [*engine.inputs, "out_sample"]
-    assert {name: engine.get_tensor_dtype(name) for name in ("sample", "timestep")} == {
-        "sample": "HALF",
-        "timestep": "FLOAT",
-    }

@@ -16,7 +16,7 @@ from small_exports import small_pipeline
 from engines.sessions.checks import Checked, check_engine
 from engines.sessions.opening import open_session
 from engines.sessions.trt import session as session_tensorrt
-from engines.sessions.trt.refit import HalfRefitError
+from engines.sessions.trt.opening import HalfRefitError
 from engines.sessions.trt.session import TensorRTSession
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import EngineError
