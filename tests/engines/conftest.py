@@ -28,6 +28,12 @@ def engine_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
+def folder() -> Path:
+    """The small pipeline as a diffusers folder."""
+    return made_once("folder", lambda path: small_pipeline().save_pretrained(path))
+
+
+@pytest.fixture(scope="session")
 def control_bundle() -> Path:
     """A ControlNet pipeline, with all hidden states, on both CPU targets: `variant_engines`."""
     return variant_engines("controlnet")

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import typer
+from generate_runs import pixels, run
 from PIL import Image
-from small_bundles import small_pipeline
-from typer.testing import CliRunner
 
-from engines.generate.cli import drawn_size, generate, output_files
+from engines.generate.cli import drawn_size, output_files, prompt_texts
 from engines.generate.drawing import encode_png
+from engines.generate.prompts import METADATA, is_drawn
+from sdkd.distill.data.opening import open_images
 from sdkd.errors import InputError, ModelError, OutputExistsError, RangeError
-
-app = typer.Typer()
-app.command()(generate)
-
-
-def run(*words: object) -> Any:
-    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path), dtype=np.float64)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small pipeline as a diffusers folder."""
-    path = tmp_path_factory.mktemp("model") / "small"
-    small_pipeline().save_pretrained(path)
-    return path
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
@@ -66,18 +47,9 @@ def test_several_images_count_the_seed_up(engine_bundle: Path, tmp_path: Path) -
     assert run(engine_bundle, "x", "-o", tmp_path / "a.png", "--steps", 1, "--seed", 3, "--count", 2).exit_code == 0
     assert run(engine_bundle, "x", "-o", tmp_path / "b.png", "--steps", 1, "--seed", 4).exit_code == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a-1.png", "a-2.png", "b.png"]
+    assert Image.open(tmp_path / "b.png").text["target"] == "openvino"  # the best one
     assert Image.open(tmp_path / "a-2.png").text["seed"] == "4"
     assert np.array_equal(pixels(tmp_path / "a-2.png"), pixels(tmp_path / "b.png"))
-
-
-def test_size_is_height_by_width(engine_bundle: Path, tmp_path: Path) -> None:
-    result = run(engine_bundle, "x", "-o", tmp_path / "a.png", "--steps", 1, "--size", "64x32")
-    assert Image.open(tmp_path / "a.png").size == (32, 64)
-    assert "32x64 px (width x height)" in result.output
-
-
-def test_the_default_target_is_the_best(engine_bundle: Path, tmp_path: Path) -> None:
-    assert "target openvino:" in run(engine_bundle, "x", "-o", tmp_path / "a.png", "--steps", 1).output
 
 
 def test_existing_images_are_kept_unless_overwritten(engine_bundle: Path, tmp_path: Path) -> None:
@@ -88,9 +60,9 @@ def test_existing_images_are_kept_unless_overwritten(engine_bundle: Path, tmp_pa
     assert isinstance(refused.exception, OutputExistsError)
     assert "pass --overwrite" in str(refused.exception)
     assert output.read_bytes() == before
-    assert run(engine_bundle, "x", "-o", output, "--steps", 1, "--seed", 1, "--overwrite").exit_code == 0
-    assert output.read_bytes() != before
-    assert Image.open(output).size == (32, 32)
+    result = run(engine_bundle, "x", "-o", output, "--steps", 1, "--size", "64x32", "--overwrite")
+    assert Image.open(output).size == (32, 64)
+    assert "32x64 px (width x height)" in result.output
 
 
 @pytest.mark.parametrize(
@@ -114,20 +86,24 @@ def test_bad_input_is_named_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_targets_need_a_bundle(folder: Path) -> None:
-    result = run(folder, "x", "--target", "openvino")
-    assert isinstance(result.exception, InputError)
-    assert f"sdkd build-engine {folder} --target openvino --output artifacts/bundle" in str(result.exception)
+def test_models_and_prompts_that_are_missing_are_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    nothing = (tmp_path / "nothing", "x")
+    for words, error, message in (
+        ((folder, "x", "--target", "openvino"), InputError, f"build-engine {folder} --target openvino --output arti"),
+        *((nothing + more, ModelError, "nothing' does not exist") for more in ((), ("--target", "eager"))),
+        ((*nothing, "--target", "openvino"), ModelError, "nothing' does not exist"),
+        ((folder,), InputError, "give a prompt, or --prompts with a file"),
+        ((folder, "x", "--prompts", tmp_path / "empty.txt"), InputError, "one of the two"),
+        ((folder, "--prompts", tmp_path / "none.txt"), InputError, r"none\.txt' is no file"),
+        ((folder, "--prompts", tmp_path / "empty.txt"), InputError, "holds no prompt"),
+    ):
+        with pytest.raises(error, match=message):
+            raise run(*words).exception
 
 
-def test_models_that_are_not_there_are_named_first(tmp_path: Path) -> None:
-    for target in ((), ("--target", "openvino"), ("--target", "eager")):
-        result = run(tmp_path / "nothing", "x", *target)
-        assert isinstance(result.exception, ModelError)
-        assert "nothing' does not exist" in str(result.exception)
-
-
-def test_sizes_and_names() -> None:
+def test_sizes_names_and_texts() -> None:
+    assert prompt_texts("caf\udce9", None) == ("café",)
     assert drawn_size("512") == (512, 512)
     assert drawn_size("512x768") == (512, 768)
     assert output_files(None, "A small, RED star!", 1) == [Path("artifacts/a-small-red-star.png")]
@@ -135,11 +111,6 @@ def test_sizes_and_names() -> None:
     assert output_files(None, "???", 1) == [Path("artifacts/image.png")]
     with pytest.raises(InputError, match=r"output 'a.jpg' is not a .png file"):
         output_files(Path("a.jpg"), "x", 1)
-
-
-def test_png_text_is_unicode() -> None:
-    import io
-
     data = encode_png(Image.new("RGB", (8, 8)), {"prompt": "ein rotes Herz für 猫"})
     assert Image.open(io.BytesIO(data)).text == {"prompt": "ein rotes Herz für 猫"}
 
@@ -154,9 +125,6 @@ def test_the_command_imports_nothing_heavy() -> None:
 
 
 def test_a_file_of_prompts_becomes_a_folder_of_training_data(folder: Path, tmp_path: Path) -> None:
-    from engines.generate.prompts import METADATA
-    from sdkd.distill.data.opening import open_images
-
     (tmp_path / "list.txt").write_bytes("a red star\r\n\r\na blue ring\r\n".encode("utf-16"))  # as Windows saves it
     out, settings = tmp_path / "out", ("--steps", 2, "--count", 2)
     first = run(folder, "--prompts", tmp_path / "list.txt", "-o", out, *settings)
@@ -177,33 +145,12 @@ def test_a_file_of_prompts_becomes_a_folder_of_training_data(folder: Path, tmp_p
         raise other.exception
 
 
-def test_prompts_that_are_missing_or_twofold_are_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n")
-    for words, message in (
-        ((folder,), "give a prompt, or --prompts with a file"),
-        ((folder, "x", "--prompts", tmp_path / "empty.txt"), "one of the two"),
-        ((folder, "--prompts", tmp_path / "none.txt"), r"none\.txt' is no file"),
-        ((folder, "--prompts", tmp_path / "empty.txt"), "holds no prompt"),
-    ):
-        found = run(*words)
-        with pytest.raises(InputError, match=message):
-            raise found.exception
-
-
 def test_whatever_lies_in_a_folder_of_prompts_is_not_taken_for_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engines.generate.prompts import is_drawn
-
     Image.new("L", (8, 8)).save(tmp_path / "bomb.png")
     (tmp_path / "text.png").write_text("no image")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for name in ("bomb.png", "text.png"):
         with pytest.raises(OutputExistsError, match=rf"{name}' is there and was drawn from other settings"):
             is_drawn(tmp_path / name, {"prompt": "x"})
-
-
-def test_a_typed_prompt_of_another_encoding() -> None:
-    from engines.generate.cli import prompt_texts
-
-    assert prompt_texts("caf\udce9", None) == ("café",)

@@ -11,28 +11,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import typer
+from generate_runs import pixels, run
 from helpers import fixed_weights
 from PIL import Image
 from small_bundles import UNET, small_controlnet, small_pipeline
-from typer.testing import CliRunner
 
-from engines.generate.cli import generate
-from engines.generate.image_inputs import EDIT, PIPELINE_KINDS, done_steps, read_inputs, resized
+from engines.generate.image_inputs import read_inputs, resized
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BundleError, EngineError, InputError
 
-app = typer.Typer()
-app.command()(generate)
 SETTINGS = ("--steps", 4, "--seed", 3)
-
-
-def run(*words: object) -> Any:
-    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path), dtype=np.float64)
 
 
 def pipeline(kind: str = "StableDiffusionPipeline", channels: int = 4) -> Any:
@@ -130,8 +118,6 @@ def test_engines_draw_the_same(engine_bundle: Path, files: dict[str, Path], tmp_
 @pytest.mark.parametrize(
     ("kind", "names", "words", "call"),
     [
-        ("StableDiffusionControlNetPipeline", ("control",), (),
-         {"image": "control", "controlnet_conditioning_scale": 1.0}),
         ("StableDiffusionControlNetPipeline", ("control",), ("--control-scale", 0.3),
          {"image": "control", "controlnet_conditioning_scale": 0.3}),
         ("StableDiffusionControlNetImg2ImgPipeline", ("image", "control"), ("--strength", 0.5),
@@ -153,11 +139,6 @@ def test_a_bundle_with_a_controlnet_draws_what_diffusers_draws(
     text = Image.open(out).text
     assert text["control_scale"] == str(call["controlnet_conditioning_scale"])
     assert text["target"] == "onnxruntime"
-
-
-def test_without_a_control_image_the_bundle_draws_from_text(control_bundle: Path, tmp_path: Path) -> None:
-    assert run(control_bundle, "a cat", "-o", tmp_path / "out.png", *SETTINGS).exit_code == 0
-    assert np.abs(pixels(tmp_path / "out.png") - expected("StableDiffusionPipeline", {})).max() <= 1
 
 
 def test_a_folder_of_images_from_one_image(engine_bundle: Path, files: dict[str, Path], tmp_path: Path) -> None:
@@ -188,42 +169,21 @@ def test_images_take_the_size_that_is_asked_for(
     assert np.array_equal(pixels(out), np.asarray(wanted, dtype=np.float64))
 
 
-def test_images_are_turned_and_coloured_as_they_are_meant(tmp_path: Path) -> None:
-    image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
-    image.putpixel((0, 0), (0, 0, 255, 255))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    image.save(tmp_path / "turned.png", exif=exif)
-    inputs = read_inputs({"image": tmp_path / "turned.png", "mask": tmp_path / "turned.png", "control": None}, {})
-    assert (inputs.images["image"].size, inputs.images["image"].mode) == ((2, 4), "RGB")
-    assert inputs.images["image"].getpixel((1, 0)) == (0, 0, 255)
-    assert (inputs.images["mask"].size, inputs.images["mask"].mode) == ((2, 4), "L")
-    assert resized(inputs, 4, 2) == (inputs, [])
-    other, lines = resized(inputs, 8, 8)
-    assert [made.size for made in other.images.values()] == [(8, 8), (8, 8)]
-    assert [line.split(": ")[1] for line in lines] == ["2x4 px resized to 8x8 px (width x height)"] * 2
-
-
-def test_masks_and_depth_maps_are_read_as_they_are_meant(tmp_path: Path) -> None:
+def test_images_are_read_as_they_are_meant(tmp_path: Path) -> None:
     strokes = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
     strokes.putpixel((1, 0), (0, 0, 0, 255))
     strokes.save(tmp_path / "mask.png")
     depth = np.array([[0, 32896, 65535]], dtype=np.uint16)
     Image.fromarray(depth).save(tmp_path / "depth.png")
     files = {"image": tmp_path / "mask.png", "mask": tmp_path / "mask.png", "control": tmp_path / "depth.png"}
-    images = read_inputs(files, {}).images
-    assert np.asarray(images["mask"]).tolist() == [[0, 255, 0]]
-    assert np.asarray(images["control"]).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
-    assert np.asarray(images["image"])[0].tolist() == [[255] * 3, [0] * 3, [255] * 3]
-
-
-def test_every_way_is_a_pipeline_that_takes_its_arguments() -> None:
-    for way in (*PIPELINE_KINDS.values(), EDIT):
-        taken = inspect.signature(getattr(diffusers, way.pipeline).__call__).parameters
-        assert set(way.images) <= set(taken)
-        assert way.sized <= {"height", "width"}.issubset(taken)
-    assert [done_steps({"strength": strength}, 25) for strength in (0.01, 0.04, 0.5, 1.0)] == [0, 1, 12, 25]
-    assert done_steps({}, 25) == 25
+    inputs = read_inputs(files, {})
+    assert np.asarray(inputs.images["mask"]).tolist() == [[0, 255, 0]]
+    assert np.asarray(inputs.images["control"]).tolist() == [[[0] * 3, [128] * 3, [255] * 3]]
+    assert np.asarray(inputs.images["image"])[0].tolist() == [[255] * 3, [0] * 3, [255] * 3]
+    assert resized(inputs, 1, 3) == (inputs, [])
+    other, lines = resized(inputs, 8, 8)
+    assert [made.size for made in other.images.values()] == [(8, 8)] * 3
+    assert [line.split(": ")[1] for line in lines] == ["3x1 px resized to 8x8 px (width x height)"] * 3
 
 
 REFUSED: list[tuple[int, tuple[str, ...], tuple[Any, ...], str]] = [
@@ -231,7 +191,6 @@ REFUSED: list[tuple[int, tuple[str, ...], tuple[Any, ...], str]] = [
     (4, (), ("--image", "broken.png"), r"image 'broken\.png' cannot be read as an image \(.*\): save it again"),
     (4, (), ("--image", "cut.png"), r"image 'cut\.png' cannot be read as an image \(.*\): save it again"),
     (4, ("mask",), (), r"mask '.*mask\.png' has no image to act on: give --image FILE"),
-    (4, ("mask", "control"), (), r"has no image to act on"),
     (4, ("control",), (), r"model '.*4' has no ControlNet: .*sdkd export .*4 artifacts/bundle --controlnet FOLDER"),
     (4, ("image",), ("--strength", 1.5), r"strength 1\.5 is not in 0\.\.1: give 0"),
     (4, ("image",), ("--strength", -0.5), r"strength -0\.5 is not in 0\.\.1"),
@@ -252,7 +211,6 @@ REFUSED: list[tuple[int, tuple[str, ...], tuple[Any, ...], str]] = [
         (),
         r"is an instruct-pix2pix model .* was given --image and --mask: give --image FILE alone",
     ),
-    (8, ("image",), ("--strength", 0.5), r"--strength 0\.5 has nothing to act on here"),
     (9, (), (), r"is an inpainting model \(its UNet takes 9 channels\), and was given no image: .* --mask FILE"),
     (9, ("image",), (), r"is an inpainting model .* was given --image: give --image FILE and --mask FILE"),
 ]

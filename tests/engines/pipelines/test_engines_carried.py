@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import shutil
 import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -24,11 +21,13 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+from drawn import agree, draw
 from helpers import fixed_weights
 from small_bundles import TINY_VAE, small_controlnet
 from small_exports import small_pipeline
 
 from engines import load_pipeline, plug, swap_weights, unplug
+from engines.modules.base import EngineModule
 from engines.modules.components import EngineControlNet, EngineUNet
 from engines.sessions.opening import open_session
 from engines.sessions.weights import EngineWeights
@@ -39,18 +38,6 @@ from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.workflow import rebuild
 
 TO_V = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"
-
-
-def draw(pipe: Any, **options: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    images: np.ndarray = pipe("a red star", num_inference_steps=2, generator=generator, output_type="np", **options)[0]
-    return images
-
-
-def near(one: np.ndarray, other: np.ndarray) -> None:
-    """Equal but for the order of sums."""
-    assert np.abs(one - other).max() < 1e-3
 
 
 @pytest.fixture
@@ -102,19 +89,8 @@ CARRIED: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"the vae of this StableDiffusionPipeline is an AsymmetricAutoencoderKL, which is not exported: sdkd exports "
         r"AutoencoderKL or AutoencoderTiny",
     ),
-    "FreeU": (lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4), r"unet\.up_blocks\.0 .* FreeU on.*pipe\.disable_freeu\(\)"),
-    "fused QKV": (lambda p: p.fuse_qkv_projections(), r"fused QKV projections.*pipe\.unfuse_qkv_projections\(\)"),
-    "layerwise casting": (
-        lambda p: p.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
-        r"unet\.conv_in .* hooks of diffusers \(layerwise_casting\)",
-    ),
     "DeepCache": (lambda p: setattr(p.unet, "forward", p.unet.forward), r"unet of .* a forward of its own.*DeepCache"),
-    "seamless tiling": (
-        lambda p: setattr(p.vae.decoder.conv_in, "_conv_forward", near),
-        r"vae\.decoder\.conv_in .* a _conv_forward of its own",
-    ),
     "ToMe": (patched_class, r"unet\.down_blocks.* code of its own \(.*ToMeBlock\).*tomesd\.remove_patch"),
-    "hook": (lambda p: p.unet.conv_in.register_forward_hook(near), r"unet\.conv_in .* a forward hook \(near\)"),
     "circular padding": (
         lambda p: setattr(p.unet.conv_in, "padding_mode", "circular"),
         r"unet\.conv_in .* another padding_mode than its config says.*circular padding",
@@ -128,12 +104,7 @@ CARRIED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda p: p.unet.conv_out.weight.data[1, 2, 0, 1].add_(0.1),
         r"unet of bundle .*: conv_out\.weight differs\.",
     ),
-    "offloading": (lambda p: p.enable_model_cpu_offload(device="cpu"), r"hooks of accelerate.*remove_all_hooks\(\)"),
     "attention": (own_attention, r"attention of its own \(Prompt2Prompt\).*set_default_attn_processor"),
-    "IP-Adapter": (
-        lambda p: setattr(p.unet, "encoder_hid_proj", torch.nn.Linear(2, 2)),
-        r"an IP-Adapter or another projection.*pipe\.unload_ip_adapter\(\)",
-    ),
     "textual inversion": (
         more_tokens,
         r"knows 4 tokens more than the 600 of .*\('<cat-86>', '<cat-87>', '<cat-88>'\).*unload_textual_inversion",
@@ -201,43 +172,35 @@ def test_the_index_finds_every_weight_where_it_lies(engine_bundle: Path) -> None
 # Which parts
 
 
-@pytest.mark.parametrize("components", ["unet", ["unet", "unet"], (name for name in ("unet",))])
-def test_one_name_or_several_in_any_form(engine_bundle: Path, pipe: Any, components: Any) -> None:
-    plug(pipe, engine_bundle, "onnxruntime", components=components)
-    assert [name for name in ("unet", "vae", "text_encoder") if hasattr(getattr(pipe, name), "sessions")] == ["unet"]
-
-
-@pytest.mark.parametrize(
-    ("components", "error", "message"),
-    [
+def test_parts_are_named_in_any_form(engine_bundle: Path, pipe: Any) -> None:
+    for wrong, error, message in (
         ([], InputError, r"components is empty: choose from unet, vae"),
-        ("u", InputError, r"component 'u' is unknown: choose from unet"),
+        ("vae_decoder", InputError, r"component 'vae_decoder' is unknown: choose from unet, vae, text_encoder"),
         (["controlnet"], ModelError, r"StableDiffusionPipeline has no controlnet to plug: leave it out"),
-    ],
-)
-def test_names_that_are_no_parts(engine_bundle: Path, pipe: Any, components: Any, error: Any, message: str) -> None:
-    with pytest.raises(error, match=message):
-        plug(pipe, engine_bundle, "onnxruntime", components=components)
-
-
-def test_a_pipeline_without_text_encoder_draws_from_embeddings(engine_bundle: Path, pipe: Any) -> None:
-    positive, negative = pipe.encode_prompt("a red star", "cpu", 1, True)
-    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative, "output_type": "np"}
-    settings = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(3)}
-    expected = draw(pipe)
-    pipe.text_encoder = None
-    plug(pipe, engine_bundle, "onnxruntime")
-    near(pipe(**given, **settings).images, expected)
-    pipe.load_lora_weights  # noqa: B018 - there, though there is no text encoder
-    with pytest.raises(ModelError, match=r"has no text_encoder to plug"):
-        plug(pipe, engine_bundle, "onnxruntime", components=["text_encoder"])
-
-
-def test_several_controlnets_stay_eager(engine_bundle: Path, pipe: Any) -> None:
+    ):
+        with pytest.raises(error, match=message):
+            plug(pipe, engine_bundle, "onnxruntime", components=wrong)
     nets = MultiControlNetModel([small_controlnet(), small_controlnet(6)])
     many = StableDiffusionControlNetPipeline(**pipe.components, controlnet=nets, requires_safety_checker=False)
     with pytest.raises(ModelError, match=r"has 2 ControlNets, and a bundle holds one: leave controlnet out"):
         plug(many, engine_bundle, "onnxruntime", components=["vae", "controlnet"])
+    for components in ("unet", ["unet", "unet"], (name for name in ("unet",))):
+        plug(pipe, engine_bundle, "onnxruntime", components=components, keep_eager=True)
+        found = [name for name in ("unet", "vae", "text_encoder") if isinstance(getattr(pipe, name), EngineModule)]
+        assert found == ["unet"]
+        unplug(pipe)
+
+
+def test_a_pipeline_without_text_encoder_draws_from_embeddings(engine_bundle: Path, pipe: Any) -> None:
+    positive, negative = pipe.encode_prompt("a cat", "cpu", 1, True)
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    expected = draw(pipe)
+    pipe.text_encoder = None
+    plug(pipe, engine_bundle, "onnxruntime")
+    agree(draw(pipe, None, **given), expected)
+    pipe.load_lora_weights  # noqa: B018 - there, though there is no text encoder
+    with pytest.raises(ModelError, match=r"has no text_encoder to plug"):
+        plug(pipe, engine_bundle, "onnxruntime", components=["text_encoder"])
 
 
 # Engine modules
@@ -297,21 +260,6 @@ def test_copies_are_refused_with_what_to_do(plugged: StableDiffusionPipeline, co
         copied(plugged if whole else plugged.unet)
     with pytest.raises(EngineError, match=r"OnnxRuntimeSession cannot be copied or pickled.*open_session"):
         copied(plugged.unet.session)
-
-
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_engines_are_freed_with_their_pipeline(engine_bundle: Path, low_memory: bool) -> None:
-    pipe = load_pipeline(engine_bundle, "onnxruntime", low_memory=low_memory)
-    pipe.get_list_adapters()  # the LoRA methods were used
-    draw(pipe)
-    session = weakref.ref(pipe.unet.session)
-    gc.collect()
-    gc.disable()
-    try:
-        del pipe
-        assert session() is None
-    finally:
-        gc.enable()
 
 
 # Weights that change
@@ -376,7 +324,7 @@ def test_a_plugged_pipeline_with_its_eager_modules_saves_the_weights_that_count(
     swap_weights(pipe, {name: tensor * 0.9 for name, tensor in pipe.unet.original.state_dict().items()})
     pipe.save_pretrained(tmp_path / "saved")
     found = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", requires_safety_checker=False)
-    near(draw(found), draw(pipe))
+    agree(draw(found), draw(pipe))
     assert torch.equal(pipe.unet.original.get_parameter(TO_V), own)
     assert isinstance(pipe.unet, EngineUNet)
     pipe.unet.save_pretrained(tmp_path / "unet")
@@ -397,14 +345,14 @@ def test_what_was_changed_goes_along_to_the_next_engine_and_back(
     assert pipe.vae.use_slicing
     pipe.vae.enable_tiling()
     swap_weights(pipe, other.unet.state_dict())
-    near(draw(pipe), expected := draw(other))
+    agree(draw(pipe), expected := draw(other))
     plug(pipe, engine_bundle, second)
     assert (pipe.vae.use_slicing, pipe.vae.use_tiling, pipe.unet.falls_back) == (True, True, True)
     assert pipe.unet.session.rebuild is rebuild
-    near(draw(pipe), expected)
+    agree(draw(pipe), expected)
     unplug(pipe)
     assert (pipe.vae.use_slicing, pipe.vae.use_tiling) == (True, True)
-    near(draw(pipe), expected)
+    agree(draw(pipe), expected)
     with pytest.raises(ModelError, match=r"unet of this pipeline .* differs"):  # they are its own weights now
         plug(pipe, engine_bundle, first)
 
