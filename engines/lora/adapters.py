@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
-from diffusers.utils import delete_adapter_layers
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 
@@ -68,9 +67,11 @@ class Adapters(StableDiffusionLoraLoaderMixin):
     ) -> None:
         """Load a LoRA into all parts that it is for, or into none.
 
-        EngineError for adapters of another kind (DoRA, LoHa, ...); ModelError for a LoRA of another model, naming the
-        widths or the weight; InputError for a name that is taken; and what diffusers raises for files.
+        EngineError for adapters of another kind (DoRA, LoHa, ...) and for `hotswap`; ModelError for a LoRA of another
+        model, naming the widths or the weight; InputError for a name that is taken; what diffusers raises for files.
         """
+        if hotswap:
+            raise EngineError(f"hotswap: {REFUSED['enable_lora_hotswap']} after delete_adapters")
         name = adapter_name or self._free_name()
         if "." in name:
             raise InputError(f"adapter name {name!r} has a dot, which PEFT reads as a path: give one without")
@@ -81,18 +82,18 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         parts = [part for part in LORA_PARTS if _of_part(fitted, part)]
         if not parts:
             raise InputError(f"LoRA {name!r} has no weights: give a LoRA's .safetensors file")
-        before = self.get_list_adapters()
-        if taken := [part for part in parts if name in before.get(part, ()) and not hotswap]:
+        there = self.get_list_adapters()
+        if taken := [part for part in parts if name in there.get(part, ())]:
             raise InputError(
                 f"adapter name {name!r} is in use in the {taken[0]} already: choose another, or call "
                 f"delete_adapters({name!r}) first"
             )
-        try:
-            for part in parts:
-                self._load(part, fitted, settings, name, hotswap)
-        except BaseException:
-            self._drop(name, before)
-            raise
+        configs = {part: _config(settings, part, name) for part in parts}  # all, before one is loaded
+        for part, config in configs.items():
+            module, own = getattr(self, part), _of_part(fitted, part)
+            if part == "text_encoder" and not hasattr(module, "text_model"):  # transformers 5
+                own = {key.removeprefix("text_model."): value for key, value in own.items()}
+            fill_adapter(module, name, own, config)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Activate adapters with their scales, as diffusers does; InputError for a scale that is no finite number."""
@@ -101,31 +102,9 @@ class Adapters(StableDiffusionLoraLoaderMixin):
             check_number("adapter_weights", weight)
         super().set_adapters(adapter_names, adapter_weights)
 
-    def _load(self, part: str, state: Mapping[str, Any], settings: Mapping[str, Any], name: str, hotswap: bool) -> None:
-        """Put one part of an adapter into its module."""
-        module: Any = getattr(self, part)
-        if hotswap:
-            load = getattr(self, f"load_lora_into_{part}")
-            load(state, network_alphas=None, adapter_name=name, metadata=settings, hotswap=True, **{part: module})
-            return
-        own, config = _of_part(state, part), _of_part(settings, part)
-        if part == "text_encoder" and not hasattr(module, "text_model"):  # transformers 5
-            own = {key.removeprefix("text_model."): value for key, value in own.items()}
-        try:
-            made = LoraConfig(**config)
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"LoRA {name!r} has settings that PEFT does not take ({error}): make it again") from error
-        fill_adapter(module, name, own, made)
-
     def _free_name(self) -> str:
         taken = {name for names in self.get_list_adapters().values() for name in names}
         return next(name for name in (f"default_{number}" for number in range(len(taken) + 1)) if name not in taken)
-
-    def _drop(self, name: str, before: Mapping[str, list[str]]) -> None:
-        """Take a half-loaded adapter out again."""
-        for part, names in self.get_list_adapters().items():
-            if name in names and name not in before.get(part, ()):
-                delete_adapter_layers(getattr(self, part), name)
 
     def _fitted(self, state: dict[str, Any], settings: dict[str, Any], what: str) -> tuple[dict[str, Any], Any]:
         """A file's weights under PEFT's names, alphas inside, as the parts of this pipeline take them, and settings."""
@@ -145,6 +124,13 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         """Tell the engines what the active adapters add; they take it at their next run."""
         for module in self.engines.values():
             announce(module)
+
+
+def _config(settings: Mapping[str, Any], part: str, name: str) -> LoraConfig:
+    try:
+        return LoraConfig(**_of_part(settings, part))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"LoRA {name!r} has settings that PEFT does not take ({error}): make it again") from error
 
 
 def _of_part(values: Mapping[str, Any], part: str) -> dict[str, Any]:

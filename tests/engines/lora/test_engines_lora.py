@@ -152,6 +152,8 @@ def test_weights_of_a_checkpoint_by_name_or_of_another_architecture(engine_bundl
 
 def test_what_engines_cannot_do_with_adapters_is_refused(engine_bundle: Path, tmp_path: Path) -> None:
     pipe = load_pipeline(engine_bundle, "onnxruntime")
+    with pytest.raises(EngineError, match=r"hotswap: an engine takes adapters of any rank.* after delete_adapters"):
+        pipe.load_lora_weights({}, hotswap=True)
     for name in ("fuse_lora", "unfuse_lora", "set_lora_device", "enable_lora_hotswap"):
         with pytest.raises(EngineError, match=rf"{name}: .*Leave it out"):
             getattr(pipe, name)()

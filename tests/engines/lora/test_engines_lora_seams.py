@@ -251,11 +251,11 @@ def test_the_eager_fallback_counts_the_adapters_once(engine_bundle: Path, style:
     pipe.load_lora_weights(_peft(style), adapter_name="style")
     plug(pipe, engine_bundle, "onnxruntime", eager_fallback=True)
     pipe.set_adapters("style", 0.2)
-    agree(draw(pipe, height=48, width=48), draw(style.on(small_pipeline(), 0.2), height=48, width=48))
+    agree(draw(pipe, height=96, width=96), draw(style.on(small_pipeline(), 0.2), height=96, width=96))
     with pytest.raises(EngineError, match="cannot be saved with adapters on it"):
         pipe.unet.save_pretrained("nowhere")
     pipe.unload_lora_weights()
-    agree(draw(pipe, height=48, width=48), draw(small_pipeline(), height=48, width=48))
+    agree(draw(pipe, height=96, width=96), draw(small_pipeline(), height=96, width=96))
 
 
 def test_a_fused_adapter_is_refused_before_an_engine_opens(engine_bundle: Path, style: ByHand) -> None:
