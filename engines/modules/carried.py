@@ -168,8 +168,6 @@ def _agree(ours: torch.Tensor, theirs: torch.Tensor, precision: str) -> bool:
     kinds = (ours.dtype, theirs.dtype, torch_dtype(precision))
     coarse = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     one, other = (tensor.to(coarse).double() for tensor in (ours, theirs))
-    if not len(one):
-        return True
     size, apart = one.square().mean().sqrt(), (one - other).abs()
     limit = max(torch.finfo(coarse).eps / 2, 1e-6)
     alone = apart <= 8 * limit * (one.abs() + size) + 6e-8  # each number by itself

@@ -13,7 +13,6 @@ import torch
 from engines.sessions.checks import Checked, check_engine
 from engines.sessions.out_of_memory import OOM_ON_LOAD_HINT, OOM_ON_RUN_HINT, raises_out_of_memory
 from engines.sessions.ranges import check_sizes, output_sizes, sizes_of
-from engines.sessions.refusals import COPIES
 from sdkd.bundle.manifest import Bundle, EngineRecord
 from sdkd.bundle.onnx_weights import state_arrays, stored_weights
 from sdkd.core.contract import TensorSpec
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 Rebuild = Callable[[Bundle, EngineRecord, "Mapping[str, np.ndarray]"], Bundle]
 """Builds an engine again from other weights, as the graph stores them: a bundle that holds it in the same slot."""
+COPIES = "cannot be copied or pickled, since its engine is open in this process"
 
 
 class Session(ABC):
@@ -161,8 +161,9 @@ class EngineSession(Session):
             self._check_open()
             self._swap(file, stored)
 
+    @abstractmethod
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
-        raise EngineError(f"{self.checked.label} cannot change its weights")
+        """Run with these weights, by their names in the graph, all others as exported; as before when that fails."""
 
     def rebuilt(self, stored: Mapping[str, np.ndarray]) -> Checked:
         """The engine built again from these weights, as the graph stores them, and checked; itself when none.

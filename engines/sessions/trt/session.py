@@ -26,8 +26,14 @@ from engines.sessions.trt.cuda_graphs import (
     own_stream,
     synchronize,
 )
-from engines.sessions.trt.opening import HalfRefitError, captures_by_itself, deserialize, open_context, refit
-from engines.sessions.trt.runtime_cache import RuntimeCache
+from engines.sessions.trt.opening import (
+    HalfRefitError,
+    RuntimeCache,
+    captures_by_itself,
+    deserialize,
+    open_context,
+    refit,
+)
 from sdkd.bundle.onnx_weights import exported_weights
 from sdkd.errors import EngineError
 from sdkd.targets.registry import require

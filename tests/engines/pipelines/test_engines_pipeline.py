@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ import torch
 from diffusers import AutoPipelineForImage2Image, StableDiffusionPipeline
 from drawn import agree, draw
 from engine_bundles import edit_engine
+from graph_bundles import graph_bundle
 from helpers import tiny_unet, tiny_vae
 from small_bundles import small_pipeline
 
 from engines.modules.components import EngineTextEncoder, EngineUNet
 from engines.modules.vae import EngineVAE
 from engines.pipelines.parts import best_slot
-from engines.pipelines.pipeline import load_pipeline, plug, unplug
+from engines.pipelines.pipeline import _tokenizer, bundle_scheduler, load_pipeline, plug, unplug
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BundleError, EngineError, ModelError, StaleEngineError
+from sdkd.models.resolve import DEMO_WEIGHTS
 from sdkd.targets.registry import built_environment
 
 TARGETS = ("onnxruntime", "openvino")
@@ -201,3 +205,35 @@ def test_slots_that_are_not_there_or_incomplete(bundle_copy: Path) -> None:
         load_pipeline(bundle_copy, "openvino")
     with pytest.raises(BundleError, match=r"is not a bundle"):
         load_pipeline(bundle_copy / "unet")
+
+
+# Scheduler and tokenizer files that are damaged: one error, whatever the libraries raise
+
+
+SCHEDULER, UNREADABLE, ODD = "scheduler/scheduler_config.json", "its tokenizer cannot be read", "an unknown scheduler"
+DAMAGED: list[tuple[str, Any, str]] = [
+    ("tokenizer/tokenizer.json", "{", UNREADABLE),
+    ("tokenizer/tokenizer.json", {"model": {"type": "BPE", "vocab": 3}}, UNREADABLE),
+    ("tokenizer/tokenizer_config.json", "[" * 100_000, UNREADABLE),
+    (SCHEDULER, "{", r"scheduler_config.json' is not JSON"),
+    (SCHEDULER, "[]", r"scheduler_config.json' is damaged \(the file is a list"),
+    (SCHEDULER, {"num_train_timesteps": 10**9}, "num_train_timesteps .* too large"),
+    (SCHEDULER, {"beta_schedule": 7}, "its scheduler cannot be read"),
+    *(("model_index.json", {"scheduler": odd}, ODD) for odd in (None, "x", ["diffusers"], ["diffusers", 3])),
+    ("model_index.json", {"scheduler": ["diffusers", "AutoencoderKL"]}, ODD),
+]
+
+
+def test_damaged_files_are_one_error(tmp_path: Path) -> None:
+    bundle = graph_bundle(tmp_path, components=("unet",))
+    for part in ("scheduler", "tokenizer"):
+        shutil.copytree(DEMO_WEIGHTS / part, tmp_path / part)
+    (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", "DDIMScheduler"]}))
+    assert type(bundle_scheduler(bundle)).__name__ == "DDIMScheduler"
+    assert _tokenizer(bundle)("red").input_ids
+    for name, content, message in DAMAGED:
+        whole = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(BundleError, match=message):
+            (_tokenizer if name.startswith("tokenizer") else bundle_scheduler)(bundle)
+        (tmp_path / name).write_text(whole)

@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from engine_bundles import CONTEXT, edit_engine, graph_unet, identity_unet, reference, replace_file, unet_feeds
@@ -129,6 +130,14 @@ def test_engine_that_the_library_refuses_after_all(graph_copy: Path) -> None:
     replace_file(graph_copy, "openvino", "unet", b"no blob at all")
     with pytest.raises(EngineError, match=r"could not be opened by OpenVINO"):
         open_session(graph_copy, "openvino", "unet")
+
+
+def test_weights_from_a_file_that_the_manifest_does_not_list_are_refused(graph_copy: Path) -> None:
+    path = engine_file(graph_copy, "onnxruntime")
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="other.data", size_threshold=0)
+    replace_file(graph_copy, "onnxruntime", "unet", path.read_bytes())
+    with pytest.raises(BundleError, match=r"unet\.onnx' keeps its weight .*other\.data.*: do not trust this bundle"):
+        open_session(graph_copy, "onnxruntime", "unet")
 
 
 def test_check_engine_knows_the_limits(graph: Bundle) -> None:

@@ -23,7 +23,7 @@ API: dict[str, Any] = json.loads(Path(__file__).with_name("tensorrt_api.json").r
 LIBRARIES = frozenset(API["wheels"])
 SOURCES = (
     *(f"export/build/tensorrt_{name}.py" for name in ("plan", "progress")),
-    *(f"engines/sessions/trt/{name}.py" for name in ("session", "context", "runtime_cache", "opening")),
+    *(f"engines/sessions/trt/{name}.py" for name in ("session", "context", "opening")),
     "export/build/options.py",
     "sdkd/targets/gpu_trial.py",
     "sdkd/targets/tensorrt_api.py",

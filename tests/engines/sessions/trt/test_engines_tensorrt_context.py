@@ -23,8 +23,7 @@ from engines.sessions.trt.cuda_graphs import (
     graph_key,
     own_stream,
 )
-from engines.sessions.trt.opening import HalfRefitError, captures_by_itself, configure_graphs, refit
-from engines.sessions.trt.runtime_cache import RuntimeCache
+from engines.sessions.trt.opening import HalfRefitError, RuntimeCache, captures_by_itself, configure_graphs, refit
 from sdkd.errors import EngineError
 from sdkd.targets.gpu_trial import reasons
 from sdkd.targets.registry import cache_folder
