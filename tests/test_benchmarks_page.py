@@ -23,18 +23,14 @@ import bench_build
 import bench_export
 import bench_runtime
 import benchmarks_page
-from bench_kit.commands import Measured, Run
+from bench_kit.commands import Measured
 from bench_kit.overhead import overhead_row
 from gpu_bench.settings import FIGURES
 
 ROOT = Path(__file__).parent.parent
 HEAD = {
-    "schema": 1,
-    "machine": "example-2-cores",
-    "date": "2026-01-02",
-    "commit": "abc1234",
-    "environment": ENVIRONMENT,
-}
+    "schema": 1, "machine": "example-2-cores", "date": "2026-01-02", "commit": "abc1234", "environment": ENVIRONMENT,
+}  # fmt: skip
 GPU = ENVIRONMENT | {"gpu": {"gpu": "Example GPU", "compute_capability": "9.0"}, "gpu_driver": "580.10", "cuda": "13.0"}
 OPTIMUM = {"optimum-onnx": "0.1.0", "transformers": "4.57.1"}
 
@@ -42,24 +38,11 @@ OPTIMUM = {"optimum-onnx": "0.1.0", "transformers": "4.57.1"}
 def train_file(seconds: float = 2.5, environment: dict[str, Any] = ENVIRONMENT) -> dict[str, Any]:
     """A result of tools/bench_train.py."""
     rows = [
-        {
-            "step": step,
-            "seconds_median": value,
-            "images_per_second": 2 / value,
-            "speedup": 5.0 / value,
-            "speedup_low": 4.5 / value,
-            "speedup_high": 5.5 / value,
-            "memory_gb": None,
-            "seconds_samples": [value] * 3,
-        }
+        {"step": step, "seconds_median": value, "images_per_second": 2 / value, "speedup": 5.0 / value,
+         "speedup_low": 4.5 / value, "speedup_high": 5.5 / value, "memory_gb": None, "seconds_samples": [value] * 3}
         for step, value in (("reference", 5.0), ("Trainer.step", seconds))
-    ]
-    words = {
-        "size": 256,
-        "batch_size": 2,
-        "precision": "bf16",
-        "command": "python tools/bench_train.py --students tiny",
-    }
+    ]  # fmt: skip
+    words = {"size": 256, "batch_size": 2, "precision": "bf16", "command": "python tools/bench_train.py"}
     return {**HEAD, **words, "environment": environment, "students": [{"student": "tiny", "rows": rows}]}
 
 
@@ -75,34 +58,34 @@ def comparison_file(environment: dict[str, Any] = ENVIRONMENT) -> dict[str, Any]
     return {**head, "comparison": compared, "builds": builds, "markdown": markdown(report)}
 
 
+def ran(seconds: float) -> dict[str, Any]:
+    """A command's run."""
+    return {"seconds": seconds, "peak_rss_bytes": 4 * 10**9, "peak_anonymous_bytes": 3 * 10**9, "passed": True}
+
+
 def export_file() -> dict[str, Any]:
     """A result of tools/bench_export.py."""
     parts = {name: {"nodes": 1200, "opset": 23, "bytes": 7_000_000} for name in bench_export.COMPONENTS}
     ways = {
-        way: Measured([Run(seconds, 4 * 10**9, 3 * 10**9, True) for _ in range(3)], parts)
+        way: Measured([ran(seconds) for _ in range(3)], parts)
         for way, seconds in (("optimum fp32", 90.0), ("sdkd fp32", 45.0))
     }
     words = {"rounds": 3, "command": "python tools/bench_export.py --rounds 3", "optimum": OPTIMUM}
-    return {**HEAD, **words, "models": [bench_export.result("random:sd15-tiny", ways)]}
+    return {**HEAD, **words, "models": [{"model": "random:sd15-tiny", "rows": bench_export.rows(ways)}]}
 
 
 def build_file() -> dict[str, Any]:
     """A result of tools/bench_build.py."""
-    run = Run(33.5, 4 * 10**9, 3 * 10**9, True)
     unet = {"export_seconds": 20.0, "build_seconds": 7.25, "engine_bytes": 9_000_000}
     written = {"engine_bytes": 9_000_000, "components": {"unet": unet}}
-    row = bench_build.row("openvino", Measured([run], written))
+    rows = bench_build.rows({"openvino": Measured([ran(33.5)], written)})
     words: dict[str, Any] = {"rounds": 1, "command": "python tools/bench_build.py --rounds 1", "optimum": None}
-    return {**HEAD, **words, "models": [{"model": "random:sd15-tiny", "rows": [row]}]}
+    return {**HEAD, **words, "models": [{"model": "random:sd15-tiny", "rows": rows}]}
 
 
 def runtime_file() -> dict[str, Any]:
     """A result of tools/bench_runtime.py."""
-    samples = {
-        "bare": [0.010, 0.011, 0.012, 0.010],
-        "runtime": [0.0102, 0.0113, 0.0121, 0.0103],
-        "loop": [0.001, 0.0012, 0.0011, 0.0011],
-    }
+    samples = {"bare": [0.010, 0.011, 0.012], "runtime": [0.0102, 0.0113, 0.0121], "loop": [0.001, 0.0012, 0.0011]}
     words: dict[str, Any] = {"command": "python tools/bench_runtime.py --pieces overhead", "optimum": None}
     words |= {"settings": {"steps": 4, "size": 512}, "schema": bench_runtime.SCHEMA}
     rows = [overhead_row("demo", "onnxruntime", samples)]
@@ -128,9 +111,11 @@ def test_pieces_of_a_runtime_result_are_measured_apart_and_of_one_setting(tmp_pa
     assert "overhead" in bench_runtime.merged(found, {**found, "commit": "def5678"}, "peer", [])
     other = bench_runtime.merged(found, {**HEAD, **found, "settings": {"steps": 8, "size": 512}}, "peer", [])
     assert "of 2026" not in "\n".join(bench_runtime.page(found)).lower()
-    base, engine = found["onnxruntime"]
+    (added,), (base, engine) = found["overhead"], found["onnxruntime"]
+    assert added["overhead_seconds"] == pytest.approx([2e-4, 1e-4, 3e-4])  # the median of the pairs' differences
+    assert added["step_overhead_share"][0] == pytest.approx(1.2e-3 / 0.011)
     assert (base["image_faster"], base["unet_faster"]) == (None, None)
-    assert engine["unet_faster"][0] == pytest.approx(2.0)
+    assert (engine["unet_faster"], engine["seconds"], engine["outside_per_step_seconds"]) == ([2.0] * 3, 1.55, 0.002)
     assert set(other["runs"]) == {"peer"}
 
 

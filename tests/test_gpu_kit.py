@@ -66,9 +66,8 @@ def index(tmp_path: Path) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     wheel(folder, "large", "2.0", ("helper>=1", "torch"), size=250_000)
-    wheel(folder, "helper", "1.0")
-    wheel(folder, "helper", "1.5")
-    wheel(folder, "torch", "2.11")
+    for name, version in (("helper", "1.0"), ("helper", "1.5"), ("torch", "2.11")):
+        wheel(folder, name, version)
     return folder
 
 
@@ -82,16 +81,8 @@ def make(tmp_path: Path, index: Path, *more: str) -> Path:
     return kit
 
 
-def test_what_the_machine_has_may_be_for_its_python_alone(tmp_path: Path, index: Path) -> None:
-    """Its numpy, say, that no longer installs on the Python which gathers the kit."""
-    later = f"3.{sys.version_info.minor + 1}"
-    wheel(index, "helper", "1.2", python=f">={later}")
-    kit = make(tmp_path, index, "--present", "torch,helper==1.2", "--python", later)
-    described = json.loads((kit / "kit.json").read_text())
-    assert [one["file"] for one in described["wheels"]] == ["large-2.0-py3-none-any.whl"]
-    wheel(index, "large", "2.0", ("helper>=1", "torch"), python=f"<{later}")  # what is gathered must be for it, too
-    with pytest.raises(SystemExit, match=r"pip download failed: (.|\n)*large"):
-        make(tmp_path / "again", index, "--present", "torch,helper==1.2", "--python", later)
+def files_of(kit: Path) -> list[str]:
+    return [one["file"] for one in json.loads((kit / "kit.json").read_text())["wheels"]]
 
 
 def install(kit: Path, target: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -99,7 +90,7 @@ def install(kit: Path, target: Path, *more: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_kit_is_split_and_installs_into_an_empty_folder(
+def test_a_kit_is_split_and_installs_what_came_whole_into_an_empty_folder(
     tmp_path: Path, index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kit = make(tmp_path, index)
@@ -108,32 +99,41 @@ def test_a_kit_is_split_and_installs_into_an_empty_folder(
         ("helper-1.0-py3-none-any.whl", 1),  # as the constraints say; torch is left out, with its pin
         ("large-2.0-py3-none-any.whl", 3),
     ]
-    parts = sorted(path.name for path in kit.glob("large*"))
-    assert parts == [f"large-2.0-py3-none-any.whl.part{number:02d}" for number in (1, 2, 3)]
+    parts = [f"large-2.0-py3-none-any.whl.part{number:02d}" for number in (1, 2, 3)]
+    assert sorted(path.name for path in kit.glob("large*")) == parts
     assert max(path.stat().st_size for path in kit.glob("*.whl*")) <= 100_000
     assert "large-2.0-py3-none-any.whl in 3 parts" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"kit is there and not empty: name another folder"):
+        make(tmp_path, index)
 
-    away = tmp_path / "second delivery"
-    away.mkdir()
-    (kit / parts[1]).rename(away / parts[1])
-    target = tmp_path / "packages"
+    target, away, part = tmp_path / "packages", tmp_path / "second delivery", kit / parts[1]
+    whole = part.read_bytes()
+    for wrong, said in (
+        (whole[:-1] + b"?", f"{part.name} is damaged: bring it again"),
+        (whole[:70_000], f"{part.name} has 70000 bytes, not 100000: it was copied in part, bring it again"),
+    ):
+        part.write_bytes(wrong)
+        assert install(kit, target).stderr.strip() == said
+    part.unlink()
     lacking = install(kit, target)
-    assert lacking.returncode == 1
+    assert (lacking.returncode, target.exists()) == (1, False)
     assert f"{parts[1]} is in none of" in lacking.stderr
-    assert not target.exists()
+    away.mkdir()
+    (away / part.name).write_bytes(whole)
     done = install(kit, target, "--from", str(away))
     assert done.returncode == 0, done.stderr
-    code = "import large, helper; print(large.VERSION, helper.VERSION)"
-    asked = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {code}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); import large, helper; print(large.VERSION, helper.VERSION)"
+    )
+    asked = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
     assert asked.stdout.strip() == "2.0 1.0"
-    assert sorted(path.name for path in kit.iterdir() if path.is_dir()) == []  # nothing is left behind
+    assert [path for path in kit.iterdir() if path.is_dir()] == []  # nothing is left behind
     assert list(target.rglob("*.pyc")) == []  # compiled when it is imported, if at all
+    (kit / "kit.json").write_text(json.dumps({**described, "python": "3.99"}))
+    assert f"this kit is for Python 3.99, and this is {PYTHON}" in install(kit, target).stderr
 
 
-def test_what_is_there_is_left_out_and_the_rest_fits_its_versions(tmp_path: Path, index: Path) -> None:
+def test_what_is_there_is_left_out_and_the_rest_fits_its_versions_and_its_python(tmp_path: Path, index: Path) -> None:
     for version in ("1.0", "2.0"):
         wheel(index, "needy", version, (f"hub=={version}",))
         wheel(index, "hub", version)
@@ -142,10 +142,17 @@ def test_what_is_there_is_left_out_and_the_rest_fits_its_versions(tmp_path: Path
     wheel(index, "torch", "2.11.0")
     assert gpu_kit.present_of(f"{freeze},hub") == {"torch": "2.11.0", "hub": "", "local": ""}
     kit = make(tmp_path, index, "--packages", "needy,large", "--present", str(freeze))
-    names = [one["file"] for one in json.loads((kit / "kit.json").read_text())["wheels"]]
-    assert names == ["helper-1.0-py3-none-any.whl", "large-2.0-py3-none-any.whl", "needy-1.0-py3-none-any.whl"]
+    assert files_of(kit) == [f"{name}-py3-none-any.whl" for name in ("helper-1.0", "large-2.0", "needy-1.0")]
     with pytest.raises(SystemExit, match=r"--present: 'there\.txt 2' is no file, name or NAME==VERSION"):
         gpu_kit.present_of("there.txt 2")
+    # What is there, a numpy say, may be for the other machine's Python alone; what is gathered must be for it, too.
+    later = f"3.{sys.version_info.minor + 1}"
+    wheel(index, "helper", "1.2", python=f">={later}")
+    words = ("--present", "torch,helper==1.2", "--python", later)
+    assert files_of(make(tmp_path / "later", index, *words)) == ["large-2.0-py3-none-any.whl"]
+    wheel(index, "large", "2.0", ("helper>=1", "torch"), python=f"<{later}")
+    with pytest.raises(SystemExit, match=r"pip download failed: (.|\n)*large"):
+        make(tmp_path / "again", index, *words)
 
 
 def test_source_packages_are_built_when_they_are_pure(tmp_path: Path, index: Path) -> None:
@@ -159,37 +166,6 @@ def test_source_packages_are_built_when_they_are_pure(tmp_path: Path, index: Pat
     (source / "backend.py").write_text(BACKEND)
     with tarfile.open(index / "pure_one-3.0.tar.gz", "w:gz") as archive:
         archive.add(source, source.name)
-    kit = make(tmp_path, index, "--build", "pure_one")
-    names = [one["file"] for one in json.loads((kit / "kit.json").read_text())["wheels"]]
-    assert "pure_one-3.0-py3-none-any.whl" in names
-    assert install(kit, tmp_path / "packages").returncode == 0
-    assert (tmp_path / "packages" / "pure_one.py").read_text() == "VERSION = '3.0'\n"
-
-
-def test_a_damaged_piece_is_named(tmp_path: Path, index: Path) -> None:
-    kit = make(tmp_path, index)
-    part = kit / "large-2.0-py3-none-any.whl.part02"
-    part.write_bytes(part.read_bytes()[:-1] + b"?")
-    found = install(kit, tmp_path / "packages")
-    assert (found.returncode, found.stderr.strip()) == (1, f"{part.name} is damaged: bring it again")
-    part.write_bytes(part.read_bytes()[:70_000])
-    said = install(kit, tmp_path / "packages").stderr.strip()
-    assert said == f"{part.name} has 70000 bytes, not 100000: it was copied in part, bring it again"
-
-
-def test_a_kit_for_another_python_is_refused(tmp_path: Path, index: Path) -> None:
-    kit = make(tmp_path, index)
-    described = json.loads((kit / "kit.json").read_text()) | {"python": "3.99"}
-    (kit / "kit.json").write_text(json.dumps(described))
-    assert f"this kit is for Python 3.99, and this is {PYTHON}" in install(kit, tmp_path / "packages").stderr
-
-
-def test_what_cannot_be_had_is_said_in_pips_words(tmp_path: Path, index: Path) -> None:
+    assert "pure_one-3.0-py3-none-any.whl" in files_of(make(tmp_path, index, "--build", "pure_one"))
     with pytest.raises(SystemExit, match=r"pip install failed: .*nothing-of-this-name"):
-        make(tmp_path, index, "--packages", "nothing-of-this-name")
-
-
-def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, index: Path) -> None:
-    make(tmp_path, index)
-    with pytest.raises(SystemExit, match=r"kit is there and not empty: name another folder"):
-        make(tmp_path, index)
+        make(tmp_path / "again", index, "--packages", "nothing-of-this-name")

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import gpu_report
 from bench_kit import runner
 from bench_kit.record import Record
+from bench_kit.results import keep
 from bench_kit.runner import Piece, Place
 from gpu_bench import page, pieces
 from gpu_bench.page import goals
@@ -247,7 +248,8 @@ def test_finished_pieces_are_kept_and_the_rest_goes_on_after_a_crash(tmp_path: P
 
 
 def test_the_budget_stops_a_piece_and_begins_no_other(tmp_path: Path) -> None:
-    code = WRITE + "import subprocess\nsubprocess.Popen(['sleep', '60'])\ntime.sleep(60)\n"
+    late = WRITE.replace("row of", "late row of")
+    code = f"{WRITE}import subprocess\nsubprocess.Popen(['sleep', '30'])\ntime.sleep(20)\n{late}"
     found: dict[str, Any] = {}
     states = run_planted(found, tmp_path, code, "doctor,train/small", seconds=2.0, cost=1.0)
     assert states == ["doctor: out of budget", "train/small: not started"]
@@ -291,11 +293,14 @@ def test_a_part_that_fails_is_recorded_and_the_next_goes_on(tmp_path: Path) -> N
     assert any("raise ValueError" in line for line in found["tracebacks"]["one"])
 
 
-def test_a_result_bears_no_folder_of_this_machine() -> None:
+def test_a_result_bears_no_folder_of_this_machine(tmp_path: Path) -> None:
     assert runner.ended(-signal.SIGKILL, Path("nothing")) == "ended by SIGKILL"
     places = {"/home/me/work": "WORK", "/home/me": "~"}
     found = {"errors": {"a": "/home/me/work/x and /home/me/y"}, "rows": [{"n": 1}]}
     assert runner.scrubbed(found, places) == {"errors": {"a": "WORK/x and ~/y"}, "rows": [{"n": 1}]}
+    with pytest.raises(SystemExit, match=r"the result holds paths of this machine .*: it was not written"):
+        keep(tmp_path / "result.json", {"command": f"python {Path.home()}/tool.py"}, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_piece_of_another_benchmark_ends_it_when_it_fails(tmp_path: Path) -> None:
@@ -351,6 +356,8 @@ def test_a_report_goes_on_after_midnight_and_from_a_copy(tmp_path: Path, monkeyp
     found["pieces"]["compare/tiny"] = {"state": "out of budget", "rows": [], "facts": {}, "errors": {}}
     write_json(earlier, {**found, "date": "2026-01-02"})
     today.unlink()
+    for name, kept in (("compare/tiny", True), ("doctor", False)):  # what alone is wanted is unfinished, or done
+        assert (gpu_report.place(earlier.parent, found, [name]) == earlier) is kept
     assert call(tmp_path, monkeypatch, "--pieces", "doctor") == earlier
     assert list(read_json(earlier)["pieces"]) == ["doctor", "lora/tiny", "compare/tiny"]
     copy = earlier.rename(tmp_path / "2026-01-02.json")

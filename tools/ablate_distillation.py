@@ -61,94 +61,63 @@ class Lessons:
         from sdkd.toyworld.scenes import DemoImages, held_out_scenes, seen_scenes
 
         self.pipe = load_eager("demo")
-        self.latents = encode_images(
-            self.pipe.vae, DemoImages(count=settings.images), size=training_size(self.pipe, None)
-        )
+        images = DemoImages(count=settings.images)
+        self.latents = encode_images(self.pipe.vae, images, size=training_size(self.pipe, None))
         self.probe = make_probe(self.pipe, DemoImages(count=settings.probe, seed=99, held_out=True), settings.probe)
-        self.scenes = {
-            kind: _spread(scenes, settings.scenes)
-            for kind, scenes in (("seen", seen_scenes()), ("held_out", held_out_scenes()))
+        count, every = settings.scenes, {"seen": seen_scenes(), "held_out": held_out_scenes()}
+        self.scenes = {  # from all over the lists
+            kind: [scenes[index * len(scenes) // count] for index in range(count)] for kind, scenes in every.items()
         }
 
 
-def _spread(scenes: Any, count: int) -> list[Any]:
-    """`count` scenes from all over the list."""
-    return [scenes[index * len(scenes) // count] for index in range(count)]
+def trained(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> tuple[Any, Any]:
+    """A student, with its teacher's weights or random ones at first, in a pipeline of the teacher's other parts.
 
-
-def student_unet(lessons: Lessons, student: str, copied: bool, seed: int) -> Any:
-    """A student with its teacher's weights, or with random ones."""
+    And how its training went.
+    """
     import torch
-    from diffusers import UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+    from sdkd.distill import TrainConfig, train
     from sdkd.students.blocks import build_student, student_config
 
+    copied, losses = VARIANTS[variant]
+    config = TrainConfig(
+        student=student, steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
+        precision="fp32", device="cpu", seed=seed, log_every=50, **losses,  # type: ignore[arg-type]
+    )  # fmt: skip
     if copied:
-        return build_student(lessons.pipe.unet, student)
-    torch.manual_seed(seed)
-    return UNet2DConditionModel(**student_config(lessons.pipe.unet.config, student))
+        unet = build_student(lessons.pipe.unet, student)
+    else:
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(**student_config(lessons.pipe.unet.config, student))
+    done = train(lessons.pipe, unet, lessons.latents, config)
+    parts = {**lessons.pipe.components, "unet": done.unet}
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, done
 
 
 def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
-    """Train one student and examine it."""
-    from sdkd.distill import train
-
-    config = config_of(student, variant, seed, settings)
-    unet = student_unet(lessons, student, VARIANTS[variant][0], seed)
-    done = train(lessons.pipe, unet, lessons.latents, config)
-    pipe = pipeline(lessons, done.unet)
-    return {"train_seconds": done.seconds, "last": done.history[-1], **examined(lessons, pipe, settings)}
-
-
-def config_of(student: str, variant: str, seed: int, settings: Settings) -> Any:
-    """The training settings of a run."""
-    from sdkd.distill import TrainConfig
-
-    return TrainConfig(
-        student=student,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        precision="fp32",
-        device="cpu",
-        seed=seed,
-        log_every=50,
-        **VARIANTS[variant][1],  # type: ignore[arg-type]
-    )
-
-
-def pipeline(lessons: Lessons, unet: Any) -> Any:
-    """A pipeline of the teacher's parts around a student's UNet."""
-    from diffusers import StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline(**{**lessons.pipe.components, "unet": unet}, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def examined(lessons: Lessons, pipe: Any, settings: Settings) -> dict[str, Any]:
-    """Agreement with the teacher and caption accuracy of a pipeline."""
+    """Train one student and examine it: agreement with the teacher, and caption accuracy."""
     from sdkd.evaluate.agreement import noise_agreement
     from sdkd.toyworld.accuracy import evaluate_captions
 
+    pipe, done = trained(lessons, student, variant, seed, settings)
     agreement = noise_agreement(pipe, lessons.probe)
-    found: dict[str, Any] = {"noise_mse": agreement.mean, "noise_mse_buckets": list(agreement.buckets)}
+    found: dict[str, Any] = {"train_seconds": done.seconds, "last": done.history[-1]}
+    found |= {"noise_mse": agreement.mean, "noise_mse_buckets": list(agreement.buckets)}
     for kind, scenes in lessons.scenes.items():
         right = evaluate_captions(pipe, scenes, settings.sampling_steps, settings.guidance_scale)
         found[kind] = {name: right.right[name] / right.count for name in ATTRIBUTES}
     return found
 
 
-def path_of(student: str, variant: str, seed: int) -> Path:
-    """Where a run's result is kept."""
-    return FOLDER / "runs" / f"{student}-{variant[0]}-{seed}.json"
-
-
 def series(students: list[str], seeds: list[int], settings: Settings) -> None:
     """All runs that are not there yet, seed by seed."""
     lessons: Lessons | None = None
     for seed, student, variant in itertools.product(seeds, students, VARIANTS):
-        path = path_of(student, variant, seed)
+        path = FOLDER / "runs" / f"{student}-{variant[0]}-{seed}.json"
         if path.is_file() and read_json(path)["settings"] == asdict(settings):
             continue
         lessons = lessons or Lessons(settings)
@@ -159,7 +128,6 @@ def series(students: list[str], seeds: list[int], settings: Settings) -> None:
 
 def why(settings: Settings, student: str = "tiny", seed: int = 0) -> None:
     """What random conditioning is for: noise MSE with the images' own captions, and with captions of other images."""
-    from sdkd.distill import train
     from sdkd.evaluate.agreement import make_probe, noise_agreement
     from sdkd.toyworld.scenes import DemoImages
 
@@ -169,9 +137,7 @@ def why(settings: Settings, student: str = "tiny", seed: int = 0) -> None:
     probes = {"own": lessons.probe, "other": make_probe(lessons.pipe, swapped, settings.probe)}
     found: dict[str, Any] = {"student": student, "seed": seed, "settings": asdict(settings), "commit": commit()}
     for variant in list(VARIANTS)[3:]:
-        config = config_of(student, variant, seed, settings)
-        done = train(lessons.pipe, student_unet(lessons, student, True, seed), lessons.latents, config)
-        pipe = pipeline(lessons, done.unet)
+        pipe, _ = trained(lessons, student, variant, seed, settings)
         found[variant] = {name: noise_agreement(pipe, probe).mean for name, probe in probes.items()}
         print(variant, found[variant], flush=True)
     write_json(FOLDER / "why.json", found)
@@ -218,24 +184,16 @@ def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
         for row in made
     ]  # fmt: skip
     lines += markdown_table(heads, cells, left=2)
-    return "\n".join(
-        [*lines, "", *_words(), "![plot](ablation.png)", "", "Made by `python tools/ablate_distillation.py`.", ""]
-    )
-
-
-def _words() -> list[str]:
-    """What random conditioning does instead of helping here, when it was measured."""
-    path = FOLDER / "why.json"
-    if not path.is_file():
-        return []
-    found = read_json(path)
-    without, with_it = (found[name] for name in list(VARIANTS)[3:])
-    return [
-        f"Random conditioning, asked of {found['student']} (seed {found['seed']}, `--why`): noise MSE with the images' "
-        f"own captions {without['own']:.4f} without it and {with_it['own']:.4f} with it; with captions of other images "
-        f"{without['other']:.4f} and {with_it['other']:.4f}.",
-        "",
-    ]
+    if (path := FOLDER / "why.json").is_file():
+        found = read_json(path)
+        without, with_it = (found[name] for name in list(VARIANTS)[3:])
+        lines += [
+            "",
+            f"Random conditioning, asked of {found['student']} (seed {found['seed']}, `--why`): noise MSE with the "
+            f"images' own captions {without['own']:.4f} without it and {with_it['own']:.4f} with it; with captions of "
+            f"other images {without['other']:.4f} and {with_it['other']:.4f}.",
+        ]
+    return "\n".join([*lines, "", "![plot](ablation.png)", "", "Made by `python tools/ablate_distillation.py`.", ""])
 
 
 def plot(made: list[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,6 @@ Raw samples stay in the JSON. Run it on a quiet machine; `make benchmarks-page` 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 from bench_kit.comparison import builds_table, comparison_lines, keep_comparison
 from bench_kit.record import Record
-from bench_kit.results import ROOT, commit, keep, machine, today
+from bench_kit.results import ROOT, check_known, commit, keep, machine, parse, today
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
 
 PIECES = ("demo", "sd15-tiny", "sd15-small", "sd15")  # all but the demo: full size, random weights
@@ -84,15 +83,10 @@ def half_and_compiled(model: str, skipped: dict[str, str]) -> Iterator[Any]:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pieces", default=",".join(PIECES), help=f"of {', '.join(PIECES)}")
-    parser.add_argument("--work", type=Path, default=Path("artifacts/bench"), help="models and engines; re-used")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks"))
-    asked = parser.parse_args()
+    asked = parse(__doc__, pieces=",".join(PIECES), work=Path("artifacts/bench"))
     os.chdir(ROOT)  # paths in the results are relative to it
     names = asked.pieces.split(",")
-    if unknown := [name for name in names if name not in PIECES]:
-        parser.error(f"piece {unknown[0]!r} is unknown: choose from {', '.join(PIECES)}")
+    check_known("piece", names, PIECES)
     for name in names:
         command = f"python tools/bench.py --pieces {name}"
         piece = Piece(name, "bench:measure", {"name": name, "work": str(asked.work)})

@@ -11,13 +11,12 @@ build.md. Run it on a quiet machine; it removes what it wrote to disk.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench_kit.commands import Measured, chosen, interop_python, measure, optimum_versions
-from bench_kit.results import NONE, ROOT, head, keep, machine
+from bench_kit.commands import Costs, Measured, memory_cells
+from bench_kit.results import NONE
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.console import markdown_table
@@ -42,19 +41,19 @@ def describe(output: Path) -> dict[str, Any]:
     return {
         "engine_bytes": sum(engine.total_bytes for engine in engines.values()),
         "components": {
-            name: {
-                "export_seconds": record.seconds,
-                "build_seconds": engines[name].seconds,
-                "engine_bytes": engines[name].total_bytes,
-            }
+            name: {"export_seconds": record.seconds, "build_seconds": engines[name].seconds,
+                   "engine_bytes": engines[name].total_bytes}
             for name, record in manifest.components.items()
         },
-    }
+    }  # fmt: skip
 
 
-def row(name: str, measured: Measured) -> dict[str, Any]:
-    """Medians and raw samples of one target."""
-    return {"target": name, "command": " ".join(TARGETS[name]), **measured.figures(), **measured.written}
+def rows(found: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """Medians and raw samples of every target."""
+    return [
+        {"target": name, "command": " ".join(TARGETS[name]), **measured.figures(), **measured.written}
+        for name, measured in found.items()
+    ]
 
 
 def page(found: Mapping[str, Any]) -> list[str]:
@@ -66,15 +65,8 @@ def page(found: Mapping[str, Any]) -> list[str]:
         "with random weights, 512 px, 1 to 4 images. Export, parity with PyTorch, build and parity of the engine (on "
         "targets that run here) included.",
     ]
-    heads = (
-        "target",
-        "s",
-        "UNet: export, s",
-        "UNet: build, s",
-        "peak memory, GB",
-        "of it anonymous, GB",
-        "engines, MB",
-    )
+    heads = ("target", "s", "UNet: export, s", "UNet: build, s", "peak memory, GB", "of it anonymous, GB",
+             "engines, MB")  # fmt: skip
     for part in found["models"]:
         lines += ["", f"## {part['model']}", "", *markdown_table(heads, [_cells(each) for each in part["rows"]])]
     return [
@@ -89,28 +81,12 @@ def page(found: Mapping[str, Any]) -> list[str]:
 def _cells(each: Mapping[str, Any]) -> list[str]:
     unet = each["components"].get("unet")
     parts = [f"{unet[key]:.1f}" if unet else NONE for key in ("export_seconds", "build_seconds")]
-    memory = [f"{each[key] / 1e9:.2f}" for key in ("peak_rss_bytes", "peak_anonymous_bytes")]
-    return [each["target"], f"{each['seconds']:.1f}", *parts, *memory, f"{each['engine_bytes'] / 1e6:,.0f}"]
+    size = f"{each['engine_bytes'] / 1e6:,.0f}"
+    return [each["target"], f"{each['seconds']:.1f}", *parts, *memory_cells(each), size]
 
 
-def main() -> None:
-    """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="random:sd15,random:sd15-small,random:sd15-tiny")
-    parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
-    asked = parser.parse_args()
-    targets = chosen(parser, "target", asked.targets.split(","), TARGETS)
-    interop, parts = interop_python() if "optimum" in targets else None, []
-    for model in asked.models.split(","):
-        measured = measure(model, targets, asked.rounds, interop, describe)
-        parts.append({"model": model, "rows": [row(name, each) for name, each in measured.items()]})
-    command = f"python tools/bench_build.py --models {asked.models} --targets {asked.targets} --rounds {asked.rounds}"
-    optimum = optimum_versions(interop) if interop else None
-    found = head(command, rounds=asked.rounds, optimum=optimum, models=parts)
-    keep(asked.output / machine() / "build.json", found, page(found))
-
+MODELS = "random:sd15,random:sd15-small,random:sd15-tiny"
+COSTS = Costs("build", "targets", TARGETS, MODELS, 1, describe, rows, page)
 
 if __name__ == "__main__":
-    main()
+    COSTS.main(__doc__)

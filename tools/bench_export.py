@@ -11,15 +11,12 @@ machine; it needs about three times the model's size on disk, under artifacts/, 
 
 from __future__ import annotations
 
-import argparse
-import csv
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench_kit.commands import Measured, chosen, interop_python, measure, optimum_versions
-from bench_kit.results import NONE, ROOT, faster, head, keep, machine, ratio_cell
+from bench_kit.commands import Costs, Measured, memory_cells
+from bench_kit.results import NONE, faster, ratio_cell
 
 from sdkd.core.console import markdown_table
 from sdkd.core.files import read_json
@@ -67,20 +64,20 @@ def _count(graph: Any) -> int:
     return len(graph.node) + sum(_count(part) for part in inner)
 
 
-def result(model: str, found: Mapping[str, Measured]) -> dict[str, Any]:
+def rows(found: Mapping[str, Measured]) -> list[dict[str, Any]]:
     """Rows of one model; `faster` is the ratio of medians of paired rounds with its bootstrap interval."""
-    rows = []
+    made = []
     for name, measured in found.items():
         against = name.replace("sdkd", "optimum")
-        own, base = ([[run.seconds] for run in found[one].runs] if one in found else [] for one in (name, against))
-        rows.append({
+        own, base = ([[run["seconds"]] for run in found[one].runs] if one in found else [] for one in (name, against))
+        made.append({
             "way": name, "command": " ".join(VARIANTS[name]),
-            "check_passed": None if "not checked" in name else all(run.passed for run in measured.runs),
+            "check_passed": None if "not checked" in name else all(run["passed"] for run in measured.runs),
             "against": against, "faster": faster(base, own) if base else None, **measured.figures(),
             "bytes": sum(part["bytes"] for part in measured.written.values()),
             "nodes": sum(part["nodes"] for part in measured.written.values()), "components": measured.written,
         })  # fmt: skip
-    return {"model": model, "rows": rows}
+    return made
 
 
 def page(found: Mapping[str, Any]) -> list[str]:
@@ -88,7 +85,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "# Export to ONNX, sdkd and Optimum", "",
         f"Measured on {found['machine']}, {found['date']}, commit {found['commit']}, medians of {found['rounds']} "
-        f"round(s), Optimum {found['optimum']['optimum-onnx']}.",
+        f"round(s), Optimum {(found['optimum'] or {}).get('optimum-onnx', 'not measured')}.",
     ]  # fmt: skip
     heads = ("way", "s", "faster (95 % interval)", "peak memory, GB", "of it anonymous, GB", "files, MB", "nodes")
     for part in found["models"]:
@@ -109,9 +106,8 @@ def page(found: Mapping[str, Any]) -> list[str]:
 def _row(row: Mapping[str, Any]) -> list[str]:
     note = " (its check fails)" if row["check_passed"] is False else ""
     over = NONE if row["way"] == row["against"] else ratio_cell(row["faster"])
-    memory = (f"{row[key] / 1e9:.2f}" for key in ("peak_rss_bytes", "peak_anonymous_bytes"))
     return [
-        f"{row['way']}{note}", f"{row['seconds']:.1f}", over, *memory, f"{row['bytes'] / 1e6:,.0f}",
+        f"{row['way']}{note}", f"{row['seconds']:.1f}", over, *memory_cells(row), f"{row['bytes'] / 1e6:,.0f}",
         f"{row['nodes']:,}",
     ]  # fmt: skip
 
@@ -121,24 +117,7 @@ def _cell(part: Mapping[str, Any]) -> str:
     return f"{part['nodes']:,} ({part['opset']}{seconds})"
 
 
-def main() -> None:
-    """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="random:sd15-tiny", help="names that sdkd knows, separated by commas")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", default=",".join(f'"{name}"' if "," in name else name for name in VARIANTS))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
-    asked = parser.parse_args()
-    variants, interop = chosen(parser, "way", next(csv.reader([asked.ways])), VARIANTS), interop_python()
-    parts = [
-        result(model, measure(model, variants, asked.rounds, interop, describe)) for model in asked.models.split(",")
-    ]
-    command = f"python tools/bench_export.py --models {asked.models} --rounds {asked.rounds}"
-    if list(variants) != list(VARIANTS):
-        command += f" --ways {shlex.quote(asked.ways)}"
-    found = head(command, rounds=asked.rounds, optimum=optimum_versions(interop), models=parts)
-    keep(asked.output / machine() / "export.json", found, page(found))
-
+COSTS = Costs("export", "ways", VARIANTS, "random:sd15-tiny", 5, describe, rows, page)
 
 if __name__ == "__main__":
-    main()
+    COSTS.main(__doc__)

@@ -15,7 +15,6 @@ benchmarks/<machine>/runtime.json and .md. Run it on a quiet machine; with two c
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,7 @@ from typing import Any
 from bench_kit.commands import interop_python, optimum_versions
 from bench_kit.overhead import measure_overhead, overhead_lines, overhead_row
 from bench_kit.record import Record
-from bench_kit.results import NONE, ROOT, head, keep, machine, ratio_cell
+from bench_kit.results import NONE, ROOT, check_known, command_of, head, keep, machine, parse, ratio_cell
 from bench_kit.runner import CHILD, Piece, Place, python_path, run_or_exit
 
 from sdkd.core.console import markdown_table
@@ -198,30 +197,16 @@ def attention_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["## Attention in ONNX Runtime: batch 2, 8 heads, float32", "", *markdown_table(heads, cells, left=2)]
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = [piece for piece in PIECES if piece != "attention" and (piece not in SLOTS or piece in slots())]
-    parser.add_argument("--pieces", default=",".join(here), help=f"of {','.join(here)}; all by default")
-    parser.add_argument("--rounds", type=int, default=3, help="images of each way")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--size", type=int, default=512, help="pixels")
-    parser.add_argument("--teacher", default="random:sd15")
-    parser.add_argument("--student", default="random:sd15-tiny")
-    parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "bench-runtime", help="bundles; re-used")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
-    asked = parser.parse_args()
-    if unknown := set(asked.pieces.split(",")) - set(here):
-        parser.error(f"piece {min(unknown)!r} is unknown or cannot run here: choose of {', '.join(here)}")
-    return asked
-
-
 def main() -> None:
     """Measure and write, piece by piece: what is done stays when the rest is interrupted."""
-    asked = parse()
+    here = [piece for piece in PIECES if piece != "attention" and (piece not in SLOTS or piece in slots())]
+    asked = parse(
+        __doc__, pieces=",".join(here), rounds=3, steps=4, size=512, teacher="random:sd15", student="random:sd15-tiny",
+        work=ROOT / "artifacts" / "bench-runtime",
+    )  # fmt: skip
+    check_known("piece", asked.pieces.split(","), here)
     settings = {name: getattr(asked, name) for name in SETTINGS}
-    options = " ".join(f"--{name} {value}" for name, value in {"rounds": asked.rounds, **settings}.items())
-    command = f"python tools/bench_runtime.py --pieces {asked.pieces} {options}"
+    command = command_of("bench_runtime.py", asked, "pieces", "rounds", *SETTINGS)
     file, place = asked.output / machine() / "runtime.json", Place(asked.work, python_path(), logged=False)
     for name in asked.pieces.split(","):
         given, optimum = {"rounds": asked.rounds, "work": str(asked.work), **settings}, None

@@ -13,15 +13,13 @@ benchmarks/<machine>/train-<size>-<students>.json (raw samples) and .md.
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kit.results import NONE, ROOT, faster, head, in_turn, keep, machine, ratio_cell
+from bench_kit.results import NONE, command_of, faster, head, in_turn, keep, machine, parse, ratio_cell
 from torch.nn import functional as F
 
 from sdkd.compare.measure.stats import Spread
@@ -267,15 +265,8 @@ def page(found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--students", default="tiny,small")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks")
-    asked = parser.parse_args()
+    names = ("students", "size", "batch_size", "rounds", "device", "precision")
+    asked = parse(__doc__, **dict(zip(names, ("tiny,small", 256, 2, 6, "cpu", "bf16"), strict=True)))
     parts = []
     for student in asked.students.split(","):
         bench = Bench(student, asked.size, asked.batch_size, asked.device, asked.precision)
@@ -283,10 +274,8 @@ def main() -> None:
         parts.append(result(student, measured, asked.batch_size) | {"compile_seconds": measured.compile_seconds})
         del bench
         gc.collect()
-    names = ("students", "size", "batch_size", "rounds", "device", "precision")
-    options = " ".join(f"--{name.replace('_', '-')} {getattr(asked, name)}" for name in names)
     settings = {name: getattr(asked, name) for name in ("size", "batch_size", "precision")}
-    found = head(f"python tools/bench_train.py {options}", asked.device, **settings, students=parts)
+    found = head(command_of("bench_train.py", asked, *names), asked.device, **settings, students=parts)
     keep(asked.output / machine() / f"train-{asked.size}-{asked.students.replace(',', '-')}.json", found, page(found))
 
 

@@ -261,7 +261,7 @@ def environment_of(found: Json) -> Json:
 def on_gpu(results: Sequence[Json]) -> set[str]:
     """Which of FIGURES the results have from a GPU: targets of comparisons, and kinds of the GPU report's pieces."""
     measured = set[str]()
-    for found in [found for found in results if environment_of(found).get("gpu") and not found.get("dry_run")]:
+    for found in [found for found in results if environment_of(found).get("gpu")]:
         pieces = found.get("pieces", {})
         compared = [found["comparison"]] if "comparison" in found else []
         compared += [report for _, report in facts_of({"pieces": pieces}, "comparison")]

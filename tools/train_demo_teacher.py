@@ -25,7 +25,15 @@ from demo_models import NOISE, TOKENS, new_denoiser, new_tokenizer, new_vae, tok
 
 from sdkd.toyworld.scenes import IMAGE_SIZE, Scene, caption, render, seen_scenes
 
-STAGES = ("images", "vae", "latents", "unet", "decoder", "pack")
+DRAWINGS = 3  # of each scene
+SHAPE_WEIGHT = 2.0  # how much the shape counts, the background being 1
+CROP_SHARE = 0.7  # how long the VAE learns from quarters of the images
+KL, EMA, CAPTION_DROPOUT = 1e-4, 0.999, 0.1
+# In the first part of the UNet's training most steps see the first tokens of a caption alone; the longest has 15.
+SHORT_TOKENS, SHORT_SHARE, LONG_SHARE = 16, 0.65, 0.15
+LOG_EVERY, SAVE_EVERY = 50, 250
+BATCH = 32
+TRAINED = {"vae": (8000, 2e-3), "unet": (8000, 8e-4), "decoder": (3000, 1e-3)}  # steps, and the highest learning rate
 
 
 def save(path: Path, state: Any) -> None:
@@ -35,20 +43,12 @@ def save(path: Path, state: Any) -> None:
     os.replace(partial, path)
 
 
-class Log:
-    """Prints a record and appends it to training.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, **record: Any) -> None:
-        """One line of JSON."""
-        line = json.dumps(
-            {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
-        )
-        print(line, flush=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+def log(args: argparse.Namespace, **record: Any) -> None:
+    """Print a record, and append it to training.jsonl as one line of JSON."""
+    line = json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
+    print(line, flush=True)
+    with (args.work / "training.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
 
 
 # ---------------------------------------------------------------- images and latents
@@ -59,13 +59,13 @@ def draw(job: tuple[Scene, int]) -> np.ndarray:
     return np.asarray(render(*job))
 
 
-def make_images(args: argparse.Namespace, log: Log) -> None:
+def make_images(args: argparse.Namespace) -> None:
     """images.npy: uint8 [scenes * drawings, 64, 64, 3], the drawings of a scene one after the other."""
-    jobs = [(scene, seed) for scene in seen_scenes() for seed in range(args.drawings)]
+    jobs = [(scene, seed) for scene in seen_scenes() for seed in range(DRAWINGS)]
     start = time.time()
     with multiprocessing.Pool(args.threads) as pool:
         np.save(args.work / "images.npy", np.stack(pool.map(draw, jobs, chunksize=256)))
-    log(stage="images", count=len(jobs), seconds=time.time() - start)
+    log(args, stage="images", count=len(jobs), seconds=time.time() - start)
 
 
 def load_images(args: argparse.Namespace) -> torch.Tensor:
@@ -78,7 +78,7 @@ def to_pixels(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def make_latents(args: argparse.Namespace, log: Log) -> None:
+def make_latents(args: argparse.Namespace) -> None:
     """latents.pt: mean and std of each drawing's latents, float32 [n, 4, 8, 8], and the factor to std 1."""
     images, vae, start = load_images(args), new_vae().eval(), time.time()
     vae.load_state_dict(torch.load(args.work / "vae.pt")["model"])
@@ -91,7 +91,7 @@ def make_latents(args: argparse.Namespace, log: Log) -> None:
     mean, std = torch.cat(means), torch.cat(stds)
     factor = float(1 / (mean.var() + std.square().mean()).sqrt())
     save(args.work / "latents.pt", {"mean": mean, "std": std, "scaling_factor": factor})
-    log(stage="latents", scaling_factor=factor, posterior_std=float(std.mean()), seconds=time.time() - start)
+    log(args, stage="latents", scaling_factor=factor, posterior_std=float(std.mean()), seconds=time.time() - start)
 
 
 # ---------------------------------------------------------------- training
@@ -104,16 +104,14 @@ def rate(progress: float, warm_up: float = 0.04, decay_from: float = 0.5) -> flo
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - decay_from) / (1 - decay_from))))
 
 
-def training(
-    name: str,
-    model: torch.nn.Module,
-    loss_of: Callable[[float], torch.Tensor],
-    args: argparse.Namespace,
-    log: Log,
-    ema: Any = None,
-) -> None:
+Loss = Callable[[float], torch.Tensor]
+"""A batch's loss, given the share of the training that is done."""
+
+
+def training(name: str, model: torch.nn.Module, loss_of: Loss, args: argparse.Namespace, ema: Any = None) -> None:
     """Train `model` on `loss_of` until its steps or its minutes are over; goes on from the checkpoint NAME.pt."""
-    steps, minutes, peak = (getattr(args, f"{name}_{what}") for what in ("steps", "minutes", "rate"))
+    steps, minutes = (getattr(args, f"{name}_{what}") for what in ("steps", "minutes"))
+    peak = TRAINED[name][1]
     path = args.work / f"{name}.pt"
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=peak, weight_decay=0.01, betas=(0.9, 0.99), fused=True
@@ -146,66 +144,60 @@ def training(
         step += 1
         losses.append(loss.item())
         seconds = spent + time.time() - start
-        if step % args.log_every == 0:
-            log(
-                stage=name,
-                step=step,
-                loss=float(np.mean(losses)),
-                rate=peak * rate(progress),
-                seconds=round(seconds, 1),
-            )
+        if step % LOG_EVERY == 0:
+            loss_of_late = float(np.mean(losses))
+            log(args, stage=name, step=step, loss=loss_of_late, rate=peak * rate(progress), seconds=round(seconds, 1))
             losses.clear()
-        if step % args.save_every == 0:
+        if step % SAVE_EVERY == 0:
             checkpoint()
     checkpoint()
-    log(stage=name, step=step, finished=True, seconds=round(seconds, 1))
+    log(args, stage=name, step=step, finished=True, seconds=round(seconds, 1))
 
 
-def batches(count: int, size: int) -> Iterator[torch.Tensor]:
+def batches(count: int) -> Iterator[torch.Tensor]:
     """Endless shuffled index batches over `count` items."""
     while True:
-        yield from (batch for batch in torch.randperm(count).split(size) if len(batch) == size)
+        yield from (batch for batch in torch.randperm(count).split(BATCH) if len(batch) == BATCH)
 
 
-def train_decoder(args: argparse.Namespace, log: Log) -> None:
+def train_decoder(args: argparse.Namespace) -> None:
     """More training of the VAE's decoder alone, which leaves the latents that the UNet learns from as they are."""
-    train_vae(args, log, "decoder")
+    train_vae(args, "decoder")
 
 
-def train_vae(args: argparse.Namespace, log: Log, name: str = "vae") -> None:
+def train_vae(args: argparse.Namespace, name: str = "vae") -> None:
     """L1 and L2 on the pixels and a little KL (nats per latent number), the loss of a small AutoencoderKL."""
     images, vae = load_images(args), new_vae().to(memory_format=torch.channels_last)
     if name == "decoder":
         vae.load_state_dict(torch.load(args.work / "vae.pt")["model"])
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(False)
-    size = getattr(args, f"{name}_batch")
-    order = batches(len(images), size)
+    order = batches(len(images))
 
     def loss_of(progress: float) -> torch.Tensor:
         pixels = to_pixels(images[next(order)])
         # A shape is a tenth of its image: without a weight the VAE learns the backgrounds first and the shapes late.
         shape = ((pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
         near = torch.nn.functional.max_pool2d(shape, 7, 1, 3)  # with the outside of the edge, or notches fill up
-        weight = 1 + args.shape_weight * near / near.mean((1, 2, 3), keepdim=True)
-        if name == "vae" and progress < args.crop_share:
+        weight = 1 + SHAPE_WEIGHT * near / near.mean((1, 2, 3), keepdim=True)
+        if name == "vae" and progress < CROP_SHARE:
             # Colours and edges are learnt from quarters of the images too, several times faster.
             top, left = torch.randint(0, IMAGE_SIZE // 2 + 1, (2,)).tolist()
             window = (..., slice(top, top + IMAGE_SIZE // 2), slice(left, left + IMAGE_SIZE // 2))
         else:
-            window = (slice(size // 3), ...)
+            window = (slice(BATCH // 3), ...)
         pixels, weight = pixels[window].contiguous(), weight[window] / weight[window].mean()
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         error = decoded.float() - pixels
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return (weight * (error.abs() + 0.5 * error.square())).mean() + args.kl * kl
+        return (weight * (error.abs() + 0.5 * error.square())).mean() + KL * kl
 
-    training(name, vae, loss_of, args, log)
+    training(name, vae, loss_of, args)
 
 
-def train_unet(args: argparse.Namespace, log: Log) -> None:
+def train_unet(args: argparse.Namespace) -> None:
     """Noise prediction on cached latents, text encoder included.
 
     Timesteps are drawn in proportion to the min-SNR-5 weights (https://arxiv.org/abs/2303.09556): the weighted loss at
@@ -218,32 +210,32 @@ def train_unet(args: argparse.Namespace, log: Log) -> None:
     ids = token_ids(tokenizer, [caption(scene) for scene in seen_scenes()])
     empty = token_ids(tokenizer, [""])
     model = new_denoiser(tokenizer)
-    ema = EMAModel(model.parameters(), decay=args.ema, use_ema_warmup=True, power=3 / 4)
+    ema = EMAModel(model.parameters(), decay=EMA, use_ema_warmup=True, power=3 / 4)
     scheduler = DDPMScheduler(**NOISE, clip_sample=False)
     snr = compute_snr(scheduler, torch.arange(1000))
     weights = snr.clamp(max=5) / snr
-    order = batches(len(cache["mean"]), args.unet_batch)
+    order = batches(len(cache["mean"]))
 
     def loss_of(progress: float) -> torch.Tensor:
         chosen = next(order)
         mean, std = cache["mean"][chosen], cache["std"][chosen]
         latents = (mean + std * torch.randn_like(mean)) * cache["scaling_factor"]
         noise, timesteps = torch.randn_like(latents), torch.multinomial(weights, len(chosen), replacement=True)
-        dropped = torch.rand(len(chosen), 1) < args.caption_dropout
-        words = torch.where(dropped, empty, ids[chosen // args.drawings])
+        dropped = torch.rand(len(chosen), 1) < CAPTION_DROPOUT
+        words = torch.where(dropped, empty, ids[chosen // DRAWINGS])
         # Attention to 77 tokens, most of them padding, is 40 % of a step: so most steps see only the first few.
-        short = progress < args.short_share and torch.rand(()) >= args.long_share
-        text = model["text"](words[:, : args.short_tokens if short else TOKENS])[0]
+        short = progress < SHORT_SHARE and torch.rand(()) >= LONG_SHARE
+        text = model["text"](words[:, : SHORT_TOKENS if short else TOKENS])[0]
         predicted = model["unet"](scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
         return (predicted - noise).square().mean()
 
-    training("unet", model, loss_of, args, log, ema)
+    training("unet", model, loss_of, args, ema)
 
 
 # ---------------------------------------------------------------- packing
 
 
-def pack(args: argparse.Namespace, log: Log) -> None:
+def pack(args: argparse.Namespace) -> None:
     """The averaged weights as a StableDiffusionPipeline folder in half precision."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -272,17 +264,13 @@ def pack(args: argparse.Namespace, log: Log) -> None:
     for file in args.output.rglob("*.safetensors"):
         file.chmod(0o644)
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
-    log(stage="pack", step=state["step"], megabytes=size / 1e6)
+    log(args, stage="pack", step=state["step"], megabytes=size / 1e6)
 
 
-RUN = {
-    "images": make_images,
-    "vae": train_vae,
-    "latents": make_latents,
-    "unet": train_unet,
-    "decoder": train_decoder,
+STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "images": make_images, "vae": train_vae, "latents": make_latents, "unet": train_unet, "decoder": train_decoder,
     "pack": pack,
-}
+}  # fmt: skip
 MADE = {"images": "images.npy", "latents": "latents.pt"}  # a stage is skipped when this is there
 
 
@@ -292,26 +280,13 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder of checkpoints and caches")
     add("--output", type=Path, required=True, help="new folder for the finished pipeline")
-    add("--stages", nargs="+", choices=STAGES, default=STAGES)
+    add("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=os.cpu_count())
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast for the VAE")
-    add("--drawings", type=int, default=3, help="drawings of each scene")
-    add("--shape-weight", type=float, default=2.0, help="how much the shape counts, the background being 1")
-    add("--crop-share", type=float, default=0.7, help="how long the VAE learns from quarters of the images")
-    add("--kl", type=float, default=1e-4)
-    add("--ema", type=float, default=0.999)
-    add("--caption-dropout", type=float, default=0.1)
-    add("--long-share", type=float, default=0.15, help="steps with all 77 tokens in that part")
-    add("--short-tokens", type=int, default=16, help="tokens of a caption in the first part; the longest has 15")
-    add("--short-share", type=float, default=0.65, help="how long that first part is, as a share of the training")
-    add("--log-every", type=int, default=50)
-    add("--save-every", type=int, default=250)
-    for name, steps, peak, size in (("vae", 8000, 2e-3, 32), ("unet", 8000, 8e-4, 32), ("decoder", 3000, 1e-3, 32)):
+    for name, (steps, _) in TRAINED.items():
         add(f"--{name}-steps", type=int, default=steps)
         add(f"--{name}-minutes", type=float, default=math.inf)
-        add(f"--{name}-rate", type=float, default=peak)
-        add(f"--{name}-batch", type=int, default=size)
     return parser.parse_args()
 
 
@@ -323,11 +298,10 @@ def main() -> None:
     check_free(args.output, overwrite=False)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    log = Log(args.work / "training.jsonl")
-    for stage in STAGES:
+    for stage, run in STAGES.items():
         if stage in args.stages and not (stage in MADE and (args.work / MADE[stage]).exists()):
             torch.manual_seed(args.seed)
-            RUN[stage](args, log)
+            run(args)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import csv
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,12 @@ from typing import Any
 
 import psutil
 
-from bench_kit.results import ROOT, in_turn
+from bench_kit.results import ROOT, check_known, command_of, head, in_turn, keep, machine, parse
 
-SAMPLES_PER_SECOND = 20
+INTERVAL_S = 0.05  # between two looks at memory
 INTEROP = ROOT / "tests" / "interop" / "interop_environment.py"
 FAILED_CHECK = "the model was saved nonetheless"  # what Optimum says then, and exits with status 1
+FIGURES = ("seconds", "peak_rss_bytes", "peak_anonymous_bytes")
 # In a child, so that this process stays small.
 _SAVE = """
 import sys
@@ -37,53 +37,32 @@ Variants = Mapping[str, tuple[str, ...]]
 
 
 @dataclass
-class Run:
-    """What one command took: seconds, the highest memory of its processes together, and whether its check passed."""
-
-    seconds: float
-    peak_rss: int
-    peak_anonymous: int
-    passed: bool
-
-
-@dataclass
 class Measured:
-    """All runs of one command, and what its last run wrote."""
+    """All runs of one command (FIGURES, and whether its check `passed`), and what its last run wrote."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
     written: dict[str, Any] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """Medians, and the samples behind them."""
-        samples = {
-            "seconds": [run.seconds for run in self.runs],
-            "peak_rss_bytes": [run.peak_rss for run in self.runs],
-            "peak_anonymous_bytes": [run.peak_anonymous for run in self.runs],
-        }
+        samples = {name: [run[name] for run in self.runs] for name in FIGURES}
         return {**{name: statistics.median(values) for name, values in samples.items()}, "samples": samples}
 
 
-class Memory(threading.Thread):
-    """Watches a process and its children, since Optimum checks graphs in a child.
+def _look(root: psutil.Process, peaks: dict[str, int]) -> None:
+    """Raise the peaks to what a process and its children hold now: Optimum checks graphs in a child.
 
     Pages of the weight files count as resident though they can go at any time; anonymous memory leaves them out. The
     kernel's own high-water mark (`ru_maxrss`) is not used: it begins with the size of the process that forked.
     """
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.root = psutil.Process(pid)
-        self.done = threading.Event()
-        self.peak_rss = self.peak_anonymous = 0
-
-    def run(self) -> None:
-        """Sample until told to stop."""
-        while not self.done.wait(1 / SAMPLES_PER_SECOND):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rows = [_status(process.pid) for process in (self.root, *self.root.children(recursive=True))]
-                marked = _status(self.root.pid).get("VmHWM", 0)  # between two samples, too
-                self.peak_rss = max(self.peak_rss, marked, sum(row.get("VmRSS", 0) for row in rows))
-                self.peak_anonymous = max(self.peak_anonymous, sum(row.get("RssAnon", 0) for row in rows))
+    with contextlib.suppress(psutil.NoSuchProcess):
+        rows = [_status(process.pid) for process in (root, *root.children(recursive=True))]
+        marked = rows[0].get("VmHWM", 0)  # between two looks, too
+        for name, size in (
+            ("peak_rss_bytes", max(marked, sum(row.get("VmRSS", 0) for row in rows))),
+            ("peak_anonymous_bytes", sum(row.get("RssAnon", 0) for row in rows)),
+        ):
+            peaks[name] = max(peaks[name], size)
 
 
 def _status(pid: int) -> dict[str, int]:
@@ -96,27 +75,28 @@ def _status(pid: int) -> dict[str, int]:
     return {name.rstrip(":"): int(value) * 1024 for name, value, _ in fields}
 
 
-def run(command: list[str], log: Path) -> Run:
-    """One command in a fresh process; SystemExit with its last words when it fails."""
+def run(command: list[str], log: Path) -> dict[str, Any]:
+    """One command in a fresh process: what it took; SystemExit with its last words when it fails."""
     os.sync()  # what an earlier run wrote must not be paid for by this one
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    peaks = dict.fromkeys(FIGURES[1:], 0)
     with log.open("w") as stream:
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-        memory = Memory(process.pid)
-        memory.start()
         try:
-            status = process.wait()
+            watched = psutil.Process(process.pid)
+            while process.poll() is None:
+                _look(watched, peaks)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(INTERVAL_S)
         except BaseException:
             process.kill()
             raise
         seconds = time.perf_counter() - start
-    memory.done.set()
-    memory.join()
-    said = log.read_text(errors="replace")
+    status, said = process.returncode, log.read_text(errors="replace")
     if (status and FAILED_CHECK not in said) or "newly initialized" in said:  # the latter: other weights than ours
         raise SystemExit(f"{said[-3000:]}\n{' '.join(command[:3])} ... failed with status {status}")
-    return Run(seconds, memory.peak_rss, memory.peak_anonymous, status == 0)
+    return {"seconds": seconds, **peaks, "passed": status == 0}
 
 
 def words_of(words: Sequence[str], folder: Path, output: Path, interop: Path | None) -> list[str]:
@@ -148,16 +128,45 @@ def measure(
             found[variant].runs.append(last)
             found[variant].written = describe(output)
             shutil.rmtree(output)
-            said = f"{last.seconds:.1f} s, {last.peak_rss / 1e9:.2f} GB"
+            said = f"{last['seconds']:.1f} s, {last['peak_rss_bytes'] / 1e9:.2f} GB"
             print(f"round {turn + 1} of {rounds}, {variant}: {said}", flush=True)
     return found
 
 
-def chosen(parser: argparse.ArgumentParser, what: str, names: Sequence[str], known: Variants) -> Variants:
-    """The variants of these names; the parser's error for an unknown one."""
-    if unknown := [name for name in names if name not in known]:
-        parser.error(f"{what} {unknown[0]!r} is unknown: choose from {', '.join(map(repr, known))}")
-    return {name: known[name] for name in names}
+@dataclass(frozen=True)
+class Costs:
+    """A benchmark of commands: its option that chooses among `known`, defaults, and what makes rows and page."""
+
+    name: str  # of the result's files
+    option: str
+    known: Variants
+    models: str
+    rounds: int
+    describe: Callable[[Path], dict[str, Any]]
+    rows: Callable[[Mapping[str, Measured]], list[dict[str, Any]]]
+    page: Callable[[Mapping[str, Any]], list[str]]
+
+    def main(self, words: str | None) -> None:
+        """Parse, measure, write."""
+        every = ",".join(f'"{name}"' if "," in name else name for name in self.known)
+        asked = parse(words, models=self.models, rounds=self.rounds, **{self.option: every})
+        names = next(csv.reader([getattr(asked, self.option)]))
+        check_known(self.option, names, self.known)
+        variants = {name: self.known[name] for name in names}
+        interop = interop_python() if any(one[0] != "sdkd" for one in variants.values()) else None
+        models = [
+            {"model": model, "rows": self.rows(measure(model, variants, asked.rounds, interop, self.describe))}
+            for model in asked.models.split(",")
+        ]
+        command = command_of(f"bench_{self.name}.py", asked, "models", "rounds", self.option)
+        optimum = optimum_versions(interop) if interop else None
+        found = head(command, rounds=asked.rounds, optimum=optimum, models=models)
+        keep(asked.output / machine() / f"{self.name}.json", found, self.page(found))
+
+
+def memory_cells(row: Mapping[str, Any]) -> list[str]:
+    """Peak memory and the anonymous part of it, in GB."""
+    return [f"{row[name] / 1e9:.2f}" for name in FIGURES[1:]]
 
 
 def interop_python() -> Path:

@@ -1,14 +1,16 @@
-"""A result: where and when it was measured, the files that keep it, and the tables of its page."""
+"""A result: what was asked for, where and when it was measured, the files that keep it."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import re
+import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,27 @@ from sdkd.core.files import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 NONE = "–"
+
+
+def parse(words: str | None, **defaults: Any) -> argparse.Namespace:
+    """A benchmark's command line: an option for every default, of its type, and `--output`."""
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {**defaults, "output": ROOT / "benchmarks"}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default: {value}")
+    return parser.parse_args()
+
+
+def command_of(script: str, asked: argparse.Namespace, *names: str) -> str:
+    """The command that measures the same again, with these options spelled out."""
+    options = [f"--{name.replace('_', '-')} {shlex.quote(str(getattr(asked, name)))}" for name in names]
+    return " ".join([f"python tools/{script}", *options])
+
+
+def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """SystemExit for a name that is not known, or cannot be had here."""
+    if unknown := [name for name in names if name not in (every := list(known))]:
+        choices = ", ".join(map(repr, every))
+        raise SystemExit(f"error: {what} {unknown[0]!r} is unknown, or cannot run here: choose from {choices}")
 
 
 def slug(name: str) -> str:

@@ -162,9 +162,9 @@ def comparison(
     settings, ready, notes, spent = Settings.from_json(given), list[Subject](), list[str](), dict[str, float]()
     for label, target in [(label, target) for label, targets in subjects.items() for target in targets]:
         role = "model" if len(subjects) == 1 else TEACHER if label == TEACHER else "student"
-        row = Subject(
-            f"{label} {target}", settings.models[label], target, settings.precision, folder_of(settings, label), role
-        )
+        model, precision, folder = settings.models[label], settings.precision, folder_of(settings, label)
+        half = f"-{precision}" if target in IN_TORCH and precision != "fp32" else ""
+        row = Subject(f"{label} {target}{half}", model, target, precision, folder, role)
         if target in IN_TORCH:
             ready.append(dataclasses.replace(row, bundle=None))
         elif why := refused(settings, target):
