@@ -11,8 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdkd.evaluate.evaluation import evaluate
-    from sdkd.evaluate.metrics import Settings
+    from sdkd.evaluate.evaluation import Settings, evaluate
     from sdkd.evaluate.report import Evaluation, Metric, write_report
 
 __all__ = ["Evaluation", "Metric", "Settings", "evaluate", "write_report"]
@@ -20,7 +19,7 @@ __all__ = ["Evaluation", "Metric", "Settings", "evaluate", "write_report"]
 _HOMES = {
     "Evaluation": "report",
     "Metric": "report",
-    "Settings": "metrics",
+    "Settings": "evaluation",
     "evaluate": "evaluation",
     "write_report": "report",
 }

@@ -47,8 +47,8 @@ def evaluate(
     Writes evaluation.json (every value) and evaluation.md. Nothing is downloaded for a metric: what it lacks is said.
     """
     from sdkd.core.files import check_free, lock
+    from sdkd.evaluate.evaluation import Settings
     from sdkd.evaluate.evaluation import evaluate as measure
-    from sdkd.evaluate.metrics import Settings
     from sdkd.evaluate.report import TITLES, rows, write_report
 
     check_free(output, overwrite, [*models, teacher, data, prompts, real, clip, inception])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.generate.long_prompts import cut_lines
@@ -10,22 +12,56 @@ from sdkd.compare.measure.environment import versions
 from sdkd.compare.measure.planning import SMALL_GUIDANCE, default_guidance, find_roles, parse_prompts
 from sdkd.compare.measure.subjects import TEACHER
 from sdkd.core.console import Progress, quiet, within
+from sdkd.distill.data.rows import CAPTION_COLUMNS, check_columns
 from sdkd.errors import InputError, SdkdError
-from sdkd.evaluate.metrics import Plan, Reference, Settings, measure
-from sdkd.evaluate.real_images import RealImages
+from sdkd.evaluate.metrics import Drawn, RealImages, Reference, measure
 from sdkd.evaluate.report import Evaluation, ModelResult
 from sdkd.models.resolve import load_eager, resolve
 from sdkd.targets.registry import installed_version
-from sdkd.toyworld.scenes import caption, held_out_scenes, sample_scenes, seen_scenes
+from sdkd.toyworld.scenes import Scene, caption, held_out_scenes, sample_scenes, seen_scenes
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from PIL.Image import Image
 
     from sdkd.evaluate.agreement import Probe
 
 DEMO = "demo"
-_EXTRAS = ("torchmetrics", "torch-fidelity")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked; None means: what suits the models. InputError when a number makes no sense."""
+
+    teacher: str | None = None
+    data: str | None = None
+    prompts: str | None = None
+    real: Path | None = None
+    images: int | None = None
+    steps: int = 25
+    guidance_scale: float | None = None
+    seed: int = 0
+    clip: Path | None = None
+    inception: Path | None = None
+    device: str = "cpu"
+    image_column: str | None = None  # of the data; None: found
+    caption_columns: tuple[str, ...] = CAPTION_COLUMNS
+
+    def __post_init__(self) -> None:
+        check_columns(self.caption_columns)
+        for name in ("images", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value} is not a number of {name}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn: one prompt per image; `scenes` are those of the demo, the seen ones first."""
+
+    prompts: tuple[str, ...]
+    guidance_scale: float
+    scenes: tuple[Scene, ...] = ()
+    seen: int = 0
 
 
 def find_teacher(models: Sequence[str], teacher: str | None = None) -> str | None:
@@ -57,6 +93,8 @@ def evaluate(
 
     Raises InputError and ModelError for what was given and cannot be used.
     """
+    from sdkd.evaluate.agreement import draw_images
+
     if not models:
         raise InputError("nothing to evaluate: give at least one model")
     teacher = find_teacher(models, settings.teacher)
@@ -72,39 +110,43 @@ def evaluate(
         part("loading", 0.0)
         source = resolve(name)
         pipe = load_eager(source).to(settings.device)
-        if name == teacher:
-            reference = Reference(_probe(pipe, data, settings, within(part, 0.0, 0.3)), None, real)
+        probe = _probe(pipe, data, settings, within(part, 0.0, 0.3)) if name == teacher else reference.probe
         cut |= dict.fromkeys(cut_lines(pipe, plan.prompts))
-        images = _draw(pipe, plan, settings, within(part, 0.3, 0.8))
+        images = draw_images(
+            pipe,
+            plan.prompts,
+            steps=settings.steps,
+            guidance_scale=plan.guidance_scale,
+            seed=settings.seed,
+            progress=within(part, 0.3, 0.8),
+        )
         if name == teacher:
-            reference = Reference(reference.probe, images, real)
+            reference = Reference(probe, images, real)
         part("scores", 0.8)
-        metrics = measure(pipe, images, plan, settings, reference)
+        drawn = Drawn(images, plan.prompts, plan.scenes, plan.seen)
+        metrics = measure(pipe, drawn, reference, settings.clip, settings.inception)
         role = TEACHER if name == teacher else roles[name]
         parameters = sum(parameter.numel() for parameter in pipe.unet.parameters())
         results.append(ModelResult(name, role, source.random_weights, parameters, metrics))
+    known = versions() | {
+        name: found for name in ("torchmetrics", "torch-fidelity") if (found := installed_version(name))
+    }
     notes = (*_notes(plan, reference), *cut)
-    return Evaluation(tuple(results), _settings(settings, plan, teacher), _versions(), command, notes)
+    return Evaluation(tuple(results), _settings(settings, plan, teacher), known, command, notes)
 
 
 def _plan(models: Sequence[str], settings: Settings, data: Any) -> Plan:
-    if settings.prompts is None and settings.data == DEMO:
+    of_demo = settings.prompts is None and settings.data == DEMO
+    scale = settings.guidance_scale
+    if scale is None:
+        scale = SMALL_GUIDANCE if of_demo else default_guidance(models)
+    if of_demo:
         count = settings.images or 64
-        seen, held = (
-            sample_scenes(seen_scenes(), count, settings.seed),
-            sample_scenes(held_out_scenes(), count, settings.seed),
-        )
-        scenes = (*seen, *held)
-        scale = SMALL_GUIDANCE if settings.guidance_scale is None else settings.guidance_scale
-        return Plan(tuple(caption(scene) for scene in scenes), scenes, len(seen), scale)
-    scale = default_guidance(models) if settings.guidance_scale is None else settings.guidance_scale
-    kept = (
-        _captions(data, settings)
-        if settings.prompts is None and settings.data
-        else parse_prompts(settings.prompts, models)
-    )
-    count = settings.images or len(kept)
-    return Plan(tuple(kept[place % len(kept)] for place in range(count)), (), 0, scale)
+        seen, held = (sample_scenes(scenes(), count, settings.seed) for scenes in (seen_scenes, held_out_scenes))
+        return Plan(tuple(map(caption, (*seen, *held))), scale, (*seen, *held), len(seen))
+    from_data = settings.prompts is None and settings.data
+    kept = _captions(data, settings) if from_data else parse_prompts(settings.prompts, models)
+    return Plan(tuple(kept[place % len(kept)] for place in range(settings.images or len(kept))), scale)
 
 
 def _captions(data: Any, settings: Settings) -> tuple[str, ...]:
@@ -153,19 +195,6 @@ def _open(settings: Settings) -> Any:
     return open_images_or_cache(settings.data, settings.image_column, settings.caption_columns)
 
 
-def _draw(pipe: StableDiffusionPipeline, plan: Plan, settings: Settings, progress: Progress) -> list[Image]:
-    from sdkd.evaluate.agreement import draw_images
-
-    return draw_images(
-        pipe,
-        plan.prompts,
-        steps=settings.steps,
-        guidance_scale=plan.guidance_scale,
-        seed=settings.seed,
-        progress=progress,
-    )
-
-
 def _settings(settings: Settings, plan: Plan, teacher: str | None) -> dict[str, Any]:
     return {
         "teacher": teacher,
@@ -180,10 +209,6 @@ def _settings(settings: Settings, plan: Plan, teacher: str | None) -> dict[str, 
         "device": settings.device,
         "precision": "fp32",
     }
-
-
-def _versions() -> dict[str, str]:
-    return versions() | {name: found for name in _EXTRAS if (found := installed_version(name))}
 
 
 def _notes(plan: Plan, reference: Reference) -> tuple[str, ...]:

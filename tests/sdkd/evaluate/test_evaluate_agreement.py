@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import helpers
 import pytest
 import torch
@@ -15,20 +13,18 @@ from sdkd.evaluate.agreement import BUCKETS, draw_images, make_probe, noise_agre
 IMAGES = [{"image": Image.new("RGB", (64, 64), name), "caption": f"all {name}"} for name in ("red", "blue", "lime")]
 
 
-def test_teacher_agrees_with_itself_exactly() -> None:
-    pipe = helpers.tiny_pipeline()
-    found = noise_agreement(pipe, make_probe(pipe, IMAGES, 2))
-    assert found.per_image == ((0.0,) * BUCKETS,) * 2
-    assert found.mean == 0.0
-
-
-def test_probe_has_one_timestep_in_every_bucket_and_depends_on_the_seed_alone() -> None:
+def test_a_probe_is_noised_by_the_teachers_schedule_once_in_every_bucket_and_depends_on_the_seed_alone() -> None:
     pipe = helpers.tiny_pipeline()
     probe, more, other = make_probe(pipe, IMAGES, 2), make_probe(pipe, IMAGES, 3), make_probe(pipe, IMAGES, 2, seed=5)
     assert probe.edges == tuple(range(0, 1001, 100))
     assert torch.equal(probe.timesteps // 100, torch.arange(10).expand(2, 10))
     assert torch.equal(more.noisy[:2], probe.noisy)
     assert not torch.equal(other.noisy, probe.noisy)
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+    assert float(alphas[probe.timesteps[0, -1]].sqrt()) < 0.2
+    assert float(probe.noisy[0, -1].std()) == pytest.approx(1.0, abs=0.3)  # nearly noise alone
+    found = noise_agreement(pipe, probe)  # the teacher with itself
+    assert (found.per_image, found.mean) == (((0.0,) * BUCKETS,) * 2, 0.0)
 
 
 def test_error_is_the_mean_square_of_the_difference() -> None:
@@ -48,42 +44,23 @@ def test_error_is_the_mean_square_of_the_difference() -> None:
     assert found.mean == pytest.approx(sum(found.buckets) / BUCKETS)
 
 
-def test_noise_follows_the_teachers_schedule() -> None:
+def test_what_cannot_be_compared_is_refused() -> None:
     pipe = helpers.tiny_pipeline()
-    probe = make_probe(pipe, IMAGES, 1)
-    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
-    high = probe.noisy[0, -1]  # nearly noise alone
-    share = float(alphas[probe.timesteps[0, -1]].sqrt())
-    assert share < 0.2
-    assert float(high.std()) == pytest.approx(1.0, abs=0.3)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"cross_attention_dim": 16}, "cross_attention_dim 16, the teacher's has 32"),
-        ({"in_channels": 9}, "in_channels 9"),
-    ],
-)
-def test_other_inputs_are_refused(changes: dict[str, Any], message: str) -> None:
-    pipe = helpers.tiny_pipeline()
-    probe = make_probe(pipe, IMAGES, 1)
-    pipe.unet = helpers.tiny_unet(**changes)
-    with pytest.raises(ModelError, match=message):
+    probe, own = make_probe(pipe, IMAGES, 1), pipe.unet
+    with pytest.raises(InputError, match="holds no images"):
+        make_probe(pipe, [], 4)
+    pipe.unet = helpers.tiny_unet(cross_attention_dim=16)
+    with pytest.raises(ModelError, match="cross_attention_dim 16, the teacher's has 32"):
         noise_agreement(pipe, probe)
-
-
-def test_other_prediction_type_and_no_images_are_refused() -> None:
-    pipe = helpers.tiny_pipeline()
-    probe = make_probe(pipe, IMAGES, 1)
+    pipe.unet = helpers.tiny_unet(in_channels=9)
+    with pytest.raises(ModelError, match="in_channels 9"):
+        noise_agreement(pipe, probe)
+    with pytest.raises(ModelError, match=r"takes 9 channels and gives 4 \(inpainting\)"):
+        make_probe(pipe, IMAGES, 1)
+    pipe.unet = own
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
     with pytest.raises(ModelError, match="it predicts v_prediction, the teacher epsilon"):
         noise_agreement(pipe, probe)
-    with pytest.raises(InputError, match="holds no images"):
-        make_probe(pipe, [], 4)
-    pipe.unet = helpers.tiny_unet(in_channels=9)
-    with pytest.raises(ModelError, match=r"takes 9 channels and gives 4 \(inpainting\)"):
-        make_probe(pipe, IMAGES, 1)
 
 
 def test_an_image_depends_on_its_own_seed_only() -> None:

@@ -23,14 +23,6 @@ from sdkd.compare.measure.subjects import (
 from sdkd.errors import InputError, ModelError
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline on disk."""
-    folder = tmp_path_factory.mktemp("subjects") / "tiny-sd"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
 def engine(target: str, precision: str = "fp32", label: str = "x") -> Subject:
     return Subject(label, "models/tiny", target, precision, Path("bundle"))
 
@@ -39,38 +31,24 @@ def test_names_for_people_and_files() -> None:
     assert Subject("tiny eager", "a/b/model").model_label == "tiny"
     assert Subject("my favourite", "a/b/model/").model_label == "model"
     assert engine("openvino-bf16", "bf16", "tiny, openvino-bf16").model_label == "tiny"
-    assert engine("openvino-bf16", "bf16").runs_as == "openvino-bf16"
-    assert engine("tensorrt", "fp16").runs_as == "tensorrt-fp16"
-    assert Subject("x", "m", precision="bf16").runs_as == "eager-bf16"
     assert Subject("Tiny (öpen) / VINO", "m").slug == "tiny-pen-vino"
+    half = engine("openvino-bf16", "bf16"), engine("tensorrt", "fp16"), Subject("x", "m", precision="bf16")
+    assert [subject.runs_as for subject in half] == ["openvino-bf16", "tensorrt-fp16", "eager-bf16"]
+    references = [subject.is_reference for subject in (Subject("x", "m"), half[2], engine("openvino"))]
+    assert references == [True, False, False]  # eager in float32
 
 
-def test_the_reference_is_eager_in_float32() -> None:
-    assert Subject("x", "m").is_reference
-    assert not Subject("x", "m", precision="bf16").is_reference
-    assert not engine("openvino").is_reference
-
-
-def test_an_engine_needs_a_bundle_and_a_known_precision() -> None:
+def test_subjects_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(InputError, match="subject 'x' runs on 'openvino', which needs a bundle"):
         Subject("x", "m", "openvino")
     with pytest.raises(InputError, match="precision 'int4' is unknown"):
         Subject("x", "m", precision="int4")
-
-
-def test_labels_and_file_names_are_unique() -> None:
     with pytest.raises(InputError, match="nothing to compare"):
         check_subjects([])
     with pytest.raises(InputError, match="subject label 'a' is used twice"):
         check_subjects([Subject("a", "m"), Subject("a", "n")])
     with pytest.raises(InputError, match="subject slug 'a-b' is used twice"):
         check_subjects([Subject("a b", "m"), Subject("a-b", "n")])
-
-
-def test_an_eager_subject_opens_in_its_precision(model: Path) -> None:
-    pipe = open_subject(Subject("x", model, precision="bf16"))
-    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
-    assert native_side(pipe) == 64
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -91,17 +69,25 @@ def test_an_engine_s_scheduler_rounds_as_eager_s_of_its_precision(precision: str
         assert seen == {dtype}
 
 
-def test_parameters_and_bytes_of_an_eager_subject(model: Path) -> None:
-    subject, pipe = Subject("x", model), tiny_pipeline()
+def test_parameters_and_bytes_of_an_eager_subject_and_its_precision(tmp_path: Path) -> None:
+    model = tmp_path / "tiny-sd"
+    made = tiny_pipeline()
+    made.save_pretrained(model)
+    subject, pipe = Subject("x", model), open_subject(Subject("x", model, precision="bf16"))
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
     unet, whole = count_parameters(subject, pipe)
-    assert unet == sum(p.numel() for p in pipe.unet.parameters())
-    assert whole == unet + sum(p.numel() for part in (pipe.vae, pipe.text_encoder) for p in part.parameters())
+    assert unet == sum(p.numel() for p in made.unet.parameters())
+    assert whole == unet + sum(p.numel() for part in (made.vae, made.text_encoder) for p in part.parameters())
     files = [model / "unet/diffusion_pytorch_model.safetensors", model / "vae/diffusion_pytorch_model.safetensors",
              model / "text_encoder/model.safetensors"]  # fmt: skip
     assert size_on_disk(subject) == sum(file.stat().st_size for file in files)
     assert not has_random_weights(subject)
     assert has_random_weights(Subject("x", "random:sd15-tiny"))
     assert size_on_disk(Subject("x", "random:sd15-tiny")) is None
+    assert native_side(pipe) == 64
+    pipe.unet.register_to_config(sample_size=[8, 16])
+    with pytest.raises(ModelError, match=r"sample_size \[8, 16\] is not one integer: give the image size with --size"):
+        native_side(pipe)
 
 
 def test_one_format_of_several_is_counted(tmp_path: Path) -> None:
@@ -115,10 +101,3 @@ def test_one_format_of_several_is_counted(tmp_path: Path) -> None:
     (tmp_path / "file.safetensors").write_bytes(b"x" * 7)
     assert weight_bytes(tmp_path / "file.safetensors") == 7
     assert weight_bytes(tmp_path / "nowhere") is None
-
-
-def test_a_model_without_one_native_side_is_refused() -> None:
-    pipe = tiny_pipeline()
-    pipe.unet.register_to_config(sample_size=[8, 16])
-    with pytest.raises(ModelError, match=r"sample_size \[8, 16\] is not one integer: give the image size with --size"):
-        native_side(pipe)
