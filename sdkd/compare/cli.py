@@ -12,6 +12,7 @@ import typer
 
 from sdkd.core.console import progress, show, show_json, styled, within
 from sdkd.core.files import lock
+from sdkd.core.numbers import check_number
 from sdkd.errors import InputError
 from sdkd.models.resolve import resolve
 
@@ -80,14 +81,14 @@ def compare(
 
     load = load_average()  # before engines are built
     from engines.generate.cli import drawn_size
-    from sdkd.compare.measure.against import check_threshold, read_report
+    from sdkd.compare.measure.against import read_report
     from sdkd.compare.measure.comparison import compare as measure
     from sdkd.compare.measure.planning import Wish, default_guidance, default_judge, make_plan, parse_prompts
     from sdkd.compare.measure.refusals import check_asked
     from sdkd.compare.report.files import check_report_free, write_report
 
     names = models or [DEMO]
-    check_threshold(threshold)
+    check_number("threshold", threshold, 0)
     earlier = None if against is None else read_report(against)
     check_report_free(output, overwrite, [*names, prompts, against])
     opened = [resolve(name) for name in names]

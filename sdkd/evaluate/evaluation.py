@@ -12,6 +12,7 @@ from sdkd.compare.measure.environment import versions
 from sdkd.compare.measure.planning import SMALL_GUIDANCE, default_guidance, find_roles, parse_prompts
 from sdkd.compare.measure.subjects import TEACHER
 from sdkd.core.console import Progress, quiet, within
+from sdkd.core.numbers import DRAWING, check_numbers
 from sdkd.distill.data.rows import CAPTION_COLUMNS, check_columns
 from sdkd.errors import InputError, SdkdError
 from sdkd.evaluate.metrics import Drawn, RealImages, Reference, measure
@@ -48,10 +49,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_columns(self.caption_columns)
-        for name in ("images", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} {value} is not a number of {name}: give 1 or more")
+        table = DRAWING | {"images": DRAWING["count"]}
+        check_numbers({name: getattr(self, name) for name in ("images", "steps", "seed")}, table)
 
 
 @dataclass(frozen=True)

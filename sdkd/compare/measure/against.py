@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypedDict
 from sdkd.compare.measure.quality import IDENTICAL_DB
 from sdkd.compare.measure.stats import Ratio, Spread, speedup
 from sdkd.core.documents import parse_json, read_regular
+from sdkd.core.numbers import check_number
 from sdkd.core.schema import problem
 from sdkd.errors import InputError, RegressionError, SdkdError
 
@@ -253,12 +253,6 @@ def check_common(then: Earlier, labels: list[str]) -> None:
         )
 
 
-def check_threshold(threshold: float) -> None:
-    """InputError for a threshold that is no share."""
-    if not 0 <= threshold < math.inf:
-        raise InputError(f"threshold {threshold:g} is below 0: give the share that a step may take longer, like 0.1")
-
-
 def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
     """What changed between two reports, subject by subject; `threshold` 0.1 lets a step take 10 % longer."""
     differ = {
@@ -334,8 +328,8 @@ def _notes(then: Earlier, now: Earlier, labels: list[str]) -> list[str]:
 
 
 def compare_files(then: Path, now: Path, threshold: float = THRESHOLD) -> Against:
-    """Compare two report.json files; InputError as `read_report`, `check_threshold` and `check_common`."""
-    check_threshold(threshold)
+    """Compare two report.json files; InputError as `read_report` and `check_common`, and for a threshold below 0."""
+    check_number("threshold", threshold, 0)
     earlier, later = read_report(then), read_report(now)
     check_common(earlier, list(later.rows))
     return weigh(earlier, later, threshold)

@@ -184,24 +184,17 @@ def judge_engine(subject: Subject, against_eager: Likeness | None, eager_half: L
     """
     if subject.is_eager:
         return None
-    if subject.precision == "fp32":
-        return _judge_fp32(against_eager)
-    return _judge_half(subject.precision, against_eager, eager_half)
-
-
-def _judge_fp32(found: Likeness | None) -> Verdict:
-    rule = f"every image is at least {FP32_LEAST_DB:.0f} dB PSNR from eager fp32"
-    if found is None:
-        return Verdict(None, rule, "no eager images to compare with")
-    return Verdict(found.psnr_min_db >= FP32_LEAST_DB, rule, f"worst image {_db(found, worst=True)}")
-
-
-def _judge_half(precision: str, found: Likeness | None, eager: Likeness | None) -> Verdict:
+    found, precision = against_eager, subject.precision
+    if precision == "fp32":
+        rule = f"every image is at least {FP32_LEAST_DB:.0f} dB PSNR from eager fp32"
+        if found is None:
+            return Verdict(None, rule, "no eager images to compare with")
+        return Verdict(found.psnr_min_db >= FP32_LEAST_DB, rule, f"worst image {_db(found, worst=True)}")
     rule = f"no further from eager fp32 than eager {precision} is, within {HALF_MARGIN_DB:.0f} dB of mean PSNR"
-    if found is None or eager is None:
+    if found is None or eager_half is None:
         return Verdict(None, rule, f"no eager {'fp32' if found is None else precision} images to compare with")
-    ok = found.psnr_mean_db >= eager.psnr_mean_db - HALF_MARGIN_DB
-    return Verdict(ok, rule, f"{_db(found)}, eager {precision} {_db(eager)}")
+    ok = found.psnr_mean_db >= eager_half.psnr_mean_db - HALF_MARGIN_DB
+    return Verdict(ok, rule, f"{_db(found)}, eager {precision} {_db(eager_half)}")
 
 
 def _db(found: Likeness, worst: bool = False) -> str:

@@ -45,10 +45,8 @@ def check_asked(prompts: Sequence[str], size: Size | None, **numbers: float) -> 
     kept = tuple(prompts)
     if not kept or not all(prompt.strip() for prompt in kept):
         raise InputError("a comparison needs prompts, none of them empty: give --prompts 'a red star; a blue ring'")
-    for name in ("steps", "runs", "image_runs", "batch"):
-        if numbers.get(name, 1) < 1:
-            raise InputError(f"{name} {numbers[name]} is too few: give at least 1")
-    check_numbers(numbers | dict(zip(("height", "width"), size or (), strict=False)), DRAWING)
+    sides: dict[str, float] = dict(zip(("height", "width"), size or (), strict=False))
+    check_numbers(numbers | sides, DRAWING | {"image_runs": DRAWING["runs"]})
     return kept
 
 

@@ -77,17 +77,16 @@ def speedup(baseline: Rounds, subject: Rounds, *, paired: bool = True) -> Ratio 
     if min(len(baseline), len(subject)) < FEWEST_ROUNDS:
         return None
     generator = np.random.default_rng(0)
-    first = _draw_rounds(len(baseline), generator)
-    together = paired and len(subject) == len(baseline)
-    second = first if together else _draw_rounds(len(subject), generator)
+
+    def draw(rounds: Rounds) -> NDArray[np.int64]:
+        return generator.integers(0, len(rounds), size=(RESAMPLES, len(rounds)))
+
+    first = draw(baseline)
+    second = first if paired and len(subject) == len(baseline) else draw(subject)
     ratios = _medians(baseline, first, generator) / _medians(subject, second, generator)
     tail = 50 * (1 - CONFIDENCE)
     low, high = (float(value) for value in np.percentile(ratios, (tail, 100 - tail)))
     return Ratio(Spread.of(baseline).median / Spread.of(subject).median, low, high)
-
-
-def _draw_rounds(count: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    return generator.integers(0, count, size=(RESAMPLES, count))
 
 
 def _medians(rounds: Rounds, drawn: NDArray[np.int64], generator: np.random.Generator) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdkd.compare.measure.limits import EXPLAINED
-from sdkd.compare.measure.results import Report, Result
+from sdkd.compare.measure.results import Report
 from sdkd.compare.measure.subjects import STUDENT
 from sdkd.compare.measure.timing import MOST_WARM_CALLS, MOST_WARM_SECONDS
 
@@ -66,18 +66,15 @@ def machine_line(report: Report) -> str:
 
 def noise_note(report: Report) -> str | None:
     """A warning when the machine had other work when it began, or calls spread so widely that it had some later."""
-    busy = report.busy_before
-    began = None if busy is None else f"The machine was not quiet when this began: {busy}"
-    return ". ".join(filter(None, (_spread_note(report), began))) or None
-
-
-def _spread_note(report: Report) -> str | None:
-    if not report.noisy:
-        return None
-    return (
-        f"The machine was busy: calls of {len(report.noisy)} of {plural(len(report.results), 'subject')} spread widely "
-        "(p90 − p10 is more than half the median). Trust the intervals, or measure again when it is quiet"
-    )
+    found = []
+    if report.noisy:
+        found.append(
+            f"The machine was busy: calls of {len(report.noisy)} of {plural(len(report.results), 'subject')} spread "
+            "widely (p90 − p10 is more than half the median). Trust the intervals, or measure again when it is quiet"
+        )
+    if report.busy_before is not None:
+        found.append(f"The machine was not quiet when this began: {report.busy_before}")
+    return ". ".join(found) or None
 
 
 def findings(report: Report) -> list[Finding]:
@@ -125,20 +122,13 @@ def _verdicts(report: Report) -> Finding | None:
 
 
 def _captions(report: Report) -> Finding | None:
-    rows = [row for row in report.results if row.judged_mean is not None]
-    students = [row for row in rows if row.subject.role == STUDENT] or rows
+    judged = [row for row in report.results if row.judged]
+    students = [row for row in judged if row.subject.role == STUDENT] or judged
     if not students:
         return None
-    best = max(students, key=_mean)
-    return Finding(f"{_mean(best):.0%}", f"of caption attributes right: {best.subject.label}", _details(best))
-
-
-def _mean(row: Result) -> float:
-    return row.judged_mean or 0.0
-
-
-def _details(row: Result) -> str:
-    return ", ".join(f"{name} {value:.0%}" for name, value in (row.judged or {}).items())
+    best = max(students, key=lambda row: row.judged_mean or 0.0)
+    details = ", ".join(f"{name} {value:.0%}" for name, value in (best.judged or {}).items())
+    return Finding(f"{best.judged_mean:.0%}", f"of caption attributes right: {best.subject.label}", details)
 
 
 def method(report: Report) -> list[str]:

@@ -146,7 +146,7 @@ def test_what_cannot_be_built_is_in_the_report_and_the_others_are_measured(tmp_p
         (["--size", "30"], "'right': height 30 is not a multiple of 4 pixels, as this model needs: use 28 or 32"),
         (["--batch", "5"], "batch 5 is outside 1..4, which engines are built for by default: give --size, too"),
         (["--seed", "-1"], "seed -1 is too small"),
-        (["--threshold", "inf"], "threshold inf is below 0: give the share"),
+        (["--threshold", "inf"], "threshold inf is not finite: give a number of at least 0"),
         (["--baseline", "right"], "baseline 'right' is not among the subjects: choose one of right onnxruntime"),
         (["--scheduler", "dice"], "scheduler 'dice' is unknown"),
         (["--precision", "fp64"], "precision 'fp64' is unknown"),

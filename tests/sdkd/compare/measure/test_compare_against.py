@@ -14,15 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from sdkd import cli
-from sdkd.compare.measure.against import (
-    Against,
-    Change,
-    check_common,
-    check_threshold,
-    parse_report,
-    read_report,
-    weigh,
-)
+from sdkd.compare.measure.against import Against, Change, check_common, compare_files, parse_report, read_report, weigh
 from sdkd.compare.report.files import html_page, write_report
 from sdkd.compare.report.tables import against_table, markdown
 from sdkd.core.console import no_html
@@ -188,8 +180,8 @@ def test_reports_that_cannot_be_compared_are_refused(base: dict[str, Any], tmp_p
         read_report(tmp_path / "none.json")
     with pytest.raises(InputError, match=r"has no subject of this comparison: it has teacher eager, .* this one other"):
         check_common(parse_report(base, "x"), ["other"])
-    with pytest.raises(InputError, match="threshold -1 is below 0"):
-        check_threshold(-1)
+    with pytest.raises(InputError, match="threshold -1 is too small: give a number of at least 0"):
+        compare_files(tmp_path / "text.json", tmp_path / "text.json", -1)
 
 
 def test_reports_of_earlier_schemas_are_read_and_their_one_process_is_noted(base: dict[str, Any]) -> None:

@@ -109,9 +109,9 @@ def test_without_guidance_the_unet_runs_at_batch_one() -> None:
     [
         ({"prompts": []}, "a comparison needs prompts"),
         ({"prompts": ["a", " "]}, "a comparison needs prompts, none of them empty"),
-        ({"steps": 0}, "steps 0 is too few"),
-        ({"runs": 0}, "runs 0 is too few"),
-        ({"image_runs": 0}, "image_runs 0 is too few"),
+        ({"steps": 0}, "steps 0 is too small: give a whole number from 1"),
+        ({"runs": 0}, "^runs 0 is too small"),
+        ({"image_runs": 0}, "image runs 0 is too small"),
         ({"baseline": "huge"}, "baseline 'huge' is not among the subjects: choose one of right eager"),
         ({"size": 30}, "'right eager': height 30 is not a multiple of 4 pixels"),
         ({}, "'demo eager': height 32 is not a multiple of 64 pixels"),  # the first model's own size is no other's
