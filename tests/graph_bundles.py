@@ -142,3 +142,20 @@ def replace_component(bundle: Bundle, component: str, model: onnx.ModelProto) ->
     changed = Bundle(bundle.path, Manifest(bundle.manifest.source, {}, components, bundle.manifest.engines))
     changed.save()
     return changed
+
+
+def ending(bundle: Bundle, operator: str, output: int | None = None, name: str = "", **attributes: Any) -> Bundle:
+    """The bundle with one more operator at the end of its UNet; `output`: the graph's type after it, as in ONNX."""
+    model = graph_model("unet", bundle.component("unet").precision)  # type: ignore[arg-type]
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(helper.make_node(operator, ["before"], ["out_sample"], name=name, **attributes))
+    if output is not None:
+        model.graph.output[0].type.tensor_type.elem_type = output
+    return replace_component(bundle, "unet", model)
+
+
+def unknown_operator(bundle: Bundle) -> Bundle:
+    """The bundle with an operator in its UNet that no library has."""
+    model = graph_model("unet", bundle.component("unet").precision)  # type: ignore[arg-type]
+    model.graph.node[0].op_type, model.graph.node[0].name = "Convolve", "down_blocks.0"
+    return replace_component(bundle, "unet", model)

@@ -98,12 +98,6 @@ def half_unet() -> tuple[torch.nn.Module, OnnxGraph, Contract, Path]:
     return _graph(half_bundle(), "unet", cast(small_pipeline().unet, "fp16"))
 
 
-def half_decoder(precision: str) -> Path:
-    """A bundle of the VAE's decoder in fp16 or bf16, made once per test run."""
-    options: dict[str, Any] = {"precision": precision, "components": ("vae_decoder",)}
-    return made_once(f"decoder-{precision}", lambda path: export_pipeline(small_pipeline(), path, **options))
-
-
 def with_controlnet(pipe: StableDiffusionPipeline) -> StableDiffusionControlNetPipeline:
     """The pipeline with a small ControlNet."""
     parts = pipe.components | {"controlnet": small_bundles.small_controlnet()}

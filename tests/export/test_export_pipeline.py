@@ -8,21 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, ConsistencyDecoderVAE
 from helpers import tiny_pipeline
-from small_exports import bundle_copy, half_decoder, small_bundle, small_pipeline
+from small_exports import bundle_copy, small_bundle, small_pipeline
 
 from export import export_pipeline
 from export.component import ExportOptions, reusable
+from export.pipeline import export_reasons, versions
 from export.source import open_source, state_digest
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.contract import BASE_COMPONENTS, component_contract
 from sdkd.core.files import lock, read_json
-from sdkd.errors import BundleError, BusyError, InputError, ModelError, OutputExistsError
+from sdkd.errors import BusyError, InputError, ModelError, OutputExistsError, ValuesError
+from sdkd.models.resolve import resolve
+from sdkd.targets.plan import plan_for_model
 
 CHEAP = ("text_encoder",)  # the component that exports in the least time
 
@@ -46,13 +47,6 @@ def test_the_bundle_has_optimums_layout() -> None:
     assert "_name_or_path" not in index
 
 
-def test_configs_give_back_the_contracts() -> None:
-    bundle = small_bundle()
-    for name, record in bundle.manifest.components.items():
-        assert component_contract(name, bundle.config(name), "fp32") == record.contract
-    assert bundle.config("vae_decoder") == bundle.config("vae_encoder")
-
-
 def test_the_manifest_says_what_was_done() -> None:
     bundle = small_bundle()
     assert tuple(bundle.manifest.components) == BASE_COMPONENTS
@@ -68,8 +62,10 @@ def test_the_manifest_says_what_was_done() -> None:
     assert unet.parity["relative"] < 1e-5
     assert unet.seconds >= unet.details["export_seconds"] > 0
     assert Manifest.from_json(json.loads(json.dumps(bundle.manifest.to_json()))) == bundle.manifest
-    for record in bundle.manifest.components.values():
+    for name, record in bundle.manifest.components.items():
         bundle.verify_files(record)
+        assert component_contract(name, bundle.config(name), "fp32") == record.contract
+    assert bundle.config("vae_decoder") == bundle.config("vae_encoder")
 
 
 def test_digests_are_of_the_weights() -> None:
@@ -79,59 +75,6 @@ def test_digests_are_of_the_weights() -> None:
     assert len(set(digests.values())) == len(BASE_COMPONENTS)
     pipe.unet.conv_in.bias.data[0] += 1
     assert digests["unet"] != state_digest(pipe.unet.state_dict())
-
-
-def test_a_truncated_graph_is_noticed(tmp_path: Path) -> None:
-    bundle = bundle_copy(tmp_path / "bundle")
-    os.truncate(bundle.path / "unet" / "model.onnx", 1000)
-    with pytest.raises(BundleError, match=r"unet/model\.onnx has 1000 bytes instead of"):
-        bundle.verify_files(bundle.component("unet"))
-
-
-@torch.no_grad()
-def test_batch_three_and_a_non_square_image_equal_eager() -> None:
-    pipe, file = small_pipeline(), small_bundle().path / "unet" / "model.onnx"
-    generator = torch.Generator().manual_seed(7)
-    sample = torch.randn(3, 4, 10, 4, generator=generator)
-    timestep, context = torch.tensor(421.25), torch.randn(3, 77, 32, generator=generator)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": context}
-    (output,) = session.run(["out_sample"], {name: value.numpy() for name, value in feeds.items()})
-    expected = pipe.unet(sample, timestep, context).sample.numpy()
-    np.testing.assert_allclose(output, expected, atol=2e-5)
-
-
-def test_half_precision_leaves_the_eager_pipeline_as_it_was(tmp_path: Path) -> None:
-    pipe = small_pipeline()
-    before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
-    steps: list[tuple[str, float | None]] = []
-    bundle = export_pipeline(
-        pipe,
-        tmp_path / "half",
-        precision="fp16",
-        components=CHEAP,
-        progress=lambda message, fraction: steps.append((message, fraction)),
-    )
-    record = bundle.component("text_encoder")
-    assert tuple(bundle.manifest.components) == CHEAP
-    assert record.precision == "fp16"
-    assert record.parity is not None
-    assert 0 < record.parity["rms"] <= 1.5 * record.parity["eager_rms"] + 1e-3
-    assert record.parity["relative"] < 5e-3
-    after = pipe.text_encoder.state_dict()
-    assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
-    fractions = [fraction for _, fraction in steps if fraction is not None]
-    assert fractions == sorted(fractions)
-    assert steps[-1] == ("exported", 1.0)
-    assert any(message == "text_encoder: exporting to ONNX" for message, _ in steps)
-
-
-def test_bfloat16_is_compared_through_its_float32_twin() -> None:
-    record = Bundle.open(half_decoder("bf16")).component("vae_decoder")
-    assert record.contract.outputs[0].dtype == "bfloat16"
-    assert record.parity is not None
-    assert "float32 twin" in record.parity["runtime"]
-    assert 1e-4 < record.parity["relative"] < 5e-2
 
 
 def test_the_same_component_of_another_bundle_is_copied(tmp_path: Path) -> None:
@@ -170,8 +113,6 @@ def test_other_weights_opset_precision_or_damage_are_not_reused(tmp_path: Path) 
 
 
 def test_a_named_model_is_loaded_and_its_source_recorded(tmp_path: Path) -> None:
-    from sdkd.models.resolve import resolve
-
     folder = tmp_path / "model"
     small_pipeline().save_pretrained(folder)
     bundle = export_pipeline(folder, tmp_path / "bundle", components=CHEAP, reuse=[small_bundle().path])
@@ -223,8 +164,6 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_failed_export_keeps_the_old_bundle(tmp_path: Path) -> None:
-    from sdkd.errors import ValuesError
-
     bundle = bundle_copy(tmp_path / "bundle")
     pipe = small_pipeline()
     pipe.text_encoder.final_layer_norm.weight.data[:] = 3e38  # too large when it is multiplied
@@ -293,3 +232,25 @@ def test_what_no_graph_stands_for_is_refused_before_anything_is_traced(tmp_path:
         with pytest.raises(ModelError, match=reason if model is pipe else kind.__name__):
             export_pipeline(model, tmp_path / "bundle")
     assert left_in(tmp_path) == {"model"}
+
+
+def test_every_reason_not_to_use_a_bundle_again_is_given(tmp_path: Path) -> None:
+    small_pipeline().save_pretrained(tmp_path / "model")
+    source, plan, manifest = resolve(tmp_path / "model"), plan_for_model("onnxruntime"), small_bundle().manifest
+    records = {  # as if exported from the folder
+        name: replace(record, source_sha256=source.digests[name]) for name, record in manifest.components.items()
+    }
+
+    def reasons(**changes: Any) -> list[str]:
+        found = replace(manifest, **{"components": records, **changes})
+        return export_reasons(replace(small_bundle(), manifest=found), source, plan)
+
+    assert reasons() == []
+    other = records | {"unet": replace(records["unet"], source_sha256="0", precision="fp16", opset=24)}
+    del other["vae_encoder"]
+    assert reasons(components=other, versions=versions() | {"torch": "2.0"}) == [
+        "other weights (unet, vae_encoder)",
+        "precision fp16, not fp32",
+        "unet in opset 24, later than 23",
+        f"torch 2.0, here it is {versions()['torch']}",
+    ]

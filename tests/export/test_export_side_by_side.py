@@ -1,4 +1,4 @@
-"""Components in two processes: the same bundle as in one, typed errors, and when one process does it all."""
+"""Components in two processes: the same bundle as in one, and when one process does it all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from export import export_pipeline, side_by_side
 from export.component import ExportOptions
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.profiles import Range, ShapeRanges
-from sdkd.errors import ExportError
 
 PARTS = ("text_encoder", "unet")
 
@@ -36,15 +35,10 @@ def _two_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A one-level pipeline in a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    one_level().save_pretrained(folder)
-    return folder
-
-
-def one_level() -> Any:
-    pipe = small_pipeline()
+    pipe, folder = small_pipeline(), tmp_path_factory.mktemp("model")
     pipe.unet = fixed_weights(UNet2DConditionModel(**ONE_LEVEL))
-    return pipe
+    pipe.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def in_turn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return export_pipeline(model, tmp_path_factory.mktemp("one") / "bundle", components=PARTS, verify=False)
+        return export_pipeline(model, tmp_path_factory.mktemp("one") / "bundle", components=PARTS[:1], verify=False)
     finally:
         torch.set_num_threads(before)
 
@@ -80,27 +74,13 @@ def test_two_processes_make_the_bundle_of_one(
         model, tmp_path / "bundle", components=PARTS, verify=False, progress=lambda *one: said.append(one)
     )
     assert begun == [["text_encoder"]]
-    assert list(bundle.manifest.components) == list(in_turn.manifest.components)
-    for name, record in bundle.manifest.components.items():
-        other = in_turn.component(name)
-        assert (record.files, record.contract, record.source_sha256) == (
-            other.files, other.contract, other.source_sha256,
-        )  # fmt: skip
-        assert record.parity is None
+    assert tuple(bundle.manifest.components) == PARTS
+    record, other = bundle.component("text_encoder"), in_turn.component("text_encoder")
+    assert (record.files, record.contract, record.source_sha256) == (other.files, other.contract, other.source_sha256)
+    assert {record.parity for record in bundle.manifest.components.values()} == {None}
     assert [message for message, _ in said if message.startswith("text_encoder: ")]
     fractions = [fraction for _, fraction in said if fraction is not None]
     assert fractions == sorted(fractions)
-
-
-def test_an_error_of_the_child_is_the_exports_own(begun: list[list[str]], tmp_path: Path) -> None:
-    pipe = one_level()
-    pipe.vae.decoder.conv_out.bias.data.fill_(1e6)
-    pipe.save_pretrained(tmp_path / "model")
-    with pytest.raises(ExportError, match=r"1 weights are NaN or infinite in fp16 \(first: .*conv_out\.bias\)"):
-        _unchecked(tmp_path, components=("unet", "vae_decoder"), precision="fp16")
-    assert begun == [["vae_decoder"]]
-    assert not (tmp_path / "bundle").exists()
-    assert _children() == []
 
 
 def test_an_error_here_ends_the_child(model: Path, begun: list[list[str]], tmp_path: Path) -> None:
@@ -110,14 +90,10 @@ def test_an_error_here_ends_the_child(model: Path, begun: list[list[str]], tmp_p
 
     (tmp_path / "model").symlink_to(model)
     with pytest.raises(ValueError, match="no terminal"):
-        _unchecked(tmp_path, components=PARTS, progress=fail)
+        export_pipeline(tmp_path / "model", tmp_path / "bundle", verify=False, components=PARTS, progress=fail)
     assert begun == [["text_encoder"]]
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".bundle.lock"}
     assert _children() == []
-
-
-def _unchecked(folder: Path, **options: Any) -> Bundle:
-    return export_pipeline(folder / "model", folder / "bundle", verify=False, **options)
 
 
 def _children() -> list[psutil.Process]:

@@ -18,8 +18,7 @@ from export.graph.components import component_module, example_inputs, graph_modu
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import BASE_COMPONENTS, Contract, Extras, static_contract
 from sdkd.core.profiles import Range, ShapeRanges
-from sdkd.errors import InputError, ModelError
-from sdkd.models.exportable import module_config
+from sdkd.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -86,11 +85,6 @@ def test_the_conditioning_scale_is_an_input() -> None:
         torch.testing.assert_close(half, one * 0.5)
 
 
-def test_a_controlnet_that_pools_its_residuals_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"pools its residuals over the image.*not supported"):
-        module_contract("controlnet", small_controlnet(global_pool_conditions=True), "fp32")
-
-
 def test_every_hidden_state_of_the_text_encoder() -> None:
     encoder = tiny_text_encoder()
     contract = module_contract("text_encoder", encoder, "fp32", Extras(hidden_states=True))
@@ -113,14 +107,6 @@ def test_a_tiny_autoencoder_computes_what_diffusers_does() -> None:
     (latents,) = graph_module(contracts[0], vae)(image)
     torch.testing.assert_close(latents, vae.encode(image).latents)
     torch.testing.assert_close(graph_module(contracts[1], vae)(latents)[0], vae.decode(latents).sample)
-
-
-def test_a_pipelines_controlnet_is_a_component() -> None:
-    class Pipe:
-        controlnet = small_controlnet()
-
-    assert component_module(Pipe(), "controlnet") is Pipe.controlnet
-    assert module_config(Pipe.controlnet)["cross_attention_dim"] == CONTEXT
 
 
 def test_static_shapes_are_in_the_graph_and_pass_the_gate(tmp_path: Path) -> None:

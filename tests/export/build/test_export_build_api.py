@@ -10,6 +10,7 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,21 +171,9 @@ def test_the_installed_library_has_them_too(module: str) -> None:
             assert hasattr(getattr(library, kind) if kind else library, name), f"{kind}.{name}"
 
 
-class _Version10:
-    """What TensorRT 10.8 has, by the names of its wheel."""
-
-    __name__ = "tensorrt"
-    __version__ = "10.8.0.43"
-
-    def __getattr__(self, kind: str) -> Any:
-        if "tensorrt 10.8.0.43" not in having("", kind):
-            raise AttributeError(kind)
-        names = (name for name in API["classes"][kind]["all"] + API["classes"][kind].get("tensorrt 10.8.0.43", []))
-        return type(kind, (), dict.fromkeys(names))
-
-
-def test_an_option_that_an_older_library_lacks_is_refused_by_name() -> None:
-    old: Any = _Version10()
+def test_a_level_that_an_older_library_lacks_is_refused_by_name() -> None:
+    levels = SimpleNamespace(AMPERE_PLUS=1)  # as in 10.8: see above
+    old: Any = SimpleNamespace(__name__="tensorrt", __version__="10.8.0.43", HardwareCompatibilityLevel=levels)
     check_options(BuildOptions(hardware_compatible="ampere-plus", refit="lora"), "tensorrt", old, True)
     with pytest.raises(
         InputError,

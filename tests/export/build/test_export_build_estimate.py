@@ -15,7 +15,7 @@ from export.build.estimate import LARGEST_VOLUME, check_volume, estimate
 from export.build.ranges import Typed, to_ranges
 from export.build.request import Request, plan_for, requests_for
 from sdkd.bundle.manifest import Bundle
-from sdkd.bundle.memory import Largest, check_room, free_memory, largest_tensor
+from sdkd.bundle.memory import Largest, free_memory, largest_tensor
 from sdkd.core.contract import Precision
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BuildError, InputError
@@ -136,9 +136,3 @@ def test_what_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
 def test_the_cap_is_what_is_free() -> None:
     assert free_memory(1 << 29) == 1 << 29
     assert (1 << 29) < free_memory() < 1 << 50
-
-
-def test_no_room() -> None:
-    with pytest.raises(BuildError, match=r"^engines need about 2.0 GB of disk space, and 1.5 GB are free: free some$"):
-        check_room("engines", "disk space", 2_000_000_000, 1_500_000_000, "free some")
-    check_room("engines", "disk space", 5, 5, "free some")

@@ -7,28 +7,14 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from helpers import tiny_unet
-from small_exports import half_decoder, half_unet, small_graph, small_pipeline
+from small_exports import half_unet, small_graph, small_pipeline
 
+from export import export_pipeline
 from export.component import ExportOptions, export_component
 from export.graph.precision import cast, check_finite
 from export.source import open_source
-from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import torch_dtype
 from sdkd.errors import ExportError, InputError
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
-)
-def test_every_weight_gets_the_precision(name: str, dtype: torch.dtype) -> None:
-    unet = cast(tiny_unet(), torch_precision(name))
-    assert {parameter.dtype for parameter in unet.parameters()} == {dtype} == {torch_dtype(name)}
-
-
-def torch_precision(name: str) -> object:
-    """The name, for a Literal parameter."""
-    return name
 
 
 def test_an_unknown_precision_is_refused() -> None:
@@ -69,16 +55,17 @@ def test_norm_statistics_and_timestep_embedding_stay_float32() -> None:
     assert graph.float_nodes["LayerNormalization"] == layers
     assert graph.float_nodes["Sin"] == graph.float_nodes["Cos"] == 1
     assert not {"Conv", "MatMul", "Attention", "Gemm"} & set(graph.float_nodes)
+    assert small_graph("text_encoder")[1].float_nodes == {}  # in float32
 
 
-def test_a_float32_graph_has_no_islands() -> None:
-    assert small_graph("text_encoder")[1].float_nodes == {}
-
-
-def test_softmax_of_attention_that_is_not_whole_stays_float32() -> None:
-    bundle = Bundle.open(half_decoder("bf16"))
-    details = bundle.component("vae_decoder").details
-    assert details["float32_nodes"]["Softmax"] == details["operators"]["Softmax"] == 1
+def test_softmax_of_attention_that_is_not_whole_stays_float32(tmp_path: Path) -> None:
+    bundle = export_pipeline(small_pipeline(), tmp_path / "bundle", precision="bf16", components=("vae_decoder",))
+    record = bundle.component("vae_decoder")
+    assert record.contract.outputs[0].dtype == "bfloat16"
+    assert record.parity
+    assert "float32 twin" in record.parity["runtime"]
+    assert 1e-4 < record.parity["relative"] < 5e-2
+    assert record.details["float32_nodes"]["Softmax"] == record.details["operators"]["Softmax"] == 1
     nodes = onnx.load(bundle.path / "vae_decoder" / "model.onnx").graph.node
     (softmax,) = (node for node in nodes if node.op_type == "Softmax")
     assert [node.op_type for node in nodes if softmax.output[0] in node.input] == ["Cast"]

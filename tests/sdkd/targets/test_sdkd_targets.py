@@ -14,6 +14,7 @@ from sdkd.targets.registry import (
     TARGETS,
     availability,
     built_environment,
+    cache_folder,
     check_target,
     cpu_name,
     environment,
@@ -98,3 +99,10 @@ def test_cpus_of_one_name_and_other_units_are_told_apart(text: str, name: str, t
 
 def test_a_cpu_has_a_name_where_the_kernel_tells_none(tmp_path: Path) -> None:
     assert cpu_name(tmp_path / "missing") == (platform.processor() or platform.machine())
+
+
+def test_caches_are_the_users_and_not_the_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
+    assert cache_folder() == Path("/some/where/sdkd")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "sdkd"
