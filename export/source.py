@@ -170,41 +170,32 @@ def check_parts(pipe: Any, replaced: Container[str], where: str) -> None:
 
 def replacement_class(part: str, name: str) -> str:
     """The diffusers class of a VAE or ControlNet folder; ModelError when it is neither."""
-    return _checked_class(part, name, replacement_config(part, name))
-
-
-def replacement_config(part: str, name: str) -> dict[str, Any]:
-    """The config of a VAE or ControlNet folder or hub model; ModelError when there is none."""
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        if path.exists() or name.count("/") != 1:
-            raise ModelError(f"{part} {name!r} is no folder: give the folder that save_pretrained wrote, or a hub id")
-        return _hub_config(part, name)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{part} {name!r} has no config.json: give the folder that save_pretrained wrote")
-    try:
-        return dict(read_json(path / "config.json"))
-    except InputError as error:
-        raise ModelError(str(error)) from error
-
-
-def _hub_config(part: str, name: str) -> dict[str, Any]:
-    import diffusers
-
-    try:
-        return dict(getattr(diffusers, EXPORTED[part][0]).load_config(name))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{part} {name!r} is neither a folder here nor on the hub ({reason}): check it") from error
-
-
-def _checked_class(part: str, name: str, config: Mapping[str, Any]) -> str:
+    config = replacement_config(part, name)
     kind = str(config.get("_class_name"))
     if "quantization_config" in config:
         raise ModelError(f"{part} {name!r} is quantized, and sdkd needs the weights as they were before: give those")
     if kind not in EXPORTED[part]:
         raise ModelError(f"{part} {name!r} is {an(kind)}: give one of {', '.join(EXPORTED[part])}")
     return kind
+
+
+def replacement_config(part: str, name: str) -> dict[str, Any]:
+    """The config of a VAE or ControlNet folder or hub model; ModelError when there is none."""
+    import diffusers
+
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return dict(read_json(path / "config.json", dict[str, Any]))
+        if not path.exists() and name.count("/") == 1:
+            return dict(getattr(diffusers, EXPORTED[part][0]).load_config(name))
+    except InputError as error:
+        raise ModelError(f"{part} {name!r}: {error}: give the folder that save_pretrained wrote") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{part} {name!r} is neither a folder here nor on the hub ({str(error).strip().splitlines()[0]}): check it"
+        ) from error
+    raise ModelError(f"{part} {name!r} is no folder: give the folder that save_pretrained wrote, or a hub id")
 
 
 def load_replacement(part: str, name: str, dtype: torch.dtype) -> nn.Module:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -73,22 +73,15 @@ def build_engine(
         check_resources(opened, stale, options)
         if not stale:
             return opened
-        with _raises_build_error(root):
+        try:
             return _build(opened, stale, progress)
-
-
-@contextlib.contextmanager
-def _raises_build_error(root: Path) -> Iterator[None]:
-    """BuildError, with what is free, for a disk that is full after all; other errors pass."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise BuildError(
-            f"no space left for the engines in {str(root)!r} ({size(shutil.disk_usage(root).free)} free): nothing was "
-            f"changed. Free some, or copy the bundle elsewhere"
-        ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise BuildError(
+                f"no space left for the engines in {str(root)!r} ({size(shutil.disk_usage(root).free)} free): nothing "
+                f"was changed. Free some, or copy the bundle elsewhere"
+            ) from error
 
 
 def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progress) -> list[Request]:
@@ -119,7 +112,9 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
         jobs = [_job(bundle, request, partial) for request in requests]
         answers = _run(jobs, requests, progress)
         if timings and (partial / timings).is_file():
-            _keep(partial / timings)
+            with contextlib.suppress(OSError):  # a folder that cannot be written only costs the next build its time
+                write_bytes(cache_folder() / timings, (partial / timings).read_bytes())
+            (partial / timings).unlink()
         place = place_for(bundle, slot, [request.component.name for request in requests])
         records = [_record(request, answer, partial, place) for request, answer in zip(requests, answers, strict=True)]
         manifest = bundle.manifest
@@ -130,13 +125,6 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
             result.save()
         drop_replaced(bundle, result)
     return result
-
-
-def _keep(timings: Path) -> None:
-    """Move what was timed to the user's caches; a folder that cannot be written only costs the next build its time."""
-    with contextlib.suppress(OSError):
-        write_bytes(cache_folder() / timings.name, timings.read_bytes())
-    timings.unlink()
 
 
 def _job(bundle: Bundle, request: Request, folder: Path) -> Job:

@@ -14,7 +14,6 @@ from sdkd.targets.ort_cuda import open_session, runs_on_cuda
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import ModelProto
     from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
 SMALL_BYTES = "1024"  # weights below this stay in the graph
@@ -83,16 +82,13 @@ def _graph(job: Job, options: SessionOptions) -> str | bytes:
 
 
 def _without_copies(file: Path) -> None:
-    """Take the copies between CPU and GPU out of a saved graph: opening it adds them again, by the same names."""
+    """Take the copies between CPU and GPU out of a saved graph, whose outputs keep their names.
+
+    Opening it adds them again, by the same names.
+    """
     import onnx
 
     model = onnx.load(file, load_external_data=False)
-    if drop_copies(model):
-        onnx.save(model, file)
-
-
-def drop_copies(model: ModelProto) -> int:
-    """Join what the Memcpy nodes of ONNX Runtime keep apart, graph outputs keeping their names; how many there were."""
     graph = model.graph
     pairs = [(node.input[0], node.output[0]) for node in graph.node if node.op_type in COPIES]
     kept = [node for node in graph.node if node.op_type not in COPIES]
@@ -105,9 +101,10 @@ def drop_copies(model: ModelProto) -> int:
     for node in kept:
         for names in (node.input, node.output):
             names[:] = [same.get(name, name) for name in names]
-    del graph.node[:]
-    graph.node.extend(kept)
-    return len(pairs)
+    if pairs:
+        del graph.node[:]
+        graph.node.extend(kept)
+        onnx.save(model, file)
 
 
 def open_reference(path: str) -> Run:

@@ -1,4 +1,7 @@
-"""Whether an engine computes what its ONNX graph does: both run on the same seeded inputs, at one or two shapes."""
+"""Whether an engine computes what its ONNX graph does: both run on the same seeded inputs, at one or two shapes.
+
+Not by Polygraphy's Comparator: ONNX Runtime and OpenVINO are installed without it, and a slow graph runs once only.
+"""
 
 from __future__ import annotations
 

@@ -51,17 +51,6 @@ def onnx_precision(bundle: Bundle) -> str:
     return records.get("unet", next(iter(records.values()))).precision
 
 
-def profiles_for(bundle: Bundle, target: Target, asked: Ranges | None) -> tuple[ShapeRanges, ...]:
-    """The profiles that the engines of a target get: those asked for, or what covers them where it has but one.
-
-    Raises InputError for sizes that the model does not have.
-    """
-    several = (asked,) if isinstance(asked, ShapeRanges) else tuple(asked or (default_ranges(bundle),))
-    for profile in several:
-        check_ranges(profile, bundle)
-    return several if target.many_profiles else (cover(several),)
-
-
 def requests_for(
     bundle: Bundle,
     plan: EnginePlan,
@@ -69,10 +58,16 @@ def requests_for(
     components: Sequence[str] | None,
     options: BuildOptions = BuildOptions(),
 ) -> list[Request]:
-    """One request per component; InputError for an unknown component or sizes that the model does not have."""
+    """One request per component; InputError for an unknown component or sizes that the model does not have.
+
+    A target without several profiles gets one that covers those asked for.
+    """
     check_components(components)
     names = [name for name in COMPONENTS if name in (bundle.manifest.components if components is None else components)]
-    profiles = profiles_for(bundle, plan.target, ranges)
+    profiles = (ranges,) if isinstance(ranges, ShapeRanges) else tuple(ranges or (default_ranges(bundle),))
+    for profile in profiles:
+        check_ranges(profile, bundle)
+    profiles = profiles if plan.target.many_profiles else (cover(profiles),)
     builder = importlib.import_module(BUILDERS[plan.target.name])
     chosen = {"options": changed} if (changed := options.changed()) else {}
 

@@ -43,7 +43,10 @@ def runtime_errors() -> tuple[type[Exception], ...]:
 
 
 class GraphSession:
-    """A graph opened as it is, without onnxruntime's optimisation: torch tensors in, float32 torch tensors out."""
+    """A graph opened as it is, without onnxruntime's optimisation: torch tensors in, float32 torch tensors out.
+
+    Not Polygraphy's OnnxrtRunner, whose session takes none of the options that keep memory low.
+    """
 
     def __init__(self, onnx_file: Path) -> None:
         import onnxruntime

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 _ATEN = torch.ops.aten
 _LIBRARY = torch.library.Library("sdkd", "DEF")
+_ORIGINALS: dict[Any, Any] = {}  # by twin
 
 
 def _like_input(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -36,19 +37,15 @@ def _twin(operator: Any, shape: Callable[..., torch.Tensor]) -> Any:
     name = operator._schema.name.partition("::")[2]
     _LIBRARY.define(str(operator._schema).partition("::")[2].replace(f"{name}.", name, 1))
     torch.library.register_fake(f"sdkd::{name}", shape, lib=_LIBRARY)
-    return getattr(torch.ops.sdkd, name).default
+    twin = getattr(torch.ops.sdkd, name).default
+    _ORIGINALS[twin] = operator
+    return twin
 
 
 _GROUP_NORM = _twin(_ATEN.group_norm.default, _like_input)
 _LAYER_NORM = _twin(_ATEN.layer_norm.default, _like_input)
 _SDPA = _twin(_ATEN.scaled_dot_product_attention.default, _attention)
 _LINEAR = _twin(_ATEN.linear.default, _linear)
-_ORIGINALS = {
-    _GROUP_NORM: _ATEN.group_norm.default,
-    _LAYER_NORM: _ATEN.layer_norm.default,
-    _SDPA: _ATEN.scaled_dot_product_attention.default,
-    _LINEAR: _ATEN.linear.default,
-}
 
 
 def _group_norm(tensor: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
