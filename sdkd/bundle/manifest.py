@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from sdkd.bundle import manifest_checks as checks
 from sdkd.bundle.onnx_trust import check_external_data
 from sdkd.core.contract import Contract, vae_scale
 from sdkd.core.files import read_json, sha256, write_json
-from sdkd.core.model_numbers import config_problem
+from sdkd.core.numbers import config_problem
 from sdkd.core.profiles import ShapeRanges
-from sdkd.core.schema import problem
+from sdkd.core.schema import construct, problem
 from sdkd.errors import BundleError, InputError, StaleEngineError
 
 MANIFEST = "bundle.json"
 SCHEMA = 1
-_verified: set[tuple[str, int, int, FileRecord]] = set()
+_verified: set[tuple[str, int, FileRecord]] = set()
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,24 @@ class FileRecord:
     def of(root: Path, file: Path) -> FileRecord:
         """Record an existing file below `root`."""
         return FileRecord(file.relative_to(root).as_posix(), file.stat().st_size, sha256(file))
+
+    def problem(self, root: Path, once: bool = False) -> str | None:
+        """Why the file below `root` is not what this says, bytes first, then SHA-256; None when it is.
+
+        `once` per process as long as size and time of change stay the same.
+        """
+        path = root / self.path
+        if not path.is_file():
+            return f"{self.path} is missing"
+        status = path.stat()
+        if status.st_size != self.bytes:
+            return f"{self.path} has {status.st_size} bytes instead of {self.bytes} (truncated or altered)"
+        key = (str(path.resolve()), status.st_mtime_ns, self)
+        if not (once and key in _verified):
+            if sha256(path) != self.sha256:
+                return f"{self.path} was altered: its SHA-256 differs from the manifest's"
+            _verified.add(key)
+        return None
 
 
 @dataclass(frozen=True)
@@ -106,9 +124,7 @@ class Manifest:
     components: Mapping[str, ComponentRecord] = field(default_factory=dict)
     engines: Mapping[str, EngineRecord] = field(default_factory=dict)  # key: "<slot>/<component>"
     schema: int = SCHEMA
-    files: tuple[FileRecord, ...] | None = (
-        None  # configs, scheduler, tokenizer, ...; None in bundles of before: unchecked
-    )
+    files: tuple[FileRecord, ...] | None = None  # configs, tokenizer, ...; None in bundles of before: unchecked
 
     def with_engine(self, record: EngineRecord) -> Manifest:
         """A copy that holds `record`, replacing any of the same slot and component."""
@@ -124,46 +140,9 @@ class Manifest:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Manifest:
-        """The inverse of `to_json`; KeyError or TypeError on foreign data."""
-        return Manifest(
-            source=data["source"],
-            versions=data["versions"],
-            components={key: _component(row) for key, row in data["components"].items()},
-            engines={key: _engine(row) for key, row in data["engines"].items()},
-            schema=data["schema"],
-            files=None if data.get("files") is None else _files(data["files"]),
-        )
-
-
-def _files(rows: list[Mapping[str, Any]]) -> tuple[FileRecord, ...]:
-    return tuple(FileRecord(**row) for row in rows)
-
-
-def _component(row: Mapping[str, Any]) -> ComponentRecord:
-    return ComponentRecord(**{**row, "contract": Contract.from_json(row["contract"]), "files": _files(row["files"])})
-
-
-def _engine(row: Mapping[str, Any]) -> EngineRecord:
-    return EngineRecord(
-        **{
-            **row,
-            "files": _files(row["files"]),
-            "ranges": ShapeRanges.from_json(row["ranges"]),
-            "built_for": tuple(row["built_for"]),
-            "profiles": tuple(ShapeRanges.from_json(profile) for profile in row.get("profiles", ())),
-        }
-    )
-
-
-class _ManifestJson(TypedDict):
-    """bundle.json; keys of later versions are left alone."""
-
-    schema: int
-    source: dict[str, Any]
-    versions: dict[str, str]
-    components: dict[str, ComponentRecord]
-    engines: dict[str, EngineRecord]
-    files: NotRequired[tuple[FileRecord, ...] | None]
+        """The inverse of `to_json`; TypeError on foreign data, keys of later versions are left alone."""
+        found: Manifest = construct(data, Manifest)
+        return found
 
 
 def _read_manifest(root: Path) -> Manifest:
@@ -174,7 +153,7 @@ def _read_manifest(root: Path) -> Manifest:
             raise BundleError(
                 f"{str(root)!r} has manifest schema {data['schema']!r}, this sdkd reads {SCHEMA}: export it again"
             )
-        if wrong := problem(data, _ManifestJson):
+        if wrong := problem({each.name: data[each.name] for each in fields(Manifest) if each.name in data}, Manifest):
             raise InputError(wrong)
         checks.check_places(root, data)
         if strange := next(checks.strange_values(data), None):
@@ -275,7 +254,7 @@ class Bundle:
 
     def verify_files(self, record: ComponentRecord | EngineRecord) -> None:
         """BundleError when a file of the record is missing, truncated or altered (sizes first, then SHA-256)."""
-        found = next((found for file in record.files if (found := checks.file_problem(self.path, asdict(file)))), None)
+        found = next((found for file in record.files if (found := file.problem(self.path))), None)
         if found:
             raise BundleError(f"bundle {str(self.path)!r}: {found}; make it again: {self.repair(record)}")
 
@@ -291,23 +270,10 @@ class Bundle:
         there = [file for folder in ("scheduler", "tokenizer") for file in (self.path / folder).glob("[!.]*")]
         names = [file.relative_to(self.path).as_posix() for file in there if listed is not None or not file.is_file()]
         known = {file.path for file in listed or ()}
-        found = next((found for file in listed or () if (found := self._file_problem_once(file))), None)
+        found = next((found for file in listed or () if (found := file.problem(self.path, once=True))), None)
         found = found or next((f"{name} is not in the manifest" for name in names if name not in known), None)
         if found:
             raise BundleError(f"bundle {str(self.path)!r}: {found}; restore it, or make all again: {self._made_by()}")
-
-    def _file_problem_once(self, file: FileRecord) -> str | None:
-        """As `file_problem`, which is asked once per process as long as size and time of change stay the same."""
-        path = self.path / file.path
-        if not path.is_file():
-            return f"{file.path} is missing"
-        status = path.stat()
-        key = (str(path.resolve()), status.st_size, status.st_mtime_ns, file)
-        if key not in _verified:
-            if found := checks.file_problem(self.path, asdict(file)):
-                return found
-            _verified.add(key)
-        return None
 
     def repair(self, record: ComponentRecord | EngineRecord) -> str:
         """The command that makes a graph or an engine again, as a shell reads it."""

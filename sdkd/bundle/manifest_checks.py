@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdkd.core.contract import PRECISIONS
-from sdkd.core.files import sha256
 from sdkd.errors import BundleError
 
 # Options of OpenVINO that an engine's build writes down; any other could name files to write or libraries to load.
@@ -86,20 +85,6 @@ def unknown_options(flags: Mapping[str, Any]) -> list[str]:
     """What an engine's record says of its build and this version does not know: the engine may lack weights."""
     unknown = [name for name in flags.get("options", {}) if name not in BUILD_OPTIONS]
     return [f"built with the option {name}, which this version of sdkd does not have" for name in unknown]
-
-
-def file_problem(root: Path, file: Mapping[str, Any]) -> str | None:
-    """Why a bundle's file is not what its record (as JSON) says, bytes first, then SHA-256; None when it is."""
-    name, size = file["path"], file["bytes"]
-    path = root / name
-    if not path.is_file():
-        return f"{name} is missing"
-    found = path.stat().st_size
-    if found != size:
-        return f"{name} has {found} bytes instead of {size} (truncated or altered)"
-    if sha256(path) != file["sha256"]:
-        return f"{name} was altered: its SHA-256 differs from the manifest's"
-    return None
 
 
 def rebuild_command(root: Path, engine: Mapping[str, Any], onnx: str, shapes: Sequence[Mapping[str, str]]) -> str:

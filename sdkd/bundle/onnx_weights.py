@@ -26,15 +26,9 @@ def read_weights(onnx_file: Path, names: Iterable[str]) -> dict[str, np.ndarray]
 
     Raises BundleError when the graph lacks one of the names.
     """
-    import onnx
-    from onnx import numpy_helper
-
     wanted = list(names)
-    transforms = _transforms(onnx_file, wanted)
-    stored = {tensor.name: tensor for tensor in onnx.load(onnx_file, load_external_data=False).graph.initializer}
-    folder = str(onnx_file.parent)
-    arrays = {name: numpy_helper.to_array(stored[name], folder) for name in wanted}
-    return {name: array.T if transforms[name] == TRANSPOSE else array for name, array in arrays.items()}
+    transforms, arrays = _transforms(onnx_file, wanted), exported_weights(onnx_file, wanted)
+    return {name: arrays[name].T if transforms[name] == TRANSPOSE else arrays[name] for name in wanted}
 
 
 def _transforms(onnx_file: Path, wanted: Iterable[str]) -> dict[str, str]:

@@ -152,8 +152,8 @@ def student(
             check()
             step("copying the weights", 0.5)
             unet = build_student(pipe.unet, spec)
-            found = {"teacher": source.name, "output": str(output), **report(pipe.unet.config, spec.name)}
             check()
+            found = {"teacher": source.name, "output": str(output), **report(pipe.unet.config, spec.name)}
             step("saving", 0.8)
             about = {"teacher": source.name, "student": spec.name, "random_weights": source.random_weights, "steps": 0}
             write_pipeline(pipe, partial, unet=unet, about=about)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.core.schema import construct
 from sdkd.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -79,12 +80,9 @@ class Contract:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Contract:
-        """The inverse of `to_json`; KeyError or TypeError on foreign data."""
-
-        def specs(rows: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["axes"])) for row in rows)
-
-        return Contract(data["component"], specs(data["inputs"]), specs(data["outputs"]))
+        """The inverse of `to_json`; TypeError on foreign data."""
+        found: Contract = construct(data, Contract)
+        return found
 
 
 def guidance_copies(contract: Contract) -> int:

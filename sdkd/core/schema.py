@@ -25,10 +25,24 @@ def problem(value: Any, shape: Any, where: str = "") -> str | None:
     """The first thing in a JSON value that is not of the shape, with its key; None when there is nothing.
 
     A dataclass or TypedDict is an object of its fields: those with a default (NotRequired) may be left out; other keys
-    are wrong in a dataclass and left alone in a TypedDict. A class
-    with an attribute JSON is written as that shape instead.
+    are wrong in a dataclass and left alone in a TypedDict. A class with an attribute JSON is written as that shape.
     """
     return next(_problems(value, shape, where), None)
+
+
+def construct(value: Any, shape: Any) -> Any:
+    """A JSON value of the shape (see `problem`) as dataclasses and tuples; keys that a dataclass lacks are left out."""
+    origin, given = get_origin(shape), get_args(shape)
+    if origin in (Union, types.UnionType):
+        return value if value is None else construct(value, next(one for one in given if one is not type(None)))
+    if hasattr(shape, "JSON"):
+        return shape.from_json(value)
+    if isinstance(shape, type) and dataclasses.is_dataclass(shape):
+        shapes = _fields(shape)[0]
+        return shape(**{name: construct(part, shapes[name]) for name, part in value.items() if name in shapes})
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {name: construct(part, given[1]) for name, part in value.items()}
+    return tuple(construct(part, given[0]) for part in value) if origin is tuple else value
 
 
 def _problems(value: Any, shape: Any, where: str) -> Iterator[str]:

@@ -45,15 +45,8 @@ def launch_command(processes: int, arguments: list[str]) -> list[str]:
 
 def without_flag(arguments: list[str]) -> list[str]:
     """Command-line arguments without `--num-processes N`."""
-    kept, skip = [], False
-    for word in arguments:
-        if skip:
-            skip = False
-        elif word == FLAG:
-            skip = True
-        elif not word.startswith(f"{FLAG}="):
-            kept.append(word)
-    return kept
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [word for before, word in pairs if FLAG not in (before, word) and not word.startswith(f"{FLAG}=")]
 
 
 def _environment() -> dict[str, str]:

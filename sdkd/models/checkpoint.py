@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import ModelError
 from sdkd.models.diffusers_folder import load_unet, provenance
-from sdkd.models.weight_files import folder_tensors
+from sdkd.models.safetensors_file import folder_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from sdkd.core.files import read_json, sha256, write_bytes, write_json
-from sdkd.core.model_numbers import config_problem
+from sdkd.core.numbers import config_problem
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.clip_tokenizer import bounded
 from sdkd.models.families import HEAVY, check_class, empty
 from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder
-from sdkd.models.safetensors_file import check_complete, check_shapes, fill, shapes_of
-from sdkd.models.weight_files import current_names, folder_tensors, weight_files
+from sdkd.models.safetensors_file import (
+    check_complete,
+    check_shapes,
+    current_names,
+    fill,
+    folder_tensors,
+    shapes_of,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     import torch

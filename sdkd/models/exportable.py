@@ -15,7 +15,7 @@ from typing import Any
 from sdkd.core.contract import residual_specs, split_axis, vae_scale
 from sdkd.errors import ExportError, ModelError, an
 from sdkd.models.families import PIPELINE_OF_CHANNELS
-from sdkd.models.weight_files import has_adapters
+from sdkd.models.safetensors_file import has_adapters
 
 Config = Mapping[str, Any]
 _EAGERLY = "run it eagerly"

@@ -7,6 +7,7 @@ see `prediction`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,16 @@ from sdkd.core.files import sha256
 from sdkd.core.text_files import read_yaml
 from sdkd.errors import InputError, ModelError
 from sdkd.models.families import FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
-from sdkd.models.ldm_names import LDM_PREFIXES, UNET, located
 from sdkd.models.refusals import SUPPORTED, what_it_is
-from sdkd.models.safetensors_file import Tensor, Weights, check_complete, check_shapes, fill, shapes_of
-from sdkd.models.weight_files import current_names
+from sdkd.models.safetensors_file import Tensor, Weights, check_complete, check_shapes, current_names, fill, shapes_of
 
 if TYPE_CHECKING:
     import torch
 
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", ("cond_stage_model.model.", "conditioner.embedders.0.model.")
+# What the weights of each part begin with; SD 1.x has the first kind of text encoder, SD 2.x the others.
+LDM_PREFIXES = {"unet": (UNET,), "vae": (VAE,), "text_encoder": (CLIP, *OPEN_CLIP)}
 FIRST = UNET + "input_blocks.0.0.weight"
 CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 # Its standard deviation is above 0.09 in published v-prediction models and below in the others: ComfyUI's rule.
@@ -167,3 +170,46 @@ def _notes(weights: Weights, kind: str, reason: str) -> tuple[str, ...]:
     if any(name.startswith("model_ema.") for name in weights.tensors):
         notes.append("holds averaged (EMA) weights as well, which are not used")
     return tuple(notes)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, with as much of a tensor's ways as diffusers' conversion uses; nothing is read."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def __getitem__(self, index: tuple[Any, ...] | slice) -> _Stored:
+        """Rows, or the two first axes of a convolution of one pixel."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if 0 in rest:
+            return _Stored(self.tensor._replace(shape=self.shape[:2]) if set(self.shape[2:]) == {1} else self.tensor)
+        start, end, _ = first.indices(self.shape[0])
+        return _Stored(self.tensor.rows(start, end))
+
+    def itself(self) -> _Stored:
+        return self
+
+    T = property(itself)
+    clone = detach = contiguous = itself
+
+
+def located(part: str, module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Where a checkpoint has a part's weights, by diffusers' names, which are not always those of `module`.
+
+    diffusers converts here where weights lie, not the weights: its `from_single_file` maps the whole file beside what
+    is cast, and each is read when it is needed.
+    """
+    from diffusers.loaders import single_file_utils as ldm
+
+    stored: dict[str, Any] = {name: _Stored(tensor) for name, tensor in tensors.items()}
+    if part == "text_encoder":
+        prefix = next((prefix for prefix in OPEN_CLIP if any(name.startswith(prefix) for name in tensors)), None)
+        clip = ldm.convert_open_clip_checkpoint(module, stored, prefix) if prefix else None
+        found = ldm.convert_ldm_clip_checkpoint(stored) if clip is None else clip
+    else:
+        found = getattr(ldm, f"convert_ldm_{part}_checkpoint")(stored, module.config)
+    return {name: one.tensor for name, one in found.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdkd.core.files import lock, new_folder, read_json, sha256, write_bytes, write_json
-from sdkd.errors import BusyError, InputError, OutputExistsError
+from sdkd.errors import BusyError
 
 
 def test_sha256_is_the_files(tmp_path: Path) -> None:
@@ -36,14 +36,6 @@ def test_json_refuses_nan(tmp_path: Path) -> None:
     assert not (tmp_path / "a.json").exists()
 
 
-def test_a_damaged_json_says_so(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
-        read_json(tmp_path / "a.json")
-    with pytest.raises(InputError, match="does not exist"):
-        read_json(tmp_path / "b.json")
-
-
 def test_a_folder_appears_only_when_done(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with new_folder(target) as partial:
@@ -53,26 +45,15 @@ def test_a_folder_appears_only_when_done(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt("stop")])
-def test_a_failure_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def work() -> None:
         with new_folder(tmp_path / "out") as partial:
             (partial / "x").write_text("half")
-            raise failure
+            raise KeyboardInterrupt("stop")
 
-    with pytest.raises(type(failure), match="stop"):
+    with pytest.raises(KeyboardInterrupt, match="stop"):
         work()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_overwriting_must_be_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint.json").write_text('{"schema": 1, "step": 2, "settings": {}, "optimizer": {}}')
-    with pytest.raises(OutputExistsError, match="already exists: choose another folder or pass --overwrite"):
-        new_folder(tmp_path / "out").__enter__()
-    with new_folder(tmp_path / "out", overwrite=True) as partial:
-        (partial / "new").write_text("new")
-    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["new"]
 
 
 def _hold(path: Path, held: object, done: object) -> None:

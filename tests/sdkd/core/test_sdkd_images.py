@@ -103,12 +103,12 @@ def half_clear(mode: str) -> bytes:
     return stored(image.convert(mode), "PNG")
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS", "GIF", "WEBP"])
-def test_what_is_transparent_lies_on_white(mode: str) -> None:
-    found = read_rgb(half_clear(mode))
-    assert found.mode == "RGB"
-    assert found.getpixel((0, 0)) == ((76, 76, 76) if mode == "LA" else (255, 0, 0))
-    assert found.getpixel((1, 0)) == (255, 255, 255)
+def test_what_is_transparent_lies_on_white() -> None:
+    for mode in ("RGBA", "LA", "P", "tRNS", "GIF", "WEBP"):
+        found = read_rgb(half_clear(mode))
+        assert found.mode == "RGB"
+        assert found.getpixel((0, 0)) == ((76, 76, 76) if mode == "LA" else (255, 0, 0))
+        assert found.getpixel((1, 0)) == (255, 255, 255)
 
 
 def test_half_transparent_and_modes_of_memory() -> None:
@@ -119,20 +119,17 @@ def test_half_transparent_and_modes_of_memory() -> None:
     assert to_rgb(Image.new("1", (1, 1), 1)).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(
-    ("image", "kind"),
-    [
+def test_other_colours() -> None:
+    for image, kind in [
         (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"),  # PIL writes Adobe's inverted kind
         (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"),
         (Image.new("RGB", (8, 8), "red").convert("YCbCr"), "JPEG"),
         (Image.new("LAB", (8, 8), (138, 209, 198)), "TIFF"),
         (Image.new("RGB", (8, 8), "red").quantize(4), "BMP"),
-    ],
-)
-def test_other_colours(image: Image.Image, kind: str) -> None:
-    red, green, blue = read_rgb(stored(image, kind)).getpixel((4, 4))
-    assert red > 245
-    assert max(green, blue) < 10
+    ]:
+        red, green, blue = read_rgb(stored(image, kind)).getpixel((4, 4))
+        assert red > 245
+        assert max(green, blue) < 10
 
 
 def turned() -> dict[str, bytes]:
@@ -175,14 +172,10 @@ def strokes(ink: tuple[int, int, int], ground: tuple[int, int, int]) -> Image.Im
     return image
 
 
-BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (200, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("ink", "ground"), [(WHITE, WHITE), (WHITE, BLACK), (BLACK, BLACK), (BLACK, WHITE), (RED, BLACK)]
-)
-def test_strokes_on_an_empty_layer_are_a_mask(ink: Any, ground: Any) -> None:
-    assert grey(read_mask(stored(strokes(ink, ground), "PNG"))) == [[255, 255, 128, 0]]
+def test_strokes_on_an_empty_layer_are_a_mask() -> None:
+    black, white, red = (0, 0, 0), (255, 255, 255), (200, 0, 0)
+    for ink, ground in ((white, white), (white, black), (black, black), (black, white), (red, black)):
+        assert grey(read_mask(stored(strokes(ink, ground), "PNG"))) == [[255, 255, 128, 0]]
 
 
 def test_masks_of_luminance() -> None:

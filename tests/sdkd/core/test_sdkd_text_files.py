@@ -53,14 +53,11 @@ def test_western_windows_text_is_read_with_a_warning(tmp_path: Path, caplog: pyt
     assert decode_text(b"\xe9\x81", "x") == "é\x81"  # what Windows does not have either
 
 
-def test_other_separators_are_part_of_a_line(tmp_path: Path) -> None:
+def test_other_separators_and_marks_of_joined_files(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a\u2028b\u0085c\x0bd\x1ce\n\nf", encoding="utf-8")
     assert read_lines(path) == ["a\u2028b\u0085c\x0bd\x1ce", "", "f"]
     assert prompt_lines(path) == ("a\u2028b\u0085c\x0bd\x1ce", "f")
-
-
-def test_marks_of_joined_files_are_left_out() -> None:
     assert decode_text(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo \xef\xbb\xbf x", "x") == "one\ntwo \ufeff x"
 
 

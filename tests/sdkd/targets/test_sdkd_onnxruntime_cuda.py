@@ -53,21 +53,15 @@ class Opened:
         return [CUDA, CPU]
 
 
-def test_without_cuda_in_the_package_there_is_nothing_to_say(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
-    assert not runs_on_cuda()
-    assert "is built without CUDA: pip uninstall onnxruntime, then pip install" in str(cuda_problem())
-    assert caplog.records == []
-
-
-def test_without_a_gpu_there_is_nothing_to_say(
+def test_without_cuda_in_the_package_or_a_gpu_there_is_nothing_to_say(
     listed: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ort_cuda, "gpu", lambda: None)
     assert not runs_on_cuda()
     assert str(cuda_problem()).startswith("torch sees no NVIDIA GPU")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    assert not runs_on_cuda()
+    assert "is built without CUDA: pip uninstall onnxruntime, then pip install" in str(cuda_problem())
     assert caplog.records == []
 
 
@@ -101,18 +95,8 @@ def test_what_opens_is_on_torchs_gpu_and_is_tried_once(listed: None, monkeypatch
     assert [runs_on_cuda(), runs_on_cuda(), cuda_problem()] == [True, True, None]
     assert [given["enable_fallback"] for given in opened.given] == [0]
     assert opened.given[0]["providers"] == providers(True, 1)
-    assert providers(True, 1) == [
-        (
-            CUDA,
-            {
-                "device_id": "1",
-                "use_tf32": "0",
-                "cudnn_conv_algo_search": "HEURISTIC",
-                "arena_extend_strategy": "kSameAsRequested",
-            },
-        ),
-        CPU,
-    ]
+    options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    assert providers(True, 1) == [(CUDA, {"device_id": "1", **options}), CPU]
     assert providers(False) == [CPU]
 
 

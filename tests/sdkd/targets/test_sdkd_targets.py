@@ -21,37 +21,34 @@ from sdkd.targets.registry import (
     openvino_core,
     require,
     slot_name,
+    slot_precision,
 )
-from sdkd.targets.registry import slot_precision as precision_of
 
 
 def test_a_slot_names_its_target_and_precision() -> None:
-    assert check_target("openvino-bf16").name == "openvino"
-    assert check_target("tensorrt-rtx").name == "tensorrt-rtx"
-    assert precision_of("openvino-bf16") == "bf16"
-    assert precision_of("tensorrt-rtx") is None
+    assert [check_target(slot).name for slot in ("openvino-bf16", "tensorrt-rtx")] == ["openvino", "tensorrt-rtx"]
+    assert [slot_precision(slot) for slot in ("openvino-bf16", "tensorrt-rtx")] == ["bf16", None]
     assert slot_name("openvino", "bf16", "fp32") == "openvino-bf16"
     assert slot_name("onnxruntime", "fp32", "fp32") == "onnxruntime"
-
-
-def test_an_unknown_target_lists_the_known() -> None:
     with pytest.raises(InputError, match="target 'coreml' is unknown: choose one of onnxruntime, openvino, tensorrt"):
         check_target("coreml")
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_a_missing_module_names_the_pip_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.import_module
+def test_a_missing_module_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, hidden = importlib.import_module, {target.module for target in TARGETS.values()}
 
-    def hidden(module: str, package: str | None = None) -> Any:
-        if module == TARGETS[name].module:
+    def import_module(module: str, package: str | None = None) -> Any:
+        if module in hidden:
             raise ImportError(f"No module named {module!r}")
         return real(module, package)
 
-    monkeypatch.setattr(importlib, "import_module", hidden)
-    with pytest.raises(MissingExtraError, match=r"is not installed\. Install it with: pip install 'sdkd\["):
-        require(name)
-    assert not availability(name).can_build
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    for name, target in TARGETS.items():
+        with pytest.raises(MissingExtraError, match=r"is not installed\. Install it with: pip install 'sdkd\["):
+            require(name)
+        found = availability(name)
+        assert not found.can_build
+        assert found.fix == (f"pip install 'sdkd[{target.extra}]'" if target.extra else "pip install sdkd")
 
 
 def test_the_environment_names_version_and_platform() -> None:
@@ -60,12 +57,9 @@ def test_the_environment_names_version_and_platform() -> None:
     found = environment("onnxruntime")
     assert found["onnxruntime"] == onnxruntime.__version__
     assert "-" in found["platform"]
+    ready = availability("onnxruntime")
+    assert (ready.can_build, ready.can_run, ready.reason) == (True, True, "ready")
     assert "compute_capability" not in built_environment("onnxruntime")
-
-
-def test_onnxruntime_is_always_ready() -> None:
-    found = availability("onnxruntime")
-    assert (found.can_build, found.can_run, found.reason) == (True, True, "ready")
 
 
 def test_signals_still_arrive_after_openvino_was_used() -> None:
@@ -83,21 +77,15 @@ def test_signals_still_arrive_after_openvino_was_used() -> None:
     assert openvino_core() is openvino_core()
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse2 avx2 avx512_bf16\n", "AMD EPYC (avx512_bf16)"),
-        ("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse2 avx2\n", "AMD EPYC (avx2)"),
-        ("processor\t: 0\nmodel name\t: Old\nflags\t\t: sse2\n", "Old"),
-    ],
-)
-def test_cpus_of_one_name_and_other_units_are_told_apart(text: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
-
-    assert cpu_name(tmp_path / "cpuinfo") == name
-
-
-def test_a_cpu_has_a_name_where_the_kernel_tells_none(tmp_path: Path) -> None:
+def test_cpus_of_one_name_and_other_units_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    for flags, name in {
+        "sse2 avx2 avx512_bf16": "AMD EPYC (avx512_bf16)",
+        "sse2 avx2": "AMD EPYC (avx2)",
+        "sse2": "AMD EPYC",
+    }.items():
+        file.write_text(f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n")
+        assert cpu_name(file) == name
     assert cpu_name(tmp_path / "missing") == (platform.processor() or platform.machine())
 
 
