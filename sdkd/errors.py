@@ -104,7 +104,6 @@ _ALREADY = "nothing half-written was kept"
 _SYSTEM: dict[int, str] = {
     errno.ENOSPC: f"the disk is full{{while}}: free some space and run the command again; {_ALREADY}",
     errno.EDQUOT: f"the disk quota is used up{{while}}: free some space and run the command again; {_ALREADY}",
-    errno.EFBIG: "{it} is larger than its file system takes: choose another place",
     errno.EACCES: "no permission for {it}: choose another folder or change its rights",
     errno.EPERM: "no permission for {it}: choose another folder or change its rights",
     errno.EROFS: "{it} is on a read-only file system: choose another folder",
@@ -113,14 +112,9 @@ _SYSTEM: dict[int, str] = {
     errno.ENAMETOOLONG: "{it} has too long a name: give a shorter one",
     errno.ENOENT: "{it} does not exist: look at the name, or make it again",
     errno.EEXIST: "{it} is there already: choose another name",
-    errno.ENOTEMPTY: "{it} was filled by somebody else meanwhile: choose another folder",
-    errno.ELOOP: "{it} is a link that leads back to itself: remove it",
     errno.EBUSY: "{it} is in use by the system (a mount point?): choose another folder",
-    errno.EXDEV: "{it} lies in part on another file system: choose another folder",
     errno.EIO: "the disk answers with errors{while}: look at the system's log, and use another one",
-    errno.ESTALE: "{it} was lost by its network file system: mount it again and run the command again",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n) and run the command again",
-    errno.ENFILE: "too many files are open on this machine: close other programs and run the command again",
     errno.ENOMEM: "the memory is full: close other programs, or ask for fewer images, a smaller size or batch",
 }
 # How the libraries that give no number spell the same: safetensors, onnxruntime, protobuf.

@@ -222,28 +222,25 @@ class BackgroundJob:
             self._tail.append(text[:LINE_LENGTH])
 
     def _converse(self, job: bytes) -> None:
-        try:
-            self._answer = self._ask(job)
-        finally:
-            self._progress.put(None)
-
-    def _ask(self, job: bytes) -> dict[str, Any] | None:
-        """Send the job, pass on progress, and return the answer; None where the child ended without one."""
+        """Send the job, pass on progress, and keep the answer; there is none where the child ended without one."""
         assert self._process.stdin
         assert self._process.stdout
-        with contextlib.suppress(BrokenPipeError):  # the child died at once: its exit status says why
-            self._process.stdin.write(job)
-            self._process.stdin.flush()
-        for line in self._process.stdout:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                self._keep(line)
-                continue
-            if "progress" not in message:
-                return dict(message)
-            self._progress.put(tuple(message["progress"]))
-        return None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # the child died at once: its exit status says why
+                self._process.stdin.write(job)
+                self._process.stdin.flush()
+            for line in self._process.stdout:
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    self._keep(line)
+                    continue
+                if "progress" not in message:
+                    self._answer = message
+                    return
+                self._progress.put(tuple(message["progress"]))
+        finally:
+            self._progress.put(None)
 
 
 def _ended(status: int, tail: tuple[str, ...]) -> ChildError:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +141,6 @@ def _bar(title: str, target: Console) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def _lines(title: str, target: Console) -> Iterator[Progress]:
-    import time
-
     start, last = time.monotonic(), ["", -1.0]
 
     def report(message: str, fraction: float | None) -> None:
@@ -157,8 +156,6 @@ def _lines(title: str, target: Console) -> Iterator[Progress]:
 
 
 def _time_left(start: float, fraction: float | None) -> str:
-    import time
-
     if not fraction or fraction >= 1:
         return ""
     spent = time.monotonic() - start

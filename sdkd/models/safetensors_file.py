@@ -35,7 +35,6 @@ _FOREIGN = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights: fetch them with `git lfs pull`",
     b"PK\x03\x04": _PICKLE,
     b"\x80\x02": _PICKLE,
-    b"GGUF": "is a GGUF file: give the original .safetensors",
     b"<!DOCTYPE": "is a web page, not weights: download it again",
     b"<html": "is a web page, not weights: download it again",
 }

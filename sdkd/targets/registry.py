@@ -36,16 +36,12 @@ class Target:
     precision: str  # by default
     builds_on_gpu: bool = False
     runs_on_gpu: bool = False
-    many_profiles: bool = (
-        False  # whether an engine can be tuned for several ranges of shapes; otherwise one covers them
-    )
+    many_profiles: bool = False  # whether an engine is tuned for several ranges of shapes; otherwise one covers them
     # TensorRT networks are strongly typed and onnxruntime runs the graph as it is: there the graph itself must be
     # exported in the wanted precision. OpenVINO lowers an fp32 graph by itself.
     exported_in: str | None = None  # what graphs are exported in, whatever the engines' precision
     converts: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (a graph's precision, other precisions of its engines)
-    takes_bf16: bool = (
-        True  # onnxruntime has no bf16 kernels for a CPU (Conv, ReduceMean, ...): nobody could check them
-    )
+    takes_bf16: bool = True  # onnxruntime has no bf16 kernels for a CPU (Conv, ...): nobody could check them
 
 
 _TENSORRT: dict[str, Any] = {"suffix": ".engine", "precision": "fp16", "runs_on_gpu": True, "many_profiles": True}

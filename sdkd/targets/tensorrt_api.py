@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 
 class Member(Protocol):
-    """A member of an enumeration."""
-
     @property
     def name(self) -> str: ...
     @property
@@ -32,49 +30,35 @@ class Member(Protocol):
 
 
 class Enumeration(Protocol):
-    """An enumeration: its members are attributes."""
-
     __members__: Mapping[str, Member]
 
     def __getattr__(self, name: str, /) -> Member: ...
 
 
 class ILogger(Protocol):
-    """Takes a library's messages."""
-
     def log(self, severity: Member, message: str) -> None: ...
 
 
 class ITensor(Protocol):
-    """A tensor of a network."""
-
     name: str
     dtype: Member
 
 
 class ILayer(Protocol):
-    """A layer of a network."""
-
     type: Member
 
     def get_output(self, index: int) -> ITensor: ...
 
 
 class IAttention(Protocol):
-    """An attention that is one operator."""
-
     decomposable: bool
 
 
 class IAttentionInputLayer(ILayer, Protocol):
-    """The first layer of such an attention."""
-
     attention: IAttention
 
 
 class INetworkDefinition(Protocol):
-    """A network to build an engine from."""
-
     num_inputs: int
     num_outputs: int
     num_layers: int
@@ -109,15 +93,11 @@ class Builder(Protocol):
 
 
 class IRuntimeCache(Protocol):
-    """Kernels that TensorRT-RTX compiled for this GPU."""
-
     def serialize(self) -> Buffer | None: ...
     def deserialize(self, blob: bytes) -> bool: ...
 
 
 class IRuntimeConfig(Protocol):
-    """Settings of an execution context."""
-
     cuda_graph_strategy: Any  # a member, whose class has the others
     dynamic_shapes_kernel_specialization_strategy: Any  # likewise
 
@@ -127,8 +107,6 @@ class IRuntimeConfig(Protocol):
 
 
 class EngineInspector(Protocol):
-    """Tells what is in an engine."""
-
     execution_context: IExecutionContext
 
     def get_engine_information(self, kind: Member) -> str: ...
@@ -175,8 +153,6 @@ class Runtime(Protocol):
 
 
 class Refitter(Protocol):
-    """Changes the weights of an engine."""
-
     def get_all_weights(self) -> list[str]: ...
     def get_missing_weights(self) -> list[str]: ...
     def set_named_weights(self, name: str, weights: object) -> bool: ...
