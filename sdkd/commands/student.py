@@ -83,10 +83,6 @@ def _part(part: str, sizes: Mapping[str, int], used: set[str]) -> dict[str, Any]
     }
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %"
-
-
 def _short(layers: list[str]) -> str:
     """`resnets.0, resnets.2, conv_in` -> `resnets 0+2, conv_in`; a sampler, alone in its block, needs no number."""
     groups: dict[str, list[str]] = {}
@@ -98,30 +94,18 @@ def _short(layers: list[str]) -> str:
 
 def tables(found: Mapping[str, Any]) -> list[Any]:
     """The report as tables for people."""
-    rows = [
-        [
-            row["part"],
-            _short(row["kept"]),
-            _short(row["dropped"]),
-            f"{row['teacher_parameters']:,}",
-            f"{row['student_parameters']:,}",
-        ]
-        for row in found["parts"]
-    ]
+    rows = []
+    for row in found["parts"]:
+        counts = (f"{row[f'{of}_parameters']:,}" for of in ("teacher", "student"))
+        rows.append([row["part"], _short(row["kept"]), _short(row["dropped"]), *counts])
     size = found["latent_size"]
+    cost = (
+        ("parameters", found["teacher_parameters"], found["student_parameters"], ","),
+        (f"GMACs per step ({size}x{size} latents)", found["teacher_macs"] / 1e9, found["student_macs"] / 1e9, ",.3f"),
+    )
     whole = [
-        [
-            "parameters",
-            f"{found['teacher_parameters']:,}",
-            f"{found['student_parameters']:,}",
-            _share(found["student_parameters"], found["teacher_parameters"]),
-        ],
-        [
-            f"GMACs per step ({size}x{size} latents)",
-            f"{found['teacher_macs'] / 1e9:,.3f}",
-            f"{found['student_macs'] / 1e9:,.3f}",
-            _share(found["student_macs"], found["teacher_macs"]),
-        ],
+        [name, f"{before:{form}}", f"{after:{form}}", f"{100 * after / before:.1f} %"]
+        for name, before, after, form in cost
     ]
     return [
         table(f"UNet of {found['student']}", ["teacher's part", "kept", "dropped", "parameters", "left"], rows),

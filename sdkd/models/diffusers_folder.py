@@ -14,7 +14,7 @@ from sdkd.core.files import read_json, sha256, write_bytes, write_json
 from sdkd.core.numbers import config_problem
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.clip_tokenizer import bounded
-from sdkd.models.families import HEAVY, check_class, empty
+from sdkd.models.families import CLASSES, HEAVY, empty
 from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder
 from sdkd.models.safetensors_file import (
     check_complete,
@@ -96,9 +96,11 @@ def check_pipeline_folder(path: Path) -> None:
             raise ModelError(f"{str(file)!r} is no regular file: save or download the model again")
     if (noise := path / "scheduler" / "scheduler_config.json").is_file():
         _config(noise)
-    for part in HEAVY:
+    for part, (own, kinds) in CLASSES.items():
         library, name = (*(index.get(part) or ()), None, None)[:2]
-        check_class(part, library, name, where)
+        if library != own or name not in kinds:
+            what = an(f"{library}.{name}")
+            raise ModelError(f"the {part} of {where} is {what}: sdkd loads {' or '.join(kinds)} of {own}")
         _config(path / part / "config.json")
         folder_tensors(path / part)
 

@@ -114,15 +114,6 @@ def empty(part: str, config: Mapping[str, Any], kind: str | None = None) -> Any:
         return cls.from_config(dict(config))
 
 
-def check_class(part: str, library: Any, kind: Any, where: str) -> None:
-    """ModelError unless sdkd can load this class as this part."""
-    own, kinds = CLASSES[part]
-    if library != own or kind not in kinds:
-        raise ModelError(
-            f"the {part} of {where} is {an(f'{library}.{kind}')}: sdkd loads {' or '.join(kinds)} of {own}"
-        )
-
-
 def check_exported(part: str, kind: type | str, where: str) -> None:
     """ModelError unless an engine can stand for a part of this class; `where` it was found."""
     names = [kind] if isinstance(kind, str) else [base.__name__ for base in kind.__mro__]

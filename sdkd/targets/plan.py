@@ -11,11 +11,24 @@ from sdkd.targets.registry import Target, check_target, slot_name, slot_precisio
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Engines of a target in a precision, built from ONNX graphs of precision `onnx`."""
+    """Engines of a target in a precision, built from ONNX graphs of precision `onnx`; InputError where it cannot."""
 
     target: Target
     precision: Precision
     onnx: Precision
+
+    def __post_init__(self) -> None:
+        target = self.target
+        if self.onnx == "bf16" and not target.takes_bf16:
+            raise InputError(
+                f"the ONNX graph is bf16, which {target.name} cannot run: export it with --precision fp32 "
+                f"(and build with --target openvino --precision bf16 for bf16 arithmetic on a CPU)"
+            )
+        if self.precision != self.onnx and self.precision not in dict(target.converts).get(self.onnx, ()):
+            raise InputError(
+                f"{target.name} cannot make a {self.precision} engine from an {self.onnx} graph (it runs the graph's "
+                f"own precision): export the model again with --precision {self.precision}"
+            )
 
     @property
     def slot(self) -> str:
@@ -31,9 +44,7 @@ def plan_for_model(target: str, precision: str | None = None) -> EnginePlan:
     """
     found, named = check_target(target), _named(target, precision)
     wanted = check_precision(named or found.precision)
-    plan = EnginePlan(found, wanted, check_precision(found.exported_in or wanted))
-    check_conversion(plan)
-    return plan
+    return EnginePlan(found, wanted, check_precision(found.exported_in or wanted))
 
 
 def plan_for_onnx(target: str, precision: str | None, onnx: str, where: str) -> EnginePlan:
@@ -47,9 +58,7 @@ def plan_for_onnx(target: str, precision: str | None, onnx: str, where: str) -> 
             f"{where} is fp32, which {found.name} would build as a slow fp32 engine: "
             f"export it with --precision fp16, or say --precision fp32 if you mean it"
         )
-    plan = EnginePlan(found, check_precision(named or onnx), check_precision(onnx))
-    check_conversion(plan)
-    return plan
+    return EnginePlan(found, check_precision(named or onnx), check_precision(onnx))
 
 
 def _named(target: str, asked: str | None) -> str | None:
@@ -58,18 +67,3 @@ def _named(target: str, asked: str | None) -> str | None:
     if named and asked and named != asked:
         raise InputError(f"target {target!r} means precision {named!r}, but {asked!r} was asked for: give one of them")
     return asked or named
-
-
-def check_conversion(plan: EnginePlan) -> None:
-    """InputError unless the target can make such engines from such graphs."""
-    target = plan.target
-    if plan.onnx == "bf16" and not target.takes_bf16:
-        raise InputError(
-            f"the ONNX graph is bf16, which {target.name} cannot run: export it with --precision fp32 "
-            f"(and build with --target openvino --precision bf16 for bf16 arithmetic on a CPU)"
-        )
-    if plan.precision != plan.onnx and plan.precision not in dict(target.converts).get(plan.onnx, ()):
-        raise InputError(
-            f"{target.name} cannot make a {plan.precision} engine from an {plan.onnx} graph (it runs the graph's own "
-            f"precision): export the model again with --precision {plan.precision}"
-        )

@@ -88,6 +88,7 @@ def test_published_sizes(family: str) -> None:
     modules = [empty(part, FAMILIES[family].config(part)) for part in CLASSES]
     assert tuple(sum(p.numel() for p in module.parameters()) for module in modules) == PARAMETERS[family]
     assert FAMILIES[family].rest().scheduler.config.prediction_type == FAMILIES[family].prediction_type
+    assert FAMILIES[family].rest(9, "v_prediction").scheduler.config.prediction_type == "v_prediction"
     assert modules[2].config.pad_token_id == FAMILIES[family].rest().tokenizer.pad_token_id
 
 

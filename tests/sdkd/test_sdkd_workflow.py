@@ -1,4 +1,4 @@
-"""Engines built again from other weights: the same engine otherwise, kept by content, and right."""
+"""What `prepare` exports for a target, and engines that are built again from other weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,25 @@ from small_exports import bundle_copy, half_bundle, small_pipeline
 
 from engines.sessions.opening import open_session
 from export import build_engine
+from export.build import engines as build
+from export.graph import to_onnx
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.onnx_weights import exported_weights, stored_weights
 from sdkd.core.profiles import Range, ShapeRanges
-from sdkd.workflow import SWAPPED, content_key, rebuild
+from sdkd.targets.plan import plan_for_model
+from sdkd.workflow import SWAPPED, content_key, prepare, rebuild
+
+
+def test_the_export_is_one_that_the_target_s_library_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pipeline().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(build, "build_engine", lambda *_, **__: None)  # of another test
+    exported, plan = [], plan_for_model("onnxruntime")
+    for old in (False, True, True, False):  # a library without attention of its own parses no later opset than 18
+        monkeypatch.setattr(to_onnx, "_is_old", lambda target, old=old: old and target == "onnxruntime")
+        made = prepare(tmp_path / "model", plan, tmp_path / "work", components=("text_encoder",))
+        exported.append((Bundle.open(made.bundle).component("text_encoder").opset, made.exported))
+    assert exported == [(23, True), (18, True), (18, False), (18, False)]
+
 
 ONE = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 NAMES = ("conv_out.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight")
