@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.bundle import manifest_checks as checks
-from sdkd.bundle.onnx_trust import check_external_data
+from sdkd.bundle.onnx_weights import check_external_data
 from sdkd.core.contract import Contract, vae_scale
 from sdkd.core.files import read_json, sha256, write_json
 from sdkd.core.numbers import config_problem

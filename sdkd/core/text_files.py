@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.core.documents import read_regular
-from sdkd.core.schema import problem
 from sdkd.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -49,10 +48,10 @@ def read_lines(path: Path) -> list[str]:
     return read_text(path).split("\n")
 
 
-def read_yaml(path: Path, shape: Any = Any) -> Any:
+def read_yaml(path: Path) -> Any:
     """Parse a YAML file of plain values, without anchors and aliases: a few lines of those fill any memory.
 
-    InputError, which names the file, when it is missing, no YAML, or not of the shape (see `read_json`).
+    InputError, which names the file, when it is missing or no YAML.
     """
     import yaml
 
@@ -65,13 +64,10 @@ def read_yaml(path: Path, shape: Any = Any) -> Any:
 
     text = decode_text(read_regular(path, _LARGEST_YAML), f"file {str(path)!r}")
     try:
-        found = Plain(text).get_single_data()
-        wrong = problem(found, shape)
+        return Plain(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         wrong = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-    if wrong:
-        raise InputError(f"file {str(path)!r} is not understood ({wrong}): repair it or move it away")
-    return found
+        raise InputError(f"file {str(path)!r} is not understood ({wrong}): repair it or move it away") from None
 
 
 def decode_text(data: bytes, what: str, notes: list[str] | None = None) -> str:

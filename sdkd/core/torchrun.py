@@ -19,7 +19,9 @@ def relaunch(processes: int) -> None:
     Without GPUs the processes talk through gloo. Over several machines, start `torchrun ... -m sdkd.cli distill ...` or
     `accelerate launch ... --module sdkd.cli distill ...` on each, as their own documentation describes.
     """
-    with subprocess.Popen(launch_command(processes, sys.argv[1:]), env=_environment()) as launcher:
+    with subprocess.Popen(
+        launch_command(processes, sys.argv[1:]), env={"OMP_NUM_THREADS": "1"} | environment()
+    ) as launcher:
         try:
             status = launcher.wait()
         except KeyboardInterrupt:
@@ -47,7 +49,3 @@ def without_flag(arguments: list[str]) -> list[str]:
     """Command-line arguments without `--num-processes N`."""
     pairs = zip(["", *arguments], arguments, strict=False)
     return [word for before, word in pairs if FLAG not in (before, word) and not word.startswith(f"{FLAG}=")]
-
-
-def _environment() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": "1"} | environment()

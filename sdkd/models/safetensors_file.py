@@ -60,7 +60,7 @@ class Tensor(NamedTuple):
 
     def rows(self, first: int, last: int) -> Tensor:
         """The rows `[first, last)` along the first axis."""
-        size = (self.end - self.start) // self.shape[0]
+        size = (self.end - self.start) // max(self.shape[0], 1)
         start, end = (self.start + index * size for index in (first, last))
         return self._replace(shape=(last - first, *self.shape[1:]), start=start, end=end)
 

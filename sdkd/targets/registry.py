@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -292,6 +292,7 @@ def cpu_precisions() -> frozenset[str]:
     return frozenset(name.lower() for name in found) & {"fp32", "fp16", "bf16"}
 
 
+@functools.cache
 def openvino_core() -> Any:
     """The `openvino.Core` of this process: one, never closed.
 
@@ -300,9 +301,4 @@ def openvino_core() -> Any:
     """
     import openvino
 
-    return _kept(openvino.Core)
-
-
-@functools.cache
-def _kept(make: Callable[[], Any]) -> Any:
-    return make()
+    return openvino.Core()

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sdkd.bundle.onnx_trust import check_external_data
+from sdkd.bundle.onnx_weights import check_external_data
 from sdkd.errors import BundleError
 
 VALUES = np.arange(4, dtype=np.float32)
