@@ -1,6 +1,6 @@
 """Checkpoints in one file as the original Stable Diffusion code lays them out, made from diffusers pipelines.
 
-Written apart from sdkd's own table of names, so that one checks the other; diffusers' converters check both.
+Written apart from diffusers' conversion, which sdkd uses, so that one checks the other.
 """
 
 from __future__ import annotations

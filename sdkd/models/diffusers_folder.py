@@ -16,15 +16,7 @@ from sdkd.errors import InputError, ModelError, an
 from sdkd.models.clip_tokenizer import bounded
 from sdkd.models.families import CLASSES, HEAVY, empty
 from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder
-from sdkd.models.safetensors_file import (
-    check_complete,
-    check_shapes,
-    current_names,
-    fill,
-    folder_tensors,
-    shapes_of,
-    weight_files,
-)
+from sdkd.models.safetensors_file import fill, folder_tensors, matched, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -163,11 +155,7 @@ def _module(folder: Path, part: str, kind: str | None, dtype: torch.dtype) -> An
             f"{what} is quantized, and sdkd needs the weights as they were before: give the original model"
         )
     module = empty(part, config, kind)
-    shapes = shapes_of(module)
-    tensors = current_names(folder_tensors(folder), shapes)
-    check_complete([name for name in shapes if name not in tensors], len(shapes), what)
-    check_shapes(shapes, tensors, what)
-    return fill(module, tensors, dtype)
+    return fill(module, matched(module, folder_tensors(folder), what), dtype)
 
 
 def load_rest(folder: Path) -> StableDiffusionPipeline:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -166,29 +166,25 @@ def fill(module: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     return module
 
 
-def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a module's weights."""
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+def matched(module: Any, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """A module's weights by the names that it gives them, which older libraries did not.
 
-
-def check_complete(missing: Collection[str], total: int, what: str) -> None:
-    """ModelError, which begins with `what`, when names are missing."""
-    if missing:
+    ModelError, which begins with `what`, when some are missing or have other shapes.
+    """
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {_current_name(name, shapes): tensor for name, tensor in tensors.items()}
+    if missing := [name for name in shapes if name not in found]:
         raise ModelError(
-            f"{what} lacks {len(missing)} of {total} weights ({some(missing)}): the file is incomplete or of another "
-            "kind of model; download or save it again"
+            f"{what} lacks {len(missing)} of {len(shapes)} weights ({some(missing)}): the file is incomplete or of "
+            "another kind of model; download or save it again"
         )
-
-
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], what: str) -> None:
-    """ModelError, which begins with `what`, when a tensor has another shape than the wanted one."""
-    wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
-    if wrong:
-        found, wanted = tensors[wrong[0]].shape, shapes[wrong[0]]
+    if wrong := [name for name, shape in shapes.items() if found[name].shape != shape]:
+        own, wanted = (list(shape) for shape in (found[wrong[0]].shape, shapes[wrong[0]]))
         raise ModelError(
             f"{what} has {len(wrong)} of {len(shapes)} weights in another shape than its configuration says "
-            f"({wrong[0]}: expected {list(wanted)}, found {list(found)}): it is of another kind of model"
+            f"({wrong[0]}: expected {wanted}, found {own}): it is of another kind of model"
         )
+    return found
 
 
 def some(names: Iterable[str]) -> str:
@@ -256,11 +252,6 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
 def has_adapters(names: Iterable[str]) -> bool:
     """Whether weights by these names belong to a module with adapter layers, a LoRA that was not fused."""
     return any(mark in f".{name}" for name in names for mark in _ADAPTERS)
-
-
-def current_names(tensors: Mapping[str, Tensor], wanted: Container[str]) -> dict[str, Tensor]:
-    """The weights under the names that today's libraries give them, where those are `wanted`."""
-    return {_current_name(name, wanted): tensor for name, tensor in tensors.items()}
 
 
 def _current_name(name: str, wanted: Container[str]) -> str:

@@ -18,7 +18,7 @@ from sdkd.core.text_files import read_yaml
 from sdkd.errors import InputError, ModelError
 from sdkd.models.families import FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
 from sdkd.models.refusals import SUPPORTED, what_it_is
-from sdkd.models.safetensors_file import Tensor, Weights, check_complete, check_shapes, current_names, fill, shapes_of
+from sdkd.models.safetensors_file import Tensor, Weights, fill, matched
 
 if TYPE_CHECKING:
     import torch
@@ -67,10 +67,7 @@ class Checkpoint:
         found = {}
         for part in HEAVY:
             what, module = f"checkpoint {str(self.weights.path)!r}: its {part}", empty(part, self._config(part))
-            shapes = shapes_of(module)
-            found[part] = current_names(located(part, module, self.weights.tensors), shapes)
-            check_complete([name for name in shapes if name not in found[part]], len(shapes), what)
-            check_shapes(shapes, found[part], what)
+            found[part] = matched(module, located(part, module, self.weights.tensors), what)
         return found
 
     def _config(self, part: str) -> dict[str, Any]:

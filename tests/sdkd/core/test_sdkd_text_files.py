@@ -25,23 +25,14 @@ from sdkd.errors import InputError
 TEXT = "ein Stern, süß\n星\n"
 
 
-@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize(
-    ("mark", "encoding"),
-    [
-        (b"", "utf-8"),
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF16_BE, "utf-16-be"),
-        (codecs.BOM_UTF32_LE, "utf-32-le"),
-        (codecs.BOM_UTF32_BE, "utf-32-be"),
-    ],
-)
-def test_encodings_and_ends_of_lines(mark: bytes, encoding: str, ends: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(mark + TEXT.replace("\n", ends).encode(encoding))
-    assert read_text(path) == TEXT
-    assert prompt_lines(path) == prompts_of(str(path)) == ("ein Stern, süß", "星")
+def test_encodings_and_ends_of_lines(tmp_path: Path) -> None:
+    path, kinds = tmp_path / "a.txt", [(b"", "utf-8"), (codecs.BOM_UTF8, "utf-8")]
+    kinds += [(codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")]
+    kinds += [(codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be")]
+    for (mark, encoding), ends in itertools.product(kinds, ("\n", "\r\n", "\r")):
+        path.write_bytes(mark + TEXT.replace("\n", ends).encode(encoding))
+        assert read_text(path) == TEXT
+        assert prompt_lines(path) == prompts_of(str(path)) == ("ein Stern, süß", "星")
 
 
 def test_western_windows_text_is_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -61,22 +52,17 @@ def test_other_separators_and_marks_of_joined_files(tmp_path: Path) -> None:
     assert decode_text(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo \xef\xbb\xbf x", "x") == "one\ntwo \ufeff x"
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"a\0b", r"bad.txt' holds NUL bytes: .* save it as UTF-8"),
-        (b"\x89PNG\r\n\0\xff", r"bad.txt' is no text"),
-        ("星".encode("utf-16-be"), r"bad.txt' is no text|NUL"),
-        (codecs.BOM_UTF16_LE + b"a", r"bad.txt' begins as UTF-16-LE and is not \(truncated data at byte 0\)"),
-    ],
-)
-def test_what_is_no_text(data: bytes, message: str, tmp_path: Path) -> None:
-    if data == "星".encode("utf-16-be"):
-        data += b"\0a"
+def test_what_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "bad.txt"
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=message):
-        read_text(path)
+    for data, message in {
+        b"a\0b": r"bad.txt' holds NUL bytes: .* save it as UTF-8",
+        b"\x89PNG\r\n\0\xff": r"bad.txt' is no text",
+        "星".encode("utf-16-be") + b"\0a": r"bad.txt' is no text|NUL",
+        codecs.BOM_UTF16_LE + b"a": r"bad.txt' begins as UTF-16-LE and is not \(truncated data at byte 0\)",
+    }.items():
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=message):
+            read_text(path)
 
 
 def test_no_file_and_no_prompt(tmp_path: Path) -> None:

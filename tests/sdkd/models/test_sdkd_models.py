@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import helpers
 import pytest
@@ -112,14 +111,6 @@ def test_an_export_of_another_tool_is_named(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_a_student_is_noted(tmp_path: Path) -> None:
-    pipe = helpers.tiny_pipeline()
-    write_pipeline(pipe, tmp_path / "tiny", unet=build_student(pipe.unet, "tiny"))
-    write_pipeline(pipe, tmp_path / "whole")
-    assert resolve(tmp_path / "tiny").notes == ("its UNet has the blocks of the student sd-tiny or bk-tiny",)
-    assert resolve(tmp_path / "whole").notes == ()
-
-
 def test_bundle_leads_to_its_original(folder: Path, tmp_path: Path) -> None:
     assert load_eager(bundle_of(tmp_path / "good", str(folder))).unet.config.cross_attention_dim == helpers.CONTEXT
     with pytest.raises(ModelError, match=r"holds ONNX graphs and engines, not PyTorch weights, .* is gone"):
@@ -177,26 +168,21 @@ def test_random_student_of_full_size() -> None:
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.float16
 
 
-def test_digests_follow_the_weights(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_student_is_noted_and_digests_follow_the_weights(folder: Path, tmp_path: Path) -> None:
     pipe = helpers.tiny_pipeline()
+    unet, about = pipe.unet, {"student": "sd-tiny", "random_weights": True}
     write_pipeline(pipe, tmp_path / "same", about={"note": 1})
-    write_pipeline(pipe, tmp_path / "student", unet=build_student(pipe.unet, "tiny"))
-    first, same, student = (resolve(path).digests for path in (folder, tmp_path / "same", tmp_path / "student"))
-    assert first == same
-    assert {name for name in first if first[name] != student[name]} == {"unet"}
-    assert resolve("random:sd15").digests["unet"] != resolve("random:sd15-tiny").digests["unet"]
-
-
-def test_save_replaces_only_the_unet_and_only_on_request(tmp_path: Path) -> None:
-    pipe = helpers.tiny_pipeline()
-    unet = pipe.unet
-    about: dict[str, Any] = {"student": "sd-tiny", "random_weights": True}
-    write_pipeline(pipe, tmp_path / "out", unet=build_student(unet, "tiny"), about=about, readme="card")
+    write_pipeline(pipe, tmp_path / "student", unet=build_student(unet, "tiny"), about=about, readme="card")
     assert pipe.unet is unet
-    assert provenance(tmp_path / "out") == about
-    assert resolve(tmp_path / "out").random_weights
-    assert (tmp_path / "out" / "README.md").read_text() == "card"
-    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["layers_per_block"] == 1
+    first, same, student = (resolve(path) for path in (folder, tmp_path / "same", tmp_path / "student"))
+    assert first.digests == same.digests
+    assert {name for name in first.digests if first.digests[name] != student.digests[name]} == {"unet"}
+    assert resolve("random:sd15").digests["unet"] != resolve("random:sd15-tiny").digests["unet"]
+    assert student.notes == ("its UNet has the blocks of the student sd-tiny or bk-tiny",)
+    assert (first.notes, first.random_weights, student.random_weights) == ((), False, True)
+    assert provenance(tmp_path / "student") == about
+    assert (tmp_path / "student" / "README.md").read_text() == "card"
+    assert json.loads((tmp_path / "student" / "unet" / "config.json").read_text())["layers_per_block"] == 1
 
 
 def test_a_bundle_cannot_have_its_original_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

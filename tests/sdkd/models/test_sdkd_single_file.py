@@ -15,11 +15,10 @@ from diffusers import StableDiffusionPipeline
 from sdkd.errors import ModelError
 from sdkd.models.families import FAMILIES, HEAVY, Family
 from sdkd.models.resolve import load_component, load_eager, load_rest, resolve
-from sdkd.models.single_file import CONTEXT
+from sdkd.models.single_file import CONTEXT, SPREAD
 
 PROMPT = "a photo of a cat"
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-SPREAD = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,10 +59,12 @@ def differing(one: Any, other: Any) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("open_clip", [False, True])
-def test_every_weight_arrives(pipe: StableDiffusionPipeline, open_clip: bool, tmp_path: Path) -> None:
-    path = ldm_files.write(tmp_path / "model.safetensors", ldm_files.ldm_state(pipe, open_clip))
-    loaded = load_eager(path)
+@pytest.mark.parametrize("text", ["clip", "without text_model", "open_clip"])
+def test_every_weight_arrives(pipe: StableDiffusionPipeline, text: str, tmp_path: Path) -> None:
+    state = ldm_files.ldm_state(pipe, text == "open_clip")
+    if text == "without text_model":
+        state = {name.replace(".transformer.text_model.", ".transformer."): value for name, value in state.items()}
+    loaded = load_eager(ldm_files.write(tmp_path / "model.safetensors", state))
     assert differing(loaded, pipe) == []
     assert type(loaded) is StableDiffusionPipeline
     assert loaded.scheduler.config.prediction_type == "epsilon"
@@ -80,13 +81,6 @@ def test_a_half_precision_file_loads_in_any_precision(
     assert torch.equal(load_component(path, "unet").conv_in.weight, pipe.unet.conv_in.weight.half().float())
     assert load_component(path, "vae", torch.bfloat16).dtype == torch.bfloat16
     assert load_component(path, "text_encoder").dtype == torch.float32
-
-
-def test_names_without_text_model(
-    pipe: StableDiffusionPipeline, state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    bare = {name.replace(".transformer.text_model.", ".transformer."): value for name, value in state.items()}
-    assert differing(load_eager(ldm_files.write(tmp_path / "bare.safetensors", bare)), pipe) == []
 
 
 def test_the_rest_and_the_config_need_no_weights(
