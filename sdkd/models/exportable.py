@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
-from sdkd.core.contract import residual_specs, split_axis, vae_scale
+from sdkd.core.contract import vae_scale
 from sdkd.errors import ExportError, ModelError, an
 from sdkd.models.families import PIPELINE_OF_CHANNELS
 from sdkd.models.safetensors_file import has_adapters
@@ -115,13 +115,11 @@ def check_controlnet(controlnet: Config, unet: Config, vae: Config | None = None
             "with it: leave the ControlNet out"
         )
     stride = 2 ** (len(controlnet.get("conditioning_embedding_out_channels") or (0,) * 4) - 1)
-    residuals = "it gives the residuals {} (channels, part of the size), and the UNet takes {}"
     pairs = [
         *(
             (_listed(controlnet.get(key)), _listed(unet.get(key)), f"its {key} is {{}}, the UNet's is {{}}")
             for key in ("cross_attention_dim", "block_out_channels", "layers_per_block")
         ),
-        (_residuals(controlnet), _residuals(unet), residuals),
         (controlnet.get("in_channels", 4), unet.get("out_channels", 4), "it takes {} channels, the latents have {}"),
         (stride, vae and vae_scale(vae), "it reads {} pixels per latent, the VAE has {}"),
     ]
@@ -131,11 +129,6 @@ def check_controlnet(controlnet: Config, unet: Config, vae: Config | None = None
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
-
-
-def _residuals(config: Config) -> list[tuple[Any, int]]:
-    """Channels of every residual, and by what the latents' size is divided."""
-    return [(spec.axes[1], split_axis(str(spec.axes[2]))[1]) for spec in residual_specs(config, "float32", "", "")]
 
 
 def check_module(part: str, module: Any) -> None:

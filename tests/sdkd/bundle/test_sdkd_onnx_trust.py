@@ -35,7 +35,7 @@ def graph_of(nodes: list[onnx.NodeProto], initializers: list[TensorProto]) -> on
 
 
 def as_initializer(tensor: TensorProto) -> onnx.ModelProto:
-    return helper.make_model(graph_of([identity(tensor.name)], [tensor]))
+    return helper.make_model(graph_of([identity(tensor.name)], [numpy_helper.from_array(VALUES, "own"), tensor]))
 
 
 def as_constant(tensor: TensorProto) -> onnx.ModelProto:
