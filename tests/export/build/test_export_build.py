@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import psutil
 import pytest
 from graph_bundles import ending, graph_bundle, graph_model, replace_component, unknown_operator
 from onnx import TensorProto, helper, numpy_helper
@@ -350,7 +351,7 @@ def test_two_builds_at_once_are_refused(bundle: Bundle) -> None:
 
 
 def test_ctrl_c_leaves_bundle_and_folders_as_they_were(built: Bundle) -> None:
-    before = _files(built)
+    before, children = _files(built), psutil.Process().children()  # other tests' that nobody has waited for yet
     main = threading.main_thread().ident
     assert main
 
@@ -362,6 +363,7 @@ def test_ctrl_c_leaves_bundle_and_folders_as_they_were(built: Bundle) -> None:
         build_engine(built, "openvino", progress=interrupt)
     assert _files(built) == before
     assert sorted(path.name for path in (built.path / "engines").iterdir()) == ["onnxruntime"]
+    assert set(psutil.Process().children()) <= set(children)
 
 
 def test_a_build_never_touches_the_files_of_the_manifest(built: Bundle) -> None:

@@ -67,7 +67,7 @@ def test_json_for_programs(bundle: Bundle) -> None:
 
 
 def test_several_profiles(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
+    trt = pytest.importorskip("tensorrt_rtx")
     bundle = graph_bundle(tmp_path / "bundle", "fp16")
     profiles = ("--profile", "size=32,batch=1..4", "--profile", "size=32..64,size-opt=64", "--batch", "1")
     options = ("--optimization-level", "2", "--compute-capability", "8.9, 8.6", "--workspace-gb", "1", "--json")
@@ -79,11 +79,17 @@ def test_several_profiles(tmp_path: Path) -> None:
     ]
     assert engine["ranges"]["height"] == [32, 32, 64]
     assert engine["built_for"] == ["8.6", "8.9"]
-    assert Bundle.open(bundle.path).engine("tensorrt-rtx", "unet").flags["options"] == {
+    record = Bundle.open(bundle.path).engine("tensorrt-rtx", "unet")
+    assert record.flags["options"] == {
         "optimization_level": 2,
         "compute_capabilities": ["8.6", "8.9"],
         "workspace_gb": 1.0,
     }
+    assert record.flags["plan_accelerators"] == ["sm86", "sm89"]
+    assert record.flags["activation_resize"] == hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10")
+    assert bundle.stale_reasons(record, {"compute_capability": "9.0"}) == [
+        "built for compute capability 8.6, 8.9, here it is 9.0 (sdkd doctor --try tries that one)"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -162,18 +162,6 @@ def test_arguments_for_polygraphy(trt: ModuleType) -> None:
     assert refit_flags(BuildOptions(refit="lora"), marked=False) == ("REFIT",)
 
 
-def test_a_plan_for_named_generations(bundle: Bundle, trt: ModuleType) -> None:
-    options = BuildOptions(compute_capabilities=("12.0", "8.6"), workspace_gb=1, optimization_level=2)
-    record = build_engine(bundle, RTX, components=["unet"], options=options).engine(RTX, "unet")
-    assert record.built_for == ("8.6", "12.0")
-    assert record.flags["plan_accelerators"] == ["sm86", "sm120"]
-    assert record.flags["activation_resize"] == hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10")
-    assert record.flags["options"] == options.changed()
-    assert bundle.stale_reasons(record, {"compute_capability": "8.9"}) == [
-        "built for compute capability 8.6, 12.0, here it is 8.9 (sdkd doctor --try tries that one)"
-    ]
-
-
 def test_other_options_are_a_reason_to_build_again(bundle: Bundle, trt: ModuleType) -> None:
     def said(last: str = "", **values: Any) -> str:
         """The first message of a build, which goes no further than `last`."""

@@ -120,18 +120,6 @@ def test_a_killed_builder_is_one_clear_message(bundle: Bundle) -> None:
     assert Bundle.open(bundle.path).manifest.engines == {}
 
 
-def test_ctrl_c_ends_the_builder(bundle: Bundle) -> None:
-    def interrupt(message: str, fraction: float | None) -> None:
-        if message == "vae_decoder: building engine":
-            raise KeyboardInterrupt
-
-    before = psutil.Process().children()  # other tests' that nobody has waited for yet
-    with pytest.raises(KeyboardInterrupt, match=r"^$"):
-        build_engine(bundle, RTX, components=["unet", "vae_decoder"], progress=interrupt)
-    assert not (bundle.path / "engines").exists()
-    assert set(psutil.Process().children()) <= set(before)
-
-
 def _attention_job(folder: Path, width: int, precision: str) -> Job:
     """One Attention node of opset 23 with two heads of `width`, as the exporter leaves it in a UNet."""
     dtype = {"fp16": "float16", "fp32": "float32"}[precision]
