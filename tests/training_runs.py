@@ -90,3 +90,12 @@ def unet_output(unet: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = unet(sample, torch.tensor([10, 700]), encoder_hidden_states=text).sample
     return found
+
+
+def fused(pipe: Any, lora: Path | dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The pipeline's UNet with a LoRA, as diffusers loads it, in its weights."""
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    unet: torch.nn.Module = pipe.unet
+    return unet

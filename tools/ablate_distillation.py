@@ -101,7 +101,7 @@ def trained(lessons: Lessons, student: str, variant: str, seed: int, settings: S
 def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one student and examine it: agreement with the teacher, and caption accuracy."""
     from sdkd.evaluate.agreement import noise_agreement
-    from sdkd.toyworld.accuracy import evaluate_captions
+    from sdkd.toyworld.reader import evaluate_captions
 
     pipe, done = trained(lessons, student, variant, seed, settings)
     agreement = noise_agreement(pipe, lessons.probe)

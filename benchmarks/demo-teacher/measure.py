@@ -24,8 +24,7 @@ from PIL import Image, ImageDraw
 
 from sdkd.core.files import read_json, write_json
 from sdkd.demo import teacher_path
-from sdkd.toyworld.accuracy import CaptionAccuracy, draw
-from sdkd.toyworld.reader import read_image
+from sdkd.toyworld.reader import CaptionAccuracy, draw, read_image
 from sdkd.toyworld.scenes import SHAPES, Scene, all_scenes, caption, held_out_scenes, render, sample_scenes, seen_scenes
 
 HERE = Path(__file__).parent

@@ -25,8 +25,15 @@ from sdkd.core.numbers import check_number
 from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.students.blocks import key_map, recognised, teacher_layout
 from sdkd.students.lora_fit import Fit, check_text_width, fit_model, fit_student
-from sdkd.students.lora_layers import Layer, peft_settings, peft_state, read_layers, text_names
-from sdkd.students.lora_names import other_kind, remap_settings
+from sdkd.students.lora_layers import (
+    Layer,
+    other_kind,
+    peft_settings,
+    peft_state,
+    read_layers,
+    remap_settings,
+    text_names,
+)
 
 log = logging.getLogger(__name__)
 

@@ -254,7 +254,7 @@ def compare_all(
     `load`: the machine's load average before anything was trained or built.
     """
     from sdkd.compare import compare, write_report
-    from sdkd.toyworld.accuracy import judge_captions
+    from sdkd.toyworld.reader import judge_captions
 
     result.report = compare(
         subjects,

@@ -101,7 +101,10 @@ def _main(objective: str, values: dict[str, Any]) -> None:
         return
     with progress(objective) as report:
         summary = run(job, report)
-    show_json(summary) if as_json else _tell(summary)
+    if as_json:
+        show_json(summary)
+    else:
+        _tell(summary)
 
 
 def _tell(summary: dict[str, Any]) -> None:

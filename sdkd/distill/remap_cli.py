@@ -46,8 +46,7 @@ def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite
     from sdkd.models.resolve import resolve
     from sdkd.students.blocks import key_map, student_config, student_spec
     from sdkd.students.lora_fit import check_text_width, fit_student
-    from sdkd.students.lora_layers import peft_settings, peft_state, read_layers, text_names
-    from sdkd.students.lora_names import remap_settings
+    from sdkd.students.lora_layers import peft_settings, peft_state, read_layers, remap_settings, text_names
 
     file = output if output.suffix == ".safetensors" else output / FILE
     check_file_free(file, overwrite, [lora, teacher], ours=is_written_lora)

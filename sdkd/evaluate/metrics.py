@@ -15,8 +15,7 @@ from sdkd.distill.data.image_folder import images_below
 from sdkd.distill.data.reader import check_unreadable
 from sdkd.errors import InputError, ModelError
 from sdkd.evaluate.report import CAPTIONS, CLIP, CMMD, FID, NOISE, PSNR, Metric
-from sdkd.toyworld.accuracy import CaptionAccuracy
-from sdkd.toyworld.reader import read_image
+from sdkd.toyworld.reader import CaptionAccuracy, read_image
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdkd.errors import InputError, ModelError
-from sdkd.students.lora_layers import flat
-from sdkd.students.lora_names import common_name, other_kind
+from sdkd.students.lora_layers import common_name, flat, other_kind
 
 if TYPE_CHECKING:
     import torch

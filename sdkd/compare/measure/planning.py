@@ -89,8 +89,7 @@ def default_guidance(models: Sequence[Model]) -> float:
 
 def default_judge(models: Sequence[Model], prompts: Sequence[str], size: Size | None) -> Judge | None:
     """The reader of drawn shapes, where all models are small and all prompts are captions of such drawings."""
-    from sdkd.toyworld.accuracy import are_captions, judge_captions
-    from sdkd.toyworld.reader import LEAST_PX
+    from sdkd.toyworld.reader import LEAST_PX, are_captions, judge_captions
 
     sources = [resolve(model) for model in models]
     sides = [side for source in sources if (side := _native_px(source)) is not None and side <= SMALL_PX]

@@ -299,15 +299,15 @@ def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> N
         )
 
 
-def start_from(trainer: Trainer, adapter: Mapping[str, torch.Tensor], name: str) -> None:
+def start_from(trainer: Trainer, adapter: Mapping[str, torch.Tensor]) -> None:
     """Give a LoRA the weights of another of the same layers; InputError when it is of others."""
     names = list(trainer.named_parameters())
     try:
         _copy(trainer.parameters, names, adapter)
     except (KeyError, RuntimeError) as error:
         raise InputError(
-            f"LoRA {name!r} is not of the layers and rank that are to be trained ({error}): give the rank, alpha and "
-            "targets that it was made with"
+            f"the LoRA to start from is not of the layers and rank that are to be trained ({error}): give the rank, "
+            "alpha and targets that it was made with"
         ) from error
 
 

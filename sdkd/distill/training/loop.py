@@ -73,7 +73,7 @@ def train(
         trainer.model_name = name
         try:
             if adapter:
-                start_from(trainer, adapter, "init")
+                start_from(trainer, adapter)
             record = load_checkpoint(trainer, resume) if resume is not None else {}
             loop = _Run(trainer, folder, within(progress, 0.1, 1.0), check)
             if counted := record.get("log"):

@@ -19,7 +19,7 @@ from sdkd.core.files import write_bytes
 from sdkd.core.marks import LORA_MARK
 from sdkd.core.schema import problem
 from sdkd.errors import InputError, ModelError
-from sdkd.students.lora_names import other_kind
+from sdkd.students.lora_layers import other_kind
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

@@ -47,7 +47,6 @@ def draw(trainer: Trainer) -> list[NDArray[Any]]:
     """Pixels [h, w, 3], 0 to 1, for every validation prompt; prompt i always starts from the noise of seed + i."""
     pipe = _pipeline(trainer)
     images = []
-    state = torch.get_rng_state()  # drawing must not change what training draws next
     with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         for index, prompt in enumerate(trainer.config.prompts):
             generator = torch.Generator().manual_seed(trainer.config.seed + index)
@@ -59,7 +58,6 @@ def draw(trainer: Trainer) -> list[NDArray[Any]]:
                 output_type="np",
             )
             images += list(made.images)
-    torch.set_rng_state(state)
     return images
 
 

@@ -17,8 +17,7 @@ from sdkd.demo import load_teacher, teacher_path
 from sdkd.demo.run import ENGINES, DemoResult, contact_sheet, wanted_engines
 from sdkd.errors import InputError, ModelError
 from sdkd.targets.registry import availability, cpu_precisions
-from sdkd.toyworld.accuracy import CaptionAccuracy, draw, evaluate_captions
-from sdkd.toyworld.reader import read_image
+from sdkd.toyworld.reader import CaptionAccuracy, draw, evaluate_captions, read_image
 from sdkd.toyworld.scenes import Scene, all_scenes, held_out_scenes, render, sample_scenes, seen_scenes
 
 

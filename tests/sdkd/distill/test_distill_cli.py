@@ -185,7 +185,7 @@ def test_launching_passes_everything_on_but_the_number_of_processes() -> None:
 
 
 def test_import_is_light() -> None:
-    names = ["sdkd.distill.cli", "sdkd.commands.student", "sdkd.demo", "sdkd.students", "sdkd.toyworld.accuracy"]
+    names = ["sdkd.distill.cli", "sdkd.commands.student", "sdkd.demo", "sdkd.students", "sdkd.toyworld.reader"]
     code = f"import sys, {', '.join(names)}; print([n for n in ('torch', 'diffusers') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

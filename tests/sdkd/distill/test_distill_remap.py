@@ -8,13 +8,13 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from training_runs import sdkd, teacher, unet_output
+from training_runs import fused, same, sdkd, teacher, unet_output, weights
 
 from sdkd.distill.remap_cli import run
 from sdkd.distill.training.lora import FILE, add_lora, read_lora, save_lora
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.students.blocks import build_student, key_map
-from sdkd.students.lora_names import common_name, remap_settings
+from sdkd.students.lora_layers import common_name, remap_settings
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +28,11 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_student_with_it_equals_the_student_of_the_fused_teacher(lora: Path, tmp_path: Path) -> None:
-    student = "sd-tiny"
-    run(lora, tmp_path, student, str(teacher()))
-    pipe = helpers.tiny_pipeline(student=student)
-    pipe.load_lora_weights(tmp_path)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    fused = helpers.tiny_pipeline()
-    fused.load_lora_weights(lora)
-    fused.fuse_lora()
-    fused.unload_lora_weights()
-    expected = build_student(fused.unet, student)
-    own, other = pipe.unet.state_dict(), expected.state_dict()
-    assert own.keys() == other.keys()
-    assert all(torch.equal(own[name], other[name]) for name in own)
-    assert (unet_output(expected) - unet_output(build_student(helpers.tiny_unet(), student))).abs().max() > 0.01
+    run(lora, tmp_path, "tiny", str(teacher()))
+    found = fused(helpers.tiny_pipeline(student="tiny"), tmp_path)
+    expected = build_student(fused(helpers.tiny_pipeline(), lora), "tiny")
+    assert same(weights(found), weights(expected))
+    assert (unet_output(expected) - unet_output(build_student(helpers.tiny_unet(), "tiny"))).abs().max() > 0.01
 
 
 def test_the_command_says_what_was_kept(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,8 +60,8 @@ def test_names_of_all_styles_become_two() -> None:
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_{}.lora_A.weight"
     assert common_name(old.format("v")) == layer.format("v")
     assert common_name(old.format("out")) == layer.format("out.0")
-    for same in ("lora_unet_mid_block_attentions_0_proj_in.alpha", "text_encoder.text_model.x", "lora_te_y"):
-        assert common_name(same) == same
+    for name in ("lora_unet_mid_block_attentions_0_proj_in.alpha", "text_encoder.text_model.x", "lora_te_y"):
+        assert common_name(name) == name
     with pytest.raises(ModelError, match="named as in the original code, which SDXL's LoRAs are"):
         common_name("lora_unet_input_blocks_4_1_proj_in.alpha")
 

@@ -9,15 +9,14 @@ import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_runs import sdkd, teacher
+from training_runs import fused, sdkd, teacher
 
 from sdkd.distill.remap_cli import run
 from sdkd.distill.training.lora import add_lora, lora_state
 from sdkd.errors import ModelError
 from sdkd.students.blocks import build_student, student_config, student_spec
 from sdkd.students.lora_fit import Fit, check_text_width, fit_model, fit_student
-from sdkd.students.lora_layers import Layer, read_layers
-from sdkd.students.lora_names import other_kind
+from sdkd.students.lora_layers import Layer, other_kind, read_layers
 
 TEACHER = helpers.TEACHER_UNET
 ATTENTION = "attentions.0.transformer_blocks.0.attn1.to_q"
@@ -84,7 +83,10 @@ def test_a_teacher_s_lora_goes_through_the_layer_map(students: dict[str, Any], s
 
 
 def test_what_fits_both_at_other_places_is_said_and_follows_the_rule(students: dict[str, Any]) -> None:
-    state = kohya(students["small"], [f"up_blocks.1.{ATTENTION.replace('.0.', '.1.', 1)}"])
+    place = f"up_blocks.1.{ATTENTION.replace('.0.', '.1.', 1)}"
+    edged = fit(kohya(students["small"], ["conv_in", place]), "small", "model")  # an edge tells nothing
+    assert (edged.owner, edged.sure) == ("model", False)
+    state = kohya(students["small"], [place])
     found = fit(state, "small", "model")
     assert (found.owner, found.sure) == ("model", False)
     assert all(name.startswith("unet.up_blocks.1.attentions.1.") for name in found.state)
@@ -154,11 +156,7 @@ def test_remap_keeps_the_alpha_of_every_layer(tmp_path: Path) -> None:
     for name in names:
         own[f"{name}.weight"] += delta({key: value.float() for key, value in state.items()}, name)
     expected = build_student(unet, "small").state_dict()
-    pipe = helpers.tiny_pipeline(student="small")
-    pipe.load_lora_weights(file)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    for name, value in pipe.unet.state_dict().items():
+    for name, value in fused(helpers.tiny_pipeline(student="small"), file).state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
     assert {value.dtype for value in load_file(file).values()} == {torch.float16, torch.float32}  # 3/4 in float32
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
+from training_runs import fused
 
 from sdkd.errors import InputError, ModelError
 from sdkd.students.blocks import (
@@ -207,13 +208,10 @@ def test_remapped_lora_does_what_it_does_in_the_teacher() -> None:
     lora = convert_state_dict_to_kohya(
         {f"unet.{key}": torch.randn(value.shape, generator=generator) * 0.2 for key, value in state.items()}
     )
-    fused, pipe = helpers.tiny_pipeline(), helpers.tiny_pipeline(student="small")
+    pipe = helpers.tiny_pipeline(student="small")
     plain = outputs(pipe.unet)
-    fused.load_lora_weights(dict(lora))
-    fused.fuse_lora()
-    fused.unload_lora_weights()
     pipe.load_lora_weights(remap_lora(lora, helpers.TEACHER_UNET, "small"))
-    expected = outputs(build_student(fused.unet, "small"))
+    expected = outputs(build_student(fused(helpers.tiny_pipeline(), dict(lora)), "small"))
     torch.testing.assert_close(outputs(pipe.unet), expected, rtol=1e-4, atol=1e-4)
     assert (plain - expected).abs().max() > 0.01
 

@@ -145,6 +145,7 @@ def test_a_damaged_shard_is_made_again_on_going_on(pipe: Any, tmp_path: Path) ->
     record.write_text("{")
     write(pipe, Noise(7), tmp_path / "c", rank=1, world=2)
     assert write(pipe, Noise(7), tmp_path / "c") == whole
+    read_all(tmp_path / "c")
 
 
 def test_other_settings_are_refused(pipe: Any, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import training_runs
-from PIL import Image
 from safetensors.torch import load_file
 from training_runs import losses, same, sdkd, teacher, weights
 
@@ -28,22 +27,15 @@ from sdkd.models.resolve import load_component, load_eager, resolve
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a teacher, data, other data, and a finished run of two steps in `run`."""
+    """A folder with a teacher, and a finished run of two steps in `run`."""
     folder = tmp_path_factory.mktemp("go_on")
     shutil.copytree(teacher(), folder / "teacher")
-    for name, colours in (("data", ("red", "blue")), ("other", ("red", "lime"))):
-        (folder / name).mkdir()
-        for colour in colours:
-            Image.new("RGB", (64, 64), colour).save(folder / name / f"{colour}.png")
-            (folder / name / f"{colour}.txt").write_text(f"all {colour}")
     run(job(folder, folder / "run", ema=0.5))
     return folder
 
 
 def job(work: Path, output: Path, **settings: Any) -> Job:
-    given = {"model": "teacher", "data": "data", "schedule": "constant"} | settings
-    given |= {name: work / given[name] for name in ("model", "data")}
-    return training_runs.job(output, **given)
+    return training_runs.job(output, **({"model": work / "teacher", "schedule": "constant"} | settings))
 
 
 def test_a_finished_run_goes_on_bit_for_bit(work: Path, tmp_path: Path) -> None:
@@ -105,7 +97,7 @@ def test_other_data_or_another_teacher_is_refused_and_the_way_on_works(
     shutil.copytree(work / "run", out)
     if changed == "teacher":
         write_pipeline(helpers.tiny_pipeline(7), tmp_path / "teacher")
-    other = {"data": "other"} if changed == "data" else {"model": tmp_path / "teacher"}
+    other = {"data": "demo"} if changed == "data" else {"model": tmp_path / "teacher"}
     for steps in (2, 4):
         with pytest.raises(InputError, match=f"was trained with (other|another) {changed}: give") as found:
             run(job(work, out, steps=steps, ema=0.5, resume="auto", **other))

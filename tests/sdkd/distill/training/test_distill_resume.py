@@ -131,8 +131,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         save_checkpoint(one, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert all(path.read_bytes() == content for path, content in before.items())
-    load_checkpoint(one, first)
-    assert one.done == 1
+    longer = trainer(steps=8)
+    load_checkpoint(longer, first)
+    assert longer.done == 1
+    assert longer.optimizer.param_groups[0]["lr"] == longer.learning_rate > 0.9 * longer.config.learning_rate
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -227,7 +229,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) ->
     assert same(weights(killed), weights(out))
     assert not list(tmp_path.rglob("*.partial"))
     assert "unfinished" not in read_json(killed / "sdkd.json")
-    assert "was finished before" in run(again)["remarks"][0]  # a whole model is no unfinished run
+    assert "was finished before" in run(again)["remarks"][0]
+    for path in checkpoints(killed):
+        shutil.rmtree(path)
+    with pytest.raises(OutputExistsError, match="already exists"):  # a whole model is no unfinished run
+        run(again)
 
 
 def test_what_stands_in_the_way_is_named_and_stays(tmp_path: Path) -> None:

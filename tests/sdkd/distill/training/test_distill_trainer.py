@@ -127,7 +127,7 @@ def test_clipping_clips() -> None:
 
 
 def test_accumulation_averages() -> None:
-    whole, parts = trainer(), trainer(accumulation=2)
+    whole, parts = (trainer(accumulation=count, max_grad_norm=0.0) for count in (1, 2))  # nothing is clipped alike
     batch = whole.batches.next()
     whole.batches.next = parts.batches.next = lambda: batch  # type: ignore[method-assign]
     assert whole.step()["loss/total"].item() == pytest.approx(parts.step()["loss/total"].item(), rel=1e-5)
@@ -216,6 +216,10 @@ def test_random_conditioning_keeps_the_task_loss_to_matching_captions() -> None:
     half = trainer(batch_size=6, random_conditioning=0.5, caption_dropout=0.2)
     seen = torch.cat([half.batches.next().matching for _ in range(40)]).float().mean()
     assert 0.5 < seen < 0.7  # 1 - 0.5 * 0.8
+    neither = trainer(random_conditioning=1.0, caption_dropout=1.0).batches
+    batch = neither.next()
+    assert batch.matching.all()
+    assert torch.equal(batch.text, neither.encode_text(["", ""]))
 
 
 def test_not_finite_stops() -> None:
