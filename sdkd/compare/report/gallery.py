@@ -71,11 +71,8 @@ def reference(report: Report, row: Result, kind: Kind) -> Result | None:
 
 def kinds(report: Report) -> dict[Kind, str]:
     """The kinds of reference that any image has on the page, and what each is called."""
-    return {
-        kind: name
-        for kind, name in KINDS.items()
-        if any(reference(report, row, kind) is not None for row in report.results)
-    }
+    shown = {kind for kind in KINDS for row in report.results if reference(report, row, kind) is not None}
+    return {kind: name for kind, name in KINDS.items() if kind in shown}
 
 
 def gallery(report: Report) -> list[tuple[str, list[Shot]]]:
@@ -112,11 +109,10 @@ def differences(report: Report) -> dict[str, dict[Kind, str]]:
     """By shot and kind of reference, the difference as a data URI; not amplified, the page does that."""
     found: dict[str, dict[Kind, str]] = {}
     for row in report.results:
-        for kind in KINDS:
-            if (other := reference(report, row, kind)) is None:
-                continue
-            for number in range(len(report.setup.image_prompts)):
-                found.setdefault(_key(row, number), {})[kind] = _difference(report, row, other, number)
+        others = {kind: other for kind in KINDS if (other := reference(report, row, kind)) is not None}
+        for number in range(len(report.setup.image_prompts) if others else 0):
+            made = {kind: _difference(report, row, other, number) for kind, other in others.items()}
+            found[_key(row, number)] = made
     return found
 
 
@@ -127,19 +123,17 @@ def _difference(report: Report, row: Result, other: Result, number: int) -> str:
 
 def worst_images(report: Report) -> list[Worst]:
     """The engine image furthest from own eager, and the student image furthest from the teacher, where it is shown."""
-    titles: dict[Kind, str] = {"eager": "Furthest from own eager", "teacher": "Furthest from the teacher"}
-    return [found for kind, title in titles.items() if (found := _worst(report, kind, title)) is not None]
+    worst = []
+    for kind, name in KINDS.items():
+        pairs = [(found, row, reference(report, row, kind)) for row in report.results
+                 if (found := found_likeness(row, kind)) and not found.identical]  # fmt: skip
+        shown = [(found, row, other) for found, row, other in pairs if other is not None]
+        if shown:
+            worst.append(_worst(report, f"Furthest from {name}", *min(shown, key=lambda item: item[0].psnr_min_db)))
+    return worst
 
 
-def _worst(report: Report, kind: Kind, title: str) -> Worst | None:
-    rows = [
-        (found, row, other)
-        for row in report.results
-        if (found := found_likeness(row, kind)) and (other := reference(report, row, kind)) and not found.identical
-    ]
-    if not rows:
-        return None
-    found, row, other = min(rows, key=lambda item: item[0].psnr_min_db)
+def _worst(report: Report, title: str, found: Likeness, row: Result, other: Result) -> Worst:
     number, image = found.worst, found.per_image[found.worst]
     lpips = "" if image.lpips is None else f", LPIPS {image.lpips:.3f}"
     pair = [data_uri(report.images[one.subject.label][number]) for one in (row, other)]

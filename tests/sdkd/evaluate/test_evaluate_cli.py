@@ -87,7 +87,11 @@ def test_all_that_can_be_measured(
 
 
 def test_nothing_but_a_model_measures_nothing_and_says_so(
-    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: tuple[str, str],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     found = evaluated(tmp_path / "out", models[0], prompts="a;b")
@@ -98,6 +102,9 @@ def test_nothing_but_a_model_measures_nothing_and_says_so(
     assert metrics["fid"]["not_measured"] == "it needs real images; give a folder of them with --real"
     words = " ".join(capsys.readouterr().out.split())
     assert "CLIP score: not measured: the weights of openai/clip-vit-large-patch14 are not on this disk" in words
+    few = evaluated(tmp_path / "few", models[0], prompts="a", real=photos, steps=1)["models"][0]["metrics"]
+    words = "1 generated and 3 real images are too few: at least 2 of each"
+    assert [few[name]["not_measured"] for name in ("fid", "cmmd")] == [words, words]
 
 
 def test_demo_reads_its_captions(models: tuple[str, str], tmp_path: Path) -> None:
