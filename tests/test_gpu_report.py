@@ -17,8 +17,10 @@ from helpers import tiny_pipeline
 from made_once import made_once
 
 from engines.sessions import opening
+from sdkd.compare.measure.limits import unet_work
 from sdkd.core.files import read_json, write_json
 from sdkd.errors import InputError
+from sdkd.students.blocks import build_student
 from sdkd.targets import gpu_trial, registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -108,8 +110,13 @@ def test_a_students_steps_are_trained_and_held_against_the_limit(report: dict[st
     found = report["pieces"]["train/tiny"]
     assert found["errors"] == {}
     assert [row["way"] for row in found["rows"]] == ["reference", "+ channels_last", "Trainer.step"]
-    ceilings = found["facts"]["ceilings"]
+    ceilings, pipe = found["facts"]["ceilings"], tiny_pipeline()
+    side = SIZE // pipe.vae_scale_factor
+    own, taught = (
+        unet_work(dict(unet.config), 2, side, side).flops for unet in (build_student(pipe.unet, "tiny"), pipe.unet)
+    )
     for row in found["rows"]:
+        assert row["work"]["flops"] == taught + 3 * own  # backward is two forwards
         assert (row["student"], row["batch"], len(row["seconds_samples"])) == ("tiny", 2, 3)
         rate = row["work"]["flops"] / row["seconds_median"]
         assert row["limit"]["matrix_share"] == pytest.approx(rate / ceilings["flops_per_s"])
