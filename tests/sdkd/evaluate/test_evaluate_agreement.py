@@ -20,6 +20,7 @@ def test_a_probe_is_noised_by_the_teachers_schedule_once_in_every_bucket_and_dep
     assert torch.equal(probe.timesteps // 100, torch.arange(10).expand(2, 10))
     assert torch.equal(more.noisy[:2], probe.noisy)
     assert not torch.equal(other.noisy, probe.noisy)
+    assert not torch.equal(probe.timesteps[0], probe.timesteps[1])  # every image has noise of its own
     alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
     assert float(alphas[probe.timesteps[0, -1]].sqrt()) < 0.2
     assert float(probe.noisy[0, -1].std()) == pytest.approx(1.0, abs=0.3)  # nearly noise alone
