@@ -68,8 +68,6 @@ def guard_saving() -> None:
 def _as_eager(pipe: Any, stack: contextlib.ExitStack) -> Any:
     """The pipeline with its eager modules until the stack is closed; EngineError where one is not kept."""
     engines = {name: module for name in PARTS if isinstance(module := getattr(pipe, name, None), EngineModule)}
-    for module in engines.values():  # all of them, before anything is written
-        module.check_kept()
     if not engines:
         return pipe
     whole = copy.copy(pipe)

@@ -106,7 +106,7 @@ def test_the_last_batch_is_filled_up_for_an_engine_of_one_batch(
     bundle_copy: Path, prompts: Path, alone: Path, tmp_path: Path
 ) -> None:
     pair = ShapeRanges(Range.fixed(2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
-    build_engine(Bundle.open(bundle_copy), "onnxruntime", ranges=pair, components=("unet",))
+    build_engine(Bundle.open(bundle_copy), "onnxruntime", ranges=pair, components=("unet", "vae_decoder"))
     words = ("--prompts", prompts, "-o", tmp_path / "out", "--steps", 2, "--negative-prompt", "blue")
     result = run(bundle_copy, *words, "--target", "onnxruntime")
     assert result.exit_code == 0, result.exception

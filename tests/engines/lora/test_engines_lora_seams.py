@@ -90,11 +90,8 @@ def drawn(style: ByHand) -> Callable[[float], np.ndarray]:
     return draw_at
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
-def test_alphas_that_differ_by_layer(
-    engine_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray], target: str
-) -> None:
-    pipe = load_pipeline(engine_bundle, target)
+def test_alphas_that_differ_by_layer(engine_bundle: Path, style: ByHand, drawn: Callable[[float], np.ndarray]) -> None:
+    pipe = load_pipeline(engine_bundle, "openvino")  # ONNX Runtime has its turn below
     pipe.load_lora_weights(style.file, adapter_name="style")
     agree(draw(pipe), drawn(1.0))
     differ(drawn(1.0), drawn(0.0))
