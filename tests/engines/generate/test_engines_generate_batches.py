@@ -155,6 +155,7 @@ def test_two_processes_draw_what_is_missing_and_what_one_draws(
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_one_process_that_fails_ends_the_command(folder: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "00003.png" / "in the way").mkdir(parents=True)  # the second process cannot write its last image

@@ -23,6 +23,7 @@ def job(out: Path, **changes: Any) -> CacheJob:
     return CacheJob(str(teacher()), output=str(out), **(usual | changes))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--max-images", 12, "--shard-images", 3, "--precision", "fp32", "--json"]
     sdkd("cache", teacher(), "demo", tmp_path / "one", *words)

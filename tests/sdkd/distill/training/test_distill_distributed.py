@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_run
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -43,6 +44,7 @@ def launched(folder: Path, processes: int, batch_size: int) -> tuple[dict[str, t
     return load_file(folder / "weights.safetensors"), log
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     one, log_of_one = launched(tmp_path / "one", 1, 4)
     two, log_of_two = launched(tmp_path / "two", 2, 2)
