@@ -67,6 +67,7 @@ def report() -> dict[str, Any]:
 # What the pieces find
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_what_runs_here(report: dict[str, Any]) -> None:
     alone, both = (report["pieces"][name] for name in ("compare/tiny", "teacher-to-student"))
     assert (alone["errors"], both["errors"]) == ({}, {})
@@ -90,6 +91,7 @@ def test_models_are_compared_on_what_runs_here(report: dict[str, Any]) -> None:
     assert set(results[1]["step_speedup"]) == {"teacher"}
 
 
+@pytest.mark.slow
 def test_the_runtime_is_measured_over_the_librarys_own_call(report: dict[str, Any]) -> None:
     found = report["pieces"]["overhead/tiny"]
     (row,) = found["rows"]
@@ -99,6 +101,7 @@ def test_the_runtime_is_measured_over_the_librarys_own_call(report: dict[str, An
     assert list(found["errors"]) == ["tensorrt", "tensorrt-rtx"]  # in their own words
 
 
+@pytest.mark.slow
 def test_a_lora_goes_on_and_comes_off_exactly(report: dict[str, Any]) -> None:
     (row,) = report["pieces"]["lora/tiny"]["rows"]
     assert (row["way"], row["exact_back"], row["back"]) == ("onnxruntime, rebuild", True, 0.0)
@@ -106,6 +109,7 @@ def test_a_lora_goes_on_and_comes_off_exactly(report: dict[str, Any]) -> None:
     assert row["moved"] > 1e-4
 
 
+@pytest.mark.slow
 def test_a_students_steps_are_trained_and_held_against_the_limit(report: dict[str, Any]) -> None:
     found = report["pieces"]["train/tiny"]
     assert found["errors"] == {}
@@ -122,6 +126,7 @@ def test_a_students_steps_are_trained_and_held_against_the_limit(report: dict[st
         assert row["limit"]["matrix_share"] == pytest.approx(rate / ceilings["flops_per_s"])
 
 
+@pytest.mark.slow
 def test_the_page_shows_all_and_is_made_of_the_json_alone(report: dict[str, Any]) -> None:
     lines = page.page(report)
     assert "**A dry run: tiny models on a CPU, few calls. No figure here is a measurement.**" in lines

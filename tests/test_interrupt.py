@@ -65,7 +65,9 @@ def _begun(log: Path, sign: str | None) -> bool:
     return sign is None or (log.exists() and sign in log.read_text())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "compare" else ()) for name in COMMANDS]
+)
 def test_an_interrupted_command_leaves_nothing_half_written(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     words, sign = COMMANDS[name]
     work = tmp_path / "work"

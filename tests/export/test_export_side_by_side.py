@@ -66,6 +66,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_bundle_of_one(
     model: Path, in_turn: Bundle, begun: list[list[str]], tmp_path: Path
 ) -> None:

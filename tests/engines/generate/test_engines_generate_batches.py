@@ -136,6 +136,7 @@ def rows(out: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (out / METADATA).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_is_missing_and_what_one_draws(
     folder: Path, prompts: Path, alone: Path, tmp_path: Path
 ) -> None:
