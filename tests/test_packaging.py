@@ -70,3 +70,24 @@ def test_what_a_page_names_exists(page: Path) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
     local = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+WITHOUT_EXTRAS = """
+import importlib, pkgutil, sys
+for name in ("bitsandbytes", "datasets", "openvino", "peft", "polygraphy", "tensorboard", "tensorrt", "tensorrt_rtx",
+             "torchmetrics"):
+    sys.modules[name] = None
+import engines, export, sdkd
+for package in (sdkd, export, engines):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        try:
+            importlib.import_module(module.name)
+        except ImportError:
+            print(module.name)
+"""
+
+
+@pytest.mark.slow
+def test_modules_that_need_no_extra_are_imported_without() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["engines.lora.adapters", "engines.lora.layers"]  # they are of PEFT

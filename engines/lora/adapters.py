@@ -7,9 +7,8 @@ removal. A LoRA of SD 1.x/2.x goes through the layer map where the engine is a s
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,6 @@ from sdkd.students.lora_layers import (
 
 log = logging.getLogger(__name__)
 
-# Methods of StableDiffusionLoraLoaderMixin that change or show adapters.
-METHODS = (
-    *("load_lora_weights", "unload_lora_weights", "set_adapters", "delete_adapters", "disable_lora", "enable_lora"),
-    *("get_active_adapters", "get_list_adapters"),
-)
-REFUSED = {
-    "fuse_lora": "adapters are part of the engine's weights already",
-    "unfuse_lora": "adapters are part of the engine's weights; set_adapters and unload_lora_weights change that",
-    "enable_lora_hotswap": "an engine takes adapters of any rank, one after the other: call load_lora_weights",
-    "set_lora_device": "adapters stay on the CPU until they are added to the engine's weights",
-}
 _OTHERWISE = ". Were it the teacher's, rewrite it first: sdkd remap-lora FILE OUT --student {}"
 
 
@@ -78,7 +66,10 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         model, naming the widths or the weight; InputError for a name that is taken; what diffusers raises for files.
         """
         if hotswap:
-            raise EngineError(f"hotswap: {REFUSED['enable_lora_hotswap']} after delete_adapters")
+            raise EngineError(
+                "hotswap: an engine takes adapters of any rank, one after the other: call load_lora_weights after "
+                "delete_adapters"
+            )
         name = adapter_name or self._free_name()
         if "." in name:
             raise InputError(f"adapter name {name!r} has a dot, which PEFT reads as a path: give one without")
@@ -212,32 +203,3 @@ def _fit_text(layers: Mapping[str, Layer], module: Any, what: str) -> dict[str, 
                 f"this one's is {sizes[1]}. Give a LoRA that was made for this model"
             )
     return peft_state("text_encoder", layers, text_names(layers))
-
-
-@functools.cache
-def extend_lora() -> None:
-    """Let diffusers' methods do what `Adapters` does where a pipeline's UNet or text encoder is an engine, then.
-
-    The methods of diffusers' class are extended, once, and look at the parts that a pipeline has when they are called:
-    after a second plug, on a copy (`from_pipe`), after a part was replaced by hand.
-    """
-    for name in (*METHODS, *REFUSED):
-        original = getattr(StableDiffusionLoraLoaderMixin, name, None)
-        if original is not None:
-            setattr(StableDiffusionLoraLoaderMixin, name, _extended(name, original))
-
-
-def _extended(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(pipe: Any, *arguments: Any, **options: Any) -> Any:
-        if not any(isinstance(getattr(pipe, part, None), EngineModule) for part in LORA_PARTS):
-            return original(pipe, *arguments, **options)
-        if name in REFUSED:
-            raise EngineError(f"{name}: {REFUSED[name]}. Leave it out, or run eagerly: engines.unplug(pipe)")
-        adapters = Adapters(pipe)
-        result = getattr(adapters, name)(*arguments, **options)
-        if not name.startswith("get_"):
-            adapters.announce()
-        return result
-
-    return call

@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import CLIPTextModel
 
-from engines.modules.base import LORA_PARTS, EngineModule
+from engines.modules.base import EngineModule
 from engines.sessions.weights import Delta, EngineWeights
 from sdkd.errors import ModelError
 from sdkd.students.blocks import meta_unet
@@ -115,11 +115,6 @@ def _total(layer: Any, names: list[str]) -> torch.Tensor:
         return torch.stack([layer.get_delta_weight(name).float() for name in names]).sum(0)
 
 
-def has_adapters(module: object) -> bool:
-    """Whether a module carries adapters of PEFT, active or not."""
-    return bool(getattr(module, "peft_config", None))
-
-
 def bring_back(held: nn.Module, eager: nn.Module) -> None:
     """Give an eager module the adapters that are held now, in place of its own."""
     recurse_remove_peft_layers(eager)
@@ -153,8 +148,8 @@ def copy_adapters(source: Any, target: Any) -> None:
 
 
 def check_adapters(part: str, module: nn.Module) -> None:
-    """ModelError naming an adapter of an eager module that an engine cannot take over."""
-    for path, layer in module.named_modules() if has_adapters(module) else ():
+    """ModelError naming an adapter of an eager module with some that an engine cannot take over."""
+    for path, layer in module.named_modules():
         where = f"{part}.{path}"
         if merged := getattr(layer, "merged_adapters", None):
             raise ModelError(
@@ -180,11 +175,3 @@ def _kind(layer: Any) -> str | None:
     if any(layer.lora_bias.values()) or layer.lora_embedding_A or getattr(layer, "lora_variant", None):
         return "LoRA with biases, of an embedding or of a variant"
     return None if isinstance(layer.get_base_layer(), nn.Linear | nn.Conv2d) else type(layer).__name__
-
-
-def carry_over(part: str, source: nn.Module, module: EngineModule) -> None:
-    """Give a new engine the adapters of the module that it stands for: an eager one, or another engine's."""
-    held = source.adapters if isinstance(source, EngineModule) else source
-    if part in LORA_PARTS and has_adapters(held):
-        copy_adapters(held, adapters_of(part, module))
-        announce(module)

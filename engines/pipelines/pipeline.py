@@ -13,8 +13,7 @@ import diffusers
 import torch
 from transformers import CLIPTokenizer
 
-from engines.lora.adapters import extend_lora
-from engines.lora.layers import carry_over, check_adapters
+from engines.lora.methods import carry_over, check_adapters, extend_lora
 from engines.modules.base import EngineModule
 from engines.modules.carried import (
     CheckWeights,
