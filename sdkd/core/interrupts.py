@@ -77,8 +77,8 @@ def handling(handler: Any, *numbers: int) -> Iterator[None]:
 def between_steps() -> Iterator[Callable[[], None]]:
     """Inside, the first signal only sets a flag; the function given, called between steps, then does what is due.
 
-    The second signal does it at once. Signals that are ignored, or end the process without Python's doing, stay so;
-    outside the main thread nothing is changed.
+    So does leaving. The second signal does it at once. Signals that are ignored, or end the process without Python's
+    doing, stay so; outside the main thread nothing is changed.
     """
     heard: list[int] = []
     before: dict[int, Any] = {number: found for number in ENDING if callable(found := signal.getsignal(number))}
@@ -101,3 +101,5 @@ def between_steps() -> Iterator[Callable[[], None]]:
             if "RANK" in os.environ:  # the other processes of a launcher have left already: that is why this one failed
                 check()
             raise
+    if heard:  # after the last step
+        check()

@@ -96,6 +96,11 @@ def test_a_handler_of_the_command_hears_its_own_signal() -> None:
     assert heard == [signal.SIGTERM]
 
 
+def test_a_signal_after_the_last_step_is_heard_when_the_steps_end() -> None:
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), between_steps():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
