@@ -65,12 +65,20 @@ def ended(said: str) -> tuple[str, int]:
 def handling(handler: Any, *numbers: int) -> Iterator[None]:
     """Inside, these signals go to `handler`; outside the main thread nothing is changed."""
     here = numbers if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in here}
+    usual = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    before: dict[int, Any] = {}
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, here)  # none comes between two changes
+        before.update({number: signal.signal(number, handler) for number in here})
+        signal.pthread_sigmask(signal.SIG_SETMASK, usual)
         yield
     finally:
-        for number, handled in before.items():
-            signal.signal(number, handled)
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, here)
+        finally:
+            for number, handled in before.items():
+                signal.signal(number, handled)
+            signal.pthread_sigmask(signal.SIG_SETMASK, usual)
 
 
 @contextlib.contextmanager
