@@ -16,7 +16,7 @@ OPENVINO_CONFIG = ("INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT")
 # What an engine's record can say of its build, as `sdkd build-engine` takes it.
 BUILD_OPTIONS = {
     name: f"--{name.replace('_', '-')}"
-    for name in (*("optimization_level", "workspace_gb", "refit", "hardware_compatible", "memory_cap_gb"),)
+    for name in ("optimization_level", "workspace_gb", "refit", "hardware_compatible", "memory_cap_gb")
 } | {"compute_capabilities": "--compute-capability"}
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 _AXIS = re.compile(r"(batch|sequence|(image_)?(height|width))(_\d{1,2})?( [*/] [1-9]\d?)?")
