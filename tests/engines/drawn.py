@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 
-def save_lora(pipe: Any, folder: Path, seed: int, *, text: bool = False) -> Path:
-    """A LoRA with random weights for the UNet's attention and first convolutions, and for the text encoder."""
+def save_lora(
+    pipe: Any, folder: Path, seed: int, *, text: bool = False, alphas: Mapping[str, float] | None = None
+) -> Path:
+    """A LoRA with random weights for the UNet's attention and first convolutions, and for the text encoder.
+
+    With `alphas` (of modules of the UNet) the file holds its settings, too.
+    """
     torch.manual_seed(seed)
     changed = copy.deepcopy({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
     targets = {"unet": ["to_q", "to_k", "to_v", "to_out.0", "conv1"], "text_encoder": ["q_proj", "v_proj"]}
@@ -23,6 +29,9 @@ def save_lora(pipe: Any, folder: Path, seed: int, *, text: bool = False) -> Path
     for part in ("unet", "text_encoder") if text else ("unet",):
         changed[part].add_adapter(LoraConfig(r=4, target_modules=targets[part], lora_alpha=6, init_lora_weights=False))
         layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(changed[part]))
+    if alphas is not None:
+        settings = changed["unet"].peft_config["default"].to_dict()
+        layers["unet_lora_adapter_metadata"] = settings | {"alpha_pattern": dict(alphas)}
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
     return folder
 

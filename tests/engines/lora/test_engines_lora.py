@@ -97,8 +97,9 @@ def test_onnxruntime_s_own_attention_stays_when_weights_change(
     assert fused == [6]
 
 
+@pytest.mark.parametrize("alphas", [None, {"up_blocks.1.resnets.2.conv1": 2, "mid_block.resnets.0.conv1": 2}])
 def test_a_lora_of_the_teacher_fits_a_student_by_the_layer_map(
-    engine_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    alphas: dict[str, float] | None, engine_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher, pipe = tiny_pipeline(), tiny_pipeline(student="tiny")
     student = pipe.unet
@@ -108,7 +109,7 @@ def test_a_lora_of_the_teacher_fits_a_student_by_the_layer_map(
     def added() -> dict[str, torch.Tensor]:
         return {name: delta() for name, delta in pipe.unet.weights._wanted.deltas.items()}
 
-    pipe.load_lora_weights(save_lora(teacher, tmp_path / "lora", 3), adapter_name="style")
+    pipe.load_lora_weights(save_lora(teacher, tmp_path / "lora", 3, alphas=alphas), adapter_name="style")
     teacher.load_lora_weights(tmp_path / "lora")
     teacher.fuse_lora()
     teacher.unload_lora_weights()

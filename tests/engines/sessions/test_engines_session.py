@@ -15,6 +15,7 @@ import pytest
 import torch
 from engine_bundles import CONTEXT, edit_engine, graph_unet, identity_unet, reference, replace_file, unet_feeds
 
+from engines.sessions import base
 from engines.sessions.base import EngineSession
 from engines.sessions.checks import Profiles, check_engine
 from engines.sessions.opening import open_session
@@ -331,6 +332,19 @@ def test_closing_under_another_thread_s_calls_is_said(graph: Bundle, target: str
     session.close()
     worker.join(60)
     assert ["is closed: open it again" in str(error) for error in errors] == [True]
+    with pytest.raises(EngineError, match=r"is closed: open it again"):
+        session.swap({})
+
+
+def test_a_session_that_is_closed_while_a_call_is_checked_does_not_run(
+    graph: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, sizes = open_session(graph, "openvino", "unet"), base.sizes_of
+    monkeypatch.setattr(base, "sizes_of", lambda *values: (session.close(), sizes(*values))[1])
+    with pytest.raises(EngineError, match=r"is closed: open it again"):
+        run(session, unet_feeds())
+    session = open_session(graph, "openvino", "unet")
+    monkeypatch.setattr(base, "stored_weights", lambda *values: (session.close(), {})[1])
     with pytest.raises(EngineError, match=r"is closed: open it again"):
         session.swap({})
 

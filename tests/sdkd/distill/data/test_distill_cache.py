@@ -132,6 +132,22 @@ def test_an_interrupted_cache_goes_on(lost: bool, pipe: Any, tmp_path: Path) -> 
     assert first.stat().st_mtime_ns == before
 
 
+def test_text_of_other_captions_is_made_again_on_going_on(pipe: Any, tmp_path: Path) -> None:
+    def stop(text: str, _: float | None) -> None:
+        if text.startswith("encoding caption 3"):
+            raise KeyboardInterrupt("here")
+
+    with pytest.raises(KeyboardInterrupt, match="here"):
+        write(pipe, Noise(7), tmp_path, shard_images=2, progress=stop)
+    first = tmp_path / "latents-00000.json"  # as it is where the caption was changed, and the shard made again
+    first.write_text(json.dumps(json.loads(first.read_text()) | {"captions": ["c", "b"]}))
+    write(pipe, Noise(7), tmp_path, shard_images=2)
+    found, expected = DiskCache(tmp_path), encode_captions(pipe.tokenizer, pipe.text_encoder, ["c", "b", "", "a"])
+    assert list(found.captions[:4]) == ["c", "b", "", "a"]
+    for index in range(4):
+        torch.testing.assert_close(found.text(index), expected[index])
+
+
 def test_a_damaged_shard_is_made_again_on_going_on(pipe: Any, tmp_path: Path) -> None:
     whole = write(pipe, Noise(7), tmp_path / "whole")
     write(pipe, Noise(7), tmp_path / "c", rank=0, world=2)

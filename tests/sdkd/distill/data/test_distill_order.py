@@ -16,6 +16,7 @@ from training_runs import RUN
 from sdkd.distill import TrainConfig, TrainResult, train
 from sdkd.distill.data.opening import open_images
 from sdkd.distill.data.order import (
+    WINDOW,
     Bucketed,
     Order,
     Sharded,
@@ -74,6 +75,14 @@ def test_shards_go_whole_to_one_process() -> None:
     assert whole == {0, 1, 2, 3}
     with pytest.raises(InputError, match="4 tar shards cannot feed 5 processes"):
         Sharded(blocks, 1, 0, 5, 0)
+
+
+def test_each_window_of_a_shard_is_mixed_in_an_order_of_its_own() -> None:
+    order = Sharded([range(2 * WINDOW)], batch_size=1, rank=0, world=1, seed=1)
+    drawn = [order.index(place) for place in range(2 * WINDOW)]
+    first, second = drawn[:WINDOW], [index - WINDOW for index in drawn[WINDOW:]]
+    assert sorted(first) == sorted(second) == list(range(WINDOW))
+    assert first != second
 
 
 def test_draws_hang_on_seed_and_position_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from training_runs import RUN, job, latents, losses, same, teacher, trainer, wei
 
 from sdkd.core.files import read_json, write_json
 from sdkd.distill import TrainConfig, train
+from sdkd.distill.training import loop
 from sdkd.distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
@@ -135,6 +137,22 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
     load_checkpoint(longer, first)
     assert longer.done == 1
     assert longer.optimizer.param_groups[0]["lr"] == longer.learning_rate > 0.9 * longer.config.learning_rate
+
+
+def test_a_disk_too_full_for_the_last_checkpoint_does_not_cost_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(one: Any, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", f"at step {one.done}")
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    pipe = helpers.tiny_pipeline()
+    unet = build_student(pipe.unet, "tiny")
+    done = train(pipe, unet, latents(), TrainConfig(**RUN), folder=tmp_path)
+    assert done.notes == ("the disk was too full for a last checkpoint: this run cannot be gone on with",)
+    assert done.unet is unet
+    with pytest.raises(OSError, match="at step 1"):
+        train(pipe, unet, latents(), TrainConfig(**RUN, save_every=1), folder=tmp_path)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
