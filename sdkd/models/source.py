@@ -87,7 +87,11 @@ class ModelSource(ABC):
     def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
         """The eager pipeline."""
         rest, parts = self.load_rest(), {part: self.load_part(part, dtype) for part in get_args(Part)}
-        return type(rest)(**(rest.components | parts), requires_safety_checker=False)  # it looks at its UNet once, here
+        # It looks at its UNet once, here.
+        whole = type(rest)(**(rest.components | parts), requires_safety_checker=False)
+        if rest.name_or_path:  # no output may replace the folder that a pipeline comes from
+            whole.register_to_config(_name_or_path=rest.name_or_path)
+        return whole
 
     @abstractmethod
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:

@@ -22,7 +22,7 @@ from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.contract import BASE_COMPONENTS, component_contract
 from sdkd.core.files import lock, read_json
 from sdkd.errors import BusyError, InputError, ModelError, OutputExistsError, ValuesError
-from sdkd.models.resolve import resolve
+from sdkd.models.resolve import load_eager, resolve
 from sdkd.targets.plan import plan_for_model
 
 CHEAP = ("text_encoder",)  # the component that exports in the least time
@@ -149,6 +149,8 @@ def test_no_bundle_replaces_what_it_is_made_from(tmp_path: Path) -> None:
                 export_pipeline("demo", output, components=CHEAP, overwrite=True, **{part: folder})
     with pytest.raises(OutputExistsError, match="sdkd did not write what is in it"):
         export_pipeline("demo", folder, components=CHEAP, overwrite=True)
+    with pytest.raises(InputError, match=r"output .* is the input"):  # a pipeline knows where it comes from
+        export_pipeline(load_eager(folder), folder, components=CHEAP, overwrite=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
