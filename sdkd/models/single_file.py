@@ -205,8 +205,8 @@ def located(part: str, module: Any, tensors: Mapping[str, Tensor]) -> dict[str, 
     stored: dict[str, Any] = {name: _Stored(tensor) for name, tensor in tensors.items()}
     if part == "text_encoder":
         prefix = next((prefix for prefix in OPEN_CLIP if any(name.startswith(prefix) for name in tensors)), None)
-        clip = ldm.convert_open_clip_checkpoint(module, stored, prefix) if prefix else None
-        found = ldm.convert_ldm_clip_checkpoint(stored) if clip is None else clip
+        openclip = ldm.convert_open_clip_checkpoint
+        found = openclip(module, stored, prefix) if prefix else ldm.convert_ldm_clip_checkpoint(stored)
     else:
         found = getattr(ldm, f"convert_ldm_{part}_checkpoint")(stored, module.config)
-    return {name: one.tensor for name, one in found.items()}
+    return {name: one.tensor for name, one in found.items() if one is not None}  # None: of some names that are missing

@@ -151,6 +151,7 @@ def test_missing_and_odd_weights_are_named(state: dict[str, torch.Tensor], tmp_p
     for name, own in {
         "model.diffusion_model.out.2.bias": "unet lacks 1 of .* .conv_out.bias",
         "first_stage_model.decoder.up.3.block.0.conv1.weight": "vae lacks .* .decoder.up_blocks.0.*conv1.weight",
+        "first_stage_model.encoder.down.0.downsample.conv.bias": "vae lacks 1 of .*downsamplers.0.conv.bias",
     }.items():
         rest = {key: value for key, value in state.items() if key != name}
         path = ldm_files.write(tmp_path / "part.safetensors", rest)
