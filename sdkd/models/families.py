@@ -8,7 +8,6 @@ from typing import Any
 
 from sdkd.errors import ModelError, an
 from sdkd.models.clip_tokenizer import END, PADDING, TOKENS, clip_tokenizer
-from sdkd.students.blocks import STUDENTS, TEACHER_CONFIG, StudentSpec
 
 HEAVY = ("unet", "vae", "text_encoder")  # the parts with weights
 # Classes that a pipeline's heavy parts may have, the usual one first, and the library of each part.
@@ -122,19 +121,3 @@ def check_exported(part: str, kind: type | str, where: str) -> None:
             f"the {part} of {where} is {an(names[0])}, which is not exported: "
             f"sdkd exports {' or '.join(EXPORTED[part])}"
         )
-
-
-def student_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The students that a UNet config, as in config.json, has the blocks of: one layout may have several names.
-
-    Empty for a complete UNet and for other shapes.
-    """
-    keys = ("down_block_types", "up_block_types", "mid_block_type", "layers_per_block")
-    found = [tuple(value) if isinstance(value := config.get(key, TEACHER_CONFIG[key]), list) else value for key in keys]
-    down, up, mid = (TEACHER_CONFIG[key] for key in keys[:3])
-
-    def blocks(spec: StudentSpec) -> list[Any]:
-        kept = mid if spec.keeps_mid_block else None
-        return [down[: len(down) - spec.dropped_levels], up[spec.dropped_levels :], kept, len(spec.down_layers)]
-
-    return tuple(name for name, spec in STUDENTS.items() if blocks(spec) == found)

@@ -235,7 +235,7 @@ class CheckpointSource(ModelSource):
 
     base: ModelSource = field(kw_only=True)
 
-    @property
+    @cached_property
     def _unet(self) -> Path:
         assert self.path is not None
         return checkpoint.unet_folder(self.path)

@@ -16,7 +16,6 @@ from sdkd.errors import ModelError
 from sdkd.models import single_file
 from sdkd.models.checkpoint import base_of, is_checkpoint, unet_folder
 from sdkd.models.diffusers_folder import check_pipeline_folder, provenance, quiet_libraries
-from sdkd.models.families import student_names
 from sdkd.models.kinds import (
     BundleSource,
     CheckpointSource,
@@ -28,6 +27,7 @@ from sdkd.models.kinds import (
 )
 from sdkd.models.random_weights import PREFIX, parse
 from sdkd.models.source import ModelSource, Part, as_model_error
+from sdkd.students.blocks import student_names
 
 if TYPE_CHECKING:
     import torch

@@ -149,18 +149,26 @@ def _guess(found: Mapping[str, Any]) -> str:
     return ""
 
 
+def student_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The students that a UNet config, as in config.json, has the blocks of: one layout may have several names.
+
+    Empty for a complete UNet and for other shapes.
+    """
+    keys = ("down_block_types", "up_block_types", "mid_block_type", "layers_per_block")
+    found = [tuple(value) if isinstance(value := config.get(key, TEACHER_CONFIG[key]), list) else value for key in keys]
+    down, up, mid = (TEACHER_CONFIG[key] for key in keys[:3])
+
+    def fits(spec: StudentSpec) -> bool:
+        levels, kept = spec.dropped_levels, mid if spec.keeps_mid_block else None
+        blocks = [down[: len(down) - levels], up[levels:], kept]
+        return found[:3] == blocks and _agrees(found[3], len(spec.down_layers))
+
+    return tuple(name for name, spec in STUDENTS.items() if fits(spec))
+
+
 def recognised(config: Mapping[str, Any]) -> StudentSpec | None:
     """Which student's architecture a UNet config has (Segmind's name where two share it), None for a teacher's."""
-    full = full_config(config)
-    for spec in STUDENTS.values():
-        levels = len(TEACHER_CONFIG["down_block_types"]) - spec.dropped_levels
-        if (
-            tuple(full["down_block_types"]) == TEACHER_CONFIG["down_block_types"][:levels]
-            and _agrees(full["layers_per_block"], len(spec.down_layers))
-            and (full["mid_block_type"] is not None) == spec.keeps_mid_block
-        ):
-            return spec
-    return None
+    return next((STUDENTS[name] for name in student_names(config)), None)
 
 
 def teacher_layout(config: Mapping[str, Any]) -> dict[str, Any]:

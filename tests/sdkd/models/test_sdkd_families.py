@@ -14,9 +14,9 @@ from transformers import CLIPTokenizer
 
 from sdkd.models.clip_tokenizer import MERGES, clip_tokenizer
 from sdkd.models.diffusers_folder import write_pipeline
-from sdkd.models.families import CLASSES, FAMILIES, empty, student_names
+from sdkd.models.families import CLASSES, FAMILIES, empty
 from sdkd.models.resolve import load_eager, resolve
-from sdkd.students.blocks import STUDENTS, build_student, full_config, student_config
+from sdkd.students.blocks import STUDENTS, build_student, full_config, student_config, student_names
 
 CROSS, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 # What BK-SDM's configs say: written by diffusers 0.10 to 0.15, some entries missing, some no longer known.
