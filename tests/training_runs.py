@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdkd.cli import load_command
-from sdkd.distill import TrainConfig
+from sdkd.distill import TrainConfig, TrainResult, train
 from sdkd.distill.data.latents import LatentCache
 from sdkd.distill.training.log import LOG, read_log
 from sdkd.distill.training.run import Job
@@ -50,10 +50,16 @@ def latents(count: int = 7) -> LatentCache:
     return LatentCache(mean, torch.full_like(mean, 0.1), [f"number {index}" for index in range(count)])
 
 
-def trainer(pipe: Any = None, **settings: Any) -> Trainer:
-    """The trainer of a student (tiny, unless another is asked for) on latents."""
-    pipe, config = pipe or helpers.tiny_pipeline(), TrainConfig(**(RUN | settings))
-    return Trainer(pipe, build_student(pipe.unet, config.student), latents(), config)
+def trainer(pipe: Any = None, data: Any = None, **settings: Any) -> Trainer:
+    """The trainer of a student (tiny, unless another is asked for) on latents, or on other data."""
+    config, pipe = TrainConfig(**(RUN | settings)), pipe or helpers.tiny_pipeline()
+    return Trainer(pipe, build_student(pipe.unet, config.student), latents() if data is None else data, config)
+
+
+def trained(data: Any, pipe: Any = None, folder: Path | None = None, **settings: Any) -> TrainResult:
+    """A run of a student (tiny, unless another is asked for)."""
+    config, pipe = TrainConfig(**(RUN | settings)), pipe or helpers.tiny_pipeline()
+    return train(pipe, build_student(pipe.unet, config.student), data, config, folder=folder)
 
 
 def job(

@@ -17,6 +17,11 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 _heard: list[int] = []  # the signals of this process, in order
 
 
+def is_main() -> bool:
+    """Whether this is the first of the processes that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def hear_signals() -> None:
     """Have SIGTERM (docker stop, Slurm) clean up as Ctrl-C does, and a second signal end the process at once.
 
@@ -24,7 +29,7 @@ def hear_signals() -> None:
     another in a library that hears nothing, and the launcher would wait for them. In the first of them only one signal
     is heard: Ctrl-C reaches processes and launcher alike, and the launcher's SIGTERM comes while this one cleans up.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main():
         return
     usual = (signal.default_int_handler, signal.SIG_DFL)
     for number in ENDING:

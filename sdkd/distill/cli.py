@@ -13,10 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from sdkd.core.console import progress, show, show_json, table
+from sdkd.core.interrupts import is_main
 from sdkd.core.numbers import check_number
+from sdkd.core.text_files import prompts_of
 from sdkd.distill.data.rows import split_columns
-from sdkd.distill.training.config import TrainConfig, make_config, parse_prompts, read_recipe, recipe_names, settings_of
-from sdkd.distill.training.run import Job, is_main, run
+from sdkd.distill.training.config import TrainConfig, make_config, read_recipe, recipe_names, settings_of
+from sdkd.distill.training.run import Job, run
 
 _TEXTS = ("prompts", "trackers")  # tuples that are given as one text
 _INIT = {
@@ -93,7 +95,7 @@ def _main(objective: str, values: dict[str, Any]) -> None:
     own = {item.name: values.pop(item.name, None) for item in settings_of(objective)}
     for name in _TEXTS:
         if own[name] is not None:
-            own[name] = parse_prompts(own[name].replace(",", ";") if name == "trackers" else own[name])
+            own[name] = prompts_of(own[name].replace(",", ";") if name == "trackers" else own[name])
     config = make_config(objective, read_recipe(recipe, objective) if recipe is not None else {}, own)
     job = Job(config=config, **values | {"caption_columns": split_columns(values["caption_columns"] or "")})
     if not is_main():

@@ -10,7 +10,6 @@ from sdkd.distill.data.image_folder import METADATA, ImageFolder, find_metadata
 from sdkd.distill.data.rows import CAPTION_COLUMNS, CaptionedImages, caption_at
 from sdkd.distill.data.sources import open_source
 from sdkd.errors import InputError
-from sdkd.toyworld.scenes import DemoImages
 
 if TYPE_CHECKING:
     from sdkd.distill.data.disk_cache import DiskCache
@@ -22,10 +21,10 @@ def open_images_or_cache(
     """Images as `open_images` gives them, by default with its columns, or the latents of a folder of `sdkd cache`."""
     from sdkd.distill.data.disk_cache import INDEX, DiskCache
 
-    if (Path(data) / INDEX).is_file():
+    if (Path(data).expanduser() / INDEX).is_file():
         if image_column or tuple(caption_columns) not in ((), CAPTION_COLUMNS):
             raise InputError(f"cache {data!r} has no columns: leave --image-column and --caption-columns out")
-        return DiskCache(data)
+        return DiskCache(Path(data).expanduser())
     return open_images(data, image_column=image_column, caption_columns=caption_columns or CAPTION_COLUMNS)
 
 
@@ -39,6 +38,8 @@ def open_images(
     """
     name, path = str(data), Path(data).expanduser()
     if name == "demo":
+        from sdkd.toyworld.scenes import DemoImages
+
         return DemoImages()
     if path.is_dir() and find_metadata(path):
         return ImageFolder(path, image_column, caption_columns)

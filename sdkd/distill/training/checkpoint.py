@@ -126,7 +126,7 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
         "step": trainer.done,
         "processes": trainer.accelerator.num_processes,
         "settings": trainer.config.to_json(),
-        "digests": trainer.digests(),
+        "digests": trainer.digests,
         "optimizer": numbers,
         "schedule": {key: value for key, value in trainer.schedule.state_dict().items() if key != "lr_lambdas"},
         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -292,7 +292,7 @@ def check_settings(path: Path, record: Mapping[str, Any], config: TrainConfig, p
 
 def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> None:
     """InputError when data or model are not those that the checkpoint was trained with."""
-    if changed := [name for name, digest in trainer.digests().items() if record["digests"].get(name) != digest]:
+    if changed := [name for name, digest in trainer.digests.items() if record["digests"].get(name) != digest]:
         others = " and ".join("other data" if name == "data" else f"another {name}" for name in changed)
         raise InputError(
             f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start over {way_on(path)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib import resources
@@ -10,7 +10,7 @@ from typing import Any
 
 from sdkd.core.help_page import DATA, LORA, LOSSES, OPTIMIZER, SAMPLES, SPEED, STATES, USUAL
 from sdkd.core.numbers import SHARE, Bounds
-from sdkd.core.text_files import prompts_of
+from sdkd.distill.data.buckets import CROPS
 from sdkd.distill.training.pairs import PAIRS
 from sdkd.errors import InputError
 from sdkd.students.blocks import LossWeights, StudentSpec, student_spec
@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "optimizer": ("adamw", "adamw8bit"),
     "schedule": ("cosine", "linear", "constant"),
     "lora_targets": ("attn", "attn+ff", "all"),
-    "crop": ("center", "random"),
+    "crop": CROPS,
     "latents": ("auto", "memory", "online"),
     "precision": ("bf16", "fp16", "fp32"),
 }
@@ -148,7 +148,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The settings that mean something for the objective, with the student's defaults filled in."""
-        found = {f.name: value for f in settings_of(self.objective) for value in (asdict(self)[f.name],)}
+        every = asdict(self)
+        found = {item.name: every[item.name] for item in settings_of(self.objective)}
         if self.objective == "distill":
             filled = {f"{name}_weight": value for name, value in self.weights._asdict().items()}
             found |= filled | {"student": self.spec.name, "pairs": self.pair_preset}
@@ -203,11 +204,6 @@ def make_config(objective: str, *layers: Mapping[str, Any]) -> TrainConfig:
             f"setting {unknown[0]!r} is unknown to {objective}: choose from {', '.join(sorted(known - {'objective'}))}"
         )
     return TrainConfig(**(values | {"objective": objective}))
-
-
-def parse_prompts(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Prompts from a file with one a line, or from 'one;another'; InputError when there is none."""
-    return prompts_of(text) if isinstance(text, str) else tuple(text)
 
 
 def recipe_names() -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.core.console import Progress, quiet
 from sdkd.core.files import staged_folder, write_bytes, write_json
+from sdkd.core.interrupts import is_main
 from sdkd.distill.data.opening import open_images_or_cache
 from sdkd.distill.training.card import about, model_card, named
 from sdkd.distill.training.config import TrainConfig
@@ -45,11 +46,6 @@ class Job:
     caption_columns: tuple[str, ...] = ()
     init: str | None = None  # a model or checkpoint whose UNet, or LoRA, training starts from
     command: str = field(default_factory=lambda: shlex.join(["sdkd", *sys.argv[1:]]))  # as typed, for the card
-
-
-def is_main() -> bool:
-    """Whether this is the first of the processes that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def run(job: Job, report: Progress = quiet) -> dict[str, Any]:

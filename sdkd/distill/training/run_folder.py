@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sdkd.core.files import check_free, lock, write_json
+from sdkd.core.interrupts import is_main
 from sdkd.core.marks import RUN, foreign, proves
 from sdkd.core.outputs import Input, check_place, why_kept
 from sdkd.core.replace import discard, sweep_inside
@@ -87,7 +88,7 @@ def run_folder(
     spare = spare_folder(output)
     aside = checkpoint.resolve().parent == spare if checkpoint else overwrite and _occupied(output, resume)
     folder = spare if aside else output
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main():
         yield folder
         return
     with lock(output):

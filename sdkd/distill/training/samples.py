@@ -12,7 +12,7 @@ import torch
 from sdkd.core.files import write_bytes, write_json
 from sdkd.core.images import is_finite
 from sdkd.models.clip_tokenizer import bounded
-from sdkd.models.schedulers import scheduler_like
+from sdkd.models.schedulers import scheduler_like, seed_scheduler
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,6 +50,7 @@ def draw(trainer: Trainer) -> list[NDArray[Any]]:
     with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         for index, prompt in enumerate(trainer.config.prompts):
             generator = torch.Generator().manual_seed(trainer.config.seed + index)
+            seed_scheduler(pipe.scheduler, [trainer.config.seed + index])
             made = pipe(
                 prompt,
                 num_inference_steps=trainer.config.sample_steps,

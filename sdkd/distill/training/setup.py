@@ -10,7 +10,7 @@ import torch
 
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import size_multiple, torch_dtype, vae_scale
-from sdkd.distill.data.buckets import aspect_buckets, fit_pixels, nearest_bucket
+from sdkd.distill.data.buckets import STEP, aspect_buckets, fit_pixels, nearest_bucket
 from sdkd.distill.data.latents import Latents, encode_images, training_size
 from sdkd.distill.data.order import Bucketed, Order, Sharded, mirrored_at, view_generator
 from sdkd.distill.data.rows import CaptionedImages
@@ -185,7 +185,7 @@ def _bucketed(
     """Samples whose batches have one shape each, by the aspect ratio of the images."""
     if not hasattr(images, "image_size"):
         raise InputError(f"buckets need the sizes of all images, which {type(images).__name__} does not tell")
-    sizes = aspect_buckets(size, max(64, multiple))
+    sizes = aspect_buckets(size, max(STEP, multiple))
     count = min(len(images), config.max_images or len(images))
     which = [_bucket_of(images, index, sizes) for index in range(count)]
     members = [[index for index in range(count) if which[index] == bucket] for bucket in range(len(sizes))]

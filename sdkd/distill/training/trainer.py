@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,6 +209,7 @@ class Trainer:
         found: Any = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, found, strict=True))
 
+    @cached_property
     def digests(self) -> dict[str, str]:
         """Of data and model, to tell whether a run goes on with the same."""
         return {"data": data_digest(self.data), "teacher" if self.teacher is not None else "model": self._model}

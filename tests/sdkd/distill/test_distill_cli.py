@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from training_runs import RUN, job, losses, pictures, same, sdkd, teacher, weights
 
+from sdkd.core.text_files import prompts_of
 from sdkd.core.torchrun import launch_command, without_flag
-from sdkd.distill.training.config import make_config, parse_prompts, read_recipe, recipe_names
+from sdkd.distill.training.config import make_config, read_recipe, recipe_names
 from sdkd.distill.training.log import LOG, read_log
 from sdkd.distill.training.run import run
 from sdkd.errors import InputError, MissingExtraError, ModelError, OutputExistsError, TrainingError
@@ -170,10 +171,10 @@ def test_recipes_and_settings_that_do_not_fit_are_refused() -> None:
 
 def test_prompts_come_from_a_file_or_a_text(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat; sitting\n\na dog\n")
-    assert parse_prompts(str(tmp_path / "prompts.txt")) == ("a cat; sitting", "a dog")
-    assert parse_prompts("a cat; a dog") == ("a cat", "a dog")
+    assert prompts_of(str(tmp_path / "prompts.txt")) == ("a cat; sitting", "a dog")
+    assert prompts_of("a cat; a dog") == ("a cat", "a dog")
     with pytest.raises(InputError, match="hold no prompt"):
-        parse_prompts(" ; ")
+        prompts_of(" ; ")
 
 
 def test_launching_passes_everything_on_but_the_number_of_processes() -> None:

@@ -14,17 +14,16 @@ from helpers import tiny_pipeline
 from PIL import Image
 from processes import Dropping
 from safetensors.torch import save
-from training_runs import RUN, job
+from training_runs import job, trained
 
-from sdkd.distill import TrainConfig, train
 from sdkd.distill.data.buckets import fit_pixels
 from sdkd.distill.data.cache import write_cache
 from sdkd.distill.data.disk_cache import INDEX, SCHEMA, DiskCache
 from sdkd.distill.data.encode import encode_captions, encode_image, placed
 from sdkd.distill.data.latents import Latents
+from sdkd.distill.data.opening import open_images_or_cache
 from sdkd.distill.training.run import run
 from sdkd.errors import InputError, ModelError, OutputExistsError, TrainingError
-from sdkd.students.blocks import build_student
 
 
 class Noise:
@@ -247,10 +246,14 @@ def caches(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_cache_below_the_home_folder(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(caches))
+    assert isinstance(open_images_or_cache("~/bf16"), DiskCache)
+
+
 def losses(data: Any, **settings: Any) -> list[dict[str, float]]:
-    teacher, config = tiny_pipeline(), TrainConfig(**(RUN | settings))
-    done = train(teacher, build_student(teacher.unet, "tiny"), data, config)
-    return [{name: record[name] for name in record if name.startswith("loss/")} for record in done.history]
+    rows = trained(data, **settings).history
+    return [{name: record[name] for name in record if name.startswith("loss/")} for record in rows]
 
 
 @pytest.mark.parametrize("run_precision", ["fp32", "bf16"])
