@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from rich.console import Console, RenderableType
 
 from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.limits import Ceilings, Work, fraction
@@ -150,3 +152,13 @@ def _result(
         unet_calls=25,
         memory=Memory(base_rss=350_000_000, growth=52_000_000, peak_rss=8 * unet + 60_000_000),
     )
+
+
+def printed(table: RenderableType) -> str:
+    """What a terminal of 80 columns shows; nothing in it is cut."""
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    return text

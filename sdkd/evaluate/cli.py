@@ -47,13 +47,14 @@ def evaluate(
     Writes evaluation.json (every value) and evaluation.md. Nothing is downloaded for a metric: what it lacks is said.
     """
     from sdkd.core.files import check_free, lock
+    from sdkd.distill.training.setup import pick_device
     from sdkd.evaluate.evaluation import Settings
     from sdkd.evaluate.evaluation import evaluate as measure
     from sdkd.evaluate.report import TITLES, rows, write_report
 
     check_free(output, overwrite, [*models, teacher, data, prompts, real, clip, inception])
     settings = Settings(
-        teacher, data, prompts, real, images, steps, guidance, seed, clip, inception, _device(device),
+        teacher, data, prompts, real, images, steps, guidance, seed, clip, inception, str(pick_device(device, "fp32")),
         image_column, split_columns(caption_columns),
     )  # fmt: skip
     with lock(output), progress("evaluate") as bar:
@@ -72,11 +73,3 @@ def evaluate(
     for name, why in missing.items():
         show(f"{TITLES[name]}: not measured: {why}")
     show(*found.notes, f"Saved {page}")
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -50,7 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_columns(self.caption_columns)
         table = DRAWING | {"images": DRAWING["count"]}
-        check_numbers({name: getattr(self, name) for name in ("images", "steps", "seed")}, table)
+        check_numbers({name: getattr(self, name) for name in ("images", "steps", "guidance_scale", "seed")}, table)
 
 
 @dataclass(frozen=True)

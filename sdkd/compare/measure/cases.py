@@ -13,7 +13,7 @@ from sdkd.bundle.memory import free_gpu_memory, free_memory
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request
 from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.quality import Likeness, likeness
-from sdkd.compare.measure.runner import IsolatedRunner, LocalRunner, Opened, RunConfig
+from sdkd.compare.measure.runner import Drawn, IsolatedRunner, LocalRunner, Opened, RunConfig
 from sdkd.compare.measure.scores import lpips_here
 from sdkd.compare.measure.subjects import STUDENT, TEACHER, Failed, Subject, size_on_disk
 from sdkd.compare.measure.timing import Burst, Part, Sample, Timed, interleave
@@ -157,16 +157,19 @@ def first_images(cases: Sequence[Case], loaded: LoadedSubjects, request: Request
 
 def _first_images(case: Case, loaded: LoadedSubjects, request: Request, progress: Progress) -> None:
     runner = loaded.runner(case)
-    made: dict[int, Image] = {}
+    calls: list[Drawn] = []
     for prompt in range(len(request.prompts)):
         progress(f"image {prompt + 1} of {len(request.prompts)}", prompt / len(request.prompts))
-        drawn = runner.images(request, prompt)
-        made.update(zip(request.numbers(prompt), drawn.images, strict=True))
-        if prompt == 0:
-            case.first_call_s, case.unet_calls = drawn.sample.wall_s, drawn.unet_calls
-    case.images = [made[number] for number in sorted(made)]
+        calls.append(runner.images(request, prompt))
+    case.first_call_s, case.unet_calls = calls[0].sample.wall_s, calls[0].unet_calls
+    case.images = in_order(calls)
     if case.subject.is_eager:
         case.attention = runner.attention(request)
+
+
+def in_order(calls: Sequence[Drawn]) -> list[Image]:
+    """Images of one call per prompt as a report has them: the first of every prompt, then the second, ..."""
+    return [image for turn in zip(*(call.images for call in calls), strict=True) for image in turn]
 
 
 def time_images(cases: Sequence[Case], loaded: LoadedSubjects, request: Request, runs: int, progress: Progress) -> None:
@@ -259,9 +262,9 @@ def find_references(
         case = Case(subject)
         with loaded.trying(case):  # the measurement is done, and must not be lost for a reference
             runner = loaded.runner(case)
-            calls = [runner.images(request, prompt).images for prompt in range(len(request.prompts))]
+            calls = [runner.images(request, prompt) for prompt in range(len(request.prompts))]
             loaded.unload(case)
-            found.by_key[key] = subject.label, [call[number] for number in range(request.batch) for call in calls]
+            found.by_key[key] = subject.label, in_order(calls)
         if case.failed:
             found.notes.append(f"no reference images of {subject.label}: {case.failed.reason}")
     return found

@@ -272,7 +272,7 @@ def with_scores(report: Report, device: str) -> Report:
         clip = load_clip(find_clip(None, CLIP_SCORE_MODEL), device)
         scores = [tuple(clip_scores(*clip, report.images[row.subject.label], prompts)) for row in results]
         results = tuple(dataclasses.replace(row, clip_scores=found) for row, found in zip(results, scores, strict=True))
-    except SdkdError as error:
-        missing["CLIP score"] = str(error)
+    except (SdkdError, RuntimeError) as error:  # PyTorch's: no memory left, and the measurement must not be lost
+        missing["CLIP score"] = str(error).splitlines()[0]
     said = (why if why.startswith(score) else f"{score}: {why}" for score, why in missing.items())
     return dataclasses.replace(report, results=results, not_measured=(*report.not_measured, *said))

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
     from rich.table import Table
 
-# What fits a terminal of 80 columns: a heading of two lines, and whether the remark is shown.
 # What fits a terminal of 80 columns: three tables, by column a heading of two lines.
 _TERMINAL = (
     {
@@ -123,8 +122,10 @@ def _images_cell(change: Change) -> Cell:
 def against_remarks(against: Against) -> list[str]:
     """In words: settings that differ, who came and went, what else changed."""
     found = [f"Not the same as then: {'; '.join(against.differences)}"] if against.differences else []
-    reasons = {change.why_not: change.label for change in against.changes if change.why_not}
-    found += [f"{label}: {why}" for why, label in reasons.items() if why.startswith(("another", "fewer"))]
+    reasons: dict[str, list[str]] = {}
+    for change in against.changes:
+        reasons.setdefault(change.why_not, []).append(change.label)
+    found += [f"{', '.join(labels)}: {why}" for why, labels in reasons.items() if why.startswith(("another", "fewer"))]
     for names, words in ((against.appeared, "Appeared since"), (against.went, "Gone since")):
         found += [f"{words}: {', '.join(names)}"] if names else []
     return found + ([f"Changed since: {'; '.join(against.notes)}"] if against.notes else [])

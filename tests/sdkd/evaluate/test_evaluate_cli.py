@@ -17,7 +17,7 @@ from small_clip import save_small_clip
 
 from sdkd.errors import InputError, ModelError, OutputExistsError, TrainingError
 from sdkd.evaluate import cli
-from sdkd.evaluate.evaluation import find_teacher
+from sdkd.evaluate.evaluation import Settings, find_teacher
 from sdkd.evaluate.metrics import RealImages
 from sdkd.models.diffusers_folder import write_pipeline
 
@@ -138,6 +138,8 @@ def test_what_is_given_is_checked_before_any_image(models: tuple[str, str], phot
     refused("'nothing' does not exist", ModelError, teacher="nothing")
     refused("steps 0 is too small: give a whole number from 1", steps=0)
     refused("images 0 is too small", images=0)
+    with pytest.raises(InputError, match="guidance scale nan is"):
+        Settings(guidance_scale=float("nan"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
     refused("already exists", OutputExistsError)

@@ -13,8 +13,7 @@ import pytest
 import torch
 from compare_faults import plant
 from compare_models import engine_models
-from diffusers import UNet2DConditionModel
-from helpers import fixed_weights, tiny_pipeline
+from helpers import tiny_pipeline
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from small_exports import ONE_LEVEL, small_pipeline
@@ -203,9 +202,7 @@ def test_images_of_one_call_are_those_of_calls_alone() -> None:
 
 def one_level(folder: Path) -> list[Subject]:
     """The smallest model that there is, eagerly and compiled: a compiler follows every layer."""
-    pipe = small_pipeline()
-    pipe.unet = fixed_weights(UNet2DConditionModel(**ONE_LEVEL))
-    pipe.save_pretrained(folder / "one")
+    small_pipeline(**ONE_LEVEL).save_pretrained(folder / "one")
     return [Subject("one eager", folder / "one"), Subject("one compile", folder / "one", "compile")]
 
 

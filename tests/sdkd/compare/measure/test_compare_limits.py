@@ -202,7 +202,6 @@ def test_clip_scores_come_from_weights_on_disk(tmp_path: Path, monkeypatch: pyte
     assert found.to_json()["results"][0]["clip_scores"] == {"mean": row.clip_mean, "per_image": expected}
 
 
-@pytest.mark.gpu
 def test_gpu_ceilings_leave_the_settings_as_they_were() -> None:
     before = torch.get_float32_matmul_precision()
     full, half = measure_ceilings("cuda", "fp32"), measure_ceilings("cuda", "fp16")

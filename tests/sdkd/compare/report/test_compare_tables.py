@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 
 import pytest
-from planted_report import planted_report
-from rich.console import Console, RenderableType
+from planted_report import planted_report, printed
 
 from sdkd.compare.measure.stats import Ratio, Spread
 from sdkd.compare.report.columns import COLUMNS, best_rows, number, shown_columns, similarity
@@ -15,16 +13,6 @@ from sdkd.compare.report.tables import markdown, terminal_table
 from sdkd.compare.report.words import findings, listing, plural, sentence
 
 BY_KEY = {column.key: column for column in COLUMNS}
-
-
-def printed(table: RenderableType) -> str:
-    """What a terminal of 80 columns shows; nothing in it is cut."""
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(table)
-    text = console.export_text()
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 80
-    return text
 
 
 @pytest.mark.parametrize(
