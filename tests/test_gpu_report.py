@@ -139,6 +139,13 @@ def test_the_page_shows_all_and_is_made_of_the_json_alone(report: dict[str, Any]
     assert "| overhead/tiny | done | tensorrt: EngineError: " in text
 
 
+def test_what_failed_and_what_was_noted_stands_in_every_comparison() -> None:
+    shown = ["- **tiny tensorrt failed**: out of memory", "- Note: The machine was busy", "- UNet step: Median"]
+    facts = {"markdown": "# tiny\n\n" + "\n".join(shown)}
+    lines = page.comparisons({"pieces": {name: {"facts": facts} for name in ("compare/tiny", "compare/small")}})
+    assert [lines.count(line) for line in shown] == [2, 2, 1]
+
+
 def test_a_target_that_cannot_run_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ready = registry.Availability("tensorrt-rtx", "1.7", True, True, "ready", "")

@@ -24,7 +24,6 @@ from sdkd.core.console import markdown_table
 from sdkd.core.files import read_json, write_bytes, write_json
 
 FOLDER = ROOT / "benchmarks" / "ablation-demo"
-ATTRIBUTES = ("shape", "colour", "background")
 
 
 @dataclass(frozen=True)
@@ -101,15 +100,15 @@ def trained(lessons: Lessons, student: str, variant: str, seed: int, settings: S
 def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one student and examine it: agreement with the teacher, and caption accuracy."""
     from sdkd.evaluate.agreement import noise_agreement
-    from sdkd.toyworld.reader import evaluate_captions
+    from sdkd.toyworld.reader import JUDGED, evaluate_captions
 
     pipe, done = trained(lessons, student, variant, seed, settings)
     agreement = noise_agreement(pipe, lessons.probe)
     found: dict[str, Any] = {"train_seconds": done.seconds, "last": done.history[-1]}
     found |= {"noise_mse": agreement.mean, "noise_mse_buckets": list(agreement.buckets)}
     for kind, scenes in lessons.scenes.items():
-        right = evaluate_captions(pipe, scenes, settings.sampling_steps, settings.guidance_scale)
-        found[kind] = {name: right.right[name] / right.count for name in ATTRIBUTES}
+        accuracy = evaluate_captions(pipe, scenes, settings.sampling_steps, settings.guidance_scale).accuracy
+        found[kind] = {name: accuracy[name] for name in JUDGED}
     return found
 
 
@@ -122,8 +121,9 @@ def series(students: list[str], seeds: list[int], settings: Settings) -> None:
             continue
         lessons = lessons or Lessons(settings)
         named = {"student": student, "variant": variant, "seed": seed, "settings": asdict(settings), "commit": commit()}
-        write_json(path, named | one_run(lessons, student, variant, seed, settings))
-        print(f"{student}, {variant}, seed {seed}: {read_json(path)['noise_mse']:.4f}", flush=True)
+        run = named | one_run(lessons, student, variant, seed, settings)
+        write_json(path, run)
+        print(f"{student}, {variant}, seed {seed}: {run['noise_mse']:.4f}", flush=True)
 
 
 def why(settings: Settings, student: str = "tiny", seed: int = 0) -> None:

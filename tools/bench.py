@@ -45,21 +45,21 @@ def full_size(name: str, folder: Path) -> Any:
     from sdkd.compare import Subject, compare
     from sdkd.compare.measure.environment import load_average
     from sdkd.core.console import progress
-    from sdkd.demo.run import DemoResult, wanted_engines
+    from sdkd.demo.run import wanted_engines
     from sdkd.targets.registry import availability
     from sdkd.workflow import prepare
 
-    load, model, plan = load_average(), f"random:{name}", DemoResult(folder.parent)
-    subjects = [Subject("eager fp32", model), *half_and_compiled(model, plan.skipped)]
+    load, model, skipped = load_average(), f"random:{name}", dict[str, str]()
+    subjects = [Subject("eager fp32", model), *half_and_compiled(model, skipped)]
     with progress(name) as shown:
-        for engines in wanted_engines(plan):
+        for engines in wanted_engines(skipped):
             if availability(engines.target.name).can_run:  # tools/bench_build.py builds the others
                 made = prepare(model, engines, folder, progress=shown)
                 label = f"{engines.target.name} {engines.precision}"
                 subjects.append(Subject(label, model, made.slot, engines.precision, made.bundle))
         return compare(
             subjects, prompts=["a lighthouse in a storm"], steps=2, runs=6, image_runs=1, min_seconds=1, isolate=True,
-            load_before=load, notes=[f"{left_out}: {why}" for left_out, why in plan.skipped.items()], progress=shown,
+            load_before=load, notes=[f"{left_out}: {why}" for left_out, why in skipped.items()], progress=shown,
         )  # fmt: skip
 
 

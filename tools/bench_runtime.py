@@ -85,7 +85,6 @@ def build(record: Record, piece: str, work: str, size: int, student: str, **_: A
     """Build what a piece compares, in this environment."""
     for slot in slots_of(piece):
         bundle_of(work, student, slot, size)
-    record.fact(built=slots_of(piece))
 
 
 def images(
@@ -97,7 +96,7 @@ def images(
     eager teacher to the student's engines. A slot: the student on it.
     """
     from sdkd.compare import Subject, compare
-    from sdkd.compare.measure.quality import likeness
+    from sdkd.compare.measure.quality import image_likeness
 
     every = [
         Subject(f"student, {slot}", student, slot, SLOTS[slot], bundle_of(work, student, slot, size, piece == "peer"))
@@ -114,10 +113,8 @@ def images(
         min_seconds=0.0, image_runs=rounds, baseline=base.label, isolate=True,
     )  # fmt: skip
     for row in report.to_json()["results"]:
-        label = row["label"]
-        close = likeness(report.images[label], report.images[base.label], base.label)
-        alone = piece == "teacher" or close.identical
-        record.row(**image_row(row, None if alone else close.psnr_mean_db))
+        (own,), (first,) = (report.images[label] for label in (row["label"], base.label))
+        record.row(**image_row(row, None if piece == "teacher" else image_likeness(own, first).psnr_db))
 
 
 def image_row(row: Mapping[str, Any], psnr_db: float | None) -> dict[str, Any]:
@@ -135,9 +132,7 @@ def image_row(row: Mapping[str, Any], psnr_db: float | None) -> dict[str, Any]:
         "image_faster": over("image_speedup"),
         "unet_faster": over("step_speedup"),
         "psnr_db": psnr_db,
-        "samples": {
-            name: row[name]["samples"] for name in ("image_s", "unet_step_ms", "text_encoder_ms", "vae_decode_ms")
-        },
+        "samples": {name: row[name]["samples"] for name in TIMED},
     }
 
 

@@ -73,7 +73,6 @@ class DemoResult:
     folder: Path
     report: Report | None = None
     reused: list[str] = field(default_factory=list)
-    built: list[tuple[str, str]] = field(default_factory=list)  # (model, slot), built and maybe not runnable here
     skipped: dict[str, str] = field(default_factory=dict)  # target -> why
 
 
@@ -187,15 +186,15 @@ def _keep_teacher_files(folder: Path) -> None:
         shutil.copytree(teacher_path() / part, folder / part)
 
 
-def wanted_engines(result: DemoResult) -> list[EnginePlan]:
-    """The engines that this machine can build; why not goes into `result.skipped`."""
+def wanted_engines(skipped: dict[str, str]) -> list[EnginePlan]:
+    """The engines that this machine can build; why not goes into `skipped`, by target."""
     wanted = []
     for target, precision in ENGINES:
         found = availability(target)
         if not found.can_build:
-            result.skipped[target] = f"{found.reason}; {found.fix}"
+            skipped[target] = f"{found.reason}; {found.fix}"
         elif target == "openvino" and precision not in cpu_precisions():
-            result.skipped[f"{target}-{precision}"] = f"this CPU has no {precision} units"
+            skipped[f"{target}-{precision}"] = f"this CPU has no {precision} units"
         else:
             wanted.append(plan_for_model(target, precision))
     return wanted
@@ -207,7 +206,7 @@ def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[S
     from sdkd.models.resolve import resolve
     from sdkd.workflow import prepare
 
-    engines = wanted_engines(result)
+    engines = wanted_engines(result.skipped)
     subjects, done, total = [], 0, len(engines) * len(MODELS)
     for name in MODELS:
         model = "demo" if name == "teacher" else str(folder / "models" / name)
@@ -226,7 +225,6 @@ def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[S
                 progress=part,
             )
             done += 1
-            result.built.append((name, made.slot))
             if not (made.exported or made.built):
                 result.reused.append(f"{made.slot} engine of {name}")
             if availability(target).can_run:

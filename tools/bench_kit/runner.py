@@ -21,6 +21,7 @@ from typing import Any
 
 from bench_kit.record import Record
 from bench_kit.results import ROOT
+from sdkd.core.child import ended_by
 from sdkd.core.files import read_json
 from sdkd.errors import InputError
 
@@ -167,7 +168,7 @@ def scrubbed(value: Any, places: Mapping[str, str]) -> Any:
 
 def ended(status: int, log: Path) -> str:
     """How a process ended, and the last that it printed."""
-    how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    how = f"ended {'by' if status < 0 else 'with'} {ended_by(status)}"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return "\n".join([how, *lines[-KEPT_LINES:]])
 

@@ -123,7 +123,7 @@ def comparisons(found: Json) -> list[str]:
     """The page of every comparison; what explains a column stands in the first one alone."""
     lines: list[str] = []
     for name, text in facts_of(found, "markdown"):
-        said = {line for line in lines if line.startswith("- ")}
+        said = {line for line in lines if line.startswith("- ") and not line.startswith(("- **", "- Note: "))}
         lines += [line for line in comparison_lines(text, (f"### {name}", "")) if line not in said]
         lines.append("")
     return lines[:-1]
