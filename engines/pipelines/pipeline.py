@@ -116,8 +116,9 @@ def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], h
     unknown = []
     for part, eager in kept.items() if how != "none" else ():
         for component in engine_names(bundle, slot, (part,)):
-            earlier = of_graph(getattr(pipe, part).session.checked.bundle, component) if eager is None else None
-            if not check_weights_of(part, earlier or of_module(eager), bundle, component, how):
+            engine = getattr(pipe, part)
+            given = of_graph(engine.session.checked.bundle, component) if eager is None else of_module(eager)
+            if not check_weights_of(part, given, bundle, component, how):
                 unknown.append(component)
     if unknown:
         log.warning("weights were not compared: bundle %s does not hold %s by name", bundle.path, ", ".join(unknown))

@@ -99,9 +99,9 @@ def check_resources(bundle: Bundle, requests: Sequence[Request], options: BuildO
     rooms = [("memory", {name: need.host for name, need in needs.items()}, free_memory(cap))]
     if requests[0].target == "tensorrt" and gpu():
         rooms.append(("GPU memory", {name: need.gpu for name, need in needs.items()}, free_gpu_memory(cap)))
+    advice = "close other programs, narrow --size and --batch, or leave it out of --components"
     for kind, wanted, free in rooms:
         most = max(wanted, key=wanted.__getitem__)
-        advice = "close other programs, narrow --size and --batch, or leave it out of --components"
         check_room(f"the builds, {most} most of all,", kind, wanted[most], free, advice)
     disk = sum(need.disk for need in needs.values())
     free = shutil.disk_usage(bundle.path).free
