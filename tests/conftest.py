@@ -33,11 +33,10 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that begin with `test_gpu_` as `gpu`; skip those marked so where torch sees no CUDA device."""
-    for item in items:
-        if item.name.startswith("test_gpu_"):
-            item.add_marker("gpu")
-    marked = [item for item in items if item.get_closest_marker("gpu")]
+    """Mark tests that begin with `test_gpu_` as `gpu`; skip them where torch sees no CUDA device."""
+    marked = [item for item in items if item.name.startswith("test_gpu_")]
+    for item in marked:
+        item.add_marker("gpu")
     if not marked:
         return
     import torch

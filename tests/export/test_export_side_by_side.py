@@ -12,8 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from helpers import fixed_weights
 from small_exports import ONE_LEVEL, small_pipeline
 
 from export import export_pipeline, side_by_side
@@ -35,9 +33,8 @@ def _two_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A one-level pipeline in a folder."""
-    pipe, folder = small_pipeline(), tmp_path_factory.mktemp("model")
-    pipe.unet = fixed_weights(UNet2DConditionModel(**ONE_LEVEL))
-    pipe.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("model")
+    small_pipeline(**ONE_LEVEL).save_pretrained(folder)
     return folder
 
 

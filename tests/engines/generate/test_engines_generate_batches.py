@@ -84,6 +84,7 @@ def test_engines_draw_as_many_as_they_were_built_for(
     assert "images 1 to 2 of 5" in result.output
     same_images(out, alone)
     result = run(engine_bundle, *words, tmp_path / "free", "--steps", 1, "--guidance-scale", 1)
+    assert result.exit_code == 0, result.exception
     assert "images 1 to 4 of 5" in result.output
 
 

@@ -25,8 +25,6 @@ from sdkd.errors import EngineError, InputError, ModelError
 from sdkd.students.blocks import build_student
 from sdkd.targets import ort_attention as onnx_attention
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from drawn import differ, draw
 
-import engines.sessions.low_memory as memory
+import engines.sessions.low_memory as low_memory
 from engines import load_pipeline, plug, swap_weights
 from engines.sessions.low_memory import StagedSession, check_memory, needed
 from sdkd.bundle.manifest import Bundle
@@ -90,7 +90,7 @@ def test_short_memory_is_said_before_anything_is_opened(
     least, most = (needed(bundle, "onnxruntime", COMPONENTS, name) for name in ("min", "max"))
     in_turn = max(needed(bundle, "onnxruntime", group, "min") for group in (("unet",), COMPONENTS[2:]))
     assert in_turn < least < most
-    monkeypatch.setattr(memory, "free_memory", lambda: least - 1)
+    monkeypatch.setattr(low_memory, "free_memory", lambda: least - 1)
     with pytest.raises(
         EngineError,
         match=r"the onnxruntime engines of '.*' need about [\d.]+ MB of memory, and [\d.]+ MB are free: "
@@ -100,10 +100,10 @@ def test_short_memory_is_said_before_anything_is_opened(
     assert not caplog.records
     with caplog.at_level(logging.WARNING, logger="engines"):
         check_memory(bundle, "onnxruntime", COMPONENTS, "cpu", low_memory=True)
-    monkeypatch.setattr(memory, "free_memory", lambda: in_turn - 1)
+    monkeypatch.setattr(low_memory, "free_memory", lambda: in_turn - 1)
     with pytest.raises(EngineError, match=r"are free: close other programs$"):
         load_pipeline(engine_bundle, "onnxruntime", low_memory=True)
-    monkeypatch.setattr(memory, "free_memory", lambda: most - 1)
+    monkeypatch.setattr(low_memory, "free_memory", lambda: most - 1)
     caplog.clear()
     check_memory(bundle, "onnxruntime", COMPONENTS, "cpu", low_memory=False)
     assert ["at their largest sizes" in record.getMessage() for record in caplog.records] == [True]

@@ -63,10 +63,6 @@ def _built(bundle: Bundle, slot: str) -> dict[str, EngineRecord]:
     return {name: bundle.engine(slot, name) for name in bundle.manifest.components}
 
 
-def _messages(into: list[str]) -> Any:
-    return lambda message, fraction: into.append(message)
-
-
 WIDE = Range(32, 32, 64)
 
 

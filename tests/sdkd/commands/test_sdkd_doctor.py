@@ -91,7 +91,6 @@ def test_without_a_gpu() -> None:
         assert found.fix
 
 
-@pytest.mark.gpu
 def test_gpu_driver_and_timing_cache() -> None:
     version, runs = driver_version(), driver_cuda()
     assert version

@@ -51,7 +51,6 @@ def test_without_a_gpu_a_plan_is_built_and_the_librarys_words_are_kept() -> None
     assert "cudaError 35" in alone.message
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
 def test_gpu_a_small_engine_tells_whether_a_target_runs_here(target: str) -> None:
     if not availability(target).version:

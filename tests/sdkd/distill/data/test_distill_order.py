@@ -5,15 +5,12 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
-from typing import Any
 
-import helpers
 import pytest
 import torch
 from PIL import Image
-from training_runs import RUN
+from training_runs import trained, trainer
 
-from sdkd.distill import TrainConfig, TrainResult, train
 from sdkd.distill.data.opening import open_images
 from sdkd.distill.data.order import (
     WINDOW,
@@ -26,9 +23,7 @@ from sdkd.distill.data.order import (
     generator_at,
     view_generator,
 )
-from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError
-from sdkd.students.blocks import build_student
 
 
 def test_every_image_comes_once_a_pass_in_a_new_order() -> None:
@@ -120,19 +115,12 @@ def test_training_from_tar_shards(tmp_path: Path) -> None:
                     member = tarfile.TarInfo(f"{index:04d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    done, trainer = trained(open_images(tmp_path), latents="online")
-    assert isinstance(trainer.batches.order, Sharded)
-    first = [trainer.batches.order.index(place) for place in range(6)]
+    done, made = trained(open_images(tmp_path), latents="online"), trainer(data=open_images(tmp_path), latents="online")
+    made.close()
+    assert isinstance(made.batches.order, Sharded)
+    first = [made.batches.order.index(place) for place in range(6)]
     assert sorted(first) == list(range(6))
     assert (done.images, len(done.history)) == (6, 2)
-
-
-def trained(data: Any, **settings: Any) -> tuple[TrainResult, Trainer]:
-    """A run of a student, and a trainer of the same."""
-    pipe, config = helpers.tiny_pipeline(), TrainConfig(**(RUN | settings))
-    trainer = Trainer(pipe, build_student(pipe.unet, "tiny"), data, config)
-    trainer.close()
-    return train(pipe, build_student(pipe.unet, "tiny"), data, config), trainer
 
 
 def test_buckets_batch_equal_shapes_also_where_an_unreadable_image_is_replaced(tmp_path: Path) -> None:
@@ -142,13 +130,11 @@ def test_buckets_batch_equal_shapes_also_where_an_unreadable_image_is_replaced(t
         (tmp_path / f"{index:03d}.txt").write_text(f"number {index}")
     whole = (tmp_path / "010.png").read_bytes()
     (tmp_path / "010.png").write_bytes(whole[: len(whole) // 2])  # the header is there, the pixels are not
-    pipe = helpers.tiny_pipeline()
-    config = TrainConfig(**(RUN | {"steps": 51, "resolution": 192}), buckets=True, flip=True)
-    trainer = Trainer(pipe, build_student(pipe.unet, "tiny"), open_images(tmp_path), config)
-    shapes = {tuple(trainer.batches.next().latents.shape[2:]) for _ in range(51)}
-    trainer.close()
+    made = trainer(data=open_images(tmp_path), steps=51, resolution=192, buckets=True, flip=True)
+    shapes = {tuple(made.batches.next().latents.shape[2:]) for _ in range(51)}
+    made.close()
     assert shapes == {(24, 24), (16, 32), (32, 16)}
-    assert list(trainer.batches.samples.unreadable) == [10]
-    assert "010.png' cannot be read" in trainer.batches.samples.unreadable[10]
+    assert list(made.batches.samples.unreadable) == [10]
+    assert "010.png' cannot be read" in made.batches.samples.unreadable[10]
     with pytest.raises(InputError, match="buckets need the sizes of all images"):
         trained([{"image": None, "caption": ""}], buckets=True)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import training_runs
+from PIL import Image
 from safetensors.torch import load_file
-from training_runs import losses, same, sdkd, teacher, weights
+from training_runs import losses, pictures, same, sdkd, teacher, weights
 
 from engines import plug
 from sdkd.distill.training.checkpoint import checkpoints
@@ -56,7 +57,7 @@ def test_a_finished_run_goes_on_bit_for_bit(work: Path, tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_a_finished_run_says_so_and_stays(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_says_so_and_stays(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(work / "run", out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -97,7 +98,9 @@ def test_other_data_or_another_teacher_is_refused_and_the_way_on_works(
     shutil.copytree(work / "run", out)
     if changed == "teacher":
         write_pipeline(helpers.tiny_pipeline(7), tmp_path / "teacher")
-    other = {"data": "demo"} if changed == "data" else {"model": tmp_path / "teacher"}
+    shutil.copytree(pictures(), tmp_path / "data")
+    Image.new("RGB", (80, 64), "white").save(tmp_path / "data" / "lime.png")  # as many, with the same captions
+    other = {"data": tmp_path / "data"} if changed == "data" else {"model": tmp_path / "teacher"}
     for steps in (2, 4):
         with pytest.raises(InputError, match=f"was trained with (other|another) {changed}: give") as found:
             run(job(work, out, steps=steps, ema=0.5, resume="auto", **other))

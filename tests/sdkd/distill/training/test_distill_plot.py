@@ -50,7 +50,7 @@ def test_page_holds_every_quantity_and_picture_of_a_log_cut_at_its_end(tmp_path:
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
-def test_curves_are_the_records(tmp_path: Path) -> None:
+def test_charts_are_of_what_the_log_holds(tmp_path: Path) -> None:
     alone = {key: RECORDS[0][key] for key in ("step", "loss/total", "loss/feature/up_blocks.0", "seconds")}
     found = dict(charts([alone]))
     assert [*found] == ["Losses", "Feature KD of each pair"]

@@ -19,7 +19,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image, ImageDraw
 from small_exports import ONE_LEVEL
 from torch.nn.parallel import DistributedDataParallel
-from training_runs import RUN, same, trainer, weights
+from training_runs import RUN, same, trained, trainer, weights
 
 from sdkd.distill import TrainConfig, TrainResult, train
 from sdkd.distill.data.latents import encode_images
@@ -45,9 +45,7 @@ def images(count: int = 8) -> list[dict[str, Any]]:
 def run(
     pipe: StableDiffusionPipeline | None = None, folder: Path | None = None, data: Any = None, **settings: Any
 ) -> TrainResult:
-    pipe = pipe or helpers.tiny_pipeline()
-    config = TrainConfig(**(RUN | settings))
-    return train(pipe, build_student(pipe.unet, config.student), data or images(), config, folder=folder)
+    return trained(data or images(), pipe, folder, **settings)
 
 
 def test_a_run_trains_the_student_alone_and_logs_every_loss_and_pair(tmp_path: Path) -> None:
@@ -294,8 +292,7 @@ def test_weights_and_pairs_default_to_the_students() -> None:
     assert TrainConfig(student="tiny", pairs="bk-sdm").to_json()["pairs"] == "bk-sdm"
 
 
-@pytest.mark.gpu
-def test_half_precision_on_a_gpu() -> None:
+def test_gpu_half_precision_trains() -> None:
     for precision in ("fp16", "bf16"):
         history = run(steps=20, precision=precision, device="cuda", learning_rate=1e-3, log_every=5).history
         assert history[-1]["loss/total"] < history[0]["loss/total"]
