@@ -14,6 +14,7 @@ from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
 from sdkd.core.console import Progress, progress, show, show_json, table, within
 from sdkd.core.contract import COMPONENTS, check_components, size_multiple
 from sdkd.errors import InputError, OutputExistsError
+from sdkd.models.generation import FORM, Generation, parse_generation
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
 from sdkd.targets.plan import EnginePlan, plan_for_model
@@ -48,6 +49,9 @@ def build_engine(
         typer.Option(help="GPU generations of a tensorrt-rtx plan: 8.6,8.9 or current; default: 8.0 and later."),
     ] = None,
     memory_cap_gb: Annotated[float | None, typer.Option(help="GiB that the build may take; more is an error.")] = None,
+    run_with: Annotated[
+        str | None, typer.Option(help=f"How it was made to be run, if its files do not say: {FORM}.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle at the output.")] = False,
@@ -76,9 +80,10 @@ def build_engine(
     profiles = [parse_profile(text, typed) for text in profile or ()] or [typed]
     plan = _check_wish(source, target, precision, profiles, options)
     check_components(parts)
+    generation = None if run_with is None else parse_generation(run_with)
     with progress(f"build-engine {target}") as step:
         start = 0.0 if isinstance(source, BundleSource) else 0.5
-        path = _bundle(source, output, plan, overwrite, within(step, 0.0, 0.5))
+        path = _bundle(source, output, plan, generation, overwrite, within(step, 0.0, 0.5))
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
         wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
@@ -113,9 +118,21 @@ def _check_wish(
     return plan
 
 
-def _bundle(source: ModelSource, output: Path | None, plan: EnginePlan, overwrite: bool, step: Progress) -> Path:
+def _bundle(
+    source: ModelSource,
+    output: Path | None,
+    plan: EnginePlan,
+    generation: Generation | None,
+    overwrite: bool,
+    step: Progress,
+) -> Path:
     """The bundle that is meant, exported first when MODEL is none."""
     if isinstance(source, BundleSource):
+        if generation not in (None, source.generation):
+            raise InputError(
+                f"{source.name!r} is a bundle already, which says how it is to be run "
+                f"({source.generation or 'as most models'}): export its model again with --run-with"
+            )
         if output and output.resolve() != source.bundle.path.resolve():
             raise InputError(
                 f"{source.name!r} is a bundle already, engines go into it: leave out --output {str(output)!r}"
@@ -123,20 +140,21 @@ def _bundle(source: ModelSource, output: Path | None, plan: EnginePlan, overwrit
         return source.bundle.path
     path = output or ARTIFACTS / default_name(source.name)
     if not overwrite and (path / MANIFEST).is_file():
-        _check_same(source, path, plan)
+        _check_same(source, path, plan, generation)
         step("ONNX is fresh, reused", 1.0)
         return path
     from export.pipeline import export_pipeline
 
-    export_pipeline(source, path, precision=plan.onnx, target=plan.target.name, overwrite=overwrite, progress=step)
+    wanted: dict[str, Any] = {"precision": plan.onnx, "target": plan.target.name, "generation": generation}
+    export_pipeline(source, path, **wanted, overwrite=overwrite, progress=step)
     return path
 
 
-def _check_same(source: ModelSource, path: Path, plan: EnginePlan) -> None:
+def _check_same(source: ModelSource, path: Path, plan: EnginePlan, generation: Generation | None) -> None:
     """OutputExistsError, with every reason, unless the bundle at `path` is what an export would make now."""
     from export.pipeline import export_reasons
 
-    if reasons := export_reasons(Bundle.open(path), source, plan):
+    if reasons := export_reasons(Bundle.open(path), source, plan, generation=generation):
         raise OutputExistsError(
             f"output {str(path)!r} holds a bundle of {'; '.join(reasons)}: choose another --output or pass --overwrite"
         )

@@ -11,6 +11,7 @@ from sdkd.bundle.manifest import Bundle, ComponentRecord
 from sdkd.core.console import progress, show, show_json, table
 from sdkd.core.profiles import Range, ShapeRanges, parse_size
 from sdkd.errors import InputError
+from sdkd.models.generation import FORM, parse_generation
 
 COLUMNS = ("component", "opset", "nodes", "parameters", "MB", "max error", "seconds")
 
@@ -30,6 +31,9 @@ def export(
     size: Annotated[str | None, typer.Option(help="With --static: pixels, 512 or 512x768 (height x width).")] = None,
     batch: Annotated[int | None, typer.Option(help="With --static: images; the UNet takes twice as many.")] = None,
     tokens: Annotated[int | None, typer.Option(help="With --static: tokens that reach the UNet.")] = None,
+    run_with: Annotated[
+        str | None, typer.Option(help=f"How it was made to be run, if its files do not say: {FORM}.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="What the graphs are for: older TensorRT parses opset 18.")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23; default: the best of each part.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare every graph with PyTorch, look for overflow.")] = True,
@@ -53,6 +57,7 @@ def export(
             hidden_states=hidden_states,
             keep_float=tuple(name for group in keep_float or () for name in group.split(",") if name),
             static=static_ranges(static, size, batch, tokens),
+            generation=None if run_with is None else parse_generation(run_with),
             verify=verify,
             overwrite=overwrite,
             progress=step,

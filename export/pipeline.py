@@ -16,6 +16,7 @@ from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS, check_components, check_precision
 from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
+from sdkd.models.generation import Generation, entry
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
 from sdkd.targets.plan import EnginePlan
@@ -39,6 +40,7 @@ def export_pipeline(
     hidden_states: bool = False,
     keep_float: Sequence[str] = (),
     static: ShapeRanges | None = None,
+    generation: Generation | None = None,
     verify: bool = True,
     overwrite: bool = False,
     reuse: Sequence[str | Path] = (),
@@ -54,6 +56,8 @@ def export_pipeline(
     and of a ControlNetModel, for which the UNet gets inputs. `hidden_states` gives the text encoder one output per
     layer, for clip_skip. `keep_float` names blocks to compute in float32, `vae_decoder.decoder.up_blocks.3` for one;
     in fp16, blocks whose activations overflow are found and kept so by themselves. `static` fixes all shapes.
+    `generation`: the steps, guidance scale and scheduler that the model was made for, where its own files do not say;
+    the manifest keeps them, and the bundle's scheduler is that one.
     `verify=False` skips the comparison and the search for overflow, and the manifest says so (parity null). `reuse`
     names bundles whose components are copied where weights, options and library versions are the same: a student's text
     encoder and VAE are its teacher's.
@@ -78,11 +82,13 @@ def export_pipeline(
     with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options)
+        source.generation = generation or source.generation
         names = tuple(name for name in source.components if components is None or name in components)
         source.check(names)
         source.write_rest(folder)
         records = export_components(source, names, options, versions(), folder, progress)
-        about = {**source.about, "sha256": {name: record.source_sha256 for name, record in records.items()}}
+        hashes = {name: record.source_sha256 for name, record in records.items()}
+        about = {**source.about, **entry(source.generation), "sha256": hashes}
         Bundle(folder, Manifest(about, versions(), records)).with_rest().save()
         progress("exported", 1.0)
     return Bundle.open(path)
@@ -94,16 +100,23 @@ def versions() -> dict[str, str]:
 
 
 def export_reasons(
-    bundle: Bundle, source: ModelSource, plan: EnginePlan, components: Sequence[str] = BASE_COMPONENTS
+    bundle: Bundle,
+    source: ModelSource,
+    plan: EnginePlan,
+    components: Sequence[str] = BASE_COMPONENTS,
+    generation: Generation | None = None,
 ) -> list[str]:
     """How a bundle differs from what an export of the model would be now, in words: weights, precision, opset,
-    libraries; empty when it can be used again.
+    libraries, how it is to be run; empty when it can be used again.
     """
     digests, records = source.digests, bundle.manifest.components
     changed = [name for name in components if name not in records or records[name].source_sha256 != digests.get(name)]
     reasons = [f"other weights ({', '.join(changed)})"] if changed else []
     if "unet" in components and "unet" in records and (found := records["unet"].precision) != plan.onnx:
         reasons.append(f"precision {found}, not {plan.onnx}")
+    wanted, run = generation or source.generation, resolve(bundle.path).generation
+    if wanted not in (None, run):  # what only the bundle says was told to its export, and stays
+        reasons.append(f"a model to run with {run or 'any settings'}, not {wanted}")
     for name, record in records.items():  # an older TensorRT does not parse the attention of newer opsets
         if record.opset > (latest := choose_opset(name, None, plan.target.name)):
             reasons.append(f"{name} in opset {record.opset}, later than {latest}")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,9 @@ from sdkd.errors import InputError, ModelError, an
 from sdkd.models.diffusers_folder import quiet_libraries, write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, module_config
 from sdkd.models.families import EXPORTED, check_exported
+from sdkd.models.generation import Generation, implied
 from sdkd.models.resolve import Model, load_component, load_rest, resolve
-from sdkd.models.schedulers import check_schedule
+from sdkd.models.schedulers import check_schedule, use_scheduler
 from sdkd.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Source:
     model: ModelSource | None = None
     dtype: torch.dtype = torch.float32
     replaced: Mapping[str, str] = field(default_factory=dict)  # part -> folder or hub id
+    generation: Generation | None = None  # how the model is to be run, where that is known
     digests: Mapping[str, str] = field(default_factory=dict)
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _hashed: dict[str, str] = field(default_factory=dict)
@@ -113,8 +116,15 @@ class Source:
         return self._hashed[component]
 
     def write_rest(self, folder: Path) -> None:
-        """What runs beside the graphs, as diffusers writes it: model_index.json, scheduler, tokenizer."""
+        """What runs beside the graphs, as diffusers writes it: model_index.json, scheduler, tokenizer.
+
+        The scheduler is the one that the model is to be run with.
+        """
         index = json.loads(self.rest.to_json_string())
+        sides = SimpleNamespace(**{side: getattr(self.rest, side, None) for side in SIDE_PARTS})
+        if self.generation is not None and sides.scheduler is not None:
+            use_scheduler(sides, self.generation.scheduler)
+            index["scheduler"] = ["diffusers", type(sides.scheduler).__name__]
         index.pop("_name_or_path", None)  # a path of this machine
         for part, name in self.replaced.items():
             index[part] = ["diffusers", replacement_class(part, name)]
@@ -122,8 +132,8 @@ class Source:
             index["_class_name"] = CONTROLNET_PIPELINE
         index |= {part: [None, None] for part in ABSENT_PARTS if part in index}
         write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
-        for side in SIDE_PARTS:
-            if (found := getattr(self.rest, side, None)) is not None:
+        for side, found in vars(sides).items():
+            if found is not None:
                 found.save_pretrained(folder / side)
         write_tokenizer_files(getattr(self.rest, "tokenizer", None), folder / "tokenizer")  # for Optimum
 
@@ -145,14 +155,16 @@ def open_source(
     if not isinstance(model, str | Path | ModelSource):
         check_parts(model, replaced, f"this {type(model).__name__}")
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
-        return Source(about, model, replaced=replaced, dtype=dtype)
+        unet, scheduler = getattr(model, "unet", None), type(getattr(model, "scheduler", None)).__name__
+        told = implied({} if unet is None else unet.config, scheduler, type(model).__name__)
+        return Source(about, model, replaced=replaced, dtype=dtype, generation=told)
     found = resolve(model)
     name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file", "checkpoint") else found.name
     about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
     about |= {"notes": list(found.notes)} if found.notes else {}
     rest = load_rest(found)
     check_parts(rest, replaced, f"model {found.name!r}")
-    return Source(about, rest, found, dtype, replaced, digests or found.digests)
+    return Source(about, rest, found, dtype, replaced, found.generation, digests or found.digests)
 
 
 def check_parts(pipe: Any, replaced: Container[str], where: str) -> None:

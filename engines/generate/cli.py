@@ -31,9 +31,10 @@ from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.profiles import ShapeRanges, parse_size
 from sdkd.core.text_files import prompt_lines, typed_text
 from sdkd.errors import InputError
+from sdkd.models.generation import USUAL, Generation, said, warnings
 from sdkd.models.kinds import BundleSource
 from sdkd.models.resolve import Model, load_eager, resolve
-from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, set_scheduler
+from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, use_scheduler
 from sdkd.models.source import ModelSource
 from sdkd.targets.registry import check_target
 
@@ -52,8 +53,12 @@ def generate(
     target: Annotated[
         str | None, typer.Option(help="A target of the bundle, or `eager`; default: the best that runs here.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 or less turns guidance off.")] = 7.5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; default: what the model was made for, else 25.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0.0, help="1 or less: no guidance; default: the model's, else 7.5.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next ones count up.")] = 0,
     size: Annotated[
         str | None, typer.Option(help="Pixels: 512, or height x width as 512x768; default: the model's own.")
@@ -102,7 +107,8 @@ def generate(
         scheduler_class(scheduler)
     source = resolve(model)
     check_bundle_size(source, wanted)
-    check_inputs(source, target, inputs, steps)
+    asked = steps, guidance_scale, scheduler
+    check_inputs(source, target, inputs, asked)
     slot = choose_target(source, target, control=control is not None)
     if num_processes > 1:
         start_processes(num_processes, slot, files, prompts, texts)
@@ -111,17 +117,18 @@ def generate(
     with main_progress("load", state) as report:
         report(model, None)
         pipe, used = load(source, slot, control=control is not None, low_memory=low_memory)
-    if scheduler is not None:
-        set_scheduler(pipe, scheduler)
-    check_steps(pipe.scheduler, steps)
+    run = drawn_with(source, asked)
+    use_scheduler(pipe, run.scheduler)
+    check_steps(pipe.scheduler, run.steps)
     height, width = wanted or default_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
     kind = find_kind(model, int(pipe.unet.config.in_channels), inputs)
-    inputs, lines = resized(with_defaults(inputs, kind, steps), height, width)
+    inputs, lines = resized(with_defaults(inputs, kind, run.steps), height, width)
     unwanted = negative_prompt and typed_text(negative_prompt)
     parts, long = reading(pipe, [*texts, unwanted or ""], height, width)
-    request = Request(texts, unwanted, height, width, steps, guidance_scale, seed, len(files), kind, inputs, parts)
-    for line in (*lines, *long) if state.is_main_process else ():
+    numbers = run.steps, run.guidance_scale, seed, len(files)
+    request = Request(texts, unwanted, height, width, *numbers, kind, inputs, parts)
+    for line in (*how_it_runs(source, run, unwanted), *lines, *long) if state.is_main_process else ():
         show(line)
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
@@ -192,12 +199,28 @@ def start_processes(
         write_metadata(files, [texts[index % len(texts)] for index in range(len(files))])
 
 
-def check_inputs(source: ModelSource, target: str | None, inputs: Inputs, steps: int) -> None:
+Asked = tuple[int | None, float | None, str | None]
+"""Steps, guidance scale and scheduler as options give them; None: what the model was made for."""
+
+
+def drawn_with(source: ModelSource, asked: Asked) -> Generation:
+    """The steps, guidance scale and scheduler of a request: as asked, else the model's, else the usual ones."""
+    return (source.generation or USUAL).with_asked(*asked)
+
+
+def how_it_runs(source: ModelSource, run: Generation, unwanted: str | None) -> list[str]:
+    """What the model was made for, and what is poor about drawing with other settings; a line each."""
+    made, embedded = source.generation, source.unet_config.get("time_cond_proj_dim") is not None
+    line = said(made, run)
+    return [*([line] if line else []), *warnings(made, run, embedded=embedded, negative=unwanted)]
+
+
+def check_inputs(source: ModelSource, target: str | None, inputs: Inputs, asked: Asked) -> None:
     """InputError, before anything is loaded, when a model cannot draw from the images that are given."""
     check_control(source, target, inputs)
     channels = known_channels(source)
     if channels is not None:
-        with_defaults(inputs, find_kind(source.name, channels, inputs), steps)
+        with_defaults(inputs, find_kind(source.name, channels, inputs), drawn_with(source, asked).steps)
 
 
 def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:

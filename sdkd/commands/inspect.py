@@ -14,6 +14,8 @@ from sdkd.core.console import show, show_json, styled, table
 from sdkd.core.contract import Contract
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError, MissingExtraError, SdkdError
+from sdkd.models.generation import Generation
+from sdkd.models.resolve import resolve
 from sdkd.targets.registry import environment
 
 MB = 1e6
@@ -29,6 +31,7 @@ def examine(bundle: Bundle, hashes: bool = True, layers: bool = False) -> dict[s
     return {
         "path": str(bundle.path),
         "source": dict(manifest.source),
+        "generation": None if (made := resolve(bundle.path).generation) is None else made.to_json(),
         "versions": dict(manifest.versions),
         "files": None if manifest.files is None else len(manifest.files),
         "components": [_component(bundle, record, hashes) for record in manifest.components.values()],
@@ -240,6 +243,8 @@ def inspect(
         source = found["source"]
         random = ", random weights" if source.get("random_weights") else ""
         show(styled(f"{found['path']}: {source.get('model', 'unknown model')}{random}", "bold"))
+        if made := found["generation"]:
+            show(f"made to be run with {Generation.from_json(made)}")
         show(*_short(found), *(_details(found) if details else []))
         if found["files"] is None:
             show(

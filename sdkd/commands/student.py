@@ -13,6 +13,7 @@ from sdkd.core.console import progress, show, show_json, table
 from sdkd.core.files import check_free, new_folder
 from sdkd.core.interrupts import between_steps
 from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.generation import entry
 from sdkd.models.resolve import load_eager, resolve
 from sdkd.students.blocks import (
     build_student,
@@ -140,7 +141,7 @@ def student(
             found = {"teacher": source.name, "output": str(output), **report(pipe.unet.config, spec.name)}
             step("saving", 0.8)
             about = {"teacher": source.name, "student": spec.name, "random_weights": source.random_weights, "steps": 0}
-            write_pipeline(pipe, partial, unet=unet, about=about)
+            write_pipeline(pipe, partial, unet=unet, about=about | entry(source.generation))
             check()
     if json:
         show_json(found)

@@ -15,6 +15,7 @@ from sdkd.core.numbers import config_problem
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.clip_tokenizer import bounded
 from sdkd.models.families import CLASSES, HEAVY, empty
+from sdkd.models.generation import Generation
 from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder
 from sdkd.models.safetensors_file import fill, folder_tensors, matched, weight_files
 
@@ -49,6 +50,7 @@ class _About(TypedDict):
     student: NotRequired[str]
     base: NotRequired[str]
     random_weights: NotRequired[bool]
+    generation: NotRequired[Generation]
 
 
 def provenance(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from sdkd.models.diffusers_folder import (
     quiet_libraries,
 )
 from sdkd.models.families import HEAVY
+from sdkd.models.generation import Generation, noted
 from sdkd.models.random_weights import RandomModel
 from sdkd.models.source import Kind, ModelSource, Part, as_model_error
 from sdkd.students.blocks import full_config
@@ -48,6 +49,11 @@ class FolderSource(ModelSource):
         """Where the files are."""
         assert self.path is not None
         return self.path
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """As the base class says."""
+        return dict(read_json(self.folder / "model_index.json"))
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -128,6 +134,11 @@ class HubSource(FolderSource):
         """The folder in the cache."""
         return FolderSource(self.name, self.folder)
 
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """As the base class says; empty before the model was fetched."""
+        return self.original.provenance if self.here else {}
+
 
 @dataclass(frozen=True)
 class BundleSource(ModelSource):
@@ -143,6 +154,22 @@ class BundleSource(ModelSource):
         """The bundle, as it was when it was first asked for."""
         assert self.path is not None
         return Bundle.open(self.path)
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What its manifest says of the model that it was exported from."""
+        return self.bundle.manifest.source
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """As the base class says."""
+        return self.bundle.json("model_index.json") if (self.bundle.path / "model_index.json").is_file() else {}
+
+    @cached_property
+    def generation(self) -> Generation | None:
+        """As the base class says; without a UNet only what is noted."""
+        has_unet = "unet" in self.bundle.manifest.components
+        return super().generation if has_unet else noted(self.provenance, f"bundle {self.name!r}")
 
     @property
     def digests(self) -> dict[str, str]:
@@ -244,6 +271,16 @@ class CheckpointSource(ModelSource):
     def digests(self) -> dict[str, str]:
         """As the base class says."""
         return self.base.digests | {"unet": component_digest(self._unet)}
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """As the base class says, of its base."""
+        return self.base.index
+
+    @cached_property
+    def generation(self) -> Generation | None:
+        """As the base class says; its base's, where its own run noted nothing."""
+        return super().generation or self.base.generation
 
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part, the UNet's the checkpoint's own."""

@@ -24,6 +24,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 # What a class must take to know this noise schedule, and marks of those that take it and draw nothing from a prompt.
@@ -58,6 +59,12 @@ def scheduler_class(name: str) -> Any:
 def set_scheduler(pipe: Any, name: str) -> None:
     """Swap the scheduler for another, same noise schedule; raises what `scheduler_class` raises."""
     pipe.scheduler = scheduler_like(pipe.scheduler, scheduler_class(name))
+
+
+def use_scheduler(pipe: Any, name: str | None) -> None:
+    """As `set_scheduler`, where the pipeline does not have a scheduler of that class yet; None changes nothing."""
+    if name is not None and type(pipe.scheduler) is not scheduler_class(name):
+        set_scheduler(pipe, name)
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from sdkd.core.contract import native_size, vae_scale
 from sdkd.errors import ModelError
 from sdkd.models.diffusers_folder import provenance
+from sdkd.models.generation import Generation, implied, noted
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,19 @@ class ModelSource(ABC):
     def provenance(self) -> Mapping[str, Any]:
         """What sdkd noted beside a model that it made; empty for other models."""
         return provenance(self.path) if self.path is not None and self.path.is_dir() else {}
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """Its model_index.json, which names the classes of pipeline and parts; empty where it has none."""
+        return {}
+
+    @cached_property
+    def generation(self) -> Generation | None:
+        """How it was made to be run, as a note or its configs tell; None where nothing does, as for most models."""
+        index = self.index
+        if found := noted(self.provenance, f"{self.kind} {self.name!r}"):
+            return found
+        return implied(self.unet_config, (*(index.get("scheduler") or ()), None, None)[1], index.get("_class_name"))
 
     @property
     @abstractmethod

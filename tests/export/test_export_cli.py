@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from export.cli import export, notes, summary
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import InputError, OutputExistsError
+from sdkd.models.generation import Generation
+from sdkd.models.resolve import resolve
 
 runner = CliRunner()
 app = typer.Typer()
@@ -43,6 +45,7 @@ def test_json_alone_is_on_standard_output_with_units_in_the_names(model: Path, t
 
 def test_the_table_says_when_nothing_was_checked_and_what_comes_next(model: Path, tmp_path: Path) -> None:
     words = [str(model), str(tmp_path / "b"), "--components", "text_encoder", "--no-verify", "--opset", "22"]
+    words += ["--run-with", "steps=2,guidance=1,scheduler=tcd"]
     result = runner.invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0
     assert "Not compared with PyTorch" in result.stdout
@@ -52,6 +55,7 @@ def test_the_table_says_when_nothing_was_checked_and_what_comes_next(model: Path
     assert "38,816" in row
     assert json.loads((tmp_path / "b" / "bundle.json").read_text())["components"]["text_encoder"]["parity"] is None
     assert Bundle.open(tmp_path / "b").component("text_encoder").parity is None
+    assert resolve(tmp_path / "b").generation == Generation(2, 1.0, "TCDScheduler")
 
 
 def test_the_summary_has_every_component_and_its_error() -> None:

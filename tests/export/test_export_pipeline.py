@@ -14,14 +14,17 @@ from diffusers import AsymmetricAutoencoderKL, ConsistencyDecoderVAE
 from helpers import tiny_pipeline
 from small_exports import bundle_copy, small_bundle, small_pipeline
 
+from engines.pipelines.pipeline import bundle_scheduler
 from export import export_pipeline
 from export.component import ExportOptions, reusable
 from export.pipeline import export_reasons, versions
 from export.source import open_source, state_digest
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.contract import BASE_COMPONENTS, component_contract
-from sdkd.core.files import lock, read_json
+from sdkd.core.files import lock, read_json, write_json
 from sdkd.errors import BusyError, InputError, ModelError, OutputExistsError, ValuesError
+from sdkd.models.diffusers_folder import PROVENANCE
+from sdkd.models.generation import FEW_STEPS, Generation, entry
 from sdkd.models.resolve import load_eager, resolve
 from sdkd.targets.plan import plan_for_model
 
@@ -255,4 +258,24 @@ def test_every_reason_not_to_use_a_bundle_again_is_given(tmp_path: Path) -> None
         "precision fp16, not fp32",
         "unet in opset 24, later than 23",
         f"torch 2.0, here it is {versions()['torch']}",
+    ]
+    write_json(tmp_path / "model" / PROVENANCE, entry(FEW_STEPS))
+    source = resolve(tmp_path / "model")
+    assert reasons() == ["a model to run with any settings, not 4 steps, guidance 1, LCMScheduler"]
+
+
+def test_the_bundle_keeps_how_it_is_to_be_run_and_that_scheduler(tmp_path: Path) -> None:
+    pipe, told = small_pipeline(), Generation(2, 1.0, "TCDScheduler")
+    options = {"components": CHEAP, "reuse": (small_bundle().path,)}
+    bundle = export_pipeline(pipe, tmp_path / "told", generation=told, **options)
+    scheduler = bundle_scheduler(bundle)
+    assert type(scheduler).__name__ == "TCDScheduler"
+    assert torch.equal(scheduler.betas, pipe.scheduler.betas)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    assert resolve(bundle.path).generation == told
+    pipe.scheduler = scheduler
+    found = resolve(export_pipeline(pipe, tmp_path / "implied", **options).path)
+    assert found.generation == Generation(4, 1.0, "TCDScheduler")
+    assert export_reasons(found.bundle, found, plan_for_model("onnxruntime"), CHEAP, told) == [
+        "a model to run with 4 steps, guidance 1, TCDScheduler, not 2 steps, guidance 1, TCDScheduler"
     ]

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from engines.generate.cli import drawn_size, generate, output_files, prompt_text
 from engines.generate.drawing import Request, draw, encode_png
 from engines.generate.prompts import METADATA, is_drawn
 from export.build.options import BuildOptions
+from sdkd.bundle.manifest import Bundle
 from sdkd.core.console import quiet
 from sdkd.core.profiles import Range
 from sdkd.distill.data.opening import open_images
 from sdkd.errors import EngineError, InputError, ModelError, OutputExistsError, RangeError
+from sdkd.models.generation import FEW_STEPS, entry
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
@@ -48,6 +51,26 @@ def test_bundle_and_eager_draw_the_same(engine_bundle: Path, folder: Path, tmp_p
         "model": str(engine_bundle),
         "target": target,
     }
+
+
+def test_a_few_step_model_is_drawn_as_it_was_made_for_unless_told_otherwise(bundle_copy: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(bundle_copy)
+    source = dict(bundle.manifest.source) | entry(FEW_STEPS)
+    replace(bundle, manifest=replace(bundle.manifest, source=source)).save()
+    result = run(bundle_copy, "x", "-o", tmp_path / "a.png", "--negative-prompt", "blue")
+    said = " ".join(result.output.split())
+    assert "4 steps, guidance 1, LCMScheduler: as the model was made for" in said
+    assert "the negative prompt has no effect at guidance 1: give a guidance scale above 1" in said
+    text = Image.open(tmp_path / "a.png").text
+    assert [text[name] for name in ("steps", "guidance_scale", "scheduler")] == ["4", "1.0", "LCMScheduler"]
+    other = run(
+        bundle_copy, "x", "-o", tmp_path / "b.png", "--steps", 20, "--guidance-scale", 7.5, "--scheduler", "ddim"
+    )
+    said = " ".join(other.output.split())
+    assert "20 steps, guidance 7.5, DDIMScheduler; the model was made for 4 steps, guidance 1, LCMScheduler" in said
+    assert said.count(" on a model that ") == 3
+    text = Image.open(tmp_path / "b.png").text
+    assert [text[name] for name in ("steps", "guidance_scale", "scheduler")] == ["20", "7.5", "DDIMScheduler"]
 
 
 def test_several_images_count_the_seed_up(engine_bundle: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from export.build_cli import build_engine, default_name
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import InputError, ModelError, OutputExistsError
+from sdkd.models.generation import FORM
 
 app = typer.Typer()
 app.command()(build_engine)
@@ -110,6 +111,7 @@ def test_several_profiles(tmp_path: Path) -> None:
         ),
         (("-t", "openvino", "--workspace-gb", "1"), r"--workspace-gb cannot be had for openvino"),
         (("-t", "onnxruntime", "--precision", "half"), r"precision 'half' is unknown: choose one of fp32, fp16, bf16"),
+        (("-t", "onnxruntime", "--run-with", FORM), r"is a bundle already, .* \(as most models\): export its model"),
         (("-t", "onnxruntime", "-o", "elsewhere"), r"is a bundle already, engines go into it: leave out --output"),
     ],
 )
@@ -162,6 +164,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--components", "vae"), r"component 'vae' is unknown"),
         (("--refit", "all"), r"--refit cannot be had for onnxruntime"),
         (("--profile", "size=64", "--profile", "size=96"), r"height 96 is not a multiple of 64 pixels"),
+        (("--run-with", "steps=4"), r"'steps=4' does not say how a model is to be run: give all three of steps=4,gui"),
         (("--precision", "bf16"), r"the ONNX graph is bf16, which onnxruntime cannot run"),
     ],
 )
@@ -183,6 +186,8 @@ def test_a_model_is_exported_once_and_then_reused(
     assert [engine["reused"] for engine in first["engines"]] == [False] * 4
     again = json.loads(_run(pipeline, "-t", "openvino", "--json").stdout)
     assert [engine["reused"] for engine in again["engines"]] == [True] * 4
+    with pytest.raises(OutputExistsError, match=r"a model to run with any settings, not 4 steps, guidance 1, LCMSch"):
+        _run(pipeline, "-t", "openvino", "--run-with", "steps=4,guidance=1,scheduler=lcm")
     with pytest.raises(OutputExistsError, match=r"holds a bundle of precision fp32, not fp16.*--overwrite"):
         _run(pipeline, "-t", "tensorrt-rtx", "-o", "artifacts/tiny")
     other = tmp_path / "other"

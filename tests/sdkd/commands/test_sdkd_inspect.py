@@ -19,6 +19,7 @@ from sdkd.bundle.manifest import Bundle
 from sdkd.commands.inspect import examine, inspect
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError
+from sdkd.models.generation import FEW_STEPS, entry
 
 app = typer.Typer()
 app.command()(inspect)
@@ -31,10 +32,11 @@ def _run(*arguments: object) -> Any:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every component on ONNX Runtime, the UNet on OpenVINO, too."""
+    """Every component on ONNX Runtime, the UNet on OpenVINO, too; made to be run with few steps."""
     bundle = graph_bundle(tmp_path_factory.mktemp("inspect") / "bundle")
-    build_engine(bundle, "onnxruntime", ranges=SMALL)
-    return build_engine(bundle, "openvino", ranges=SMALL, components=["unet"]).path
+    replace(bundle, manifest=replace(bundle.manifest, source=entry(FEW_STEPS))).save()
+    build_engine(bundle.path, "onnxruntime", ranges=SMALL)
+    return build_engine(bundle.path, "openvino", ranges=SMALL, components=["unet"]).path
 
 
 @pytest.fixture
@@ -91,6 +93,7 @@ def test_tables_in_80_columns(made: Path, monkeypatch: pytest.MonkeyPatch, argum
     said = _run(made, *arguments).stdout
     assert max(len(line) for line in said.splitlines() if line[:1] in "┃│┏┡├└") <= 80
     takes = "  takes batch 1..2, height 32 px, width 32 px, 77 tokens"
+    assert "made to be run with 4 steps, guidance 1, LCMScheduler" in said
     assert all(word in said for word in (takes, "text_encoder", "vae_encoder", "onnxruntime", "openvino", "fresh"))
     for detail in ("batch x 4 x height x width", "FullyConnected", "optimization: extended"):
         assert (detail in said) == bool(arguments)
@@ -100,6 +103,7 @@ def test_for_programs(made: Path) -> None:
     found = json.loads(_run(made, "--json").stdout)
     assert [row["component"] for row in found["components"]] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert found["engines"][0]["layers"] is None
+    assert found["generation"] == FEW_STEPS.to_json()
     assert isinstance(json.loads(_run(made, "--json", "--details").stdout)["engines"][0]["layers"], list)
 
 

@@ -17,13 +17,15 @@ from sdkd.commands import student as student_cli
 from sdkd.core.files import read_json
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.generation import FEW_STEPS, entry
+from sdkd.models.resolve import resolve
 from sdkd.students.blocks import build_student, count_parameters, student_config
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("student") / "teacher"
-    write_pipeline(helpers.tiny_pipeline(), path)
+    write_pipeline(helpers.tiny_pipeline(), path, about=entry(FEW_STEPS))
     return str(path)
 
 
@@ -32,6 +34,7 @@ def test_output_is_a_pipeline(teacher: str, tmp_path: Path, capsys: pytest.Captu
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "down_blocks.0 attentions 0, attentions 1," in words
     assert "827,476 381,124 46.1 %" in words
+    assert resolve(tmp_path / "out").generation == FEW_STEPS  # as its teacher is
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
     expected = count_parameters(student_config(helpers.TEACHER_UNET, "tiny"))
