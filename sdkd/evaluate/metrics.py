@@ -95,7 +95,7 @@ def measure(
 
 def _or_why(measure: Callable[[], Found]) -> Metric:
     """The metric, or why there is none: a message of ours is a reason, anything else a bug."""
-    from sdkd.compare.measure.scores import NotMeasuredError
+    from sdkd.core.perceptual import NotMeasuredError
 
     try:
         found = measure()

@@ -6,7 +6,6 @@ What a score needs and does not find is said as `NotMeasuredError`: what it is, 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from sdkd.compare.measure.quality import Perceptual
+from sdkd.core.perceptual import LPIPS_LEAST_PX, NotMeasuredError, load_lpips, need
 from sdkd.errors import InputError, SdkdError
 
 if TYPE_CHECKING:
@@ -25,17 +25,11 @@ CLIP_SCORE_MODEL = "openai/clip-vit-large-patch14"
 CMMD_MODEL = "openai/clip-vit-large-patch14-336"
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
-ALEXNET = "alexnet-owt-7be5be79.pth"  # under LPIPS, as its authors evaluate it; torchmetrics holds the rest
-LPIPS_LEAST_PX = 32  # smaller images vanish in AlexNet's poolings
 FEATURES = 2048  # of the Inception network; fewer images than this leave its covariance without full rank
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 CMMD_BLOCK = 1024  # rows of a kernel matrix that are in memory at once
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class NotMeasuredError(SdkdError, LookupError):
-    """A metric cannot be measured here: what it lacks and how to get it."""
 
 
 def find_clip(folder: Path | None, model: str) -> Path:
@@ -120,8 +114,8 @@ def frechet_distance(real: Images, generated: Images, inception: Path, device: s
 
     InputError with fewer than 2 images of a kind, or for a damaged weight file.
     """
-    _need("torchmetrics", "FID")
-    _need("torch_fidelity", "FID", "pip install torch-fidelity")
+    need("torchmetrics", "FID")
+    need("torch_fidelity", "FID", "pip install torch-fidelity")
     if min(len(real), len(generated)) < 2:
         raise InputError(f"FID of {len(real)} real and {len(generated)} generated images: give at least 2 of each")
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -154,25 +148,9 @@ def accumulate(metric: Any, real: Images, generated: Images, device: str = "cpu"
 def lpips_distance() -> Perceptual:
     """LPIPS of two images of equal size on AlexNet (Zhang et al. 2018): 0 for equal images, larger is further.
 
-    None for images below LPIPS_LEAST_PX. NotMeasuredError without torchmetrics, torchvision, or AlexNet's weights in
-    torch's cache; InputError when those are damaged.
+    None for images below LPIPS_LEAST_PX. Raises as `load_lpips`.
     """
-    _need("torchmetrics", "LPIPS")
-    _need("torchvision", "LPIPS", "pip install torchvision")
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
-    if not weights.is_file():
-        raise NotMeasuredError(
-            "the weights of AlexNet are not on this disk; get them with "
-            "`python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\"`"
-        )
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    try:
-        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    except Exception as error:  # whatever reading a foreign file raises
-        raise InputError(
-            f"AlexNet's weights cannot be loaded ({error}): delete {weights} and get them again"
-        ) from error
+    metric = load_lpips()
 
     @torch.no_grad()
     def distance(image: Image, reference: Image) -> float | None:
@@ -196,11 +174,6 @@ def lpips_or_why() -> Perceptual | str:
 def lpips_here() -> Perceptual | None:
     """LPIPS where its weights are on this disk."""
     return None if isinstance(found := lpips_or_why(), str) else found
-
-
-def _need(package: str, metric: str, command: str = "pip install 'sdkd[train]'") -> None:
-    if importlib.util.find_spec(package) is None:
-        raise NotMeasuredError(f"{metric} needs the package {package.replace('_', '-')}; get it with: {command}")
 
 
 def _bytes(image: Image) -> torch.Tensor:
