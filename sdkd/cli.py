@@ -33,6 +33,7 @@ SUMMARIES = {
     "distill": "Train a student from its teacher.",
     "finetune": "Train a model on captioned images, without a teacher.",
     "lora": "Train a LoRA of a teacher or a student.",
+    "vae-distill": "Train a small VAE from a model's own.",
     "remap-lora": "Make a LoRA of SD 1.x/2.x fit a student.",
     "plot": "Draw a run's losses and validation images as one page.",
     "evaluate": "Quality, and agreement with the teacher.",

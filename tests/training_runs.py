@@ -7,6 +7,7 @@ from typing import Any
 
 import helpers
 import torch
+from diffusers import AutoencoderTiny
 from made_once import made_once
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,6 +21,10 @@ from sdkd.distill.training.trainer import Trainer
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.students.blocks import build_student
 
+SMALL_VAE: dict[str, Any] = {
+    "encoder_block_out_channels": (4,) * 4, "decoder_block_out_channels": (4,) * 4,
+    "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
+}  # fmt: skip
 RUN: dict[str, Any] = {"steps": 2, "batch_size": 2, "device": "cpu", "precision": "fp32", "log_every": 1}
 
 
@@ -31,6 +36,12 @@ def sdkd(*words: object) -> None:
 def teacher() -> Path:
     """The tiny pipeline's folder: not to be changed."""
     return made_once("tiny-teacher", lambda folder: write_pipeline(helpers.tiny_pipeline(), folder))
+
+
+def small_vae() -> Path:
+    """A VAE of TAESD's shape that fits the tiny pipeline: not to be changed."""
+    vae = AutoencoderTiny(**SMALL_VAE)
+    return made_once("small-vae", lambda folder: helpers.fixed_weights(vae, 3).save_pretrained(folder))
 
 
 def pictures() -> Path:

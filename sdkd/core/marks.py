@@ -57,6 +57,7 @@ _PIPELINE = (
     *("model_index.json", "sdkd.json", "demo.json", "README.md", "pytorch_lora_weights.safetensors"),
     *_TEXT,
     *_within(_PARTS, "*.json *.safetensors"),
+    *("config.json", "diffusion_pytorch_model.safetensors"),  # a VAE alone
     *("training.jsonl", "plot.html", "samples/step-*.png", "samples/prompts.json", "sdkd/*", "wandb/*", ".final/*"),
     *_within("checkpoint-*", "*.json *.safetensors"),
 )

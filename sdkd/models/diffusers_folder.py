@@ -51,6 +51,7 @@ class _About(TypedDict):
     base: NotRequired[str]
     random_weights: NotRequired[bool]
     generation: NotRequired[Generation]
+    teacher_scaling_factor: NotRequired[float]
 
 
 def provenance(folder: Path) -> dict[str, Any]:
@@ -140,16 +141,17 @@ def load_part(folder: Path, part: str, dtype: torch.dtype) -> Any:
 
     ModelError when weights are missing or have other shapes than the config says.
     """
-    return _module(folder / part, part, _json(folder / "model_index.json")[part][1], dtype)
+    return load_module(folder / part, part, _json(folder / "model_index.json")[part][1], dtype)
 
 
 def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     """A UNet from a folder of its own, in `dtype`; ModelError as `load_part`."""
-    found: UNet2DConditionModel = _module(folder, "unet", None, dtype)
+    found: UNet2DConditionModel = load_module(folder, "unet", None, dtype)
     return found
 
 
-def _module(folder: Path, part: str, kind: str | None, dtype: torch.dtype) -> Any:
+def load_module(folder: Path, part: str, kind: str | None, dtype: torch.dtype) -> Any:
+    """A part, or a ControlNet, from a folder of its own; `kind` names its class. ModelError as `load_part`."""
     what = f"{folder.name} of {str(folder.parent)!r}"
     config = _config(folder / "config.json")
     if "quantization_config" in config:

@@ -100,12 +100,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def empty(part: str, config: Mapping[str, Any], kind: str | None = None) -> Any:
-    """The module of a part on the meta device, with its buffers for real; `kind` names another class than the usual."""
+    """The module of a part, or a ControlNet, on the meta device, with its buffers for real; `kind` names another class
+    than the usual.
+    """
     import importlib
 
     from accelerate import init_empty_weights
 
-    library, kinds = CLASSES[part]
+    library, kinds = CLASSES.get(part) or ("diffusers", EXPORTED[part])
     cls = getattr(importlib.import_module(library), kind or kinds[0])
     with init_empty_weights():
         if library == "transformers":

@@ -25,6 +25,7 @@ from sdkd.models.diffusers_folder import (
 from sdkd.models.families import HEAVY
 from sdkd.models.generation import Generation, noted
 from sdkd.models.random_weights import RandomModel
+from sdkd.models.replacements import is_here, with_vae
 from sdkd.models.source import Kind, ModelSource, Part, as_model_error
 from sdkd.students.blocks import full_config
 
@@ -194,17 +195,24 @@ class BundleSource(ModelSource):
 
     @property
     def original(self) -> ModelSource:
-        """The model that the bundle was exported from, of a hub only what is in the local cache."""
+        """The model that the bundle was exported from, with its VAE, of a hub only what is in the local cache."""
         try:
             found = self.origin
             # The user named the bundle: what that names is not asked of the hub.
-            return HubSource(found.name, local_only=True).original if found.kind == "hub" else found
+            found = HubSource(found.name, local_only=True).original if found.kind == "hub" else found
         except (ModelError, OSError, ValueError) as error:
             raise ModelError(
                 f"bundle {self.name!r} holds ONNX graphs and engines, not PyTorch weights, and the model it was "
                 f"made from ({str(self.bundle.manifest.source.get('model', ''))!r}) is gone: give that model's new "
                 f"place, or use the bundle as it is, with: {shlex.join(['sdkd', 'generate', self.name, 'PROMPT'])}"
             ) from error
+        vae = self.bundle.manifest.source.get("vae")
+        if vae is not None and not is_here(str(vae)):
+            raise ModelError(
+                f"bundle {self.name!r} was made with the VAE {str(vae)!r}, which is no folder here: give the model it "
+                f"was made from, {found.name!r}, with --vae"
+            )
+        return with_vae(found, vae if vae is None else str(vae))
 
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One of its modules."""

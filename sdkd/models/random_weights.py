@@ -41,22 +41,27 @@ class RandomModel:
 
         Its weights depend on the name alone, up to rounding to `dtype`.
         """
-        import numpy as np
-        import torch
-
         module = empty(part, self.unet_config if part == "unet" else self.family.config(part))
-        generator = np.random.Generator(np.random.SFC64(self.seed + _SEEDS[part]))  # faster than torch's on a CPU
-        weights = {}
-        for name, parameter in module.named_parameters():
-            if parameter.dim() > 1:
-                bound = (3 / parameter[0].numel()) ** 0.5
-                numbers = generator.random(parameter.numel(), dtype=np.float32)
-                value = torch.from_numpy(numbers).mul_(2 * bound).sub_(bound).view(parameter.shape)
-            else:
-                value = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
-            weights[name] = value.to(dtype)
-        module.load_state_dict(weights, strict=False, assign=True)
-        return module
+        return fill_random(module, self.seed + _SEEDS[part], dtype)
+
+
+def fill_random(module: Any, seed: int, dtype: torch.dtype) -> Any:
+    """An empty module with weights in `dtype`: uniform with variance 1 / fan-in, norms 1, biases 0."""
+    import numpy as np
+    import torch
+
+    generator = np.random.Generator(np.random.SFC64(seed))  # faster than torch's on a CPU
+    weights = {}
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            bound = (3 / parameter[0].numel()) ** 0.5
+            numbers = generator.random(parameter.numel(), dtype=np.float32)
+            value = torch.from_numpy(numbers).mul_(2 * bound).sub_(bound).view(parameter.shape)
+        else:
+            value = torch.full(parameter.shape, 1.0 if name.endswith("weight") else 0.0)
+        weights[name] = value.to(dtype)
+    module.load_state_dict(weights, strict=False, assign=True)
+    return module
 
 
 def parse(name: str) -> RandomModel:

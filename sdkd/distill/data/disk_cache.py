@@ -17,7 +17,7 @@ from sdkd.core.documents import parse_json
 from sdkd.core.files import read_json, sha256
 from sdkd.core.numbers import check_number
 from sdkd.core.schema import problem
-from sdkd.distill.data.encode import limit_of, model_digests
+from sdkd.distill.data.encode import limit_of, model_digests, vae_digest
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,11 +128,17 @@ class DiskCache:
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
         """InputError unless the cache was made by this pipeline's VAE encoder, text encoder and tokenizer length."""
-        own = model_digests(pipe, self.precision) | {
-            "scaling_factor": float(pipe.vae.config.scaling_factor),
-            "tokens": limit_of(pipe.tokenizer, pipe.text_encoder),
-        }
-        matters = own if self.index["texts"] else {name: own[name] for name in ("vae", "scaling_factor")}
+        self.check_vae(pipe.vae)
+        if self.index["texts"]:
+            tokens = limit_of(pipe.tokenizer, pipe.text_encoder)
+            self._check_made_by(model_digests(pipe, self.precision) | {"tokens": tokens})
+
+    def check_vae(self, vae: Any) -> None:
+        """InputError unless the cache was made by this VAE's encoder."""
+        scale = float(vae.config.scaling_factor)
+        self._check_made_by({"vae": vae_digest(vae, self.precision), "scaling_factor": scale})
+
+    def _check_made_by(self, matters: Mapping[str, Any]) -> None:
         if other := [name for name, value in matters.items() if self.index.get(name) != value]:
             raise InputError(
                 f"cache {str(self.path)!r} was made by another model (differs: {', '.join(other)}): make it again with "

@@ -28,10 +28,14 @@ _ENCODER = ("encoder.", "quant_conv.")  # the part of a VAE that latents depend 
 def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation [c, h, w] of one image's posterior, times the VAE's scaling factor.
 
-    `pixels` [3, height, width] in [-1, 1]; both results have the VAE's dtype and device.
+    `pixels` [3, height, width] in [-1, 1]; both results have the VAE's dtype and device. AutoencoderTiny has no
+    distribution: the deviation of its latents is 0.
     """
-    posterior = vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist
+    found: Any = vae.encode(pixels[None].to(vae.device, vae.dtype))
     scale = float(vae.config.scaling_factor)
+    if hasattr(found, "latents"):
+        return found.latents[0] * scale, torch.zeros_like(found.latents[0])
+    posterior = found.latent_dist
     return posterior.mean[0] * scale, posterior.std[0] * scale
 
 
@@ -115,5 +119,12 @@ def weights_sha256(module: torch.nn.Module, dtype: torch.dtype, prefixes: tuple[
 
 def model_digests(pipe: StableDiffusionPipeline, precision: str) -> dict[str, str]:
     """SHA-256 of the weights of the VAE's encoder and of the text encoder, as they are in `precision`."""
-    dtype = torch_dtype(precision)
-    return {"vae": weights_sha256(pipe.vae, dtype, _ENCODER), "text_encoder": weights_sha256(pipe.text_encoder, dtype)}
+    return {
+        "vae": vae_digest(pipe.vae, precision),
+        "text_encoder": weights_sha256(pipe.text_encoder, torch_dtype(precision)),
+    }
+
+
+def vae_digest(vae: Any, precision: str) -> str:
+    """SHA-256 of the weights of a VAE's encoder, as they are in `precision`."""
+    return weights_sha256(vae, torch_dtype(precision), _ENCODER)

@@ -16,9 +16,9 @@ from sdkd.core.interrupts import is_main
 from sdkd.distill.data.opening import open_images_or_cache
 from sdkd.distill.training.card import about, model_card, named
 from sdkd.distill.training.config import TrainConfig
-from sdkd.distill.training.run_folder import AUTO, carry_over, check_output, is_whole, newest, run_folder, spare_folder
+from sdkd.distill.training.run_folder import carry_over, check_output, find_checkpoint, is_whole, run_folder
 from sdkd.errors import InputError
-from sdkd.models.checkpoint import BASE, RECORD, is_checkpoint, load_own
+from sdkd.models.checkpoint import BASE, is_checkpoint, load_own
 from sdkd.models.diffusers_folder import provenance
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     from sdkd.distill.training.setup import check_views
     from sdkd.models.resolve import load_eager, resolve
 
-    checkpoint = find_checkpoint(job)
+    checkpoint = find_checkpoint(job.output, job.resume)
     if is_main():
         inputs = (job.model, job.data, job.init)
         check_output(job.output, job.resume, job.overwrite, inputs, goes_on=checkpoint is not None)
@@ -146,23 +146,6 @@ def check_cache(data: CaptionedImages | DiskCache, pipe: StableDiffusionPipeline
         raise InputError(
             f"resolution {config.resolution} is not the cache's {data.size}: leave it out, or make another cache"
         )
-
-
-def find_checkpoint(job: Job) -> Path | None:
-    """The checkpoint to go on from, or None to start at step 0; InputError when the one asked for is not there."""
-    if job.resume == "never":
-        return None
-    if job.resume == AUTO:
-        return newest(job.output)
-    path = Path(job.resume)
-    if not (path / RECORD).is_file():
-        raise InputError(f"resume {job.resume!r} is no checkpoint: give auto, never, or OUTPUT/checkpoint-<step>")
-    if path.resolve().parent not in (job.output.resolve(), spare_folder(job.output)):
-        raise InputError(
-            f"checkpoint {job.resume!r} is not of the output {str(job.output)!r}: "
-            f"give --output {shlex.quote(str(path.parent))}"
-        )
-    return path
 
 
 def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]:

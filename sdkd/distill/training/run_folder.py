@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 from sdkd.core.files import check_free, lock, write_json
 from sdkd.core.interrupts import is_main
 from sdkd.core.marks import RUN, foreign, proves
 from sdkd.core.outputs import Input, check_place, why_kept
 from sdkd.core.replace import discard, sweep_inside
-from sdkd.distill.training.config import TrainConfig
-from sdkd.errors import InterruptedRunError, OutputExistsError
+from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
+from sdkd.models.checkpoint import RECORD
 from sdkd.models.diffusers_folder import PROVENANCE
 
 AUTO = "auto"
+
+
+class Settings(Protocol):
+    """What a run's folder says of it from the start."""
+
+    @property
+    def objective(self) -> str:
+        """What is trained."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All that it was asked for."""
 
 
 def spare_folder(output: Path) -> Path:
@@ -36,6 +49,22 @@ def newest(output: Path) -> Path | None:
 
     found = checkpoints(spare_folder(output)) or checkpoints(output)
     return found[-1] if found else None
+
+
+def find_checkpoint(output: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None to start at step 0; InputError when the one asked for is not there."""
+    if resume == "never":
+        return None
+    if resume == AUTO:
+        return newest(output)
+    path = Path(resume)
+    if not (path / RECORD).is_file():
+        raise InputError(f"resume {resume!r} is no checkpoint: give auto, never, or OUTPUT/checkpoint-<step>")
+    if path.resolve().parent not in (output.resolve(), spare_folder(output)):
+        raise InputError(
+            f"checkpoint {resume!r} is not of the output {str(output)!r}: give --output {shlex.quote(str(path.parent))}"
+        )
+    return path
 
 
 def check_output(
@@ -65,7 +94,8 @@ def _occupied(output: Path, resume: str) -> bool:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds the result of a finished run."""
-    return any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
+    names = ("model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
+    return any((folder / name).is_file() for name in names)
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -76,9 +106,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def run_folder(
-    output: Path, checkpoint: Path | None, resume: str, overwrite: bool, config: TrainConfig
-) -> Iterator[Path]:
+def run_folder(output: Path, checkpoint: Path | None, resume: str, overwrite: bool, config: Settings) -> Iterator[Path]:
     """The folder that fills, after `check_output`. The first of several processes holds its lock.
 
     A run that fails without a checkpoint leaves the output as it was; InterruptedRunError when Ctrl-C came after one.
@@ -118,7 +146,7 @@ def _drop(spare: Path) -> None:
         discard(spare)
 
 
-def _start_anew(folder: Path, config: TrainConfig) -> None:
+def _start_anew(folder: Path, config: Settings) -> None:
     """An empty folder, and in it what says that sdkd fills it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():

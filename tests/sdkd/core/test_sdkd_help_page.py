@@ -19,6 +19,7 @@ NEEDED = {
     "distill": {"--teacher", "--data", "--output", "--student", "--recipe", "--steps", "--resume", "--batch-size"},
     "finetune": {"--model", "--data", "--output", "--recipe", "--steps", "--learning-rate", "--save-every"},
     "lora": {"--model", "--data", "--output", "--recipe", "--steps", "--lora-rank"},
+    "vae-distill": {"--vae-of", "--data", "--output", "--width", "--blocks", "--steps", "--resume"},
     "remap-lora": {"--student"},
     "plot": {"--output"},
     "evaluate": {"--teacher", "--data", "--prompts", "--images", "--output"},

@@ -1,0 +1,1 @@
+"""A small VAE of TAESD's shape, trained from a full one."""

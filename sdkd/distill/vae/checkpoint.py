@@ -1,0 +1,111 @@
+"""Checkpoints of a run that trains a small VAE: what it takes to go on as if nothing had happened.
+
+    checkpoint-500/vae/                   as diffusers saves it
+    checkpoint-500/optimizer.safetensors  state tensors of the optimizer, "<parameter>.<name>"
+    checkpoint-500/checkpoint.json        step, settings, log, digests of teacher, data and files
+
+What is random hangs on the seed and the sample's position (sdkd/distill/data/order.py), and needs no state.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+
+from sdkd.core.files import new_folder, read_json, sha256, write_json
+from sdkd.core.schema import problem
+from sdkd.distill.training.checkpoint import check_files, checkpoints, damaged
+from sdkd.distill.training.finite import check_weights
+from sdkd.distill.training.log import LogState
+from sdkd.distill.training.setup import lay_out_state
+from sdkd.errors import InputError
+from sdkd.models.checkpoint import RECORD
+from sdkd.models.diffusers_folder import quiet_libraries
+
+if TYPE_CHECKING:
+    from sdkd.distill.vae.trainer import VaeTrainer
+
+SCHEMA = 1
+_WEIGHTS, _OPTIMIZER = "vae/diffusion_pytorch_model.safetensors", "optimizer.safetensors"
+# Settings that may change when a run goes on: they do not touch what was learnt so far.
+_FREE = {"steps", "log_every", "save_every", "keep", "workers", "device"}
+
+
+class _Record(TypedDict):
+    schema: int
+    step: int
+    settings: dict[str, Any]
+    optimizer: dict[str, Any]
+    digests: dict[str, str]
+    log: LogState
+    files: dict[str, str]
+
+
+def save_checkpoint(trainer: VaeTrainer, folder: Path, log: LogState, digests: Mapping[str, str]) -> None:
+    """Write a checkpoint whole or not at all, then delete those beyond `keep`."""
+    from safetensors.torch import save_file
+
+    state = trainer.optimizer.state_dict()["state"]
+    tensors = {
+        f"{index}.{name}": value.cpu().contiguous() for index, values in state.items() for name, value in values.items()
+    }
+    check_weights(dict(trainer.vae.named_parameters()) | tensors, trainer.done)
+    with new_folder(folder / f"checkpoint-{trainer.done}", overwrite=True) as partial:
+        with quiet_libraries():
+            trainer.vae.save_pretrained(partial / "vae")
+        save_file(tensors, partial / _OPTIMIZER)
+        files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+        record: _Record = {
+            "schema": SCHEMA,
+            "step": trainer.done,
+            "settings": trainer.config.to_json(),
+            "optimizer": {"kind": type(trainer.optimizer).__name__},
+            "digests": dict(digests),
+            "log": log,
+            "files": {str(file.relative_to(partial)): sha256(file) for file in files},
+        }
+        write_json(partial / RECORD, record)
+    for old in checkpoints(folder)[: -trainer.config.run.keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(trainer: VaeTrainer, path: Path, digests: Mapping[str, str]) -> LogState:
+    """Put a run where a checkpoint left it; returns what its log had counted.
+
+    InputError when the checkpoint is of other settings, of another teacher or other data, or damaged.
+    """
+    from safetensors.torch import load_file
+
+    record: Any = read_json(path / RECORD, dict[str, Any], strict=True)
+    if wrong := problem(record, _Record):
+        raise damaged(path, f"is not what was written ({RECORD}: {wrong})")
+    check_files(path, record)
+    now = json.loads(json.dumps(trainer.config.to_json() | dict(digests)))
+    then = record["settings"] | record["digests"]
+    if changed := [name for name in now if name not in _FREE and now[name] != then.get(name)]:
+        raise InputError(
+            f"checkpoint {str(path)!r} is of a run with another {', another '.join(changed)}: give the same again, or "
+            "start over with --overwrite"
+        )
+    if trainer.config.run.steps < record["step"]:
+        raise InputError(
+            f"checkpoint {str(path)!r} is at step {record['step']}, beyond --steps {trainer.config.run.steps}: ask for "
+            "more"
+        )
+    trainer.vae.load_state_dict(load_file(path / _WEIGHTS))
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(path / _OPTIMIZER).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    states: Any = trainer.optimizer.state
+    lay_out_state(states)
+    trainer.start(record["step"])
+    log: LogState = record["log"]
+    return log
