@@ -52,6 +52,7 @@ def build_engine(
     run_with: Annotated[
         str | None, typer.Option(help=f"How it was made to be run, if its files do not say: {FORM}.")
     ] = None,
+    vae: Annotated[str | None, typer.Option(help="For a model: another VAE, as `sdkd export` takes it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle at the output.")] = False,
@@ -64,6 +65,7 @@ def build_engine(
     from export.build.engines import build_engine as build
     from export.build.options import BuildOptions
     from export.build.ranges import Typed, parse_profile, parse_profiles
+    from sdkd.models.replacements import with_vae
     from sdkd.models.resolve import resolve
 
     options = BuildOptions(
@@ -76,7 +78,7 @@ def build_engine(
     )
     parts = [name for group in components or () for name in group.split(",")] or None
     typed = Typed(tuple(size or ()), size_opt, batch, batch_opt, tokens)
-    source = resolve(model)
+    source = with_vae(resolve(model), vae)
     profiles = [parse_profile(text, typed) for text in profile or ()] or [typed]
     plan = _check_wish(source, target, precision, profiles, options)
     check_components(parts)

@@ -21,7 +21,7 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="The bundle folder to write.")],
     precision: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
     components: Annotated[list[str] | None, typer.Option(help="unet, text_encoder, ...; default: all.")] = None,
-    vae: Annotated[str | None, typer.Option(help="Another VAE: a folder or hub id, AutoencoderTiny for one.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE: a folder, hub id, `demo` or `random:taesd`.")] = None,
     controlnet: Annotated[str | None, typer.Option(help="A ControlNet's folder or hub id, exported, too.")] = None,
     hidden_states: Annotated[bool, typer.Option("--hidden-states", help="All layers' outputs, for clip_skip.")] = False,
     keep_float: Annotated[

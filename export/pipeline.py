@@ -17,6 +17,7 @@ from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS, check_components, ch
 from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
 from sdkd.models.generation import Generation, entry
+from sdkd.models.replacements import WithVae, with_vae
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
 from sdkd.targets.plan import EnginePlan
@@ -52,10 +53,11 @@ def export_pipeline(
     stays as it is. `precision` is that of weights, activations and tensors (the timestep stays float32). `components`:
     all that there are when None.
     `opset` overrides the measured choice of each component, and of `target`, for which the graphs are meant.
-    `vae` and `controlnet` are folders or hub ids: of an AutoencoderKL or AutoencoderTiny in place of the model's own,
-    and of a ControlNetModel, for which the UNet gets inputs. `hidden_states` gives the text encoder one output per
-    layer, for clip_skip. `keep_float` names blocks to compute in float32, `vae_decoder.decoder.up_blocks.3` for one;
-    in fp16, blocks whose activations overflow are found and kept so by themselves. `static` fixes all shapes.
+    `vae` and `controlnet` are names as `sdkd.models.replacements` has them: of an AutoencoderKL or AutoencoderTiny in
+    place of the model's own, and of a ControlNetModel, for which the UNet gets inputs. `hidden_states` gives the text
+    encoder one output per layer, for clip_skip. `keep_float` names blocks to compute in float32,
+    `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose activations overflow are found and kept so by
+    themselves. `static` fixes all shapes.
     `generation`: the steps, guidance scale and scheduler that the model was made for, where its own files do not say;
     the manifest keeps them, and the bundle's scheduler is that one.
     `verify=False` skips the comparison and the search for overflow, and the manifest says so (parity null). `reuse`
@@ -74,11 +76,16 @@ def export_pipeline(
     for name in COMPONENTS:
         choose_opset(name, opset, target)
     options.check_islands()
-    if isinstance(model, str | Path):
+    if isinstance(model, str | Path | ModelSource):
         model = resolve(model)
+        if isinstance(model, WithVae):
+            vae = replaced["vae"] = model.vae
+            model = model.base
     named = model.name if isinstance(model, ModelSource) else model.name_or_path
     inputs = (named, vae, controlnet, *reuse)
     check_free(path, overwrite, inputs)
+    if isinstance(model, ModelSource):
+        with_vae(model, None if vae is None else str(vae))  # refuses what does not fit
     with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options)

@@ -17,12 +17,20 @@ from torch import nn
 
 from export.graph.components import component_module, component_state
 from sdkd.core.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
-from sdkd.core.files import read_json, write_json
-from sdkd.errors import InputError, ModelError, an
-from sdkd.models.diffusers_folder import quiet_libraries, write_tokenizer_files
+from sdkd.core.files import write_json
+from sdkd.models.diffusers_folder import write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, module_config
 from sdkd.models.families import EXPORTED, check_exported
 from sdkd.models.generation import Generation, implied
+from sdkd.models.replacements import (
+    absolute,
+    check_vae,
+    check_whole,
+    load_replacement,
+    replacement_class,
+    replacement_config,
+    replacement_digests,
+)
 from sdkd.models.resolve import Model, load_component, load_rest, resolve
 from sdkd.models.schedulers import check_schedule, use_scheduler
 from sdkd.models.source import ModelSource
@@ -73,6 +81,10 @@ class Source:
         """ModelError or ExportError, before weights are read, for what would not run as these components' engines."""
         if (scheduler := getattr(self.rest, "scheduler", None)) is not None:
             check_schedule(scheduler)
+        if "vae" in self.replaced and (unet := self._own_config("unet")) and (own := self._own_config("vae")):
+            check_vae(self.replaced["vae"], unet, own)
+        for part, name in self.replaced.items():
+            check_whole(part, name)
         parts = dict.fromkeys(CONFIG_FOLDERS[name] for name in self.components)
         check_configs({part: config for part in parts if (config := self._config(part)) is not None})
         if self.model is None:
@@ -84,6 +96,9 @@ class Source:
     def _config(self, part: str) -> dict[str, Any] | None:
         if part in self.replaced:
             return replacement_config(part, self.replaced[part])
+        return self._own_config(part)
+
+    def _own_config(self, part: str) -> dict[str, Any] | None:
         if self.model is not None:
             return self.model.config(part) or None
         module: Any = getattr(self.rest, part, None)
@@ -109,9 +124,14 @@ class Source:
 
     def digest(self, component: str) -> str:
         """SHA-256 of the weights at their source, or of the module's state where they have no file."""
-        if CONFIG_FOLDERS[component] not in self.replaced and component in self.digests:
+        part = CONFIG_FOLDERS[component]
+        if part not in self.replaced and component in self.digests:
             return self.digests[component]
-        if component not in self._hashed:  # asked for twice, and all of the weights are read
+        if component in self._hashed:  # asked for twice, and all of the weights are read
+            return self._hashed[component]
+        if part in self.replaced:
+            self._hashed |= replacement_digests(part, self.replaced[part])
+        else:
             self._hashed[component] = state_digest(component_state(component, self.module(component)))
         return self._hashed[component]
 
@@ -152,6 +172,7 @@ def open_source(
     """
     for part, name in replaced.items():
         replacement_class(part, name)
+    replaced = {part: absolute(name) for part, name in replaced.items()}
     if not isinstance(model, str | Path | ModelSource):
         check_parts(model, replaced, f"this {type(model).__name__}")
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
@@ -178,50 +199,6 @@ def check_parts(pipe: Any, replaced: Container[str], where: str) -> None:
         noted = (*(pipe.config.get(part) or ()), None, None)[1]  # of a pipeline without its weights
         if (kind := type(module) if module is not None else noted) and not hasattr(module, "nets"):
             check_exported(part, kind, where)
-
-
-def replacement_class(part: str, name: str) -> str:
-    """The diffusers class of a VAE or ControlNet folder; ModelError when it is neither."""
-    config = replacement_config(part, name)
-    kind = str(config.get("_class_name"))
-    if "quantization_config" in config:
-        raise ModelError(f"{part} {name!r} is quantized, and sdkd needs the weights as they were before: give those")
-    if kind not in EXPORTED[part]:
-        raise ModelError(f"{part} {name!r} is {an(kind)}: give one of {', '.join(EXPORTED[part])}")
-    return kind
-
-
-def replacement_config(part: str, name: str) -> dict[str, Any]:
-    """The config of a VAE or ControlNet folder or hub model; ModelError when there is none."""
-    import diffusers
-
-    path = Path(name).expanduser()
-    try:
-        if path.is_dir():
-            return dict(read_json(path / "config.json", dict[str, Any]))
-        if not path.exists() and name.count("/") == 1:
-            return dict(getattr(diffusers, EXPORTED[part][0]).load_config(name))
-    except InputError as error:
-        raise ModelError(f"{part} {name!r}: {error}: give the folder that save_pretrained wrote") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{part} {name!r} is neither a folder here nor on the hub ({str(error).strip().splitlines()[0]}): check it"
-        ) from error
-    raise ModelError(f"{part} {name!r} is no folder: give the folder that save_pretrained wrote, or a hub id")
-
-
-def load_replacement(part: str, name: str, dtype: torch.dtype) -> nn.Module:
-    """A VAE or ControlNet from a folder or the hub, in eval mode and frozen; safetensors only."""
-    import diffusers
-
-    kind = getattr(diffusers, replacement_class(part, name))
-    try:
-        with quiet_libraries():
-            module: nn.Module = kind.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{part} {name!r} could not be loaded ({reason}): save or download it again") from error
-    return module.eval().requires_grad_(False)
 
 
 def state_digest(state: Mapping[str, torch.Tensor]) -> str:

@@ -52,6 +52,9 @@ SAMPLES = {  # what the placeholders of messages stand for; a folder with a spac
     "self.name": "my bundle",
     "*models": "my model",
     "*given": "--steps=2",
+    "vae_of": "my model",
+    "str(output)": "my vae",
+    "*others": "--vae=my vae",
     "{}": "tiny",  # filled by format: the short name of a student
 }
 VALUES: dict[str, Callable[[str], Any]] = {  # options that the commands themselves read as text

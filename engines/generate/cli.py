@@ -16,6 +16,7 @@ from engines.generate.image_inputs import (
     Inputs,
     as_pipeline,
     check_control,
+    check_encoder,
     find_kind,
     known_channels,
     read_inputs,
@@ -33,6 +34,7 @@ from sdkd.core.text_files import prompt_lines, typed_text
 from sdkd.errors import InputError
 from sdkd.models.generation import USUAL, Generation, said, warnings
 from sdkd.models.kinds import BundleSource
+from sdkd.models.replacements import with_vae
 from sdkd.models.resolve import Model, load_eager, resolve
 from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, use_scheduler
 from sdkd.models.source import ModelSource
@@ -83,6 +85,7 @@ def generate(
     image_guidance_scale: Annotated[
         float | None, typer.Option(help="Instruct-pix2pix: how much to keep of --image; default: 1.5.")
     ] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE for a model, as `sdkd export` takes it.")] = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Open the engines in turn.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
 ) -> None:
@@ -100,16 +103,17 @@ def generate(
         if prompt is not None
         else image_files(output_folder(output, prompts), len(texts) * count)
     )
-    check_images(files, overwrite, [model, image, mask, control, prompts], folder=prompts is not None)
+    check_images(files, overwrite, [model, vae, image, mask, control, prompts], folder=prompts is not None)
     wanted = None if size is None else drawn_size(size)
     inputs = read_inputs({"image": image, "mask": mask, "control": control}, scales)
     if scheduler is not None:
         scheduler_class(scheduler)
-    source = resolve(model)
+    source = with_vae(resolve(model), vae)
     check_bundle_size(source, wanted)
     asked = steps, guidance_scale, scheduler
     check_inputs(source, target, inputs, asked)
     slot = choose_target(source, target, control=control is not None)
+    check_encoder(source, slot, inputs)
     if num_processes > 1:
         start_processes(num_processes, slot, files, prompts, texts)
         return
@@ -133,13 +137,18 @@ def generate(
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
     drawn = carry_out(
-        as_pipeline(pipe, kind.pipeline), request, files, (model, used), state, size_of_batch,
+        as_pipeline(pipe, kind.pipeline), request, files, (named(model, vae), used), state, size_of_batch,
         overwrite=overwrite or prompt is not None, folder=prompts is not None,
     )  # fmt: skip
     if state.is_main_process:
         tell(request, files if prompt is not None else [files[0].parent], used, drawn, time.perf_counter() - start)
     if state.num_processes > 1:
         state.destroy_process_group()  # or NCCL complains when the process ends
+
+
+def named(model: str, vae: str | None) -> str:
+    """What an image says that it was made by."""
+    return model if vae is None else f"{model} --vae {vae}"
 
 
 def tell(request: Request, places: Sequence[Path], target: str, drawn: int, seconds: float) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.core.images import read_mask, read_rgb
-from sdkd.errors import InputError
+from sdkd.errors import EngineError, InputError
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
 
@@ -190,6 +190,16 @@ def check_control(source: ModelSource, target: str | None, inputs: Inputs) -> No
         raise InputError(
             f"control {str(inputs.files['control'])!r} was given, and model {source.name!r} {why}: {advice}"
         )
+
+
+def check_encoder(source: ModelSource, slot: str, inputs: Inputs) -> None:
+    """EngineError, before anything is loaded, when a bundle's VAE would have to encode an image and only decodes."""
+    if "image" not in inputs.files or slot == "eager" or not isinstance(source, BundleSource):
+        return
+    if f"{slot}/vae_encoder" not in source.bundle.manifest.engines:
+        from engines.modules.vae import NO_ENCODER
+
+        raise EngineError(NO_ENCODER)
 
 
 def known_channels(source: ModelSource) -> int | None:

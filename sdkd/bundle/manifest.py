@@ -28,6 +28,8 @@ MANIFEST = "bundle.json"
 SCHEMA = 1
 _verified: set[tuple[str, int, FileRecord]] = set()
 
+REPLACEMENTS = ("vae", "controlnet")  # what `sdkd export` takes from elsewhere, as a manifest's source names it
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -288,7 +290,12 @@ class Bundle:
 
     def _made_by(self) -> str:
         model = str(self.manifest.source.get("model", "MODEL"))
-        return shlex.join(["sdkd", "export", model if model.isprintable() else "MODEL", str(self.path), "--overwrite"])
+        given = {
+            f"--{part}": str(name) for part in REPLACEMENTS if (name := self.manifest.source.get(part)) is not None
+        }
+        others = [word for option, name in given.items() for word in (option, name if name.isprintable() else "FOLDER")]
+        model = model if model.isprintable() else "MODEL"
+        return shlex.join(["sdkd", "export", model, str(self.path), *others, "--overwrite"])
 
     def stale_reasons(self, record: EngineRecord, environment: Mapping[str, str] | None = None) -> list[str]:
         """Why an engine must be rebuilt, in words: other weights, or an environment value that differs.

@@ -14,6 +14,7 @@ from sdkd.core.files import check_free, new_folder
 from sdkd.core.interrupts import between_steps
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.generation import entry
+from sdkd.models.replacements import with_vae
 from sdkd.models.resolve import load_eager, resolve
 from sdkd.students.blocks import (
     build_student,
@@ -118,6 +119,7 @@ def student(
     teacher: Annotated[str, typer.Argument(help="A diffusers folder, hub id, .safetensors, demo or random:sd15.")],
     output: Annotated[Path, typer.Argument(help="Folder for the student's pipeline.")],
     student: Annotated[str, typer.Option("--student", "-s", help="small, tiny, bk-base, bk-small or bk-tiny.")],
+    vae: Annotated[str | None, typer.Option(help="Another VAE for the pipeline, as `sdkd export` takes it.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Save the weights in float16.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -128,12 +130,12 @@ def student(
     """
     import torch
 
-    spec, source = student_spec(student), resolve(teacher)
-    check_free(output, overwrite, [teacher])
+    spec, source = student_spec(student), with_vae(resolve(teacher), vae)
+    check_free(output, overwrite, [teacher, vae])
     with progress("student") as step:
         step("loading the teacher", 0.0)
         pipe = load_eager(source, torch.float16 if half else None)
-        with between_steps() as check, new_folder(output, overwrite, [teacher]) as partial:
+        with between_steps() as check, new_folder(output, overwrite, [teacher, vae]) as partial:
             check()
             step("copying the weights", 0.5)
             unet = build_student(pipe.unet, spec)

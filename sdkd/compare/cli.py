@@ -35,6 +35,9 @@ def compare(
     precision: Annotated[
         str | None, typer.Option(help="Precision of engines that are built: fp32, fp16, bf16.")
     ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Compare every model with this VAE, too; as `sdkd export` takes it.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="A file with one prompt per line, or 'a;b'.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 25,
     guidance_scale: Annotated[
@@ -90,7 +93,7 @@ def compare(
     names = models or [DEMO]
     check_number("threshold", threshold, 0)
     earlier = None if against is None else read_report(against)
-    check_report_free(output, overwrite, [*names, prompts, against])
+    check_report_free(output, overwrite, [*names, vae, prompts, against])
     opened = [resolve(name) for name in names]
     kept = parse_prompts(prompts, opened)
     guidance = default_guidance(opened) if guidance_scale is None else guidance_scale
@@ -100,9 +103,9 @@ def compare(
     }  # fmt: skip
     check_asked(kept, pixels, **settings)
     settings |= {"scheduler": scheduler, "baseline": baseline}
-    wish = Wish(_targets(targets), precision, pixels, bundles, batch, steps, scheduler)
-    options = {"targets": targets, "precision": precision, "prompts": ";".join(kept), "size": size, **settings}
-    command = make_again(names, options) + (" --in-process" if in_process else "")
+    wish = Wish(_targets(targets), precision, pixels, bundles, batch, steps, scheduler, vae)
+    options = {"targets": targets, "precision": precision, "vae": vae, "prompts": ";".join(kept), "size": size}
+    command = make_again(names, options | settings) + (" --in-process" if in_process else "")
     with lock(output), progress("compare") as bar:
         plan = make_plan(opened, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
         found = measure(

@@ -43,12 +43,19 @@ _OWN: dict[str, dict[str, str]] = {
     "evaluate": {METRICS: "real clip inception"},
     "export": {PARTS: "vae controlnet hidden_states keep_float", SHAPES: "static size batch tokens opset"},
     "build-engine": {
+        PARTS: "vae",
         SHAPES: "size_opt batch_opt tokens profile",
         TENSORRT: "optimization_level workspace_gb refit hardware_compatible compute_capability",
         SPEED: "memory_cap_gb",
     },
-    "generate": {IMAGES: "image mask control strength control_scale image_guidance_scale", SPEED: "batch low_memory"},
+    "generate": {
+        IMAGES: "image mask control strength control_scale image_guidance_scale",
+        SPEED: "batch low_memory",
+        PARTS: "vae",
+    },
+    "student": {PARTS: "vae"},
     "compare": {
+        PARTS: "vae",
         ENGINES: "precision bundles",
         MEASURING: "batch seed runs baseline in_process",
         EARLIER: "against threshold report",

@@ -123,7 +123,7 @@ def test_several_controlnets_are_refused_unless_they_stay_eager(tmp_path: Path) 
 def test_a_vae_of_other_latents_is_refused(tmp_path: Path) -> None:
     AutoencoderTiny(**TINY_VAE, latent_channels=16).save_pretrained(tmp_path / "vae")
     source = open_source(small_pipeline(), {"vae": str(tmp_path / "vae")})
-    with pytest.raises(ModelError, match="VAE does not fit the UNet: its latent_channels is 16"):
+    with pytest.raises(ModelError, match="its number of latent channels is 16, the model needs 4"):
         source.check(source.components)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.manifest import REPLACEMENTS, Bundle
 from sdkd.compare.measure.calls import Size
 from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
 from sdkd.compare.measure.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
@@ -17,6 +17,7 @@ from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.core.text_files import prompts_of
 from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
 from sdkd.models.kinds import BundleSource
+from sdkd.models.replacements import WithVae, short_vae, with_vae
 from sdkd.models.resolve import Model, ModelSource, resolve
 from sdkd.models.schedulers import scheduler_class
 from sdkd.targets.plan import plan_for_model
@@ -41,7 +42,6 @@ PHOTOGRAPHS = (
 )
 
 
-REPLACEMENTS = ("vae", "controlnet")  # what `sdkd export` takes from elsewhere, as a manifest's source names it
 Replaced = tuple[tuple[str, str], ...]
 GUIDANCE, SMALL_GUIDANCE = 7.5, 4.0  # diffusers' default; what suits drawn shapes
 
@@ -59,7 +59,7 @@ class Plan:
 class Wish:
     """What applies to every model: targets (None: what runs here), precision of new engines, size, bundles, batch.
 
-    `steps` and `scheduler` are looked at before anything is built.
+    `steps` and `scheduler` are looked at before anything is built. `vae`: every model is compared with this one, too.
     """
 
     targets: tuple[str, ...] | None
@@ -69,6 +69,7 @@ class Wish:
     batch: int = 1
     steps: int = 1
     scheduler: str | None = None
+    vae: str | None = None
 
 
 Builder = Callable[[Progress], Subject]
@@ -138,8 +139,9 @@ def make_plan(
         check_precision(wish.precision)
     size = check_models(dict(zip(names, sources, strict=True)), wish.size, wish.steps, wish.scheduler)
     wanted: list[tuple[Subject, Builder | None]] = []
-    for source, name in zip(sources, names, strict=True):
-        role = roles[source.name]
+    variants = _with_vae(sources, names, roles, wish.vae, plan)
+    own = [(source, name, roles[source.name]) for source, name in zip(sources, names, strict=True)]
+    for source, name, role in (*own, *variants):
         if isinstance(source, BundleSource):
             wanted += [(subject, None) for subject in _of_bundle(plan, source, name, role, wish, size)]
         else:
@@ -157,6 +159,24 @@ def make_plan(
         except (BuildError, BundleError, EngineError, ExportError, ModelError) as error:
             plan.failed.append(Failed.of(subject, error))
     return plan
+
+
+def _with_vae(
+    sources: Sequence[ModelSource], names: Sequence[str], roles: dict[str, str], vae: str | None, plan: Plan
+) -> list[tuple[ModelSource, str, str]]:
+    """Every model with another VAE, its name and role: students, so that they are held against the first teacher, which
+    the first model is where there was none. InputError when all are bundles, which keep the VAE in them.
+    """
+    if vae is None:
+        return []
+    own = [(source, name) for source, name in zip(sources, names, strict=True) if not isinstance(source, BundleSource)]
+    if not own:
+        with_vae(sources[0], vae)
+    if len(own) < len(sources):
+        plan.notes.append(f"bundles keep the VAE that they were exported with: {short_vae(vae)} is for models alone")
+    if TEACHER not in roles.values():
+        roles[own[0][0].name] = TEACHER
+    return [(with_vae(source, vae), f"{name} with {short_vae(vae)}", STUDENT) for source, name in own]
 
 
 def short_names(models: Sequence[str]) -> list[str]:
@@ -204,7 +224,8 @@ def _of_model(
     source: ModelSource, name: str, role: str, wish: Wish, size: Size | None
 ) -> list[tuple[Subject, Builder | None]]:
     """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
-    eager = _torch_subjects(source.name, name, role, wish.targets)
+    replaced = (("vae", source.vae),) if isinstance(source, WithVae) else ()
+    eager = _torch_subjects(source.name, name, role, wish.targets, replaced)
     targets = _engine_targets(wish.targets)
     if targets and wish.size is None and size is not None and (own := _native_px(source)) not in (None, size[0]):
         raise InputError(
@@ -220,13 +241,15 @@ def _engine_to_build(source: ModelSource, name: str, role: str, target: str, wis
     from export.build.request import check_buildable
     from sdkd.workflow import prepare
 
-    built, folder, ranges = ONNX_ENGINE if target == OPTIMUM else target, wish.bundles / name, _ranges(wish)
+    built, ranges = ONNX_ENGINE if target == OPTIMUM else target, _ranges(wish)
+    whole, _, vae = name.partition(" with ")
+    folder, reuse = (wish.bundles / f"{whole}-{vae}", wish.bundles / whole) if vae else (wish.bundles / name, None)
     plan = plan_for_model(built, slot_precision(built) or wish.precision)
     check_buildable(plan.target)
     slot = OPTIMUM if target == OPTIMUM else plan.slot
 
     def build(progress: Progress) -> Subject:
-        made = prepare(source, plan, folder, ranges=ranges, progress=progress)
+        made = prepare(source, plan, folder, ranges=ranges, reuse=reuse, progress=progress)
         return _engine_subject(source.name, name, role, made.bundle, slot)
 
     return Subject(f"{name} {slot}", source.name, slot, plan.precision, folder / plan.onnx, role), build
@@ -289,7 +312,7 @@ def _of_bundle(plan: Plan, source: BundleSource, name: str, role: str, wish: Wis
 
 def _why_not_eager(model: str, replaced: Replaced) -> str | None:
     """Why a bundle's source cannot run eagerly, None when it can; a hub model is tried, it may not be in the cache."""
-    from export.source import replacement_class
+    from sdkd.models.replacements import replacement_class
     from sdkd.models.resolve import load_eager
 
     try:

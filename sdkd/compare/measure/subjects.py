@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import as_drawn
 from sdkd.core.contract import COMPONENTS, check_precision, torch_dtype
 from sdkd.errors import EngineError, InputError, one_line
+from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
 from sdkd.models.resolve import load_eager, resolve
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
 
 def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
     """An eager pipeline with other parts in place of its own, as export gives them to a bundle; ModelError if gone."""
-    from export.source import CONTROLNET_PIPELINE, load_replacement
+    from export.source import CONTROLNET_PIPELINE
 
     for part, name in replaced:
         module = load_replacement(part, name, dtype)
@@ -243,7 +244,8 @@ def size_on_disk(subject: Subject) -> int | None:
         ]
         return sum(record.total_bytes for record in records)
     path = resolve(subject.model).path
-    return None if path is None else weight_bytes(Path(path))
+    homes = {part: replacement_folder(part, name) for part, name in subject.replaced if name != RANDOM}
+    return None if path is None else weight_bytes(Path(path), homes)
 
 
 def has_random_weights(subject: Subject) -> bool:
@@ -253,8 +255,10 @@ def has_random_weights(subject: Subject) -> bool:
     return resolve(subject.model).random_weights
 
 
-def weight_bytes(path: Path) -> int | None:
+def weight_bytes(path: Path, homes: Mapping[str, Path] | None = None) -> int | None:
     """Bytes of the weight files of a pipeline folder or of a single file; None when there are none.
+
+    `homes`: folders of parts that stand in for the pipeline's own.
 
     Where a component comes in several formats or variants, the first of: plain safetensors, any safetensors, bin.
     """
@@ -263,6 +267,7 @@ def weight_bytes(path: Path) -> int | None:
     patterns = ("*model.safetensors", "*model-*-of-*.safetensors", "*.safetensors", "*.bin")
     found = 0
     for name in WEIGHT_FOLDERS:
-        files = next((files for pattern in patterns if (files := list((path / name).glob(pattern)))), [])
+        home = (homes or {}).get(name, path / name)
+        files = next((files for pattern in patterns if (files := list(home.glob(pattern)))), [])
         found += sum(file.stat().st_size for file in files)
     return found or None

@@ -15,6 +15,7 @@ from generate_runs import pixels, run
 from helpers import fixed_weights
 from PIL import Image
 from small_bundles import UNET, small_controlnet, small_pipeline
+from small_exports import tiny_vae
 
 from engines.generate.image_inputs import read_inputs, resized
 from sdkd.bundle.manifest import Bundle
@@ -61,15 +62,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: home / f"{name}.png" for name in images}
 
 
-def expected(kind: str, files: dict[str, Path], channels: int = 4, **call: Any) -> np.ndarray:
-    """What diffusers' own class draws; arguments that name a file get its image."""
+def expected(kind: str, files: dict[str, Path], channels: int = 4, vae: Any = None, **call: Any) -> np.ndarray:
+    """What diffusers' own class draws, with another VAE where one is given; what names a file gets its image."""
     modes = {"mask": "L"}
     given = {
         name: Image.open(files[value]).convert(modes.get(value, "RGB")) if isinstance(value, str) else value
         for name, value in call.items()
     }
     generator = torch.Generator().manual_seed(3)
-    image = pipeline(kind, channels)("a cat", num_inference_steps=4, generator=generator, **given).images[0]
+    pipe = pipeline(kind, channels)
+    pipe.vae = vae or pipe.vae
+    image = pipe("a cat", num_inference_steps=4, generator=generator, **given).images[0]
     return np.asarray(image, dtype=np.float64)
 
 
@@ -104,6 +107,21 @@ def test_eager_models_draw_what_diffusers_draws(
     assert [text[name] for name in names] == [str(files[name]) for name in names]
     scales = {name: str(value) for name, value in call.items() if name in ("strength", "image_guidance_scale")}
     assert {name: text[name] for name in text if name in ("strength", "image_guidance_scale")} == scales
+
+
+@pytest.mark.parametrize("row", [0, 2], ids=["image", "image and mask"])
+def test_another_vae_encodes_and_decodes(
+    folders: dict[int, Path], files: dict[str, Path], tmp_path: Path, row: int
+) -> None:
+    kind, _, names, _, call = WITHOUT_CONTROL[row]
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    words = (*SETTINGS, *options(files, *names), "--vae", tmp_path / "vae")
+    result = run(folders[4], "a cat", "-o", tmp_path / "out.png", *words)
+    assert result.exit_code == 0, result.exception
+    wanted = expected(kind, files, vae=tiny_vae(), guidance_scale=7.5, **call)
+    assert np.array_equal(pixels(tmp_path / "out.png"), wanted)
+    assert not np.array_equal(wanted, expected(kind, files, guidance_scale=7.5, **call))
+    assert Image.open(tmp_path / "out.png").text["model"] == f"{folders[4]} --vae {tmp_path / 'vae'}"
 
 
 @pytest.mark.parametrize("row", [0, 2], ids=["image", "image and mask"])

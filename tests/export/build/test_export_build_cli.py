@@ -10,6 +10,7 @@ import pytest
 import typer
 from graph_bundles import graph_bundle
 from helpers import tiny_pipeline
+from training_runs import small_vae
 from typer.testing import CliRunner
 
 from export.build_cli import build_engine, default_name
@@ -165,13 +166,14 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--refit", "all"), r"--refit cannot be had for onnxruntime"),
         (("--profile", "size=64", "--profile", "size=96"), r"height 96 is not a multiple of 64 pixels"),
         (("--run-with", "steps=4"), r"'steps=4' does not say how a model is to be run: give all three of steps=4,gui"),
+        (("--vae", "nowhere"), r"vae 'nowhere' is no folder: give the folder that save_pretrained wrote"),
         (("--precision", "bf16"), r"the ONNX graph is bf16, which onnxruntime cannot run"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_export(
     pipeline: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, ModelError), match=message):
         _run(pipeline, "-t", "onnxruntime", "-o", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
@@ -190,6 +192,13 @@ def test_a_model_is_exported_once_and_then_reused(
         _run(pipeline, "-t", "openvino", "--run-with", "steps=4,guidance=1,scheduler=lcm")
     with pytest.raises(OutputExistsError, match=r"holds a bundle of precision fp32, not fp16.*--overwrite"):
         _run(pipeline, "-t", "tensorrt-rtx", "-o", "artifacts/tiny")
+    with pytest.raises(OutputExistsError, match=r"holds a bundle of other weights \(vae_decoder, vae_encoder\):"):
+        _run(pipeline, "-t", "openvino", "-o", "artifacts/tiny", "--vae", small_vae())
+    small = ("-t", "openvino", "-o", "small", "--vae", small_vae(), "--json")
+    assert [engine["reused"] for engine in json.loads(_run(pipeline, *small).stdout)["engines"]] == [False] * 4
+    assert [engine["reused"] for engine in json.loads(_run(pipeline, *small).stdout)["engines"]] == [True] * 4
+    made = Bundle.open(tmp_path / "small")
+    assert f"--vae {small_vae()} --overwrite" in made.repair(made.component("vae_decoder"))
     other = tmp_path / "other"
     tiny_pipeline(seed=7).save_pretrained(other)
     with pytest.raises(OutputExistsError, match=r"holds a bundle of other weights.*--overwrite"):

@@ -12,13 +12,14 @@ import torch
 from diffusers import DiffusionPipeline
 from processes import Dropping
 from safetensors.torch import load_file
+from training_runs import small_vae
 
 from sdkd.commands import student as student_cli
 from sdkd.core.files import read_json
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.generation import FEW_STEPS, entry
-from sdkd.models.resolve import resolve
+from sdkd.models.resolve import load_eager, resolve
 from sdkd.students.blocks import build_student, count_parameters, student_config
 
 
@@ -43,7 +44,7 @@ def test_output_is_a_pipeline(teacher: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_json_and_half(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    student_cli.student(teacher, tmp_path / "out", "bk-tiny", half=True, json=True)
+    student_cli.student(teacher, tmp_path / "out", "bk-tiny", vae=str(small_vae()), half=True, json=True)
     found = json.loads(capsys.readouterr().out)
     assert (found["student"], found["teacher_parameters"], found["student_parameters"]) == ("bk-tiny", 827476, 381124)
     assert sum(row["student_parameters"] for row in found["parts"]) == 381124
@@ -52,6 +53,8 @@ def test_json_and_half(teacher: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (mid["kept"], mid["student_parameters"]) == ([], 0)
     weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    assert read_json(tmp_path / "out" / "model_index.json")["vae"] == ["diffusers", "AutoencoderTiny"]
+    assert load_eager(tmp_path / "out").vae.config.scaling_factor == 1
 
 
 def test_a_ctrl_c_that_a_del_drops_ends_it(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from compare_models import engine_models
 from helpers import tiny_pipeline
+from training_runs import small_vae
 
 import sdkd.compare.measure.refusals as refusals
 from sdkd.bundle.manifest import Bundle
@@ -27,7 +28,7 @@ from sdkd.compare.measure.planning import (
     short_names,
 )
 from sdkd.compare.measure.refusals import check_targets
-from sdkd.compare.measure.subjects import optimum_problem, size_on_disk
+from sdkd.compare.measure.subjects import open_subject, optimum_problem, size_on_disk
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
 from sdkd.targets.registry import availability
 from sdkd.toyworld.scenes import parse_caption, render
@@ -102,6 +103,25 @@ def test_pytorch_is_a_target_in_several_precisions(models: Path, tmp_path: Path)
     ]
     assert [row.runs_as for row in plan.subjects[:3]] == ["eager", "eager-bf16", "compile-bf16"]
     assert plan.notes == []
+
+
+def test_another_vae_is_compared_with_the_models_own(models: Path, tmp_path: Path) -> None:
+    vae, asked = str(small_vae()), [str(models / "base"), str(engine_models() / "bundle")]
+    plan = make_plan(asked, dataclasses.replace(wish(tmp_path, "eager"), size=(64, 64), vae=vae))
+    assert [(row.label, row.role, row.replaced) for row in plan.subjects] == [
+        ("base eager", "teacher", ()),
+        ("bundle eager", "model", ()),
+        ("base with small-vae eager", "student", (("vae", vae),)),
+    ]
+    assert plan.notes == ["bundles keep the VAE that they were exported with: small-vae is for models alone"]
+    own, other = (size_on_disk(plan.subjects[place]) or 0 for place in (0, 2))
+    files = (models / "base" / "vae", small_vae())
+    first, second = ((folder / "diffusion_pytorch_model.safetensors").stat().st_size for folder in files)
+    assert own - other == first - second
+    pipe = open_subject(plan.subjects[2])
+    assert type(pipe.vae).__name__ == "AutoencoderTiny"
+    with pytest.raises(InputError, match="is a bundle and has its VAE in it"):
+        make_plan(asked[1:], dataclasses.replace(wish(tmp_path), vae=vae))
 
 
 def test_a_bundle_brings_its_engines_and_its_model_as_eager(tmp_path: Path) -> None:
