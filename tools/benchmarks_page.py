@@ -128,6 +128,21 @@ def accuracy(found: Json) -> Rows:
     ]
 
 
+def decoder(found: Json) -> Rows:
+    """tools/bench_decoder.py: seconds of an image, the full decoder and the small one."""
+    return [
+        [row["way"], f"{row['full_seconds']:.2f} s", f"{row['small_seconds']:.3f} s", faster(*row["faster"])]
+        for row in found["rows"]
+    ]
+
+
+def demo_decoder(found: Json) -> Rows:
+    """tools/train_demo_decoder.py: the demo's small VAE beside its full one."""
+    full, small = (found[name]["decoder_macs"] / 1e6 for name in ("full", "small"))
+    shown = (f"{found['psnr_mean_db']:.1f} dB ({found['psnr_min_db']:.1f})", f"{found['ssim_mean']:.3f}")
+    return [[f"{found['images']} held out", *shown, f"{full:.0f}", f"{small:.0f}"]]
+
+
 @dataclass(frozen=True)
 class Kind:
     """Files whose path under benchmarks/ matches `pattern`, and the rows that are shown of them in one table."""
@@ -142,6 +157,8 @@ class Kind:
 COMPARED = ("subject", "own eager", "UNet step", "faster (95 %)", "images to own eager")
 COST = ("s", "peak memory, GB", "files, MB")
 ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
+DECODED = ("drawings", "PSNR to the full VAE's, mean (worst)", "SSIM", "MMACs, full decoder", "small")
+DECODER_COMMAND = "python tools/train_demo_decoder.py --work artifacts/demo-decoder"
 KINDS = (
     *(Kind(f"*/{piece}.json", comparison, COMPARED) for piece in PIECES),
     Kind("*/train-*.json", training, ("student", "reference's step", "`Trainer.step`", "faster (95 %)")),
@@ -153,6 +170,14 @@ KINDS = (
     Kind("ablation-demo/runs/*.json", None),
     Kind("ablation-demo/why.json", None),
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
+    Kind("*/decoder.json", decoder, ("decoded on", "full VAE", "small VAE", "faster (95 %)")),
+    Kind(
+        "demo-decoder/likeness.json",
+        demo_decoder,
+        DECODED,
+        2,
+        "`python tools/train_demo_decoder.py --work artifacts/demo-decoder`",
+    ),
 )
 
 

@@ -28,17 +28,19 @@ from sdkd.distill.training.samples import joined
 from sdkd.distill.vae.config import vae_config
 from sdkd.distill.vae.run import VaeJob, run
 from sdkd.distill.vae.trainer import decode
+from sdkd.models.replacements import DEMO_VAE, load_replacement
 from sdkd.models.resolve import load_component
 from sdkd.toyworld.scenes import IMAGE_SIZE, DemoImages
 
 ROOT = Path(__file__).parent.parent
-SMALL_VAE, BENCHMARK = ROOT / "sdkd" / "demo" / "small_vae", ROOT / "benchmarks" / "demo-decoder"
+SMALL_VAE, BENCHMARK = DEMO_VAE, ROOT / "benchmarks" / "demo-decoder"
 SETTINGS: dict[str, Any] = {
     "width": 16, "blocks": "6,6,3", "losses": "mse=4,l1=0.5,coarse=0.5,edges=1", "steps": 5000,
     "batch_size": 8, "learning_rate": 2e-3, "warmup": 100,
     "betas": (0.9, 0.99), "max_images": 6000, "latents": "memory", "device": "cpu", "workers": 0,
     "save_every": 1000, "log_every": 50,
 }  # fmt: skip
+COMMAND = "python tools/train_demo_decoder.py --work artifacts/demo-decoder"
 JUDGED, SHOWN = 256, 8  # held-out drawings
 
 
@@ -100,8 +102,6 @@ def measure(full: Any, small: Any, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Train, pack in half precision, measure what was packed."""
-    from diffusers import AutoencoderTiny
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the run and its checkpoints")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
@@ -109,18 +109,17 @@ def main() -> None:
     config = vae_config(**SETTINGS | {"steps": args.steps})
     start = time.process_time()
     found = run(
-        VaeJob("demo", "demo", args.work, config, resume="auto", command="python tools/train_demo_decoder.py"),
+        VaeJob("demo", "demo", args.work, config, resume="auto", command=COMMAND),
         lambda message, fraction: print(message, flush=True) if "step" in message else None,
     )
     seconds = time.process_time() - start
-    vae = AutoencoderTiny.from_pretrained(args.work)
     with new_folder(SMALL_VAE, overwrite=True) as folder:
-        vae.to(torch.float16).save_pretrained(folder)
+        load_replacement("vae", str(args.work), torch.float16).save_pretrained(folder)
         shutil.copy(args.work / "README.md", folder)
         write_json(folder / "sdkd.json", {key: value for key, value in found.items() if key not in ("output", "first")})
     for file in SMALL_VAE.iterdir():
         file.chmod(0o644)
-    full, small = load_component("demo", "vae"), AutoencoderTiny.from_pretrained(SMALL_VAE).eval()
+    full, small = load_component("demo", "vae"), load_replacement("vae", "demo", torch.float32)
     BENCHMARK.mkdir(exist_ok=True)
     shutil.copy(args.work / LOG, BENCHMARK)
     result = measure(full, small, BENCHMARK) | costs(full, small) | {"cpu_seconds": math.ceil(seconds)}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
+from sdkd.bundle.manifest import REPLACEMENTS, Bundle, ComponentRecord, EngineRecord
 from sdkd.bundle.memory import run_memory
 from sdkd.core.console import show, show_json, styled, table
 from sdkd.core.contract import Contract
@@ -241,8 +241,9 @@ def inspect(
         show_json(found)
     else:
         source = found["source"]
+        others = "".join(f", {part} {source[part]}" for part in REPLACEMENTS if part in source)
         random = ", random weights" if source.get("random_weights") else ""
-        show(styled(f"{found['path']}: {source.get('model', 'unknown model')}{random}", "bold"))
+        show(styled(f"{found['path']}: {source.get('model', 'unknown model')}{others}{random}", "bold"))
         if made := found["generation"]:
             show(f"made to be run with {Generation.from_json(made)}")
         show(*_short(found), *(_details(found) if details else []))

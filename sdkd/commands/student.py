@@ -151,6 +151,8 @@ def student(
     show(*tables(found))
     for note in source.notes:
         show(f"Note on {source.name}: {note}.")
+    if vae is not None:
+        show("Training writes the teacher's VAE into its result: give --vae again when that is exported.")
     show(
         f"Saved {output}. Train it with: sdkd distill --teacher {shlex.quote(teacher)} --student {spec.short} "
         "--data DATA --output RUN"

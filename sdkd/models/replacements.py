@@ -69,7 +69,7 @@ def replacement_config(part: str, name: str) -> dict[str, Any]:
     try:
         if path.is_dir():
             return dict(read_json(path / "config.json", dict[str, Any]))
-        if not path.exists() and name.count("/") == 1:
+        if not path.exists() and name.count("/") == 1 and not path.is_absolute():
             return dict(getattr(diffusers, EXPORTED[part][0]).load_config(name))
     except InputError as error:
         raise ModelError(f"{part} {name!r}: {error}: give the folder that save_pretrained wrote") from error

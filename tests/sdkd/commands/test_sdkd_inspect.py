@@ -144,3 +144,12 @@ def test_without_a_gpu_its_layers_are_not_known(tmp_path: Path) -> None:
     found = examine(half, layers=True)["engines"][0]
     assert "needs an NVIDIA GPU with a driver" in found["layers"]
     assert found["memory_bytes"] > found["bytes"]
+
+
+def test_another_vae_is_named_and_repairs_keep_it(bundle: Bundle) -> None:
+    changed = replace(bundle.manifest, source={"model": "demo", "vae": "my vae", "controlnet": "edges"})
+    found = replace(bundle, manifest=changed)
+    found.save()
+    assert "demo, vae my vae, controlnet edges" in _run(bundle.path).stdout
+    wanted = f"sdkd export demo {bundle.path} --vae 'my vae' --controlnet edges --overwrite"
+    assert found.repair(found.component("vae_decoder")) == wanted

@@ -13,12 +13,18 @@ import torch
 from PIL import Image
 
 import sdkd.demo
+from sdkd.compare.measure.quality import image_likeness
 from sdkd.demo import load_teacher, teacher_path
 from sdkd.demo.run import ENGINES, contact_sheet, wanted_engines
+from sdkd.distill.data.buckets import fit_pixels
+from sdkd.distill.data.encode import encode_image
+from sdkd.distill.vae.trainer import decode
 from sdkd.errors import InputError, ModelError
+from sdkd.models.replacements import load_replacement, with_vae
+from sdkd.models.resolve import resolve
 from sdkd.targets.registry import availability, cpu_precisions
 from sdkd.toyworld.reader import CaptionAccuracy, draw, evaluate_captions, read_image
-from sdkd.toyworld.scenes import Scene, all_scenes, held_out_scenes, render, sample_scenes, seen_scenes
+from sdkd.toyworld.scenes import DemoImages, Scene, all_scenes, held_out_scenes, render, sample_scenes, seen_scenes
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +121,23 @@ def test_the_picture_has_a_row_of_each_subject() -> None:
     found = contact_sheet({"teacher": [Image.new("RGB", (8, 8), "red")] * 2, "student": []}, ["a", "b"])
     assert found.size == (150 + 2 * 168, 64 + 2 * 168)
     assert (found.getpixel((160, 70)), found.getpixel((160, 240))) == ((255, 0, 0), (255, 255, 255))
+
+
+def test_the_small_vae_decodes_and_encodes_what_the_full_one_does(pipe: Any) -> None:
+    small, drawings = load_replacement("vae", "demo", torch.float32), DemoImages(12, held_out=True)
+    decoded, encoded = [], []
+    for row in drawings:
+        pixels = fit_pixels(row["image"], 64, 64)
+        latents, own = (encode_image(vae, pixels)[0][None] for vae in (pipe.vae, small))
+        wanted = pipe.image_processor.postprocess(decode(pipe.vae, latents))
+        decoded.append(
+            image_likeness(pipe.image_processor.postprocess(decode(small, latents))[0], wanted[0]).counted_db
+        )
+        encoded.append(image_likeness(pipe.image_processor.postprocess(decode(pipe.vae, own))[0], wanted[0]).counted_db)
+    assert np.mean(decoded) > 28
+    assert np.mean(encoded) > 36
+    assert small.decoder.training is False
+    found = with_vae(resolve("demo"), "demo")
+    assert found.native_size == (64, 64)
+    with pytest.raises(ModelError, match=r"its teacher's scaling factor is 0\.638973, the model needs 0\.18215"):
+        with_vae(resolve("random:sd15"), "demo")

@@ -122,6 +122,8 @@ def test_another_vae_is_compared_with_the_models_own(models: Path, tmp_path: Pat
     assert type(pipe.vae).__name__ == "AutoencoderTiny"
     with pytest.raises(InputError, match="is a bundle and has its VAE in it"):
         make_plan(asked[1:], dataclasses.replace(wish(tmp_path), vae=vae))
+    with pytest.raises(ModelError, match=r"its teacher's scaling factor is 0\.6\d+, the model needs"):
+        make_plan(asked, dataclasses.replace(wish(tmp_path), vae="demo"))
 
 
 def test_a_bundle_brings_its_engines_and_its_model_as_eager(tmp_path: Path) -> None:

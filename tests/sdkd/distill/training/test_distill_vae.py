@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_runs import pictures, sdkd, teacher
 
 from sdkd.core.perceptual import NotMeasuredError
+from sdkd.distill.data.encode import encode_image
 from sdkd.distill.vae.config import vae_config
 from sdkd.distill.vae.loop import train_vae
 from sdkd.distill.vae.losses import LOSSES, parse_losses
@@ -62,6 +63,13 @@ def test_losses_have_the_values_of_their_definitions() -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         vae_config(**settings)
+
+
+def test_a_small_vae_encodes_without_a_deviation() -> None:
+    vae, pixels = AutoencoderTiny.from_pretrained(training_runs.small_vae()), torch.rand(3, 64, 64) * 2 - 1
+    mean, std = encode_image(vae, pixels)
+    assert torch.equal(mean, vae.encode(pixels[None]).latents[0])
+    assert (std.shape, float(std.abs().max())) == (mean.shape, 0.0)
 
 
 def test_both_halves_learn_and_what_is_wrong_stops_the_run() -> None:
