@@ -46,7 +46,7 @@ def test_folder_is_small_and_names_no_path_and_no_safety_checker() -> None:
     assert index["requires_safety_checker"] is False
 
 
-def test_loads_without_warnings(caplog: pytest.LogCaptureFixture) -> None:
+def test_loads_without_warnings(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:  # the libraries are imported
     for name in ("diffusers", "transformers"):
         logging.getLogger(name).addHandler(caplog.handler)
     loaded = load_teacher(torch.float16)
