@@ -242,8 +242,11 @@ def _engine_to_build(source: ModelSource, name: str, role: str, target: str, wis
     from sdkd.workflow import prepare
 
     built, ranges = ONNX_ENGINE if target == OPTIMUM else target, _ranges(wish)
-    whole, _, vae = name.partition(" with ")
-    folder, reuse = (wish.bundles / f"{whole}-{vae}", wish.bundles / whole) if vae else (wish.bundles / name, None)
+    folder, reuse = wish.bundles / name, None
+    if isinstance(source, WithVae):  # its text encoder and UNet are those of the model with its own VAE
+        vae = short_vae(source.vae)
+        reuse = wish.bundles / name.removesuffix(f" with {vae}")
+        folder = reuse.with_name(f"{reuse.name}-{vae}")
     plan = plan_for_model(built, slot_precision(built) or wish.precision)
     check_buildable(plan.target)
     slot = OPTIMUM if target == OPTIMUM else plan.slot
