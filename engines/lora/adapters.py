@@ -15,24 +15,15 @@ from typing import Any
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
-from peft import LoraConfig
-from peft.tuners.lora.layer import LoraLayer
 
-from engines.lora.layers import adapters_of, announce, fill_adapter
+from engines.lora.layers import adapters_of, announce
 from engines.modules.base import LORA_PARTS, EngineModule
 from sdkd.core.numbers import check_number
-from sdkd.errors import EngineError, InputError, ModelError
-from sdkd.students.blocks import key_map, recognised, teacher_layout
-from sdkd.students.lora_fit import Fit, check_text_width, fit_model, fit_student
-from sdkd.students.lora_layers import (
-    Layer,
-    other_kind,
-    peft_settings,
-    peft_state,
-    read_layers,
-    remap_settings,
-    text_names,
-)
+from sdkd.errors import EngineError, InputError
+from sdkd.students.blocks import StudentSpec, recognised
+from sdkd.students.lora_adapter import Adapter, fit_text, fit_unet
+from sdkd.students.lora_fit import Fit, check_text_width
+from sdkd.students.lora_layers import other_kind, read_layers
 
 log = logging.getLogger(__name__)
 
@@ -76,22 +67,17 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         state, settings = fetch(pretrained_model_name_or_path_or_dict, options)
         if kind := other_kind(state):
             raise EngineError(f"adapter {name!r} {kind}")
-        fitted, settings = self._fitted(state, dict(settings or {}), f"LoRA {name!r}")
-        parts = [part for part in LORA_PARTS if _of_part(fitted, part)]
-        if not parts:
+        adapters = self._fitted(state, settings or {}, f"LoRA {name!r}")  # all, before one is loaded
+        if not adapters:
             raise InputError(f"LoRA {name!r} has no weights: give a LoRA's .safetensors file")
         there = self.get_list_adapters()
-        if taken := [part for part in parts if name in there.get(part, ())]:
+        if taken := [adapter.part for adapter in adapters if name in there.get(adapter.part, ())]:
             raise InputError(
                 f"adapter name {name!r} is in use in the {taken[0]} already: choose another, or call "
                 f"delete_adapters({name!r}) first"
             )
-        configs = {part: _config(settings, part, name) for part in parts}  # all, before one is loaded
-        for part, config in configs.items():
-            module, own = getattr(self, part), _of_part(fitted, part)
-            if part == "text_encoder" and not hasattr(module, "text_model"):  # transformers 5
-                own = {key.removeprefix("text_model."): value for key, value in own.items()}
-            fill_adapter(module, name, own, config)
+        for adapter in adapters:
+            adapter.add_to(getattr(self, adapter.part), name)
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Activate adapters with their scales, as diffusers does; InputError for a scale that is no finite number."""
@@ -104,36 +90,25 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         taken = {name for names in self.get_list_adapters().values() for name in names}
         return next(name for name in (f"default_{number}" for number in range(len(taken) + 1)) if name not in taken)
 
-    def _fitted(self, state: dict[str, Any], settings: dict[str, Any], what: str) -> tuple[dict[str, Any], Any]:
-        """A file's weights under PEFT's names, alphas inside, as the parts of this pipeline take them, and settings."""
+    def _fitted(self, state: dict[str, Any], settings: dict[str, Any], what: str) -> list[Adapter]:
+        """A file's weights as the parts of this pipeline take them; the log says whose they were."""
         unet: Any = self.unet
         config = dict(self.engines.get("unet", unet).config)
         check_text_width(state, config, what)
         layers = read_layers(state, what, settings)
-        found: dict[str, torch.Tensor] = {}
+        found = []
         if "unet" in layers:
-            fit, settings = _fit_unet(layers["unet"], config, settings, what)
-            found.update(fit.state)
+            adapter, fit = fit_unet(layers["unet"], config, settings, what)
+            _log_owner(fit, recognised(config), len(layers["unet"]), what)
+            found.append(adapter)
         if "text_encoder" in layers:
-            found.update(_fit_text(layers["text_encoder"], self.text_encoder, what))
-        return found, peft_settings(found, settings)
+            found.append(fit_text(layers["text_encoder"], self.text_encoder, settings, what))
+        return found
 
     def announce(self) -> None:
         """Tell the engines what the active adapters add; they take it at their next run."""
         for module in self.engines.values():
             announce(module)
-
-
-def _config(settings: Mapping[str, Any], part: str, name: str) -> LoraConfig:
-    try:
-        return LoraConfig(**_of_part(settings, part))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"LoRA {name!r} has settings that PEFT does not take ({error}): make it again") from error
-
-
-def _of_part(values: Mapping[str, Any], part: str) -> dict[str, Any]:
-    prefix = f"{part}."
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def fetch(source: Any, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -163,43 +138,12 @@ def fetch(source: Any, options: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return state, settings
 
 
-def _fit_unet(
-    layers: Mapping[str, Layer], config: dict[str, Any], settings: dict[str, Any], what: str
-) -> tuple[Fit, dict[str, Any]]:
-    spec = recognised(config)
+def _log_owner(fit: Fit, spec: StudentSpec | None, layers: int, what: str) -> None:
     if spec is None:
-        return fit_model(layers, config, what), settings
-    teacher = teacher_layout(config)
-    fit = fit_student(layers, config, teacher, spec, what, unclear="model")
-    if fit.owner == "teacher":
-        settings = remap_settings(settings, key_map(teacher, spec))
+        return
     log.log(
         logging.INFO if fit.sure else logging.WARNING,
         "%s is taken for one of %s%s, since %s; %d of its %d layers are kept%s",
         *(what, "the teacher of " if fit.owner == "teacher" else "", spec.name, fit.why),
-        *(len(fit.state) // 2, len(layers), "" if fit.sure else _OTHERWISE.format(spec.short)),
+        *(len(fit.state) // 2, layers, "" if fit.sure else _OTHERWISE.format(spec.short)),
     )
-    return fit, settings
-
-
-def _fit_text(layers: Mapping[str, Layer], module: Any, what: str) -> dict[str, torch.Tensor]:
-    """A text encoder's layers under PEFT's names; ModelError when they are not this one's, or of other widths."""
-    if module is None:
-        raise ModelError(f"{what} has {len(layers)} layers for a text encoder, and this pipeline has none")
-    found = {
-        name: layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        for name, layer in module.named_modules()
-    }
-    here = {name.removeprefix("text_model.").removeprefix("encoder."): layer for name, layer in found.items()}
-    for name, layer in layers.items():
-        if name not in here:
-            raise ModelError(
-                f"{what} names {layer.name!r}, a layer that this text encoder lacks: it is for another one"
-            )
-        if (shape := tuple(here[name].weight.shape)) != layer.widths:
-            sizes = [" x ".join(map(str, size)) for size in (layer.widths, shape)]
-            raise ModelError(
-                f"{what} is for a text encoder of other widths: {layer.name!r} is for a layer of {sizes[0]}, "
-                f"this one's is {sizes[1]}. Give a LoRA that was made for this model"
-            )
-    return peft_state("text_encoder", layers, text_names(layers))

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers.utils import recurse_remove_peft_layers
-from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -24,16 +20,7 @@ from engines.modules.base import EngineModule
 from engines.sessions.weights import Delta, EngineWeights
 from sdkd.errors import ModelError
 from sdkd.students.blocks import meta_unet
-
-
-def fill_adapter(module: Any, name: str, state: Mapping[str, torch.Tensor], config: Any) -> None:
-    """Put one adapter into a module."""
-    values = dict(state)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several adapters are meant
-        inject_adapter_in_model(config, module, name, low_cpu_mem_usage=True, state_dict=values)
-    set_peft_model_state_dict(module, values, name, low_cpu_mem_usage=True)
-    module._hf_peft_config_loaded = True
+from sdkd.students.lora_adapter import fill_adapter, lora_layers, remove_adapters
 
 
 def without_weights(module: nn.Module) -> nn.Module:
@@ -89,11 +76,6 @@ def adapters_of(part: str, module: EngineModule) -> Any:
     return module.adapters
 
 
-def lora_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers of a module that have adapters, by path."""
-    return ((path, layer) for path, layer in module.named_modules() if isinstance(layer, LoraLayer))
-
-
 def announce(module: EngineModule) -> None:
     """Tell an engine what its active adapters add; it takes it at its next run."""
     if module.adapters is not None:
@@ -117,9 +99,7 @@ def _total(layer: Any, names: list[str]) -> torch.Tensor:
 
 def bring_back(held: nn.Module, eager: nn.Module) -> None:
     """Give an eager module the adapters that are held now, in place of its own."""
-    recurse_remove_peft_layers(eager)
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        eager.__dict__.pop(name, None)
+    remove_adapters(eager)
     copy_adapters(held, eager)
 
 

@@ -42,9 +42,9 @@ def remap(
 
 def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite: bool = False) -> dict[str, Any]:
     """What the command does; returns its summary. Raises InputError, ModelError and OutputExistsError."""
-    from sdkd.distill.training.lora import FILE, read_lora, write_lora
     from sdkd.models.resolve import resolve
     from sdkd.students.blocks import key_map, student_config, student_spec
+    from sdkd.students.lora_file import FILE, read_lora, write_lora
     from sdkd.students.lora_fit import check_text_width, fit_student
     from sdkd.students.lora_layers import peft_settings, peft_state, read_layers, remap_settings, text_names
 

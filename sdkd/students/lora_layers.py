@@ -172,6 +172,12 @@ def read_layers(
     }
 
 
+def parts_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The parts of a pipeline whose layers a LoRA's weights are of, by their names."""
+    found = {place[0] for name in names if (place := _place(name))}
+    return tuple(part for part in PARTS if part in found)
+
+
 def _other_settings(settings: Mapping[str, Any]) -> str | None:
     """What a file's settings say that weights alone do not: other kinds of adapters."""
     for name, value in settings.items():

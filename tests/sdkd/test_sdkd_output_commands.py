@@ -18,9 +18,9 @@ from sdkd.cli import app
 from sdkd.core.marks import is_drawn_image, is_written_lora
 from sdkd.demo import teacher_path
 from sdkd.demo.run import check_outputs
-from sdkd.distill.training.lora import write_lora
 from sdkd.distill.training.plot import write_page
 from sdkd.errors import OutputExistsError
+from sdkd.students.lora_file import write_lora
 
 SETTINGS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "size", "scheduler", "model", "target"]
 

@@ -323,7 +323,7 @@ def _read_weights(trainer: Trainer, path: Path, name: str) -> dict[str, torch.Te
     from safetensors.torch import load_file
 
     if trainer.config.objective == "lora":
-        from sdkd.distill.training.lora import read_lora
+        from sdkd.students.lora_file import read_lora
 
         return read_lora(path / name.replace("unet", "lora"))[0]
     found: dict[str, torch.Tensor] = {}

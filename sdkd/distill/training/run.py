@@ -125,7 +125,7 @@ def _adapter(job: Job) -> dict[str, torch.Tensor] | None:
     """The weights of the LoRA to start from; InputError when its rank or alpha are not the run's."""
     if job.config.objective != "lora" or job.init is None:
         return None
-    from sdkd.distill.training.lora import read_lora
+    from sdkd.students.lora_file import read_lora
 
     path, config = Path(job.init), job.config
     state, made = read_lora(path / "lora" if (path / "lora").is_dir() else path)

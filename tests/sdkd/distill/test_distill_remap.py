@@ -11,9 +11,10 @@ import torch
 from training_runs import fused, same, sdkd, teacher, unet_output, weights
 
 from sdkd.distill.remap_cli import run
-from sdkd.distill.training.lora import FILE, add_lora, read_lora, save_lora
+from sdkd.distill.training.lora import add_lora, save_lora
 from sdkd.errors import InputError, ModelError, OutputExistsError
 from sdkd.students.blocks import build_student, key_map
+from sdkd.students.lora_file import FILE, read_lora
 from sdkd.students.lora_layers import common_name, remap_settings
 
 

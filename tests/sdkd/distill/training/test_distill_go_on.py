@@ -19,11 +19,11 @@ from training_runs import losses, pictures, same, sdkd, teacher, weights
 from engines import plug
 from sdkd.distill.training.checkpoint import checkpoints
 from sdkd.distill.training.log import LOG, read_log
-from sdkd.distill.training.lora import read_lora
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.resolve import load_component, load_eager, resolve
+from sdkd.students.lora_file import read_lora
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from training_runs import unet_output
 
-from sdkd.distill.training.lora import TARGETS, add_lora, lora_metadata, lora_state, read_lora, save_lora
+from sdkd.distill.training.lora import TARGETS, add_lora, lora_metadata, lora_state, save_lora
 from sdkd.errors import InputError, ModelError
+from sdkd.students.lora_file import read_lora
 
 
 def adapted(student: str | None, targets: str, dropout: float = 0.0) -> UNet2DConditionModel:
