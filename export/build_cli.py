@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
 from sdkd.core.console import Progress, progress, show, show_json, table, within
 from sdkd.core.contract import COMPONENTS, check_components, size_multiple
 from sdkd.errors import InputError, OutputExistsError
+from sdkd.models.fused import Lora, loras_of
 from sdkd.models.generation import FORM, Generation, parse_generation
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
@@ -53,6 +54,9 @@ def build_engine(
         str | None, typer.Option(help=f"How it was made to be run, if its files do not say: {FORM}.")
     ] = None,
     vae: Annotated[str | None, typer.Option(help="For a model: another VAE, as `sdkd export` takes it.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA to fuse into MODEL; may be repeated.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle at the output.")] = False,
@@ -65,6 +69,7 @@ def build_engine(
     from export.build.engines import build_engine as build
     from export.build.options import BuildOptions
     from export.build.ranges import Typed, parse_profile, parse_profiles
+    from sdkd.models.fused import with_loras
     from sdkd.models.replacements import with_vae
     from sdkd.models.resolve import resolve
 
@@ -78,7 +83,7 @@ def build_engine(
     )
     parts = [name for group in components or () for name in group.split(",")] or None
     typed = Typed(tuple(size or ()), size_opt, batch, batch_opt, tokens)
-    source = with_vae(resolve(model), vae)
+    source = with_vae(with_loras(resolve(model), lora or ()), vae)
     profiles = [parse_profile(text, typed) for text in profile or ()] or [typed]
     plan = _check_wish(source, target, precision, profiles, options)
     check_components(parts)
@@ -140,7 +145,7 @@ def _bundle(
                 f"{source.name!r} is a bundle already, engines go into it: leave out --output {str(output)!r}"
             )
         return source.bundle.path
-    path = output or ARTIFACTS / default_name(source.name)
+    path = output or ARTIFACTS / default_name(source.name, loras_of(source))
     if not overwrite and (path / MANIFEST).is_file():
         _check_same(source, path, plan, generation)
         step("ONNX is fresh, reused", 1.0)
@@ -162,10 +167,13 @@ def _check_same(source: ModelSource, path: Path, plan: EnginePlan, generation: G
         )
 
 
-def default_name(model: str) -> str:
-    """A folder name for a model: `segmind/tiny-sd` -> `tiny-sd`, `random:sd15-tiny` -> `random-sd15-tiny`."""
+def default_name(model: str, loras: Sequence[Lora] = ()) -> str:
+    """A folder name for a model: `segmind/tiny-sd` -> `tiny-sd`, `random:sd15-tiny` -> `random-sd15-tiny`; names of
+    LoRAs come behind it.
+    """
     name = Path(model).expanduser().resolve().name if Path(model).exists() else model.rpartition("/")[2]
-    return re.sub(r"[^\w.-]+", "-", name.removesuffix(".safetensors")).strip("-.") or "model"
+    whole = "-".join((name.removesuffix(".safetensors"), *(lora.name for lora in loras)))
+    return re.sub(r"[^\w.-]+", "-", whole).strip("-.") or "model"
 
 
 def summary(

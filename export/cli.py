@@ -23,6 +23,9 @@ def export(
     components: Annotated[list[str] | None, typer.Option(help="unet, text_encoder, ...; default: all.")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE: a folder, hub id, `demo` or `random:taesd`.")] = None,
     controlnet: Annotated[str | None, typer.Option(help="A ControlNet's folder or hub id, exported, too.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA to fuse into the weights; may be repeated.")
+    ] = None,
     hidden_states: Annotated[bool, typer.Option("--hidden-states", help="All layers' outputs, for clip_skip.")] = False,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="Block to compute in float32: vae_decoder.decoder.up_blocks.3, ...")
@@ -54,6 +57,7 @@ def export(
             target=target,
             vae=vae,
             controlnet=controlnet,
+            loras=lora or (),
             hidden_states=hidden_states,
             keep_float=tuple(name for group in keep_float or () for name in group.split(",") if name),
             static=static_ranges(static, size, batch, tokens),

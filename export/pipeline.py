@@ -16,6 +16,7 @@ from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS, check_components, check_precision
 from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
+from sdkd.models.fused import Loras, loras_of, parse_loras
 from sdkd.models.generation import Generation, entry
 from sdkd.models.replacements import WithVae, with_vae
 from sdkd.models.resolve import Model, resolve
@@ -38,6 +39,7 @@ def export_pipeline(
     target: str | None = None,
     vae: str | Path | None = None,
     controlnet: str | Path | None = None,
+    loras: Loras = (),
     hidden_states: bool = False,
     keep_float: Sequence[str] = (),
     static: ShapeRanges | None = None,
@@ -54,7 +56,8 @@ def export_pipeline(
     all that there are when None.
     `opset` overrides the measured choice of each component, and of `target`, for which the graphs are meant.
     `vae` and `controlnet` are names as `sdkd.models.replacements` has them: of an AutoencoderKL or AutoencoderTiny in
-    place of the model's own, and of a ControlNetModel, for which the UNet gets inputs. `hidden_states` gives the text
+    place of the model's own, and of a ControlNetModel, for which the UNet gets inputs. `loras` (`FILE[:SCALE]`, or
+    `sdkd.models.fused.Lora`) are added to the weights of UNet and text encoder. `hidden_states` gives the text
     encoder one output per layer, for clip_skip. `keep_float` names blocks to compute in float32,
     `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose activations overflow are found and kept so by
     themselves. `static` fixes all shapes.
@@ -82,13 +85,14 @@ def export_pipeline(
             vae = replaced["vae"] = model.vae
             model = model.base
     named = model.name if isinstance(model, ModelSource) else model.name_or_path
-    inputs = (named, vae, controlnet, *reuse)
+    loras = parse_loras(loras)
+    inputs = (named, vae, controlnet, *reuse, *(lora.file for lora in (*loras_of(model), *loras)))
     check_free(path, overwrite, inputs)
     if isinstance(model, ModelSource):
         with_vae(model, None if vae is None else str(vae))  # refuses what does not fit
     with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)
-        source = source_for(model, replaced, options)
+        source = source_for(model, replaced, options, loras=loras)
         source.generation = generation or source.generation
         names = tuple(name for name in source.components if components is None or name in components)
         source.check(names)

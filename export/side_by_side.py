@@ -22,6 +22,7 @@ from sdkd.bundle.memory import free_memory
 from sdkd.core.child import BackgroundJob
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import CONFIG_FOLDERS, torch_dtype
+from sdkd.models.fused import LORAS, Loras, recorded_loras
 from sdkd.models.resolve import Model
 
 if TYPE_CHECKING:
@@ -36,13 +37,14 @@ def source_for(
     replaced: Mapping[str, str],
     options: ExportOptions,
     digests: Mapping[str, str] | None = None,
+    loras: Loras = (),
 ) -> Source:
     """`open_source` with the dtype that an export needs.
 
     The comparison needs the float32 weights; without it half of the memory will do.
     """
     dtype = torch.float32 if options.verify else torch_dtype(options.precision)
-    return open_source(model, replaced, dtype, digests)
+    return open_source(model, replaced, dtype, digests, loras)
 
 
 def export_components(
@@ -128,6 +130,7 @@ def _arguments(
         "model": "" if source.model is None else source.model.name,
         "replaced": dict(source.replaced),
         "digests": dict(source.digests),
+        "loras": source.about.get(LORAS, []),
         "names": list(names),
         "options": options.to_json(),
         "versions": dict(versions),
@@ -139,6 +142,7 @@ def export_named(
     model: str,
     replaced: Mapping[str, str],
     digests: Mapping[str, str],
+    loras: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     options: Mapping[str, Any],
     versions: Mapping[str, str],
@@ -147,6 +151,6 @@ def export_named(
 ) -> dict[str, Any]:
     """What the child does: export components of a named model in turn; their records as a manifest's JSON."""
     wanted = ExportOptions.from_json(options)
-    source = source_for(model, replaced, wanted, digests)
+    source = source_for(model, replaced, wanted, digests, recorded_loras({LORAS: loras}))
     records = _in_turn(source, names, wanted, versions, Path(folder), progress)
     return Manifest({}, {}, records).to_json()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import hashlib
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,18 @@ from sdkd.core.files import write_json
 from sdkd.models.diffusers_folder import write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, module_config
 from sdkd.models.families import EXPORTED, check_exported
+from sdkd.models.fused import (
+    LORAS,
+    FusedSource,
+    Lora,
+    Loras,
+    check_loras,
+    fuse,
+    generation_of,
+    loras_of,
+    parse_loras,
+    with_loras,
+)
 from sdkd.models.generation import Generation, implied
 from sdkd.models.replacements import (
     absolute,
@@ -55,6 +68,7 @@ class Source:
     replaced: Mapping[str, str] = field(default_factory=dict)  # part -> folder or hub id
     generation: Generation | None = None  # how the model is to be run, where that is known
     digests: Mapping[str, str] = field(default_factory=dict)
+    loras: tuple[Lora, ...] = ()  # to fuse into a pipeline's modules; those of a named model are its own
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _hashed: dict[str, str] = field(default_factory=dict)
 
@@ -71,9 +85,11 @@ class Source:
             if part not in self._loaded:
                 self._loaded[part] = load_replacement(part, self.replaced[part], self.dtype)
             return self._loaded[part]
-        if self.model is None:
+        if self.model is None and not any(part in lora.parts for lora in self.loras):
             return component_module(self.rest, component)
-        if part not in self._loaded:
+        if part not in self._loaded and self.model is None:  # the caller's pipeline stays as it is
+            self._loaded[part] = fuse(part, copy.deepcopy(component_module(self.rest, component)), self.loras)
+        elif part not in self._loaded:
             self._loaded[part] = load_component(self.model, part, self.dtype)  # type: ignore[arg-type]
         return self._loaded[part]
 
@@ -163,12 +179,13 @@ def open_source(
     replaced: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
     digests: Mapping[str, str] | None = None,
+    loras: Loras = (),
 ) -> Source:
-    """What `model` and its replaced parts are; nothing heavy is loaded yet. `dtype`: of the modules when loaded.
+    """What `model`, its replaced parts and its LoRAs are; nothing heavy is loaded yet. `dtype`: of modules when loaded.
 
     `digests` of the weights, where they are known already: hashing reads all of them.
 
-    Raises ModelError or InputError for what is no model, no VAE or no ControlNet.
+    Raises ModelError or InputError for what is no model, no VAE, no ControlNet or no LoRA of this model.
     """
     for part, name in replaced.items():
         replacement_class(part, name)
@@ -178,14 +195,25 @@ def open_source(
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
         unet, scheduler = getattr(model, "unet", None), type(getattr(model, "scheduler", None)).__name__
         told = implied({} if unet is None else unet.config, scheduler, type(model).__name__)
-        return Source(about, model, replaced=replaced, dtype=dtype, generation=told)
-    found = resolve(model)
-    name = str(Path(found.name).absolute()) if found.kind in ("folder", "single-file", "checkpoint") else found.name
-    about = {"model": name, "kind": found.kind, "random_weights": found.random_weights, **replaced}
-    about |= {"notes": list(found.notes)} if found.notes else {}
+        fused = parse_loras(loras)
+        notes = check_loras(fused, module_config(unet), lambda: model.text_encoder, made=told) if fused else []
+        about |= _noted(notes, fused)
+        told = generation_of(fused) or told
+        return Source(about, model, replaced=replaced, dtype=dtype, generation=told, loras=fused)
+    found = with_loras(resolve(model), loras)
+    base = found.base if isinstance(found, FusedSource) else found
+    name = str(Path(base.name).absolute()) if base.kind in ("folder", "single-file", "checkpoint") else base.name
+    about = {"model": name, "kind": base.kind, "random_weights": base.random_weights, **replaced}
+    about |= _noted(found.notes, loras_of(found))
     rest = load_rest(found)
     check_parts(rest, replaced, f"model {found.name!r}")
     return Source(about, rest, found, dtype, replaced, found.generation, digests or found.digests)
+
+
+def _noted(notes: Sequence[str], loras: Sequence[Lora]) -> dict[str, Any]:
+    """What a manifest's source says where there is something to say."""
+    found = {"notes": list(notes), LORAS: [asdict(lora) for lora in loras]}
+    return {key: value for key, value in found.items() if value}
 
 
 def check_parts(pipe: Any, replaced: Container[str], where: str) -> None:

@@ -17,6 +17,7 @@ from sdkd.core.contract import BASE_COMPONENTS
 from sdkd.core.files import lock, new_folder, write_bytes
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError
+from sdkd.models.fused import Loras, with_loras
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
 from sdkd.targets.plan import EnginePlan
@@ -44,18 +45,20 @@ def prepare(
     *,
     ranges: ShapeRanges | None = None,
     components: tuple[str, ...] = BASE_COMPONENTS,
+    loras: Loras = (),
     reuse: Path | None = None,
     progress: Progress = quiet,
 ) -> Prepared:
     """Export and build only what is missing or stale; `folder` gets one bundle per ONNX precision.
 
-    `reuse`: such a folder of another model, whose components are copied where the weights are the same.
+    `loras` are fused into the model, as `export_pipeline` takes them. `reuse`: such a folder of another model, whose
+    components are copied where the weights are the same.
     Raises what export and build raise; an existing bundle of another model is made again.
     """
     from export.build.engines import build_engine
     from export.pipeline import export_pipeline
 
-    source, path, target = resolve(model), Path(folder) / plan.onnx, plan.target.name
+    source, path, target = with_loras(resolve(model), loras), Path(folder) / plan.onnx, plan.target.name
     step = within(progress, 0.0, 0.8)
     stale = not _is_current(path, source, plan, components)
     if stale:

@@ -54,6 +54,8 @@ SAMPLES = {  # what the placeholders of messages stand for; a folder with a spac
     "*given": "--steps=2",
     "vae_of": "my model",
     "str(output)": "my vae",
+    "lora.file": "my lora",
+    "output": "my output",
     "*others": "--vae=my vae",
     "{}": "tiny",  # filled by format: the short name of a student
 }

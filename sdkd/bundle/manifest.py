@@ -289,13 +289,10 @@ class Bundle:
         return shlex.join(["sdkd", "build-engine", str(self.path), "--target", slot])
 
     def _made_by(self) -> str:
-        model = str(self.manifest.source.get("model", "MODEL"))
-        given = {
-            f"--{part}": str(name) for part in REPLACEMENTS if (name := self.manifest.source.get(part)) is not None
-        }
-        others = [word for option, name in given.items() for word in (option, name if name.isprintable() else "FOLDER")]
-        model = model if model.isprintable() else "MODEL"
-        return shlex.join(["sdkd", "export", model, str(self.path), *others, "--overwrite"])
+        precision = next((record.precision for record in self.manifest.components.values()), "fp32")
+        source = self.manifest.source
+        replaced = {part: str(source[part]) for part in REPLACEMENTS if source.get(part) is not None}
+        return checks.made_by_command(self.path, source, replaced, precision)
 
     def stale_reasons(self, record: EngineRecord, environment: Mapping[str, str] | None = None) -> list[str]:
         """Why an engine must be rebuilt, in words: other weights, or an environment value that differs.

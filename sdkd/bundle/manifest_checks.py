@@ -102,6 +102,18 @@ def rebuild_command(root: Path, engine: Mapping[str, Any], onnx: str, shapes: Se
     return shlex.join(["sdkd", "build-engine", str(root), "--target", engine["slot"], *wanted])
 
 
+def made_by_command(root: Path, source: Mapping[str, Any], replaced: Mapping[str, str], precision: str) -> str:
+    """The command that exports a bundle again from what its manifest says of its source."""
+    rows = source.get("loras")
+    loras = [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    given = [*((f"--{part}", name) for part, name in replaced.items())]
+    given += [("--lora", f"{row.get('file')}:{row.get('scale')}") for row in loras]
+    others = [word for option, name in given for word in (option, name if name.isprintable() else "FOLDER")]
+    others += [] if precision == "fp32" else ["--precision", precision]
+    model = str(source.get("model", "MODEL"))
+    return shlex.join(["sdkd", "export", model if model.isprintable() else "MODEL", str(root), *others, "--overwrite"])
+
+
 def export_command(root: Path) -> str:
     """The command that makes a bundle where there is none: at `root`, or of the model that lies there."""
     if not root.exists():

@@ -14,6 +14,7 @@ from sdkd.core.console import show, show_json, styled, table
 from sdkd.core.contract import Contract
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError, MissingExtraError, SdkdError
+from sdkd.models.fused import recorded_loras
 from sdkd.models.generation import Generation
 from sdkd.models.resolve import resolve
 from sdkd.targets.registry import environment
@@ -244,6 +245,8 @@ def inspect(
         others = "".join(f", {part} {source[part]}" for part in REPLACEMENTS if part in source)
         random = ", random weights" if source.get("random_weights") else ""
         show(styled(f"{found['path']}: {source.get('model', 'unknown model')}{others}{random}", "bold"))
+        for lora in recorded_loras(source):
+            show(f"LoRA {lora.file}, scale {lora.scale:g}, fused (sha256 {lora.sha256[:12]})")
         if made := found["generation"]:
             show(f"made to be run with {Generation.from_json(made)}")
         show(*_short(found), *(_details(found) if details else []))

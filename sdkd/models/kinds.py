@@ -23,6 +23,7 @@ from sdkd.models.diffusers_folder import (
     quiet_libraries,
 )
 from sdkd.models.families import HEAVY
+from sdkd.models.fused import recorded_loras, with_loras
 from sdkd.models.generation import Generation, noted
 from sdkd.models.random_weights import RandomModel
 from sdkd.models.replacements import is_here, with_vae
@@ -187,7 +188,7 @@ class BundleSource(ModelSource):
 
     @property
     def origin(self) -> ModelSource:
-        """The model that the bundle was exported from; ModelError when it is gone, or a bundle itself."""
+        """The model that the bundle was exported from, without LoRAs; ModelError when it is gone, or a bundle, too."""
         found = self.find(str(self.bundle.manifest.source.get("model", "")))
         if found.kind == "bundle":
             raise ModelError(f"{found.name!r} is a bundle, too")
@@ -195,7 +196,7 @@ class BundleSource(ModelSource):
 
     @property
     def original(self) -> ModelSource:
-        """The model that the bundle was exported from, with its VAE, of a hub only what is in the local cache."""
+        """The model that the bundle was exported from, with LoRAs and VAE, of a hub only what is in the local cache."""
         try:
             found = self.origin
             # The user named the bundle: what that names is not asked of the hub.
@@ -206,13 +207,14 @@ class BundleSource(ModelSource):
                 f"made from ({str(self.bundle.manifest.source.get('model', ''))!r}) is gone: give that model's new "
                 f"place, or use the bundle as it is, with: {shlex.join(['sdkd', 'generate', self.name, 'PROMPT'])}"
             ) from error
+        fused = with_loras(found, recorded_loras(self.bundle.manifest.source))
         vae = self.bundle.manifest.source.get("vae")
         if vae is not None and not is_here(str(vae)):
             raise ModelError(
                 f"bundle {self.name!r} was made with the VAE {str(vae)!r}, which is no folder here: give the model it "
                 f"was made from, {found.name!r}, with --vae"
             )
-        return with_vae(found, vae if vae is None else str(vae))
+        return with_vae(fused, vae if vae is None else str(vae))
 
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One of its modules."""

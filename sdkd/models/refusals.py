@@ -12,8 +12,8 @@ from sdkd.models.safetensors_file import Tensor
 
 SUPPORTED = "sdkd works on Stable Diffusion 1.x and 2.x"
 _LORA = (
-    "is a LoRA, not a model: fuse it into its base model (pipe.load_lora_weights(FILE), pipe.fuse_lora(), "
-    "pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER)) and give that folder"
+    "is a LoRA, not a model: give its base model, and the LoRA with --lora (sdkd export, sdkd build-engine), which "
+    "fuses it"
 )
 _CONTROLNET = "is a ControlNet, not a model: give its base model, and the ControlNet with --controlnet"
 

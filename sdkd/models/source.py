@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-Kind = Literal["folder", "hub", "single-file", "bundle", "checkpoint", "demo", "random", "with-vae"]
+Kind = Literal["folder", "hub", "single-file", "bundle", "checkpoint", "demo", "random", "with-vae", "fused"]
 Part = Literal["unet", "vae", "text_encoder"]
 
 

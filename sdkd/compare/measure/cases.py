@@ -276,6 +276,6 @@ def _references(cases: Sequence[Case]) -> dict[tuple[str, str], Subject]:
     for subject in (case.subject for case in cases if not case.failed):
         for precision in dict.fromkeys(("fp32", subject.precision)):
             label = f"{subject.model_label} eager" + ("" if precision == "fp32" else f"-{precision}")
-            made = Subject(label, subject.model, precision=precision, replaced=subject.replaced)
+            made = Subject(label, subject.model, precision=precision, replaced=subject.replaced, loras=subject.loras)
             wanted[made.model_key, precision] = made
     return wanted

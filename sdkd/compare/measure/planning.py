@@ -16,6 +16,7 @@ from sdkd.core.contract import check_precision
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.core.text_files import prompts_of
 from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
+from sdkd.models.fused import Lora, recorded_loras, with_loras
 from sdkd.models.kinds import BundleSource
 from sdkd.models.replacements import WithVae, short_vae, with_vae
 from sdkd.models.resolve import Model, ModelSource, resolve
@@ -42,7 +43,6 @@ PHOTOGRAPHS = (
 )
 
 
-Replaced = tuple[tuple[str, str], ...]
 GUIDANCE, SMALL_GUIDANCE = 7.5, 4.0  # diffusers' default; what suits drawn shapes
 
 
@@ -211,11 +211,11 @@ def _origin(source: BundleSource) -> ModelSource | None:
 
 
 def _torch_subjects(
-    model: str, name: str, role: str, targets: tuple[str, ...] | None, replaced: Replaced = ()
+    model: str, name: str, role: str, targets: tuple[str, ...] | None, **made_with: Any
 ) -> list[Subject]:
     wanted = [EAGER] if targets is None else [target for target in targets if in_torch(target)]
     return [
-        Subject(f"{name} {target}", model, target.partition("-")[0], torch_precision(target), None, role, replaced)
+        Subject(f"{name} {target}", model, target.partition("-")[0], torch_precision(target), None, role, **made_with)
         for target in wanted
     ]
 
@@ -225,7 +225,7 @@ def _of_model(
 ) -> list[tuple[Subject, Builder | None]]:
     """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
     replaced = (("vae", source.vae),) if isinstance(source, WithVae) else ()
-    eager = _torch_subjects(source.name, name, role, wish.targets, replaced)
+    eager = _torch_subjects(source.name, name, role, wish.targets, replaced=replaced)
     targets = _engine_targets(wish.targets)
     if targets and wish.size is None and size is not None and (own := _native_px(source)) not in (None, size[0]):
         raise InputError(
@@ -283,22 +283,23 @@ def _engine_subject(model: str, name: str, role: str, bundle: Path, slot: str) -
     opened = Bundle.open(bundle)
     unet = opened.component("unet") if slot == OPTIMUM else opened.engine(slot, "unet")
     precision = unet.precision
-    return Subject(f"{name} {slot}", model, slot, precision, bundle, role, _replaced(opened))
+    return Subject(f"{name} {slot}", model, slot, precision, bundle, role, **_made_with(opened))
 
 
-def _replaced(bundle: Bundle) -> Replaced:
-    """Parts that the bundle was exported with in place of its model's own, or beside them."""
+def _made_with(bundle: Bundle) -> dict[str, Any]:
+    """What the bundle was exported with beside its model's own weights: `replaced` and `loras` of a Subject."""
     source = bundle.manifest.source
-    return tuple((part, str(source[part])) for part in REPLACEMENTS if part in source)
+    replaced = tuple((part, str(source[part])) for part in REPLACEMENTS if part in source)
+    return {"replaced": replaced, "loras": recorded_loras(source)}
 
 
 def _of_bundle(plan: Plan, source: BundleSource, name: str, role: str, wish: Wish, size: Size | None) -> list[Subject]:
     """A bundle: its engines as they are, and the model it was made from as eager where that can be had."""
     bundle, origin = source.bundle, _origin(source)
     model = source.name if origin is None else origin.name
-    replaced = _replaced(bundle)
-    found = _torch_subjects(model, name, role, wish.targets, replaced)
-    if found and (why := _why_not_eager(model, replaced)):
+    made_with = _made_with(bundle)
+    found = _torch_subjects(model, name, role, wish.targets, **made_with)
+    if found and (why := _why_not_eager(model, **made_with)):
         plan.notes.append(f"{name}: no eager baseline ({why})")
         found = []
     asked = None if wish.targets is None else _engine_targets(wish.targets)
@@ -313,7 +314,7 @@ def _of_bundle(plan: Plan, source: BundleSource, name: str, role: str, wish: Wis
     return found
 
 
-def _why_not_eager(model: str, replaced: Replaced) -> str | None:
+def _why_not_eager(model: str, replaced: Sequence[tuple[str, str]], loras: Sequence[Lora]) -> str | None:
     """Why a bundle's source cannot run eagerly, None when it can; a hub model is tried, it may not be in the cache."""
     from sdkd.models.replacements import replacement_class
     from sdkd.models.resolve import load_eager
@@ -323,6 +324,7 @@ def _why_not_eager(model: str, replaced: Replaced) -> str | None:
             replacement_class(part, name)
         if resolve(model).kind in ("bundle", "hub"):
             load_eager(model)
+        with_loras(resolve(model), loras)
     except SdkdError as error:
         return str(error)
     return None

@@ -15,6 +15,7 @@ from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import as_drawn
 from sdkd.core.contract import COMPONENTS, check_precision, torch_dtype
 from sdkd.errors import EngineError, InputError, one_line
+from sdkd.models.fused import Lora, with_loras
 from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
 from sdkd.models.resolve import load_eager, resolve
 
@@ -37,7 +38,7 @@ class Subject:
 
     A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for `optimum` the ONNX files; `role` says
     what the model is to the others (`teacher`, `student`, `model`). `replaced`: parts of the model that others stand
-    for, (`vae` or `controlnet`, folder or hub id), as the bundle was exported.
+    for, (`vae` or `controlnet`, folder or hub id), and `loras` those fused into it, as the bundle was exported.
     """
 
     label: str
@@ -47,6 +48,7 @@ class Subject:
     bundle: Path | None = None
     role: str = "model"
     replaced: tuple[tuple[str, str], ...] = ()
+    loras: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -81,7 +83,8 @@ class Subject:
     @property
     def model_key(self) -> str:
         """What is equal for subjects of the same model with the same parts."""
-        return " + ".join((str(self.model), *(name for _, name in self.replaced)))
+        loras = (f"{lora.sha256} x {lora.scale}" for lora in self.loras)
+        return " + ".join((str(self.model), *(name for _, name in self.replaced), *loras))
 
     @property
     def model_label(self) -> str:
@@ -140,7 +143,8 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
     """
     dtype = torch_dtype(subject.precision)
     if subject.in_torch:
-        pipe = as_drawn(_with_parts(load_eager(subject.model, torch_dtype=dtype), subject.replaced, dtype))
+        model = with_loras(resolve(subject.model), subject.loras)
+        pipe = as_drawn(_with_parts(load_eager(model, torch_dtype=dtype), subject.replaced, dtype))
         pipe = pipe if device == "cpu" else pipe.to(device)
         if subject.is_compiled:
             import torch._dynamo

@@ -23,7 +23,7 @@ from sdkd.models.resolve import load_component, load_eager, resolve
 from sdkd.models.safetensors_file import Weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-LORA = r"is a LoRA, not a model: fuse it into its base model .* and give that folder"
+LORA = r"is a LoRA, not a model: give its base model, and the LoRA with --lora \(sdkd export, sdkd build-engine\)"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from lora_files import delta, kohya
 from safetensors.torch import load_file, save_file
 from training_runs import fused, sdkd, teacher
 
@@ -20,26 +21,6 @@ from sdkd.students.lora_layers import Layer, other_kind, read_layers
 
 TEACHER = helpers.TEACHER_UNET
 ATTENTION = "attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-def kohya(unet: Any, names: list[str], rank: int = 4, alpha: float = 1.0) -> dict[str, torch.Tensor]:
-    """A kohya file for layers of a UNet; the alpha grows from layer to layer."""
-    generator, state = torch.Generator().manual_seed(3), {}
-    for number, name in enumerate(names):
-        weight = unet.get_submodule(name).weight
-        key = f"lora_unet_{name.replace('.', '_')}"
-        down = torch.randn(rank, *weight.shape[1:], generator=generator)
-        up = torch.randn(weight.shape[0], rank, *(1, 1)[: weight.ndim - 2], generator=generator)
-        state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
-        state[f"{key}.alpha"] = torch.tensor(alpha + number)
-    return state
-
-
-def delta(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """What such a file adds to a layer's weight."""
-    key = f"lora_unet_{name.replace('.', '_')}"
-    down, up = state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"]
-    return float(state[f"{key}.alpha"]) / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(-1, *down.shape[1:])
 
 
 def layers(state: dict[str, torch.Tensor]) -> dict[str, Layer]:
