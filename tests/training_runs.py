@@ -75,12 +75,13 @@ def trained(data: Any, pipe: Any = None, folder: Path | None = None, **settings:
 
 def job(
     output: Path, *, model: object = None, data: object = None, resume: object = "never", init: object = None,
-    overwrite: bool = False, **settings: Any,
+    overwrite: bool = False, teacher_of_lora: object = None, **settings: Any,
 ) -> Job:  # fmt: skip
     """What a command would run, on the tiny teacher and the pictures unless others are given."""
     return Job(
         str(model or teacher()), str(data or pictures()), output, TrainConfig(**(RUN | settings)), str(resume),
         overwrite=overwrite, init=str(init) if init else None,
+        teacher=str(teacher_of_lora) if teacher_of_lora else None,
     )  # fmt: skip
 
 

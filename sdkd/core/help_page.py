@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ARGUMENTS = "Arguments"
 USUAL = "Usual options"
 LOSSES = "Losses"
+CONSISTENCY = "Few steps"
 OPTIMIZER = "Optimizer"
 LORA = "LoRA"
 DATA = "Data"
@@ -30,8 +31,8 @@ STATES = "Checkpoints and log"
 SPEED = "Speed and memory"
 OUTPUT = "Output and help"
 PANELS = (
-    *(ARGUMENTS, USUAL, LOSSES, OPTIMIZER, LORA, DATA, IMAGES, SAMPLES, METRICS, PARTS, SHAPES, ENGINES, TENSORRT),
-    *(MEASURING, EARLIER, STATES, SPEED, OUTPUT),
+    *(ARGUMENTS, USUAL, LOSSES, CONSISTENCY, OPTIMIZER, LORA, DATA, IMAGES, SAMPLES, METRICS, PARTS, SHAPES, ENGINES),
+    *(TENSORRT, MEASURING, EARLIER, STATES, SPEED, OUTPUT),
 )
 """Titles in the order of a page; each command has some of them."""
 

@@ -91,6 +91,14 @@ _TRAINED = (
 )
 
 
+def noise_schedule(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler's model was trained with, every setting filled in; ModelError as `check_schedule`."""
+    from diffusers import DDPMScheduler
+
+    config = scheduler_like(scheduler, DDPMScheduler).config
+    return {key: config[key] for key in _TRAINED}
+
+
 def check_schedule(scheduler: Any) -> None:
     """ModelError for a scheduler without a noise schedule by betas, as those of flow matching and EDM are."""
     config: Mapping[str, Any] = scheduler.config

@@ -261,6 +261,24 @@ def build_student(teacher: UNet2DConditionModel, student: str | StudentSpec) -> 
     return result.requires_grad_(True).eval()
 
 
+def copy_unet(unet: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:
+    """A UNet of its own with the weights of another, in eval mode, trainable; `changes` are of its config.
+
+    Weights that the change brings are 0, so that a projection that is new adds nothing at first.
+    """
+    import torch
+
+    result = meta_unet({**unet.config, **changes})
+    source = unet.state_dict()
+    some = next(iter(source.values()))
+    state = {
+        key: source[key].detach().clone() if key in source else torch.zeros(value.shape).to(some)
+        for key, value in result.state_dict().items()
+    }
+    result.load_state_dict(state, assign=True)
+    return result.requires_grad_(True).eval()
+
+
 def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """A UNet of `config` on the meta device: shapes without memory."""
     import torch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -14,18 +14,15 @@ from sdkd.distill.data.latents import Latents
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.errors import InputError
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
 _VALUES = 64  # of each weight
 _ROWS, _CAPTIONS = 16, 1024  # spread evenly over the data
 
 
-def model_digest(pipe: StableDiffusionPipeline, scheduler: Any, dtype: torch.dtype) -> str:
-    """Digest of some values of every weight, as they are in `dtype`, and of the noise schedule."""
+def model_digest(parts: Iterable[torch.nn.Module], scheduler: Any, dtype: torch.dtype) -> str:
+    """Digest of some values of every weight of a model's parts, as they are in `dtype`, and of the noise schedule."""
     public = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+    for part in parts:
         for name, value in sorted(part.state_dict().items()):
             digest.update(f"{name} {list(value.shape)}".encode())
             digest.update(_bytes(value.to(dtype) if value.numel() <= _VALUES else _some(value).to(dtype)))

@@ -19,8 +19,8 @@ from sdkd.errors import InputError
 
 Indices = NDArray[np.int64]
 WINDOW = 8192  # images of neighbouring shards that are mixed
-# Streams of random numbers apart from the one for everything else: crop and flip, and dropout.
-_VIEW, DROPOUT = 1, 2
+# Streams of random numbers apart from the one for everything else: crop and flip, dropout, guidance.
+_VIEW, DROPOUT, _GUIDANCE = 1, 2, 3
 
 
 class Order:
@@ -132,6 +132,11 @@ def view_generator(seed: int, position: int) -> torch.Generator:
 def mirrored_at(seed: int, position: int) -> bool:
     """Whether a run with `flip` and no random crop mirrors the image at a position: `fit_pixels` draws the same."""
     return float(torch.rand(1, generator=view_generator(seed, position))) < 0.5
+
+
+def guidance_at(seed: int, position: int, low: float, high: float) -> float:
+    """The guidance w of the sample at a position, evenly drawn from low to high."""
+    return low + (high - low) * float(torch.rand(1, generator=generator_at(seed, position, _GUIDANCE)))
 
 
 def draw_at(

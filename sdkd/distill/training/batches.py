@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sdkd.distill.data.encode import encode_image
 from sdkd.distill.data.latents import Latents, TextEmbeddings
-from sdkd.distill.data.order import Draw, Order, draw_at, draw_latents, draw_noise
+from sdkd.distill.data.order import Draw, Order, draw_at, draw_latents, draw_noise, guidance_at
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, caption_at, row_caption
 from sdkd.distill.training.config import TrainConfig
@@ -117,7 +117,8 @@ class Batch:
     """What both UNets see: float32 latents and noise [b, c, h, w], timesteps [b] int64, text [b, s, d].
 
     `matching` [b] bool: the caption is the image's own or empty (False under random conditioning). `named` says of each
-    sample its index, timestep and caption, for messages.
+    sample its index, timestep and caption, for messages. For consistency distillation: `guidance` [b] float32, the
+    teacher's w, and the text of the empty caption, `empty` [b, s, d].
     """
 
     latents: torch.Tensor
@@ -126,6 +127,8 @@ class Batch:
     text: torch.Tensor
     matching: torch.Tensor
     named: tuple[tuple[int, int, str], ...] = ()
+    guidance: torch.Tensor | None = None
+    empty: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,15 @@ class Batches:
     """The batches of one process, from optimizer step `start` on; `next` gives that of the next forward pass."""
 
     def __init__(
-        self, samples: Samples, order: Order, text: TextEmbeddings, config: TrainConfig, place: Place, timesteps: int
+        self,
+        samples: Samples,
+        order: Order,
+        text: TextEmbeddings,
+        config: TrainConfig,
+        place: Place,
+        timesteps: Sequence[int],
     ) -> None:
+        """`timesteps`: those to draw from, each as often."""
         self.samples, self.order, self.encode_text, self.config, self.place = samples, order, text, config, place
         self.timesteps = timesteps
         self.images = 0  # seen by this process
@@ -181,18 +191,31 @@ class Batches:
         matching = torch.tensor([draw.other is None or draw.empty for _, draw in chosen])
         text = self._text(chosen)
         named = tuple((sample.index, draw.timestep, self._shown(sample, draw)) for sample, draw in chosen)
-        return Batch(latents.to(device), noise.to(device), timesteps.to(device), text, matching.to(device), named)
+        made = Batch(latents.to(device), noise.to(device), timesteps.to(device), text, matching.to(device), named)
+        return self._with_guidance(made, chosen) if self.config.kind.consistency else made
+
+    def _with_guidance(self, batch: Batch, chosen: Sequence[tuple[Sample, Draw]]) -> Batch:
+        """With what the teacher's guided prediction needs: w of each sample, and the empty caption."""
+        drawn = [guidance_at(self.config.seed, sample.position, *self.config.guidance) for sample, _ in chosen]
+        stored = self.samples.text(-1)
+        empty = self.encode_text([""])[0] if stored is None else stored.to(self.encode_text.dtype)
+        return replace(
+            batch,
+            guidance=torch.tensor(drawn, device=self.place.device),
+            empty=empty.to(self.place.device).expand(len(chosen), *empty.shape),
+        )
 
     def _draw(self, sample: Sample) -> Draw:
         config = self.config
-        return draw_at(
+        draw = draw_at(
             config.seed,
             sample.position,
             together=self.together,
-            timesteps=self.timesteps,
+            timesteps=len(self.timesteps),
             caption_dropout=config.caption_dropout,
             random_conditioning=config.random_conditioning,
         )
+        return replace(draw, timestep=self.timesteps[draw.timestep])
 
     def _text(self, chosen: Sequence[tuple[Sample, Draw]]) -> torch.Tensor:
         stored = [self.samples.text(self._caption_index(sample, draw)) for sample, draw in chosen]

@@ -7,6 +7,7 @@ from typing import Any
 
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.pairs import feature_pairs
+from sdkd.models.generation import entry
 
 _CARD = """\
 ---
@@ -36,8 +37,18 @@ _LEADS = {
     "built from its\nteacher's own weights and distilled with sdkd.",
     "finetune": "A UNet of {parameters:,} parameters, fine-tuned with sdkd.",
     "lora": "A LoRA for a UNet of {parameters:,} parameters, trained with sdkd.",
+    "consistency": "A UNet of {parameters:,} parameters (its teacher has {teacher_parameters:,}) that draws in few "
+    "steps,\nby consistency distillation with sdkd.",
+    "consistency-lora": "A LoRA for a UNet of {parameters:,} parameters that lets it draw in few steps, by "
+    "consistency\ndistillation with sdkd.",
 }
-_TAGS = {"distill": "knowledge-distillation", "finetune": "fine-tuned", "lora": "lora"}
+_TAGS = {
+    "distill": "knowledge-distillation",
+    "finetune": "fine-tuned",
+    "lora": "lora",
+    "consistency": "knowledge-distillation, lcm",
+    "consistency-lora": "lora, lcm-lora",
+}
 _PIPELINE = """\
 Use it like any Stable Diffusion pipeline:
 
@@ -45,42 +56,52 @@ Use it like any Stable Diffusion pipeline:
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER")
-```"""
+{call}```"""
 _ADAPTER = """\
 Use it on the model that it was trained on:
 
 ```python
-pipe.load_lora_weights("THIS_FOLDER")
-```"""
-_SHOWN = ("loss/total", "loss/task", "loss/output", "loss/feature")
+{scheduler}pipe.load_lora_weights("THIS_FOLDER")
+{call}```"""
+_CALL = "image = pipe(PROMPT, num_inference_steps={steps}, guidance_scale={guidance_scale:g}).images[0]\n"
+_SCHEDULER = "pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
+_SHOWN = ("loss/total", "loss/consistency", "loss/task", "loss/output", "loss/feature")
 
 
 def model_card(
     config: TrainConfig, facts: Mapping[str, Any], *, size: int, counts: Mapping[str, int], command: str
 ) -> str:
     """The text of README.md; `facts` are those of `about`, `size` is in pixels, `counts` are UNet parameters."""
-    model, last = facts.get("teacher") or facts["model"], facts["last"]
+    model, last = facts["teacher"] if "student" in facts else facts["model"], facts["last"]
     rows = _rows(config, model, facts, size) | {
         "time": f"{last['seconds']:.0f} s",
         "last losses": ", ".join(f"{name.removeprefix('loss/')} {last[name]:.4g}" for name in _SHOWN if name in last),
     }
     if skipped := last.get("skipped"):
         rows["skipped"] = f"{skipped:g} steps, where gradients overflowed in fp16"
-    titles = {"distill": f"{config.spec.name} of {model}", "finetune": f"{model}, fine-tuned"}
+    taught = "student" in facts
+    titles = {"distill": f"{config.student_name} of {model}", "finetune": f"{model}, fine-tuned"}
+    titles |= {"consistency": f"{config.student_name} of {model}, for few steps", "lora": f"LoRA for {model}"}
     return _CARD.format(
-        tag=_TAGS[config.objective] + (f", {config.spec.name}" if config.objective == "distill" else ""),
-        title=titles.get(config.objective, f"LoRA for {model}"),
+        tag=_TAGS[config.objective] + (f", {config.student_name}" if taught else ""),
+        title=titles.get(config.objective, f"LoRA for {model} in few steps"),
         lead=_LEADS[config.objective].format(**counts),
         rows="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
-        usage=_ADAPTER if config.objective == "lora" else _PIPELINE,
+        usage=_usage(config),
         command=command,
     )
+
+
+def _usage(config: TrainConfig) -> str:
+    told = config.generation.to_json() if config.generation else {}
+    text = _ADAPTER if config.kind.lora else _PIPELINE
+    return text.format(call=_CALL.format(**told) if told else "", scheduler=_SCHEDULER.format(**told) if told else "")
 
 
 def _rows(config: TrainConfig, model: str, facts: Mapping[str, Any], size: int) -> dict[str, str]:
     weights, random = config.weights, " (random weights: for measuring only)" if facts["random_weights"] else ""
     rows = {
-        "teacher" if config.objective == "distill" else "model": f"`{model}`{random}",
+        "teacher" if "student" in facts else "model": f"`{model}`{random}",
         "data": f"`{facts['data']}`, {facts['images']} images at {size}x{size} pixels",
     }
     if config.objective == "distill":
@@ -88,7 +109,14 @@ def _rows(config: TrainConfig, model: str, facts: Mapping[str, Any], size: int) 
         rows["losses"] = (
             f"{weights.task:g} x task + {weights.output:g} x output KD + {weights.feature:g} x feature KD ({pairs})"
         )
-    if config.objective == "lora":
+    if config.kind.consistency:
+        low, high = config.guidance
+        teacher = facts.get("teacher", "the model itself")
+        rows["few steps"] = (
+            f"consistency distillation from {teacher}: w {low:g} to {high:g}, DDIM solver of {config.solver_steps} "
+            f"points, target EMA {config.target_ema:g}, feature KD {weights.feature:g}"
+        )
+    if config.kind.lora:
         alpha = config.lora_alpha or config.lora_rank
         rows["LoRA"] = f"rank {config.lora_rank}, alpha {alpha:g}, targets {config.lora_targets}"
     per_step = config.batch_size * config.accumulation
@@ -97,17 +125,27 @@ def _rows(config: TrainConfig, model: str, facts: Mapping[str, Any], size: int) 
     return rows
 
 
-def named(config: TrainConfig, model: str) -> dict[str, str]:
-    """What was trained on what, for records: the teacher and its student, or the model."""
-    return {"teacher": model, "student": config.spec.name} if config.objective == "distill" else {"model": model}
+def named(config: TrainConfig, model: str, teacher: str | None = None) -> dict[str, str]:
+    """What was trained on what, for records: the teacher and its student, or the model and another teacher."""
+    if config.kind.teacher and not config.kind.lora:
+        return {"teacher": model, "student": config.student_name}
+    return {"model": model} | ({"teacher": teacher} if teacher else {})
 
 
 def about(
-    config: TrainConfig, model: str, last: Mapping[str, float], *, data: str, images: int, random_weights: bool
+    config: TrainConfig,
+    model: str,
+    last: Mapping[str, float],
+    *,
+    data: str,
+    images: int,
+    random_weights: bool,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
     """What goes into the folder's sdkd.json; `last` is the last record of the training log."""
     return {
-        **named(config, model),
+        **named(config, model, teacher),
+        **entry(config.generation),
         "objective": config.objective,
         "random_weights": random_weights,
         "steps": config.steps,

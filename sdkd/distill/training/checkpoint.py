@@ -2,6 +2,7 @@
 
     checkpoint-500/unet/                  the student as diffusers saves it (a LoRA: lora/)
     checkpoint-500/unet_ema/              the averaged weights, likewise
+    checkpoint-500/target.safetensors     weights of consistency's target network, where it is an average, too
     checkpoint-500/optimizer.safetensors  state tensors of the optimizer, "<parameter>.<name>"
     checkpoint-500/random.safetensors     states of torch's global generators of every process (dropout draws from them)
     checkpoint-500/checkpoint.json        step, settings, every other number, digests of data, model and files
@@ -31,12 +32,14 @@ from sdkd.distill.training.setup import lay_out_state
 from sdkd.errors import InputError
 from sdkd.models.checkpoint import BASE, RECORD
 from sdkd.models.diffusers_folder import PROVENANCE
+from sdkd.models.generation import entry
 
 if TYPE_CHECKING:
     from sdkd.distill.training.config import TrainConfig
     from sdkd.distill.training.trainer import Trainer
 
 SCHEMA = 1
+_TARGET = "target.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Settings that may change when a run goes on: they do not touch what was learnt so far.
 _FREE = {
@@ -113,11 +116,15 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
     check_weights(trainer.named_parameters() | tensors, trainer.done)
     config, base = trainer.config, trainer.model_name
     about = {BASE: base, **named(config, base), "objective": config.objective, "steps": trainer.done}
+    about |= entry(config.generation)
     write_json(folder / PROVENANCE, about)  # by it, `resolve` knows the parts that belong to its UNet
     _save_unet(trainer, folder, "unet")
     if trainer.ema is not None:
         with trainer.averaged():
             _save_unet(trainer, folder, "unet_ema")
+    if trainer.target is not None:
+        own = {name: value.contiguous() for name, value in trainer.target.unet.state_dict().items()}
+        save_file(own, folder / _TARGET)
     save_file(tensors, folder / "optimizer.safetensors")
     save_file(dict(states), folder / "random.safetensors")
     scaler = trainer.accelerator.scaler
@@ -147,7 +154,7 @@ def _digest(record: Mapping[str, Any]) -> str:
 def _save_unet(trainer: Trainer, folder: Path, name: str) -> None:
     from sdkd.models.diffusers_folder import quiet_libraries
 
-    if trainer.config.objective == "lora":
+    if trainer.config.kind.lora:
         from sdkd.distill.training.lora import save_lora
 
         save_lora(trainer.unet, folder / name.replace("unet", "lora"))
@@ -317,12 +324,16 @@ def _load_weights(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> No
     if trainer.ema is not None:
         _copy(trainer.ema.shadow_params, names, _read_weights(trainer, path, "unet_ema"))
         trainer.ema.optimization_step = record["ema_steps"]
+    if trainer.target is not None:
+        from safetensors.torch import load_file
+
+        _copy(trainer.averages["target"], names, load_file(path / _TARGET))
 
 
 def _read_weights(trainer: Trainer, path: Path, name: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    if trainer.config.objective == "lora":
+    if trainer.config.kind.lora:
         from sdkd.students.lora_file import read_lora
 
         return read_lora(path / name.replace("unet", "lora"))[0]

@@ -57,19 +57,22 @@ def train(
     resume: Path | None = None,
     name: str = "",
     adapter: Mapping[str, torch.Tensor] | None = None,
+    teacher: UNet2DConditionModel | None = None,
 ) -> TrainResult:
     """Train `unet` in place on captioned images or on latents made before; `pipe` is left as it was.
 
     For distillation `pipe` is the teacher's and `unet` the student that build_student made; otherwise `pipe` holds the
-    text encoder, VAE and scheduler that belong to `unet`. `folder` takes the log, checkpoints and validation images;
-    `resume` is one of its checkpoints, `name` what `pipe` was loaded by, `adapter` the weights that a LoRA starts from.
-    Raises ModelError when models and config do not belong together, InputError on unusable data or settings,
-    TrainingError when a loss, gradient or weight is not finite, KeyboardInterrupt between two steps. On a CPU the same
-    seed and thread count give the same weights, resumed or not; torch's generator on the CPU is left as it was.
+    text encoder, VAE and scheduler that belong to `unet`. `teacher`: that of a LoRA for few steps where it is not
+    `unet` itself, with the same latents, text embeddings and noise schedule. `folder` takes the log, checkpoints and
+    validation images; `resume` is one of its checkpoints, `name` what `pipe` was loaded by, `adapter` the weights that
+    a LoRA starts from. Raises ModelError when models and config do not belong together, InputError on unusable data or
+    settings, TrainingError when a loss, gradient or weight is not finite, KeyboardInterrupt between two steps. On a CPU
+    the same seed and threads give the same weights, resumed or not; torch's generator on the CPU is left as it was.
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), between_steps() as check:
-        trainer = Trainer(pipe, unet, data, config, _checking(within(progress, 0.0, 0.1), check))
+        prepared = _checking(within(progress, 0.0, 0.1), check)
+        trainer = Trainer(pipe, unet, data, config, prepared, teacher)
         trainer.model_name = name
         try:
             if adapter:

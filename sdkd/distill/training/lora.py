@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+_CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
 TARGETS: dict[str, tuple[str, ...]] = {
     "attn": _ATTENTION,
     "attn+ff": _ATTENTION + _FEED_FORWARD,

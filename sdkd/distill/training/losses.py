@@ -49,11 +49,18 @@ class FeatureUNet(nn.Module):
         return hook
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        timestep_cond: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Noisy latents [b, c, h, w], timesteps [b], text [b, s, d] -> output [b, c, h, w] and features, in order."""
+        """Noisy latents [b, c, h, w], timesteps [b], text [b, s, d] -> output [b, c, h, w] and features, in order.
+
+        `timestep_cond` [b, w]: the guidance embedding of a UNet that takes one.
+        """
         self._found.clear()
-        output = self.unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        output = self.unet(sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False)[0]
         features = [self._found[index] for index in range(self._count)]
         self._found.clear()  # keep no activation alive between calls
         return output, features
@@ -106,11 +113,18 @@ def distill_losses(
     if teacher is None:
         return {"loss/total": weights.task * task, "loss/task": task}
     output = mean_squared_error(student[0], teacher[0], samples.output)
-    pairs = [_feature_loss(own, other, feature_norm) for own, other in zip(student[1], teacher[1], strict=True)]
-    feature = torch.stack(pairs).sum()
-    total = weights.task * task + weights.output * output + weights.feature * feature
+    features = feature_losses(student[1], teacher[1], names, feature_norm)
+    total = weights.task * task + weights.output * output + weights.feature * features["loss/feature"]
+    return {"loss/total": total, "loss/task": task, "loss/output": output} | features
+
+
+def feature_losses(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], names: Sequence[str], norm: str = "none"
+) -> dict[str, torch.Tensor]:
+    """Feature KD by name: the sum over all pairs, then each; `norm` as `feature_norm` of `distill_losses`."""
+    pairs = [_feature_loss(own, other, norm) for own, other in zip(student, teacher, strict=True)]
     single = {f"loss/feature/{name}": value for name, value in zip(names, pairs, strict=True)}
-    return {"loss/total": total, "loss/task": task, "loss/output": output, "loss/feature": feature} | single
+    return {"loss/feature": torch.stack(pairs).sum()} | single
 
 
 def _feature_loss(student: torch.Tensor, teacher: torch.Tensor, norm: str) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sdkd.students.blocks import StudentSpec, student_spec
 
 Pair = tuple[str, str]  # module of the teacher, module of the student
@@ -25,6 +28,13 @@ PAIRS: dict[str, dict[tuple[int, bool], tuple[Pair, ...]]] = {
     },
     "bk-sdm": {(0, True): _OUTER, (0, False): _OUTER, (1, False): (*_TINY_DOWN, _TINY_ATTENTION, *_TINY_UP)},
 }
+
+
+def same_pairs(config: Mapping[str, Any]) -> tuple[Pair, ...]:
+    """Pairs of a student that has all of its teacher's blocks: each block with itself."""
+    middle = [_MID] if config.get("mid_block_type") else []
+    down, up = (len(config[f"{side}_block_types"]) for side in ("down", "up"))
+    return (*_OUTER[:4][:down], *middle, *_OUTER[4:][:up])
 
 
 def feature_pairs(student: str | StudentSpec, preset: str | None = None) -> tuple[Pair, ...]:

@@ -15,7 +15,7 @@ from sdkd.core.files import staged_folder, write_bytes, write_json
 from sdkd.core.interrupts import is_main
 from sdkd.distill.data.opening import open_images_or_cache
 from sdkd.distill.training.card import about, model_card, named
-from sdkd.distill.training.config import TrainConfig
+from sdkd.distill.training.config import SAME, TrainConfig
 from sdkd.distill.training.run_folder import carry_over, check_output, find_checkpoint, is_whole, run_folder
 from sdkd.errors import InputError
 from sdkd.models.checkpoint import BASE, is_checkpoint, load_own
@@ -45,6 +45,7 @@ class Job:
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
     init: str | None = None  # a model or checkpoint whose UNet, or LoRA, training starts from
+    teacher: str | None = None  # of a LoRA for few steps, where it is not the model itself
     command: str = field(default_factory=lambda: shlex.join(["sdkd", *sys.argv[1:]]))  # as typed, for the card
 
 
@@ -58,15 +59,16 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     from sdkd.distill.data.latents import training_size
     from sdkd.distill.training.loop import check_trackers, train
     from sdkd.distill.training.setup import check_views
-    from sdkd.models.resolve import load_eager, resolve
+    from sdkd.models.resolve import load_component, load_eager, resolve
 
     checkpoint = find_checkpoint(job.output, job.resume)
     if is_main():
-        inputs = (job.model, job.data, job.init)
+        inputs = (job.model, job.data, job.init, job.teacher)
         check_output(job.output, job.resume, job.overwrite, inputs, goes_on=checkpoint is not None)
     source, data = resolve(job.model), open_images_or_cache(job.data, job.image_column, job.caption_columns)
     check_views(data, job.config)
     check_trackers(job.config)
+    check_sources(job, source)
     if checkpoint and _is_finished(job, checkpoint, _absolute(source), data):
         return _finished(job, source.name, len(data))
     adapter = _adapter(job)
@@ -78,17 +80,47 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
         done = train(
             pipe, unet, data, job.config,
             progress=report, folder=folder, resume=checkpoint, name=_absolute(source), adapter=adapter,
+            teacher=load_component(job.teacher, "unet") if job.teacher else None,
         )  # fmt: skip
         summary = _summary(job, source.name, done, counts) | {"notes": list(source.notes)}
         if done.main_process:
             facts = about(
                 job.config, source.name, done.history[-1],
-                data=job.data, images=done.images, random_weights=source.random_weights,
+                data=job.data, images=done.images, random_weights=source.random_weights, teacher=job.teacher,
             )  # fmt: skip
             size = int(getattr(data, "size", 0)) or training_size(pipe, job.config.resolution)
             card = model_card(job.config, facts, size=size, counts=counts, command=job.command)
             _write(job, folder, pipe, done.unet, facts, card)
     return summary
+
+
+def check_sources(job: Job, source: ModelSource) -> None:
+    """InputError, before weights are read, when teacher, model and what training starts from do not go together."""
+    from sdkd.models.resolve import load_rest, resolve
+    from sdkd.models.schedulers import noise_schedule
+
+    kind = job.config.kind
+    if job.teacher and not (kind.lora and kind.consistency):
+        raise InputError(f"teacher {job.teacher!r} is for a LoRA of --objective consistency: leave it out")
+    named = {"--teacher": job.teacher, "--init": None if kind.lora else job.init}
+    # A checkpoint needs no other parts than its UNet here, and those may be gone.
+    whole = {option: name for option, name in named.items() if name and not is_checkpoint(Path(name).expanduser())}
+    others = {option: resolve(name) for option, name in whole.items()}
+    if kind.consistency:
+        for asked in (source, *(other for option, other in others.items() if option == "--teacher")):
+            if asked.generation is not None and asked.generation.few_steps:
+                raise InputError(
+                    f"model {asked.name!r} draws in few steps already, and consistency distillation needs a teacher "
+                    "that takes many: give the model that it was made from"
+                )
+    own = noise_schedule(load_rest(source).scheduler) if others else {}
+    for option, other in others.items():
+        found = noise_schedule(load_rest(other).scheduler)
+        if wrong := next((key for key in own if own[key] != found[key]), None):
+            raise InputError(
+                f"{option} {other.name!r} was trained with {wrong} {found[wrong]!r}, {source.name!r} with "
+                f"{own[wrong]!r}: teacher and student must have one noise schedule and prediction type"
+            )
 
 
 def _absolute(source: ModelSource) -> str:
@@ -123,7 +155,7 @@ def _finished(job: Job, model: str, images: int) -> dict[str, Any]:
 
 def _adapter(job: Job) -> dict[str, torch.Tensor] | None:
     """The weights of the LoRA to start from; InputError when its rank or alpha are not the run's."""
-    if job.config.objective != "lora" or job.init is None:
+    if not job.config.kind.lora or job.init is None:
         return None
     from sdkd.students.lora_file import read_lora
 
@@ -153,15 +185,20 @@ def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]
     import torch
 
     from sdkd.core.contract import torch_dtype
-    from sdkd.students.blocks import build_student, count_parameters
+    from sdkd.students.blocks import build_student, copy_unet, count_parameters
 
     config = job.config
     whole = count_parameters(pipe.unet.config)
-    if config.objective == "lora" or (config.objective == "finetune" and job.init is None):
+    if config.kind.lora or (config.objective == "finetune" and job.init is None):
         return pipe.unet, {"parameters": whole}
-    student = _unet_of(job.init) if job.init is not None else build_student(pipe.unet, config.student)
+    if job.init is not None:
+        student = _unet_of(job.init)
+    else:
+        student = copy_unet(pipe.unet) if config.student == SAME else build_student(pipe.unet, config.student)
     if config.objective == "finetune":
         return student, {"parameters": count_parameters(student.config)}
+    if config.guidance_embedding and not student.config.time_cond_proj_dim:
+        student = copy_unet(student, time_cond_proj_dim=config.guidance_embedding)
     torch.nn.Module.to(pipe.unet, torch_dtype(config.precision))  # now the student has its weights: no copy is needed
     return student, {"parameters": count_parameters(student.config), "teacher_parameters": whole}
 
@@ -180,16 +217,18 @@ def _write(
     job: Job, folder: Path, pipe: StableDiffusionPipeline, unet: Any, facts: Mapping[str, Any], card: str
 ) -> None:
     """The finished result, with all that the run's folder holds, in the place of the output, in one step."""
+    from sdkd.distill.training.samples import result_scheduler
     from sdkd.models.diffusers_folder import PROVENANCE, write_pipeline
 
     with staged_folder(job.output) as partial:
-        if job.config.objective == "lora":
+        if job.config.kind.lora:
             from sdkd.distill.training.lora import save_lora
 
             save_lora(unet, partial)
             write_json(partial / PROVENANCE, dict(facts))
             write_bytes(partial / "README.md", card.encode())
         else:
+            pipe.scheduler = result_scheduler(pipe.scheduler, job.config)
             write_pipeline(pipe, partial, unet=unet.cpu(), about=dict(facts), readme=card)
         carry_over(folder, partial)
 
@@ -198,7 +237,7 @@ def _summary(job: Job, model: str, done: TrainResult, counts: dict[str, int]) ->
     return {
         "output": str(job.output),
         "objective": job.config.objective,
-        **named(job.config, model),
+        **named(job.config, model, job.teacher),
         **{name.replace("parameters", "unet_parameters"): value for name, value in counts.items()},
         "steps": done.steps,
         "images": done.images,

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from sdkd.distill.training.config import TrainConfig
     from sdkd.distill.training.trainer import Trainer
 
 FOLDER = "samples"
-GUIDANCE = 7.5
+STEPS, GUIDANCE = 25, 7.5
 
 
 def save_samples(trainer: Trainer, folder: Path) -> list[int]:
@@ -45,16 +46,16 @@ def save_samples(trainer: Trainer, folder: Path) -> list[int]:
 
 def draw(trainer: Trainer) -> list[NDArray[Any]]:
     """Pixels [h, w, 3], 0 to 1, for every validation prompt; prompt i always starts from the noise of seed + i."""
-    pipe = _pipeline(trainer)
-    images = []
+    pipe, config, images = _pipeline(trainer), trainer.config, []
+    steps = config.sample_steps or (config.generation.steps if config.generation else STEPS)
     with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-        for index, prompt in enumerate(trainer.config.prompts):
-            generator = torch.Generator().manual_seed(trainer.config.seed + index)
-            seed_scheduler(pipe.scheduler, [trainer.config.seed + index])
+        for index, prompt in enumerate(config.prompts):
+            generator = torch.Generator().manual_seed(config.seed + index)
+            seed_scheduler(pipe.scheduler, [config.seed + index])
             made = pipe(
                 prompt,
-                num_inference_steps=trainer.config.sample_steps,
-                guidance_scale=GUIDANCE,
+                num_inference_steps=steps,
+                guidance_scale=config.generation.guidance_scale if config.generation else GUIDANCE,
                 generator=generator,
                 output_type="np",
             )
@@ -72,13 +73,22 @@ def _pipeline(trainer: Trainer) -> Any:
         text_encoder=trainer.text_encoder,
         tokenizer=bounded(pipe.tokenizer, trainer.text_encoder.config.max_position_embeddings),
         unet=trainer.unet,
-        scheduler=scheduler_like(pipe.scheduler, type(pipe.scheduler)),
+        scheduler=result_scheduler(pipe.scheduler, trainer.config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def result_scheduler(scheduler: Any, config: TrainConfig) -> Any:
+    """The scheduler that draws with what a run has trained: of the model's class, for few steps LCMScheduler."""
+    if config.generation is None:
+        return scheduler_like(scheduler, type(scheduler))
+    from diffusers import LCMScheduler
+
+    return scheduler_like(scheduler, LCMScheduler, original_inference_steps=config.solver_steps)
 
 
 def crossed(pixels: NDArray[Any]) -> Image:

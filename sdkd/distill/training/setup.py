@@ -15,8 +15,9 @@ from sdkd.distill.data.latents import Latents, encode_images, training_size
 from sdkd.distill.data.order import Bucketed, Order, Sharded, mirrored_at, view_generator
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import ImageSamples, LatentSamples, Place, Samples
-from sdkd.distill.training.config import TrainConfig
+from sdkd.distill.training.config import SAME, TrainConfig
 from sdkd.distill.training.losses import prediction_type
+from sdkd.distill.training.pairs import Pair, feature_pairs, same_pairs
 from sdkd.errors import InputError, MissingExtraError, ModelError
 from sdkd.students.blocks import full_config, student_config
 
@@ -84,10 +85,28 @@ def lay_out_state(state: Mapping[torch.nn.Parameter, dict[str, Any]]) -> None:
                 values[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def check_models(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, config: TrainConfig) -> None:
-    """ModelError unless UNet, pipeline and config belong together, and the trainer knows such models."""
-    if config.objective == "distill":
+def training_pairs(config: TrainConfig, teacher_config: Mapping[str, Any]) -> tuple[Pair, ...]:
+    """The feature pairs of a run; none where no feature is asked for."""
+    if config.objective != "distill" and not config.weights.feature:
+        return ()
+    return same_pairs(teacher_config) if config.student == SAME else feature_pairs(config.spec, config.pair_preset)
+
+
+def check_models(
+    pipe: StableDiffusionPipeline,
+    unet: UNet2DConditionModel,
+    config: TrainConfig,
+    teacher: UNet2DConditionModel | None = None,
+) -> None:
+    """ModelError unless UNet, pipeline, teacher and config belong together, and the trainer knows such models."""
+    if config.kind.teacher and not config.kind.lora:
         _check_student(pipe, unet, config)
+    asked = [pipe.unet, *([] if config.guidance_embedding else [unet]), *([teacher] if teacher is not None else [])]
+    if any(one.config.get("time_cond_proj_dim") for one in asked):
+        raise ModelError(
+            "the UNet takes the guidance scale as an input (time_cond_proj_dim): it was distilled to few steps before, "
+            "and only consistency distillation trains such students, from a teacher that does not: give that one"
+        )
     channels, own = int(unet.config.in_channels), int(pipe.vae.config.latent_channels)
     if channels != own:
         raise ModelError(
@@ -98,11 +117,13 @@ def check_models(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, conf
 
 
 def _check_student(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, config: TrainConfig) -> None:
-    expected = student_config(pipe.unet.config, config.student)
+    same = config.student == SAME
+    expected = full_config(pipe.unet.config) if same else student_config(pipe.unet.config, config.student)
+    expected |= {"time_cond_proj_dim": config.guidance_embedding or None}
     found: Mapping[str, Any] = full_config(unet.config)
     if wrong := [key for key, value in expected.items() if found[key] != value]:
         raise ModelError(
-            f"the student's UNet is not the {config.spec.name} of this teacher ({wrong[0]}: expected "
+            f"the student's UNet is not the {config.student_name} of this teacher ({wrong[0]}: expected "
             f"{expected[wrong[0]]}, found {found[wrong[0]]}): build it with build_student(teacher.unet, "
             f"{config.student!r})"
         )

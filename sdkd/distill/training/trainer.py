@@ -1,4 +1,5 @@
-"""The trainer: a student learns the task, its teacher's output and its teacher's features; or a UNet learns alone.
+"""The trainer: a student learns the task, its teacher's output and its teacher's features, or to take few steps; or a
+UNet learns alone.
 
 Only the trained UNet (or its LoRA) is prepared by Accelerate and saved; the teacher, VAE and text encoder are frozen,
 in the precision of the forward passes, and never leave their process.
@@ -7,6 +8,7 @@ in the precision of the forward passes, and never leave their process.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,17 +24,25 @@ from sdkd.distill.data.order import DROPOUT, generator_at
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import Batch, Batches, Place
 from sdkd.distill.training.config import TrainConfig
+from sdkd.distill.training.consistency import Solver, guidance_embedding, guided, pseudo_huber
 from sdkd.distill.training.finite import SkippedSteps, check_weights, not_finite
 from sdkd.distill.training.losses import (
     FeatureUNet,
     Learnt,
     SampleWeights,
     distill_losses,
+    feature_losses,
     min_snr_weights,
     task_target,
 )
-from sdkd.distill.training.pairs import feature_pairs
-from sdkd.distill.training.setup import check_models, make_accelerator, make_optimizer, make_samples, pick_device
+from sdkd.distill.training.setup import (
+    check_models,
+    make_accelerator,
+    make_optimizer,
+    make_samples,
+    pick_device,
+    training_pairs,
+)
 from sdkd.models.schedulers import scheduler_like
 
 if TYPE_CHECKING:
@@ -49,11 +59,12 @@ class Trainer:
         data: CaptionedImages | Latents,
         config: TrainConfig,
         progress: Progress = quiet,
+        teacher: UNet2DConditionModel | None = None,
     ) -> None:
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
 
-        check_models(pipe, unet, config)
+        check_models(pipe, unet, config, teacher)
         device = pick_device(config.device, config.precision)
         self.config, self.pipe, self.unet = config, pipe, unet
         self.dtype = torch_dtype(config.precision)
@@ -63,12 +74,15 @@ class Trainer:
         self.vae = placed(pipe.vae, self.device, self.dtype)
         self.text_encoder = placed(pipe.text_encoder, self.device, self.dtype)
         self.data, self.model_name = data, ""
-        self._model = model_digest(pipe, self.scheduler, self.dtype)
+        self._model = model_digest((pipe.unet, pipe.vae, pipe.text_encoder), self.scheduler, self.dtype)
+        self._other = model_digest((teacher,), self.scheduler, self.dtype) if teacher is not None else None
+        self.solver = Solver(self.scheduler, config.solver_steps, self.device) if config.kind.consistency else None
         self.batches = self._batches(data, progress)
-        pairs = feature_pairs(config.spec, config.pair_preset) if config.objective == "distill" else ()
+        pairs = training_pairs(config, pipe.unet.config)
         self.names = [own for _, own in pairs]
-        self.teacher = self._teacher([name for name, _ in pairs])
+        self.teacher = self._teacher(teacher, [name for name, _ in pairs])
         self.parameters = self._trainable()
+        self.target = FeatureUNet(copy.deepcopy(unet).requires_grad_(False).eval(), ()) if config.target_ema else None
         self.student = FeatureUNet(unet, self.names)  # hooks before any compilation
         self.optimizer, self.schedule, self.model = self._prepared()
         self.ema: Any = EMAModel(self.parameters, decay=config.ema, foreach=True) if config.ema else None
@@ -81,13 +95,18 @@ class Trainer:
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, self.device)
         samples, order = make_samples(self.pipe, self.vae, data, self.config, place, progress)
         text = TextEmbeddings(self.pipe.tokenizer, self.text_encoder)
-        timesteps = int(self.scheduler.config.num_train_timesteps)
-        return Batches(samples, order, text, self.config, place, timesteps)
+        every = range(int(self.scheduler.config.num_train_timesteps))
+        return Batches(samples, order, text, self.config, place, self.solver.points if self.solver else every)
 
-    def _teacher(self, names: list[str]) -> FeatureUNet | None:
-        if self.config.objective != "distill":
+    def _teacher(self, other: UNet2DConditionModel | None, names: list[str]) -> FeatureUNet | None:
+        """The frozen teacher: `other`, else the pipeline's UNet; of a LoRA's own, a twin that shares its weights."""
+        if not self.config.kind.teacher:
             return None
-        unet = placed(self.pipe.unet, self.device, self.dtype)
+        if other is None and self.config.kind.lora:
+            torch.nn.Module.to(self.unet, self.device, self.dtype)
+            shared = {id(tensor): tensor for tensor in (*self.unet.parameters(), *self.unet.buffers())}
+            other = copy.deepcopy(self.unet, shared)
+        unet = placed(self.pipe.unet if other is None else other, self.device, self.dtype)
         if self.config.channels_last:
             unet.to(memory_format=torch.channels_last)
         return FeatureUNet(unet, names)
@@ -95,7 +114,7 @@ class Trainer:
     def _trainable(self) -> list[torch.nn.Parameter]:
         """The parameters to train, float32 on the device; for a LoRA the update matrices alone."""
         config = self.config
-        if config.objective == "lora":
+        if config.kind.lora:
             from sdkd.distill.training.lora import add_lora
 
             torch.nn.Module.to(self.unet, self.device, self.dtype)
@@ -139,6 +158,8 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         """All losses of a batch, float32 scalars."""
+        if self.solver is not None:
+            return self._consistency_losses(batch, self.solver)
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)  # [b, c, h, w]
         taught: Learnt | None = None
         if self.teacher_call is not None:
@@ -155,6 +176,33 @@ class Trainer:
             samples=self._sample_weights(batch),
             feature_norm=self.config.feature_norm,
         )
+
+    def _consistency_losses(self, batch: Batch, solver: Solver) -> dict[str, torch.Tensor]:
+        """Algorithm 1 of LCM; features, if any, are of the teacher's call with the caption."""
+        assert self.teacher_call is not None
+        assert batch.guidance is not None
+        assert batch.empty is not None
+        config, times, earlier = self.config, batch.timesteps, solver.before(batch.timesteps)
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, times)  # [b, c, h, w]
+        embedded = None
+        if config.guidance_embedding:
+            embedded = guidance_embedding(batch.guidance, config.guidance_embedding)  # [b, w]
+        with torch.no_grad():
+            both = (noisy.to(self.dtype).repeat(2, 1, 1, 1), times.repeat(2), torch.cat([batch.text, batch.empty]))
+            taught: Learnt = self.teacher_call(*both)
+            image, noise = solver.split(guided(taught[0], batch.guidance), noisy, times)
+            before = solver.mix(image, noise, earlier)
+            with self.accelerator.autocast():
+                aim: Learnt = (self.target or self.model)(before, earlier, batch.text, embedded)
+            target = solver.answer(aim[0], before, earlier)
+        learnt: Learnt = self.model(noisy, times, batch.text, embedded)
+        loss = pseudo_huber(solver.answer(learnt[0], noisy, times), target, config.huber_c)
+        found = {"loss/total": loss, "loss/consistency": loss}
+        if not self.names:
+            return found
+        halves = [feature.chunk(2)[0] for feature in taught[1]]
+        features = feature_losses(learnt[1], halves, self.names, config.feature_norm)
+        return found | {"loss/total": loss + config.weights.feature * features["loss/feature"]} | features
 
     def _sample_weights(self, batch: Batch) -> SampleWeights:
         """min-SNR on task loss and output KD; no task loss where the caption is another image's."""
@@ -199,6 +247,9 @@ class Trainer:
         self.schedule.step()
         if self.ema is not None:
             self.ema.step(self.parameters)
+        if self.target is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages["target"], list(self.parameters), 1 - self.config.target_ema)
         return sums | {"grad_norm": norm.detach()}
 
     def mean_over_processes(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -212,15 +263,23 @@ class Trainer:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Of data and model, to tell whether a run goes on with the same."""
-        return {"data": data_digest(self.data), "teacher" if self.teacher is not None else "model": self._model}
+        own = "teacher" if self.config.kind.teacher and not self.config.kind.lora else "model"
+        found = {"data": data_digest(self.data), own: self._model}
+        return found | ({"teacher": self._other} if self._other else {})
 
     def named_parameters(self) -> dict[str, torch.Tensor]:
-        """What is trained and, as "ema.<name>", its averages, by name."""
+        """What is trained and, as "ema.<name>" and "target.<name>", its averages, by name."""
         names = [name for name, parameter in self.unet.named_parameters() if parameter.requires_grad]
-        own = dict(zip(names, self.parameters, strict=True))
-        if self.ema is None:
-            return {**own}
-        return own | {f"ema.{name}": value for name, value in zip(names, self.ema.shadow_params, strict=True)}
+        found: dict[str, torch.Tensor] = dict(zip(names, self.parameters, strict=True))
+        for kind, values in self.averages.items():
+            found |= {f"{kind}.{name}": value for name, value in zip(names, values, strict=True)}
+        return found
+
+    @property
+    def averages(self) -> dict[str, list[Any]]:
+        """Averages of the trained weights, in their order: those that become the result, those of the target."""
+        found = {"ema": self.ema.shadow_params} if self.ema is not None else {}
+        return found | ({"target": list(self.target.parameters())} if self.target is not None else {})
 
     @contextlib.contextmanager
     def averaged(self) -> Any:

@@ -136,7 +136,7 @@ def test_validation_images_are_drawn_by_steps_and_change_nothing(tmp_path: Path)
     ("name", "objective"), [("bk-v2-tiny", "distill"), ("lora", "lora"), ("portrait-finetune", "finetune")]
 )
 def test_a_recipe_of_every_kind_runs(name: str, objective: str, tmp_path: Path) -> None:
-    settings = read_recipe(name, objective)
+    _, settings = read_recipe(name, objective)
     small = RUN | {"batch_size": 1, "accumulation": 1, "resolution": 64, "save_every": 1}
     found = run(job(tmp_path / "out", **(settings | small | {"objective": objective})))
     assert found["steps"] == 2
@@ -146,15 +146,28 @@ def test_a_recipe_of_every_kind_runs(name: str, objective: str, tmp_path: Path) 
 
 def test_recipes_say_what_was_published() -> None:
     students = ["bk-base", "bk-small", "bk-tiny", "bk-v2-base", "bk-v2-small", "bk-v2-tiny"]
-    assert recipe_names() == [*students, "lora", "portrait-finetune", "sd-small", "sd-tiny"]
-    small, tiny, base = (make_config("distill", read_recipe(n, "distill")) for n in ("sd-small", "sd-tiny", "bk-base"))
+    few = ["edgefusion", "lcm-lora", "lcm-sd-small", "lcm-sd-tiny"]
+    assert recipe_names() == [*students, *few, "lora", "portrait-finetune", "sd-small", "sd-tiny"]
+    small, tiny, base, lcm, fused = (
+        make_config(*read_recipe(name, "distill"))
+        for name in ("sd-small", "sd-tiny", "bk-base", "lcm-sd-tiny", "edgefusion")
+    )
+    assert (lcm.target_ema, lcm.guidance, lcm.solver_steps, lcm.caption_dropout) == (0.95, (5.0, 15.0), 50, 0.0)
+    assert (fused.objective, fused.spec.name, fused.weights.feature) == ("consistency", "bk-tiny", 0.0)
+    lora = make_config(*read_recipe("lcm-lora", "lora"))
+    assert (lora.objective, lora.lora_rank, lora.lora_targets, lora.learning_rate) == (
+        "consistency-lora",
+        64,
+        "all",
+        1e-4,
+    )
     assert (small.steps, small.learning_rate, small.weights) == (100_000, 1e-4, (1.0, 0.5, 0.5))
     assert (tiny.steps, tiny.spec.name) == (125_000, "sd-tiny")
     assert (base.steps, base.learning_rate, base.batch_size * base.accumulation) == (50_000, 5e-5, 256)
     assert (base.weights, base.pair_preset) == ((1.0, 1.0, 1.0), "bk-sdm")
-    portrait = make_config("finetune", read_recipe("portrait-finetune", "finetune"))
+    portrait = make_config(*read_recipe("portrait-finetune", "finetune"))
     assert (portrait.steps, portrait.batch_size, portrait.accumulation, portrait.resolution) == (131_000, 32, 4, 768)
-    changed = make_config("distill", read_recipe("sd-tiny", "distill"), {"steps": 5, "learning_rate": None})
+    changed = make_config(*read_recipe("sd-tiny", "distill"), {"steps": 5, "learning_rate": None})
     assert (changed.steps, changed.learning_rate) == (5, 1e-4)
 
 

@@ -32,7 +32,8 @@ SETTINGS: dict[str, Any] = RUN | {"steps": 4, "accumulation": 2, "learning_rate"
 
 def trained(objective: str, folder: Path, resume: Path | None = None, **settings: Any) -> dict[str, torch.Tensor]:
     pipe = helpers.tiny_pipeline()
-    unet = build_student(pipe.unet, "tiny") if objective == "distill" else helpers.tiny_unet(3)
+    is_student = objective in ("distill", "consistency")
+    unet = build_student(pipe.unet, "tiny") if is_student else helpers.tiny_unet(3)
     config = TrainConfig(objective=objective, **(SETTINGS | VARIANTS[objective] | settings))
     return weights(train(pipe, unet, latents(), config, folder=folder, resume=resume).unet)
 
@@ -41,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distill": {"ema": 0.9},
     "finetune": {"snr_gamma": 5.0, "noise_offset": 0.1},
     "lora": {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.3},  # dropout draws from torch's global generator
+    "consistency": {"target_ema": 0.9},
 }
 
 
