@@ -20,7 +20,7 @@ from export.graph.components import component_module, component_state
 from sdkd.core.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
 from sdkd.core.files import write_json
 from sdkd.models.diffusers_folder import write_tokenizer_files
-from sdkd.models.exportable import check_configs, check_extra_parts, module_config
+from sdkd.models.exportable import check_configs, check_extra_parts, check_guidance, module_config
 from sdkd.models.families import EXPORTED, check_exported
 from sdkd.models.fused import (
     LORAS,
@@ -105,6 +105,7 @@ class Source:
         check_configs({part: config for part in parts if (config := self._config(part)) is not None})
         if self.model is None:
             check_extra_parts(self.rest)
+            check_guidance(type(self.rest).__name__, self._config("unet") or {}, "the pipeline")
             for component in components:
                 if CONFIG_FOLDERS[component] not in self.replaced:
                     component_module(self.rest, component)

@@ -14,6 +14,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
@@ -116,6 +118,15 @@ def tiny_vae() -> AutoencoderTiny:
     return fixed_weights(AutoencoderTiny(**small_bundles.TINY_VAE))
 
 
+def embedded_pipeline(**unet: Any) -> LatentConsistencyModelPipeline:
+    """The small pipeline as one of LCM's: its UNet takes the guidance scale as an embedding of 8 numbers."""
+    parts = small_pipeline(**(ONE_LEVEL | {"time_cond_proj_dim": 8} | unet)).components
+    parts["scheduler"] = LCMScheduler.from_config(parts["scheduler"].config)
+    found = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
 def variant_pipeline(name: str) -> Any:
     """A pipeline beyond text-to-image by the name of its bundle, `variant_bundle`."""
     pipe = small_pipeline()
@@ -124,6 +135,8 @@ def variant_pipeline(name: str) -> Any:
     if name == "taesd":
         pipe.vae = tiny_vae()
         return pipe
+    if name == "embedded":
+        return embedded_pipeline()
     kind: Any = {"pix2pix": StableDiffusionInstructPix2PixPipeline, "inpaint": StableDiffusionInpaintPipeline}[name]
     parts = pipe.components | {"unet": wide_unet(8 if name == "pix2pix" else 9)}
     found = kind(**parts, requires_safety_checker=False)

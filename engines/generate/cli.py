@@ -18,7 +18,7 @@ from engines.generate.image_inputs import (
     check_control,
     check_encoder,
     find_kind,
-    known_channels,
+    known_config,
     read_inputs,
     resized,
     with_defaults,
@@ -111,7 +111,7 @@ def generate(
     source = with_vae(resolve(model), vae)
     check_bundle_size(source, wanted)
     asked = steps, guidance_scale, scheduler
-    check_inputs(source, target, inputs, asked)
+    check_inputs(source, target, inputs, asked, negative_prompt)
     slot = choose_target(source, target, control=control is not None)
     check_encoder(source, slot, inputs)
     if num_processes > 1:
@@ -126,7 +126,7 @@ def generate(
     check_steps(pipe.scheduler, run.steps)
     height, width = wanted or default_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
-    kind = find_kind(model, int(pipe.unet.config.in_channels), inputs)
+    kind = find_kind(model, pipe.unet.config, inputs, negative_prompt)
     inputs, lines = resized(with_defaults(inputs, kind, run.steps), height, width)
     unwanted = negative_prompt and typed_text(negative_prompt)
     parts, long = reading(pipe, [*texts, unwanted or ""], height, width)
@@ -224,12 +224,15 @@ def how_it_runs(source: ModelSource, run: Generation, unwanted: str | None) -> l
     return [*([line] if line else []), *warnings(made, run, embedded=embedded, negative=unwanted)]
 
 
-def check_inputs(source: ModelSource, target: str | None, inputs: Inputs, asked: Asked) -> None:
-    """InputError, before anything is loaded, when a model cannot draw from the images that are given."""
+def check_inputs(
+    source: ModelSource, target: str | None, inputs: Inputs, asked: Asked, negative_prompt: str | None
+) -> None:
+    """InputError, before anything is loaded, when a model cannot draw from what is given beside the prompt."""
     check_control(source, target, inputs)
-    channels = known_channels(source)
-    if channels is not None:
-        with_defaults(inputs, find_kind(source.name, channels, inputs), drawn_with(source, asked).steps)
+    config = known_config(source)
+    if config is not None:
+        steps = drawn_with(source, asked).steps
+        with_defaults(inputs, find_kind(source.name, config, inputs, negative_prompt), steps)
 
 
 def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engines.generate.image_inputs import TEXT, Inputs, PipelineKind, done_steps
 from engines.generate.long_prompts import arguments, limit_of
 from sdkd.core.console import Progress, within
-from sdkd.core.contract import guidance_copies
+from sdkd.core.contract import guidance_copies, guidance_width
 from sdkd.core.files import write_bytes
 from sdkd.core.images import check_finite
 from sdkd.core.numbers import DRAWING, SEED, check_number, check_numbers
@@ -99,7 +99,7 @@ def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, 
         report(f"{which} of {request.count}", min(1.0, (step + 1) / steps))
         return tensors
 
-    guided = request.guidance_scale > 1
+    guided = request.guidance_scale > 1 and guidance_width(pipe.unet.config) is None
     full = [*indices, *[indices[-1]] * (at_least - len(indices))]
     size = {"height": request.height, "width": request.width} if request.kind.sized else {}
     pipe.set_progress_bar_config(disable=True)

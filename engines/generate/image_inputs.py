@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.core.contract import guidance_width
 from sdkd.core.images import read_mask, read_rgb
 from sdkd.errors import EngineError, InputError
 from sdkd.models.kinds import BundleSource
@@ -25,13 +26,15 @@ READERS = {"image": read_rgb, "mask": read_mask, "control": read_rgb}
 class PipelineKind:
     """One of diffusers' pipelines: its image arguments by input, its scales with defaults.
 
-    `sized`: whether the call takes height and width; if not, they are the image's.
+    `sized`: whether the call takes height and width; if not, they are the image's. `embeds`: whether it gives a UNet
+    that takes the guidance scale as an embedding this embedding.
     """
 
     pipeline: str
     images: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     sized: bool = True
+    embeds: bool = True
 
     @property
     def changes_image(self) -> bool:
@@ -55,15 +58,21 @@ PIPELINE_KINDS: dict[frozenset[str], PipelineKind] = {
         "StableDiffusionControlNetImg2ImgPipeline",
         {"image": "image", "control_image": "control"},
         {"strength": 0.8, "control_scale": 1.0},
+        embeds=False,
     ),
     frozenset({"image", "mask", "control"}): PipelineKind(
         "StableDiffusionControlNetInpaintPipeline",
         {"image": "image", "mask_image": "mask", "control_image": "control"},
         {"strength": 1.0, "control_scale": 1.0},
+        embeds=False,
     ),
 }
 EDIT = PipelineKind(
-    "StableDiffusionInstructPix2PixPipeline", {"image": "image"}, {"image_guidance_scale": 1.5}, sized=False
+    "StableDiffusionInstructPix2PixPipeline",
+    {"image": "image"},
+    {"image_guidance_scale": 1.5},
+    sized=False,
+    embeds=False,
 )
 # UNets that look at images beside the latents, by input channels: what they are, and the inputs that they can have.
 SEEING: dict[int, tuple[str, tuple[frozenset[str], ...], str]] = {
@@ -137,12 +146,15 @@ def kind_for(channels: int, names: frozenset[str]) -> PipelineKind:
     return EDIT if channels == 8 else PIPELINE_KINDS[names]
 
 
-def find_kind(model: str, channels: int, inputs: Inputs) -> PipelineKind:
-    """The pipeline for a model and the images that are given; InputError when they do not go together.
+def find_kind(
+    model: str, unet_config: Mapping[str, Any], inputs: Inputs, negative_prompt: str | None = None
+) -> PipelineKind:
+    """The pipeline for a model and what is given beside a prompt; InputError when they do not go together.
 
-    `channels`: what the UNet takes; 4 are latents alone.
+    `unet_config` says what the UNet takes: 4 channels are latents alone, a guidance embedding leaves no place for
+    guidance by a second prompt.
     """
-    names = frozenset(inputs.files)
+    names, channels = frozenset(inputs.files), int(unet_config.get("in_channels", 4))
     what, possible, advice = SEEING.get(channels, ("", tuple(PIPELINE_KINDS), ""))
     if names not in possible:
         found = " and ".join(f"--{name}" for name in inputs.files) or "no image"
@@ -156,6 +168,12 @@ def find_kind(model: str, channels: int, inputs: Inputs) -> PipelineKind:
                 f"--{name.replace('_', '-')} {inputs.scales[name]:g} has nothing to act on here: it is for "
                 f"{ACTS_ON[name]}, or leave it out"
             )
+    if guidance_width(unet_config) is not None:
+        embedded = f"model {model!r} takes its guidance scale as an embedding (its UNet has time_cond_proj_dim)"
+        if not kind.embeds:
+            raise InputError(f"{embedded}, and diffusers' {kind.pipeline} gives it none: give --image or --control")
+        if negative_prompt:
+            raise InputError(f"{embedded}, and looks at one prompt: leave out --negative-prompt {negative_prompt!r}")
     return kind
 
 
@@ -202,9 +220,9 @@ def check_encoder(source: ModelSource, slot: str, inputs: Inputs) -> None:
         raise EngineError(NO_ENCODER)
 
 
-def known_channels(source: ModelSource) -> int | None:
-    """Channels that a model's UNet takes, read without its weights; None where that would need a download."""
-    return int(source.unet_config.get("in_channels", 4)) if source.here else None
+def known_config(source: ModelSource) -> Mapping[str, Any] | None:
+    """Config of a model's UNet, read without its weights; None where that would need a download."""
+    return source.unet_config if source.here else None
 
 
 def as_pipeline(pipe: Any, name: str, more: Mapping[str, Any] | None = None) -> Any:

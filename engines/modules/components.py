@@ -14,13 +14,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from engines.modules.base import FIXED, EngineModule, adapter_scale, cast_feeds, refuse, run_split
 from engines.sessions.base import Session
-from sdkd.core.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, split_axis
+from sdkd.core.contract import DOWN_RESIDUAL, GUIDANCE, MID_RESIDUAL, TensorSpec, split_axis
 from sdkd.errors import EngineError, RangeError
 
 MASKS = f"{FIXED}: Stable Diffusion attends to all tokens, so only a mask of ones can be given"
 # Why an argument of the eager module has no counterpart in an engine, where it is not simply FIXED.
 REFUSALS = {
-    "timestep_cond": f"{FIXED}: guidance-embedded (LCM-distilled) UNets are not exported",
+    GUIDANCE: f"{FIXED}: its UNet was not distilled with a guidance embedding (its config has no time_cond_proj_dim)",
     "attention_mask": MASKS,
     "encoder_attention_mask": MASKS,
     "added_cond_kwargs": f"{FIXED}: IP-Adapter and SDXL conditions are not exported",
@@ -50,6 +50,7 @@ class EngineUNet(EngineModule):
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
         *,
+        timestep_cond: torch.Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
         mid_block_additional_residual: torch.Tensor | None = None,
@@ -58,6 +59,8 @@ class EngineUNet(EngineModule):
     ) -> Any:
         """Predict from latents `[batch, in_channels, height, width]`, one timestep and text `[batch, tokens, width]`.
 
+        `timestep_cond`: a guidance embedding `[batch or 1, time_cond_proj_dim]` for a UNet that takes one; None is the
+        UNet without it, as diffusers has it.
         Returns a UNet2DConditionOutput, or a tuple, of `[batch, out_channels, height, width]` in the latents' dtype.
         EngineError for an argument that the engine has no input for; RangeError outside the built sizes.
         """
@@ -70,12 +73,30 @@ class EngineUNet(EngineModule):
             "timestep": _one_timestep(timestep, sample),
             "encoder_hidden_states": encoder_hidden_states,
         }
+        tensors |= self._guidance(sample, timestep_cond)
         tensors |= self._residuals(sample, down_block_additional_residuals, mid_block_additional_residual)
         try:
             result = run_split(self.session, cast_feeds(self.session, tensors))["out_sample"].to(sample.dtype)
         except RangeError as error:
             return self.fall_back(error, given)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _guidance(self, sample: torch.Tensor, given: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The guidance embedding where the graph takes one; zeros for None, since its projection has no bias."""
+        spec = next((spec for spec in self.session.contract.inputs if spec.name == GUIDANCE), None)
+        if spec is None:
+            refuse(self, {GUIDANCE: given}, REFUSALS)
+            return {}
+        batch, width = sample.shape[0], int(spec.axes[1])
+        if given is None:
+            given = torch.zeros((1, width), dtype=spec.torch_dtype, device=sample.device)
+        if given.shape not in ((batch, width), (1, width)):
+            raise EngineError(
+                f"EngineUNet takes a timestep_cond of shape ({batch}, {width}), a row per latent of its config's "
+                f"time_cond_proj_dim numbers, not {tuple(given.shape)}: make it with the pipeline's "
+                f"get_guidance_scale_embedding(scales, embedding_dim={width})"
+            )
+        return {GUIDANCE: given.expand(batch, width)}
 
     def _residuals(
         self, sample: torch.Tensor, down: Sequence[torch.Tensor] | None, middle: torch.Tensor | None

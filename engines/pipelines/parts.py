@@ -10,7 +10,7 @@ from typing import Any
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
 from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
-from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, module_config
+from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, check_guidance, module_config
 from sdkd.targets.registry import availability, check_target, environment
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
         theirs = module_config(getattr(pipe, part))
         check_config(part, theirs)
         ours = bundle.config(PARTS[part].engine)
+        if part == "unet":
+            check_guidance(type(pipe).__name__, ours, "this pipeline")
         values = {key: (ours.get(key), theirs.get(key)) for key in PARTS[part].agree}
         if part == "vae":
             values = {"pixels per latent": (vae_scale(ours), vae_scale(theirs))} | values

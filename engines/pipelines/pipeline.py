@@ -33,7 +33,7 @@ from engines.sessions.low_memory import StagedEngines, check_memory
 from engines.sessions.opening import as_bundle, expected_device, on_gpu, open_session
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BundleError, EngineError
-from sdkd.models.exportable import check_layers, check_patches
+from sdkd.models.exportable import EMBEDDING, check_layers, check_patches
 from sdkd.models.families import check_exported
 from sdkd.targets.registry import check_target
 
@@ -42,7 +42,7 @@ Pipe = TypeVar("Pipe")
 log = logging.getLogger(__name__)
 
 # Pipelines that are loaded as such from a bundle; any other is loaded as text-to-image.
-PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "InstructPix2Pix"))
+PIPELINES = (*(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "InstructPix2Pix")), *EMBEDDING)
 
 
 def plug(

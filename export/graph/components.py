@@ -15,6 +15,9 @@ from torch import nn
 from sdkd.core.contract import (
     BASE_COMPONENTS,
     CONFIG_FOLDERS,
+    DOWN_RESIDUAL,
+    GUIDANCE,
+    MID_RESIDUAL,
     STATE_PREFIXES,
     Contract,
     Extras,
@@ -58,21 +61,24 @@ class TextEncoderGraph(ComponentGraph):
 
 
 class UNetGraph(ComponentGraph):
-    """UNet2DConditionModel: sample, timestep (a float32 scalar), encoder_hidden_states [, residuals] -> out_sample."""
+    """UNet2DConditionModel: sample, timestep (a float32 scalar), encoder_hidden_states and what else -> out_sample.
+
+    What else: the guidance embedding where the UNet takes one, then ControlNet residuals where they were asked for.
+    """
 
     plain = 3
 
+    def __init__(self, module: nn.Module, contract: Contract) -> None:
+        super().__init__(module, contract)
+        self.embedded = any(spec.name == GUIDANCE for spec in contract.inputs)
+
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        *residuals: torch.Tensor,
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, *more: torch.Tensor
     ) -> tuple[torch.Tensor]:
         """One denoising step; sample is [batch, channels, height, width] in latents."""
-        added: dict[str, Any] = {}
-        if residuals:
-            added = {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
+        added: dict[str, Any] = {GUIDANCE: more[0]} if self.embedded else {}
+        if residuals := more[len(added) :]:
+            added |= {DOWN_RESIDUAL: residuals[:-1], MID_RESIDUAL: residuals[-1]}
         return (self.module(sample, timestep, encoder_hidden_states, return_dict=False, **added)[0],)
 
 

@@ -23,6 +23,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BASE_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # of every pipeline
 COMPONENTS = (*BASE_COMPONENTS, "controlnet")
+GUIDANCE = "timestep_cond"  # the guidance scale's embedding (LCM, arXiv 2310.04378)
 MID_RESIDUAL = "mid_block_additional_residual"
 DOWN_RESIDUAL = "down_block_additional_residuals"
 
@@ -86,21 +87,25 @@ class Contract:
 
 
 def guidance_copies(contract: Contract) -> int:
-    """How many inputs a pipeline stacks for classifier-free guidance: 2, for instruct-pix2pix 3, outside the UNet 1."""
-    if contract.component == "controlnet":
-        return 2
+    """How many inputs a pipeline stacks for classifier-free guidance: `unet_copies`, a ControlNet's 2, else 1."""
     if contract.component != "unet":
-        return 1
-    return unet_copies(int(contract.inputs[0].axes[1]), int(contract.outputs[0].axes[1]))
+        return 2 if contract.component == "controlnet" else 1
+    embedded = any(spec.name == GUIDANCE for spec in contract.inputs)
+    return unet_copies(int(contract.inputs[0].axes[1]), int(contract.outputs[0].axes[1]), embedded)
 
 
-def unet_copies(in_channels: int, out_channels: int) -> int:
-    """Latents per image in a guided UNet call: 2, for instruct-pix2pix 3.
+def unet_copies(in_channels: int, out_channels: int, embedded: bool = False) -> int:
+    """Latents per image in a guided UNet call: 2, for instruct-pix2pix 3, with a guidance embedding 1.
 
     InstructPix2Pix (arXiv 2211.09800, section 3.2.1) guides by text and by image, and its UNet takes the image's
     latents beside the noisy ones: twice as many channels in as out.
     """
-    return 3 if in_channels == 2 * out_channels else 2
+    return 1 if embedded else 3 if in_channels == 2 * out_channels else 2
+
+
+def guidance_width(unet_config: Mapping[str, Any]) -> int | None:
+    """Width of the guidance embedding that a UNet takes, if any."""
+    return unet_config.get("time_cond_proj_dim")
 
 
 def split_axis(axis: str) -> tuple[str, int]:
@@ -211,6 +216,8 @@ def unet_contract(config: Mapping[str, Any], precision: Precision, extras: Extra
     dtype = DTYPES[precision]
     output = TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width"))
     added = residual_specs(config, dtype, DOWN_RESIDUAL, MID_RESIDUAL) if extras.residuals else ()
+    if (width := guidance_width(config)) is not None:
+        added = (TensorSpec(GUIDANCE, dtype, ("batch", width)), *added)
     return Contract("unet", (*_denoising_inputs(config, dtype), *added), (output,))
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 BUCKETS = 10  # equal parts of the training timesteps
-_FIXED = ("in_channels", "out_channels", "cross_attention_dim")  # what must agree for one input to fit both UNets
+# What must agree for one input to fit both UNets.
+_FIXED = ("in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim")
 
 
 @dataclass(frozen=True)

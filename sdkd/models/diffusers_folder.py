@@ -14,6 +14,7 @@ from sdkd.core.files import read_json, sha256, write_bytes, write_json
 from sdkd.core.numbers import config_problem
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.clip_tokenizer import bounded
+from sdkd.models.exportable import check_guidance
 from sdkd.models.families import CLASSES, HEAVY, empty
 from sdkd.models.generation import Generation
 from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder
@@ -30,6 +31,8 @@ PIPELINES = {
     "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline": "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
+    "LatentConsistencyModelPipeline": "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
 }
 NEEDED = (*HEAVY, "tokenizer", "scheduler")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")  # others may read files that can run code
@@ -96,7 +99,9 @@ def check_pipeline_folder(path: Path) -> None:
         if library != own or name not in kinds:
             what = an(f"{library}.{name}")
             raise ModelError(f"the {part} of {where} is {what}: sdkd loads {' or '.join(kinds)} of {own}")
-        _config(path / part / "config.json")
+        config = _config(path / part / "config.json")
+        if part == "unet":
+            check_guidance(kind, config, where)
         folder_tensors(path / part)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
-from sdkd.core.contract import vae_scale
+from sdkd.core.contract import guidance_width, vae_scale
 from sdkd.errors import ExportError, ModelError, an
 from sdkd.models.families import PIPELINE_OF_CHANNELS
 from sdkd.models.safetensors_file import has_adapters
@@ -27,8 +27,6 @@ _PROJECTED = f"it projects other embeddings than the text encoder's: {_EAGERLY}"
 # Keys of UNet2DConditionModel and ControlNetModel with which these have other inputs than the contract's, and which;
 # every other key changes what is computed within, which the graph holds.
 LIMITS = {
-    "time_cond_proj_dim": "it takes the guidance scale as an input, as LCM-distilled UNets do, and guidance-embedded "
-    f"UNets are not supported yet: {_EAGERLY}, or give its base model",
     "encoder_hid_dim_type": _PROJECTED,
     "encoder_hid_dim": _PROJECTED,
     "addition_embed_type": f"it takes conditions beside the text, as SDXL and Kandinsky do: {_EAGERLY}",
@@ -46,6 +44,8 @@ EXTRA_PARTS = {
     "adapter": "a T2I-Adapter, whose residuals no graph takes",
     "motion_adapter": "a motion adapter of AnimateDiff",
 }
+# Pipelines that always give their UNet the guidance scale as an embedding, and stop without a word where it takes none.
+EMBEDDING = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 FLOATS = {"float64", "float32", "float16", "bfloat16"}
 LIBRARIES = ("diffusers", "transformers", "torch", "peft", "sdkd")  # whose modules do what their classes say
 HELPERS = (*LIBRARIES, "accelerate", "huggingface_hub")  # whose functions those modules have
@@ -69,6 +69,16 @@ def check_config(part: str, config: Config) -> None:
         if (value := config.get(key)) not in _USUAL:
             reason = _IP_ADAPTER if value == "ip_image_proj" else why
             raise ModelError(f"the {part} cannot run as an engine, its {key} is {value!r}: {reason}")
+
+
+def check_guidance(pipeline: str, unet: Config, where: str) -> None:
+    """ModelError when a pipeline of this class gives a guidance embedding, and the UNet takes none."""
+    if pipeline in EMBEDDING and guidance_width(unet) is None:
+        raise ModelError(
+            f"{where} is {an(pipeline)}, which gives the UNet its guidance scale as an embedding, and this UNet takes "
+            "none (its config has no time_cond_proj_dim): make it a StableDiffusionPipeline, with LCMScheduler and "
+            "guidance_scale=1"
+        )
 
 
 def check_extra_parts(pipe: Any) -> None:

@@ -31,6 +31,8 @@ FIRST = UNET + "input_blocks.0.0.weight"
 CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 # Its standard deviation is above 0.09 in published v-prediction models and below in the others: ComfyUI's rule.
 SPREAD = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+# What projects a guidance embedding, as the original layout would name it and as diffusers' converter leaves it.
+GUIDANCE = tuple(f"{UNET}{name}.cond_proj.weight" for name in ("time_embed", "time_embedding"))
 _V, _EPSILON = "v_prediction", "epsilon"
 _WORDS = {"v": _V, "v_prediction": _V, "velocity": _V, "eps": _EPSILON, "epsilon": _EPSILON}
 _ARCHITECTURES = {"stable-diffusion-v2-768-v": _V, "stable-diffusion-v2-512": _EPSILON}
@@ -39,18 +41,20 @@ _EMBEDDINGS = UNET + "label_emb."  # of images, in unCLIP
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A recognised checkpoint: table of contents, family, input channels of the UNet, what it predicts, and notes."""
+    """A recognised checkpoint: table of contents, family, what its UNet takes and predicts, and notes."""
 
     weights: Weights
     family: Family
     channels: int
+    guidance: Tensor | None  # projects the guidance embedding
     prediction_type: str
     notes: tuple[str, ...]
 
     @property
     def unet_config(self) -> dict[str, Any]:
-        """The UNet's config, in which only the number of input channels is not the family's."""
-        return {**self.family.unet, "in_channels": self.channels}
+        """The UNet's config, in which only its inputs are not the family's."""
+        width = self.guidance and self.guidance.shape[1]
+        return {**self.family.unet, "in_channels": self.channels, "time_cond_proj_dim": width}
 
     @cached_property
     def identity(self) -> str:
@@ -59,7 +63,7 @@ class Checkpoint:
 
     def rest(self) -> Any:
         """The pipeline without its heavy parts."""
-        return self.family.rest(self.channels, self.prediction_type)
+        return self.family.rest(self.channels, self.prediction_type, "LCMScheduler" if self.guidance else None)
 
     @cached_property
     def _located(self) -> dict[str, dict[str, Tensor]]:
@@ -67,7 +71,10 @@ class Checkpoint:
         found = {}
         for part in HEAVY:
             what, module = f"checkpoint {str(self.weights.path)!r}: its {part}", empty(part, self._config(part))
-            found[part] = matched(module, located(part, module, self.weights.tensors), what)
+            places = located(part, module, self.weights.tensors)
+            if part == "unet" and self.guidance:  # diffusers' conversion does not know it
+                places["time_embedding.cond_proj.weight"] = self.guidance
+            found[part] = matched(module, places, what)
         return found
 
     def _config(self, part: str) -> dict[str, Any]:
@@ -93,7 +100,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
     kind, reason = prediction(weights, families)
     name = next((name for name in families if FAMILIES[name].prediction_type == kind), families[0])
-    return Checkpoint(weights, FAMILIES[name], channels, kind, _notes(weights, kind, reason))
+    guidance = next((weights.tensors[name] for name in GUIDANCE if name in weights.tensors), None)
+    return Checkpoint(weights, FAMILIES[name], channels, guidance, kind, _notes(weights, kind, reason))
 
 
 def _families(weights: Weights, what: str) -> tuple[list[str], int]:

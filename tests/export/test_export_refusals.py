@@ -46,7 +46,6 @@ def pipeline(**parts: Any) -> Any:
 
 
 UNETS: dict[str, tuple[dict[str, Any], str]] = {
-    "lcm": ({"time_cond_proj_dim": 8}, "time_cond_proj_dim is 8: it takes the guidance scale.*not supported yet"),
     "classes": ({"num_class_embeds": 10}, "num_class_embeds is 10: it takes class labels"),
     "unclip": (
         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
@@ -72,10 +71,10 @@ def test_a_unet_that_takes_more_is_refused_before_anything_is_written(tmp_path: 
 def test_the_command_line_refuses_by_the_config_alone(tmp_path: Path) -> None:
     small_pipeline().save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 256}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_class_embeds": 10}))
     found = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(tmp_path / "bundle")])
     assert found.exit_code == 1
-    assert "guidance-embedded UNets are not supported yet" in " ".join(found.output.split())
+    assert "num_class_embeds is 10: it takes class labels" in " ".join(found.output.split())
 
 
 def test_an_ip_adapter_is_named() -> None:
@@ -230,10 +229,10 @@ def test_a_folder_saved_with_a_lora_says_so(tmp_path: Path) -> None:
 
 def test_build_and_plug_refuse_what_an_older_export_let_through(tmp_path: Path) -> None:
     bundle = graph_bundle(tmp_path / "bundle", "fp32", ("unet", "vae_decoder", "text_encoder"))
-    lcm = pipeline(unet=UNet2DConditionModel(**(UNET | {"time_cond_proj_dim": 8})))
-    with pytest.raises(ModelError, match="guidance-embedded UNets are not supported yet"):
-        plug(lcm, bundle, "onnxruntime", ["unet"])
+    classes = pipeline(unet=UNet2DConditionModel(**(UNET | {"num_class_embeds": 10})))
+    with pytest.raises(ModelError, match="num_class_embeds is 10: it takes class labels"):
+        plug(classes, bundle, "onnxruntime", ["unet"])
     config = bundle.path / "unet" / "config.json"
-    config.write_text(json.dumps(bundle.config("unet") | {"time_cond_proj_dim": 8}))
-    with pytest.raises(ModelError, match="guidance-embedded UNets are not supported yet"):
+    config.write_text(json.dumps(bundle.config("unet") | {"num_class_embeds": 10}))
+    with pytest.raises(ModelError, match="num_class_embeds is 10: it takes class labels"):
         build_engine(bundle, "onnxruntime")

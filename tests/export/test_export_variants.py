@@ -31,6 +31,7 @@ from sdkd.errors import InputError
         ("inpaint", "unet"),
         ("taesd", "vae_decoder"),
         ("taesd", "vae_encoder"),
+        ("embedded", "unet"),
     ],
 )
 def test_the_graph_computes_what_its_module_does(name: str, component: str) -> None:
@@ -47,23 +48,26 @@ def test_the_graph_computes_what_its_module_does(name: str, component: str) -> N
 
 
 @torch.no_grad()
-def test_residuals_reach_the_skip_connections_they_belong_to() -> None:
-    unet = tiny_unet()
+@pytest.mark.parametrize("width", [None, 8])  # of a guidance embedding
+def test_residuals_reach_the_skip_connections_they_belong_to(width: int | None) -> None:
+    unet = tiny_unet(time_cond_proj_dim=width)
     contract = module_contract("unet", unet, "fp32", Extras(residuals=True))
-    sample, timestep, text, *residuals = example_inputs(contract, {
+    sample, timestep, text, *more = example_inputs(contract, {
         "batch": 2, "sequence": 5, "height": 8, "width": 16, "height_2": 4, "width_2": 8, "height_4": 2, "width_4": 4,
         "height_8": 1, "width_8": 2,
     })  # fmt: skip
-    (found,) = graph_module(contract, unet)(sample, timestep, text, *residuals)
+    (found,) = graph_module(contract, unet)(sample, timestep, text, *more)
+    guidance, residuals = (more[0], more[1:]) if width else (None, more)
     expected = unet(
         sample,
         timestep,
         text,
+        timestep_cond=guidance,
         down_block_additional_residuals=residuals[:-1],
         mid_block_additional_residual=residuals[-1],
     ).sample
     torch.testing.assert_close(found, expected)
-    assert (found - unet(sample, timestep, text).sample).abs().max() > 0.1
+    assert (found - unet(sample, timestep, text, timestep_cond=guidance).sample).abs().max() > 0.1
 
 
 def test_a_controlnet_gives_the_residuals_of_its_unet() -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from engines.generate.image_inputs import SEEING, TEXT, Inputs, PipelineKind, as_pipeline, kind_for, with_defaults
 from sdkd.compare.measure.timing import Work
-from sdkd.core.contract import check_size, native_size, size_multiple
+from sdkd.core.contract import check_size, guidance_width, native_size, size_multiple
 from sdkd.core.images import check_finite
 from sdkd.errors import ModelError
+from sdkd.models.exportable import EMBEDDING
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,8 @@ class Request(Asked):
 
     @property
     def guided(self) -> bool:
-        """Whether all conditions go through the UNet together."""
-        return self.guidance_scale > 1
+        """Whether all conditions go through the UNet together: not where the scale is an input of it."""
+        return self.guidance_scale > 1 and self.copies > 1
 
     @property
     def unet_batch(self) -> int:
@@ -117,8 +118,11 @@ def step_work(pipe: Any, request: Request) -> Work:
     others = [negative] * (request.copies - 1) if request.guided else []
     states = torch.cat([*others, prompt])  # [batch, sequence, context]
     sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels).to(pipe.device, states.dtype)
-    timestep = torch.tensor(500, device=pipe.device)
-    return torch.no_grad()(lambda: pipe.unet(sample, timestep, encoder_hidden_states=states, return_dict=False)[0])
+    timestep, given = torch.tensor(500, device=pipe.device), {"encoder_hidden_states": states, "return_dict": False}
+    if (width := guidance_width(pipe.unet.config)) is not None:
+        scales = torch.full((len(sample),), request.guidance_scale - 1)
+        given["timestep_cond"] = pipe.get_guidance_scale_embedding(scales, width).to(sample)
+    return torch.no_grad()(lambda: pipe.unet(sample, timestep, **given)[0])
 
 
 def text_work(pipe: Any, request: Request) -> Work:
@@ -169,9 +173,13 @@ def kind_of(pipe: Any) -> PipelineKind:
 
 
 def as_drawn(pipe: Any) -> Any:
-    """The pipeline in the class that its model is for; text-to-image stays as it is, whatever its class."""
+    """The pipeline in the class that its model is for; text-to-image stays as it is, whatever its class.
+
+    But for LatentConsistencyModelPipeline, which takes LCM's scheduler alone: StableDiffusionPipeline draws the same.
+    """
     kind = kind_of(pipe)
-    return pipe if kind is TEXT else as_pipeline(pipe, kind.pipeline)
+    stays = kind is TEXT and type(pipe).__name__ not in EMBEDDING
+    return pipe if stays else as_pipeline(pipe, kind.pipeline)
 
 
 def _inputs(kind: PipelineKind, size: Size, steps: int) -> Inputs:

@@ -23,7 +23,7 @@ from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used,
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Bench, Sample, Timer
 from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, inherited, live_as_child
-from sdkd.core.contract import unet_copies
+from sdkd.core.contract import guidance_width, unet_copies
 from sdkd.core.interrupts import handling
 from sdkd.errors import EngineError
 from sdkd.targets.registry import require
@@ -126,7 +126,7 @@ class LocalRunner:
         size = image_size(self._pipe, self.config.size)
         scheduler = type(self._pipe.scheduler).__name__
         counts, config = count_parameters(subject, self._pipe), self._pipe.unet.config
-        copies = unet_copies(int(config.in_channels), int(config.out_channels))
+        copies = unet_copies(config.in_channels, config.out_channels, guidance_width(config) is not None)
         given = inputs_note(subject.model_label, kind_of(self._pipe))
         notes = (*([given] if given else []), *cut_lines(self._pipe, self.config.prompts))
         return Opened(load_s, device, size, scheduler, *counts, copies, notes)

@@ -136,7 +136,7 @@ def method(report: Report) -> list[str]:
     setup = report.setup
     memory = "all pipelines open at once" if setup.open_together else "one pipeline in memory at a time"
     place = "every subject in a fresh one of its own" if setup.isolated else "all subjects in one"
-    guided = "guidance: both halves in one call" if setup.guidance_scale > 1 else "no guidance"
+    guided = "guidance: both halves in one call" if setup.unet_batch > setup.batch else "one latent per image"
     fewest = min(row.unet_step_ms.count for row in report.results)
     return [
         f"UNet step: one call with batch {setup.unet_batch} ({guided}), {setup.timing}, at least {fewest} calls each, "

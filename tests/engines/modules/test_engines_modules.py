@@ -77,7 +77,7 @@ def test_unet_answers_in_the_dtype_of_the_latents(unet: EngineUNet, dtype: torch
     ("name", "value", "reason"),
     [
         ("class_labels", torch.zeros(2), "no such input"),
-        ("timestep_cond", torch.zeros(2, 256), "guidance-embedded"),
+        ("timestep_cond", torch.zeros(2, 256), "not distilled with a guidance embedding"),
         ("attention_mask", torch.eye(77)[:2], "all tokens, so only a mask of ones"),
         ("encoder_attention_mask", torch.zeros(2, 77, dtype=torch.bool), "all tokens, so only a mask of ones"),
         ("added_cond_kwargs", {"image_embeds": [torch.zeros(1)]}, "IP-Adapter"),

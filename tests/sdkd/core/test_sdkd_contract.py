@@ -80,6 +80,10 @@ def test_the_unet_batch_covers_all_copies_of_guidance() -> None:
     }  # fmt: skip
     assert axis_ranges(component_contract("vae_decoder", VAE, "fp32"), ranges, 8)["batch"] == Range(1, 2, 4)
     assert axis_ranges(unet_contract(UNET | {"in_channels": 8}, "fp32"), ranges, 8)["batch"].max == 12  # pix2pix: 3
+    embedded = unet_contract(UNET | {"time_cond_proj_dim": 256}, "fp16")
+    assert (embedded.inputs[3].name, embedded.inputs[3].dtype) == ("timestep_cond", "float16")
+    assert embedded.inputs[3].axes == ("batch", 256)
+    assert axis_ranges(embedded, ranges, 8)["batch"] == Range(1, 2, 4)  # its scale is an input: nothing is stacked
     # Longer prompts reach the UNet, not the text encoder.
     assert axis_ranges(component_contract("text_encoder", TEXT, "fp32"), ranges, 8, 77)["sequence"] == Range.fixed(77)
 

@@ -56,6 +56,10 @@ def test_what_cannot_be_compared_is_refused() -> None:
     pipe.unet = helpers.tiny_unet(in_channels=9)
     with pytest.raises(ModelError, match="in_channels 9"):
         noise_agreement(pipe, probe)
+    pipe.unet = helpers.tiny_unet(time_cond_proj_dim=8)
+    with pytest.raises(ModelError, match="time_cond_proj_dim 8, the teacher's has None"):
+        noise_agreement(pipe, probe)
+    pipe.unet = helpers.tiny_unet(in_channels=9)
     with pytest.raises(ModelError, match=r"takes 9 channels and gives 4 \(inpainting\)"):
         make_probe(pipe, IMAGES, 1)
     pipe.unet = own

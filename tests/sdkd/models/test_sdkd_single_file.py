@@ -10,7 +10,7 @@ import helpers
 import ldm_files
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from sdkd.errors import ModelError
 from sdkd.models.families import FAMILIES, HEAVY, Family
@@ -69,6 +69,18 @@ def test_every_weight_arrives(pipe: StableDiffusionPipeline, text: str, tmp_path
     assert type(loaded) is StableDiffusionPipeline
     assert loaded.scheduler.config.prediction_type == "epsilon"
     assert not any(parameter.requires_grad for parameter in loaded.unet.parameters())
+    image = loaded(PROMPT, num_inference_steps=1, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("name", ["time_embed", "time_embedding"])
+def test_a_guidance_embedding_is_found(name: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    weight = torch.randn(16, 24)
+    state[f"model.diffusion_model.{name}.cond_proj.weight"] = weight
+    loaded = load_eager(ldm_files.write(tmp_path / "model.safetensors", state))
+    assert loaded.unet.config.time_cond_proj_dim == 24
+    assert torch.equal(loaded.unet.time_embedding.cond_proj.weight, weight)
+    assert type(loaded.scheduler) is LCMScheduler
     image = loaded(PROMPT, num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 64, 64, 3)
 

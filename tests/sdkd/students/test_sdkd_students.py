@@ -88,7 +88,11 @@ def test_config_of_an_in_memory_teacher_keeps_no_private_entries() -> None:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [*((name, {}) for name in STUDENTS), ("sd-small", {"in_channels": 9, "use_linear_projection": True})],
+    [
+        *((name, {}) for name in STUDENTS),
+        ("sd-small", {"in_channels": 9, "use_linear_projection": True}),
+        ("sd-tiny", {"time_cond_proj_dim": 8}),
+    ],
 )
 def test_student_equals_the_teacher_with_blocks_removed_also_when_saved(
     name: str, changes: dict[str, Any], tmp_path: Path
@@ -130,8 +134,10 @@ def outputs(unet: UNet2DConditionModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
     text = torch.randn(2, 5, helpers.CONTEXT, generator=generator)
+    width = unet.config.time_cond_proj_dim
+    guidance = None if width is None else torch.randn(2, width, generator=generator)
     with torch.no_grad():
-        found: torch.Tensor = unet(sample, torch.tensor([7, 500]), encoder_hidden_states=text).sample
+        found: torch.Tensor = unet(sample, torch.tensor([7, 500]), text, timestep_cond=guidance).sample
     return found
 
 

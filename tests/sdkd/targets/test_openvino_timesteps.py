@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_bundles import small_modules
-from small_exports import small_bundle
+from small_exports import small_bundle, variant_bundle
 
 from sdkd.targets.openvino_timesteps import keep_timesteps
 from sdkd.targets.registry import cpu_precisions, openvino_core
@@ -57,6 +57,7 @@ def test_the_graph_computes_what_it_did(graphs: Path) -> None:
     model = opened(graphs)
     before = compiled(model, "f32")
     assert keep_timesteps(openvino_core(), model) == 2  # a sine and a cosine
+    assert keep_timesteps(openvino_core(), opened(variant_bundle("embedded"))) == 2
     after = compiled(model, "f32")
     for timestep, batch in itertools.product(TIMESTEPS, (1, 3)):
         given = feeds(timestep, batch)

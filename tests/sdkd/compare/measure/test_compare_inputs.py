@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import AutoencoderKL, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from diffusers import StableDiffusionInstructPix2PixPipeline as Pix2Pix
 from helpers import CROSS, UP, fixed_weights
 from small_bundles import UNET, VAE, small_controlnet, small_pipeline
-from small_exports import small_bundle
+from small_exports import embedded_pipeline, small_bundle
 
 from engines.generate.image_inputs import EDIT, PIPELINE_KINDS, TEXT
 from export import build_engine, export_pipeline
 from sdkd.compare import compare
-from sdkd.compare.measure.calls import Request, make_images, picture
+from sdkd.compare.measure.calls import Request, make_images, picture, step_work
 from sdkd.compare.measure.planning import Wish, default_judge, make_plan
 from sdkd.compare.measure.results import Report
 from sdkd.compare.measure.subjects import Subject, open_subject
@@ -62,6 +63,19 @@ def test_models_that_look_at_images_run_eagerly(tmp_path: Path, channels: int, c
     assert {image.size for row in report.images.values() for image in row} == {(48, 32)}
     assert "48 × 32 px" in sentence(report)
     assert f"model was given {words}" in report.notes[0]
+
+
+def test_a_unet_that_takes_its_guidance_scale_sees_one_latent_an_image(tmp_path: Path) -> None:
+    pipe = embedded_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    report = measured(tmp_path / "model", ("eager",))
+    assert (report.setup.unet_batch, len(report.results)) == (1, 1)
+    opened = open_subject(Subject("embedded", tmp_path / "model"), scheduler="ddim")
+    weak, strong = (make_images(opened, Request(PROMPTS, 2, scale, 0, 32), 0) for scale in (1.0, 9.0))
+    assert np.abs(np.asarray(weak[0], float) - np.asarray(strong[0], float)).max() > 2
+    found = [step_work(opened, Request(PROMPTS, 2, scale, 0, 32, copies=1))() for scale in (1.0, 9.0)]
+    assert found[0].shape == (1, 4, 16, 16)
+    assert not torch.allclose(*found, atol=1e-3)
 
 
 def test_a_bundle_with_other_parts_is_compared_with_the_eager_model_that_has_them(tmp_path: Path) -> None:
