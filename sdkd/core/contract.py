@@ -244,8 +244,7 @@ def residual_specs(config: Mapping[str, Any], dtype: str, down: str, mid: str) -
     for level, (width, count) in enumerate(zip(widths, counts, strict=True)):
         shapes += [(width, level)] * count
         shapes += [(width, level + 1)] * (level < len(widths) - 1)
-    tensors = [(f"{down}.{index}", *shape) for index, shape in enumerate(shapes)]
-    tensors.append((mid, widths[-1], len(widths) - 1))
+    tensors = [*((f"{down}.{index}", *shape) for index, shape in enumerate(shapes)), (mid, widths[-1], len(widths) - 1)]
     return tuple(
         TensorSpec(name, dtype, ("batch", width, _halved("height", level), _halved("width", level)))
         for name, width, level in tensors

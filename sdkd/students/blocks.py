@@ -94,9 +94,8 @@ def student_spec(name: str | StudentSpec) -> StudentSpec:
     for spec in STUDENTS.values():
         if name.lower().replace("_", "-") in (spec.name, spec.short):
             return spec
-    names = ", ".join(
-        spec.name if spec.short == spec.name else f"{spec.short} ({spec.name})" for spec in STUDENTS.values()
-    )
+    every = STUDENTS.values()
+    names = ", ".join(spec.name if spec.short == spec.name else f"{spec.short} ({spec.name})" for spec in every)
     raise InputError(f"student {name!r} is unknown: choose one of {names}")
 
 
@@ -262,20 +261,16 @@ def build_student(teacher: UNet2DConditionModel, student: str | StudentSpec) -> 
 
 
 def copy_unet(unet: UNet2DConditionModel, **changes: Any) -> UNet2DConditionModel:
-    """A UNet of its own with the weights of another, in eval mode, trainable; `changes` are of its config.
+    """A UNet of its own with another's weights, in eval mode, trainable; `changes` are of its config.
 
-    Weights that the change brings are 0, so that a projection that is new adds nothing at first.
+    Weights that they bring are 0: a projection that is new adds nothing at first.
     """
     import torch
 
-    result = meta_unet({**unet.config, **changes})
-    source = unet.state_dict()
-    some = next(iter(source.values()))
-    state = {
-        key: source[key].detach().clone() if key in source else torch.zeros(value.shape).to(some)
-        for key, value in result.state_dict().items()
-    }
-    result.load_state_dict(state, assign=True)
+    result, source = meta_unet({**unet.config, **changes}), unet.state_dict()
+    shapes = {key: value.shape for key, value in result.state_dict().items() if key not in source}
+    state = {key: torch.zeros(shape).to(unet.conv_in.weight) for key, shape in shapes.items()}
+    result.load_state_dict(state | {key: value.detach().clone() for key, value in source.items()}, assign=True)
     return result.requires_grad_(True).eval()
 
 

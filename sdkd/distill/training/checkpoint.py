@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdkd.core.files import new_folder, read_json, sha256, write_json
 from sdkd.core.schema import problem
@@ -110,8 +111,6 @@ def save_checkpoint(trainer: Trainer, folder: Path, log: LogState | None = None)
 
 
 def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], log: LogState | None) -> None:
-    from safetensors.torch import save_file
-
     tensors, numbers = _split(trainer.optimizer.state_dict())
     check_weights(trainer.named_parameters() | tensors, trainer.done)
     config, base = trainer.config, trainer.model_name
@@ -202,7 +201,6 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     InputError when the checkpoint is of another run, of other data or another model, or damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     record = read_record(path)
     check_settings(path, record, trainer.config, trainer.accelerator.num_processes)
@@ -325,14 +323,10 @@ def _load_weights(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> No
         _copy(trainer.ema.shadow_params, names, _read_weights(trainer, path, "unet_ema"))
         trainer.ema.optimization_step = record["ema_steps"]
     if trainer.target is not None:
-        from safetensors.torch import load_file
-
         _copy(trainer.averages["target"], names, load_file(path / _TARGET))
 
 
 def _read_weights(trainer: Trainer, path: Path, name: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     if trainer.config.kind.lora:
         from sdkd.students.lora_file import read_lora
 
