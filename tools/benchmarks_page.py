@@ -171,13 +171,7 @@ KINDS = (
     Kind("ablation-demo/why.json", None),
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
     Kind("*/decoder.json", decoder, ("decoded on", "full VAE", "small VAE", "faster (95 %)")),
-    Kind(
-        "demo-decoder/likeness.json",
-        demo_decoder,
-        DECODED,
-        2,
-        "`python tools/train_demo_decoder.py --work artifacts/demo-decoder`",
-    ),
+    Kind("demo-decoder/likeness.json", demo_decoder, DECODED, 2, f"`{DECODER_COMMAND}`"),
 )
 
 

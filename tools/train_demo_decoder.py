@@ -87,8 +87,8 @@ def measure(full: Any, small: Any, folder: Path) -> dict[str, Any]:
         wanted, made = pil(decode(full, latents)), pil(decode(small, latents))
         decoded.append(image_likeness(made, wanted))
         encoded.append(image_likeness(pil(decode(full, own)), wanted))
-        pictures += [image, wanted, made, wanted] if index < SHOWN else []
-    joined([picture for place, picture in enumerate(pictures) if place % 4 != 3]).save(folder / "samples.png")
+        pictures += [image, wanted, made] if index < SHOWN else []
+    joined(pictures).save(folder / "samples.png")
     psnr = np.array([one.counted_db for one in decoded])
     return {
         "images": len(drawn),

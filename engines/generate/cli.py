@@ -27,7 +27,7 @@ from engines.generate.long_prompts import reading
 from engines.generate.processes import check_gpus, ended_like_ctrl_c, join, main_progress
 from engines.generate.prompts import check_images, image_files, missing, write_metadata
 from sdkd.core.console import show
-from sdkd.core.contract import check_size, native_size, size_multiple
+from sdkd.core.contract import check_size, guidance_width, native_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.profiles import ShapeRanges, parse_size
 from sdkd.core.text_files import prompt_lines, typed_text
@@ -219,7 +219,7 @@ def drawn_with(source: ModelSource, asked: Asked) -> Generation:
 
 def how_it_runs(source: ModelSource, run: Generation, unwanted: str | None) -> list[str]:
     """What the model was made for, and what is poor about drawing with other settings; a line each."""
-    made, embedded = source.generation, source.unet_config.get("time_cond_proj_dim") is not None
+    made, embedded = source.generation, guidance_width(source.unet_config) is not None
     line = said(made, run)
     return [*([line] if line else []), *warnings(made, run, embedded=embedded, negative=unwanted)]
 

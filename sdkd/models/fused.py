@@ -18,13 +18,12 @@ from sdkd.models.families import empty
 from sdkd.models.generation import Generation, noted
 from sdkd.models.replacements import WithVae
 from sdkd.models.safetensors_file import Weights
-from sdkd.models.source import Kind, ModelSource, Part
+from sdkd.models.source import Derived, Kind, ModelSource, Part
 from sdkd.students.lora_file import FILE, lora_file, read_lora
 from sdkd.students.lora_layers import parts_of
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
 
 LORAS = "loras"  # key in the source of a bundle's manifest
 _FAMILIES = {768: "random:sd15", 1024: "random:sd21"}  # by the width of text embeddings; their configs are meant
@@ -114,26 +113,15 @@ def recorded_loras(source: Mapping[str, Any]) -> tuple[Lora, ...]:
 
 
 @dataclass(frozen=True)
-class FusedSource(ModelSource):
+class FusedSource(Derived):
     """A model with LoRAs in its weights, by its digests another one than `base`; see `with_loras`."""
 
     kind: ClassVar[Kind] = "fused"
     advice = "its files, or those of its LoRAs, are damaged or incomplete; download them again"
 
-    base: ModelSource = field(kw_only=True)
     loras: tuple[Lora, ...] = field(kw_only=True)
 
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """What sdkd noted beside the base."""
-        return self.base.provenance
-
-    @property
-    def index(self) -> Mapping[str, Any]:
-        """The base's own."""
-        return self.base.index
-
-    @property
+    @cached_property
     def generation(self) -> Generation | None:
         """As the folder of a LoRA tells, or for the base."""
         return generation_of(self.loras) or self.base.generation
@@ -146,22 +134,9 @@ class FusedSource(ModelSource):
             found |= {part: digest(f"{found[part]} {lora.sha256} {lora.scale!r}") for part in lora.parts}
         return found
 
-    @property
-    def here(self) -> bool:
-        """As for the base."""
-        return self.base.here
-
-    def config(self, part: str) -> dict[str, Any]:
-        """The config of a part, the base's own."""
-        return self.base.config(part)
-
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One module of the pipeline, its LoRAs fused."""
-        return fuse(part, self.base.original.load_part(part, dtype), self.loras)
-
-    def load_rest(self) -> StableDiffusionPipeline:
-        """The pipeline without its heavy modules."""
-        return self.base.original.load_rest()
+        return fuse(part, super().load_part(part, dtype), self.loras)
 
 
 def loras_of(model: object) -> tuple[Lora, ...]:

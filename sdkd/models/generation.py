@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from sdkd.core.contract import guidance_width
 from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.schema import construct, problem
 from sdkd.errors import InputError, ModelError
@@ -93,7 +94,7 @@ def entry(generation: Generation | None) -> dict[str, Any]:
 
 def implied(unet_config: Mapping[str, Any], scheduler: str | None, pipeline: str | None = None) -> Generation | None:
     """What a model's configs tell: LCM's guidance embedding or pipeline, or the class of a consistency scheduler."""
-    if unet_config.get("time_cond_proj_dim") is not None or str(pipeline).startswith("LatentConsistencyModel"):
+    if guidance_width(unet_config) is not None or str(pipeline).startswith("LatentConsistencyModel"):
         return EMBEDDED_FEW_STEPS
     return replace(FEW_STEPS, scheduler=scheduler) if scheduler in CONSISTENCY else None
 

@@ -16,10 +16,9 @@ from sdkd.core.files import read_json
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.diffusers_folder import component_digest, digest, load_module, provenance, quiet_libraries
 from sdkd.models.families import EXPORTED, empty
-from sdkd.models.generation import Generation
 from sdkd.models.random_weights import fill_random
 from sdkd.models.safetensors_file import folder_tensors, matched
-from sdkd.models.source import Kind, ModelSource, Part
+from sdkd.models.source import Derived, Kind, ModelSource, Part
 
 if TYPE_CHECKING:
     import torch
@@ -148,13 +147,12 @@ def _near(one: float, other: float) -> bool:
 
 
 @dataclass(frozen=True)
-class WithVae(ModelSource):
+class WithVae(Derived):
     """A model with another VAE in place of its own."""
 
     kind: ClassVar[Kind] = "with-vae"
     advice = "give other files"
 
-    base: ModelSource = field(kw_only=True)
     vae: str = field(kw_only=True)
 
     @cached_property
@@ -162,32 +160,17 @@ class WithVae(ModelSource):
         """As the base class says."""
         return self.base.digests | replacement_digests("vae", self.vae)
 
-    @property
-    def index(self) -> Mapping[str, Any]:
-        """The model's own."""
-        return self.base.index
-
-    @property
-    def generation(self) -> Generation | None:
-        """How the model is to be run."""
-        return self.base.generation
-
-    @property
-    def here(self) -> bool:
-        """Whether the model's files are on this machine."""
-        return self.base.here
-
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part."""
-        return replacement_config("vae", self.vae) if part == "vae" else self.base.config(part)
+        return replacement_config("vae", self.vae) if part == "vae" else super().config(part)
 
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One module of the pipeline."""
-        return load_replacement("vae", self.vae, dtype) if part == "vae" else self.base.original.load_part(part, dtype)
+        return load_replacement("vae", self.vae, dtype) if part == "vae" else super().load_part(part, dtype)
 
     def load_rest(self) -> StableDiffusionPipeline:
         """The pipeline without its heavy modules."""
-        pipe = self.base.original.load_rest()
+        pipe = super().load_rest()
         pipe.register_to_config(vae=("diffusers", replacement_class("vae", self.vae)))
         return pipe
 

@@ -9,7 +9,7 @@ import contextlib
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -114,6 +114,45 @@ class ModelSource(ABC):
     @abstractmethod
     def load_rest(self) -> StableDiffusionPipeline:
         """The pipeline without its heavy modules."""
+
+
+@dataclass(frozen=True)
+class Derived(ModelSource):
+    """A model like `base`, but for what a subclass says."""
+
+    base: ModelSource = field(kw_only=True)
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What sdkd noted beside the base."""
+        return self.base.provenance
+
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """The base's own."""
+        return self.base.index
+
+    @cached_property
+    def generation(self) -> Generation | None:
+        """As for the base."""
+        return self.base.generation
+
+    @property
+    def here(self) -> bool:
+        """As for the base."""
+        return self.base.here
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The config of a part, the base's own."""
+        return self.base.config(part)
+
+    def load_part(self, part: Part, dtype: torch.dtype) -> Any:
+        """One module of the pipeline, the base's own."""
+        return self.base.original.load_part(part, dtype)
+
+    def load_rest(self) -> StableDiffusionPipeline:
+        """The pipeline without its heavy modules, the base's own."""
+        return self.base.original.load_rest()
 
 
 @contextlib.contextmanager

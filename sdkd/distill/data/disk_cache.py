@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
-from sdkd.core.contract import Precision
+from sdkd.core.contract import Precision, torch_dtype
 from sdkd.core.documents import parse_json
 from sdkd.core.files import read_json, sha256
 from sdkd.core.numbers import check_number
 from sdkd.core.schema import problem
-from sdkd.distill.data.encode import limit_of, model_digests, vae_digest
+from sdkd.distill.data.encode import limit_of, vae_digest, weights_sha256
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,15 +128,25 @@ class DiskCache:
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
         """InputError unless the cache was made by this pipeline's VAE encoder, text encoder and tokenizer length."""
-        self.check_vae(pipe.vae)
+        made = self._made_with(pipe.vae)
         if self.index["texts"]:
-            tokens = limit_of(pipe.tokenizer, pipe.text_encoder)
-            self._check_made_by(model_digests(pipe, self.precision) | {"tokens": tokens})
+            made["text_encoder"] = weights_sha256(pipe.text_encoder, torch_dtype(self.precision))
+            made["tokens"] = limit_of(pipe.tokenizer, pipe.text_encoder)
+        self._check_made_by(made)
 
     def check_vae(self, vae: Any) -> None:
         """InputError unless the cache was made by this VAE's encoder."""
-        scale = float(vae.config.scaling_factor)
-        self._check_made_by({"vae": vae_digest(vae, self.precision), "scaling_factor": scale})
+        self._check_made_by(self._made_with(vae))
+
+    def check_resolution(self, resolution: int | None) -> None:
+        """InputError when another size than the cache's is asked for; None asks for none."""
+        if resolution not in (None, self.size):
+            raise InputError(
+                f"resolution {resolution} is not the cache's {self.size}: leave it out, or make another cache"
+            )
+
+    def _made_with(self, vae: Any) -> dict[str, Any]:
+        return {"vae": vae_digest(vae, self.precision), "scaling_factor": float(vae.config.scaling_factor)}
 
     def _check_made_by(self, matters: Mapping[str, Any]) -> None:
         if other := [name for name, value in matters.items() if self.index.get(name) != value]:

@@ -127,7 +127,7 @@ def _rows(config: TrainConfig, model: str, facts: Mapping[str, Any], size: int) 
 
 def named(config: TrainConfig, model: str, teacher: str | None = None) -> dict[str, str]:
     """What was trained on what, for records: the teacher and its student, or the model and another teacher."""
-    if config.kind.teacher and not config.kind.lora:
+    if config.kind.student:
         return {"teacher": model, "student": config.student_name}
     return {"model": model} | ({"teacher": teacher} if teacher else {})
 

@@ -111,7 +111,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, log: LogState | None = None)
 
 
 def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], log: LogState | None) -> None:
-    tensors, numbers = _split(trainer.optimizer.state_dict())
+    tensors, numbers = split_state(trainer.optimizer.state_dict())
     check_weights(trainer.named_parameters() | tensors, trainer.done)
     config, base = trainer.config, trainer.model_name
     about = {BASE: base, **named(config, base), "objective": config.objective, "steps": trainer.done}
@@ -162,7 +162,7 @@ def _save_unet(trainer: Trainer, folder: Path, name: str) -> None:
         trainer.unet.save_pretrained(folder / name)
 
 
-def _split(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's state as tensors "<parameter>.<name>" and as JSON."""
     tensors: dict[str, torch.Tensor] = {}
     others: dict[str, dict[str, Any]] = {}
@@ -175,8 +175,8 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str,
     return tensors, {"param_groups": state["param_groups"], "state": others}
 
 
-def _joined(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_split`."""
+def join_state(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_state`."""
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers["state"].items()}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
@@ -209,7 +209,7 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     rank = trainer.accelerator.process_index
     try:
         _load_weights(trainer, path, record)
-        trainer.optimizer.load_state_dict(_joined(load_file(path / "optimizer.safetensors"), record["optimizer"]))
+        trainer.optimizer.load_state_dict(join_state(load_file(path / "optimizer.safetensors"), record["optimizer"]))
         lay_out_state(trainer.optimizer.state)
         states = load_file(path / "random.safetensors")
         _load_schedule(trainer, record)

@@ -26,6 +26,11 @@ class Objective:
     lora: bool = False  # update matrices alone are trained
     consistency: bool = False  # few steps: see consistency.py
 
+    @property
+    def student(self) -> bool:
+        """Whether a UNet of its own is trained from the teacher's."""
+        return self.teacher and not self.lora
+
 
 OBJECTIVES = {
     "distill": Objective("distill", teacher=True),
@@ -37,7 +42,7 @@ OBJECTIVES = {
 _LORAS = tuple(name for name, objective in OBJECTIVES.items() if objective.lora)
 _FEW_STEP = tuple(name for name, objective in OBJECTIVES.items() if objective.consistency)
 _BY_NOISE = tuple(name for name in OBJECTIVES if name not in _FEW_STEP)  # those with a task loss
-_STUDENTS = ("distill", "consistency")
+_STUDENTS = tuple(name for name, objective in OBJECTIVES.items() if objective.student)
 SAME = "same"  # the student that has all of its teacher's blocks
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "objective": tuple(OBJECTIVES),
@@ -216,7 +221,7 @@ class TrainConfig:
         every = asdict(self)
         found = {item.name: every[item.name] for item in settings_of(self.objective)}
         filled = {f"{name}_weight": value for name, value in self.weights._asdict().items()}
-        filled |= {"student": self.student_name, "pairs": self.pair_preset} if self.objective in _STUDENTS else {}
+        filled |= {"student": self.student_name, "pairs": self.pair_preset} if self.kind.student else {}
         return found | {name: value for name, value in filled.items() if name in found}
 
     def _problems(self) -> Iterator[str]:

@@ -174,17 +174,14 @@ def check_cache(data: CaptionedImages | DiskCache, pipe: StableDiffusionPipeline
     if not isinstance(data, DiskCache):
         return
     data.check(pipe)
-    if config.resolution not in (None, data.size):
-        raise InputError(
-            f"resolution {config.resolution} is not the cache's {data.size}: leave it out, or make another cache"
-        )
+    data.check_resolution(config.resolution)
 
 
 def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]:
     """The UNet to train, and parameter counts of it and its teacher."""
     import torch
 
-    from sdkd.core.contract import torch_dtype
+    from sdkd.core.contract import guidance_width, torch_dtype
     from sdkd.students.blocks import build_student, copy_unet, count_parameters
 
     config = job.config
@@ -197,7 +194,7 @@ def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]
         student = copy_unet(pipe.unet) if config.student == SAME else build_student(pipe.unet, config.student)
     if config.objective == "finetune":
         return student, {"parameters": count_parameters(student.config)}
-    if config.guidance_embedding and not student.config.time_cond_proj_dim:
+    if config.guidance_embedding and guidance_width(student.config) is None:
         student = copy_unet(student, time_cond_proj_dim=config.guidance_embedding)
     torch.nn.Module.to(pipe.unet, torch_dtype(config.precision))  # now the student has its weights: no copy is needed
     return student, {"parameters": count_parameters(student.config), "teacher_parameters": whole}
@@ -228,7 +225,8 @@ def _write(
             write_json(partial / PROVENANCE, dict(facts))
             write_bytes(partial / "README.md", card.encode())
         else:
-            pipe.scheduler = result_scheduler(pipe.scheduler, job.config)
+            if job.config.generation is not None:
+                pipe.scheduler = result_scheduler(pipe.scheduler, job.config)
             write_pipeline(pipe, partial, unet=unet.cpu(), about=dict(facts), readme=card)
         carry_over(folder, partial)
 

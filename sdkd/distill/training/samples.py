@@ -12,6 +12,7 @@ import torch
 from sdkd.core.files import write_bytes, write_json
 from sdkd.core.images import is_finite
 from sdkd.models.clip_tokenizer import bounded
+from sdkd.models.generation import USUAL
 from sdkd.models.schedulers import scheduler_like, seed_scheduler
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sdkd.distill.training.trainer import Trainer
 
 FOLDER = "samples"
-STEPS, GUIDANCE = 25, 7.5
 
 
 def save_samples(trainer: Trainer, folder: Path) -> list[int]:
@@ -47,15 +47,15 @@ def save_samples(trainer: Trainer, folder: Path) -> list[int]:
 def draw(trainer: Trainer) -> list[NDArray[Any]]:
     """Pixels [h, w, 3], 0 to 1, for every validation prompt; prompt i always starts from the noise of seed + i."""
     pipe, config, images = _pipeline(trainer), trainer.config, []
-    steps = config.sample_steps or (config.generation.steps if config.generation else STEPS)
+    run = config.generation or USUAL
     with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         for index, prompt in enumerate(config.prompts):
             generator = torch.Generator().manual_seed(config.seed + index)
             seed_scheduler(pipe.scheduler, [config.seed + index])
             made = pipe(
                 prompt,
-                num_inference_steps=steps,
-                guidance_scale=config.generation.guidance_scale if config.generation else GUIDANCE,
+                num_inference_steps=config.sample_steps or run.steps,
+                guidance_scale=run.guidance_scale,
                 generator=generator,
                 output_type="np",
             )

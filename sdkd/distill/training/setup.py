@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import size_multiple, torch_dtype, vae_scale
+from sdkd.core.contract import guidance_width, size_multiple, torch_dtype, vae_scale
 from sdkd.distill.data.buckets import STEP, aspect_buckets, fit_pixels, nearest_bucket
 from sdkd.distill.data.latents import Latents, encode_images, training_size
 from sdkd.distill.data.order import Bucketed, Order, Sharded, mirrored_at, view_generator
@@ -99,10 +99,10 @@ def check_models(
     teacher: UNet2DConditionModel | None = None,
 ) -> None:
     """ModelError unless UNet, pipeline, teacher and config belong together, and the trainer knows such models."""
-    if config.kind.teacher and not config.kind.lora:
+    if config.kind.student:
         _check_student(pipe, unet, config)
     asked = [pipe.unet, *([] if config.guidance_embedding else [unet]), *([teacher] if teacher is not None else [])]
-    if any(one.config.get("time_cond_proj_dim") for one in asked):
+    if any(guidance_width(one.config) for one in asked):
         raise ModelError(
             "the UNet takes the guidance scale as an input (time_cond_proj_dim): it was distilled to few steps before, "
             "and only consistency distillation trains such students, from a teacher that does not: give that one"

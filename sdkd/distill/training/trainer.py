@@ -263,7 +263,7 @@ class Trainer:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Of data and model, to tell whether a run goes on with the same."""
-        own = "teacher" if self.config.kind.teacher and not self.config.kind.lora else "model"
+        own = "teacher" if self.config.kind.student else "model"
         found = {"data": data_digest(self.data), own: self._model}
         return found | ({"teacher": self._other} if self._other else {})
 

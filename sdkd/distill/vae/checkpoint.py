@@ -15,11 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
-
 from sdkd.core.files import new_folder, read_json, sha256, write_json
 from sdkd.core.schema import problem
-from sdkd.distill.training.checkpoint import check_files, checkpoints, damaged
+from sdkd.distill.training.checkpoint import check_files, checkpoints, damaged, join_state, split_state
 from sdkd.distill.training.finite import check_weights
 from sdkd.distill.training.log import LogState
 from sdkd.distill.training.setup import lay_out_state
@@ -50,10 +48,7 @@ def save_checkpoint(trainer: VaeTrainer, folder: Path, log: LogState, digests: M
     """Write a checkpoint whole or not at all, then delete those beyond `keep`."""
     from safetensors.torch import save_file
 
-    state = trainer.optimizer.state_dict()["state"]
-    tensors = {
-        f"{index}.{name}": value.cpu().contiguous() for index, values in state.items() for name, value in values.items()
-    }
+    tensors, _ = split_state(trainer.optimizer.state_dict())
     check_weights(dict(trainer.vae.named_parameters()) | tensors, trainer.done)
     with new_folder(folder / f"checkpoint-{trainer.done}", overwrite=True) as partial:
         with quiet_libraries():
@@ -98,12 +93,8 @@ def load_checkpoint(trainer: VaeTrainer, path: Path, digests: Mapping[str, str])
             "more"
         )
     trainer.vae.load_state_dict(load_file(path / _WEIGHTS))
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(path / _OPTIMIZER).items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    numbers = {"param_groups": trainer.optimizer.state_dict()["param_groups"], "state": {}}
+    trainer.optimizer.load_state_dict(join_state(load_file(path / _OPTIMIZER), numbers))
     states: Any = trainer.optimizer.state
     lay_out_state(states)
     trainer.start(record["step"])

@@ -14,7 +14,6 @@ from sdkd.core.files import staged_folder, write_bytes, write_json
 from sdkd.distill.data.opening import open_images_or_cache
 from sdkd.distill.training.run_folder import carry_over, check_output, find_checkpoint, run_folder
 from sdkd.distill.vae.config import VaeConfig
-from sdkd.errors import InputError
 from sdkd.models.diffusers_folder import PROVENANCE, quiet_libraries
 from sdkd.models.replacements import TEACHER_SCALE
 
@@ -112,11 +111,7 @@ def _check_cache(data: CaptionedImages | DiskCache | Latents, teacher: Any, job:
 
     if isinstance(data, DiskCache):
         data.check_vae(teacher)
-        if job.config.run.resolution not in (None, data.size):
-            raise InputError(
-                f"resolution {job.config.run.resolution} is not the cache's {data.size}: leave it out, or make another "
-                "cache"
-            )
+        data.check_resolution(job.config.run.resolution)
 
 
 def _summary(job: VaeJob, source: ModelSource, teacher: Any, done: VaeResult) -> dict[str, Any]:
