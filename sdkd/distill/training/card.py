@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.pairs import feature_pairs
-from sdkd.models.generation import entry
+from sdkd.models.generation import GENERATION, Generation, entry
 
 _CARD = """\
 ---
@@ -68,6 +69,17 @@ _SCHEDULER = "pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)\n"
 _SHOWN = ("loss/total", "loss/consistency", "loss/task", "loss/output", "loss/feature")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run starts from, for its records: the model, the other teacher of a LoRA, and how the model is run whose
+    weights are trained or taught.
+    """
+
+    model: str = ""
+    teacher: str | None = None
+    generation: Generation | None = None
+
+
 def model_card(
     config: TrainConfig, facts: Mapping[str, Any], *, size: int, counts: Mapping[str, int], command: str
 ) -> str:
@@ -87,14 +99,13 @@ def model_card(
         title=titles.get(config.objective, f"LoRA for {model} in few steps"),
         lead=_LEADS[config.objective].format(**counts),
         rows="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
-        usage=_usage(config),
+        usage=_usage(config, facts),
         command=command,
     )
 
 
-def _usage(config: TrainConfig) -> str:
-    told = config.generation.to_json() if config.generation else {}
-    text = _ADAPTER if config.kind.lora else _PIPELINE
+def _usage(config: TrainConfig, facts: Mapping[str, Any]) -> str:
+    text, told = _ADAPTER if config.kind.lora else _PIPELINE, facts.get(GENERATION)
     return text.format(call=_CALL.format(**told) if told else "", scheduler=_SCHEDULER.format(**told) if told else "")
 
 
@@ -133,19 +144,12 @@ def named(config: TrainConfig, model: str, teacher: str | None = None) -> dict[s
 
 
 def about(
-    config: TrainConfig,
-    model: str,
-    last: Mapping[str, float],
-    *,
-    data: str,
-    images: int,
-    random_weights: bool,
-    teacher: str | None = None,
+    config: TrainConfig, origin: Origin, last: Mapping[str, float], *, data: str, images: int, random_weights: bool
 ) -> dict[str, Any]:
     """What goes into the folder's sdkd.json; `last` is the last record of the training log."""
     return {
-        **named(config, model, teacher),
-        **entry(config.generation),
+        **named(config, origin.model, origin.teacher),
+        **entry(config.generation(origin.generation)),
         "objective": config.objective,
         "random_weights": random_weights,
         "steps": config.steps,

@@ -113,9 +113,9 @@ def save_checkpoint(trainer: Trainer, folder: Path, log: LogState | None = None)
 def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], log: LogState | None) -> None:
     tensors, numbers = split_state(trainer.optimizer.state_dict())
     check_weights(trainer.named_parameters() | tensors, trainer.done)
-    config, base = trainer.config, trainer.model_name
-    about = {BASE: base, **named(config, base), "objective": config.objective, "steps": trainer.done}
-    about |= entry(config.generation)
+    config, origin = trainer.config, trainer.origin
+    about = {BASE: origin.model, **named(config, origin.model, origin.teacher), "objective": config.objective}
+    about |= {"steps": trainer.done, **entry(config.generation(origin.generation))}
     write_json(folder / PROVENANCE, about)  # by it, `resolve` knows the parts that belong to its UNet
     _save_unet(trainer, folder, "unet")
     if trainer.ema is not None:
@@ -297,7 +297,8 @@ def check_settings(path: Path, record: Mapping[str, Any], config: TrainConfig, p
 
 def _check_digests(trainer: Trainer, path: Path, record: Mapping[str, Any]) -> None:
     """InputError when data or model are not those that the checkpoint was trained with."""
-    if changed := [name for name, digest in trainer.digests.items() if record["digests"].get(name) != digest]:
+    now, then = trainer.digests, record["digests"]
+    if changed := [name for name in now | then if now.get(name) != then.get(name)]:
         others = " and ".join("other data" if name == "data" else f"another {name}" for name in changed)
         raise InputError(
             f"checkpoint {str(path)!r} was trained with {others}: give the same again, or start over {way_on(path)}"

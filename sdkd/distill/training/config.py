@@ -25,6 +25,7 @@ class Objective:
     teacher: bool = False  # a frozen UNet that is asked in every step
     lora: bool = False  # update matrices alone are trained
     consistency: bool = False  # few steps: see consistency.py
+    keeps: bool = False  # the result is a whole model that is run as the one it was made from
 
     @property
     def student(self) -> bool:
@@ -33,8 +34,8 @@ class Objective:
 
 
 OBJECTIVES = {
-    "distill": Objective("distill", teacher=True),
-    "finetune": Objective("finetune"),
+    "distill": Objective("distill", teacher=True, keeps=True),
+    "finetune": Objective("finetune", keeps=True),
     "lora": Objective("lora", lora=True),
     "consistency": Objective("distill", teacher=True, consistency=True),
     "consistency-lora": Objective("lora", teacher=True, lora=True, consistency=True),
@@ -205,11 +206,12 @@ class TrainConfig:
             *(usual if own is None else own for own, usual in zip(asked, self.spec.weights, strict=True))
         )
 
-    @property
-    def generation(self) -> Generation | None:
-        """How the result is to be run, where the objective says it; guidance within what was trained."""
+    def generation(self, made: Generation | None) -> Generation | None:
+        """How the result is to be run, of a model that is run as `made`: that, or in few steps where it learns those
+        (guidance within what was trained); None where nothing tells, and of a LoRA that leaves it to its model.
+        """
         if not self.kind.consistency:
-            return None
+            return made if self.kind.keeps else None
         if not self.guidance_embedding:
             return FEW_STEPS
         low, high = self.guidance

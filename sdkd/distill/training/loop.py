@@ -16,6 +16,7 @@ from sdkd.core.interrupts import between_steps
 from sdkd.distill.data.encode import said_of_cut
 from sdkd.distill.data.latents import Latents
 from sdkd.distill.data.rows import CaptionedImages
+from sdkd.distill.training.card import Origin
 from sdkd.distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, start_from, way_on
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.finite import NotFiniteError
@@ -55,7 +56,7 @@ def train(
     progress: Progress = quiet,
     folder: Path | None = None,
     resume: Path | None = None,
-    name: str = "",
+    origin: Origin | None = None,
     adapter: Mapping[str, torch.Tensor] | None = None,
     teacher: UNet2DConditionModel | None = None,
 ) -> TrainResult:
@@ -64,16 +65,17 @@ def train(
     For distillation `pipe` is the teacher's and `unet` the student that build_student made; otherwise `pipe` holds the
     text encoder, VAE and scheduler that belong to `unet`. `teacher`: that of a LoRA for few steps where it is not
     `unet` itself, with the same latents, text embeddings and noise schedule. `folder` takes the log, checkpoints and
-    validation images; `resume` is one of its checkpoints, `name` what `pipe` was loaded by, `adapter` the weights that
-    a LoRA starts from. Raises ModelError when models and config do not belong together, InputError on unusable data or
-    settings, TrainingError when a loss, gradient or weight is not finite, KeyboardInterrupt between two steps. On a CPU
-    the same seed and threads give the same weights, resumed or not; torch's generator on the CPU is left as it was.
+    validation images; `resume` is one of its checkpoints, `origin` what the models were loaded by, `adapter` the
+    weights that a LoRA starts from. Raises ModelError when models and config do not belong together, InputError on
+    unusable data or settings, TrainingError when a loss, gradient or weight is not finite, KeyboardInterrupt between
+    two steps. On a CPU the same seed and threads give the same weights, resumed or not; torch's generator on the CPU is
+    left as it was.
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), between_steps() as check:
         prepared = _checking(within(progress, 0.0, 0.1), check)
         trainer = Trainer(pipe, unet, data, config, prepared, teacher)
-        trainer.model_name = name
+        trainer.origin = origin or Origin()
         try:
             if adapter:
                 start_from(trainer, adapter)
@@ -81,7 +83,7 @@ def train(
             loop = _Run(trainer, folder, within(progress, 0.1, 1.0), check)
             if counted := record.get("log"):
                 loop.log.restore(counted)
-            notes = _notes(config, record)
+            notes = [*_notes(config, record), *_kept(trainer)]
             for note in notes:
                 progress(note, None)
             history = loop.go()
@@ -120,6 +122,18 @@ def _notes(config: TrainConfig, record: Mapping[str, Any]) -> list[str]:
         f"the {config.schedule} schedule was laid out for {then} steps up to step {record['step']}, and for "
         f"{config.steps} from there: a run of {config.steps} steps from its start would have had other learning rates "
         "(with --schedule constant it would have been the same)"
+    ]
+
+
+def _kept(trainer: Trainer) -> list[str]:
+    """What to tell of a model for few steps that learns from noise as any other does."""
+    config, made = trainer.config, trainer.origin.generation
+    if made is None or not made.few_steps or not config.kind.keeps:
+        return []
+    whose = "teacher" if config.kind.teacher else "model"
+    return [
+        f"the result is to be run as its {whose} is ({made}); the task loss knows nothing of few steps, and a long run "
+        "can lose them: look at its images (--prompts)"
     ]
 
 

@@ -14,12 +14,13 @@ from sdkd.core.console import Progress, quiet
 from sdkd.core.files import staged_folder, write_bytes, write_json
 from sdkd.core.interrupts import is_main
 from sdkd.distill.data.opening import open_images_or_cache
-from sdkd.distill.training.card import about, model_card, named
+from sdkd.distill.training.card import Origin, about, model_card, named
 from sdkd.distill.training.config import SAME, TrainConfig
 from sdkd.distill.training.run_folder import carry_over, check_output, find_checkpoint, is_whole, run_folder
 from sdkd.errors import InputError
 from sdkd.models.checkpoint import BASE, is_checkpoint, load_own
 from sdkd.models.diffusers_folder import provenance
+from sdkd.models.generation import noted
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,8 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     check_views(data, job.config)
     check_trackers(job.config)
     check_sources(job, source)
-    if checkpoint and _is_finished(job, checkpoint, _absolute(source), data):
+    origin = _origin(job, source)
+    if checkpoint and _is_finished(job, checkpoint, origin, data):
         return _finished(job, source.name, len(data))
     adapter = _adapter(job)
     with run_folder(job.output, checkpoint, job.resume, job.overwrite, job.config) as folder:
@@ -79,14 +81,14 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
         check_cache(data, pipe, job.config)
         done = train(
             pipe, unet, data, job.config,
-            progress=report, folder=folder, resume=checkpoint, name=_absolute(source), adapter=adapter,
+            progress=report, folder=folder, resume=checkpoint, origin=origin, adapter=adapter,
             teacher=load_component(job.teacher, "unet") if job.teacher else None,
         )  # fmt: skip
         summary = _summary(job, source.name, done, counts) | {"notes": list(source.notes)}
         if done.main_process:
             facts = about(
-                job.config, source.name, done.history[-1],
-                data=job.data, images=done.images, random_weights=source.random_weights, teacher=job.teacher,
+                job.config, Origin(source.name, job.teacher, origin.generation), done.history[-1],
+                data=job.data, images=done.images, random_weights=source.random_weights,
             )  # fmt: skip
             size = int(getattr(data, "size", 0)) or training_size(pipe, job.config.resolution)
             card = model_card(job.config, facts, size=size, counts=counts, command=job.command)
@@ -128,10 +130,22 @@ def _absolute(source: ModelSource) -> str:
     return source.name if source.kind in ("demo", "random", "hub") else str(Path(source.name).expanduser().absolute())
 
 
-def _is_finished(job: Job, checkpoint: Path, model: str, data: CaptionedImages | Latents) -> bool:
+def _origin(job: Job, source: ModelSource) -> Origin:
+    """What the run starts from, by names that mean the same from another folder."""
+    from sdkd.models.resolve import resolve
+
+    teacher = None if job.teacher is None else _absolute(resolve(job.teacher))
+    if job.init is None or job.config.objective != "finetune":
+        return Origin(_absolute(source), teacher, source.generation)
+    path = Path(job.init).expanduser()  # a checkpoint's other parts may be gone
+    made = noted(provenance(path), f"checkpoint {job.init!r}") if is_checkpoint(path) else resolve(job.init).generation
+    return Origin(_absolute(source), teacher, made)
+
+
+def _is_finished(job: Job, checkpoint: Path, origin: Origin, data: CaptionedImages | Latents) -> bool:
     """Whether there is nothing left to do; InputError when the run that is finished was another.
 
-    A model of another name is loaded and compared, like that of a run that goes on.
+    Models of other names are loaded and compared, like those of a run that goes on.
     """
     from sdkd.distill.data.digests import data_digest
     from sdkd.distill.training.checkpoint import check_settings, read_record, step_of
@@ -140,7 +154,9 @@ def _is_finished(job: Job, checkpoint: Path, model: str, data: CaptionedImages |
         return False
     record = read_record(checkpoint)
     check_settings(checkpoint, record, job.config, int(os.environ.get("WORLD_SIZE", "1")))
-    return record["digests"].get("data") == data_digest(data) and provenance(checkpoint).get(BASE) == model
+    then, now = provenance(checkpoint), {BASE: origin.model, **named(job.config, origin.model, origin.teacher)}
+    same = all(then.get(name) == now.get(name) for name in (BASE, "teacher"))
+    return same and record["digests"].get("data") == data_digest(data)
 
 
 def _finished(job: Job, model: str, images: int) -> dict[str, Any]:
@@ -225,8 +241,8 @@ def _write(
             write_json(partial / PROVENANCE, dict(facts))
             write_bytes(partial / "README.md", card.encode())
         else:
-            if job.config.generation is not None:
-                pipe.scheduler = result_scheduler(pipe.scheduler, job.config)
+            if job.config.kind.consistency:
+                pipe.scheduler = result_scheduler(pipe.scheduler, job.config, None)
             write_pipeline(pipe, partial, unet=unet.cpu(), about=dict(facts), readme=card)
         carry_over(folder, partial)
 

@@ -12,8 +12,8 @@ import torch
 from sdkd.core.files import write_bytes, write_json
 from sdkd.core.images import is_finite
 from sdkd.models.clip_tokenizer import bounded
-from sdkd.models.generation import USUAL
-from sdkd.models.schedulers import scheduler_like, seed_scheduler
+from sdkd.models.generation import USUAL, Generation
+from sdkd.models.schedulers import scheduler_class, scheduler_like, seed_scheduler
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,7 +47,8 @@ def save_samples(trainer: Trainer, folder: Path) -> list[int]:
 def draw(trainer: Trainer) -> list[NDArray[Any]]:
     """Pixels [h, w, 3], 0 to 1, for every validation prompt; prompt i always starts from the noise of seed + i."""
     pipe, config, images = _pipeline(trainer), trainer.config, []
-    run = config.generation or USUAL
+    made = trainer.origin.generation
+    run = config.generation(made) or made or USUAL  # a LoRA is drawn as its model is
     with trainer.averaged(), torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
         for index, prompt in enumerate(config.prompts):
             generator = torch.Generator().manual_seed(config.seed + index)
@@ -73,7 +74,7 @@ def _pipeline(trainer: Trainer) -> Any:
         text_encoder=trainer.text_encoder,
         tokenizer=bounded(pipe.tokenizer, trainer.text_encoder.config.max_position_embeddings),
         unet=trainer.unet,
-        scheduler=result_scheduler(pipe.scheduler, trainer.config),
+        scheduler=result_scheduler(pipe.scheduler, trainer.config, trainer.origin.generation),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -82,13 +83,12 @@ def _pipeline(trainer: Trainer) -> Any:
     return made
 
 
-def result_scheduler(scheduler: Any, config: TrainConfig) -> Any:
-    """The scheduler that draws with what a run has trained: of the model's class, for few steps LCMScheduler."""
-    if config.generation is None:
-        return scheduler_like(scheduler, type(scheduler))
-    from diffusers import LCMScheduler
-
-    return scheduler_like(scheduler, LCMScheduler, original_inference_steps=config.solver_steps)
+def result_scheduler(scheduler: Any, config: TrainConfig, made: Generation | None) -> Any:
+    """The scheduler that draws with what a run has trained: the model's, `made` so, or LCMScheduler for few steps."""
+    if config.kind.consistency:
+        return scheduler_like(scheduler, scheduler_class("lcm"), original_inference_steps=config.solver_steps)
+    named = made and made.scheduler
+    return scheduler_like(scheduler, scheduler_class(named) if named else type(scheduler))
 
 
 def crossed(pixels: NDArray[Any]) -> Image:

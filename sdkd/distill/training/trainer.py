@@ -23,6 +23,7 @@ from sdkd.distill.data.latents import Latents, TextEmbeddings
 from sdkd.distill.data.order import DROPOUT, generator_at
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import Batch, Batches, Place
+from sdkd.distill.training.card import Origin
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.consistency import Solver, guidance_embedding, guided, pseudo_huber
 from sdkd.distill.training.finite import SkippedSteps, check_weights, not_finite
@@ -73,7 +74,7 @@ class Trainer:
         self.scheduler = scheduler_like(pipe.scheduler, DDPMScheduler)
         self.vae = placed(pipe.vae, self.device, self.dtype)
         self.text_encoder = placed(pipe.text_encoder, self.device, self.dtype)
-        self.data, self.model_name = data, ""
+        self.data, self.origin = data, Origin()
         self._model = model_digest((pipe.unet, pipe.vae, pipe.text_encoder), self.scheduler, self.dtype)
         self._other = model_digest((teacher,), self.scheduler, self.dtype) if teacher is not None else None
         self.solver = Solver(self.scheduler, config.solver_steps, self.device) if config.kind.consistency else None

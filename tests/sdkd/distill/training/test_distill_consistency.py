@@ -22,9 +22,13 @@ from sdkd.distill import TrainConfig, train
 from sdkd.distill.training.config import make_config, objective_of, read_recipe
 from sdkd.distill.training.consistency import Solver, guidance_embedding, guided, pseudo_huber
 from sdkd.distill.training.run import run
+from sdkd.distill.training.samples import result_scheduler
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import provenance, write_pipeline
+from sdkd.models.fused import with_loras
+from sdkd.models.generation import Generation, entry
+from sdkd.models.resolve import resolve
 from sdkd.students.blocks import build_student, copy_unet
 
 NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -195,8 +199,31 @@ def test_the_command_writes_a_pipeline_that_draws_in_few_steps(tmp_path: Path) -
     sdkd("lora", "--model", student, "--data", pictures(), "--output", lora, *SMALL, *words)
     assert json.loads((lora / "sdkd.json").read_text())["teacher"] == str(teacher())
     assert "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)" in (lora / "README.md").read_text()
+    again: dict[str, Any] = {"model": student, "objective": "consistency-lora", "lora_rank": 2, "resume": "auto"}
+    assert "finished before" in run(job(lora, teacher_of_lora=teacher(), **again))["remarks"][0]
+    write_pipeline(helpers.tiny_pipeline(seed=7), tmp_path / "other")
+    for other in (tmp_path / "other", None):
+        with pytest.raises(InputError, match="was trained with another teacher: give the same again"):
+            run(job(lora, teacher_of_lora=other, **again))
     with pytest.raises(InputError, match=r"teacher '.*' is for a LoRA of --objective consistency: leave it out"):
         run(job(tmp_path / "x", objective="lora", teacher_of_lora=teacher()))
+
+
+def test_what_a_few_step_model_becomes_is_run_as_it_is(tmp_path: Path) -> None:
+    few, model = Generation(3, 1.5, "LCMScheduler"), tmp_path / "few"
+    write_pipeline(helpers.tiny_pipeline(), model, about=entry(few))
+    for objective, starts in (("finetune", None), ("finetune", teacher()), ("distill", None), ("lora", None)):
+        out = tmp_path / f"{objective}{'' if starts is None else '-init'}"
+        done = run(job(out, model=model, objective=objective, steps=1, init=starts))
+        kept = objective != "lora" and starts is None  # a LoRA leaves it to its model; other weights, to nobody
+        for folder in (out, out / "checkpoint-1"):
+            assert provenance(folder).get("generation") == (few.to_json() if kept else None)
+        said = ["is (3 steps, guidance 1.5, LCMScheduler); the task" in line for line in done["remarks"]]
+        assert said == [True] * kept
+        assert ("num_inference_steps=3, guidance_scale=1.5" in (out / "README.md").read_text()) is kept
+    assert with_loras(resolve(model), [tmp_path / "lora"]).generation == few
+    config = TrainConfig(objective="lora")
+    assert type(result_scheduler(helpers.tiny_pipeline().scheduler, config, few)) is LCMScheduler
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
