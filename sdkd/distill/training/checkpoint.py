@@ -12,11 +12,8 @@ What is random about the samples needs no state: it is drawn from the seed and t
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shlex
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -24,14 +21,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdkd.core.files import new_folder, read_json, sha256, write_json
-from sdkd.core.schema import problem
+from sdkd.core.files import new_folder, write_json
 from sdkd.distill.training.card import named
 from sdkd.distill.training.finite import SkippedSteps, check_weights
 from sdkd.distill.training.log import LogState
+from sdkd.distill.training.record import Record, check_files, damaged, keep_newest, read_record, write_record
 from sdkd.distill.training.setup import lay_out_state
 from sdkd.errors import InputError
-from sdkd.models.checkpoint import BASE, RECORD
+from sdkd.models.checkpoint import BASE
 from sdkd.models.diffusers_folder import PROVENANCE
 from sdkd.models.generation import entry
 
@@ -39,9 +36,7 @@ if TYPE_CHECKING:
     from sdkd.distill.training.config import TrainConfig
     from sdkd.distill.training.trainer import Trainer
 
-SCHEMA = 1
 _TARGET = "target.safetensors"
-_NAME = re.compile(r"checkpoint-(\d+)")
 # Settings that may change when a run goes on: they do not touch what was learnt so far.
 _FREE = {
     *("steps", "log_every", "save_every", "keep", "prompts", "sample_every", "sample_steps", "trackers", "workers"),
@@ -59,36 +54,16 @@ class _Skipped(TypedDict):
     row: int
 
 
-class _Record(TypedDict):
-    """checkpoint.json."""
+class UNetRecord(Record):
+    """checkpoint.json of a UNet's run."""
 
-    schema: int
-    step: int
     processes: int
-    settings: dict[str, Any]
     optimizer: _Optimizer
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None
     ema_steps: int | None
     log: LogState | None
-    digests: dict[str, str]
     skipped: _Skipped
-    files: dict[str, str]
-    sha256: str
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and (path / RECORD).is_file()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done at a checkpoint, from its name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    if not match:
-        raise InputError(f"folder {str(checkpoint)!r} is no checkpoint: give one named checkpoint-<step>")
-    return int(match[1])
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, log: LogState | None = None) -> Path:
@@ -102,10 +77,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, log: LogState | None = None)
     if trainer.accelerator.is_main_process:
         with new_folder(path, overwrite=True) as partial:
             _write(trainer, partial, states, log)
-        there = checkpoints(folder)
-        newest = there.index(path) + 1
-        for old in (*there[newest:], *there[:newest][: -trainer.config.keep]):
-            shutil.rmtree(old)
+        keep_newest(path, trainer.config.keep)
     trainer.accelerator.wait_for_everyone()
     return path
 
@@ -128,7 +100,6 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
     save_file(dict(states), folder / "random.safetensors")
     scaler = trainer.accelerator.scaler
     record = {
-        "schema": SCHEMA,
         "step": trainer.done,
         "processes": trainer.accelerator.num_processes,
         "settings": trainer.config.to_json(),
@@ -139,15 +110,8 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
         "log": log,
         "ema_steps": trainer.ema.optimization_step if trainer.ema is not None else None,
         "skipped": vars(trainer.skips),
-        "files": {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()},
     }
-    write_json(folder / RECORD, record | {"sha256": _digest(record)})
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    """SHA-256 of a record, but for its own."""
-    text = json.dumps({key: value for key, value in record.items() if key != "sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    write_record(folder, record)
 
 
 def _save_unet(trainer: Trainer, folder: Path, name: str) -> None:
@@ -202,7 +166,7 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError
 
-    record = read_record(path)
+    record = read_record(path, UNetRecord)
     check_settings(path, record, trainer.config, trainer.accelerator.num_processes)
     _check_digests(trainer, path, record)
     check_files(path, record)
@@ -234,42 +198,6 @@ def _load_schedule(trainer: Trainer, record: Mapping[str, Any]) -> None:
     for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What checkpoint.json says; InputError when it is damaged or of another version."""
-    try:
-        record: dict[str, Any] = read_json(path / RECORD, dict[str, Any], strict=True)
-    except InputError as error:
-        raise damaged(path, f"cannot be read ({error})") from None
-    if (schema := record.get("schema", SCHEMA)) != SCHEMA:
-        raise InputError(
-            f"checkpoint {str(path)!r} has schema {schema!r}, this sdkd reads {SCHEMA}: go on with the version that "
-            "wrote it"
-        )
-    if wrong := problem(record, _Record):
-        raise damaged(path, f"is not what was written ({RECORD}: {wrong})")
-    if record["sha256"] != _digest(record):
-        raise damaged(path, f"was changed in {RECORD}")
-    return record
-
-
-def check_files(path: Path, record: Mapping[str, Any]) -> None:
-    """InputError when a file is not what was written."""
-    for name, digest in record["files"].items():
-        if not (path / name).is_file() or sha256(path / name) != digest:
-            raise damaged(path, f"was changed in {name}")
-
-
-def damaged(path: Path, how: str) -> InputError:
-    """The error for a damaged checkpoint: it names the one before, if there is one."""
-    before = [other for other in checkpoints(path.parent) if step_of(other) < step_of(path)]
-    way = (
-        f"go on from the one before with --resume {shlex.quote(str(before[-1]))}"
-        if before
-        else "start over with --overwrite"
-    )
-    return InputError(f"checkpoint {str(path)!r} {how}: delete it, and {way}")
 
 
 def way_on(path: Path) -> str:

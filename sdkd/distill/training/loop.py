@@ -17,10 +17,11 @@ from sdkd.distill.data.encode import said_of_cut
 from sdkd.distill.data.latents import Latents
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.card import Origin
-from sdkd.distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint, start_from, way_on
+from sdkd.distill.training.checkpoint import load_checkpoint, save_checkpoint, start_from, way_on
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.finite import NotFiniteError
 from sdkd.distill.training.log import LOG, Send, TrainingLog
+from sdkd.distill.training.record import checkpoints
 from sdkd.distill.training.samples import save_samples
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import MissingExtraError, TrainingError

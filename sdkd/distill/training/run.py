@@ -148,11 +148,12 @@ def _is_finished(job: Job, checkpoint: Path, origin: Origin, data: CaptionedImag
     Models of other names are loaded and compared, like those of a run that goes on.
     """
     from sdkd.distill.data.digests import data_digest
-    from sdkd.distill.training.checkpoint import check_settings, read_record, step_of
+    from sdkd.distill.training.checkpoint import UNetRecord, check_settings
+    from sdkd.distill.training.record import read_record, step_of
 
     if not is_whole(checkpoint.parent) or step_of(checkpoint) != job.config.steps:
         return False
-    record = read_record(checkpoint)
+    record = read_record(checkpoint, UNetRecord)
     check_settings(checkpoint, record, job.config, int(os.environ.get("WORLD_SIZE", "1")))
     then, now = provenance(checkpoint), {BASE: origin.model, **named(job.config, origin.model, origin.teacher)}
     same = all(then.get(name) == now.get(name) for name in (BASE, "teacher"))

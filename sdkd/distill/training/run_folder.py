@@ -19,6 +19,7 @@ from sdkd.core.interrupts import is_main
 from sdkd.core.marks import RUN, foreign, proves
 from sdkd.core.outputs import Input, check_place, why_kept
 from sdkd.core.replace import discard, sweep_inside
+from sdkd.distill.training.record import checkpoints
 from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
 from sdkd.models.checkpoint import RECORD
 from sdkd.models.diffusers_folder import PROVENANCE
@@ -45,8 +46,6 @@ def spare_folder(output: Path) -> Path:
 
 def newest(output: Path) -> Path | None:
     """The checkpoint that `--resume auto` goes on from: of a run that is to replace the output, else the output's."""
-    from sdkd.distill.training.checkpoint import checkpoints
-
     found = checkpoints(spare_folder(output)) or checkpoints(output)
     return found[-1] if found else None
 
@@ -71,8 +70,6 @@ def check_output(
     output: Path, resume: str, overwrite: bool, inputs: Iterable[Input] = (), *, goes_on: bool = False
 ) -> None:
     """What the guard of outputs says of a run's folder, and what to do about an unfinished run."""
-    from sdkd.distill.training.checkpoint import checkpoints
-
     if goes_on:
         check_place(output, inputs)
         return
@@ -100,8 +97,6 @@ def is_whole(folder: Path) -> bool:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder holds a run that was killed before its first checkpoint, and nothing else."""
-    from sdkd.distill.training.checkpoint import checkpoints
-
     return not (is_whole(folder) or checkpoints(folder)) and proves(folder, RUN) and foreign(folder, RUN) is None
 
 
@@ -111,8 +106,6 @@ def run_folder(output: Path, checkpoint: Path | None, resume: str, overwrite: bo
 
     A run that fails without a checkpoint leaves the output as it was; InterruptedRunError when Ctrl-C came after one.
     """
-    from sdkd.distill.training.checkpoint import checkpoints
-
     spare = spare_folder(output)
     aside = checkpoint.resolve().parent == spare if checkpoint else overwrite and _occupied(output, resume)
     folder = spare if aside else output

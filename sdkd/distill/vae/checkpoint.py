@@ -2,7 +2,7 @@
 
     checkpoint-500/vae/                   as diffusers saves it
     checkpoint-500/optimizer.safetensors  state tensors of the optimizer, "<parameter>.<name>"
-    checkpoint-500/checkpoint.json        step, settings, log, digests of teacher, data and files
+    checkpoint-500/checkpoint.json        step, settings, log, digests of teacher, data and files, and its own
 
 What is random hangs on the seed and the sample's position (sdkd/distill/data/order.py), and needs no state.
 """
@@ -10,63 +10,47 @@ What is random hangs on the seed and the sample's position (sdkd/distill/data/or
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from sdkd.core.files import new_folder, read_json, sha256, write_json
-from sdkd.core.schema import problem
-from sdkd.distill.training.checkpoint import check_files, checkpoints, damaged, join_state, split_state
+from sdkd.core.files import new_folder
+from sdkd.distill.training.checkpoint import join_state, split_state
 from sdkd.distill.training.finite import check_weights
 from sdkd.distill.training.log import LogState
+from sdkd.distill.training.record import Record, check_files, keep_newest, read_record, write_record
 from sdkd.distill.training.setup import lay_out_state
 from sdkd.errors import InputError
-from sdkd.models.checkpoint import RECORD
 from sdkd.models.diffusers_folder import quiet_libraries
 
 if TYPE_CHECKING:
     from sdkd.distill.vae.trainer import VaeTrainer
 
-SCHEMA = 1
 _WEIGHTS, _OPTIMIZER = "vae/diffusion_pytorch_model.safetensors", "optimizer.safetensors"
 # Settings that may change when a run goes on: they do not touch what was learnt so far.
 _FREE = {"steps", "log_every", "save_every", "keep", "workers", "device"}
 
 
-class _Record(TypedDict):
-    schema: int
-    step: int
-    settings: dict[str, Any]
-    optimizer: dict[str, Any]
-    digests: dict[str, str]
+class _VaeRecord(Record):
+    """checkpoint.json of a small VAE's run."""
+
     log: LogState
-    files: dict[str, str]
 
 
 def save_checkpoint(trainer: VaeTrainer, folder: Path, log: LogState, digests: Mapping[str, str]) -> None:
-    """Write a checkpoint whole or not at all, then delete those beyond `keep`."""
+    """Write a checkpoint whole or not at all, then delete those of later steps, and those beyond `keep`."""
     from safetensors.torch import save_file
 
     tensors, _ = split_state(trainer.optimizer.state_dict())
     check_weights(dict(trainer.vae.named_parameters()) | tensors, trainer.done)
-    with new_folder(folder / f"checkpoint-{trainer.done}", overwrite=True) as partial:
+    path = folder / f"checkpoint-{trainer.done}"
+    with new_folder(path, overwrite=True) as partial:
         with quiet_libraries():
             trainer.vae.save_pretrained(partial / "vae")
         save_file(tensors, partial / _OPTIMIZER)
-        files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
-        record: _Record = {
-            "schema": SCHEMA,
-            "step": trainer.done,
-            "settings": trainer.config.to_json(),
-            "optimizer": {"kind": type(trainer.optimizer).__name__},
-            "digests": dict(digests),
-            "log": log,
-            "files": {str(file.relative_to(partial)): sha256(file) for file in files},
-        }
-        write_json(partial / RECORD, record)
-    for old in checkpoints(folder)[: -trainer.config.run.keep]:
-        shutil.rmtree(old)
+        settings = trainer.config.to_json()
+        write_record(partial, {"step": trainer.done, "settings": settings, "digests": dict(digests), "log": log})
+    keep_newest(path, trainer.config.run.keep)
 
 
 def load_checkpoint(trainer: VaeTrainer, path: Path, digests: Mapping[str, str]) -> LogState:
@@ -76,9 +60,7 @@ def load_checkpoint(trainer: VaeTrainer, path: Path, digests: Mapping[str, str])
     """
     from safetensors.torch import load_file
 
-    record: Any = read_json(path / RECORD, dict[str, Any], strict=True)
-    if wrong := problem(record, _Record):
-        raise damaged(path, f"is not what was written ({RECORD}: {wrong})")
+    record = read_record(path, _VaeRecord)
     check_files(path, record)
     now = json.loads(json.dumps(trainer.config.to_json() | dict(digests)))
     then = record["settings"] | record["digests"]

@@ -8,15 +8,17 @@ import os
 import re
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdkd.distill.data.sources import TarShards, shard_members
-from sdkd.distill.training.checkpoint import read_record
+from sdkd.distill.training.checkpoint import UNetRecord
 from sdkd.distill.training.log import LOG, read_log
 from sdkd.distill.training.plot import prompts, samples
+from sdkd.distill.training.record import read_record
 from sdkd.errors import InputError
 from sdkd.models.diffusers_folder import PROVENANCE, provenance
 
@@ -30,7 +32,7 @@ RECORD = {"step": 1, "lr": 0.1, "images_per_second": 2, "seconds": 1, "loss/tota
 Read = Callable[[Path], Any]
 # file, what is in it, what reads its folder, and a key whose value is then a list
 READERS: dict[str, tuple[str, dict[str, Any], Read, str]] = {
-    "checkpoint": ("checkpoint.json", CHECKPOINT, read_record, "step"),
+    "checkpoint": ("checkpoint.json", CHECKPOINT, partial(read_record, kind=UNetRecord), "step"),
     "provenance": (PROVENANCE, {"teacher": "demo", "student": "small"}, provenance, "teacher"),
     "prompts": ("samples/prompts.json", {"prompts": ["a"], "seed": 0}, prompts, "seed"),
     "log": (LOG, RECORD, lambda folder: read_log(folder / LOG), "lr"),
@@ -86,7 +88,7 @@ def test_a_checkpoint_of_odd_types(change: dict[str, Any], message: str, tmp_pat
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "checkpoint.json").write_text(json.dumps(CHECKPOINT | change))
     with pytest.raises(InputError, match=message):
-        read_record(tmp_path / "checkpoint-2")
+        read_record(tmp_path / "checkpoint-2", UNetRecord)
 
 
 def test_the_last_line_of_a_log_may_be_cut_and_no_other(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from PIL import Image
 from training_runs import RUN, latents, trainer
 
 from sdkd.distill import TrainConfig, train
-from sdkd.distill.training.checkpoint import checkpoints, read_record, save_checkpoint
+from sdkd.distill.training.checkpoint import save_checkpoint
 from sdkd.distill.training.finite import NotFiniteError
+from sdkd.distill.training.record import checkpoints, read_record
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import TrainingError
 from sdkd.students.blocks import build_student

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from training_runs import losses, pictures, same, sdkd, teacher, weights
 
 from engines import plug
-from sdkd.distill.training.checkpoint import checkpoints
 from sdkd.distill.training.log import LOG, read_log
+from sdkd.distill.training.record import checkpoints
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import write_pipeline

@@ -22,7 +22,8 @@ from training_runs import RUN, job, latents, losses, same, teacher, trainer, wei
 from sdkd.core.files import read_json, write_json
 from sdkd.distill import TrainConfig, train
 from sdkd.distill.training import loop
-from sdkd.distill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from sdkd.distill.training.checkpoint import load_checkpoint, save_checkpoint
+from sdkd.distill.training.record import checkpoints
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError, InterruptedRunError, OutputExistsError
 from sdkd.students.blocks import build_student

@@ -16,6 +16,7 @@ from training_runs import pictures, sdkd, teacher
 
 from sdkd.core.perceptual import NotMeasuredError
 from sdkd.distill.data.encode import encode_image
+from sdkd.distill.training.record import checkpoints
 from sdkd.distill.vae.config import vae_config
 from sdkd.distill.vae.loop import train_vae
 from sdkd.distill.vae.losses import LOSSES, parse_losses
@@ -110,6 +111,13 @@ def test_a_run_goes_on_bit_for_bit_and_a_cache_teaches_what_its_images_do(tmp_pa
     with pytest.raises(SystemExit, match="1"):
         run(tmp_path / "parts", "--steps", 5, "--schedule", "constant", "--resume", "auto", "--seed", 1)
     assert "is of a run with another seed: give the same again" in capsys.readouterr().err
+    record = tmp_path / "parts" / "checkpoint-4" / "checkpoint.json"
+    record.write_text(record.read_text().replace('"step": 4', '"step": 3'))
+    with pytest.raises(SystemExit, match="1"):
+        run(tmp_path / "parts", "--steps", 5, "--schedule", "constant", "--resume", "auto")
+    assert "checkpoint-4' was changed in checkpoint.json: delete it, and go on from" in capsys.readouterr().err
+    run(tmp_path / "parts", "--steps", 3, "--schedule", "constant", "--resume", tmp_path / "parts" / "checkpoint-2")
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-2", "checkpoint-3"]
     with pytest.raises(SystemExit, match="1"):
         sdkd("vae-distill", "--vae-of", "demo", "--data", tmp_path / "cache", "--output", tmp_path / "no", *WORDS)
     assert "was made by another model (differs: vae, scaling_factor)" in capsys.readouterr().err
