@@ -86,8 +86,8 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
     tensors, numbers = split_state(trainer.optimizer.state_dict())
     check_weights(trainer.named_parameters() | tensors, trainer.done)
     config, origin = trainer.config, trainer.origin
-    about = {BASE: origin.model, **named(config, origin.model, origin.teacher), "objective": config.objective}
-    about |= {"steps": trainer.done, **entry(config.generation(origin.generation))}
+    about: dict[str, Any] = {BASE: origin.model, "objective": config.objective, "steps": trainer.done}
+        about |= named(config, origin.model, origin.teacher) | entry(config.generation(origin.generation))
     write_json(folder / PROVENANCE, about)  # by it, `resolve` knows the parts that belong to its UNet
     _save_unet(trainer, folder, "unet")
     if trainer.ema is not None:
