@@ -87,7 +87,7 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
     check_weights(trainer.named_parameters() | tensors, trainer.done)
     config, origin = trainer.config, trainer.origin
     about: dict[str, Any] = {BASE: origin.model, "objective": config.objective, "steps": trainer.done}
-        about |= named(config, origin.model, origin.teacher) | entry(config.generation(origin.generation))
+    about |= named(config, origin.model, origin.teacher) | entry(config.generation(origin.generation))
     write_json(folder / PROVENANCE, about)  # by it, `resolve` knows the parts that belong to its UNet
     _save_unet(trainer, folder, "unet")
     if trainer.ema is not None:
