@@ -117,15 +117,17 @@ def warnings(
 ) -> list[str]:
     """What a user should know of drawing with `run` on a model that was made for another; one line for each matter.
 
-    `embedded`: the guidance scale goes into the UNet (`time_cond_proj_dim`), which then has no unconditional half.
+    `embedded`: the guidance scale goes into the UNet (`time_cond_proj_dim`), which then has no unconditional half, and
+    for which `generate` refuses a negative prompt.
     """
     found = []
     if made is not None and made.few_steps:
         found = [line for line in (_steps(made, run), _guidance(made, run, embedded), _scheduler(made, run)) if line]
-    if negative and (embedded or run.guidance_scale <= 1):
-        why = "on a model with embedded guidance" if embedded else f"at guidance {run.guidance_scale:g}"
-        advice = "leave it out" if embedded else "give a guidance scale above 1, or leave it out"
-        found.append(f"the negative prompt has no effect {why}: {advice}")
+    if negative and run.guidance_scale <= 1:
+        found.append(
+            f"the negative prompt has no effect at guidance {run.guidance_scale:g}: give a guidance scale above 1, or "
+            "leave it out"
+        )
     return found
 
 
