@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import shlex
 import typing
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ from sdkd.core.interrupts import is_main
 from sdkd.core.numbers import check_number
 from sdkd.core.text_files import prompts_of
 from sdkd.distill.data.rows import split_columns
+from sdkd.distill.options import INPUTS, REQUIRED, RUN, TEXTS, Options, as_command, setting_option
 from sdkd.distill.training.config import (
     OBJECTIVES,
     TrainConfig,
@@ -29,7 +29,6 @@ from sdkd.distill.training.config import (
 from sdkd.distill.training.run import Job, run
 from sdkd.errors import InputError
 
-_TEXTS = ("prompts", "trackers")  # tuples that are given as one text
 _OBJECTIVES = {
     "distill": "distill: output and feature KD; consistency: to few steps. [default: the recipe's, or distill]",
     "lora": "lora: on captioned images; consistency: to few steps. [default: the recipe's, or lora]",
@@ -42,46 +41,23 @@ _INIT = {
 }
 
 
-def _shared(command: str) -> dict[str, tuple[Any, Any]]:
-    """Options that are not settings: name -> (annotation, default)."""
+def _shared(command: str) -> Options:
+    """Options that are not settings."""
     flag = "--teacher" if command == "distill" else "--model"
-    required = inspect.Parameter.empty
     names = ", ".join(recipe_names())
     own: dict[str, tuple[Any, Any]] = {}
     if command in _OBJECTIVES:
         own["objective"] = (Annotated[str | None, typer.Option(help=_OBJECTIVES[command])], None)
     if command == "lora":
         own["teacher"] = (Annotated[str | None, typer.Option(help=_LORA_TEACHER)], None)
-    return own | {
-        "init": (Annotated[str | None, typer.Option("--init", help=_INIT[command])], None),
-        "model": (
-            Annotated[str, typer.Option(flag, help="A diffusers folder, hub id, .safetensors or demo.")],
-            required,
-        ),
-        "data": (
-            Annotated[str, typer.Option(help="Folder, tar shards, parquet, hub id, latents of `sdkd cache`, or demo.")],
-            required,
-        ),
-        "output": (Annotated[Path, typer.Option("--output", help="Folder for the run and its result.")], required),
-        "recipe": (Annotated[str | None, typer.Option(help=f"Settings to start from: {names}.")], None),
-        "resume": (Annotated[str, typer.Option(help="auto, never, or OUTPUT/checkpoint-<step>.")], "never"),
-        "image_column": (Annotated[str | None, typer.Option(help="Column of the images. [default: found]")], None),
-        "caption_columns": (Annotated[str | None, typer.Option(help="Columns of captions: 'text,caption'.")], None),
-        "num_processes": (Annotated[int, typer.Option(help="Data-parallel processes (one per GPU).")], 1),
-        "overwrite": (Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")], False),
-        "json": (Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")], False),
-    }
-
-
-def _setting_option(item: dataclasses.Field[Any], hint: Any) -> tuple[Any, None]:
-    """One setting as an option; None means that recipe or default decide."""
-    text = item.metadata["help"]
-    if "[default" not in text and item.default not in ((), None):
-        shown = " ".join(str(part) for part in item.default) if isinstance(item.default, tuple) else item.default
-        text = f"{text} [default: {str(shown).lower() if isinstance(shown, bool) else shown}]"
-    kind = str if item.name in _TEXTS else hint
-    option = typer.Option(help=text, show_default=False, rich_help_panel=item.metadata["panel"])
-    return Annotated[kind | None, option], None
+    own["init"] = (Annotated[str | None, typer.Option("--init", help=_INIT[command])], None)
+    own["model"] = (
+        Annotated[str, typer.Option(flag, help="A diffusers folder, hub id, .safetensors or demo.")],
+        REQUIRED,
+    )
+    recipe = (Annotated[str | None, typer.Option(help=f"Settings to start from: {names}.")], None)
+    processes = (Annotated[int, typer.Option(help="Data-parallel processes (one per GPU).")], 1)
+    return own | dict(INPUTS) | {"recipe": recipe} | dict(RUN) | {"num_processes": processes}
 
 
 def _settings(command: str) -> list[dataclasses.Field[Any]]:
@@ -94,19 +70,8 @@ def _settings(command: str) -> list[dataclasses.Field[Any]]:
 def _command(command: str, text: str) -> Callable[..., None]:
     """A typer command whose options are the settings of its objectives."""
     hints = typing.get_type_hints(TrainConfig)
-    options = _shared(command) | {item.name: _setting_option(item, hints[item.name]) for item in _settings(command)}
-
-    def call(**values: Any) -> None:
-        _main(command, values)
-
-    made: Any = call  # typer reads the signature that is set below
-    ordered = sorted(options.items(), key=lambda option: option[1][1] is not inspect.Parameter.empty)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(name, kind, default=d, annotation=a) for name, (a, d) in ordered]
-    made.__signature__ = inspect.Signature(parameters)
-    made.__annotations__ = {name: annotation for name, (annotation, _) in ordered}
-    made.__name__, made.__doc__ = command, text
-    return call
+    settings = {item.name: setting_option(item, hints[item.name]) for item in _settings(command)}
+    return as_command(command, text, {**_shared(command), **settings}, partial(_main, command))
 
 
 def _main(command: str, values: dict[str, Any]) -> None:
@@ -119,7 +84,7 @@ def _main(command: str, values: dict[str, Any]) -> None:
         return
     own = {item.name: values.pop(item.name, None) for item in _settings(command)}
     objective, settings = _objective(command, values.pop("objective", None), recipe)
-    for name in _TEXTS:
+    for name in TEXTS:
         if own[name] is not None:
             own[name] = prompts_of(own[name].replace(",", ";") if name == "trackers" else own[name])
     config = make_config(objective, settings, own)

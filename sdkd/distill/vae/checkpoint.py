@@ -34,6 +34,7 @@ _FREE = {"steps", "log_every", "save_every", "keep", "workers", "device"}
 class _VaeRecord(Record):
     """checkpoint.json of a small VAE's run."""
 
+    optimizer: dict[str, Any]
     log: LogState
 
 
@@ -41,15 +42,15 @@ def save_checkpoint(trainer: VaeTrainer, folder: Path, log: LogState, digests: M
     """Write a checkpoint whole or not at all, then delete those of later steps, and those beyond `keep`."""
     from safetensors.torch import save_file
 
-    tensors, _ = split_state(trainer.optimizer.state_dict())
+    tensors, numbers = split_state(trainer.optimizer.state_dict())
     check_weights(dict(trainer.vae.named_parameters()) | tensors, trainer.done)
     path = folder / f"checkpoint-{trainer.done}"
     with new_folder(path, overwrite=True) as partial:
         with quiet_libraries():
             trainer.vae.save_pretrained(partial / "vae")
         save_file(tensors, partial / _OPTIMIZER)
-        settings = trainer.config.to_json()
-        write_record(partial, {"step": trainer.done, "settings": settings, "digests": dict(digests), "log": log})
+        values = {"step": trainer.done, "settings": trainer.config.to_json(), "digests": dict(digests), "log": log}
+        write_record(partial, values | {"optimizer": numbers})
     keep_newest(path, trainer.config.run.keep)
 
 
@@ -75,8 +76,7 @@ def load_checkpoint(trainer: VaeTrainer, path: Path, digests: Mapping[str, str])
             "more"
         )
     trainer.vae.load_state_dict(load_file(path / _WEIGHTS))
-    numbers = {"param_groups": trainer.optimizer.state_dict()["param_groups"], "state": {}}
-    trainer.optimizer.load_state_dict(join_state(load_file(path / _OPTIMIZER), numbers))
+    trainer.optimizer.load_state_dict(join_state(load_file(path / _OPTIMIZER), record["optimizer"]))
     states: Any = trainer.optimizer.state
     lay_out_state(states)
     trainer.start(record["step"])
