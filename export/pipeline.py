@@ -18,7 +18,7 @@ from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
 from sdkd.models.fused import Loras, loras_of, parse_loras
 from sdkd.models.generation import Generation, entry
-from sdkd.models.replacements import WithVae, with_vae
+from sdkd.models.replacements import WithVae
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
 from sdkd.targets.plan import EnginePlan
@@ -81,15 +81,11 @@ def export_pipeline(
     options.check_islands()
     if isinstance(model, str | Path | ModelSource):
         model = resolve(model)
-        if isinstance(model, WithVae):
-            vae = replaced["vae"] = model.vae
-            model = model.base
     named = model.name if isinstance(model, ModelSource) else model.name_or_path
+    own_vae = model.vae if isinstance(model, WithVae) else None
     loras = parse_loras(loras)
-    inputs = (named, vae, controlnet, *reuse, *(lora.file for lora in (*loras_of(model), *loras)))
+    inputs = (named, own_vae, vae, controlnet, *reuse, *(lora.file for lora in (*loras_of(model), *loras)))
     check_free(path, overwrite, inputs)
-    if isinstance(model, ModelSource):
-        with_vae(model, None if vae is None else str(vae))  # refuses what does not fit
     with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options, loras=loras)

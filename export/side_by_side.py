@@ -17,7 +17,7 @@ import torch
 
 from export.component import ExportOptions, export_component, reusable
 from export.source import Source, open_source
-from sdkd.bundle.manifest import ComponentRecord, Manifest
+from sdkd.bundle.manifest import REPLACEMENTS, ComponentRecord, Manifest
 from sdkd.bundle.memory import free_memory
 from sdkd.core.child import BackgroundJob
 from sdkd.core.console import Progress, quiet, within
@@ -128,7 +128,7 @@ def _arguments(
 ) -> dict[str, Any]:
     return {
         "model": "" if source.model is None else source.model.name,
-        "replaced": dict(source.replaced),
+        "replaced": {part: source.about[part] for part in REPLACEMENTS if part in source.about},
         "digests": dict(source.digests),
         "loras": source.about.get(LORAS, []),
         "names": list(names),

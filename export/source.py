@@ -36,6 +36,7 @@ from sdkd.models.fused import (
 )
 from sdkd.models.generation import Generation, implied
 from sdkd.models.replacements import (
+    WithVae,
     absolute,
     check_vae,
     check_whole,
@@ -43,6 +44,7 @@ from sdkd.models.replacements import (
     replacement_class,
     replacement_config,
     replacement_digests,
+    with_vae,
 )
 from sdkd.models.resolve import Model, load_component, load_rest, resolve
 from sdkd.models.schedulers import check_schedule, use_scheduler
@@ -99,8 +101,6 @@ class Source:
             check_schedule(scheduler)
         if "vae" in self.replaced and (unet := self._own_config("unet")) and (own := self._own_config("vae")):
             check_vae(self.replaced["vae"], unet, own)
-        for part, name in self.replaced.items():
-            check_whole(part, name)
         parts = dict.fromkeys(CONFIG_FOLDERS[name] for name in self.components)
         check_configs({part: config for part in parts if (config := self._config(part)) is not None})
         if self.model is None:
@@ -184,13 +184,15 @@ def open_source(
 ) -> Source:
     """What `model`, its replaced parts and its LoRAs are; nothing heavy is loaded yet. `dtype`: of modules when loaded.
 
-    `digests` of the weights, where they are known already: hashing reads all of them.
+    A named model has another VAE as `with_vae` gives it one. `digests` of the weights, where they are known already:
+    hashing reads all of them.
 
     Raises ModelError or InputError for what is no model, no VAE, no ControlNet or no LoRA of this model.
     """
-    for part, name in replaced.items():
-        replacement_class(part, name)
     replaced = {part: absolute(name) for part, name in replaced.items()}
+    vae = replaced.pop("vae", None) if isinstance(model, str | Path | ModelSource) else None
+    for part, name in replaced.items():
+        check_whole(part, name)
     if not isinstance(model, str | Path | ModelSource):
         check_parts(model, replaced, f"this {type(model).__name__}")
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
@@ -201,11 +203,13 @@ def open_source(
         about |= _noted(notes, fused)
         told = generation_of(fused) or told
         return Source(about, model, replaced=replaced, dtype=dtype, generation=told, loras=fused)
-    found = with_loras(resolve(model), loras)
-    base = found.base if isinstance(found, FusedSource) else found
+    found = with_vae(with_loras(resolve(model), loras), vae)
+    own = found.base if isinstance(found, WithVae) else found  # the model without what it is exported with
+    base = own.base if isinstance(own, FusedSource) else own
     name = str(Path(base.name).absolute()) if base.kind in ("folder", "single-file", "checkpoint") else base.name
-    about = {"model": name, "kind": base.kind, "random_weights": base.random_weights, **replaced}
-    about |= _noted(found.notes, loras_of(found))
+    about = {"model": name, "kind": base.kind, "random_weights": found.random_weights, **replaced}
+    about |= {"vae": found.vae} if isinstance(found, WithVae) else {}
+    about |= _noted(own.notes, loras_of(found))
     rest = load_rest(found)
     check_parts(rest, replaced, f"model {found.name!r}")
     return Source(about, rest, found, dtype, replaced, found.generation, digests or found.digests)

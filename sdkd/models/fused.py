@@ -154,7 +154,8 @@ def with_loras(source: ModelSource, loras: Loras) -> ModelSource:
     if not loras:
         return source
     if isinstance(source, WithVae):
-        return replace(source, base=with_loras(source.base, loras))
+        base = with_loras(source.base, loras)
+        return replace(source, base=base, notes=(*base.notes, *source.notes[len(source.base.notes) :]))
     base = source.base if isinstance(source, FusedSource) else source
     if base.kind == "bundle":
         raise InputError(

@@ -176,7 +176,7 @@ class WithVae(Derived):
 
 
 def with_vae(source: ModelSource, vae: str | None) -> ModelSource:
-    """A model with another VAE; itself where none is given.
+    """A model with another VAE in place of any that it has; itself where none is given.
 
     Raises InputError for a bundle, whose VAE is in its graphs, ModelError for what is no VAE or does not fit the model.
     """
@@ -187,6 +187,7 @@ def with_vae(source: ModelSource, vae: str | None) -> ModelSource:
             f"{source.name!r} is a bundle and has its VAE in it: leave --vae {vae} out, or give the model that it was "
             "made from"
         )
+    source = source.base if isinstance(source, WithVae) else source
     replacement_class("vae", vae)
     check_vae(vae, source.unet_config, source.config("vae"))
     check_whole("vae", vae)
