@@ -16,6 +16,7 @@ from sdkd.compare.measure.quality import Likeness, judge_engine, likeness
 from sdkd.compare.measure.results import Report, Result, Setup
 from sdkd.compare.measure.stats import Spread, speedup
 from sdkd.compare.measure.subjects import Subject
+from sdkd.models.generation import Generation
 
 PROMPTS = (
     "a large red star on a blue background",
@@ -31,6 +32,7 @@ ENVIRONMENT = {
     "python": "3.11.9",
     "versions": {"sdkd": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "onnxruntime": "1.32.0"},
 }  # fmt: skip
+USUAL, FEW = Generation(25, 4.0, "PNDMScheduler"), Generation(4, 1.0, "LCMScheduler")
 # model: (step in ms when eager, UNet parameters, how far its drawing is moved)
 MODELS = {"teacher": (31.0, 3_210_000, 0), "small": (20.5, 2_110_000, 2), "tiny": (13.2, 1_230_000, 5)}
 # target: (precision, speed over eager, noise of its images in grey levels, bytes per parameter)
@@ -83,9 +85,10 @@ def subjects(models: tuple[str, ...] = tuple(MODELS)) -> list[Subject]:
 
 @cache
 def planted_report(
-    wrong: str | None = None, judged: bool = True, size: int = 64, models: tuple[str, ...] = tuple(MODELS)
-) -> Report:
-    """The report; the images of the subject labelled `wrong` come from another seed."""
+    wrong: str | None = None, judged: bool = True, size: int = 64, models: tuple[str, ...] = tuple(MODELS),
+    few: str | None = None,
+) -> Report:  # fmt: skip
+    """The report; images of the subject `wrong` come from another seed, the model `few` draws in 4 unguided steps."""
     rows = subjects(models)
     steps, images = {}, {}
     for seed, subject in enumerate(rows):
@@ -95,9 +98,10 @@ def planted_report(
         noise = TARGETS[subject.target][2]
         images[subject.label] = [drawing(index, shift, noise, seed, size) for index in range(len(PROMPTS))]
     baselines = {row.label: _baselines(row) for row in rows}
-    results = tuple(_result(row, steps, images, baselines[row.label], judged) for row in rows)
-    how = {"scheduler": "PNDMScheduler", "timing": "wall clock", "open_together": True, "confidence": 0.95}
-    setup = Setup(PROMPTS, 25, 4.0, 0, size, unet_batch=2, runs=30, min_seconds=1.0, **how)
+    runs = {row.label: FEW if row.model_label == few else USUAL for row in rows}
+    results = tuple(_result(row, steps, images, baselines[row.label], judged, runs) for row in rows)
+    how = {"timing": "wall clock", "open_together": True, "confidence": 0.95}
+    setup = Setup(PROMPTS, 0, size, runs=30, min_seconds=1.0, **how)
     command = "sdkd compare demo --targets eager,onnxruntime"
     return Report(setup, results, ENVIRONMENT, images, baselines, command, ceilings=CEILINGS)
 
@@ -107,12 +111,17 @@ def _baselines(subject: Subject) -> dict[str, str]:
     return {name: label for name, label in found.items() if label != subject.label}
 
 
+def _whole(samples: list[list[float]], run: Generation) -> list[list[float]]:
+    return [[(run.steps + 0.4) * value for value in part[:1]] for part in samples[:6]]
+
+
 def _result(
     subject: Subject,
     steps: dict[str, list[list[float]]],
     images: dict[str, list[Image.Image]],
     baselines: dict[str, str],
     judged: bool,
+    runs: dict[str, Generation],
 ) -> Result:
     def against(label: str) -> Likeness:
         return likeness(images[subject.label], images[label], label)
@@ -125,15 +134,19 @@ def _result(
     samples = steps[subject.label]
     ratios = {name: speedup(steps[label], samples) for name, label in baselines.items()}
     work = Work(flops=340 * unet, bytes=4 * unet)
-    whole = [[25.4 * value for value in part[:1]] for part in samples[:6]]
+    run = runs[subject.label]
+    whole = _whole(samples, run)
+    faster = {name: speedup(_whole(steps[label], runs[label]), whole) for name, label in baselines.items()}
     return Result(
         subject=subject,
+        run=run,
+        unet_batch=2 if run.guidance_scale > 1 else 1,
         unet_step_ms=Spread.of(samples, 1000),
         unet_step_cpu_ms=Spread.of(samples, 1900),
         image_s=Spread.of(whole),
         image_cpu_s=Spread.of(whole, 1.9),
         load_s=0.41,
-        first_call_s=25.4 * samples[0][0] + 0.2,
+        first_call_s=whole[0][0] + 0.2,
         unet_parameters=unet,
         parameters=unet + 1_480_000,
         bytes_on_disk=TARGETS[subject.target][3] * (unet + 1_480_000),
@@ -143,13 +156,13 @@ def _result(
         against_teacher=against("teacher eager") if subject.role == "student" else None,
         verdict=judge_engine(subject, own, eager_half),
         step_speedup={name: ratio for name, ratio in ratios.items() if ratio},
-        image_speedup={},
+        image_speedup={name: ratio for name, ratio in faster.items() if ratio},
         work=work,
         limit=fraction(work, CEILINGS[subject.precision], Spread.of(samples).median),
         judged={"shape": 0.9, "colour": 1.0, "background": 1.0} if judged else None,
         text_encoder_ms=Spread.of([[3.1, 3.0], [3.2, 3.1], [3.0, 3.1]]),
         vae_decode_ms=Spread.of([[12.0, 12.5], [12.1, 11.9], [12.2, 12.0]]),
-        unet_calls=25,
+        unet_calls=run.steps,
         memory=Memory(base_rss=350_000_000, growth=52_000_000, peak_rss=8 * unet + 60_000_000),
     )
 

@@ -73,7 +73,7 @@ def test_models_are_compared_on_what_runs_here(report: dict[str, Any]) -> None:
     assert (alone["errors"], both["errors"]) == ({}, {})
     found = alone["facts"]["comparison"]
     assert [row["label"] for row in found["results"]] == ["tiny eager", "tiny onnxruntime"]
-    assert (found["setup"]["size_px"], found["setup"]["steps"], found["setup"]["batch"]) == (SIZE, 2, 1)
+    assert (found["setup"]["size_px"], found["results"][0]["run"]["steps"], found["setup"]["batch"]) == (SIZE, 2, 1)
     engine = found["results"][1]
     assert (engine["verdict"]["ok"], set(engine["step_speedup"]), engine["limit"]["fraction"] > 0) == (
         True,

@@ -17,7 +17,7 @@ from sdkd.errors import InputError
 from sdkd.models.resolve import resolve
 
 if TYPE_CHECKING:
-    from sdkd.compare.measure.against import Earlier
+    from sdkd.compare.measure.earlier import Earlier
     from sdkd.compare.measure.results import Report
 
 DEMO = "demo"
@@ -39,9 +39,11 @@ def compare(
         str | None, typer.Option(help="Compare every model with this VAE, too; as `sdkd export` takes it.")
     ] = None,
     prompts: Annotated[str | None, typer.Option(help="A file with one prompt per line, or 'a;b'.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 25,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps of all. Default: what each model was made for, else 25.")
+    ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="Guidance scale. Default: 7.5, or 4 for the demo's small models.")
+        float | None, typer.Option(min=0, help="Of all. Default: each model's, else 7.5, or 4 for the demo's models.")
     ] = None,
     size: Annotated[
         str | None, typer.Option(help="Pixels: 512, or height x width as 512x768. Default: the model's own.")
@@ -84,9 +86,10 @@ def compare(
 
     load = load_average()  # before engines are built
     from engines.generate.cli import drawn_size
-    from sdkd.compare.measure.against import read_report
     from sdkd.compare.measure.comparison import compare as measure
-    from sdkd.compare.measure.planning import Wish, default_guidance, default_judge, make_plan, parse_prompts
+    from sdkd.compare.measure.defaults import RunsAsked, default_judge, parse_prompts
+    from sdkd.compare.measure.earlier import read_report
+    from sdkd.compare.measure.planning import Wish, make_plan
     from sdkd.compare.measure.refusals import check_asked
     from sdkd.compare.report.files import check_report_free, write_report
 
@@ -96,16 +99,13 @@ def compare(
     check_report_free(output, overwrite, [*names, vae, prompts, against])
     opened = [resolve(name) for name in names]
     kept = parse_prompts(prompts, opened)
-    guidance = default_guidance(opened) if guidance_scale is None else guidance_scale
     pixels = None if size is None else drawn_size(size)
-    settings: dict[str, Any] = {
-        "steps": steps, "guidance_scale": guidance, "batch": batch, "seed": seed, "runs": runs,
-    }  # fmt: skip
-    check_asked(kept, pixels, **settings)
-    settings |= {"scheduler": scheduler, "baseline": baseline}
-    wish = Wish(_targets(targets), precision, pixels, bundles, batch, steps, scheduler, vae)
+    settings: dict[str, Any] = {"batch": batch, "seed": seed, "runs": runs}
+    check_asked(kept, pixels, **settings, steps=steps, guidance_scale=guidance_scale)
+    settings |= {"baseline": baseline}
+    wish = Wish(_targets(targets), precision, pixels, bundles, batch, vae, RunsAsked(steps, guidance_scale, scheduler))
     options = {"targets": targets, "precision": precision, "vae": vae, "prompts": ";".join(kept), "size": size}
-    command = make_again(names, options | settings) + (" --in-process" if in_process else "")
+    command = make_again(names, options | vars(wish.runs) | settings) + (" --in-process" if in_process else "")
     with lock(output), progress("compare") as bar:
         plan = make_plan(opened, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
         found = measure(
@@ -146,10 +146,10 @@ def _show_report(report: Report, page: Path | None, json: bool) -> None:
         show_json(report.to_json())
         return
     from sdkd.compare.report.tables import terminal_table
-    from sdkd.compare.report.words import noise_note, sentence
+    from sdkd.compare.report.words import notes, sentence
 
-    notes = [note for note in (noise_note(report), *report.notes) if note]
-    show(styled(sentence(report), "bold"), terminal_table(report), *notes, *([f"Look at {page}"] if page else []))
+    seen = [f"Look at {page}"] if page else []
+    show(styled(sentence(report), "bold"), terminal_table(report), *notes(report), *seen)
 
 
 def compare_reports(models: list[str] | None, against: Path | None, report: Path, threshold: float, json: bool) -> None:

@@ -21,6 +21,7 @@ from sdkd.distill.data.latents import Latents
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError
+from sdkd.models.generation import Generation
 from sdkd.models.schedulers import scheduler_like
 
 if TYPE_CHECKING:
@@ -170,22 +171,15 @@ def noise_agreement(pipe: StableDiffusionPipeline, probe: Probe) -> NoiseAgreeme
 
 
 def draw_images(
-    pipe: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    progress: Progress = quiet,
+    pipe: StableDiffusionPipeline, prompts: Sequence[str], run: Generation, *, seed: int, progress: Progress = quiet
 ) -> list[Image]:
     """One image per prompt, each drawn alone; image n starts from the CPU generator of seed + n."""
     images: list[Image] = []
     for place, prompt in enumerate(prompts):
         progress(f"image {place + 1} of {len(prompts)}", place / len(prompts))
         generator = torch.Generator().manual_seed(seed + place)
-        made = pipe(
-            prompt, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator, output_type="np"
-        ).images
+        asked = {"num_inference_steps": run.steps, "guidance_scale": run.guidance_scale}
+        made = pipe(prompt, generator=generator, output_type="np", **asked).images
         check_finite(made, f"image {place + 1} of {len(prompts)}")
         images += pipe.image_processor.numpy_to_pil(made)
     return images

@@ -30,9 +30,14 @@ def evaluate(
     images: Annotated[
         int | None, typer.Option(min=1, help="Images per model; prompts repeat. Of the demo: seen, and held out.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 25,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps of all. Default: what each model was made for, else 25.")
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance scale. Default: 7.5, or 4 for the demo's small models.")
+        float | None, typer.Option(min=0, help="Of all. Default: each model's, else 7.5, or 4 for the demo's models.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Of all, as in sdkd generate. Default: each model's own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; image n starts from seed + n.")] = 0,
     clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model. Default: from the hub's cache.")] = None,
@@ -50,12 +55,12 @@ def evaluate(
     from sdkd.distill.training.setup import pick_device
     from sdkd.evaluate.evaluation import Settings
     from sdkd.evaluate.evaluation import evaluate as measure
-    from sdkd.evaluate.report import TITLES, rows, write_report
+    from sdkd.evaluate.report import TITLES, heads, rows, write_report
 
     check_free(output, overwrite, [*models, teacher, data, prompts, real, clip, inception])
     settings = Settings(
-        teacher, data, prompts, real, images, steps, guidance, seed, clip, inception, str(pick_device(device, "fp32")),
-        image_column, split_columns(caption_columns),
+        teacher, data, prompts, real, images, steps, guidance, scheduler, seed, clip, inception,
+        str(pick_device(device, "fp32")), image_column, split_columns(caption_columns),
     )  # fmt: skip
     with lock(output), progress("evaluate") as bar:
         found = measure(models, settings, shlex.join(["sdkd", *sys.argv[1:]]), bar)
@@ -65,11 +70,7 @@ def evaluate(
         return
     missing = found.missing()
     names = [name for name in TITLES if name not in missing]
-    show(
-        table(
-            "Evaluation", ["model", "role", "UNet (M)", *(TITLES[name] for name in names)], rows(found.results, names)
-        )
-    )
+    show(table("Evaluation", heads(found.results, names), rows(found.results, names)))
     for name, why in missing.items():
         show(f"{TITLES[name]}: not measured: {why}")
     show(*found.notes, f"Saved {page}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.generate.long_prompts import cut_lines
+from sdkd.compare.measure.calls import as_drawn
+from sdkd.compare.measure.defaults import SMALL_GUIDANCE, RunsAsked, parse_prompts, runs_of
 from sdkd.compare.measure.environment import versions
-from sdkd.compare.measure.planning import SMALL_GUIDANCE, default_guidance, find_roles, parse_prompts
+from sdkd.compare.measure.planning import find_roles
 from sdkd.compare.measure.subjects import TEACHER
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.numbers import DRAWING, check_numbers
@@ -17,7 +19,9 @@ from sdkd.distill.data.rows import CAPTION_COLUMNS, check_columns
 from sdkd.errors import InputError, SdkdError
 from sdkd.evaluate.metrics import Drawn, RealImages, Reference, measure
 from sdkd.evaluate.report import Evaluation, ModelResult
-from sdkd.models.resolve import load_eager, resolve
+from sdkd.models.generation import Generation
+from sdkd.models.resolve import ModelSource, load_eager, resolve
+from sdkd.models.schedulers import use_scheduler
 from sdkd.targets.registry import installed_version
 from sdkd.toyworld.scenes import Scene, caption, held_out_scenes, sample_scenes, seen_scenes
 
@@ -31,15 +35,19 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked; None means: what suits the models. InputError when a number makes no sense."""
+    """What is asked; None means: what suits the models. InputError when a number makes no sense.
+
+    Steps, guidance scale and scheduler count for every model; None: as each was made to be run.
+    """
 
     teacher: str | None = None
     data: str | None = None
     prompts: str | None = None
     real: Path | None = None
     images: int | None = None
-    steps: int = 25
+    steps: int | None = None
     guidance_scale: float | None = None
+    scheduler: str | None = None
     seed: int = 0
     clip: Path | None = None
     inception: Path | None = None
@@ -58,7 +66,6 @@ class Plan:
     """What is drawn: one prompt per image; `scenes` are those of the demo, the seen ones first."""
 
     prompts: tuple[str, ...]
-    guidance_scale: float
     scenes: tuple[Scene, ...] = ()
     seen: int = 0
 
@@ -100,6 +107,8 @@ def evaluate(
     names = [*([teacher] if teacher else []), *(model for model in dict.fromkeys(models) if model != teacher)]
     data, roles = _open(settings), find_roles(names)
     plan = _plan(names, settings, data)
+    asked = RunsAsked(settings.steps, settings.guidance_scale, settings.scheduler)
+    runs, poor = runs_of(names, asked, SMALL_GUIDANCE if _of_demo(settings) else None)
     _check_files(settings)
     real = RealImages(settings.real) if settings.real is not None else None
     reference = Reference("no teacher is known; give it with --teacher", None, real)
@@ -107,18 +116,11 @@ def evaluate(
     for place, name in enumerate(names):
         part = within(progress, place / len(names), (place + 1) / len(names), f"{name}: ")
         part("loading", 0.0)
-        source = resolve(name)
-        pipe = load_eager(source).to(settings.device)
+        source, run = resolve(name), runs[name]
+        pipe = _opened(source, run).to(settings.device)
         probe = _probe(pipe, data, settings, within(part, 0.0, 0.3)) if name == teacher else reference.probe
         cut |= dict.fromkeys(cut_lines(pipe, plan.prompts))
-        images = draw_images(
-            pipe,
-            plan.prompts,
-            steps=settings.steps,
-            guidance_scale=plan.guidance_scale,
-            seed=settings.seed,
-            progress=within(part, 0.3, 0.8),
-        )
+        images = draw_images(pipe, plan.prompts, run, seed=settings.seed, progress=within(part, 0.3, 0.8))
         if name == teacher:
             reference = Reference(probe, images, real)
         part("scores", 0.8)
@@ -126,26 +128,37 @@ def evaluate(
         metrics = measure(pipe, drawn, reference, settings.clip, settings.inception)
         role = TEACHER if name == teacher else roles[name]
         parameters = sum(parameter.numel() for parameter in pipe.unet.parameters())
-        results.append(ModelResult(name, role, source.random_weights, parameters, metrics))
+        results.append(ModelResult(name, role, source.random_weights, parameters, _drawn_with(pipe, run), metrics))
     known = versions() | {
         name: found for name in ("torchmetrics", "torch-fidelity") if (found := installed_version(name))
     }
-    notes = (*_notes(plan, reference), *cut)
+    notes = (*_notes(plan, reference), *(f"{line}." for line in poor), *cut)
     return Evaluation(tuple(results), _settings(settings, plan, teacher), known, command, notes)
 
 
+def _opened(source: ModelSource, run: Generation) -> StableDiffusionPipeline:
+    """An eager pipeline with the scheduler of its run; text-to-image whatever its class."""
+    pipe: StableDiffusionPipeline = as_drawn(load_eager(source))
+    use_scheduler(pipe, run.scheduler)
+    return pipe
+
+
+def _drawn_with(pipe: StableDiffusionPipeline, run: Generation) -> Generation:
+    return replace(run, scheduler=type(pipe.scheduler).__name__)
+
+
+def _of_demo(settings: Settings) -> bool:
+    return settings.prompts is None and settings.data == DEMO
+
+
 def _plan(models: Sequence[str], settings: Settings, data: Any) -> Plan:
-    of_demo = settings.prompts is None and settings.data == DEMO
-    scale = settings.guidance_scale
-    if scale is None:
-        scale = SMALL_GUIDANCE if of_demo else default_guidance(models)
-    if of_demo:
+    if _of_demo(settings):
         count = settings.images or 64
         seen, held = (sample_scenes(scenes(), count, settings.seed) for scenes in (seen_scenes, held_out_scenes))
-        return Plan(tuple(map(caption, (*seen, *held))), scale, (*seen, *held), len(seen))
+        return Plan(tuple(map(caption, (*seen, *held))), (*seen, *held), len(seen))
     from_data = settings.prompts is None and settings.data
     kept = _captions(data, settings) if from_data else parse_prompts(settings.prompts, models)
-    return Plan(tuple(kept[place % len(kept)] for place in range(settings.images or len(kept))), scale)
+    return Plan(tuple(kept[place % len(kept)] for place in range(settings.images or len(kept))))
 
 
 def _captions(data: Any, settings: Settings) -> tuple[str, ...]:
@@ -202,7 +215,8 @@ def _settings(settings: Settings, plan: Plan, teacher: str | None) -> dict[str, 
         "real": None if settings.real is None else str(settings.real),
         "images": len(plan.prompts),
         "steps": settings.steps,
-        "guidance_scale": plan.guidance_scale,
+        "guidance_scale": settings.guidance_scale,
+        "scheduler": settings.scheduler,
         "seed": settings.seed,
         "seeds": [settings.seed + place for place in range(len(plan.prompts))],
         "device": settings.device,

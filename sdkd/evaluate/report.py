@@ -10,8 +10,9 @@ from typing import Any
 
 from sdkd.core.console import markdown_table, no_html
 from sdkd.core.files import new_folder, write_bytes, write_json
+from sdkd.models.generation import Generation
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had one number of steps and one guidance scale for all models
 FILES = ("evaluation.json", "evaluation.md")
 NOISE, PSNR, CAPTIONS, CLIP, FID, CMMD = (
     "noise_prediction_mse",
@@ -56,6 +57,7 @@ class ModelResult:
     role: str  # teacher, student or model
     random_weights: bool
     unet_parameters: int
+    run: Generation  # what it was drawn with
     metrics: Mapping[str, Metric]
 
 
@@ -96,6 +98,7 @@ class Evaluation:
         if reasons := _reasons(self.results):
             lines += ["", "## Not measured", "", *reasons]
         lines += ["", "## Settings", "", *(f"- {name}: {_short(value)}" for name, value in self.settings.items())]
+        lines += [f"- {result.model}: {result.run}" for result in self.results]
         lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in self.versions.items())]
         lines += [f"\n{note}" for note in self.notes]
         text = no_html("\n".join(lines)) + "\n"
@@ -120,13 +123,29 @@ def cell(name: str, metric: Metric) -> str:
     return f"{head:.3g}" if name == NOISE else f"{head:.2f}"
 
 
+def heads(results: Sequence[ModelResult], names: Sequence[str]) -> list[str]:
+    """What the columns of `rows` are."""
+    return [
+        "model",
+        "role",
+        "UNet (M)",
+        *(["steps", "guidance"] if _mixed(results) else []),
+        *(TITLES[n] for n in names),
+    ]
+
+
+def _mixed(results: Sequence[ModelResult]) -> bool:
+    return len({(result.run.steps, result.run.guidance_scale) for result in results}) > 1
+
+
 def rows(results: Sequence[ModelResult], names: Sequence[str]) -> list[list[str]]:
-    """One row per model: name, parameters of the UNet in millions, one cell per metric."""
+    """One row per model: name, parameters of the UNet in millions, how it was drawn where they differ, the metrics."""
     return [
         [
             f"{result.model}{' (random weights)' if result.random_weights else ''}",
             result.role,
             f"{result.unet_parameters / 1e6:.2f}",
+            *([str(result.run.steps), f"{result.run.guidance_scale:g}"] if _mixed(results) else []),
             *(cell(name, result.metrics[name]) for name in names),
         ]
         for result in results
@@ -134,7 +153,7 @@ def rows(results: Sequence[ModelResult], names: Sequence[str]) -> list[list[str]
 
 
 def _table(results: Sequence[ModelResult], names: Sequence[str]) -> list[str]:
-    head = ["Model", "Role", "UNet (M)", *(TITLES[name] for name in names)]
+    head = [name[0].upper() + name[1:] for name in heads(results, names)]
     return markdown_table(head, rows(results, names), left=len(head))
 
 

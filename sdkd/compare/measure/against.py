@@ -5,115 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
-from sdkd.compare.measure.quality import IDENTICAL_DB
-from sdkd.compare.measure.stats import Ratio, Spread, speedup
-from sdkd.core.documents import parse_json, read_regular
+from sdkd.compare.measure.earlier import Earlier, Row, read_report
+from sdkd.compare.measure.stats import Ratio, speedup
 from sdkd.core.numbers import check_number
-from sdkd.core.schema import problem
 from sdkd.errors import InputError, RegressionError, SdkdError
-
-# Schemas: 1 had one image per call and no comparison with an earlier report, 2 no memory at its peak, no times of text
-# encoder and VAE, all subjects in one process, no limits and no SSIM.
-READABLE = (1, 2, 3)
-EARLIER = "give the report.json of an earlier comparison"
 
 THRESHOLD = 0.1  # a UNet step may take so much longer before it is an error
 CHANGED_DB = 1.0  # a mean PSNR that moved by more is said
 
 Speed = Literal["faster", "slower", "tie", "not compared"]
 Images = Literal["same", "changed", "worse", "better", "not compared"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One subject of a report on disk: raw samples of its UNet step, and what was found about its images."""
-
-    label: str
-    model: str
-    precision: str
-    unet_parameters: int
-    step_ms: Spread
-    psnr_db: float | None  # mean, to eager fp32 of its own model; None where it was not compared
-    ok: bool | None  # whether its rule held; None where nothing was judged
-    found: str  # what the rule was judged by
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """A report on disk: where it came from, what was asked on what machine, and its subjects by label."""
-
-    name: str
-    setup: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    rows: Mapping[str, Row]
-
-
-class _RowJson(TypedDict):
-    label: str
-    model: str
-    precision: str
-    unet_parameters: int
-    unet_step_ms: dict[str, Any]
-    against_eager: dict[str, Any] | None
-    verdict: dict[str, Any] | None
-
-
-class _EnvironmentJson(TypedDict):
-    date_utc: str
-
-
-class _ReportJson(TypedDict):
-    schema: int
-    setup: dict[str, Any]
-    environment: _EnvironmentJson
-    results: list[_RowJson]
-
-
-def read_report(path: Path) -> Earlier:
-    """The report.json at `path`; InputError when it is missing, no report of `sdkd compare`, or of another schema."""
-    try:
-        path.stat()
-        data = parse_json(read_regular(path), strict=True)
-    except InputError as error:
-        raise InputError(f"{error}; {EARLIER}") from error
-    except OSError as error:
-        raise InputError(f"report {str(path)!r} cannot be read ({error.strerror}): {EARLIER}") from error
-    except ValueError as error:
-        raise InputError(f"report {str(path)!r} {error}: {EARLIER}") from error
-    return parse_report(data, str(path))
-
-
-def parse_report(data: Any, name: str) -> Earlier:
-    """A report from its JSON; `name` is for messages. InputError as `read_report`."""
-    if not isinstance(data, dict) or not {"schema", "setup", "environment", "results"} <= data.keys():
-        raise InputError(f"report {name!r} is not one of `sdkd compare`: {EARLIER}")
-    if data["schema"] not in READABLE:
-        raise InputError(
-            f"report {name!r} has schema {data['schema']!r}, this sdkd reads {', '.join(map(str, READABLE))}: "
-            "measure again with this version, or compare with the version that wrote it"
-        )
-    try:
-        if wrong := problem(data, _ReportJson):
-            raise ValueError(wrong)
-        rows = [_row(row) for row in data["results"]]
-        setup = {"batch": 1, "isolated": False, "width_px": None, **data["setup"]}
-        return Earlier(name, setup, data["environment"], {row.label: row for row in rows})
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"report {name!r} is damaged ({error!r}): make it again with its `command`") from error
-
-
-def _row(data: Mapping[str, Any]) -> Row:
-    likeness, verdict = data["against_eager"], data["verdict"]
-    mean = None if likeness is None else IDENTICAL_DB if likeness["identical"] else float(likeness["psnr_mean_db"])
-    return Row(
-        **{name: data[name] for name in ("label", "model", "precision", "unet_parameters")},
-        step_ms=Spread.of(data["unet_step_ms"]["samples"]),
-        psnr_db=mean,
-        ok=None if verdict is None else verdict["ok"],
-        found="" if verdict is None else verdict["found"],
-    )
 
 
 # What two reports must have in common, and for what. A UNet call is as long whatever the prompt, the scheduler and the
@@ -123,10 +26,6 @@ SETTINGS = (
     ("setup", "size_px", "image side in pixels", BOTH),
     ("setup", "width_px", "image width where it is not square", BOTH),
     ("setup", "batch", "images per call", BOTH),
-    ("setup", "unet_batch", "latents per UNet call", BOTH),
-    ("setup", "steps", "steps", IMAGES),
-    ("setup", "scheduler", "scheduler", IMAGES),
-    ("setup", "guidance_scale", "guidance scale", IMAGES),
     ("setup", "seed", "seed", IMAGES),
     ("setup", "prompts", "prompts", IMAGES),
     ("setup", "timing", "clock", SPEED),
@@ -135,6 +34,13 @@ SETTINGS = (
     ("environment", "cores_usable", "usable cores", SPEED),
     ("environment", "threads_torch", "threads of PyTorch", SPEED),
     ("environment", "gpu", "GPU", SPEED),
+)
+# The same of each subject, since a few-step model is run otherwise than its teacher.
+RUN = (
+    ("unet_batch", "latents per UNet call", BOTH),
+    ("steps", "steps", IMAGES),
+    ("scheduler", "scheduler", IMAGES),
+    ("guidance_scale", "guidance scale", IMAGES),
 )
 
 
@@ -263,14 +169,15 @@ def weigh(then: Earlier, now: Earlier, threshold: float = THRESHOLD) -> Against:
     speed = "; ".join(text for text, hangs in differ.items() if "speed" in hangs)
     images = any("images" in hangs for hangs in differ.values())
     both = [label for label in now.rows if label in then.rows]
+    own = {label: _other_run(then.rows[label], now.rows[label]) for label in both}
     return Against(
         report=then.name,
         day=str(then.environment["date_utc"])[:10],  # UTC
         threshold=threshold,
-        changes=tuple(_change(then.rows[label], now.rows[label], speed, images) for label in both),
+        changes=tuple(_change(then.rows[label], now.rows[label], speed, images, own[label]) for label in both),
         appeared=tuple(label for label in now.rows if label not in then.rows),
         went=tuple(label for label in then.rows if label not in now.rows),
-        differences=tuple(differ),
+        differences=(*differ, *_by_subject(own)),
         notes=tuple(_notes(then, now, both)),
     )
 
@@ -285,8 +192,23 @@ def _difference(setting: str, then: Any, now: Any) -> str | None:
     return f"{setting}: {'none' if old is None else old} then, {'none' if new is None else new} now"
 
 
-def _change(then: Row, now: Row, differ: str, other_images: bool) -> Change:
-    why = differ or _other_model(then, now)
+def _other_run(then: Row, now: Row) -> dict[str, tuple[str, ...]]:
+    """In words how a subject is run otherwise, and what hangs on each."""
+    found = {_difference(words, then.run.get(key), now.run.get(key)): hangs for key, words, hangs in RUN}
+    return {text: hangs for text, hangs in found.items() if text}
+
+
+def _by_subject(differ: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Each difference once: of all subjects, or of those that it names."""
+    texts = dict.fromkeys(text for found in differ.values() for text in found)
+    names = {text: [label for label, found in differ.items() if text in found] for text in texts}
+    return [text if len(names[text]) == len(differ) else f"{text} ({', '.join(names[text])})" for text in texts]
+
+
+def _change(then: Row, now: Row, differ: str, other_images: bool, own: Mapping[str, tuple[str, ...]]) -> Change:
+    of_speed = "; ".join(text for text, hangs in own.items() if "speed" in hangs)
+    other_images = other_images or any("images" in hangs for hangs in own.values())
+    why = differ or of_speed or _other_model(then, now)
     # The two were not measured in turns: rounds of one have nothing to do with rounds of the other.
     ratio = None if why else speedup(then.step_ms.samples, now.step_ms.samples, paired=False)
     if not why and ratio is None:

@@ -6,7 +6,7 @@ Pipelines that look at images get drawn ones: the same picture, mask and edges f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engines.generate.image_inputs import SEEING, TEXT, Inputs, PipelineKind, as_pipeline, kind_for, with_defaults
@@ -15,6 +15,7 @@ from sdkd.core.contract import check_size, guidance_width, native_size, size_mul
 from sdkd.core.images import check_finite
 from sdkd.errors import ModelError
 from sdkd.models.exportable import EMBEDDING
+from sdkd.models.generation import Generation
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,9 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Asked:
-    """The images that are asked for."""
+    """The images that are asked for, the same of every subject."""
 
     prompts: tuple[str, ...]
-    steps: int
-    guidance_scale: float
     seed: int
     size_px: int
     batch: int = 1  # images per call
@@ -50,14 +49,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Request(Asked):
-    """What every subject is asked to do."""
+    """What one subject is asked to do: images, with its own steps and guidance scale."""
 
+    run: Generation = field(kw_only=True)
     copies: int = 2  # latents per image in a guided UNet call
 
     @property
     def guided(self) -> bool:
         """Whether all conditions go through the UNet together: not where the scale is an input of it."""
-        return self.guidance_scale > 1 and self.copies > 1
+        return self.run.guidance_scale > 1 and self.copies > 1
 
     @property
     def unet_batch(self) -> int:
@@ -96,13 +96,13 @@ def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
     size = dict(zip(("height", "width"), request.size, strict=True)) if kind.sized else {}
     made = pipe(
         [request.prompts[prompt]] * request.batch,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
+        num_inference_steps=request.run.steps,
+        guidance_scale=request.run.guidance_scale,
         generator=generators,  # for schedulers that add noise in every step
         latents=noise.to(pipe.device, pipe.text_encoder.dtype),
         output_type="np",
         **size,
-        **_inputs(kind, request.size, request.steps).arguments(kind, request.batch),
+        **_inputs(kind, request.size, request.run.steps).arguments(kind, request.batch),
     ).images
     check_finite(made, f"images of prompt {prompt + 1}")
     images: list[Image] = pipe.image_processor.numpy_to_pil(made)
@@ -120,7 +120,7 @@ def step_work(pipe: Any, request: Request) -> Work:
     sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels).to(pipe.device, states.dtype)
     timestep, given = torch.tensor(500, device=pipe.device), {"encoder_hidden_states": states, "return_dict": False}
     if (width := guidance_width(pipe.unet.config)) is not None:
-        scales = torch.full((len(sample),), request.guidance_scale - 1)
+        scales = torch.full((len(sample),), request.run.guidance_scale - 1)
         given["timestep_cond"] = pipe.get_guidance_scale_embedding(scales, width).to(sample)
     return torch.no_grad()(lambda: pipe.unet(sample, timestep, **given)[0])
 

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sdkd.bundle.memory import free_gpu_memory, free_memory
-from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request
+from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Asked, Request
 from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.quality import Likeness, likeness
 from sdkd.compare.measure.runner import Drawn, IsolatedRunner, LocalRunner, Opened, RunConfig
 from sdkd.compare.measure.scores import lpips_here
-from sdkd.compare.measure.subjects import STUDENT, TEACHER, Failed, Subject, size_on_disk
+from sdkd.compare.measure.subjects import EAGER, STUDENT, TEACHER, Failed, Subject, size_on_disk
 from sdkd.compare.measure.timing import Burst, Part, Sample, Timed, interleave
 from sdkd.core.console import Progress, within
 from sdkd.errors import EngineError
+from sdkd.models.generation import Generation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +47,17 @@ class Case:
     images: list[Image] = field(default_factory=list)
     image_samples: list[list[Sample]] = field(default_factory=list)
     parts: Timed = field(default_factory=dict)
+
+    @property
+    def run(self) -> Generation:
+        """Its steps, guidance scale and scheduler, that of the comparison where the subject had none."""
+        assert self.subject.run is not None
+        return self.subject.run
+
+    def request(self, asked: Asked) -> Request:
+        """What it is asked to do, once it is open."""
+        assert self.opened is not None
+        return Request(**vars(asked), run=self.run, copies=self.opened.copies)
 
     @property
     def step_samples(self) -> list[list[Sample]]:
@@ -118,7 +130,7 @@ def fit_together(subjects: Sequence[Subject], device: str, isolated: bool) -> bo
 
 
 def first_opened(cases: Sequence[Case], loaded: LoadedSubjects, failed: Sequence[Failed]) -> Opened:
-    """The first subject that opens, and stays open: size, scheduler and guidance copies are all subjects'."""
+    """The first subject that opens, and stays open: its size is all subjects'."""
     for case in cases:
         with loaded.trying(case):
             loaded.runner(case)
@@ -146,17 +158,18 @@ def nothing_left(failed: Sequence[Failed], cases: Sequence[Case] = ()) -> Except
     return found
 
 
-def first_images(cases: Sequence[Case], loaded: LoadedSubjects, request: Request, progress: Progress) -> None:
+def first_images(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, progress: Progress) -> None:
     """Load each subject and make its images, timing the load and the first call (compilation included)."""
     for place, case in enumerate(cases):
         progress(f"{case.subject.label}: loading", place / len(cases))
         part = within(progress, place / len(cases), (place + 1) / len(cases), f"{case.subject.label}: ")
         with loaded.trying(case):
-            _first_images(case, loaded, request, part)
+            _first_images(case, loaded, asked, part)
 
 
-def _first_images(case: Case, loaded: LoadedSubjects, request: Request, progress: Progress) -> None:
+def _first_images(case: Case, loaded: LoadedSubjects, asked: Asked, progress: Progress) -> None:
     runner = loaded.runner(case)
+    request = case.request(asked)
     calls: list[Drawn] = []
     for prompt in range(len(request.prompts)):
         progress(f"image {prompt + 1} of {len(request.prompts)}", prompt / len(request.prompts))
@@ -172,30 +185,31 @@ def in_order(calls: Sequence[Drawn]) -> list[Image]:
     return [image for turn in zip(*(call.images for call in calls), strict=True) for image in turn]
 
 
-def time_images(cases: Sequence[Case], loaded: LoadedSubjects, request: Request, runs: int, progress: Progress) -> None:
+def time_images(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, runs: int, progress: Progress) -> None:
     """Time `runs` whole calls in rounds over the subjects, and see whether equal seeds give equal images again."""
-    order, shuffle = list(cases), random.Random(request.seed)  # noqa: S311 (an order, not a secret)
+    order, shuffle = list(cases), random.Random(asked.seed)  # noqa: S311 (an order, not a secret)
     for turn in range(runs):
-        prompt = turn % len(request.prompts)
+        prompt = turn % len(asked.prompts)
         shuffle.shuffle(order)
         for place, case in enumerate(order):
             if case.failed:
                 continue
             progress("timing whole images", (turn + place / len(order)) / runs)
             with loaded.trying(case):
-                drawn = loaded.runner(case).images(request, prompt)
+                runner, request = loaded.runner(case), case.request(asked)
+                drawn = runner.images(request, prompt)
                 case.image_samples.append([drawn.sample])
                 before = [case.images[number].tobytes() for number in request.numbers(prompt)]
                 case.repeatable &= [image.tobytes() for image in drawn.images] == before
 
 
 def time_parts(
-    cases: Sequence[Case], loaded: LoadedSubjects, request: Request, runs: int, min_seconds: float, progress: Progress
+    cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, runs: int, min_seconds: float, progress: Progress
 ) -> None:
     """Time UNet calls in rounds over all subjects, and in some of the rounds text encoder and VAE, too."""
 
     def timed(case: Case) -> Burst:
-        return lambda part, count, seconds: loaded.runner(case).burst(request, part, count, seconds)
+        return lambda part, count, seconds: loaded.runner(case).burst(case.request(asked), part, count, seconds)
 
     by_label = {case.subject.label: case for case in cases}
     few = COMPONENT_ROUNDS, min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS  # once a round, or for the time
@@ -203,7 +217,7 @@ def time_parts(
         {label: timed(case) for label, case in by_label.items()},
         [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in (TEXT_ENCODER, VAE_DECODER))],
         rounds=None if loaded.config.keep_loaded else ROUNDS_ONE_AT_A_TIME,
-        seed=request.seed,
+        seed=asked.seed,
         lost=lambda label, error: loaded.fail(by_label[label], error),
         progress=progress,
     )
@@ -211,48 +225,54 @@ def time_parts(
         case.parts = samples[case.subject.label]
 
 
+Key = tuple[str, str, Generation | None]
+"""What eager images depend on: model, precision, and steps, guidance scale and scheduler."""
+
+
+def _key(subject: Subject, precision: str | None = None) -> Key:
+    return subject.model_key, precision or subject.precision, subject.run
+
+
 @dataclass
 class ReferenceImages:
-    """Eager images by model and precision, with their label; `notes` say which could not be made and why."""
+    """Eager images by what they depend on, with their label; `notes` say which could not be made and why."""
 
-    by_key: dict[tuple[str, str], tuple[str, Sequence[Image]]] = field(default_factory=dict)
-    teacher_key: str | None = None
+    by_key: dict[Key, tuple[str, Sequence[Image]]] = field(default_factory=dict)
+    teacher: Subject | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_own(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
         """How far images are from eager float32 of the subject's own model; None for that subject itself."""
-        return None if subject.is_reference else self._distance((subject.model_key, "fp32"), images)
+        return None if subject.is_reference else self._distance(_key(subject, "fp32"), images)
 
     def half_to_own(self, subject: Subject) -> Likeness | None:
         """How far eager images in the half precision of an engine are from eager float32."""
-        half = self.by_key.get((subject.model_key, subject.precision))
+        half = self.by_key.get(_key(subject))
         if half is None or subject.is_eager or subject.precision == "fp32":
             return None
-        return self._distance((subject.model_key, "fp32"), half[1])
+        return self._distance(_key(subject, "fp32"), half[1])
 
     def to_teacher(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
-        """How far a student's images are from the teacher's eager float32 ones."""
-        if subject.role != STUDENT or self.teacher_key is None:
+        """How far a student's images are from the teacher's eager float32 ones, each drawn as it is run."""
+        if subject.role != STUDENT or self.teacher is None:
             return None
-        return self._distance((self.teacher_key, "fp32"), images)
+        return self._distance(_key(self.teacher, "fp32"), images)
 
-    def _distance(self, key: tuple[str, str], images: Sequence[Image]) -> Likeness | None:
+    def _distance(self, key: Key, images: Sequence[Image]) -> Likeness | None:
         if (found := self.by_key.get(key)) is None:
             return None
         return likeness(images, found[1], found[0], lpips_here())
 
 
-def find_references(
-    cases: Sequence[Case], request: Request, loaded: LoadedSubjects, progress: Progress
-) -> ReferenceImages:
+def find_references(cases: Sequence[Case], asked: Asked, loaded: LoadedSubjects, progress: Progress) -> ReferenceImages:
     """Take the references from the subjects, and make those that are missing (untimed, after all timing).
 
     One that failed gives its images where it had made them all, and is not tried again.
     """
-    teacher = next((case.subject.model_key for case in cases if case.subject.role == TEACHER), None)
-    found, tried = ReferenceImages(teacher_key=teacher), set[tuple[str, str]]()
+    teacher = next((case.subject for case in cases if case.subject.role == TEACHER), None)
+    found, tried = ReferenceImages(teacher=teacher), set[Key]()
     for case in (case for case in cases if case.subject.is_eager):
-        key = case.subject.model_key, case.subject.precision
+        key = _key(case.subject)
         tried.add(key)
         if case.images:
             found.by_key.setdefault(key, (case.subject.label, case.images))
@@ -262,7 +282,7 @@ def find_references(
         case = Case(subject)
         with loaded.trying(case):  # the measurement is done, and must not be lost for a reference
             runner = loaded.runner(case)
-            calls = [runner.images(request, prompt) for prompt in range(len(request.prompts))]
+            calls = [runner.images(case.request(asked), prompt) for prompt in range(len(asked.prompts))]
             loaded.unload(case)
             found.by_key[key] = subject.label, in_order(calls)
         if case.failed:
@@ -270,12 +290,12 @@ def find_references(
     return found
 
 
-def _references(cases: Sequence[Case]) -> dict[tuple[str, str], Subject]:
-    """The eager subjects that cases are held against: float32 of every model, and the half of each half engine."""
+def _references(cases: Sequence[Case]) -> dict[Key, Subject]:
+    """The eager subjects that cases are held against, each run as they are: float32, and the half of a half engine."""
     wanted = {}
     for subject in (case.subject for case in cases if not case.failed):
         for precision in dict.fromkeys(("fp32", subject.precision)):
             label = f"{subject.model_label} eager" + ("" if precision == "fp32" else f"-{precision}")
-            made = Subject(label, subject.model, precision=precision, replaced=subject.replaced, loras=subject.loras)
-            wanted[made.model_key, precision] = made
+            made = replace(subject, label=label, target=EAGER, precision=precision, bundle=None)
+            wanted[_key(made)] = made
     return wanted

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from sdkd.compare.measure.calls import TEXT_ENCODER, VAE_DECODER, Request, Size
+from sdkd.compare.measure.calls import Asked, Size
 from sdkd.compare.measure.cases import (
     Case,
     LoadedSubjects,
-    ReferenceImages,
     find_references,
     first_images,
     first_opened,
@@ -22,22 +20,17 @@ from sdkd.compare.measure.cases import (
 )
 from sdkd.compare.measure.environment import environment, state_after
 from sdkd.compare.measure.limits import Ceilings, Work, element_bytes, fraction, measure_ceilings, unet_work
-from sdkd.compare.measure.quality import judge_engine
+from sdkd.compare.measure.outcome import Judge, all_baselines, result_of, unlike_calls
 from sdkd.compare.measure.refusals import check_asked, check_models
 from sdkd.compare.measure.results import Report, Result, Setup
 from sdkd.compare.measure.runner import RunConfig, prepare_children
-from sdkd.compare.measure.stats import CONFIDENCE, Ratio, Spread, speedup
-from sdkd.compare.measure.subjects import TEACHER, Failed, Subject, check_subjects, has_random_weights, size_on_disk
-from sdkd.compare.measure.timing import Sample, Timer
+from sdkd.compare.measure.stats import CONFIDENCE
+from sdkd.compare.measure.subjects import Failed, Subject, check_subjects, has_random_weights
+from sdkd.compare.measure.timing import Timer
 from sdkd.core.console import Progress, quiet, within
 from sdkd.errors import InputError, SdkdError
+from sdkd.models.generation import USUAL, Generation
 from sdkd.models.resolve import resolve
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Judge = Callable[[Sequence["Image"], Sequence[str]], Mapping[str, float]]
-"""Reads images and gives, for each name (`shape`, `colour`), the fraction of prompts that came out right."""
 
 RUNS = 30
 MIN_SECONDS = 1.0
@@ -49,8 +42,8 @@ def compare(
     subjects: Sequence[Subject],
     *,
     prompts: Sequence[str],
-    steps: int = 25,
-    guidance_scale: float = 7.5,
+    steps: int = USUAL.steps,
+    guidance_scale: float = USUAL.guidance_scale,
     size: int | Size | None = None,
     seed: int = 0,
     runs: int = RUNS,
@@ -72,7 +65,8 @@ def compare(
 
     `size`: image side, or height and width, in pixels (default: the first model's own). `runs`: UNet calls timed per
     subject, at least; `image_runs`: whole calls timed. `baseline`: label of one more subject to give ratios to.
-    `batch`: images per call. `scheduler`: for all subjects, as `sdkd generate` takes it (default: each model's own).
+    `batch`: images per call. `steps`, `guidance_scale` and `scheduler` (as `sdkd generate` takes it, default: each
+    model's own): of the subjects without a `run` of their own.
     `judge` reads the images (caption accuracy). Image n starts from `seed + n`. `isolate`: every subject in a fresh
     process of its own, which measures the memory of each and survives their crashes; a script that asks for it needs
     `if __name__ == "__main__":`.
@@ -83,61 +77,65 @@ def compare(
     if not subjects and failed:
         raise nothing_left(failed)
     check_subjects(subjects)
-    pixels = (size, size) if isinstance(size, int) else size
-    counts = {"steps": steps, "runs": runs, "image_runs": image_runs, "batch": batch}
-    numbers = {"guidance_scale": guidance_scale, "seed": seed, "min_seconds": min_seconds}
-    texts = check_asked(prompts, pixels, **counts, **numbers)
-    homes = {row.label: row.bundle or row.model for row in subjects if row.bundle or not row.replaced}
-    pixels = check_models(homes, pixels, steps, scheduler)
+    usual = Generation(steps, guidance_scale).with_asked(None, None, scheduler)
+    subjects = [dataclasses.replace(subject, run=subject.run or usual) for subject in subjects]
+    numbers = {"runs": runs, "image_runs": image_runs, "batch": batch, "seed": seed, "min_seconds": min_seconds}
+    texts, pixels = _check(subjects, prompts, (size, size) if isinstance(size, int) else size, numbers)
     check_baseline(baseline, [subject.label for subject in (*subjects, *(one.subject for one in failed))])
     where, cases, known = device or _default_device(), [Case(subject) for subject in subjects], random_notes(subjects)
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
         prepare_children()
     together = fit_together(subjects, where, isolate)
-    loaded = LoadedSubjects(RunConfig(where, together, isolate, scheduler, pixels, texts))
+    loaded = LoadedSubjects(RunConfig(where, together, isolate, pixels, texts))
     try:
         first = first_opened(cases, loaded, failed)
         height, width = first.size
-        asked = texts, steps, guidance_scale, seed, height, batch, None if width == height else width
-        request = Request(*asked, copies=first.copies)
-        _make_images(cases, loaded, request, image_runs, within(progress, *SHARES["images"]))
-        time_parts(measured(cases, failed), loaded, request, runs, min_seconds, within(progress, *SHARES["steps"]))
+        asked = Asked(texts, seed, height, batch, None if width == height else width)
+        _make_images(cases, loaded, asked, image_runs, within(progress, *SHARES["images"]))
+        time_parts(measured(cases, failed), loaded, asked, runs, min_seconds, within(progress, *SHARES["steps"]))
         loaded.finish()
         surroundings |= state_after(where)
         kept = {case.subject.label: case for case in measured(cases, failed)}
-        references = find_references(cases, request, loaded, within(progress, *SHARES["references"]))
+        references = find_references(cases, asked, loaded, within(progress, *SHARES["references"]))
     finally:
         loaded.close()
     setup = Setup(
-        *asked, unet_batch=request.unet_batch, runs=runs, min_seconds=min_seconds, scheduler=first.scheduler,
-        timing=Timer(where).method, open_together=loaded.config.keep_loaded, confidence=CONFIDENCE, isolated=isolate,
+        **vars(asked), runs=runs, min_seconds=min_seconds, timing=Timer(where).method,
+        open_together=loaded.config.keep_loaded, confidence=CONFIDENCE, isolated=isolate,
     )  # fmt: skip
-    others = [case.subject for case in kept.values()]
-    baselines = {label: find_baselines(case.subject, others, baseline) for label, case in kept.items()}
+    baselines = all_baselines(kept, baseline)
     told = [note for case in kept.values() if case.opened for note in case.opened.notes]  # inputs, prompts that are cut
     report = Report(
         setup=setup,
-        results=tuple(_result(case, kept, references, baselines[name], judge, request) for name, case in kept.items()),
+        results=tuple(result_of(case, kept, references, baselines[name], judge, asked) for name, case in kept.items()),
         environment=surroundings,
         images={label: tuple(case.images) for label, case in kept.items()},
         baselines=baselines,
         command=command,
-        notes=(*known, *dict.fromkeys(told), *notes, *references.notes),
+        notes=(*known, *dict.fromkeys(told), *unlike_calls(kept, baselines, asked), *notes, *references.notes),
         failed=(*failed, *(case.failed for case in cases if case.failed)),
     )
     return with_scores(with_limits(report, where), where)
 
 
-def _make_images(
-    cases: Sequence[Case], loaded: LoadedSubjects, request: Request, runs: int, progress: Progress
-) -> None:
+def _check(
+    subjects: Sequence[Subject], prompts: Sequence[str], size: Size | None, numbers: Mapping[str, float]
+) -> tuple[tuple[str, ...], Size | None]:
+    """The prompts, and the size of all where it is known; InputError for what cannot be asked of the subjects."""
+    texts = check_asked(prompts, size, **numbers)
+    known = [subject for subject in subjects if subject.bundle or not subject.replaced]
+    homes = {row.label: (row.bundle or row.model, row.run) for row in known if row.run is not None}
+    return texts, check_models(homes, size)
+
+
+def _make_images(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, runs: int, progress: Progress) -> None:
     """All images of all subjects, then timed ones; one subject after the other where they do not fit together."""
     groups = [cases] if loaded.config.keep_loaded else [[case] for case in cases]
     for place, group in enumerate(groups):
         part = within(progress, place / len(groups), (place + 1) / len(groups))
-        first_images(group, loaded, request, within(part, 0.0, 0.65))
-        time_images([case for case in group if not case.failed], loaded, request, runs, within(part, 0.65, 1.0))
+        first_images(group, loaded, asked, within(part, 0.0, 0.65))
+        time_images([case for case in group if not case.failed], loaded, asked, runs, within(part, 0.65, 1.0))
 
 
 def random_notes(subjects: Sequence[Subject]) -> list[str]:
@@ -156,75 +154,6 @@ def check_baseline(baseline: str | None, labels: Sequence[str]) -> None:
     """InputError for a baseline that is no label."""
     if baseline is not None and baseline not in labels:
         raise InputError(f"baseline {baseline!r} is not among the subjects: choose one of {', '.join(labels)}")
-
-
-def find_baselines(subject: Subject, subjects: Sequence[Subject], baseline: str | None) -> dict[str, str]:
-    """What a subject's speed is divided by: `eager` of its model, the `teacher`'s eager, the asked `baseline`.
-
-    Eager in float32 before eager in half; a subject is never its own baseline.
-    """
-    eager = sorted((other for other in subjects if other.is_eager), key=lambda other: not other.is_reference)
-    own = next((other.label for other in eager if other.model_key == subject.model_key), None)
-    teacher = next((other.label for other in eager if other.role == TEACHER), None)
-    chosen = baseline if baseline in [other.label for other in subjects] else None  # it may have been left out
-    found = {"eager": own, "teacher": teacher, "baseline": chosen}
-    return {name: label for name, label in found.items() if label not in (None, subject.label)}
-
-
-Samples = Sequence[Sequence[Sample]]
-
-
-def _seconds(samples: Samples) -> list[list[float]]:
-    return [[sample.seconds for sample in part] for part in samples]
-
-
-def _cpu_seconds(samples: Samples) -> list[list[float]]:
-    return [[sample.cpu_s for sample in part] for part in samples]
-
-
-def _ratios(over: Mapping[str, Samples], own: Samples) -> dict[str, Ratio]:
-    """The speed-up over each baseline that was measured in enough rounds."""
-    found = {name: speedup(_seconds(samples), _seconds(own)) for name, samples in over.items()}
-    return {name: ratio for name, ratio in found.items() if ratio is not None}
-
-
-def _result(
-    case: Case,
-    cases: Mapping[str, Case],
-    references: ReferenceImages,
-    baselines: Mapping[str, str],
-    judge: Judge | None,
-    request: Request,
-) -> Result:
-    subject, against = case.subject, references.to_own(case.subject, case.images)
-    over = {name: cases[label] for name, label in baselines.items()}
-    assert case.opened is not None
-    assert case.memory is not None
-    return Result(
-        subject=subject,
-        unet_step_ms=Spread.of(_seconds(case.step_samples), 1000),
-        unet_step_cpu_ms=Spread.of(_cpu_seconds(case.step_samples), 1000),
-        image_s=Spread.of(_seconds(case.image_samples), 1 / request.batch),
-        image_cpu_s=Spread.of(_cpu_seconds(case.image_samples), 1 / request.batch),
-        text_encoder_ms=Spread.of(_seconds(case.parts[TEXT_ENCODER]), 1000),
-        vae_decode_ms=Spread.of(_seconds(case.parts[VAE_DECODER]), 1000),
-        load_s=case.opened.load_s,
-        first_call_s=case.first_call_s,
-        unet_parameters=case.opened.unet_parameters,
-        parameters=case.opened.parameters,
-        bytes_on_disk=size_on_disk(subject),
-        memory=case.memory,
-        repeatable=case.repeatable,
-        unet_calls=case.unet_calls,
-        images_per_call=request.batch,
-        attention=case.attention,
-        against_eager=against,
-        against_teacher=references.to_teacher(subject, case.images),
-        verdict=judge_engine(subject, against, references.half_to_own(subject)),
-        step_speedup=_ratios({name: other.step_samples for name, other in over.items()}, case.step_samples),
-        image_speedup=_ratios({name: other.image_samples for name, other in over.items()}, case.image_samples),
-        judged=None if judge is None else dict(judge(case.images, request.image_prompts)),
-    )
 
 
 def with_limits(report: Report, device: str) -> Report:
@@ -251,15 +180,15 @@ def with_limits(report: Report, device: str) -> Report:
 def _with_limit(row: Result, setup: Setup, ceilings: Mapping[str, Ceilings]) -> Result:
     if (found := ceilings.get(row.subject.precision)) is None:
         return row
-    work = subject_work(row.subject, setup)
+    work = subject_work(row.subject, setup, row.unet_batch)
     return dataclasses.replace(row, work=work, limit=fraction(work, found, row.unet_step_ms.median / 1000))
 
 
-def subject_work(subject: Subject, setup: Setup) -> Work:
-    """The work of one of the subject's timed UNet calls, from its configs alone; ModelError when they are gone."""
+def subject_work(subject: Subject, setup: Setup, latents: int) -> Work:
+    """The work of a UNet call of so many latents, from the subject's configs alone; ModelError when they are gone."""
     home = resolve(subject.bundle or subject.model)
     height, width = (pixels // home.latent_scale for pixels in setup.size)
-    return unet_work(home.unet_config, setup.unet_batch, height, width, element_bytes=element_bytes(subject.precision))
+    return unet_work(home.unet_config, latents, height, width, element_bytes=element_bytes(subject.precision))
 
 
 def with_scores(report: Report, device: str) -> Report:

@@ -5,45 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdkd.bundle.manifest import REPLACEMENTS, Bundle
 from sdkd.compare.measure.calls import Size
+from sdkd.compare.measure.defaults import AS_MADE, RunsAsked, native_px, runs_of
 from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
 from sdkd.compare.measure.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import check_precision
 from sdkd.core.profiles import Range, ShapeRanges
-from sdkd.core.text_files import prompts_of
 from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
 from sdkd.models.fused import Lora, recorded_loras, with_loras
+from sdkd.models.generation import Generation
 from sdkd.models.kinds import BundleSource
 from sdkd.models.replacements import WithVae, short_vae, with_vae
 from sdkd.models.resolve import Model, ModelSource, resolve
-from sdkd.models.schedulers import scheduler_class
 from sdkd.targets.plan import plan_for_model
 from sdkd.targets.registry import TARGETS, availability, check_target, slot_precision
 
-if TYPE_CHECKING:
-    from sdkd.compare.measure.comparison import Judge
-
 ONNX_ENGINE = "onnxruntime"  # whose bundle Optimum gets: the ONNX files that this engine was built from
 TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models
-SMALL_PX = 64  # models of at most this size are trained on drawn shapes, like the demo's
-SHAPES = (
-    "a large red star on a white background",
-    "a large yellow heart on a blue background",
-    "a medium green circle on a black background",
-    "a large blue cross on a yellow background",
-)
-PHOTOGRAPHS = (
-    "a photograph of an astronaut riding a horse",
-    "a watercolour of a lighthouse at dusk",
-    "a bowl of oranges on a wooden table, soft morning light",
-)
-
-
-GUIDANCE, SMALL_GUIDANCE = 7.5, 4.0  # diffusers' default; what suits drawn shapes
 
 
 @dataclass
@@ -59,7 +41,7 @@ class Plan:
 class Wish:
     """What applies to every model: targets (None: what runs here), precision of new engines, size, bundles, batch.
 
-    `steps` and `scheduler` are looked at before anything is built. `vae`: every model is compared with this one, too.
+    `vae`: every model is compared with this one, too. `runs`: steps, guidance scale and scheduler that count for all.
     """
 
     targets: tuple[str, ...] | None
@@ -67,57 +49,22 @@ class Wish:
     size: Size | None
     bundles: Path
     batch: int = 1
-    steps: int = 1
-    scheduler: str | None = None
     vae: str | None = None
+    runs: RunsAsked = AS_MADE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of a comparison: its name in labels, what it is to the others, and how it is run."""
+
+    source: ModelSource
+    name: str
+    role: str
+    run: Generation
 
 
 Builder = Callable[[Progress], Subject]
 """Exports and builds what is missing or stale for a subject."""
-
-
-def parse_prompts(text: str | None, models: Sequence[Model]) -> tuple[str, ...]:
-    """Prompts from a file (one per line) or `a;b`; by default such as the models know. InputError when empty."""
-    if text is None:
-        return SHAPES if all(map(_is_small, models)) else PHOTOGRAPHS
-    return prompts_of(text)
-
-
-def default_guidance(models: Sequence[Model]) -> float:
-    """The guidance scale that suits the models, where none is asked for."""
-    return SMALL_GUIDANCE if all(map(_is_small, models)) else GUIDANCE
-
-
-def default_judge(models: Sequence[Model], prompts: Sequence[str], size: Size | None) -> Judge | None:
-    """The reader of drawn shapes, where all models are small and all prompts are captions of such drawings."""
-    from sdkd.toyworld.reader import LEAST_PX, are_captions, judge_captions
-
-    sources = [resolve(model) for model in models]
-    sides = [side for source in sources if (side := _native_px(source)) is not None and side <= SMALL_PX]
-    readable = (
-        all(map(_from_text_alone, sources))
-        and len(sides) == len(sources)
-        and (min(size) if size else min(sides, default=0)) >= LEAST_PX
-    )
-    return judge_captions if readable and are_captions(prompts) else None
-
-
-def _from_text_alone(source: ModelSource) -> bool:
-    """Whether a model of this machine draws from prompts, not from images, too."""
-    if isinstance(source, BundleSource) and "controlnet" in source.bundle.manifest.components:
-        return False
-    return not source.here or int(source.unet_config.get("in_channels", 4)) == 4
-
-
-def _is_small(model: Model) -> bool:
-    side = _native_px(resolve(model))
-    return side is not None and side <= SMALL_PX
-
-
-def _native_px(source: ModelSource) -> int | None:
-    """The side of a model's own images in pixels, from configs of this machine; None where they do not tell."""
-    size = source.native_size if source.here else None
-    return size[0] if size is not None and size[0] == size[1] else None
 
 
 def make_plan(
@@ -133,19 +80,20 @@ def make_plan(
     names = short_names([source.name for source in sources])
     check_targets(wish.targets)
     roles = find_roles(sources)
-    if wish.scheduler is not None:
-        scheduler_class(wish.scheduler)
     if wish.precision is not None:
         check_precision(wish.precision)
-    size = check_models(dict(zip(names, sources, strict=True)), wish.size, wish.steps, wish.scheduler)
+    runs, notes = runs_of(sources, wish.runs)
+    plan.notes += notes
+    homes = {name: (source, runs[source.name]) for name, source in zip(names, sources, strict=True)}
+    size = check_models(homes, wish.size)
     wanted: list[tuple[Subject, Builder | None]] = []
     variants = _with_vae(sources, names, roles, wish.vae, plan)
     own = [(source, name, roles[source.name]) for source, name in zip(sources, names, strict=True)]
-    for source, name, role in (*own, *variants):
-        if isinstance(source, BundleSource):
-            wanted += [(subject, None) for subject in _of_bundle(plan, source, name, role, wish, size)]
+    for entry in (Entry(*each, runs[each[0].name]) for each in (*own, *variants)):
+        if isinstance(entry.source, BundleSource):
+            wanted += [(subject, None) for subject in _of_bundle(plan, entry, entry.source, wish, size)]
         else:
-            wanted += _of_model(source, name, role, wish, size)
+            wanted += _of_model(entry, wish, size)
     if not wanted:
         raise InputError(
             f"nothing of {', '.join(source.name for source in sources)} can be compared here: {'; '.join(plan.notes)}"
@@ -210,42 +158,46 @@ def _origin(source: BundleSource) -> ModelSource | None:
         return None
 
 
-def _torch_subjects(
-    model: str, name: str, role: str, targets: tuple[str, ...] | None, **made_with: Any
-) -> list[Subject]:
+def _subject(
+    entry: Entry, target: str, runs_on: str, precision: str, *, model: str | None = None, bundle: Path | None = None,
+    **made_with: Any,
+) -> Subject:  # fmt: skip
+    """An entry on a target; `model`: where its PyTorch weights are, if not where it is."""
+    label, model = f"{entry.name} {target}", model or entry.source.name
+    return Subject(label, model, runs_on, precision, bundle, entry.role, run=entry.run, **made_with)
+
+
+def _torch_subjects(entry: Entry, targets: tuple[str, ...] | None, **made_with: Any) -> list[Subject]:
     wanted = [EAGER] if targets is None else [target for target in targets if in_torch(target)]
     return [
-        Subject(f"{name} {target}", model, target.partition("-")[0], torch_precision(target), None, role, **made_with)
-        for target in wanted
+        _subject(entry, target, target.partition("-")[0], torch_precision(target), **made_with) for target in wanted
     ]
 
 
-def _of_model(
-    source: ModelSource, name: str, role: str, wish: Wish, size: Size | None
-) -> list[tuple[Subject, Builder | None]]:
+def _of_model(entry: Entry, wish: Wish, size: Size | None) -> list[tuple[Subject, Builder | None]]:
     """Any model but a bundle: eager, and an engine for every target, built where it is missing or stale."""
-    replaced = (("vae", source.vae),) if isinstance(source, WithVae) else ()
-    eager = _torch_subjects(source.name, name, role, wish.targets, replaced=replaced)
+    replaced = (("vae", entry.source.vae),) if isinstance(entry.source, WithVae) else ()
+    eager = _torch_subjects(entry, wish.targets, replaced=replaced)
     targets = _engine_targets(wish.targets)
-    if targets and wish.size is None and size is not None and (own := _native_px(source)) not in (None, size[0]):
+    if targets and wish.size is None and size is not None and (own := native_px(entry.source)) not in (None, size[0]):
         raise InputError(
-            f"{name!r} makes images of {own} px, and this comparison is of {size[0]} px: give --size, and engines are "
-            "built for that"
+            f"{entry.name!r} makes images of {own} px, and this comparison is of {size[0]} px: give --size, and "
+            "engines are built for that"
         )
     found: list[tuple[Subject, Builder | None]] = [(subject, None) for subject in eager]
-    return found + [_engine_to_build(source, name, role, target, wish) for target in targets]
+    return found + [_engine_to_build(entry, target, wish) for target in targets]
 
 
-def _engine_to_build(source: ModelSource, name: str, role: str, target: str, wish: Wish) -> tuple[Subject, Builder]:
+def _engine_to_build(entry: Entry, target: str, wish: Wish) -> tuple[Subject, Builder]:
     """The subject that an engine will be, and what builds it; raises what building it would raise at once."""
     from export.build.request import check_buildable
     from sdkd.workflow import prepare
 
-    built, ranges = ONNX_ENGINE if target == OPTIMUM else target, _ranges(wish)
-    folder, reuse = wish.bundles / name, None
+    source, built, ranges = entry.source, ONNX_ENGINE if target == OPTIMUM else target, _ranges(wish)
+    folder, reuse = wish.bundles / entry.name, None
     if isinstance(source, WithVae):  # its text encoder and UNet are those of the model with its own VAE
         vae = short_vae(source.vae)
-        reuse = wish.bundles / name.removesuffix(f" with {vae}")
+        reuse = wish.bundles / entry.name.removesuffix(f" with {vae}")
         folder = reuse.with_name(f"{reuse.name}-{vae}")
     plan = plan_for_model(built, slot_precision(built) or wish.precision)
     check_buildable(plan.target)
@@ -253,9 +205,9 @@ def _engine_to_build(source: ModelSource, name: str, role: str, target: str, wis
 
     def build(progress: Progress) -> Subject:
         made = prepare(source, plan, folder, ranges=ranges, reuse=reuse, progress=progress)
-        return _engine_subject(source.name, name, role, made.bundle, slot)
+        return _engine_subject(entry, source.name, made.bundle, slot)
 
-    return Subject(f"{name} {slot}", source.name, slot, plan.precision, folder / plan.onnx, role), build
+    return _subject(entry, slot, slot, plan.precision, bundle=folder / plan.onnx), build
 
 
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
@@ -279,11 +231,10 @@ def _ranges(wish: Wish) -> ShapeRanges | None:
     return None
 
 
-def _engine_subject(model: str, name: str, role: str, bundle: Path, slot: str) -> Subject:
+def _engine_subject(entry: Entry, model: str, bundle: Path, slot: str) -> Subject:
     opened = Bundle.open(bundle)
     unet = opened.component("unet") if slot == OPTIMUM else opened.engine(slot, "unet")
-    precision = unet.precision
-    return Subject(f"{name} {slot}", model, slot, precision, bundle, role, **_made_with(opened))
+    return _subject(entry, slot, slot, unet.precision, model=model, bundle=bundle, **_made_with(opened))
 
 
 def _made_with(bundle: Bundle) -> dict[str, Any]:
@@ -293,22 +244,22 @@ def _made_with(bundle: Bundle) -> dict[str, Any]:
     return {"replaced": replaced, "loras": recorded_loras(source)}
 
 
-def _of_bundle(plan: Plan, source: BundleSource, name: str, role: str, wish: Wish, size: Size | None) -> list[Subject]:
+def _of_bundle(plan: Plan, entry: Entry, source: BundleSource, wish: Wish, size: Size | None) -> list[Subject]:
     """A bundle: its engines as they are, and the model it was made from as eager where that can be had."""
     bundle, origin = source.bundle, _origin(source)
     model = source.name if origin is None else origin.name
     made_with = _made_with(bundle)
-    found = _torch_subjects(model, name, role, wish.targets, **made_with)
+    found = _torch_subjects(entry, wish.targets, model=model, **made_with)
     if found and (why := _why_not_eager(model, **made_with)):
-        plan.notes.append(f"{name}: no eager baseline ({why})")
+        plan.notes.append(f"{entry.name}: no eager baseline ({why})")
         found = []
     asked = None if wish.targets is None else _engine_targets(wish.targets)
     for slot in bundle.slots() if asked is None else asked:
         here = None if slot == OPTIMUM else availability(check_target(slot).name)
         if here is not None and not here.can_run:
-            plan.notes.append(f"{name}: {slot} was left out ({here.reason}; {here.fix})")
+            plan.notes.append(f"{entry.name}: {slot} was left out ({here.reason}; {here.fix})")
             continue
-        found.append(_engine_subject(model, name, role, bundle.path, slot))
+        found.append(_engine_subject(entry, model, bundle.path, slot))
         if here is not None:
             check_engines(bundle, slot, size, wish.batch)
     return found

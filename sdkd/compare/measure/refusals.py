@@ -13,6 +13,7 @@ from sdkd.compare.measure.subjects import IN_TORCH, OPTIMUM, optimum_problem
 from sdkd.core.contract import check_precision, check_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_numbers
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
+from sdkd.models.generation import Generation
 from sdkd.models.kinds import BundleSource
 from sdkd.models.resolve import Model, ModelSource, load_rest, resolve
 from sdkd.targets.registry import availability, check_target
@@ -40,46 +41,46 @@ def torch_precision(target: str) -> str:
     return check_precision(target.partition("-")[2] or "fp32")
 
 
-def check_asked(prompts: Sequence[str], size: Size | None, **numbers: float) -> tuple[str, ...]:
+def check_asked(prompts: Sequence[str], size: Size | None, **numbers: float | None) -> tuple[str, ...]:
     """The prompts, none of them empty; InputError for those and for numbers that no model could be asked for."""
     kept = tuple(prompts)
     if not kept or not all(prompt.strip() for prompt in kept):
         raise InputError("a comparison needs prompts, none of them empty: give --prompts 'a red star; a blue ring'")
-    sides: dict[str, float] = dict(zip(("height", "width"), size or (), strict=False))
+    sides: dict[str, float | None] = dict(zip(("height", "width"), size or (), strict=False))
     check_numbers(numbers | sides, DRAWING | {"image_runs": DRAWING["runs"]})
     return kept
 
 
-def check_models(homes: Mapping[str, Model], size: Size | None, steps: int, scheduler: str | None) -> Size | None:
-    """InputError, which names it, for a model that cannot have the size or do the steps; nothing is loaded.
+def check_models(homes: Mapping[str, tuple[Model, Generation]], size: Size | None) -> Size | None:
+    """InputError, which names it, for a model that cannot have the size or do its steps; nothing is loaded.
 
-    `homes`: by label, the model or bundle of each. Returns the size that all are asked for: where none is given, the
-    first's own, None where its config does not tell. A model that cannot be read is left for when it is opened.
+    `homes`: by label, the model or bundle of each, and how it is to be run. Returns the size that all are asked for:
+    where none is given, the first's own, None where its config does not tell. A model that cannot be read is left for
+    when it is opened.
     """
-    seen = set[str]()
-    for label, home in homes.items():
+    seen = set[tuple[str, Generation]]()
+    for label, (home, run) in homes.items():
         source = resolve(home)
-        if source.name in seen:
+        if (source.name, run) in seen:
             continue
-        seen.add(source.name)
+        seen.add((source.name, run))
         with contextlib.suppress(ModelError, BundleError):
             size = size or source.native_size
             try:
                 if size is not None:
                     check_size(*size, size_multiple(source.unet_config, source.config("vae")))
-                _check_steps(source, steps, scheduler)
+                _check_steps(source, run)
             except InputError as error:
                 raise InputError(f"{label!r}: {error}") from error
     return size
 
 
-def _check_steps(source: ModelSource, steps: int, scheduler: str | None) -> None:
-    from sdkd.models.schedulers import check_steps, set_scheduler
+def _check_steps(source: ModelSource, run: Generation) -> None:
+    from sdkd.models.schedulers import check_steps, use_scheduler
 
     pipe = SimpleNamespace(scheduler=_scheduler(source))
-    if scheduler is not None:
-        set_scheduler(pipe, scheduler)
-    check_steps(pipe.scheduler, steps)
+    use_scheduler(pipe, run.scheduler)
+    check_steps(pipe.scheduler, run.steps)
 
 
 def _scheduler(source: ModelSource) -> Any:

@@ -8,19 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkd.compare.measure.against import THRESHOLD, Against, Earlier, parse_report, weigh
+from sdkd.compare.measure.against import THRESHOLD, Against, weigh
 from sdkd.compare.measure.calls import Asked
+from sdkd.compare.measure.earlier import Earlier, parse_report
 from sdkd.compare.measure.environment import Memory, busy
 from sdkd.compare.measure.limits import Ceilings, Limit, Work
 from sdkd.compare.measure.quality import Likeness, Verdict
 from sdkd.compare.measure.stats import Ratio, Spread
 from sdkd.compare.measure.subjects import Failed, Subject
 from sdkd.errors import EngineError, InputError, ParityError, SdkdError
+from sdkd.models.generation import Generation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SCHEMA = 3
+SCHEMA = 4
 NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
 
 
@@ -28,10 +30,8 @@ NOISY_WIDTH = 0.5  # (p90 - p10) / median of the step latency
 class Setup(Asked):
     """What was asked, equal for all subjects, and how it was measured."""
 
-    unet_batch: int  # twice the images per call with guidance: conditional and unconditional in one call
     runs: int
     min_seconds: float
-    scheduler: str
     timing: str
     open_together: bool  # all pipelines in memory at once; otherwise one at a time, opened again for every round
     confidence: float
@@ -43,6 +43,8 @@ class Result:
     """What was found for one subject."""
 
     subject: Subject
+    run: Generation  # what it was drawn with, the class of its scheduler included
+    unet_batch: int  # of a UNet call: twice the images with guidance, conditional and unconditional in one call
     unet_step_ms: Spread
     unet_step_cpu_ms: Spread  # CPU time of all threads
     image_s: Spread  # per image: a call's time over its images
@@ -154,6 +156,11 @@ class Report:
         )
 
     @property
+    def mixed(self) -> bool:
+        """Whether subjects were drawn with different steps or guidance scales."""
+        return len({(row.run.steps, row.run.guidance_scale) for row in self.results}) > 1
+
+    @property
     def busy_before(self) -> str | None:
         """In words how busy the machine was with other work when it began, None when it was quiet; see `busy`."""
         return busy(self.environment)
@@ -208,6 +215,7 @@ def _subject_json(subject: Subject) -> dict[str, Any]:
         "precision": subject.precision,
         "role": subject.role,
         "bundle": None if subject.bundle is None else str(subject.bundle),
+        "run": None if subject.run is None else subject.run.to_json(),
     }
 
 
@@ -222,6 +230,8 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
     subject, memory, baselines = row.subject, row.memory, report.baselines.get(row.subject.label, {})
     return {
         **_subject_json(subject),
+        "run": row.run.to_json(),
+        "unet_batch": row.unet_batch,
         **{name: _figure_json(getattr(row, name)) for name in FIGURES},
         "rss_growth_bytes": memory.growth,
         **{f"{name}_bytes": getattr(memory, name) for name in ("base_rss", "peak_rss", "peak_gpu", "peak_torch")},

@@ -69,7 +69,6 @@ class RunConfig:
     device: str
     keep_loaded: bool = True  # all subjects at once; otherwise one at a time, loaded again when it is its turn
     isolate: bool = False  # each in a process of its own, whose peak of memory is then the subject's
-    scheduler: str | None = None  # None: the model's own
     size: Size | None = None  # None: the model's own
     prompts: tuple[str, ...] = ()
     threads: int = field(default_factory=_threads)  # PyTorch's, as in the process that asks
@@ -132,7 +131,7 @@ class LocalRunner:
         return Opened(load_s, device, size, scheduler, *counts, copies, notes)
 
     def _load(self) -> None:
-        self._pipe = open_subject(self.subject, self.config.device, self.config.scheduler)
+        self._pipe = open_subject(self.subject, self.config.device)
 
     def images(self, request: Request, prompt: int) -> Drawn:
         """Make the images of one prompt in one call, timed end to end; EngineError for what torch.compile raises."""

@@ -16,6 +16,7 @@ from sdkd.compare.measure.calls import as_drawn
 from sdkd.core.contract import COMPONENTS, check_precision, torch_dtype
 from sdkd.errors import EngineError, InputError, one_line
 from sdkd.models.fused import Lora, with_loras
+from sdkd.models.generation import Generation
 from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
 from sdkd.models.resolve import load_eager, resolve
 
@@ -38,7 +39,8 @@ class Subject:
 
     A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for `optimum` the ONNX files; `role` says
     what the model is to the others (`teacher`, `student`, `model`). `replaced`: parts of the model that others stand
-    for, (`vae` or `controlnet`, folder or hub id), and `loras` those fused into it, as the bundle was exported.
+    for, (`vae` or `controlnet`, folder or hub id), and `loras` those fused into it, as the bundle was exported. `run`:
+    steps, guidance scale and scheduler of its images; None: those of the comparison.
     """
 
     label: str
@@ -49,6 +51,7 @@ class Subject:
     role: str = "model"
     replaced: tuple[tuple[str, str], ...] = ()
     loras: tuple[Lora, ...] = ()
+    run: Generation | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
@@ -134,12 +137,12 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
             raise InputError(f"subject {what} {twice[0]!r} is used twice: give every subject its own")
 
 
-def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = None) -> StableDiffusionPipeline:
+def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeline:
     """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or from its bundle.
 
     Scheduler and latents are in the subject's precision, on engines as in PyTorch: an engine that is judged by eager
-    half precision has no rounding fewer. `scheduler`: as `sdkd generate` takes it, None for the model's own; InputError
-    when it is unknown.
+    half precision has no rounding fewer. The scheduler is that of the subject's `run`, the model's own where it has
+    none; InputError when it is unknown.
     """
     dtype = torch_dtype(subject.precision)
     if subject.in_torch:
@@ -159,10 +162,10 @@ def open_subject(subject: Subject, device: str = "cpu", scheduler: str | None = 
 
         assert subject.bundle is not None
         pipe = as_drawn(load_pipeline(subject.bundle, subject.target, torch_dtype=dtype))
-    if scheduler is not None:
-        from sdkd.models.schedulers import set_scheduler
+    if subject.run is not None:
+        from sdkd.models.schedulers import use_scheduler
 
-        set_scheduler(pipe, scheduler)
+        use_scheduler(pipe, subject.run.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

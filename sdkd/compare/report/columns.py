@@ -56,6 +56,8 @@ class Column:
     better: Literal["", "low", "high"] = ""
     page_only: bool = False
     parts: bool = False  # shown in a table of its own, with the parts of an image
+    mixed: bool = False  # shown where subjects were drawn with different steps or guidance scales
+    varies: bool = False  # shown where it is not the same of all
 
 
 def _spread(row: Result) -> Cell:
@@ -153,6 +155,12 @@ def _bytes(count: int | None) -> Cell:
 
 
 COLUMNS: tuple[Column, ...] = (
+    Column("steps", "Steps", "", "Denoising steps of an image.",
+           lambda row: Cell(str(row.run.steps), "", row.run.steps), varies=True),
+    Column("guidance", "Guidance", "", "Guidance scale; with 1 and below, a step has one latent per image instead of "
+           "two.", lambda row: Cell(f"{row.run.guidance_scale:g}", "", row.run.guidance_scale), varies=True),
+    Column("scheduler", "Scheduler", "", "What makes the steps of an image.",
+           lambda row: Cell(str(row.run.scheduler)), page_only=True, varies=True),
     Column("step", "UNet step", "ms", "Median of one UNet call; p10–p90 below it.", _spread, "low"),
     Column("p99", "p99", "ms", "99 of 100 UNet calls are no longer; only with 100 calls or more.",
            lambda row: _plain(row.unet_step_ms.p99), "low"),
@@ -164,6 +172,10 @@ COLUMNS: tuple[Column, ...] = (
            lambda row: _ratio(row.step_speedup.get("teacher")), "high"),
     Column("baseline", "vs baseline", "", "Speed of a UNet step over the chosen baseline.",
            lambda row: _ratio(row.step_speedup.get("baseline")), "high"),
+    Column("image-eager", "Image vs own eager", "", "Speed of a whole image over eager PyTorch of the same model "
+           "with the same steps.", lambda row: _ratio(row.image_speedup.get("eager")), "high", mixed=True),
+    Column("image-teacher", "Image vs teacher", "", "Speed of a whole image over the teacher in eager PyTorch, each "
+           "with its own steps.", lambda row: _ratio(row.image_speedup.get("teacher")), "high", mixed=True),
     Column("images", "Images", "per s", "End to end: text encoder, all steps, scheduler and VAE.",
            lambda row: _plain(row.images_per_s), "high"),
     Column("limit", "Of limit", "", "The least time of a UNet step over its measured time: its arithmetic at "
@@ -216,7 +228,12 @@ COLUMNS: tuple[Column, ...] = (
 def shown_columns(report: Report, page: bool = False, parts: bool = False) -> list[Column]:
     """The columns in which any subject has a value: of the main table, of the parts', or all for the page."""
     kept = [column for column in COLUMNS if page or (column.parts == parts and not column.page_only)]
-    return [column for column in kept if any(column.cell(row) != EMPTY for row in report.results)]
+    return [column for column in kept if _is_shown(column, report)]
+
+
+def _is_shown(column: Column, report: Report) -> bool:
+    cells = {column.cell(row) for row in report.results}
+    return cells != {EMPTY} and (report.mixed or not column.mixed) and (len(cells) > 1 or not column.varies)
 
 
 def best_rows(column: Column, rows: Sequence[Result]) -> set[str]:

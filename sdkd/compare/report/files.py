@@ -15,7 +15,7 @@ from sdkd.compare.report.charts import latency_bars, latency_ridges, memory_bars
 from sdkd.compare.report.columns import COLUMNS, EMPTY, GIGA, best_rows, full_title, number, shown_columns
 from sdkd.compare.report.gallery import GAINS, PIXELATED_PX, differences, gallery, kinds, worst_images
 from sdkd.compare.report.tables import HEADS, against_cells, against_remarks, against_title, markdown
-from sdkd.compare.report.words import asked, findings, machine_line, method, models, noise_note
+from sdkd.compare.report.words import asked, findings, machine_line, method, models, notes
 from sdkd.core.files import staged_folder, write_bytes, write_json
 from sdkd.core.interrupts import between_steps
 from sdkd.core.marks import COMPARISON
@@ -118,7 +118,7 @@ def _context(report: Report) -> dict[str, Any]:
         "models": models(report),
         "asked": asked(report).replace(" × ", "\u00a0×\u00a0").replace(" px", "\u00a0px"),
         "machine": machine_line(report),
-        "notes": [note for note in (noise_note(report), *report.notes) if note],
+        "notes": notes(report),
         "findings": findings(report),
         "latency": latency_bars(report),
         "ridges": latency_ridges(report),
@@ -180,7 +180,8 @@ def _environment(report: Report) -> list[tuple[str, str]]:
     for precision, seen in report.ceilings.items():
         rates = f"{number(seen.flops_per_s / GIGA)} GFLOP/s, {number(seen.bytes_per_s / GIGA)} GB/s"
         found.append((f"Ceilings, {precision}", f"{rates} ({seen.how})"))
-    return [*found, ("Scheduler, seed", f"{report.setup.scheduler}, {report.setup.seed}")]
+    schedulers = dict.fromkeys(str(row.run.scheduler) for row in report.results)
+    return [*found, ("Scheduler, seed", f"{', '.join(schedulers)}, {report.setup.seed}")]
 
 
 def _text(value: Any) -> str:

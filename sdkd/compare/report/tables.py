@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING
 from sdkd.compare.measure.against import Against, Change
 from sdkd.compare.measure.results import Report, Result
 from sdkd.compare.report.columns import EMPTY, STYLES, Cell, Column, Tone, full_title, number, shown_columns
-from sdkd.compare.report.words import machine_line, noise_note, sentence
+from sdkd.compare.report.words import machine_line, notes, sentence
 from sdkd.core.console import markdown_table, no_html
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable
     from rich.table import Table
 
-# What fits a terminal of 80 columns: three tables, by column a heading of two lines.
+# What fits a terminal of 80 columns: four tables, by column a heading of two lines.
 _TERMINAL = (
     {
         "step": "step\nms", "eager": "over\neager", "teacher": "over\nteacher", "baseline": "over\nbaseline",
         "images": "images\nper s", "limit": "of\nlimit", "unet": "UNet\nM", "disk": "disk\nMB",
+    },
+    {
+        "steps": "\nsteps", "guidance": "\nguidance", "image-eager": "image over\nown eager",
+        "image-teacher": "image over\nteacher",
     },
     {
         "text": "text\nms", "calls": "UNet\ncalls", "vae": "VAE\nms", "rest": "rest\nms", "memory": "peak RAM\n+MB",
@@ -32,7 +36,7 @@ _TERMINAL = (
         "judged": "caption\nright",
     },
 )  # fmt: skip
-_REMARKED = ("step", "psnr")  # columns whose remark fits, too
+_REMARKED = ("step", "image-eager", "image-teacher", "psnr")  # columns whose remark fits, too
 HEADS = (("Then", "ms"), ("Now", "ms"), ("Speed", "then ÷ now"), ("Verdict", ""), ("Images", "to own eager"))
 _TONES: dict[str, Tone] = {
     "faster": "good", "slower": "bad", "tie": "muted", "not compared": "muted",
@@ -49,7 +53,7 @@ def markdown(report: Report) -> str:
     failed = [f"- **{one.subject.label} failed**: {one.reason}" for one in report.failed]
     lines += ["", *failed] if failed else []
     lines += ["", *(f"- {column.title}: {column.help}" for column in (*columns, *parts))]
-    lines += [f"- Note: {note}." for note in (noise_note(report), *report.notes) if note]
+    lines += [f"- Note: {note}." for note in notes(report)]
     lines += [] if report.against is None else ["", *against_lines(report.against)]
     text = no_html("\n".join(lines)) + "\n"
     return text + (f"\nMade again by:\n\n    {report.command}\n" if report.command else "")

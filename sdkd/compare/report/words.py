@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdkd.compare.measure.limits import EXPLAINED
-from sdkd.compare.measure.results import Report
+from sdkd.compare.measure.results import Report, Result
 from sdkd.compare.measure.subjects import STUDENT
 from sdkd.compare.measure.timing import MOST_WARM_CALLS, MOST_WARM_SECONDS
 
@@ -40,12 +41,26 @@ def models(report: Report) -> str:
 def asked(report: Report) -> str:
     """On what the models ran, and what each was asked for."""
     setup, targets = report.setup, listing(_target_word(row.subject.runs_as) for row in report.results)
+    runs = _runs(report)
+    each = [text if len(runs) == 1 else f"{text} ({listing(names)})" for text, names in runs]
     height, width = setup.size
     batch = "" if setup.batch == 1 else f", {setup.batch} images per call"
     return (
         f"on {targets}: {plural(len(setup.prompts), 'prompt')} from the same noise, "
-        f"{width} × {height} px, {plural(setup.steps, 'step')}, guidance {setup.guidance_scale:g}{batch}"
+        f"{width} × {height} px, {'; '.join(each)}{batch}"
     )
+
+
+def _runs(report: Report) -> list[tuple[str, list[str]]]:
+    """Steps and guidance scale in words, and the model of every subject that has them; its label where that differs."""
+    found: dict[str, list[Result]] = {}
+    for row in report.results:
+        found.setdefault(f"{plural(row.run.steps, 'step')}, guidance {row.run.guidance_scale:g}", []).append(row)
+    models = [name for rows in found.values() for name in {row.subject.model_label for row in rows}]
+    return [
+        (text, [name if models.count(name := row.subject.model_label) == 1 else row.subject.label for row in rows])
+        for text, rows in found.items()
+    ]
 
 
 def sentence(report: Report) -> str:
@@ -62,6 +77,15 @@ def machine_line(report: Report) -> str:
     here = report.environment
     device = here["gpu"]["gpu"] if report.setup.timing == "CUDA events" and here.get("gpu") else here["cpu"]
     return f"{device}, {plural(here['cores_usable'], 'core')}, {here['date_utc'][:10]}"
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader should know first: how quiet the machine was, and the report's own notes."""
+    return [note for note in (noise_note(report), *report.notes) if note]
+
+
+def _settings(report: Report) -> str:
+    return "; ".join(f"{row.subject.label}, {row.run}" for row in report.results)
 
 
 def noise_note(report: Report) -> str | None:
@@ -84,15 +108,16 @@ def findings(report: Report) -> list[Finding]:
 
 
 def _fastest(report: Report) -> Finding | None:
-    for name in ("teacher", "eager", "baseline"):
-        rows = [row for row in report.results if name in row.step_speedup]
-        if rows:
-            row = max(rows, key=lambda one: one.step_speedup[name].value)
-            ratio, over = row.step_speedup[name], report.baselines[row.subject.label][name]
+    kinds = [("UNet step", {row.subject.label: row.step_speedup for row in report.results})]
+    if report.mixed:  # where a step is not the whole any more, images come first
+        kinds.insert(0, ("image", {row.subject.label: row.image_speedup for row in report.results}))
+    for (unit, ratios), name in itertools.product(kinds, ("teacher", "eager", "baseline")):
+        if found := {label: each[name] for label, each in ratios.items() if name in each}:
+            label = max(found, key=lambda one: found[one].value)
+            ratio, over = found[label], report.baselines[label][name]
             note = f"{ratio.confidence:.0%} interval {ratio.low:.2f}–{ratio.high:.2f}"
-            if ratio.tie:
-                return Finding("tie", f"per UNet step: {row.subject.label} over {over}", note)
-            return Finding(f"{ratio.value:.2f}×", f"as fast per UNet step: {row.subject.label} over {over}", note)
+            value, words = ("tie", "per") if ratio.tie else (f"{ratio.value:.2f}×", "as fast per")
+            return Finding(value, f"{words} {unit}: {label} over {over}", note)
     return None
 
 
@@ -136,10 +161,12 @@ def method(report: Report) -> list[str]:
     setup = report.setup
     memory = "all pipelines open at once" if setup.open_together else "one pipeline in memory at a time"
     place = "every subject in a fresh one of its own" if setup.isolated else "all subjects in one"
-    guided = "guidance: both halves in one call" if setup.unet_batch > setup.batch else "one latent per image"
+    batches = sorted({row.unet_batch for row in report.results})
+    words = {True: "guidance: both halves in one call", False: "one latent per image"}
+    guided = " or ".join(f"{count} ({words[count > setup.batch]})" for count in batches)
     fewest = min(row.unet_step_ms.count for row in report.results)
     return [
-        f"UNet step: one call with batch {setup.unet_batch} ({guided}), {setup.timing}, at least {fewest} calls each, "
+        f"UNet step: one call with batch {guided}, {setup.timing}, at least {fewest} calls each, "
         "after warm-up until three calls in a row agree within 10% "
         f"({MOST_WARM_CALLS} calls or {MOST_WARM_SECONDS:g} s at most).",
         "Rounds: every round times each subject in a new random order, after a call thrown away or warm-up, so that "
@@ -150,6 +177,7 @@ def method(report: Report) -> list[str]:
         "Parts: text encoder and VAE are timed like UNet steps, in fewer rounds; the rest of an image is what the "
         "medians of its parts leave of its own.",
         "Images: equal noise for every subject, drawn on the CPU in float32; whole images are timed again in rounds.",
+        *([f"Settings: {_settings(report)}."] if report.mixed else []),
         "Likeness: PSNR and SSIM of 8-bit images; an identical image counts as 100 dB in a mean. An engine is compared "
         "with eager fp32 of its own model; a student with its teacher in columns of their own.",
         *([f"Limit: {EXPLAINED}"] if report.ceilings else []),

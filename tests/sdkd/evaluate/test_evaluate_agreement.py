@@ -9,6 +9,7 @@ from PIL import Image
 
 from sdkd.errors import InputError, ModelError
 from sdkd.evaluate.agreement import BUCKETS, draw_images, make_probe, noise_agreement
+from sdkd.models.generation import Generation
 
 IMAGES = [{"image": Image.new("RGB", (64, 64), name), "caption": f"all {name}"} for name in ("red", "blue", "lime")]
 
@@ -70,7 +71,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 def test_an_image_depends_on_its_own_seed_only() -> None:
     pipe = helpers.tiny_pipeline()
-    first = draw_images(pipe, ["red", "blue"], steps=2, guidance_scale=4.0, seed=3)
-    second = draw_images(pipe, ["blue"], steps=2, guidance_scale=4.0, seed=4)
+    first = draw_images(pipe, ["red", "blue"], Generation(2, 4.0), seed=3)
+    second = draw_images(pipe, ["blue"], Generation(2, 4.0), seed=4)
     assert first[1].tobytes() == second[0].tobytes()
     assert first[0].tobytes() != first[1].tobytes()

@@ -113,7 +113,21 @@ def test_demo_reads_its_captions(models: tuple[str, str], tmp_path: Path) -> Non
     assert captions["mean"] == pytest.approx((captions["seen"] + captions["held_out"]) / 2)
     assert captions["by_attribute"]["seen"].keys() == {"shape", "colour", "background", "size", "position"}
     assert len(captions["per_image"]) == found["settings"]["images"] == 4
-    assert found["settings"]["guidance_scale"] == 4.0
+    assert {row["run"]["guidance_scale"] for row in found["models"]} == {4.0}
+
+
+def test_every_model_is_drawn_as_it_was_made_for(models: tuple[str, str], tmp_path: Path) -> None:
+    few, about = tmp_path / "few", {"teacher": models[0], "student": "sd-tiny"}
+    run = {"steps": 1, "guidance_scale": 1.0, "scheduler": "LCMScheduler"}
+    write_pipeline(helpers.tiny_pipeline(student="tiny"), few, about=about | {"generation": run})
+    found = evaluated(tmp_path / "out", models[0], str(few), prompts="a red star", steps=None, guidance=2.0)
+    assert [row["run"] for row in found["models"]] == [
+        {"steps": 25, "guidance_scale": 2.0, "scheduler": "PNDMScheduler"},
+        run | {"guidance_scale": 2.0},
+    ]
+    assert found["schema"] == 2
+    assert found["notes"][0].startswith("few: guidance 2 on a model that has its guidance built in")
+    assert "| Model | Role | UNet (M) | Steps | Guidance |" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
 def test_teacher_is_found(models: tuple[str, str], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from planted_report import planted_report, printed, rounds
 from typer.testing import CliRunner, Result
 
 from sdkd import cli
-from sdkd.compare.measure.against import Against, Change, check_common, compare_files, parse_report, read_report, weigh
+from sdkd.compare.measure.against import Against, Change, check_common, compare_files, weigh
+from sdkd.compare.measure.earlier import parse_report, read_report
 from sdkd.compare.report.files import html_page, write_report
 from sdkd.compare.report.tables import against_remarks, against_table, markdown
 from sdkd.core.console import no_html
@@ -118,8 +119,6 @@ def test_subjects_that_appeared_or_went(base: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("part", "key", "value", "words", "speed", "images"),
     [
-        ("setup", "steps", 10, "steps: 25 then, 10 now", True, False),
-        ("setup", "scheduler", "DDIMScheduler", "scheduler: PNDMScheduler then, DDIMScheduler now", True, False),
         ("setup", "prompts", ["a dog"], "prompts: 3 then, 1 now, not the same", True, False),
         ("setup", "size_px", 128, "image side in pixels: 64 then, 128 now", False, False),
         ("setup", "batch", 4, "images per call: 1 then, 4 now", False, False),
@@ -137,6 +136,30 @@ def test_a_difference_is_said_and_stops_what_hangs_on_it(
     if not speed:
         with pytest.raises(InputError, match=r"no speed can be compared with 'old.json': .* now. Measure both"):
             raise found.problem() or AssertionError
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words", "speed"),
+    [
+        ("steps", 4, "steps: 25 then, 4 now", True),
+        ("scheduler", "LCMScheduler", "scheduler: PNDMScheduler then, LCMScheduler now", True),
+        ("guidance_scale", 5.0, "guidance scale: 4.0 then, 5.0 now", True),
+        ("unet_batch", 1, "latents per UNet call: 2 then, 1 now", False),
+    ],
+)
+def test_how_a_subject_is_run_decides_what_of_it_is_compared(
+    base: dict[str, Any], key: str, value: object, words: str, speed: bool
+) -> None:
+    other = changed(base, **({key: value} if key == "unet_batch" else {"run": row(base)["run"] | {key: value}}))
+    found = against(base, other)
+    assert found.differences == (f"{words} ({SUBJECT})",)
+    assert (change(found).speed is not None, change(found).images) == (speed, "not compared")
+    assert change(found).why_not == ("" if speed else words)
+    assert change(found, "tiny eager").speed is not None
+    every = copy.deepcopy(base)
+    for each in every["results"]:
+        each["run"]["steps"] = 4
+    assert against(base, every).differences == ("steps: 25 then, 4 now",)
 
 
 def test_a_reason_names_all_that_it_is_of(base: dict[str, Any]) -> None:
@@ -164,7 +187,7 @@ def test_another_model_of_the_same_label_is_not_compared_and_other_places_and_ve
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 9}, "report 'x' has schema 9, this sdkd reads 1, 2, 3: measure again"),
+        ({"schema": 9}, "report 'x' has schema 9, this sdkd reads 1, 2, 3, 4: measure again"),
         ({"results": {}}, r"report 'x' is damaged .*results is an object, not a list.*: make it again"),
         ({"results": [{"label": []}]}, r"report 'x' is damaged .*results\[0\]\.\w+ is "),
         ({"environment": {"date_utc": 3}}, r"report 'x' is damaged .*environment\.date_utc is 3, not text"),
@@ -196,10 +219,20 @@ def test_reports_of_earlier_schemas_are_read_and_their_one_process_is_noted(base
     now["setup"]["isolated"] = True
     for name in ("batch", "isolated", "width_px"):
         del first["setup"][name]
+    first["setup"] |= {"steps": 25, "guidance_scale": 4.0, "scheduler": "PNDMScheduler", "unet_batch": 2}
     for result in first["results"]:
-        for name in ("text_encoder_ms", "vae_decode_ms", "unet_calls", "rest_ms", "base_rss_bytes", "peak_rss_bytes"):
+        for name in (
+            "run",
+            "unet_batch",
+            "text_encoder_ms",
+            "vae_decode_ms",
+            "unet_calls",
+            "rest_ms",
+            "base_rss_bytes",
+            "peak_rss_bytes",
+        ):
             del result[name]
-    for schema in (1, 2):
+    for schema in (1, 2, 3):
         found = against(first | {"schema": schema}, now)
         assert found.differences == ()
         assert found.notes == ("all in one process then, every subject in a process of its own now",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -22,9 +23,13 @@ import sdkd.compare.measure.cases as cases
 import sdkd.compare.measure.subjects as kinds
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.calls import Request, make_images, step_work
-from sdkd.compare.measure.comparison import find_baselines, random_notes
+from sdkd.compare.measure.comparison import random_notes
+from sdkd.compare.measure.outcome import find_baselines
 from sdkd.compare.measure.quality import likeness
 from sdkd.errors import EngineError, InputError, ParityError
+from sdkd.models.generation import Generation
+from sdkd.models.resolve import load_eager
+from sdkd.models.schedulers import use_scheduler
 
 QUICK: dict[str, Any] = {"prompts": ["a red star", "a blue ring"], "steps": 2, "runs": 3, "min_seconds": 0.0}
 
@@ -50,7 +55,8 @@ def test_a_teacher_in_two_precisions_and_its_student(tmp_path: Path) -> None:
         Subject("tiny eager", tmp_path / "tiny", role="student"),
     ]
     report = compare(subjects, judge=judge, baseline="tiny eager", command="sdkd compare", **QUICK)
-    assert [row.subject for row in report.results] == subjects
+    run = Generation(2, 7.5)
+    assert [row.subject for row in report.results] == [dataclasses.replace(each, run=run) for each in subjects]
     for row in report.results:
         assert len(row.unet_step_ms.samples) == 3
         assert row.unet_step_ms.count >= 3
@@ -61,7 +67,8 @@ def test_a_teacher_in_two_precisions_and_its_student(tmp_path: Path) -> None:
         assert row.attention == "SDPA, flash attention (CPU)"
         assert set(row.judged or {}) == {"bright"}
         assert set(row.step_speedup) == set(row.image_speedup) == set(report.baselines[row.subject.label])
-    assert (report.setup.size_px, report.setup.unet_batch, report.setup.scheduler) == (64, 2, "PNDMScheduler")
+    assert {(row.unet_batch, row.run) for row in report.results} == {(2, Generation(2, 7.5, "PNDMScheduler"))}
+    assert report.setup.size_px == 64
     json.dumps(report.to_json(), allow_nan=False)
 
     first, half, student = report.results
@@ -97,10 +104,10 @@ def test_baselines_prefer_float32_and_random_weights_are_said() -> None:
 def test_without_guidance_the_unet_runs_at_batch_one() -> None:
     pipe, calls = tiny_pipeline(), []
     pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
-    step_work(pipe, Request(("a",), 2, 1.0, 0, 64))()
-    step_work(pipe, Request(("a",), 2, 7.5, 0, 64))()
+    step_work(pipe, Request(("a",), 0, 64, run=Generation(2, 1.0)))()
+    step_work(pipe, Request(("a",), 0, 64, run=Generation(2, 7.5)))()
     assert calls == [(1, 4, 8, 8), (2, 4, 8, 8)]
-    assert [image.size for image in make_images(pipe, Request(("a",), 2, 1.0, 0, 64), 0)] == [(64, 64)]
+    assert [image.size for image in make_images(pipe, Request(("a",), 0, 64, run=Generation(2, 1.0)), 0)] == [(64, 64)]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +151,42 @@ def test_engines_are_judged_by_eager_images_of_their_own_model(tmp_path: Path) -
         report.check()
 
 
+def test_subjects_of_their_own_steps_and_guidance_are_held_against_eager_of_the_same_run() -> None:
+    few, folder = Generation(1, 1.0, "LCMScheduler"), engine_models()
+    subjects = [
+        Subject("teacher eager", folder / "wrong", role="teacher"),
+        Subject("few eager", folder / "right", role="student", run=few),
+        Subject("few onnxruntime", folder / "right", "onnxruntime", "fp32", folder / "bundle", "student", run=few),
+        Subject("right onnxruntime", folder / "right", "onnxruntime", "fp32", folder / "bundle", "student"),
+    ]
+    report = compare(subjects, **QUICK)
+    teacher, eager, engine, usual = report.results
+    assert [row.run for row in report.results] == [Generation(2, 7.5, "DDIMScheduler"), few, few, teacher.run]
+    assert [(row.unet_calls, row.unet_batch) for row in report.results[:3]] == [(2, 2), (1, 1), (1, 1)]
+    assert [row.against_eager.reference for row in (engine, usual) if row.against_eager] == ["few eager", "right eager"]
+    assert all(row.verdict and row.verdict.ok for row in (engine, usual))
+    assert eager.against_teacher is not None
+    assert eager.against_teacher.reference == "teacher eager"
+    assert report.baselines["few onnxruntime"] == {"eager": "few eager", "teacher": "teacher eager"}
+    assert report.baselines["right onnxruntime"] == {"teacher": "teacher eager"}  # no eager of its own run is timed
+    assert teacher.work is not None
+    assert eager.work is not None
+    assert teacher.work.flops == pytest.approx(2 * eager.work.flops, rel=0.01)
+    notes = [note for note in report.notes if "different calls" in note]
+    assert notes == [
+        "steps with and without guidance are different calls (2 of teacher eager, 1 of few eager, in latents): their "
+        "ratio is of one call each, that of images tells what an image gains"
+    ]
+    assert report.mixed
+    made = load_eager(folder / "right")
+    use_scheduler(made, "LCMScheduler")
+    seed = torch.Generator("cpu").manual_seed(0)
+    drawn = made("a red star", num_inference_steps=1, guidance_scale=1.0, generator=seed).images[0]
+    assert report.images["few eager"][0].tobytes() == drawn.tobytes()  # as diffusers makes it
+    with pytest.raises(InputError, match=r"'few eager': steps 1001 is too large"):
+        compare([dataclasses.replace(subjects[1], run=Generation(1001, 1.0))], **QUICK)
+
+
 def test_a_reference_that_fails_costs_its_own_row_and_no_other(tmp_path: Path) -> None:
     """Weights that are not numbers: no likeness and no ratio to what failed, everything else measured."""
     bad = tmp_path / "bad"
@@ -180,7 +223,7 @@ def test_one_scheduler_for_all_and_pipelines_that_do_not_fit_together_one_at_a_t
     )
     assert not report.setup.open_together
     assert [len(row.unet_step_ms.samples) for row in report.results] == [3, 3]
-    assert report.setup.scheduler == "DDIMScheduler"
+    assert {row.run.scheduler for row in report.results} == {"DDIMScheduler"}
     verdict = report.results[0].verdict
     assert verdict is not None
     assert verdict.ok is True  # against eager images of the same scheduler
@@ -190,7 +233,7 @@ def test_images_of_one_call_are_those_of_calls_alone() -> None:
     model = engine_models() / "right"
     two = compare([Subject("a", model)], batch=2, image_runs=1, **QUICK)
     alone = compare([Subject("a", model)], image_runs=1, **QUICK | {"prompts": ["a red star", "a blue ring"] * 2})
-    assert (two.setup.batch, two.setup.unet_batch, alone.setup.unet_batch) == (2, 4, 2)
+    assert (two.setup.batch, two.results[0].unet_batch, alone.results[0].unet_batch) == (2, 4, 2)
     assert len(two.images["a"]) == len(two.setup.image_prompts) == 4
     # Sums of a larger matrix product are rounded otherwise; another seed's image would be 10 dB away.
     assert likeness(two.images["a"], alone.images["a"], "").psnr_min_db > 40

@@ -19,13 +19,15 @@ from engines.generate.image_inputs import EDIT, PIPELINE_KINDS, TEXT
 from export import build_engine, export_pipeline
 from sdkd.compare import compare
 from sdkd.compare.measure.calls import Request, make_images, picture, step_work
-from sdkd.compare.measure.planning import Wish, default_judge, make_plan
+from sdkd.compare.measure.defaults import default_judge
+from sdkd.compare.measure.planning import Wish, make_plan
 from sdkd.compare.measure.results import Report
 from sdkd.compare.measure.subjects import Subject, open_subject
 from sdkd.compare.report.words import sentence
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import EngineError, ModelError
 from sdkd.evaluate.agreement import draw_images
+from sdkd.models.generation import Generation
 
 PROMPTS = ("a cat", "a dog")
 # One level, which exports in half the time of two.
@@ -59,7 +61,7 @@ def measured(model: Path, targets: tuple[str, ...] | None = None, size: tuple[in
 def test_models_that_look_at_images_run_eagerly(tmp_path: Path, channels: int, copies: int, words: str) -> None:
     report = measured(model(tmp_path / "model", channels), ("eager", "eager-bf16"), (32, 48))
     assert [row.subject.target for row in report.results] == ["eager", "eager"]
-    assert (report.setup.unet_batch, report.setup.size) == (copies, (32, 48))
+    assert (report.results[0].unet_batch, report.setup.size) == (copies, (32, 48))
     assert {image.size for row in report.images.values() for image in row} == {(48, 32)}
     assert "48 × 32 px" in sentence(report)
     assert f"model was given {words}" in report.notes[0]
@@ -69,11 +71,11 @@ def test_a_unet_that_takes_its_guidance_scale_sees_one_latent_an_image(tmp_path:
     pipe = embedded_pipeline()
     pipe.save_pretrained(tmp_path / "model")
     report = measured(tmp_path / "model", ("eager",))
-    assert (report.setup.unet_batch, len(report.results)) == (1, 1)
-    opened = open_subject(Subject("embedded", tmp_path / "model"), scheduler="ddim")
-    weak, strong = (make_images(opened, Request(PROMPTS, 2, scale, 0, 32), 0) for scale in (1.0, 9.0))
+    assert (report.results[0].unet_batch, len(report.results)) == (1, 1)
+    opened = open_subject(Subject("embedded", tmp_path / "model", run=Generation(2, 1.0, "DDIMScheduler")))
+    weak, strong = (make_images(opened, Request(PROMPTS, 0, 32, run=Generation(2, scale)), 0) for scale in (1.0, 9.0))
     assert np.abs(np.asarray(weak[0], float) - np.asarray(strong[0], float)).max() > 2
-    found = [step_work(opened, Request(PROMPTS, 2, scale, 0, 32, copies=1))() for scale in (1.0, 9.0)]
+    found = [step_work(opened, Request(PROMPTS, 0, 32, run=Generation(2, scale), copies=1))() for scale in (1.0, 9.0)]
     assert found[0].shape == (1, 4, 16, 16)
     assert not torch.allclose(*found, atol=1e-3)
 
@@ -94,7 +96,7 @@ def test_a_bundle_with_other_parts_is_compared_with_the_eager_model_that_has_the
     assert engine.verdict.ok
     assert "a drawn picture and a mask and the outline of a disc for its ControlNet" in report.notes[0]
     plain = open_subject(Subject("plain", tmp_path / "model"))
-    bare = make_images(plain, Request(PROMPTS, 2, 7.5, 0, 32), 0)
+    bare = make_images(plain, Request(PROMPTS, 0, 32, run=Generation(2, 7.5)), 0)
     assert np.abs(np.asarray(bare[0], float) - np.asarray(report.images[eager.subject.label][0], float)).max() > 20
     assert default_judge([str(bundle.path)], ["a large red star on a white background"], (64, 64)) is None
 
@@ -110,9 +112,9 @@ def test_pixels_that_are_not_finite_are_no_black_pictures() -> None:
     pipe = copy.deepcopy(small_pipeline())
     pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))
     with pytest.raises(EngineError, match=r"images of prompt 1: pixels are not finite"):
-        make_images(pipe, Request(PROMPTS, 1, 1.0, 0, 32), 0)
+        make_images(pipe, Request(PROMPTS, 0, 32, run=Generation(1, 1.0)), 0)
     with pytest.raises(EngineError, match=r"image 1 of 2: pixels are not finite"):
-        draw_images(pipe, PROMPTS, steps=1, guidance_scale=1.0, seed=0)
+        draw_images(pipe, PROMPTS, Generation(1, 1.0), seed=0)
 
 
 def test_drawn_inputs_fit_every_pipeline() -> None:

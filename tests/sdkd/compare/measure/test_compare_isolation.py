@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from sdkd.compare.measure.calls import UNET, Request
 from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.runner import IsolatedRunner, LocalRunner, RunConfig, _how_it_ended
 from sdkd.errors import EngineError, InputError, ModelError
+from sdkd.models.generation import Generation
 
 QUICK: dict[str, Any] = {"prompts": ["a red star", "a blue ring"], "steps": 2, "runs": 3, "min_seconds": 0.0}
-REQUEST = Request(("a red star",), 2, 7.5, 0, 32)
+REQUEST = Request(("a red star",), 0, 32, run=Generation(2, 7.5))
 LABELS = ("right eager", "right onnxruntime")
 
 
@@ -133,8 +135,9 @@ def test_peaks_of_two_processes_of_one_subject_are_the_larger_ones() -> None:
 
 
 def test_a_scheduler_may_call_the_unet_more_often_than_it_is_asked_for_steps() -> None:
-    runner = LocalRunner(subjects()[0], RunConfig("cpu", scheduler="heun", size=(32, 32)))
+    subject = dataclasses.replace(subjects()[0], run=Generation(2, 7.5, "HeunDiscreteScheduler"))
+    runner = LocalRunner(subject, RunConfig("cpu", size=(32, 32)))
     opened = runner.open()
     assert (opened.size, opened.scheduler, opened.device) == ((32, 32), "HeunDiscreteScheduler", "cpu")
-    assert runner.images(REQUEST, 0).unet_calls == 2 * REQUEST.steps - 1
+    assert runner.images(REQUEST, 0).unet_calls == 2 * REQUEST.run.steps - 1
     runner.close()

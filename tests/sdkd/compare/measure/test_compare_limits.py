@@ -142,7 +142,7 @@ def test_a_report_gets_the_limit_of_each_call() -> None:
     found = with_limits(report, "cpu")
     row, ceilings = found.results[0], found.ceilings["fp32"]
     side = report.setup.size_px // resolve("demo").latent_scale
-    assert row.work == unet_work(resolve("demo").unet_config, report.setup.unet_batch, side, side)
+    assert row.work == unet_work(resolve("demo").unet_config, row.unet_batch, side, side)
     assert row.limit is not None
     assert row.work is not None
     assert row.limit.flops_per_s == pytest.approx(row.work.flops / (row.unet_step_ms.median / 1000))
@@ -168,12 +168,12 @@ def test_what_was_timed_is_not_lost_where_a_limit_is_not_known(tmp_path: Path, m
 
 
 def test_work_is_read_from_configs_alone() -> None:
-    setup = dataclasses.replace(planted_report().setup, size_px=512, unet_batch=1)
-    work = subject_work(Subject("x", "random:sd15-tiny", precision="bf16"), setup)
+    setup = dataclasses.replace(planted_report().setup, size_px=512)
+    work = subject_work(Subject("x", "random:sd15-tiny", precision="bf16"), setup, 1)
     assert work.flops / 2e9 == pytest.approx(242.8, abs=0.05)
     bundle = engine_models() / "bundle"
-    eager = subject_work(Subject("x", engine_models() / "right"), setup)
-    assert subject_work(Subject("x", "gone", "onnxruntime", bundle=bundle), setup) == eager
+    eager = subject_work(Subject("x", engine_models() / "right"), setup, 1)
+    assert subject_work(Subject("x", "gone", "onnxruntime", bundle=bundle), setup, 1) == eager
 
 
 def test_what_needs_weights_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,21 +15,12 @@ from training_runs import small_vae
 import sdkd.compare.measure.refusals as refusals
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.cli import DEMO
-from sdkd.compare.measure.planning import (
-    PHOTOGRAPHS,
-    SHAPES,
-    Wish,
-    _ranges,
-    default_guidance,
-    default_judge,
-    find_roles,
-    make_plan,
-    parse_prompts,
-    short_names,
-)
+from sdkd.compare.measure.defaults import PHOTOGRAPHS, SHAPES, RunsAsked, default_guidance, default_judge, parse_prompts
+from sdkd.compare.measure.planning import Wish, _ranges, find_roles, make_plan, short_names
 from sdkd.compare.measure.refusals import check_targets
 from sdkd.compare.measure.subjects import open_subject, optimum_problem, size_on_disk
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
+from sdkd.models.generation import Generation
 from sdkd.targets.registry import availability
 from sdkd.toyworld.scenes import parse_caption, render
 
@@ -103,6 +94,24 @@ def test_pytorch_is_a_target_in_several_precisions(models: Path, tmp_path: Path)
     ]
     assert [row.runs_as for row in plan.subjects[:3]] == ["eager", "eager-bf16", "compile-bf16"]
     assert plan.notes == []
+
+
+def test_every_model_is_run_as_it_was_made_for_unless_something_is_asked_for(models: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    shutil.copytree(models / "tiny", few)
+    note = {"steps": 4, "guidance_scale": 1.0, "scheduler": "LCMScheduler"}
+    (few / "sdkd.json").write_text(json.dumps({"student": "sd-tiny", "generation": note}))
+    asked, eager = [str(models / "base"), str(few)], wish(tmp_path, "eager", "eager-bf16")
+    plan = make_plan(asked, eager)
+    made = [Generation(25, 4.0), Generation(4, 1.0, "LCMScheduler")]
+    assert [subject.run for subject in plan.subjects] == [made[0], made[0], made[1], made[1]]
+    assert plan.notes == []
+    plan = make_plan(asked, dataclasses.replace(eager, runs=RunsAsked(25, 7.5)))
+    assert {subject.run for subject in plan.subjects} == {Generation(25, 7.5), Generation(25, 7.5, "LCMScheduler")}
+    assert [note.split(":")[0] for note in plan.notes] == ["few", "few"]
+    assert "few: 25 steps on a model that was made for 4" in plan.notes[0]
+    (few / "sdkd.json").write_text(json.dumps({"generation": note | {"steps": 0}}))
+    assert make_plan(asked, eager).notes[0].startswith("few: how it is to be run could not be read (")
 
 
 def test_another_vae_is_compared_with_the_models_own(models: Path, tmp_path: Path) -> None:

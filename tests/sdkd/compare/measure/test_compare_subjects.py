@@ -21,6 +21,7 @@ from sdkd.compare.measure.subjects import (
     weight_bytes,
 )
 from sdkd.errors import InputError, ModelError
+from sdkd.models.generation import Generation
 
 
 def engine(target: str, precision: str = "fp32", label: str = "x") -> Subject:
@@ -54,7 +55,7 @@ def test_subjects_that_cannot_be_compared_are_refused() -> None:
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_an_engine_s_scheduler_rounds_as_eager_s_of_its_precision(precision: str, dtype: torch.dtype) -> None:
     """An engine in half precision is judged by eager in half precision: both have the same latents between steps."""
-    models, request = engine_models(), Request(("a",), 2, 1.0, 0, 32)
+    models, request = engine_models(), Request(("a",), 0, 32, run=Generation(2, 1.0))
     on_engines = Subject("x", models / "right", "onnxruntime", precision, models / "bundle")
     for subject in (on_engines, Subject("x", models / "right", precision=precision)):
         pipe, seen = open_subject(subject), set()

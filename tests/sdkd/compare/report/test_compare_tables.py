@@ -9,6 +9,7 @@ from planted_report import planted_report, printed
 
 from sdkd.compare.measure.stats import Ratio, Spread
 from sdkd.compare.report.columns import COLUMNS, best_rows, number, shown_columns, similarity
+from sdkd.compare.report.files import html_page
 from sdkd.compare.report.tables import markdown, terminal_table
 from sdkd.compare.report.words import findings, listing, plural, sentence
 
@@ -120,6 +121,27 @@ def test_the_terminal_tables_fit_80_columns_and_cut_no_value() -> None:
     assert "✗ differs" in text
     step = planted_report().result("tiny eager").unet_step_ms
     assert f"{number(step.median)} ({number(step.p10)}–{number(step.p90)})" in text
+
+
+def test_mixed_runs_are_said_and_images_are_compared() -> None:
+    report = planted_report(few="tiny")
+    assert sentence(report).endswith("25 steps, guidance 4 (teacher and small); 4 steps, guidance 1 (tiny)")
+    assert sentence(report).count("64 × 64 px") == 1
+    head = next(line for line in markdown(report).splitlines() if line.startswith("| Subject"))
+    assert head.startswith("| Subject | Steps | Guidance | UNet step, ms |")
+    assert "| Image vs own eager | Image vs teacher |" in head
+    row = report.result("tiny openvino-bf16")
+    assert (BY_KEY["steps"].cell(row).text, BY_KEY["guidance"].cell(row).text) == ("4", "1")
+    assert BY_KEY["image-teacher"].cell(row).sort == row.image_speedup["teacher"].value > 30
+    text = printed(terminal_table(report))
+    assert "guidance" in text
+    assert "guidance" not in printed(terminal_table(planted_report()))
+    assert findings(report)[0].text == "as fast per image: tiny openvino-bf16 over teacher eager"
+    page = html_page(report)
+    assert "LCMScheduler" in page
+    assert "1 (one latent per image) or 2 (guidance: both halves in one call)" in page
+    data = report.to_json()["results"][-1]
+    assert (data["run"], data["unet_batch"]) == ({"steps": 4, "guidance_scale": 1.0, "scheduler": "LCMScheduler"}, 1)
 
 
 def test_the_findings_are_what_the_report_supports() -> None:
