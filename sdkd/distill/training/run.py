@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.core.console import Progress, quiet
-from sdkd.core.files import staged_folder, write_bytes, write_json
+from sdkd.core.contract import guidance_width
+from sdkd.core.files import read_json, staged_folder, write_bytes, write_json
 from sdkd.core.interrupts import is_main
 from sdkd.distill.data.opening import open_images_or_cache
 from sdkd.distill.training.card import Origin, about, model_card, named
 from sdkd.distill.training.config import SAME, TrainConfig
 from sdkd.distill.training.run_folder import carry_over, check_output, find_checkpoint, is_whole, run_folder
 from sdkd.errors import InputError
-from sdkd.models.checkpoint import BASE, is_checkpoint, load_own
+from sdkd.models.checkpoint import BASE, is_checkpoint, load_own, unet_folder
 from sdkd.models.diffusers_folder import provenance
 from sdkd.models.generation import noted
 
@@ -97,7 +98,10 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
 
 
 def check_sources(job: Job, source: ModelSource) -> None:
-    """InputError, before weights are read, when teacher, model and what training starts from do not go together."""
+    """InputError or ModelError, before weights are read, when teacher, model and what training starts from do not go
+    together.
+    """
+    from sdkd.distill.training.setup import check_configs
     from sdkd.models.resolve import load_rest, resolve
     from sdkd.models.schedulers import noise_schedule
 
@@ -115,6 +119,12 @@ def check_sources(job: Job, source: ModelSource) -> None:
                     f"model {asked.name!r} draws in few steps already, and consistency distillation needs a teacher "
                     "that takes many: give the model that it was made from"
                 )
+    configs = {option: other.unet_config for option, other in others.items()}
+    if named["--init"] and "--init" not in others:
+        configs["--init"] = read_json(unet_folder(Path(named["--init"]).expanduser()) / "config.json")
+    start = _with_guidance(configs.get("--init"), job.config)
+    what = f"--init {job.init!r}"
+    check_configs(job.config, source.unet_config, source.config("vae"), start, configs.get("--teacher"), what)
     own = noise_schedule(load_rest(source).scheduler) if others else {}
     for option, other in others.items():
         found = noise_schedule(load_rest(other).scheduler)
@@ -123,6 +133,13 @@ def check_sources(job: Job, source: ModelSource) -> None:
                 f"{option} {other.name!r} was trained with {wrong} {found[wrong]!r}, {source.name!r} with "
                 f"{own[wrong]!r}: teacher and student must have one noise schedule and prediction type"
             )
+
+
+def _with_guidance(unet: Mapping[str, Any] | None, config: TrainConfig) -> Mapping[str, Any] | None:
+    """The config of a UNet to start from, with the guidance embedding that it gets where it has none."""
+    if unet is None or not config.guidance_embedding or guidance_width(unet) is not None:
+        return unet
+    return {**unet, "time_cond_proj_dim": config.guidance_embedding}
 
 
 def _absolute(source: ModelSource) -> str:
@@ -198,7 +215,7 @@ def _unet(pipe: StableDiffusionPipeline, job: Job) -> tuple[Any, dict[str, int]]
     """The UNet to train, and parameter counts of it and its teacher."""
     import torch
 
-    from sdkd.core.contract import guidance_width, torch_dtype
+    from sdkd.core.contract import torch_dtype
     from sdkd.students.blocks import build_student, copy_unet, count_parameters
 
     config = job.config

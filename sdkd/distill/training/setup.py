@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+# What all UNets of a run take alike: they see the same latents and captions.
+_SHARED = {"in_channels": "latents", "cross_attention_dim": "text embeddings"}
 _MEMORY_LIMIT = 1 << 31  # bytes of latents that "auto" encodes before training
 
 
@@ -99,36 +102,64 @@ def check_models(
     teacher: UNet2DConditionModel | None = None,
 ) -> None:
     """ModelError unless UNet, pipeline, teacher and config belong together, and the trainer knows such models."""
-    if config.kind.student:
-        _check_student(pipe, unet, config)
-    asked = [pipe.unet, *([] if config.guidance_embedding else [unet]), *([teacher] if teacher is not None else [])]
-    if any(guidance_width(one.config) for one in asked):
+    check_configs(config, pipe.unet.config, pipe.vae.config, unet.config, None if teacher is None else teacher.config)
+    if config.kind.student and {id(p) for p in unet.parameters()} & {id(p) for p in pipe.unet.parameters()}:
+        raise ModelError("student and teacher share weights: build the student with build_student, which copies them")
+    prediction_type(pipe.scheduler.config)
+
+
+def check_configs(
+    config: TrainConfig,
+    model: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    unet: Mapping[str, Any] | None = None,
+    teacher: Mapping[str, Any] | None = None,
+    what: str = "the student's UNet",
+) -> None:
+    """ModelError unless models of these configs can be trained as asked: the pipeline's UNet and VAE, the UNet that is
+    trained (`what` in messages; None: one made of the pipeline's), and the other teacher of a LoRA.
+    """
+    trained = None if unet is None or config.kind.student else unet  # a student is held against its teacher below
+    asked = [full_config(one) for one in (model, trained, teacher) if one is not None]
+    if any(guidance_width(one) for one in asked):
         raise ModelError(
             "the UNet takes the guidance scale as an input (time_cond_proj_dim): it was distilled to few steps before, "
             "and only consistency distillation trains such students, from a teacher that does not: give that one"
         )
-    channels, own = int(unet.config.in_channels), int(pipe.vae.config.latent_channels)
+    channels, own = int(asked[0]["in_channels"]), int(vae.get("latent_channels", 4))
     if channels != own:
         raise ModelError(
             f"the UNet takes {channels} channels, its VAE gives {own}: inpainting and depth models cannot be trained "
             "yet (the student of one can be built: sdkd student)"
         )
-    prediction_type(pipe.scheduler.config)
+    for other, (key, why) in itertools.product(asked[1:], _SHARED.items()):
+        if other[key] != asked[0][key]:
+            raise ModelError(
+                f"two UNets of one run take other {why} ({key} {asked[0][key]} and {other[key]}): give models of one "
+                "family, both SD 1.x or both 2.x"
+            )
+    if config.kind.student:
+        _check_student(config, model, unet, what)
 
 
-def _check_student(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, config: TrainConfig) -> None:
+def _check_student(config: TrainConfig, model: Mapping[str, Any], unet: Mapping[str, Any] | None, what: str) -> None:
     same = config.student == SAME
-    expected = full_config(pipe.unet.config) if same else student_config(pipe.unet.config, config.student)
+    expected = full_config(model) if same else student_config(model, config.student)
+    if unet is None:
+        return
     expected |= {"time_cond_proj_dim": config.guidance_embedding or None}
-    found: Mapping[str, Any] = full_config(unet.config)
+    found = full_config(unet)
     if wrong := [key for key, value in expected.items() if found[key] != value]:
+        key = wrong[0]
+        advice = f"make it with sdkd student, in Python build_student(teacher.unet, {config.student!r})"
+        if same:
+            advice = "give a copy of the teacher, or leave it out"
+        if key == "time_cond_proj_dim" and config.kind.consistency:
+            advice = f"give --guidance-embedding {found[key] or 0}"
         raise ModelError(
-            f"the student's UNet is not the {config.student_name} of this teacher ({wrong[0]}: expected "
-            f"{expected[wrong[0]]}, found {found[wrong[0]]}): build it with build_student(teacher.unet, "
-            f"{config.student!r})"
+            f"{what} is not {'a copy' if same else f'the {config.student_name}'} of this teacher ({key}: expected "
+            f"{expected[key]}, found {found[key]}): {advice}"
         )
-    if {id(p) for p in unet.parameters()} & {id(p) for p in pipe.unet.parameters()}:
-        raise ModelError("student and teacher share weights: build the student with build_student, which copies them")
 
 
 def make_samples(

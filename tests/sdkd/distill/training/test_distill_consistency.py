@@ -71,7 +71,7 @@ def test_loss_guidance_and_embedding() -> None:
     torch.testing.assert_close(guided(both, torch.tensor([1.0, 2.0, 3.0])), expected)
     w = torch.tensor([5.0, 7.5])
     for width in (256, 7):
-        usual = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, width)  # type: ignore[arg-type]
+        usual = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, width)
         torch.testing.assert_close(guidance_embedding(w, width), usual, rtol=0, atol=1e-3)  # of angles up to 7,500
 
 
@@ -260,6 +260,27 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, capsys: pytest.Cap
     embedded.unet = helpers.tiny_unet(time_cond_proj_dim=8)
     with pytest.raises(ModelError, match="takes the guidance scale as an input"):
         train(embedded, embedded.unet, latents(), TrainConfig(**(RUN | {"objective": "finetune"})))
+    write_pipeline(embedded, tmp_path / "embedded")
+    other = helpers.tiny_pipeline()
+    write_pipeline(other, tmp_path / "wide", unet=helpers.tiny_unet(cross_attention_dim=96))
+    said: list[str] = []  # nothing: before weights are read
+    for model, objective, more, message in (
+        ("embedded", "lora", {}, "takes the guidance scale as an input"),
+        ("embedded", "distill", {}, "takes the guidance scale as an input"),
+        (None, "consistency", {"init": teacher()}, r"--init '.*' is not the sd-tiny of this teacher"),
+        (
+            *(None, "consistency", {"init": tmp_path / "embedded", "student": "same"}),
+            r"is not a copy of this teacher \(time_cond_proj_dim: expected None, found 8\): give --guidance-emb",
+        ),
+        (
+            *(None, "consistency-lora", {"teacher_of_lora": tmp_path / "wide"}),
+            r"two UNets of one run take other text embeddings \(cross_attention_dim 32 and 96\): give models of one",
+        ),
+    ):
+        asked = job(tmp_path / "out", model=model and tmp_path / model, objective=objective, **more)
+        with pytest.raises(ModelError, match=message):
+            run(asked, lambda text, _: said.append(text))
+    assert not said
     velocity = helpers.tiny_pipeline(student="sd-tiny")
     velocity.scheduler = DDIMScheduler.from_config(velocity.scheduler.config, prediction_type="v_prediction")
     write_pipeline(velocity, tmp_path / "v")
