@@ -44,7 +44,7 @@ def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite
     """What the command does; returns its summary. Raises InputError, ModelError and OutputExistsError."""
     from sdkd.models.resolve import resolve
     from sdkd.students.blocks import key_map, student_config, student_spec
-    from sdkd.students.lora_file import FILE, read_lora, write_lora
+    from sdkd.students.lora_file import FILE, lora_about, read_lora, write_lora
     from sdkd.students.lora_fit import check_text_width, fit_student
     from sdkd.students.lora_layers import peft_settings, peft_state, read_layers, remap_settings, text_names
 
@@ -61,7 +61,7 @@ def run(lora: Path, output: Path, student: str, teacher: str = SD1, *, overwrite
     kept = {**fit.state, **peft_state("text_encoder", text, text_names(text))}
     if settings and fit.owner == "teacher":
         settings = remap_settings(settings, key_map(config, spec))
-    write_lora(file, kept, peft_settings(kept, settings))
+    write_lora(file, kept, peft_settings(kept, settings), lora_about(lora))
     weights = 2 * sum(map(len, layers.values()))
     return {
         "lora": str(lora),

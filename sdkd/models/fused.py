@@ -13,13 +13,13 @@ from sdkd.core.files import sha256
 from sdkd.core.numbers import check_number
 from sdkd.core.schema import construct, problem
 from sdkd.errors import InputError, MissingExtraError, ModelError
-from sdkd.models.diffusers_folder import digest, provenance
+from sdkd.models.diffusers_folder import digest
 from sdkd.models.families import empty
 from sdkd.models.generation import Generation, noted
 from sdkd.models.replacements import WithVae
 from sdkd.models.safetensors_file import Weights
 from sdkd.models.source import Derived, Kind, ModelSource, Part
-from sdkd.students.lora_file import FILE, lora_file, read_lora
+from sdkd.students.lora_file import FILE, lora_about, lora_file, read_lora
 from sdkd.students.lora_layers import parts_of
 
 if TYPE_CHECKING:
@@ -75,11 +75,10 @@ class Lora:
         """The parts of a pipeline that it changes: `unet`, `text_encoder`."""
         return parts_of(Weights.open(Path(self.file)).tensors)
 
-    @property
+    @cached_property
     def generation(self) -> Generation | None:
-        """How a model is to be run with it, where `sdkd lora` noted that beside it."""
-        path = Path(self.file)
-        return noted(provenance(path.parent), self.what) if path.name == FILE else None
+        """How a model is to be run with it, where `sdkd lora` noted that in it."""
+        return noted(lora_about(Path(self.file)), self.what)
 
     def check(self) -> None:
         """ModelError when the file is not any more what it was."""
@@ -123,7 +122,7 @@ class FusedSource(Derived):
 
     @cached_property
     def generation(self) -> Generation | None:
-        """As the folder of a LoRA tells, or for the base."""
+        """As a LoRA tells, or for the base."""
         return generation_of(self.loras) or self.base.generation
 
     @cached_property

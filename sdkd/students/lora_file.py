@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
+ABOUT = (
+    "sdkd"  # what sdkd notes of a LoRA, such as how a model is run with it: here, since files are copied and renamed
+)
 # Types of the settings that are read of a file, whatever part of a pipeline they are of.
 _SETTINGS = {
     "r": int,
@@ -35,13 +38,17 @@ _SETTINGS = {
 }
 
 
-def write_lora(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write LoRA weights and their settings as one .safetensors file, whole or not at all."""
+def write_lora(
+    path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], about: Mapping[str, Any] | None = None
+) -> Path:
+    """Write LoRA weights, their settings and what else is known of them as one .safetensors file, whole or not at all."""
     from safetensors.torch import save
 
     notes = {"format": "pt", **LORA_MARK}
     if metadata:
         notes[METADATA] = json.dumps(dict(metadata), indent=2, sort_keys=True, default=str)
+    if about:
+        notes[ABOUT] = json.dumps(dict(about), sort_keys=True)
     write_bytes(path, save({name: value.contiguous() for name, value in state.items()}, metadata=notes))
     return path
 
@@ -65,6 +72,20 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         first = min(state, default="none")
         raise InputError(f"file {str(file)!r} is no LoRA (first weight: {first}): give a LoRA's .safetensors file")
     return state, _settings(file, notes.get(METADATA, "{}"))
+
+
+def lora_about(path: Path) -> dict[str, Any]:
+    """What sdkd noted in a LoRA's file, empty for others'; InputError as `read_lora`."""
+    from safetensors import SafetensorError, safe_open
+
+    file = lora_file(Path(path))
+    try:
+        with safe_open(file, framework="pt") as stream:
+            text = (stream.metadata() or {}).get(ABOUT, "{}")
+        found: dict[str, Any] = parse_json(text.encode(), dict[str, Any])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"LoRA {str(file)!r} cannot be read ({error}): download or make it again") from error
+    return found
 
 
 def _settings(file: Path, text: str) -> dict[str, Any]:

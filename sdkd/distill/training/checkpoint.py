@@ -120,7 +120,8 @@ def _save_unet(trainer: Trainer, folder: Path, name: str) -> None:
     if trainer.config.kind.lora:
         from sdkd.distill.training.lora import save_lora
 
-        save_lora(trainer.unet, folder / name.replace("unet", "lora"))
+        run = trainer.config.generation(trainer.origin.generation)
+        save_lora(trainer.unet, folder / name.replace("unet", "lora"), entry(run))
         return
     with quiet_libraries():
         trainer.unet.save_pretrained(folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,9 @@ def lora_metadata(unet: UNet2DConditionModel) -> dict[str, Any]:
     return {f"unet.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> Path:
-    """Write the adapter into a folder, as a file that `pipe.load_lora_weights(folder)` reads; returns the file."""
-    return write_lora(folder / FILE, lora_state(unet), lora_metadata(unet))
+def save_lora(unet: UNet2DConditionModel, folder: Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Write the adapter into a folder, as a file that `pipe.load_lora_weights(folder)` reads; returns the file.
+
+    `about`: what is noted in it, such as how a model is to be run with it.
+    """
+    return write_lora(folder / FILE, lora_state(unet), lora_metadata(unet), about)

@@ -21,7 +21,7 @@ from sdkd.distill.training.run_folder import carry_over, check_output, find_chec
 from sdkd.errors import InputError
 from sdkd.models.checkpoint import BASE, is_checkpoint, load_own, unet_folder
 from sdkd.models.diffusers_folder import provenance
-from sdkd.models.generation import noted
+from sdkd.models.generation import GENERATION, noted
 
 if TYPE_CHECKING:
     import torch
@@ -255,7 +255,7 @@ def _write(
         if job.config.kind.lora:
             from sdkd.distill.training.lora import save_lora
 
-            save_lora(unet, partial)
+            save_lora(unet, partial, {key: facts[key] for key in (GENERATION,) if key in facts})
             write_json(partial / PROVENANCE, dict(facts))
             write_bytes(partial / "README.md", card.encode())
         else:

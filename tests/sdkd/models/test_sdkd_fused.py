@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +16,9 @@ from training_runs import fused, sdkd, teacher
 from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.fused import FusedSource, Lora, parse_loras, recorded_loras, with_loras
-from sdkd.models.generation import FEW_STEPS
+from sdkd.models.generation import FEW_STEPS, entry
 from sdkd.models.resolve import load_component, load_eager, resolve
-from sdkd.students.lora_file import FILE
+from sdkd.students.lora_file import FILE, write_lora
 
 LAYERS = ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1", "conv_in")
 
@@ -151,6 +150,7 @@ def test_a_teacher_s_lora_on_a_student_names_the_command_that_fits_it(tmp_path: 
     about = {"teacher": str(teacher()), "student": "sd-tiny"}
     write_pipeline(helpers.tiny_pipeline(student="tiny"), student, about=about)
     file = lcm_lora(helpers.tiny_unet(), tmp_path / "lcm.safetensors", 8)
+    write_lora(file, load_file(file), {}, entry(FEW_STEPS))
     with pytest.raises(ModelError, match=r"is for the teacher of sd-tiny .*: make it fit first, and give") as caught:
         with_loras(resolve(student), [file])
     command = str(caught.value).rpartition("new file: sdkd ")[2].split()
@@ -159,6 +159,7 @@ def test_a_teacher_s_lora_on_a_student_names_the_command_that_fits_it(tmp_path: 
     expected = fused(load_eager(student), Path(command[2])).state_dict()
     torch.testing.assert_close(load_component(made, "unet").state_dict(), expected, rtol=1e-5, atol=1e-6)
     assert not made.notes[1:]
+    assert made.generation == FEW_STEPS
     unclear = kohya(load_component(student, "unet"), [LAYERS[0].replace("down_blocks.0", "up_blocks.1")])
     save_file(unclear, tmp_path / "unclear.safetensors")
     assert (
@@ -168,12 +169,19 @@ def test_a_teacher_s_lora_on_a_student_names_the_command_that_fits_it(tmp_path: 
 
 
 def test_how_a_model_is_run_comes_with_its_lora(files: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        shutil.copy(files / f"{'unet' if name == 'one' else 'both'}.safetensors", tmp_path / name / FILE)
-        (tmp_path / name / "sdkd.json").write_text(json.dumps({"generation": FEW_STEPS.to_json()}))
-    found = with_loras(resolve(teacher()), [tmp_path / "one"])
+    one, two = (
+        write_lora(tmp_path / f"{name}.safetensors", load_file(files / f"{name}.safetensors"), {}, entry(FEW_STEPS))
+        for name in ("unet", "both")
+    )
+    found = with_loras(resolve(teacher()), [shutil.copy(one, tmp_path / "renamed.safetensors")])
     assert found.generation == FEW_STEPS
     assert with_loras(resolve(teacher()), [files / "unet.safetensors"]).generation is None
     with pytest.raises(ModelError, match="makes a model one of few steps, and this one is that already"):
-        with_loras(found, [tmp_path / "two"])
+        with_loras(found, [two])
+    odd = write_lora(
+        tmp_path / "odd.safetensors", load_file(one), {}, {"generation": {"steps": 0, "guidance_scale": 1}}
+    )
+    with pytest.raises(
+        ModelError, match=r"LoRA '.*odd\.safetensors' says how it is to be run, and steps 0 is too small"
+    ):
+        with_loras(resolve(teacher()), [odd])

@@ -26,8 +26,8 @@ from sdkd.distill.training.samples import result_scheduler
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import provenance, write_pipeline
-from sdkd.models.fused import with_loras
-from sdkd.models.generation import Generation, entry
+from sdkd.models.fused import Lora, with_loras
+from sdkd.models.generation import FEW_STEPS, Generation, entry
 from sdkd.models.resolve import resolve
 from sdkd.students.blocks import build_student, copy_unet
 
@@ -71,7 +71,7 @@ def test_loss_guidance_and_embedding() -> None:
     torch.testing.assert_close(guided(both, torch.tensor([1.0, 2.0, 3.0])), expected)
     w = torch.tensor([5.0, 7.5])
     for width in (256, 7):
-        usual = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, width)
+        usual = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, width)  # type: ignore[arg-type]
         torch.testing.assert_close(guidance_embedding(w, width), usual, rtol=0, atol=1e-3)  # of angles up to 7,500
 
 
@@ -198,6 +198,8 @@ def test_the_command_writes_a_pipeline_that_draws_in_few_steps(tmp_path: Path) -
     write_pipeline(helpers.tiny_pipeline(student="sd-tiny"), student)
     sdkd("lora", "--model", student, "--data", pictures(), "--output", lora, *SMALL, *words)
     assert json.loads((lora / "sdkd.json").read_text())["teacher"] == str(teacher())
+    for folder in (lora, lora / "checkpoint-2" / "lora"):
+        assert Lora.of(folder).generation == FEW_STEPS
     assert "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)" in (lora / "README.md").read_text()
     again: dict[str, Any] = {"model": student, "objective": "consistency-lora", "lora_rank": 2, "resume": "auto"}
     assert "finished before" in run(job(lora, teacher_of_lora=teacher(), **again))["remarks"][0]
