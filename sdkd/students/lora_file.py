@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
-ABOUT = (
-    "sdkd"  # what sdkd notes of a LoRA, such as how a model is run with it: here, since files are copied and renamed
-)
+ABOUT = "sdkd"  # what sdkd notes of a LoRA, such as how a model is run with it: in the file, which may be renamed
 # Types of the settings that are read of a file, whatever part of a pipeline they are of.
 _SETTINGS = {
     "r": int,
@@ -41,7 +39,7 @@ _SETTINGS = {
 def write_lora(
     path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], about: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write LoRA weights, their settings and what else is known of them as one .safetensors file, whole or not at all."""
+    """Write LoRA weights, settings and what else is known of them as one .safetensors file, whole or not at all."""
     from safetensors.torch import save
 
     notes = {"format": "pt", **LORA_MARK}
