@@ -18,6 +18,7 @@ from sdkd.models.fused import Lora, loras_of
 from sdkd.models.generation import FORM, Generation, parse_generation
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
+from sdkd.models.step_caching import check_cached
 from sdkd.targets.plan import EnginePlan, plan_for_model
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def build_engine(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA to fuse into MODEL; may be repeated.")
     ] = None,
+    step_caching: Annotated[
+        bool, typer.Option("--step-caching", help="For a model: as `sdkd export --step-caching`.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle at the output.")] = False,
@@ -90,7 +94,7 @@ def build_engine(
     generation = None if run_with is None else parse_generation(run_with)
     with progress(f"build-engine {target}") as step:
         start = 0.0 if isinstance(source, BundleSource) else 0.5
-        path = _bundle(source, output, plan, generation, overwrite, within(step, 0.0, 0.5))
+        path = _bundle(source, output, plan, generation, step_caching, overwrite, within(step, 0.0, 0.5))
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
         wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
@@ -130,6 +134,7 @@ def _bundle(
     output: Path | None,
     plan: EnginePlan,
     generation: Generation | None,
+    step_caching: bool,
     overwrite: bool,
     step: Progress,
 ) -> Path:
@@ -140,6 +145,8 @@ def _bundle(
                 f"{source.name!r} is a bundle already, which says how it is to be run "
                 f"({source.generation or 'as most models'}): export its model again with --run-with"
             )
+        if step_caching:
+            check_cached(source.bundle)
         if output and output.resolve() != source.bundle.path.resolve():
             raise InputError(
                 f"{source.name!r} is a bundle already, engines go into it: leave out --output {str(output)!r}"
@@ -147,21 +154,24 @@ def _bundle(
         return source.bundle.path
     path = output or ARTIFACTS / default_name(source.name, loras_of(source))
     if not overwrite and (path / MANIFEST).is_file():
-        _check_same(source, path, plan, generation)
+        _check_same(source, path, plan, generation, step_caching)
         step("ONNX is fresh, reused", 1.0)
         return path
     from export.pipeline import export_pipeline
 
     wanted: dict[str, Any] = {"precision": plan.onnx, "target": plan.target.name, "generation": generation}
+    wanted["step_caching"] = step_caching
     export_pipeline(source, path, **wanted, overwrite=overwrite, progress=step)
     return path
 
 
-def _check_same(source: ModelSource, path: Path, plan: EnginePlan, generation: Generation | None) -> None:
+def _check_same(
+    source: ModelSource, path: Path, plan: EnginePlan, generation: Generation | None, step_caching: bool
+) -> None:
     """OutputExistsError, with every reason, unless the bundle at `path` is what an export would make now."""
     from export.pipeline import export_reasons
 
-    if reasons := export_reasons(Bundle.open(path), source, plan, generation=generation):
+    if reasons := export_reasons(Bundle.open(path), source, plan, generation=generation, step_caching=step_caching):
         raise OutputExistsError(
             f"output {str(path)!r} holds a bundle of {'; '.join(reasons)}: choose another --output or pass --overwrite"
         )

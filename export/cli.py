@@ -27,6 +27,7 @@ def export(
         list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA to fuse into the weights; may be repeated.")
     ] = None,
     hidden_states: Annotated[bool, typer.Option("--hidden-states", help="All layers' outputs, for clip_skip.")] = False,
+    step_caching: Annotated[bool, typer.Option("--step-caching", help="For `generate --cache-interval`.")] = False,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="Block to compute in float32: vae_decoder.decoder.up_blocks.3, ...")
     ] = None,
@@ -59,6 +60,7 @@ def export(
             controlnet=controlnet,
             loras=lora or (),
             hidden_states=hidden_states,
+            step_caching=step_caching,
             keep_float=tuple(name for group in keep_float or () for name in group.split(",") if name),
             static=static_ranges(static, size, batch, tokens),
             generation=None if run_with is None else parse_generation(run_with),

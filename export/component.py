@@ -25,9 +25,9 @@ from export.source import Source
 from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
 from sdkd.core.console import Progress
-from sdkd.core.contract import COMPONENTS, Contract, Extras, Precision, check_size, static_contract, torch_dtype
+from sdkd.core.contract import COMPONENTS, UNETS, Contract, Extras, Precision, check_size, torch_dtype
 from sdkd.core.files import write_json
-from sdkd.core.profiles import ShapeRanges
+from sdkd.core.profiles import ShapeRanges, static_contract
 from sdkd.errors import BundleError, InputError
 from sdkd.models.exportable import module_config
 
@@ -44,6 +44,7 @@ class ExportOptions:
     static: ShapeRanges | None = None
     verify: bool = True
     reuse: tuple[str | Path, ...] = ()
+    step_caching: bool = False
 
     def islands(self, component: str) -> tuple[str, ...]:
         """Module paths of a component's blocks that are asked to stay float32."""
@@ -78,7 +79,9 @@ class ExportOptions:
         """What the component has beyond the usual: hidden states as asked or configured, residuals for a ControlNet."""
         if component == "text_encoder":
             return Extras(hidden_states=self.hidden_states or bool(config.get("output_hidden_states")))
-        return Extras(residuals=component == "unet" and controlled)
+        return Extras(
+            residuals=component == "unet" and controlled, deep_feature=component == "unet" and self.step_caching
+        )
 
 
 @dataclass
@@ -188,6 +191,7 @@ def _wanted_options(options: ExportOptions, name: str, source: Source) -> dict[s
     return {
         "hidden_states": name == "text_encoder" and options.hidden_states,
         "residuals": name == "unet" and "controlnet" in source.components,
+        "step_caching": name == "unet" and options.step_caching,
         "keep_float": list(options.islands(name)),
         "static": options.static.to_json() if options.static else None,
     }
@@ -234,7 +238,7 @@ def _shaped(contract: Contract, config: Mapping[str, Any], source: Source, optio
     if options.static is None:
         return contract
     scale, positions = source.geometry
-    if contract.component == "unet":
+    if contract.component in UNETS:
         multiple = scale * int(2 ** (len(config["block_out_channels"]) - 1))
         check_size(options.static.height.opt, options.static.width.opt, multiple)
     return static_contract(contract, options.static, scale, positions)

@@ -13,9 +13,10 @@ from export.side_by_side import export_components, source_for
 from sdkd import __version__
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS, check_components, check_precision
+from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, COMPONENTS, check_components, check_precision
 from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
+from sdkd.errors import InputError
 from sdkd.models.fused import Loras, loras_of, parse_loras
 from sdkd.models.generation import Generation, entry
 from sdkd.models.replacements import WithVae
@@ -41,6 +42,7 @@ def export_pipeline(
     controlnet: str | Path | None = None,
     loras: Loras = (),
     hidden_states: bool = False,
+    step_caching: bool = False,
     keep_float: Sequence[str] = (),
     static: ShapeRanges | None = None,
     generation: Generation | None = None,
@@ -58,9 +60,10 @@ def export_pipeline(
     `vae` and `controlnet` are names as `sdkd.models.replacements` has them: of an AutoencoderKL or AutoencoderTiny in
     place of the model's own, and of a ControlNetModel, for which the UNet gets inputs. `loras` (`FILE[:SCALE]`, or
     `sdkd.models.fused.Lora`) are added to the weights of UNet and text encoder. `hidden_states` gives the text
-    encoder one output per layer, for clip_skip. `keep_float` names blocks to compute in float32,
-    `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose activations overflow are found and kept so by
-    themselves. `static` fixes all shapes.
+    encoder one output per layer, for clip_skip. `step_caching` gives the UNet an output for it, and the bundle the
+    UNet's last layer as a component of its own (`sdkd.models.step_caching`). `keep_float` names blocks to compute in
+    float32, `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose activations overflow are found and kept so
+    by themselves. `static` fixes all shapes.
     `generation`: the steps, guidance scale and scheduler that the model was made for, where its own files do not say;
     the manifest keeps them, and the bundle's scheduler is that one.
     `verify=False` skips the comparison and the search for overflow, and the manifest says so (parity null). `reuse`
@@ -72,8 +75,9 @@ def export_pipeline(
     """
     path = Path(output)
     options = ExportOptions(
-        check_precision(precision), opset, target, hidden_states, tuple(keep_float), static, verify, tuple(reuse)
-    )
+        check_precision(precision), opset, target, hidden_states, tuple(keep_float), static, verify, tuple(reuse),
+        step_caching,
+    )  # fmt: skip
     replaced = {part: str(name) for part, name in (("vae", vae), ("controlnet", controlnet)) if name is not None}
     check_components(components)
     for name in COMPONENTS:
@@ -90,7 +94,7 @@ def export_pipeline(
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options, loras=loras)
         source.generation = generation or source.generation
-        names = tuple(name for name in source.components if components is None or name in components)
+        names = _chosen(source.components, components)
         source.check(names)
         source.write_rest(folder)
         records = export_components(source, names, options, versions(), folder, progress)
@@ -99,6 +103,18 @@ def export_pipeline(
         Bundle(folder, Manifest(about, versions(), records)).with_rest().save()
         progress("exported", 1.0)
     return Bundle.open(path)
+
+
+def _chosen(there: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """The components to export, in their order; the UNet's last layer comes with the UNet. InputError for one that is
+    not there.
+    """
+    for name in wanted or ():
+        if name not in there:
+            option = {CACHED_UNET: "--step-caching", "controlnet": "--controlnet FOLDER"}[name]
+            raise InputError(f"this model has no component {name!r}: it comes with {option}, or leave it out")
+    both = {*(wanted or there), *([CACHED_UNET] if wanted and "unet" in wanted else [])}
+    return tuple(name for name in there if name in both)
 
 
 def versions() -> dict[str, str]:
@@ -112,9 +128,10 @@ def export_reasons(
     plan: EnginePlan,
     components: Sequence[str] = BASE_COMPONENTS,
     generation: Generation | None = None,
+    step_caching: bool = False,
 ) -> list[str]:
     """How a bundle differs from what an export of the model would be now, in words: weights, precision, opset,
-    libraries, how it is to be run; empty when it can be used again.
+    libraries, how it is to be run, no step caching where that is wanted; empty when it can be used again.
     """
     digests, records = source.digests, bundle.manifest.components
     changed = [name for name in components if name not in records or records[name].source_sha256 != digests.get(name)]
@@ -124,6 +141,8 @@ def export_reasons(
     wanted, run = generation or source.generation, resolve(bundle.path).generation
     if wanted not in (None, run):  # what only the bundle says was told to its export, and stays
         reasons.append(f"a model to run with {run or 'any settings'}, not {wanted}")
+    if step_caching and CACHED_UNET not in records:
+        reasons.append("no graphs for step caching")
     for name, record in records.items():  # an older TensorRT does not parse the attention of newer opsets
         if record.opset > (latest := choose_opset(name, None, plan.target.name)):
             reasons.append(f"{name} in opset {record.opset}, later than {latest}")

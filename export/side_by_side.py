@@ -21,14 +21,15 @@ from sdkd.bundle.manifest import REPLACEMENTS, ComponentRecord, Manifest
 from sdkd.bundle.memory import free_memory
 from sdkd.core.child import BackgroundJob
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import CONFIG_FOLDERS, torch_dtype
+from sdkd.core.contract import CACHED_UNET, CONFIG_FOLDERS, UNETS, torch_dtype
 from sdkd.models.fused import LORAS, Loras, recorded_loras
 from sdkd.models.resolve import Model
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-SHARES = {"text_encoder": 1, "unet": 9, "vae_decoder": 2, "vae_encoder": 2, "controlnet": 4}  # of the time
+# Of the time.
+SHARES = {"text_encoder": 1, "unet": 9, CACHED_UNET: 1, "vae_decoder": 2, "vae_encoder": 2, "controlnet": 4}
 CHILD_BYTES = 3e9  # what a child needs at most: libraries, one component in float32, its graph
 
 
@@ -44,7 +45,9 @@ def source_for(
     The comparison needs the float32 weights; without it half of the memory will do.
     """
     dtype = torch.float32 if options.verify else torch_dtype(options.precision)
-    return open_source(model, replaced, dtype, digests, loras)
+    source = open_source(model, replaced, dtype, digests, loras)
+    source.step_caching = options.step_caching
+    return source
 
 
 def export_components(
@@ -58,10 +61,12 @@ def export_components(
     """Export components into `folder`; their records in the order of `names`.
 
     The largest is exported first: its float32 weights are the peak of memory, and the exporter's libraries, which stay
-    loaded, are not there yet.
+    loaded, are not there yet. But its last layer for step caching is before it, since the UNet is changed in place.
     """
     order = sorted(names, key=SHARES.__getitem__, reverse=True)
-    first, rest = (order[:1], order[1:]) if order[0] == "unet" else (order, [])
+    first = [name for name in reversed(UNETS) if name in names] if "unet" in names else order
+    rest = [name for name in order if name not in first]
+    order = [*first, *rest]
     end = _share(first) / _share(order)
     with contextlib.ExitStack() as stack:
         others: list[BackgroundJob] = []
@@ -99,7 +104,8 @@ def _in_turn(
     for index, name in enumerate(order):
         step = within(progress, done / total, (done + SHARES[name]) / total, f"{name}: ")
         last = not any(CONFIG_FOLDERS[other] == CONFIG_FOLDERS[name] for other in order[index + 1 :])
-        records[name] = export_component(source, name, options, versions, folder, last, step, lighter)
+        when_light = lighter if name == order[-1] else lambda: None
+        records[name] = export_component(source, name, options, versions, folder, last, step, when_light)
         if last:
             source.release(name)
         gc.collect()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from export.graph.components import component_module, component_state
-from sdkd.core.contract import BASE_COMPONENTS, CONFIG_FOLDERS, vae_scale
+from export.graph.components import LastLayer, component_module, component_state
+from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, CONFIG_FOLDERS, vae_scale
 from sdkd.core.files import write_json
 from sdkd.models.diffusers_folder import write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, check_guidance, module_config
@@ -49,6 +49,7 @@ from sdkd.models.replacements import (
 from sdkd.models.resolve import Model, load_component, load_rest, resolve
 from sdkd.models.schedulers import check_schedule, use_scheduler
 from sdkd.models.source import ModelSource
+from sdkd.models.step_caching import check_cachable
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -71,6 +72,7 @@ class Source:
     generation: Generation | None = None  # how the model is to be run, where that is known
     digests: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()  # to fuse into a pipeline's modules; those of a named model are its own
+    step_caching: bool = False
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _hashed: dict[str, str] = field(default_factory=dict)
 
@@ -78,10 +80,13 @@ class Source:
     def components(self) -> tuple[str, ...]:
         """What this source has to export."""
         has_controlnet = "controlnet" in self.replaced or getattr(self.rest, "controlnet", None) is not None
-        return (*BASE_COMPONENTS, "controlnet") if has_controlnet else BASE_COMPONENTS
+        more = {CACHED_UNET: self.step_caching, "controlnet": has_controlnet}
+        return (*BASE_COMPONENTS, *(name for name, there in more.items() if there))
 
     def module(self, component: str) -> nn.Module:
         """The PyTorch module of a component, loaded on first use; ModelError as the loaders raise it."""
+        if component == CACHED_UNET:
+            return LastLayer(self.module("unet"))
         part = CONFIG_FOLDERS[component]
         if part in self.replaced:
             if part not in self._loaded:
@@ -99,6 +104,8 @@ class Source:
         """ModelError or ExportError, before weights are read, for what would not run as these components' engines."""
         if (scheduler := getattr(self.rest, "scheduler", None)) is not None:
             check_schedule(scheduler)
+        if self.step_caching:
+            check_cachable(self._config("unet") or {}, self.generation, controlnet="controlnet" in self.components)
         if "vae" in self.replaced and (unet := self._own_config("unet")) and (own := self._own_config("vae")):
             check_vae(self.replaced["vae"], unet, own)
         parts = dict.fromkeys(CONFIG_FOLDERS[name] for name in self.components)
@@ -141,6 +148,7 @@ class Source:
 
     def digest(self, component: str) -> str:
         """SHA-256 of the weights at their source, or of the module's state where they have no file."""
+        component = "unet" if component == CACHED_UNET else component
         part = CONFIG_FOLDERS[component]
         if part not in self.replaced and component in self.digests:
             return self.digests[component]

@@ -130,6 +130,8 @@ def embedded_pipeline(**unet: Any) -> LatentConsistencyModelPipeline:
 def variant_pipeline(name: str) -> Any:
     """A pipeline beyond text-to-image by the name of its bundle, `variant_bundle`."""
     pipe = small_pipeline()
+    if name == "cached":
+        return pipe
     if name == "controlnet":
         return with_controlnet(pipe)
     if name == "taesd":
@@ -146,7 +148,8 @@ def variant_pipeline(name: str) -> Any:
 
 def variant_bundle(name: str) -> Path:
     """Its bundle, exported and checked once per test run; what it shares with `small_bundle` is taken from there."""
-    options: dict[str, Any] = {"hidden_states": name == "controlnet", "reuse": [small_bundle().path]}
+    special = {"hidden_states": name == "controlnet", "step_caching": name == "cached"}
+    options: dict[str, Any] = {**special, "reuse": [small_bundle().path]}
     return made_once(f"exported-{name}", lambda path: export_pipeline(variant_pipeline(name), path, **options))
 
 

@@ -17,6 +17,7 @@ from engines.generate.image_inputs import (
     as_pipeline,
     check_control,
     check_encoder,
+    done_steps,
     find_kind,
     known_config,
     read_inputs,
@@ -38,6 +39,7 @@ from sdkd.models.replacements import with_vae
 from sdkd.models.resolve import Model, load_eager, resolve
 from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, use_scheduler
 from sdkd.models.source import ModelSource
+from sdkd.models.step_caching import cache_steps, check_cachable, check_cached, check_interval, few_steps_note
 from sdkd.targets.registry import check_target
 
 
@@ -85,6 +87,9 @@ def generate(
     image_guidance_scale: Annotated[
         float | None, typer.Option(help="Instruct-pix2pix: how much to keep of --image; default: 1.5.")
     ] = None,
+    cache_interval: Annotated[
+        int, typer.Option(min=1, help="Step caching: of so many UNet calls one is whole, the others reuse it.")
+    ] = 1,
     vae: Annotated[str | None, typer.Option(help="Another VAE for a model, as `sdkd export` takes it.")] = None,
     low_memory: Annotated[bool, typer.Option("--low-memory", help="Open the engines in turn.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
@@ -95,7 +100,7 @@ def generate(
     """
     given = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "count": count, "batch": batch}
     scales = {"strength": strength, "control_scale": control_scale, "image_guidance_scale": image_guidance_scale}
-    check_numbers({**given, **scales, "num_processes": num_processes}, DRAWING)
+    check_numbers({**given, **scales, "num_processes": num_processes, "cache_interval": cache_interval}, DRAWING)
     texts = prompt_texts(prompt, prompts)
     check_number("number of images", len(texts) * count, high=DRAWING["count"].high)
     files = (
@@ -111,8 +116,9 @@ def generate(
     source = with_vae(resolve(model), vae)
     check_bundle_size(source, wanted)
     asked = steps, guidance_scale, scheduler
-    check_inputs(source, target, inputs, asked, negative_prompt)
-    slot = choose_target(source, target, control=control is not None)
+    check_inputs(source, target, inputs, asked, negative_prompt, cache_interval)
+    wanted_engines: dict[str, Any] = {"control": control is not None, "cache_interval": cache_interval}
+    slot = choose_target(source, target, **wanted_engines)
     check_encoder(source, slot, inputs)
     if num_processes > 1:
         start_processes(num_processes, slot, files, prompts, texts)
@@ -120,7 +126,7 @@ def generate(
     state = join(slot)
     with main_progress("load", state) as report:
         report(model, None)
-        pipe, used = load(source, slot, control=control is not None, low_memory=low_memory)
+        pipe, used = load(source, slot, **wanted_engines, low_memory=low_memory)
     run = drawn_with(source, asked)
     use_scheduler(pipe, run.scheduler)
     check_steps(pipe.scheduler, run.steps)
@@ -131,8 +137,8 @@ def generate(
     unwanted = negative_prompt and typed_text(negative_prompt)
     parts, long = reading(pipe, [*texts, unwanted or ""], height, width)
     numbers = run.steps, run.guidance_scale, seed, len(files)
-    request = Request(texts, unwanted, height, width, *numbers, kind, inputs, parts)
-    for line in (*how_it_runs(source, run, unwanted), *lines, *long) if state.is_main_process else ():
+    request = Request(texts, unwanted, height, width, *numbers, kind, inputs, parts, cache_interval)
+    for line in (*how_it_runs(source, run, unwanted, cache_interval), *lines, *long) if state.is_main_process else ():
         show(line)
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
@@ -217,22 +223,35 @@ def drawn_with(source: ModelSource, asked: Asked) -> Generation:
     return (source.generation or USUAL).with_asked(*asked)
 
 
-def how_it_runs(source: ModelSource, run: Generation, unwanted: str | None) -> list[str]:
+def how_it_runs(source: ModelSource, run: Generation, unwanted: str | None, cache_interval: int = 1) -> list[str]:
     """What the model was made for, and what is poor about drawing with other settings; a line each."""
     made, embedded = source.generation, guidance_width(source.unet_config) is not None
     line = said(made, run)
-    return [*([line] if line else []), *warnings(made, run, embedded=embedded, negative=unwanted)]
+    poor = [*warnings(made, run, embedded=embedded, negative=unwanted), *few_steps_note(run.steps, cache_interval)]
+    return [*([line] if line else []), *poor]
 
 
 def check_inputs(
-    source: ModelSource, target: str | None, inputs: Inputs, asked: Asked, negative_prompt: str | None
+    source: ModelSource,
+    target: str | None,
+    inputs: Inputs,
+    asked: Asked,
+    negative_prompt: str | None,
+    cache_interval: int = 1,
 ) -> None:
-    """InputError, before anything is loaded, when a model cannot draw from what is given beside the prompt."""
+    """InputError, before anything is loaded, when a model cannot draw from what is given beside the prompt.
+
+    Also when it has fewer steps than are to be cached; what `check_cached` and `check_cachable` raise.
+    """
     check_control(source, target, inputs)
-    config = known_config(source)
+    config, steps = known_config(source), drawn_with(source, asked).steps
     if config is not None:
-        steps = drawn_with(source, asked).steps
-        with_defaults(inputs, find_kind(source.name, config, inputs, negative_prompt), steps)
+        inputs = with_defaults(inputs, find_kind(source.name, config, inputs, negative_prompt), steps)
+    check_interval(cache_interval, done_steps(inputs.scales, steps) if cache_interval > 1 else None)
+    if cache_interval > 1 and isinstance(source, BundleSource) and target != "eager":
+        check_cached(source.bundle)
+    elif cache_interval > 1:
+        check_cachable(config or {}, source.generation)
 
 
 def prompt_texts(prompt: str | None, prompts: Path | None) -> tuple[str, ...]:
@@ -269,7 +288,7 @@ def check_bundle_size(source: ModelSource, size: tuple[int, int] | None) -> None
         check_size(*size, size_multiple(source.unet_config, source.config("vae")))
 
 
-def choose_target(model: Model, target: str | None, *, control: bool = False) -> str:
+def choose_target(model: Model, target: str | None, *, control: bool = False, cache_interval: int = 1) -> str:
     """The target to draw on, `eager` without a bundle; InputError when a target is asked for without a bundle."""
     if target not in (None, "eager"):
         check_target(target)
@@ -287,26 +306,31 @@ def choose_target(model: Model, target: str | None, *, control: bool = False) ->
         return target
     from engines.pipelines.parts import BASE_PARTS, best_slot
 
-    return best_slot(source.bundle, (*BASE_PARTS, "controlnet") if control else BASE_PARTS)
+    return best_slot(source.bundle, (*BASE_PARTS, "controlnet") if control else BASE_PARTS, cached=cache_interval > 1)
 
 
-def load(model: Model, target: str | None, *, control: bool = False, low_memory: bool = False) -> tuple[Any, str]:
+def load(
+    model: Model, target: str | None, *, control: bool = False, cache_interval: int = 1, low_memory: bool = False
+) -> tuple[Any, str]:
     """The pipeline and the target that it runs on, with the bundle's ControlNet for `control`.
 
-    `low_memory`: one stage of a bundle's engines is open at a time.
+    `cache_interval` as in `engines.plug`, on a model that runs eagerly, too. `low_memory`: one stage of a bundle's
+    engines is open at a time.
 
     Raises InputError when a target is asked for without a bundle, BundleError when the ControlNet has no engine.
     """
     source = resolve(model)
-    slot = choose_target(source, target, control=control)
+    slot = choose_target(source, target, control=control, cache_interval=cache_interval)
     if not isinstance(source, BundleSource) or slot == "eager":
-        return load_eager(source), slot
+        pipe = load_eager(source)
+        cache_steps(pipe.unet, cache_interval)
+        return pipe, slot
     from engines.pipelines.pipeline import load_pipeline
 
     bundle = source.bundle
     if control:
         bundle.engine(slot, "controlnet")
-    return load_pipeline(bundle, slot, controlnet=control, low_memory=low_memory), slot
+    return load_pipeline(bundle, slot, controlnet=control, low_memory=low_memory, cache_interval=cache_interval), slot
 
 
 def default_size(pipe: Any) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class Request:
     kind: PipelineKind = TEXT
     inputs: Inputs = field(default_factory=Inputs)
     parts: int = 1  # in which prompts are read: see engines.generate.long_prompts
+    cache_interval: int = 1  # of the UNet: see sdkd.models.step_caching
 
     def __post_init__(self) -> None:
         check_numbers({**self.inputs.scales, **vars(self)}, DRAWING)
@@ -149,6 +150,7 @@ def metadata(request: Request, index: int, model: str, target: str, pipe: Any) -
         "model": model,
         "target": target,
         "prompt_parts": request.parts if request.parts > 1 else None,
+        "cache_interval": request.cache_interval if request.cache_interval > 1 else None,
         **request.inputs.settings(),
     }
     return {key: str(value) for key, value in values.items() if value is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from engines.modules.base import FIXED, EngineModule, adapter_scale, cast_feeds, refuse, run_split
 from engines.sessions.base import Session
-from sdkd.core.contract import DOWN_RESIDUAL, GUIDANCE, MID_RESIDUAL, TensorSpec, split_axis
+from engines.sessions.weights import EngineWeights
+from sdkd.core.contract import DEEP_FEATURE, DOWN_RESIDUAL, GUIDANCE, MID_RESIDUAL, TensorSpec, split_axis
 from sdkd.errors import EngineError, RangeError
+from sdkd.models.step_caching import Call, StepCache
 
 MASKS = f"{FIXED}: Stable Diffusion attends to all tokens, so only a mask of ones can be given"
 # Why an argument of the eager module has no counterpart in an engine, where it is not simply FIXED.
@@ -35,9 +37,36 @@ TEXT_REFUSALS = {
 
 
 class EngineUNet(EngineModule):
-    """Stands for UNet2DConditionModel; `session` is an engine of component `unet`."""
+    """Stands for UNet2DConditionModel; `session` is an engine of component `unet`.
+
+    With `last_layer`, an engine of component `unet_cached`, steps are cached: see `sdkd.models.step_caching`.
+    """
 
     stands_for = UNet2DConditionModel
+
+    def __init__(
+        self,
+        session: Session,
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        original: torch.nn.Module | None = None,
+        *,
+        last_layer: Session | None = None,
+        cache_interval: int = 1,
+    ) -> None:
+        super().__init__(session, config, dtype, device, original)
+        self.last_layer, self.cache = last_layer, StepCache(cache_interval)
+        self.weights = EngineWeights(session, () if last_layer is None else (last_layer,))
+
+    def sessions(self) -> Iterable[Session]:
+        """The engine of the whole UNet, and that of its last layer."""
+        return (self.session,) if self.last_layer is None else (self.session, self.last_layer)
+
+    def close(self) -> None:
+        """As every module; what was kept for later steps goes, too."""
+        super().close()
+        self.cache.clear()
 
     @property
     def in_channels(self) -> int:
@@ -75,11 +104,24 @@ class EngineUNet(EngineModule):
         }
         tensors |= self._guidance(sample, timestep_cond)
         tensors |= self._residuals(sample, down_block_additional_residuals, mid_block_additional_residual)
+        call = Call(sample, timestep, encoder_hidden_states, self.weights.version)
         try:
-            result = run_split(self.session, cast_feeds(self.session, tensors))["out_sample"].to(sample.dtype)
+            result = self._predict(tensors, call).to(sample.dtype)
         except RangeError as error:
+            self.cache.clear()
             return self.fall_back(error, given)
         return UNet2DConditionOutput(sample=result) if return_dict else (result,)
+
+    def _predict(self, tensors: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
+        """The engine's answer, or that of its last layer with what a whole call of the same image has left."""
+        feature = None if self.last_layer is None else self.cache.feature(call)
+        if self.last_layer is None or feature is None:
+            found = run_split(self.session, cast_feeds(self.session, tensors))
+            if self.last_layer is not None:
+                self.cache.keep(call, found[DEEP_FEATURE])
+        else:
+            found = run_split(self.last_layer, cast_feeds(self.last_layer, {**tensors, DEEP_FEATURE: feature}))
+        return found["out_sample"]
 
     def _guidance(self, sample: torch.Tensor, given: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The guidance embedding where the graph takes one; zeros for None, since its projection has no bias."""

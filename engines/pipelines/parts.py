@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import MID_RESIDUAL, is_tiny_vae, vae_scale
+from sdkd.core.contract import CACHED_UNET, MID_RESIDUAL, is_tiny_vae, vae_scale
 from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
 from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, check_guidance, module_config
+from sdkd.models.step_caching import check_cached, check_interval
 from sdkd.targets.registry import availability, check_target, environment
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,15 @@ BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
 ORDER = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")  # of targets, the fastest first
 
 
-def engine_names(bundle: Bundle, slot: str, parts: Sequence[str]) -> list[str]:
-    """The components whose engines a slot has for these parts: the needed ones, and the optional ones there are."""
+def engine_names(bundle: Bundle, slot: str, parts: Sequence[str], *, cached: bool = False) -> list[str]:
+    """The components whose engines a slot has for these parts: the needed ones, and the optional ones there are.
+
+    `cached`: with that of the UNet's last layer, for step caching.
+    """
     names = ((PARTS[part].engine, PARTS[part].optional) for part in parts)
     built = bundle.manifest.engines
-    return [name for need, more in names for name in (need, more) if name == need or f"{slot}/{name}" in built]
+    found = [name for need, more in names for name in (need, more) if name == need or f"{slot}/{name}" in built]
+    return [*found, CACHED_UNET] if cached and "unet" in parts else found
 
 
 def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
@@ -136,14 +141,30 @@ def part_names(components: Sequence[str] | str | None, usual: Sequence[str]) -> 
     return tuple(dict.fromkeys(names))
 
 
-def best_slot(bundle: Bundle, parts: Sequence[str] = BASE_PARTS) -> str:
-    """The fastest slot whose engines are complete, fresh and run here; EngineError lists why each one is not."""
+def check_caching(bundle: Bundle, parts: Sequence[str], interval: int) -> bool:
+    """Whether steps are to be cached; InputError for another interval than a whole number from 1, or without the UNet,
+    BundleError for a bundle that was not exported for it.
+    """
+    check_interval(interval)
+    if interval == 1:
+        return False
+    if "unet" not in parts:
+        raise InputError(f"cache interval {interval} is for the UNet's engine: have unet among the components")
+    check_cached(bundle)
+    return True
+
+
+def best_slot(bundle: Bundle, parts: Sequence[str] = BASE_PARTS, *, cached: bool = False) -> str:
+    """The fastest slot whose engines are complete, fresh and run here; EngineError lists why each one is not.
+
+    `cached`: the one for step caching, too.
+    """
     slots = sorted(
         bundle.slots(), key=lambda slot: (ORDER.index(check_target(slot).name), slot != check_target(slot).name)
     )
     refused: dict[str, str] = {}
     for slot in slots:
-        reason = why_not(bundle, slot, parts)
+        reason = why_not(bundle, slot, parts, cached=cached)
         if reason is None:
             for other, text in refused.items():
                 log.warning("engine %s was passed over for %s: %s", other, slot, text)
@@ -156,14 +177,14 @@ def best_slot(bundle: Bundle, parts: Sequence[str] = BASE_PARTS) -> str:
     )
 
 
-def why_not(bundle: Bundle, slot: str, parts: Sequence[str]) -> str | None:
+def why_not(bundle: Bundle, slot: str, parts: Sequence[str], *, cached: bool = False) -> str | None:
     """Why a slot's engines cannot run here, in words with the repair, or None when they can. Files are not read."""
     here = availability(check_target(slot).name)
     if not here.can_run:
         return f"{here.reason} ({here.fix})"
     try:
-        for part in parts:
-            record = bundle.engine(slot, PARTS[part].engine)
+        for name in (*(PARTS[part].engine for part in parts), *([CACHED_UNET] if cached else [])):
+            record = bundle.engine(slot, name)
             bundle.check_fresh(record, environment(record.target))
     except (BundleError, StaleEngineError, MissingExtraError) as error:
         return str(error)

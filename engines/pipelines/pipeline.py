@@ -26,12 +26,21 @@ from engines.modules.carried import (
 )
 from engines.modules.components import EngineControlNet, EngineTextEncoder, EngineUNet
 from engines.modules.vae import EngineVAE
-from engines.pipelines.parts import BASE_PARTS, PARTS, best_slot, check_agreement, chosen_parts, engine_names
+from engines.pipelines.parts import (
+    BASE_PARTS,
+    PARTS,
+    best_slot,
+    check_agreement,
+    check_caching,
+    chosen_parts,
+    engine_names,
+)
 from engines.pipelines.weights import guard_saving
 from engines.sessions.base import Rebuild, Session
 from engines.sessions.low_memory import StagedEngines, check_memory
 from engines.sessions.opening import as_bundle, expected_device, on_gpu, open_session
 from sdkd.bundle.manifest import Bundle
+from sdkd.core.contract import CACHED_UNET
 from sdkd.errors import BundleError, EngineError
 from sdkd.models.exportable import EMBEDDING, check_layers, check_patches
 from sdkd.models.families import check_exported
@@ -55,6 +64,7 @@ def plug(
     keep_eager: bool = False,
     eager_fallback: bool = False,
     low_memory: bool = False,
+    cache_interval: int = 1,
     check_weights: CheckWeights = "sample",
 ) -> Pipe:
     """Replace a diffusers pipeline's `unet`, `vae` and `text_encoder` by engines, in place; returns the pipeline.
@@ -65,6 +75,8 @@ def plug(
     refitted get other weights, for LoRA and `swap_weights`: `sdkd.workflow.rebuild`. The eager modules are let go, and
     their memory with them, unless `keep_eager` (for `unplug`) or `eager_fallback`: then what the engines were not built
     for runs eagerly, which is announced once per shape. `low_memory` opens engines in turn (`engines.sessions`).
+    `cache_interval`: of so many UNet calls of an image one is whole, the others reuse what it computed
+    (`sdkd.models.step_caching`); 1: all are.
     `check_weights`: whether the pipeline's weights are the bundle's is looked at in numbers of each (`sample`), in all
     numbers (`all`), or not (`none`). What an engine in the same place had stays: weights that were swapped in, kept
     eager modules, `eager_fallback`, `rebuild`, a VAE's slicing and tiling; and adapters of either, as they are.
@@ -75,18 +87,21 @@ def plug(
     check_how(check_weights)
     opened, pipeline = as_bundle(bundle), cast(Any, pipe)
     parts = chosen_parts(components, pipe, opened)
-    slot = target or best_slot(opened, parts)
+    cached = check_caching(opened, parts, cache_interval)
+    slot = target or best_slot(opened, parts, cached=cached)
     _check_carried(pipeline, opened, slot, parts, check_weights)
     if keep_eager or eager_fallback:
         _check_kept(pipeline, parts)
     with on_gpu(getattr(pipeline, parts[0]).device):
-        open_one = _opener(opened, slot, parts, low_memory)
+        open_one = _opener(opened, slot, engine_names(opened, slot, parts, cached=cached), low_memory)
         modules: dict[str, EngineModule] = {}
         with contextlib.ExitStack() as on_failure:
             for name in parts:
                 before = getattr(pipeline, name)
                 kept = _eager(before) if keep_eager or eager_fallback or isinstance(before, EngineModule) else None
-                module = build_module(opened, slot, name, before.dtype, before.device, kept, open_one)
+                module = build_module(
+                    opened, slot, name, before.dtype, before.device, kept, open_one, cache_interval=cache_interval
+                )
                 on_failure.callback(module.close)
                 module.follow(before, rebuild, eager_fallback)
                 carry_over(name, before, module)
@@ -145,10 +160,10 @@ def _check_kept(pipe: Any, parts: Sequence[str]) -> None:
             )
 
 
-def _opener(bundle: Bundle, slot: str, parts: Sequence[str], low_memory: bool) -> Opener:
-    """How the engines of these parts are opened: at once, or in turn; after a look at the memory that is free."""
+def _opener(bundle: Bundle, slot: str, names: Sequence[str], low_memory: bool) -> Opener:
+    """How these components' engines are opened: at once, or in turn; after a look at the memory that is free."""
     place = expected_device(check_target(slot).name).type
-    check_memory(bundle, slot, engine_names(bundle, slot, parts), place, low_memory)
+    check_memory(bundle, slot, names, place, low_memory)
     return StagedEngines(bundle, slot).session if low_memory else functools.partial(open_session, bundle, slot)
 
 
@@ -181,16 +196,18 @@ def load_pipeline(
     controlnet: bool = True,
     rebuild: Rebuild | None = None,
     low_memory: bool = False,
+    cache_interval: int = 1,
 ) -> diffusers.StableDiffusionPipeline:
     """A Stable Diffusion pipeline from a bundle's tokenizer, scheduler, configs and engines: no eager weights are read.
 
-    `target`, `rebuild` and `low_memory` as in `plug`. `torch_dtype` (float32) is what latents and schedulers compute
-    in; engines keep their own precision. With a ControlNet in the bundle the pipeline is
+    `target`, `rebuild`, `low_memory` and `cache_interval` as in `plug`. `torch_dtype` (float32) is what latents and
+    schedulers compute in; engines keep their own precision. With a ControlNet in the bundle the pipeline is
     StableDiffusionControlNetPipeline, unless `controlnet` is False: then its UNet runs without residuals. Raises
     EngineError when memory is short, and when no engine of the bundle runs here, and says why of each.
     """
     opened = as_bundle(bundle)
-    slot = target or best_slot(opened)
+    cached = check_caching(opened, BASE_PARTS, cache_interval)
+    slot = target or best_slot(opened, cached=cached)
     kind = opened.json("model_index.json").get("_class_name")
     controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
     pipeline_class = getattr(diffusers, kind if kind in PIPELINES else PIPELINES[0])
@@ -199,11 +216,13 @@ def load_pipeline(
     others = {"tokenizer": _tokenizer(opened), "scheduler": bundle_scheduler(opened)}
     dtype, device = torch_dtype or torch.float32, torch.device("cpu")
     names = (*BASE_PARTS, "controlnet") if controlled else BASE_PARTS
-    open_one = _opener(opened, slot, names, low_memory)
+    open_one = _opener(opened, slot, engine_names(opened, slot, names, cached=cached), low_memory)
     modules: dict[str, EngineModule] = {}
     with contextlib.ExitStack() as on_failure:
         for name in names:
-            modules[name] = build_module(opened, slot, name, dtype, device, None, open_one)
+            modules[name] = build_module(
+                opened, slot, name, dtype, device, None, open_one, cache_interval=cache_interval
+            )
             on_failure.callback(modules[name].close)
         pipe: diffusers.StableDiffusionPipeline = pipeline_class(
             **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -224,12 +243,14 @@ def build_module(
     device: torch.device,
     original: torch.nn.Module | None = None,
     open_one: Opener | None = None,
+    *,
+    cache_interval: int = 1,
 ) -> EngineModule:
     """Open the engines of one part of a pipeline and wrap them; on a GPU target the module lives on that GPU.
 
     `open_one`: gives a component's session, `open_session` by default.
     """
-    wanted = engine_names(bundle, slot, (part,))
+    wanted = engine_names(bundle, slot, (part,), cached=cache_interval > 1)
     open_one = open_one or functools.partial(open_session, bundle, slot)
     with contextlib.ExitStack() as on_failure:
         sessions = {name: on_failure.enter_context(open_one(name)) for name in wanted}
@@ -239,7 +260,9 @@ def build_module(
     common = (bundle.config(wanted[0]), dtype, place, original)
     if part == "vae":
         return EngineVAE(first, sessions.get("vae_encoder"), *common)
-    kinds = {"unet": EngineUNet, "text_encoder": EngineTextEncoder, "controlnet": EngineControlNet}
+    if part == "unet":
+        return EngineUNet(first, *common, last_layer=sessions.get(CACHED_UNET), cache_interval=cache_interval)
+    kinds = {"text_encoder": EngineTextEncoder, "controlnet": EngineControlNet}
     return kinds[part](first, *common)
 
 

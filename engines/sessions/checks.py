@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
-from sdkd.core.contract import Contract, axis_ranges, latent_multiple
-from sdkd.core.profiles import Range
+from sdkd.core.contract import UNETS, Contract, latent_multiple
+from sdkd.core.profiles import Range, axis_ranges
 from sdkd.errors import BundleError, EngineError
 from sdkd.targets.registry import check_target, environment, gpu, require
 
@@ -120,7 +120,7 @@ def verify_once(bundle: Bundle, record: ComponentRecord | EngineRecord) -> None:
 def _steps(bundle: Bundle, contract: Contract) -> dict[str, int]:
     """What latents and pixels must be a multiple of: exported graphs have no odd sizes at any level."""
     steps = {"height": 1, "width": 1, "image_height": bundle.scale(), "image_width": bundle.scale()}
-    if contract.component in ("unet", "controlnet"):
+    if contract.component in (*UNETS, "controlnet"):
         down = latent_multiple(bundle.config(contract.component))
         steps = {axis: step * down for axis, step in steps.items()}
     return {axis: step for axis, step in steps.items() if axis in contract.axis_names()}

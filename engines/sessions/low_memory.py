@@ -18,10 +18,11 @@ from engines.sessions.checks import Checked, check_engine, of_newest
 from engines.sessions.opening import expected_device, on_gpu, open_session
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import check_room, free_gpu_memory, free_memory, size, workspace
+from sdkd.core.contract import UNETS
 from sdkd.errors import EngineError, SdkdError
 
 log = logging.getLogger(__name__)
-STAGES = (("text_encoder",), ("unet", "controlnet"), ("vae_decoder", "vae_encoder"))
+STAGES = (("text_encoder",), (*UNETS, "controlnet"), ("vae_decoder", "vae_encoder"))
 
 
 def stage(component: str) -> tuple[str, ...]:

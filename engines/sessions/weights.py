@@ -7,7 +7,7 @@ and not A + B, and taking everything away gives the engine that was opened.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,13 @@ class WantedWeights:
 
 
 class EngineWeights:
-    """The weights of one session; changes are made at the next run, all at once. Thread-safe."""
+    """The weights of one session; changes are made at the next run, all at once. Thread-safe.
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    `partial`: engines of the same component's layers, some of them, which get the same weights before it.
+    """
+
+    def __init__(self, session: Session, partial: Sequence[Session] = ()) -> None:
+        self.session, self.partial = session, tuple(partial)
         self._wanted = WantedWeights()  # replaced as a whole, never changed
         self._applied = self._wanted  # what the engine holds
         self._changed = False  # whether the engine holds other weights than the bundle's
@@ -83,8 +86,18 @@ class EngineWeights:
             if wanted.same(self._applied):
                 return
             if wanted.checkpoint or wanted.deltas or self._changed:
-                self.session.swap(self._weights_of(wanted))
+                self._swap(self._weights_of(wanted))
             self._changed, self._applied = bool(wanted.checkpoint or wanted.deltas), wanted
+
+    def _swap(self, weights: Mapping[str, torch.Tensor]) -> None:
+        try:
+            for session in self.partial:
+                session.swap({name: weights[name] for name in weight_names(session) if name in weights})
+            self.session.swap(weights)
+        except BaseException:
+            if self.partial:  # one may have them and the other not: both get theirs at the next run, whatever is wanted
+                self._applied, self._changed = WantedWeights(), True
+            raise
 
     def changed(self) -> dict[str, torch.Tensor]:
         """The weights that differ from the bundle's, by state-dict name."""
@@ -101,9 +114,14 @@ class EngineWeights:
         }
 
 
+def weight_names(session: Session) -> set[str]:
+    """The weights that a session's graph has, by state-dict name."""
+    return set(read_json(session.checked.graph.with_name(TRANSFORMS_FILE), dict[str, str]))
+
+
 def check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:
     """ModelError unless these are the weights, by name, that a session's graph has."""
-    names = set(read_json(session.checked.graph.with_name(TRANSFORMS_FILE), dict[str, str]))
+    names = weight_names(session)
     missing, unknown = sorted(names - set(state)), sorted(set(state) - names)
     if missing or unknown:
         raise ModelError(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import Contract, axis_ranges, check_size, native_size, size_multiple, split_axis
+from sdkd.core.contract import Contract, check_size, native_size, size_multiple, split_axis
 from sdkd.core.files import read_json
-from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.core.profiles import Range, ShapeRanges, axis_ranges
 from sdkd.errors import BundleError, InputError
 
 BATCH = Range(1, 1, 4)

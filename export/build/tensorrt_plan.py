@@ -20,6 +20,7 @@ from export.build.job import Built, Job, Run, check_io
 from export.build.options import CURRENT, GIB, HARDWARE, RTX, BuildOptions
 from export.build.tensorrt_progress import progress_monitor
 from sdkd.core.console import Progress
+from sdkd.core.contract import UNETS
 from sdkd.errors import BuildError
 from sdkd.targets.gpu_trial import capabilities, runs_portably
 from sdkd.targets.registry import gpu
@@ -259,7 +260,7 @@ def _plan_facts(plan: memoryview) -> dict[str, Any]:
 # A LoRA adds to matrices and convolutions: of attention and feed-forward (LoRA), of the blocks around them (LoCon), of
 # CLIP's layers. Norms, biases, time and token embeddings stay.
 TOUCHED = {
-    "unet": r"(^|\.)((attentions|resnets|downsamplers|upsamplers)\.\d+\..*|conv_in\.|conv_out\.)",
+    **dict.fromkeys(UNETS, r"(^|\.)((attentions|resnets|downsamplers|upsamplers)\.\d+\..*|conv_in\.|conv_out\.)"),
     "text_encoder": r"\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.",
 }
 

@@ -6,19 +6,24 @@ its students (with or without mid block, three or four levels) and the demo's pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sdkd.core.contract import (
     BASE_COMPONENTS,
+    CACHED_UNET,
     CONFIG_FOLDERS,
+    DEEP_FEATURE,
     DOWN_RESIDUAL,
     GUIDANCE,
     MID_RESIDUAL,
     STATE_PREFIXES,
+    UNETS,
     Contract,
     Extras,
     Precision,
@@ -28,6 +33,7 @@ from sdkd.core.contract import (
 )
 from sdkd.errors import ModelError
 from sdkd.models.exportable import check_config, check_module, module_config
+from sdkd.models.step_caching import deep_features, last_layer
 
 # Every size differs from every other, and none is 0 or 1: torch.export must not take two axes for one, nor a size for
 # a constant.
@@ -64,6 +70,7 @@ class UNetGraph(ComponentGraph):
     """UNet2DConditionModel: sample, timestep (a float32 scalar), encoder_hidden_states and what else -> out_sample.
 
     What else: the guidance embedding where the UNet takes one, then ControlNet residuals where they were asked for.
+    For step caching the deep feature is a second output.
     """
 
     plain = 3
@@ -71,15 +78,62 @@ class UNetGraph(ComponentGraph):
     def __init__(self, module: nn.Module, contract: Contract) -> None:
         super().__init__(module, contract)
         self.embedded = any(spec.name == GUIDANCE for spec in contract.inputs)
+        self.cached = any(spec.name == DEEP_FEATURE for spec in contract.outputs)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, *more: torch.Tensor
-    ) -> tuple[torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """One denoising step; sample is [batch, channels, height, width] in latents."""
         added: dict[str, Any] = {GUIDANCE: more[0]} if self.embedded else {}
         if residuals := more[len(added) :]:
             added |= {DOWN_RESIDUAL: residuals[:-1], MID_RESIDUAL: residuals[-1]}
-        return (self.module(sample, timestep, encoder_hidden_states, return_dict=False, **added)[0],)
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(deep_features(self.module)) if self.cached else []
+            predicted = self.module(sample, timestep, encoder_hidden_states, return_dict=False, **added)[0]
+        return predicted, *(feature.to(predicted.dtype) for feature in found)
+
+
+class LastLayer(nn.Module):
+    """What runs of a UNet2DConditionModel between whole steps: the same modules, under the same names."""
+
+    get_time_embed = UNet2DConditionModel.get_time_embed
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.config = unet.config
+        for name in (
+            "time_proj",
+            "time_embedding",
+            "time_embed_act",
+            "conv_in",
+            "conv_norm_out",
+            "conv_act",
+            "conv_out",
+        ):
+            setattr(self, name, getattr(unet, name))
+        block = unet.up_blocks[-1]
+        layers = {name: _last_only(getattr(block, name)) for name in ("resnets", "attentions")}
+        self.up_blocks = nn.ModuleDict({str(len(unet.up_blocks) - 1): nn.ModuleDict(layers)})
+
+
+def _last_only(layers: Any) -> nn.ModuleDict:
+    return nn.ModuleDict({str(len(layers) - 1): layers[-1]})
+
+
+class CachedUNetGraph(ComponentGraph):
+    """LastLayer: a UNet's inputs and the deep feature of an earlier step -> out_sample."""
+
+    plain = 4
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        deep_feature: torch.Tensor,
+    ) -> tuple[torch.Tensor]:
+        """A denoising step between two whole ones."""
+        return (last_layer(self.module, sample, timestep, encoder_hidden_states, deep_feature),)
 
 
 class ControlNetGraph(ComponentGraph):
@@ -124,6 +178,7 @@ class VaeEncoderGraph(ComponentGraph):
 GRAPHS: dict[str, type[ComponentGraph]] = {
     "text_encoder": TextEncoderGraph,
     "unet": UNetGraph,
+    CACHED_UNET: CachedUNetGraph,
     "vae_decoder": VaeDecoderGraph,
     "vae_encoder": VaeEncoderGraph,
     "controlnet": ControlNetGraph,
@@ -150,17 +205,17 @@ def component_module(pipe: Any, component: str) -> nn.Module:
     return module
 
 
-def standard_attention(module: Any) -> nn.Module:
+def standard_attention(module: nn.Module) -> nn.Module:
     """Undo memory-saving attention (sliced, xformers, unfused), which would be traced as loops; the module itself.
 
     Processors with weights of their own, such as an IP-Adapter's, stay.
     """
-    if hasattr(module, "attn_processors"):
-        from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.attention_processor import AttnProcessor2_0
 
-        found: dict[str, Any] = module.attn_processors
-        plain = {name: AttnProcessor2_0() if type(it).__name__ in REPLACED else it for name, it in found.items()}
-        module.set_attn_processor(plain)
+    parts: Iterable[Any] = module.modules()
+    for part in parts:
+        if type(getattr(part, "processor", None)).__name__ in REPLACED:
+            part.set_processor(AttnProcessor2_0())
     return module
 
 
@@ -191,7 +246,7 @@ def axis_factors(contract: Contract, config: Mapping[str, Any]) -> dict[str, tup
     widths = config.get("block_out_channels") or config.get("decoder_block_out_channels") or (1,)
     down = int(2 ** (len(widths) - 1))
     stride = int(2 ** (len(config.get("conditioning_embedding_out_channels", (1,))) - 1))  # of a ControlNet's image
-    latents = down if contract.component in ("unet", "controlnet") else 1
+    latents = down if contract.component in (*UNETS, "controlnet") else 1
     pixels = down * stride if contract.component in ("vae_encoder", "controlnet") else 1
     steps = {"height": latents, "width": latents, "image_height": pixels, "image_width": pixels}
 

@@ -22,7 +22,7 @@ from export.graph.precision import float_nodes, float_softmax
 from export.graph.quick_program import QuickProgram, is_functional, without_repeats
 from export.graph.twins import trace
 from sdkd.core.collection import paused_gc
-from sdkd.core.contract import Contract
+from sdkd.core.contract import COMPONENTS, Contract
 from sdkd.errors import ExportError, InputError
 from sdkd.targets.registry import check_target
 
@@ -30,7 +30,7 @@ from sdkd.targets.registry import check_target
 # VAE's one attention head of width 512 has no fused kernel: TensorRT-RTX 1.7.1 fails on opset 23's node and builds
 # opset 22, which keeps GroupNormalization whole, its statistics in float32: 187 nodes in SD's decoder, 337 at opset 18;
 # onnxruntime needs the same time for both.
-OPSETS = {"text_encoder": 23, "unet": 23, "vae_decoder": 22, "vae_encoder": 22, "controlnet": 23}
+OPSETS = dict.fromkeys(COMPONENTS, 23) | {"vae_decoder": 22, "vae_encoder": 22}
 MIN_OPSET, MAX_OPSET = 18, 23  # what torch's exporter implements and onnxruntime's CPU kernels run
 
 # Above this many bytes of weights they go to model.onnx.data: a protobuf file cannot exceed 2 GB, and writing one takes

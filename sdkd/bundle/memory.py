@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
-from sdkd.core.contract import Contract, axis_ranges
-from sdkd.core.profiles import ShapeRanges
+from sdkd.core.contract import CACHED_UNET, Contract
+from sdkd.core.profiles import ShapeRanges, axis_ranges
 from sdkd.errors import BuildError, SdkdError
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -73,7 +73,20 @@ def _text_encoder(config: Mapping[str, Any], sizes: Mapping[str, int], fused: bo
     yield Largest("feed-forward", sizes["batch"] * sizes["sequence"] * 4 * config["hidden_size"])
 
 
-_TENSORS = {"unet": _unet, "controlnet": _unet, "vae_decoder": _vae, "vae_encoder": _vae, "text_encoder": _text_encoder}
+def _last_layer(config: Mapping[str, Any], sizes: Mapping[str, int], fused: bool) -> Iterator[Largest]:
+    """Of a UNet, whose first level has what its last layer has."""
+    first = {key: config[key][:1] for key in ("block_out_channels", "down_block_types") if key in config}
+    return _unet({**config, **first}, sizes, fused)
+
+
+_TENSORS = {
+    "unet": _unet,
+    CACHED_UNET: _last_layer,
+    "controlnet": _unet,
+    "vae_decoder": _vae,
+    "vae_encoder": _vae,
+    "text_encoder": _text_encoder,
+}
 
 
 def largest_of(bundle: Bundle, record: ComponentRecord, sizes: Mapping[str, int], fused: bool) -> Largest:

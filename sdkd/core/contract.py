@@ -8,10 +8,9 @@ height_2, width_2, height_4, ... (latents halved once, twice, ... inside the UNe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.core.schema import construct
 from sdkd.errors import InputError, ModelError
 
@@ -22,7 +21,10 @@ Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BASE_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # of every pipeline
-COMPONENTS = (*BASE_COMPONENTS, "controlnet")
+CACHED_UNET = "unet_cached"  # the UNet's last layer, run between whole steps (DeepCache, arXiv 2312.00858)
+UNETS = ("unet", CACHED_UNET)
+COMPONENTS = (*BASE_COMPONENTS, CACHED_UNET, "controlnet")
+DEEP_FEATURE = "deep_feature"  # what reaches that layer from below: an output of the UNet, an input of the last layer
 GUIDANCE = "timestep_cond"  # the guidance scale's embedding (LCM, arXiv 2310.04378)
 MID_RESIDUAL = "mid_block_additional_residual"
 DOWN_RESIDUAL = "down_block_additional_residuals"
@@ -88,7 +90,7 @@ class Contract:
 
 def guidance_copies(contract: Contract) -> int:
     """How many inputs a pipeline stacks for classifier-free guidance: `unet_copies`, a ControlNet's 2, else 1."""
-    if contract.component != "unet":
+    if contract.component not in UNETS:
         return 2 if contract.component == "controlnet" else 1
     embedded = any(spec.name == GUIDANCE for spec in contract.inputs)
     return unet_copies(int(contract.inputs[0].axes[1]), int(contract.outputs[0].axes[1]), embedded)
@@ -112,44 +114,6 @@ def split_axis(axis: str) -> tuple[str, int]:
     """An axis's root and how often it was divided: `height_4` -> (`height`, 4), `batch` -> (`batch`, 1)."""
     root, _, divisor = axis.rpartition("_")
     return (root, int(divisor)) if divisor.isdigit() else (axis, 1)
-
-
-def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> dict[str, Range]:
-    """Range of each dynamic axis of a component's inputs.
-
-    The UNet's batch covers every copy that guidance stacks, and fewer, since guidance can be off. `scale`: pixels per
-    latent. `positions`: how many tokens the text encoder can take at once; longer prompts reach the UNet as several
-    of its outputs, one after the other.
-    """
-
-    def over(r: Range, divisor: int) -> Range:
-        return Range(r.min // divisor, r.opt // divisor, r.max // divisor)
-
-    copies = guidance_copies(contract)
-    longest = positions if positions and contract.component == "text_encoder" else ranges.sequence.max
-    whole = {
-        "batch": Range(ranges.batch.min, copies * ranges.batch.opt, copies * ranges.batch.max),
-        "sequence": Range(*(min(size, longest) for size in (ranges.sequence.min, ranges.sequence.opt, longest))),
-        "height": over(ranges.height, scale),
-        "width": over(ranges.width, scale),
-        "image_height": ranges.height,
-        "image_width": ranges.width,
-    }
-    return {axis: over(whole[root], by) for axis in contract.axis_names() for root, by in [split_axis(axis)]}
-
-
-def static_contract(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> Contract:
-    """The contract with every axis fixed at its best size; `scale` and `positions` as in `axis_ranges`."""
-    sizes = {axis: r.opt for axis, r in axis_ranges(contract, ranges, scale, positions).items()}
-    # Outputs can have pixels where inputs have latents, and the other way round.
-    pixels = {f"image_{axis}": sizes[axis] * scale for axis in ("height", "width") if axis in sizes}
-    latents = {axis: sizes[f"image_{axis}"] // scale for axis in ("height", "width") if f"image_{axis}" in sizes}
-    every = pixels | latents | sizes
-
-    def fixed(spec: TensorSpec) -> TensorSpec:
-        return replace(spec, axes=spec.shape(every))
-
-    return Contract(contract.component, tuple(map(fixed, contract.inputs)), tuple(map(fixed, contract.outputs)))
 
 
 def vae_scale(vae_config: Mapping[str, Any]) -> int:
@@ -205,20 +169,38 @@ def check_precision(name: str) -> Precision:
 
 @dataclass(frozen=True)
 class Extras:
-    """What a component can have beyond the usual: all hidden states (text encoder), ControlNet residuals (UNet)."""
+    """What a component can have beyond the usual: all hidden states (text encoder), ControlNet residuals and the
+    output for step caching (UNet).
+    """
 
     hidden_states: bool = False
     residuals: bool = False
+    deep_feature: bool = False
 
 
 def unet_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
     """Contract of UNet2DConditionModel; the timestep stays float32, since schedulers use fractional ones."""
     dtype = DTYPES[precision]
-    output = TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width"))
+    outputs = (_predicted(config, dtype), *([_deep_feature(config, dtype)] if extras.deep_feature else []))
     added = residual_specs(config, dtype, DOWN_RESIDUAL, MID_RESIDUAL) if extras.residuals else ()
     if (width := guidance_width(config)) is not None:
         added = (TensorSpec(GUIDANCE, dtype, ("batch", width)), *added)
-    return Contract("unet", (*_denoising_inputs(config, dtype), *added), (output,))
+    return Contract("unet", (*_denoising_inputs(config, dtype), *added), outputs)
+
+
+def cached_unet_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
+    """Contract of a UNet's last layer alone: the UNet's inputs and its deep feature of an earlier step."""
+    dtype = DTYPES[precision]
+    inputs = (*_denoising_inputs(config, dtype), _deep_feature(config, dtype))
+    return Contract(CACHED_UNET, inputs, (_predicted(config, dtype),))
+
+
+def _predicted(config: Mapping[str, Any], dtype: str) -> TensorSpec:
+    return TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width"))
+
+
+def _deep_feature(config: Mapping[str, Any], dtype: str) -> TensorSpec:
+    return TensorSpec(DEEP_FEATURE, dtype, ("batch", config["block_out_channels"][0], "height", "width"))
 
 
 def _denoising_inputs(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
@@ -317,6 +299,7 @@ def is_tiny_vae(config: Mapping[str, Any]) -> bool:
 CONTRACTS = {
     "text_encoder": text_encoder_contract,
     "unet": unet_contract,
+    CACHED_UNET: cached_unet_contract,
     "vae_decoder": vae_decoder_contract,
     "vae_encoder": vae_encoder_contract,
     "controlnet": controlnet_contract,
@@ -329,6 +312,7 @@ STATE_PREFIXES: dict[str, tuple[str, ...]] = {
 CONFIG_FOLDERS = {
     "text_encoder": "text_encoder",
     "unet": "unet",
+    CACHED_UNET: "unet",
     "vae_decoder": "vae",
     "vae_encoder": "vae",
     "controlnet": "controlnet",

@@ -42,16 +42,19 @@ _EVERYWHERE = {OUTPUT: "overwrite json force help", DATA: "image_column caption_
 _OWN: dict[str, dict[str, str]] = {
     "cache": {DATA: "text", SPEED: "workers shard_images"},
     "evaluate": {METRICS: "real clip inception"},
-    "export": {PARTS: "vae controlnet lora hidden_states keep_float", SHAPES: "static size batch tokens opset"},
+    "export": {
+        PARTS: "vae controlnet lora hidden_states step_caching keep_float",
+        SHAPES: "static size batch tokens opset",
+    },
     "build-engine": {
-        PARTS: "vae lora",
+        PARTS: "vae lora step_caching",
         SHAPES: "size_opt batch_opt tokens profile",
         TENSORRT: "optimization_level workspace_gb refit hardware_compatible compute_capability",
         SPEED: "memory_cap_gb",
     },
     "generate": {
         IMAGES: "image mask control strength control_scale image_guidance_scale",
-        SPEED: "batch low_memory",
+        SPEED: "batch cache_interval low_memory",
         PARTS: "vae",
     },
     "student": {PARTS: "vae"},

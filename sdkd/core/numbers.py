@@ -93,6 +93,7 @@ DRAWING = {
     "count": Bounds(1, 1_000_000, whole=True),
     "batch": Bounds(1, 4096, whole=True),
     "num_processes": Bounds(1, 1024, whole=True),
+    "cache_interval": Bounds(1, 10_000, whole=True),
     "runs": Bounds(1, 100_000, whole=True),
     "min_seconds": Bounds(0, 86_400),
 }
@@ -125,6 +126,7 @@ BOUNDS = {
 # What the config.json of a bundle's component always says.
 NEEDED = {
     "unet": ("in_channels", "out_channels", "cross_attention_dim", "sample_size", "block_out_channels"),
+    "unet_cached": ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels"),
     "controlnet": ("cross_attention_dim", "block_out_channels"),
     "text_encoder": ("hidden_size", "max_position_embeddings"),
     "vae_decoder": ("latent_channels",),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from sdkd.core.contract import Contract, TensorSpec, guidance_copies, split_axis
 from sdkd.core.numbers import check_number
 from sdkd.errors import InputError
 
@@ -87,3 +88,41 @@ class ShapeRanges:
 
     def __str__(self) -> str:
         return f"batch {self.batch}, height {self.height} px, width {self.width} px, {self.sequence} tokens"
+
+
+def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> dict[str, Range]:
+    """Range of each dynamic axis of a component's inputs.
+
+    The UNet's batch covers every copy that guidance stacks, and fewer, since guidance can be off. `scale`: pixels per
+    latent. `positions`: how many tokens the text encoder can take at once; longer prompts reach the UNet as several
+    of its outputs, one after the other.
+    """
+
+    def over(r: Range, divisor: int) -> Range:
+        return Range(r.min // divisor, r.opt // divisor, r.max // divisor)
+
+    copies = guidance_copies(contract)
+    longest = positions if positions and contract.component == "text_encoder" else ranges.sequence.max
+    whole = {
+        "batch": Range(ranges.batch.min, copies * ranges.batch.opt, copies * ranges.batch.max),
+        "sequence": Range(*(min(size, longest) for size in (ranges.sequence.min, ranges.sequence.opt, longest))),
+        "height": over(ranges.height, scale),
+        "width": over(ranges.width, scale),
+        "image_height": ranges.height,
+        "image_width": ranges.width,
+    }
+    return {axis: over(whole[root], by) for axis in contract.axis_names() for root, by in [split_axis(axis)]}
+
+
+def static_contract(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> Contract:
+    """The contract with every axis fixed at its best size; `scale` and `positions` as in `axis_ranges`."""
+    sizes = {axis: r.opt for axis, r in axis_ranges(contract, ranges, scale, positions).items()}
+    # Outputs can have pixels where inputs have latents, and the other way round.
+    pixels = {f"image_{axis}": sizes[axis] * scale for axis in ("height", "width") if axis in sizes}
+    latents = {axis: sizes[f"image_{axis}"] // scale for axis in ("height", "width") if f"image_{axis}" in sizes}
+    every = pixels | latents | sizes
+
+    def fixed(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, axes=spec.shape(every))
+
+    return Contract(contract.component, tuple(map(fixed, contract.inputs)), tuple(map(fixed, contract.outputs)))

@@ -16,8 +16,8 @@ from small_exports import ONE_LEVEL, small_pipeline, tiny_vae, variant_bundle, v
 from export import export_pipeline
 from export.graph.components import component_module, example_inputs, graph_module, module_contract
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import BASE_COMPONENTS, Contract, Extras, static_contract
-from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.core.contract import BASE_COMPONENTS, Contract, Extras
+from sdkd.core.profiles import Range, ShapeRanges, static_contract
 from sdkd.errors import InputError
 
 

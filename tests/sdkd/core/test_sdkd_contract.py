@@ -9,7 +9,6 @@ from diffusers import UNet2DConditionModel
 from sdkd.core.contract import (
     Contract,
     Extras,
-    axis_ranges,
     check_precision,
     check_size,
     component_contract,
@@ -17,7 +16,7 @@ from sdkd.core.contract import (
     unet_contract,
     vae_scale,
 )
-from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.core.profiles import Range, ShapeRanges, axis_ranges
 from sdkd.errors import InputError, ModelError
 
 UNET = {"in_channels": 9, "out_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]}
