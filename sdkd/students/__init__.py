@@ -12,9 +12,9 @@ from sdkd.students.blocks import (
     count_macs,
     count_parameters,
     key_map,
-    remap_lora,
     student_config,
 )
+from sdkd.students.lora_fit import remap_lora
 
 __all__ = [
     "STUDENTS",

@@ -7,16 +7,17 @@ Layer choice: BK-SDM (Kim et al. 2023, arXiv 2305.15798); Segmind's sd-small and
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdkd.errors import InputError, ModelError
-from sdkd.students.lora_layers import common_name, flat, other_kind
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import UNet2DConditionModel
 
 CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -81,10 +82,6 @@ _PER_LEVEL = (
 )
 _PER_UP_LEVEL = ("up_block_types", "reverse_transformer_layers_per_block")
 # Where a LoRA's names begin for layers inside the UNet's blocks: diffusers' style and kohya's.
-_LORA_BLOCKS = tuple(
-    f"{style}{block}" for style in ("unet.", "lora_unet_") for block in ("down_blocks", "mid_block", "up_blocks")
-)
-_LORA_UNET, _LORA_TEXT = ("unet.", "lora_unet_"), ("text_encoder.", "lora_te")
 
 
 def student_spec(name: str | StudentSpec) -> StudentSpec:
@@ -278,14 +275,34 @@ def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """A UNet of `config` on the meta device: shapes without memory."""
     import torch
     from diffusers import UNet2DConditionModel
+    from torch.overrides import TorchFunctionMode
 
-    with torch.device("meta"):
+    class NoInit(TorchFunctionMode):
+        """Initialisers do nothing there, and take most of the time."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return args[0] if args else given["tensor"]
+            return func(*args, **given)
+
+    with torch.device("meta"), NoInit():
         return UNet2DConditionModel(**full_config(config))
+
+
+def unet_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """Shape of every parameter of a UNet config, by name."""
+    return _shapes(json.dumps(full_config(config), sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(config: str) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in meta_unet(json.loads(config)).named_parameters()}
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:
     """Number of parameters of a UNet config."""
-    return sum(parameter.numel() for parameter in meta_unet(config).parameters())
+    return sum(map(math.prod, unet_shapes(config).values()))
 
 
 def count_macs(
@@ -315,36 +332,3 @@ def count_macs(
         text = torch.empty(batch, sequence, full["cross_attention_dim"])
         unet(sample, torch.ones(batch), encoder_hidden_states=text)
     return int(counter.get_total_flops()) // 2
-
-
-def remap_lora(
-    state_dict: Mapping[str, torch.Tensor], teacher_config: Mapping[str, Any], student: str | StudentSpec
-) -> dict[str, torch.Tensor]:
-    """A LoRA of the teacher as a LoRA of its student: weights of kept layers renamed, those of removed layers left out.
-
-    Takes diffusers' and PEFT's names (`unet.down_blocks.0...`, `base_model.model.down_blocks.0...`) and kohya's
-    (`lora_unet_down_blocks_0_...`); a text encoder's weights pass unchanged. Raises ModelError for adapters of another
-    kind (DoRA, LoHa, ...), and when no name belongs to a layer that the student keeps.
-    """
-    if kind := other_kind(state_dict):
-        raise ModelError(f"this file of adapters {kind}")
-    modules = key_map(teacher_config, student)
-    places = {f"unet.{teacher}.": f"unet.{own}." for own, teacher in modules.items()}
-    places |= {f"lora_unet_{flat(teacher)}_": f"lora_unet_{flat(own)}_" for own, teacher in modules.items()}
-    result: dict[str, torch.Tensor] = {}
-    moved = text = 0
-    for key, value in ((common_name(key), value) for key, value in state_dict.items()):
-        prefix = next((prefix for prefix in places if key.startswith(prefix)), None)
-        if prefix is not None:
-            result[places[prefix] + key.removeprefix(prefix)] = value
-            moved += 1
-        elif not key.startswith(_LORA_BLOCKS):
-            result[key] = value
-            moved += key.startswith(_LORA_UNET)
-            text += key.startswith(_LORA_TEXT)
-    if not moved and not 0 < text == len(state_dict):  # nothing of the UNet is left, and there was something
-        raise ModelError(
-            f"the LoRA names no layer that {student_spec(student).name} keeps (its first name is "
-            f"{next(iter(state_dict), 'none')!r}): give a LoRA of an SD 1.x/2.x UNet, in diffusers' or kohya's names"
-        )
-    return result

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.errors import ModelError
-from sdkd.students.blocks import StudentSpec, key_map, meta_unet, remap_lora, teacher_key
-from sdkd.students.lora_layers import Layer, flat, peft_state, text_width, widths
+from sdkd.students.blocks import StudentSpec, key_map, student_spec, teacher_key, unet_shapes
+from sdkd.students.lora_layers import Layer, common_name, flat, other_kind, peft_state, text_width, widths
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 Owner = Literal["model", "teacher"]
 FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # by the width of text embeddings
 _IN_BLOCK = re.compile(r"^.*\.(attentions|resnets|downsamplers|upsamplers)\.\d+\.")
+
+_LORA_BLOCKS = tuple(
+    f"{style}{block}" for style in ("unet.", "lora_unet_") for block in ("down_blocks", "mid_block", "up_blocks")
+)
+_LORA_UNET, _LORA_TEXT = ("unet.", "lora_unet_"), ("text_encoder.", "lora_te")
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Target:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Target:
         """All linear layers and convolutions of a UNet of this config."""
-        weights = [(name, weight) for name, weight in meta_unet(config).named_parameters() if weight.dim() in (2, 4)]
-        found = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights}
+        shapes = unet_shapes(config).items()
+        found = {name.removesuffix(".weight"): shape for name, shape in shapes if len(shape) in (2, 4)}
         return cls({flat(name): name for name in found}, {flat(name): shape for name, shape in found.items()})
 
     def unknown(self, layers: Mapping[str, Layer]) -> list[str]:
@@ -167,3 +172,36 @@ def _refuse_misfit(
 
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+def remap_lora(
+    state_dict: Mapping[str, torch.Tensor], teacher_config: Mapping[str, Any], student: str | StudentSpec
+) -> dict[str, torch.Tensor]:
+    """A LoRA of the teacher as a LoRA of its student: weights of kept layers renamed, those of removed layers left out.
+
+    Takes diffusers' and PEFT's names (`unet.down_blocks.0...`, `base_model.model.down_blocks.0...`) and kohya's
+    (`lora_unet_down_blocks_0_...`); a text encoder's weights pass unchanged. Raises ModelError for adapters of another
+    kind (DoRA, LoHa, ...), and when no name belongs to a layer that the student keeps.
+    """
+    if kind := other_kind(state_dict):
+        raise ModelError(f"this file of adapters {kind}")
+    modules = key_map(teacher_config, student)
+    places = {f"unet.{teacher}.": f"unet.{own}." for own, teacher in modules.items()}
+    places |= {f"lora_unet_{flat(teacher)}_": f"lora_unet_{flat(own)}_" for own, teacher in modules.items()}
+    result: dict[str, torch.Tensor] = {}
+    moved = text = 0
+    for key, value in ((common_name(key), value) for key, value in state_dict.items()):
+        prefix = next((prefix for prefix in places if key.startswith(prefix)), None)
+        if prefix is not None:
+            result[places[prefix] + key.removeprefix(prefix)] = value
+            moved += 1
+        elif not key.startswith(_LORA_BLOCKS):
+            result[key] = value
+            moved += key.startswith(_LORA_UNET)
+            text += key.startswith(_LORA_TEXT)
+    if not moved and not 0 < text == len(state_dict):  # nothing of the UNet is left, and there was something
+        raise ModelError(
+            f"the LoRA names no layer that {student_spec(student).name} keeps (its first name is "
+            f"{next(iter(state_dict), 'none')!r}): give a LoRA of an SD 1.x/2.x UNet, in diffusers' or kohya's names"
+        )
+    return result

@@ -22,11 +22,11 @@ from sdkd.students.blocks import (
     count_macs,
     count_parameters,
     key_map,
-    remap_lora,
     student_config,
     student_spec,
     teacher_key,
 )
+from sdkd.students.lora_fit import remap_lora
 
 SD1: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 SD2: dict[str, Any] = {
