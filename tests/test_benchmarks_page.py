@@ -58,6 +58,17 @@ def comparison_file(environment: dict[str, Any] = ENVIRONMENT) -> dict[str, Any]
     return {**head, "comparison": compared, "builds": builds, "markdown": markdown(report)}
 
 
+def staircase_file() -> dict[str, Any]:
+    """A result of tools/bench_staircase.py."""
+    usual = {"vae_share": 0.12, "parameters": 4_790_000, "peak_bytes": 1_234_000_000, "to_first": None}
+    first = {**usual, "label": "teacher", "change": "teacher, eager, 25 steps", "image_s": 265.0}
+    ratio = {"value": 10.0, "low": None, "high": None, "tie": False}
+    last = {**usual, "label": "few", "change": "4 steps", "image_s": 26.5, "over_previous": ratio}
+    last |= {"over_first": ratio | {"low": 9.5, "high": 10.5}, "to_first": {"identical": False, "psnr_mean_db": 8.12}}
+    steps = [first | {"over_previous": None, "over_first": None}, last]
+    return comparison_file() | {"comparison": comparison_file()["comparison"] | {"staircase": steps}}
+
+
 def ran(seconds: float) -> dict[str, Any]:
     """A command's run."""
     return {"seconds": seconds, "peak_rss_bytes": 4 * 10**9, "peak_anonymous_bytes": 3 * 10**9, "passed": True}
@@ -166,17 +177,21 @@ def test_the_committed_pages_show_every_machine_and_link_files_that_are_there() 
 
 def test_every_result_has_its_figures_device_date_commit_command_and_file(tmp_path: Path) -> None:
     put(tmp_path, demo=comparison_file(), train_256_tiny=train_file(), export=export_file(), build=build_file())
+    put(tmp_path, staircase_sd15=staircase_file())
     text = benchmarks_page.whole_page(put(tmp_path, runtime=runtime_file()))
     section = text.split("\n## example-2-cores\n")[1].split("\n## Not measured on a GPU yet\n")[0]
     assert "Measured on: Example CPU @ 2.10GHz, 2 cores.\n" in section
     sources = [line for line in section.splitlines() if line.startswith("- [")]
     rule = r"- \[(.*)\]\(\.\./benchmarks/example-2-cores/\1\): 2026-01-02, commit abc1234, `python tools/bench.*`"
     assert [line for line in sources if not re.fullmatch(rule, line)] == []
-    assert len(tables(section)) == len(sources) == 5
+    assert len(tables(section)) == len(sources) == 6
     assert "| build | random:sd15-tiny | openvino | 33.5 | 4.00 | 9 |" in section
     assert "| demo | tiny onnxruntime | 13.4 ms | 8.37 ms | 1.60× (1.59–1.63) | 55.3 dB |" in section
     assert "| export | random:sd15-tiny | sdkd fp32 | 45.0 | 4.00 | 28 |" in section
     assert "| runtime | student, eager fp32 | student, onnxruntime | 3.1 s | 1.6 s | 2.00× (2.00–2.00) |" in section
+    step = "| staircase-sd15 | 4 steps | 26.5 s | 10.00× | 10.00× (9.50–10.50) | 12% | 1,234 | 4.8 | 8.1 dB |"
+    assert step in section
+    assert "| staircase-sd15 | teacher, eager, 25 steps | 265 s | – | – | 12% | 1,234 | 4.8 | – |" in section
     assert "| train-256-tiny | tiny | 0.400 images/s | 0.800 images/s | 2.00× (1.80–2.20) |" in section
 
 

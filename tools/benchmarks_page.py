@@ -136,6 +136,29 @@ def decoder(found: Json) -> Rows:
     ]
 
 
+def staircase(found: Json) -> Rows:
+    """tools/bench_staircase.py: every row of the staircase."""
+    return [[stair["change"], *_stair(stair)] for stair in found["comparison"]["staircase"]]
+
+
+def _stair(stair: Json) -> list[str]:
+    close, peak = stair["to_first"], stair["peak_bytes"]
+    far = NONE if close is None else "identical" if close["identical"] else f"{close['psnr_mean_db']:.1f} dB"
+    return [
+        f"{stair['image_s']:.3g} s", *(_gain(stair[name]) for name in ("over_previous", "over_first")),
+        f"{stair['vae_share']:.0%}", NONE if peak is None else f"{peak / 1e6:,.0f}",
+        f"{stair['parameters'] / 1e6:,.1f}", far,
+    ]  # fmt: skip
+
+
+def _gain(gain: Json | None) -> str:
+    """A factor, with its interval where rounds were enough for one."""
+    if gain is None:
+        return NONE
+    value, low, high, tie = (gain[name] for name in ("value", "low", "high", "tie"))
+    return f"{value:.2f}×" if low is None else faster(value, low, high, tie)
+
+
 def demo_decoder(found: Json) -> Rows:
     """tools/train_demo_decoder.py: the demo's small VAE beside its full one."""
     full, small = (found[name]["decoder_macs"] / 1e6 for name in ("full", "small"))
@@ -155,6 +178,7 @@ class Kind:
 
 
 COMPARED = ("subject", "own eager", "UNet step", "faster (95 %)", "images to own eager")
+CLIMBED = ("change", "an image", "over the row above", "over the first", "VAE", "peak MB", "M params", "to the first")
 COST = ("s", "peak memory, GB", "files, MB")
 ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
 DECODED = ("drawings", "PSNR to the full VAE's, mean (worst)", "SSIM", "MMACs, full decoder", "small")
@@ -170,6 +194,7 @@ KINDS = (
     Kind("ablation-demo/runs/*.json", None),
     Kind("ablation-demo/why.json", None),
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
+    Kind("*/staircase-*.json", staircase, CLIMBED),
     Kind("*/decoder.json", decoder, ("decoded on", "full VAE", "small VAE", "faster (95 %)")),
     Kind("demo-decoder/likeness.json", demo_decoder, DECODED, 2, f"`{DECODER_COMMAND}`"),
 )

@@ -54,6 +54,11 @@ def compare(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image; image n starts from seed + n.")] = 0,
     runs: Annotated[int, typer.Option(min=1, help="UNet calls timed per subject, at least.")] = 30,
+    image_runs: Annotated[int, typer.Option(min=1, help="Whole images timed per subject.")] = 3,
+    staircase: Annotated[
+        bool,
+        typer.Option("--staircase", help="What each change brings: models in order, the last with --vae, its engines."),
+    ] = False,
     baseline: Annotated[str | None, typer.Option(help="A subject's label to give one more ratio to.")] = None,
     against: Annotated[
         Path | None, typer.Option(help="An earlier report.json: say what became faster, slower or wrong since.")
@@ -100,27 +105,21 @@ def compare(
     opened = [resolve(name) for name in names]
     kept = parse_prompts(prompts, opened)
     pixels = None if size is None else drawn_size(size)
-    settings: dict[str, Any] = {"batch": batch, "seed": seed, "runs": runs}
+    settings: dict[str, Any] = {"batch": batch, "seed": seed, "runs": runs, "image_runs": image_runs}
     check_asked(kept, pixels, **settings, steps=steps, guidance_scale=guidance_scale)
     settings |= {"baseline": baseline}
-    wish = Wish(_targets(targets), precision, pixels, bundles, batch, vae, RunsAsked(steps, guidance_scale, scheduler))
+    asked = RunsAsked(steps, guidance_scale, scheduler)
+    wish = Wish(_targets(targets), precision, pixels, bundles, batch, vae, asked, staircase)
     options = {"targets": targets, "precision": precision, "vae": vae, "prompts": ";".join(kept), "size": size}
-    command = make_again(names, options | vars(wish.runs) | settings) + (" --in-process" if in_process else "")
+    command = make_again(names, options | vars(asked) | settings | {"staircase": staircase, "in_process": in_process})
     with lock(output), progress("compare") as bar:
         plan = make_plan(opened, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
         found = measure(
-            plan.subjects,
-            prompts=kept,
-            size=pixels,
-            judge=default_judge(opened, kept, pixels),
-            command=command,
-            notes=plan.notes,
-            failed=plan.failed,
-            isolate=not in_process,
-            load_before=load,
-            progress=within(bar, 0.3, 1.0),
-            **settings,
-        )
+            plan.subjects, prompts=kept, size=pixels, judge=default_judge(opened, kept, pixels), command=command,
+            notes=plan.notes, failed=plan.failed, isolate=not in_process, load_before=load,
+            staircase=[subject.label for subject in plan.subjects] if staircase else (),
+            progress=within(bar, 0.3, 1.0), **settings,
+        )  # fmt: skip
         found = found if earlier is None else found.held_against(earlier, threshold)
         try:
             page = write_report(found, output, overwrite)
@@ -176,9 +175,11 @@ def _targets(text: str | None) -> tuple[str, ...] | None:
 
 
 def make_again(models: list[str], options: Mapping[str, object]) -> str:
-    """The command that makes the comparison again, with every setting spelled out; None is none."""
+    """The command that makes the comparison again, with every setting spelled out; None and False are none."""
     words = ["sdkd", "compare", *models]
     for name, value in options.items():
-        if value is not None:
+        if value is True:
+            words.append(f"--{name.replace('_', '-')}")
+        elif value is not None and value is not False:
             words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     return shlex.join(words)

@@ -30,6 +30,7 @@ PROCESS_BYTES = 400_000_000  # of a process of its own beside the case: librarie
 MEMORY_SHARE = 0.5  # of what is free: subjects are kept loaded together while they fit into it
 ROUNDS_ONE_AT_A_TIME = 3  # each round opens every model again
 COMPONENT_SECONDS, COMPONENT_ROUNDS = 0.3, 3  # of text encoder and VAE: once per image, not per step
+LONG_IMAGE_S = 20.0  # a first call this long is a timed one, too: what happens only once is small beside it
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Case:
     unet_calls: int = 0
     memory: Memory | None = None
     attention: str | None = None
-    repeatable: bool = True
+    repeatable: bool | None = None  # None: no image was made again
     failed: Failed | None = None  # set where it could not be measured: it is left out from there on
     images: list[Image] = field(default_factory=list)
     image_samples: list[list[Sample]] = field(default_factory=list)
@@ -176,6 +177,8 @@ def _first_images(case: Case, loaded: LoadedSubjects, asked: Asked, progress: Pr
         calls.append(runner.images(request, prompt))
     case.first_call_s, case.unet_calls = calls[0].sample.wall_s, calls[0].unet_calls
     case.images = in_order(calls)
+    if case.first_call_s >= LONG_IMAGE_S and not case.subject.is_compiled:
+        case.image_samples.append([calls[0].sample])
     if case.subject.is_eager:
         case.attention = runner.attention(request)
 
@@ -186,13 +189,16 @@ def in_order(calls: Sequence[Drawn]) -> list[Image]:
 
 
 def time_images(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, runs: int, progress: Progress) -> None:
-    """Time `runs` whole calls in rounds over the subjects, and see whether equal seeds give equal images again."""
+    """Time `runs` whole calls in rounds over the subjects, and see whether equal seeds give equal images again.
+
+    A case whose first call was timed takes no part in the first round.
+    """
     order, shuffle = list(cases), random.Random(asked.seed)  # noqa: S311 (an order, not a secret)
     for turn in range(runs):
         prompt = turn % len(asked.prompts)
         shuffle.shuffle(order)
         for place, case in enumerate(order):
-            if case.failed:
+            if case.failed or len(case.image_samples) > turn:
                 continue
             progress("timing whole images", (turn + place / len(order)) / runs)
             with loaded.trying(case):
@@ -200,7 +206,8 @@ def time_images(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, run
                 drawn = runner.images(request, prompt)
                 case.image_samples.append([drawn.sample])
                 before = [case.images[number].tobytes() for number in request.numbers(prompt)]
-                case.repeatable &= [image.tobytes() for image in drawn.images] == before
+                same = [image.tobytes() for image in drawn.images] == before
+                case.repeatable = same and case.repeatable is not False
 
 
 def time_parts(
@@ -212,7 +219,8 @@ def time_parts(
         return lambda part, count, seconds: loaded.runner(case).burst(case.request(asked), part, count, seconds)
 
     by_label = {case.subject.label: case for case in cases}
-    few = COMPONENT_ROUNDS, min(COMPONENT_SECONDS, min_seconds), COMPONENT_ROUNDS  # once a round, or for the time
+    rounds = COMPONENT_ROUNDS if loaded.config.keep_loaded else 1  # a model that is loaded again is warmed up again
+    few = rounds, min(COMPONENT_SECONDS, min_seconds), rounds  # once a round, or for the time
     samples = interleave(
         {label: timed(case) for label, case in by_label.items()},
         [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in (TEXT_ENCODER, VAE_DECODER))],

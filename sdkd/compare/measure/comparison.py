@@ -20,7 +20,7 @@ from sdkd.compare.measure.cases import (
 )
 from sdkd.compare.measure.environment import environment, state_after
 from sdkd.compare.measure.limits import Ceilings, Work, element_bytes, fraction, measure_ceilings, unet_work
-from sdkd.compare.measure.outcome import Judge, all_baselines, result_of, unlike_calls
+from sdkd.compare.measure.outcome import Judge, all_baselines, climb, result_of, unlike_calls
 from sdkd.compare.measure.refusals import check_asked, check_models
 from sdkd.compare.measure.results import Report, Result, Setup
 from sdkd.compare.measure.runner import RunConfig, prepare_children
@@ -59,6 +59,7 @@ def compare(
     failed: Sequence[Failed] = (),
     isolate: bool = False,
     load_before: Sequence[float] | None = None,
+    staircase: Sequence[str] = (),
     progress: Progress = quiet,
 ) -> Report:
     """Measure subjects side by side: speed, size, and how far each one's images are from eager PyTorch's.
@@ -71,7 +72,9 @@ def compare(
     process of its own, which measures the memory of each and survives their crashes; a script that asks for it needs
     `if __name__ == "__main__":`.
     `load_before`: the machine's load average before work of the caller's own, such as building engines; `failed`: what
-    failed in that. A subject that fails, whatever with, is one of the report's `failed`, and the others are measured.
+    failed in that. `staircase`: labels of subjects of which each adds one change to the one before; the report then
+    says what each brings.
+    A subject that fails, whatever with, is one of the report's `failed`, and the others are measured.
     Raises InputError, and where no subject can be measured the only one's own error, or EngineError with all reasons.
     """
     if not subjects and failed:
@@ -81,13 +84,14 @@ def compare(
     subjects = [dataclasses.replace(subject, run=subject.run or usual) for subject in subjects]
     numbers = {"runs": runs, "image_runs": image_runs, "batch": batch, "seed": seed, "min_seconds": min_seconds}
     texts, pixels = _check(subjects, prompts, (size, size) if isinstance(size, int) else size, numbers)
-    check_baseline(baseline, [subject.label for subject in (*subjects, *(one.subject for one in failed))])
+    labels = [subject.label for subject in (*subjects, *(one.subject for one in failed))]
+    check_baseline(baseline, labels)
+    check_staircase(staircase, labels)
     where, cases, known = device or _default_device(), [Case(subject) for subject in subjects], random_notes(subjects)
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
         prepare_children()
-    together = fit_together(subjects, where, isolate)
-    loaded = LoadedSubjects(RunConfig(where, together, isolate, pixels, texts))
+    loaded = LoadedSubjects(RunConfig(where, fit_together(subjects, where, isolate), isolate, pixels, texts))
     try:
         first = first_opened(cases, loaded, failed)
         height, width = first.size
@@ -102,21 +106,27 @@ def compare(
         loaded.close()
     setup = Setup(
         **vars(asked), runs=runs, min_seconds=min_seconds, timing=Timer(where).method,
-        open_together=loaded.config.keep_loaded, confidence=CONFIDENCE, isolated=isolate,
+        open_together=loaded.config.keep_loaded, confidence=CONFIDENCE, isolated=isolate, staircase=tuple(staircase),
     )  # fmt: skip
     baselines = all_baselines(kept, baseline)
-    told = [note for case in kept.values() if case.opened for note in case.opened.notes]  # inputs, prompts that are cut
+    results = [result_of(case, kept, references, baselines[name], judge, asked) for name, case in kept.items()]
     report = Report(
         setup=setup,
-        results=tuple(result_of(case, kept, references, baselines[name], judge, asked) for name, case in kept.items()),
+        results=tuple(results),
         environment=surroundings,
         images={label: tuple(case.images) for label, case in kept.items()},
         baselines=baselines,
         command=command,
-        notes=(*known, *dict.fromkeys(told), *unlike_calls(kept, baselines, asked), *notes, *references.notes),
+        notes=(*known, *_told(kept), *unlike_calls(kept, baselines, asked), *notes, *references.notes),
         failed=(*failed, *(case.failed for case in cases if case.failed)),
+        stairs=climb(staircase, kept, results),
     )
     return with_scores(with_limits(report, where), where)
+
+
+def _told(cases: Mapping[str, Case]) -> list[str]:
+    """Each once, what subjects said when they were opened: inputs beside prompts, prompts that are cut."""
+    return list(dict.fromkeys(note for case in cases.values() if case.opened for note in case.opened.notes))
 
 
 def _check(
@@ -154,6 +164,15 @@ def check_baseline(baseline: str | None, labels: Sequence[str]) -> None:
     """InputError for a baseline that is no label."""
     if baseline is not None and baseline not in labels:
         raise InputError(f"baseline {baseline!r} is not among the subjects: choose one of {', '.join(labels)}")
+
+
+def check_staircase(staircase: Sequence[str], labels: Sequence[str]) -> None:
+    """InputError for a staircase with something else than subjects, or one of them twice."""
+    for label in staircase:
+        if label not in labels:
+            raise InputError(f"{label!r} of the staircase is not among the subjects: choose of {', '.join(labels)}")
+        if list(staircase).count(label) > 1:
+            raise InputError(f"{label!r} is twice in the staircase: each of its subjects adds one change")
 
 
 def with_limits(report: Report, device: str) -> Report:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdkd.compare.measure.calls import TEXT_ENCODER, VAE_DECODER, Asked
 from sdkd.compare.measure.cases import Case, ReferenceImages
-from sdkd.compare.measure.quality import judge_engine
-from sdkd.compare.measure.results import Result
-from sdkd.compare.measure.stats import Ratio, Spread, speedup
+from sdkd.compare.measure.quality import judge_engine, likeness
+from sdkd.compare.measure.results import Result, Stair
+from sdkd.compare.measure.scores import lpips_here
+from sdkd.compare.measure.stats import Ratio, Spread, gain, speedup
 from sdkd.compare.measure.subjects import TEACHER, Subject, size_on_disk
 from sdkd.compare.measure.timing import Sample
+from sdkd.models.replacements import short_vae
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,3 +115,52 @@ def unlike_calls(cases: Mapping[str, Case], baselines: Mapping[str, Mapping[str,
         f"steps with and without guidance are different calls ({latents[over]} of {over}, {latents[label]} of {label}, "
         "in latents): their ratio is of one call each, that of images tells what an image gains"
     ]
+
+
+def climb(labels: Sequence[str], cases: Mapping[str, Case], results: Sequence[Result]) -> tuple[Stair, ...]:
+    """The staircase of these labels: each measured row against the one above and against the first."""
+    rows = {row.subject.label: row for row in results}
+    found = list[Stair]()
+    kept = [label for label in labels if label in rows]
+    for place, label in enumerate(kept):
+        row, before, first = rows[label], kept[max(place - 1, 0)], kept[0]
+        own = _seconds(cases[label].image_samples)
+        peaks = (row.memory.peak_gpu, row.memory.peak_rss)
+        stair = Stair(
+            label=label,
+            change=change_between(rows[before] if place else None, row),
+            image_s=row.image_s.median,
+            vae_share=row.vae_decode_ms.median / (1000 * row.images_per_call * row.image_s.median),
+            parameters=row.parameters,
+            peak_bytes=next((peak for peak in peaks if peak is not None), None),
+            judged=row.judged_mean,
+            ok=None if row.verdict is None else row.verdict.ok,
+        )
+        if place:
+            times = _seconds(cases[before].image_samples), _seconds(cases[first].image_samples)
+            over_previous, over_first = (gain(other, own) for other in times)
+            to_first = likeness(cases[label].images, cases[first].images, first, lpips_here())
+            stair = dataclasses.replace(stair, over_previous=over_previous, over_first=over_first, to_first=to_first)
+        found.append(stair)
+    return tuple(found)
+
+
+def change_between(before: Result | None, row: Result) -> str:
+    """In words what a subject adds to another one, or what the first one is."""
+    subject, run = row.subject, dataclasses.replace(row.run, scheduler=None)
+    if before is None:
+        return f"{subject.model_label}, {subject.runs_as}, {run}"
+    then, run_then = before.subject, dataclasses.replace(before.run, scheduler=None)
+    pairs = (
+        (str(then.model), str(subject.model), subject.model_label),
+        (before.run, row.run, str(run) if run != run_then else str(row.run.scheduler)),
+        (_others(then), _others(subject), _others(subject) or "its own VAE"),
+        (then.loras, subject.loras, "LoRA" if subject.loras else "no LoRA"),
+        (then.runs_as, subject.runs_as, subject.runs_as),
+    )
+    return ", ".join(words for old, new, words in pairs if old != new) or "nothing"
+
+
+def _others(subject: Subject) -> str:
+    """The parts that stand in for a model's own, in words."""
+    return ", ".join(short_vae(name) if part == "vae" else Path(name).name for part, name in subject.replaced)

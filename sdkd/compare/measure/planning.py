@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Wish:
     """What applies to every model: targets (None: what runs here), precision of new engines, size, bundles, batch.
 
     `vae`: every model is compared with this one, too. `runs`: steps, guidance scale and scheduler that count for all.
+    `staircase`: instead of every model on every target, a series in which each adds one change; see `_series`.
     """
 
     targets: tuple[str, ...] | None
@@ -51,6 +52,7 @@ class Wish:
     batch: int = 1
     vae: str | None = None
     runs: RunsAsked = AS_MADE
+    staircase: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,17 @@ def make_plan(
     homes = {name: (source, runs[source.name]) for name, source in zip(names, sources, strict=True)}
     size = check_models(homes, wish.size)
     wanted: list[tuple[Subject, Builder | None]] = []
-    variants = _with_vae(sources, names, roles, wish.vae, plan)
-    own = [(source, name, roles[source.name]) for source, name in zip(sources, names, strict=True)]
-    for entry in (Entry(*each, runs[each[0].name]) for each in (*own, *variants)):
+    if wish.staircase:
+        entries = _series(sources, names, runs, wish)
+    else:
+        variants = _with_vae(sources, names, roles, wish.vae, plan)
+        own = [(source, name, roles[source.name]) for source, name in zip(sources, names, strict=True)]
+        entries = [(Entry(*each, runs[each[0].name]), wish) for each in (*own, *variants)]
+    for entry, own_wish in entries:
         if isinstance(entry.source, BundleSource):
-            wanted += [(subject, None) for subject in _of_bundle(plan, entry, entry.source, wish, size)]
+            wanted += [(subject, None) for subject in _of_bundle(plan, entry, entry.source, own_wish, size)]
         else:
-            wanted += _of_model(entry, wish, size)
+            wanted += _of_model(entry, own_wish, size)
     if not wanted:
         raise InputError(
             f"nothing of {', '.join(source.name for source in sources)} can be compared here: {'; '.join(plan.notes)}"
@@ -125,6 +131,41 @@ def _with_vae(
     if TEACHER not in roles.values():
         roles[own[0][0].name] = TEACHER
     return [(with_vae(source, vae), f"{name} with {short_vae(vae)}", STUDENT) for source, name in own]
+
+
+def _series(
+    sources: Sequence[ModelSource], names: Sequence[str], runs: Mapping[str, Generation], wish: Wish
+) -> list[tuple[Entry, Wish]]:
+    """The models in eager float32, the last one with `wish.vae`, and the last of all on each engine of `wish.targets`.
+
+    The first is the teacher of all. InputError for what is no single change: bundles, and targets of PyTorch.
+    """
+    for source in sources:
+        if isinstance(source, BundleSource):
+            raise InputError(
+                f"{source.name!r} is a bundle, and a staircase goes from models in PyTorch to engines of the last one: "
+                "give the model that it was made from, or leave --staircase out"
+            )
+    for target in wish.targets or ():
+        if in_torch(target):
+            raise InputError(
+                f"target {target!r} is no step of a staircase, whose models are in eager fp32: give engines, such as "
+                "openvino-bf16, or leave --staircase out"
+            )
+    found = [
+        Entry(source, name, STUDENT if place else TEACHER, runs[source.name])
+        for place, (source, name) in enumerate(zip(sources, names, strict=True))
+    ]
+    if wish.vae is not None:
+        last = with_vae(sources[-1], wish.vae)
+        found.append(Entry(last, f"{names[-1]} with {short_vae(wish.vae)}", STUDENT, runs[last.name]))
+    if len(found) + len(wish.targets or ()) < 2:
+        raise InputError("a staircase of one subject has no step: give more models, --vae or --targets")
+    eager = replace(wish, targets=(EAGER,))
+    return [
+        *((entry, eager) for entry in found[:-1]),
+        (found[-1], replace(wish, targets=(EAGER, *(wish.targets or ())))),
+    ]
 
 
 def short_names(models: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from sdkd.compare.measure.earlier import Earlier, parse_report
 from sdkd.compare.measure.environment import Memory, busy
 from sdkd.compare.measure.limits import Ceilings, Limit, Work
 from sdkd.compare.measure.quality import Likeness, Verdict
-from sdkd.compare.measure.stats import Ratio, Spread
+from sdkd.compare.measure.stats import Gain, Ratio, Spread
 from sdkd.compare.measure.subjects import Failed, Subject
 from sdkd.errors import EngineError, InputError, ParityError, SdkdError
 from sdkd.models.generation import Generation
@@ -36,6 +36,7 @@ class Setup(Asked):
     open_together: bool  # all pipelines in memory at once; otherwise one at a time, opened again for every round
     confidence: float
     isolated: bool = False  # every subject in a process of its own
+    staircase: tuple[str, ...] = ()  # labels of subjects of which each adds one change to the one before
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Result:
     parameters: int
     bytes_on_disk: int | None
     memory: Memory
-    repeatable: bool  # the same seed gave the same image again
+    repeatable: bool | None  # the same seed gave the same image again; None: it was not tried
     unet_calls: int  # of one pipeline call; a scheduler may make more than steps
     images_per_call: int = 1
     attention: str | None = None  # eager only
@@ -94,6 +95,33 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Stair:
+    """One row of a staircase: what it adds to the row above, and where that leads. The first row has no gains.
+
+    `image_s`: end to end, the median; `vae_share`: of the VAE in it; `peak_bytes`: of its process, on the GPU where it
+    runs there, None where that is not known; `to_first`: its images against those of the first row.
+    """
+
+    label: str
+    change: str
+    image_s: float
+    vae_share: float
+    parameters: int
+    peak_bytes: int | None
+    over_previous: Gain | None = None
+    over_first: Gain | None = None
+    to_first: Likeness | None = None
+    judged: float | None = None
+    ok: bool | None = None  # whether its rule holds; None where there is none
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        plain = {name: _figure_json(value) for name, value in vars(self).items()}
+        gains = {name: getattr(self, name) for name in ("over_previous", "over_first")}
+        return plain | {name: found and {**vars(found), "tie": found.tie} for name, found in gains.items()}
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole comparison; `images` holds, by label, `batch` images per prompt: first all first ones."""
 
@@ -108,6 +136,7 @@ class Report:
     ceilings: Mapping[str, Ceilings] = field(default_factory=dict)  # by precision
     not_measured: tuple[str, ...] = ()  # scores that lack weights here, and how to get them
     failed: tuple[Failed, ...] = ()  # subjects that have no result
+    stairs: tuple[Stair, ...] = ()  # of `setup.staircase`, those that were measured
 
     @property
     def broken(self) -> tuple[Result, ...]:
@@ -191,10 +220,13 @@ class Report:
             "noisy": list(self.noisy),
             "busy_before": self.busy_before,
             "notes": list(self.notes),
-            "setup": vars(self.setup) | {"prompts": list(self.setup.prompts)},
+            "setup": {
+                name: list(value) if isinstance(value, tuple) else value for name, value in vars(self.setup).items()
+            },
             "environment": dict(self.environment),
             "ceilings": {precision: vars(found) for precision, found in self.ceilings.items()},
             "not_measured": list(self.not_measured),
+            "staircase": [stair.to_json() for stair in self.stairs] or None,
             "results": [_result_json(row, self) for row in self.results],
             "failed": [{**_subject_json(one.subject), "reason": one.reason} for one in self.failed],
             "against": None if self.against is None else self.against.to_json(),

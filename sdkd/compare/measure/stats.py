@@ -67,6 +67,27 @@ class Ratio:
         return self.low <= 1.0 <= self.high
 
 
+@dataclass(frozen=True)
+class Gain:
+    """A ratio of medians, and its interval where enough rounds were timed."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def tie(self) -> bool:
+        """Whether an interval holds 1.0."""
+        return self.low is not None and self.high is not None and self.low <= 1.0 <= self.high
+
+
+def gain(baseline: Rounds, subject: Rounds) -> Gain:
+    """As `speedup`; without an interval where there are too few rounds for one."""
+    if found := speedup(baseline, subject):
+        return Gain(found.value, found.low, found.high)
+    return Gain(Spread.of(baseline).median / Spread.of(subject).median)
+
+
 def speedup(baseline: Rounds, subject: Rounds, *, paired: bool = True) -> Ratio | None:
     """How many times faster `subject` is than `baseline`: median(baseline) / median(subject), with its interval.
 

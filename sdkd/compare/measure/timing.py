@@ -19,6 +19,7 @@ WARM_CALLS = 3  # as many calls in a row must agree
 WARM_TOLERANCE = 0.10
 MOST_WARM_CALLS = 12
 MOST_WARM_SECONDS = 8.0  # after the first call; what takes seconds has little left to warm up then
+LONG_CALL_S = 2.0  # a warm call this long is a sample, and caches need no other call before the next one
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,15 @@ class Timer:
         return Sample(self.clock() - wall, self.cpu_clock() - cpu, start.elapsed_time(end) / 1000)
 
 
-def warm_up(work: Work, timer: Timer) -> list[float]:
-    """Call until three calls in a row lie within 10 % of each other; seconds of each call.
+def warm_up(work: Work, timer: Timer) -> list[Sample]:
+    """Call until three calls in a row lie within 10 % of each other; all calls, timed.
 
     MOST_WARM_CALLS times at most, and for MOST_WARM_SECONDS after the first call, in which something may be compiled.
     """
-    spent: list[float] = []
-    while len(spent) < MOST_WARM_CALLS and sum(spent[1:]) < MOST_WARM_SECONDS:
-        spent.append(timer.time(work).seconds)
-        last = spent[-WARM_CALLS:]
+    spent: list[Sample] = []
+    while len(spent) < MOST_WARM_CALLS and sum(one.seconds for one in spent[1:]) < MOST_WARM_SECONDS:
+        spent.append(timer.time(work))
+        last = [one.seconds for one in spent[-WARM_CALLS:]]
         if len(last) == WARM_CALLS and max(last) <= min(last) * (1 + WARM_TOLERANCE):
             break
     return spent
@@ -114,16 +115,19 @@ class Bench:
 
     def burst(self, part: str, count: int, seconds: float) -> list[Sample]:
         """At least `count` timed calls, and `seconds` of them within reason: as `Burst`."""
-        if part in self._call_s:
+        warm: list[Sample] = []
+        if part not in self._call_s:
+            warm = warm_up(self.works[part], self.timer)[-1:]
+            self._call_s[part] = warm[-1].seconds
+        elif self._call_s[part] < LONG_CALL_S:
             self.works[part]()
-        else:
-            self._call_s[part] = warm_up(self.works[part], self.timer)[-1]
+        kept = warm if self._call_s[part] >= LONG_CALL_S else []
         length = burst_length(count, seconds, self._call_s[part])
-        return [self.timer.time(self.works[part]) for _ in range(length)]
+        return kept + [self.timer.time(self.works[part]) for _ in range(length - len(kept))]
 
 
 Burst = Callable[[str, int, float], list[Sample]]
-"""A burst of one case: of a part's name, calls and seconds. It comes after a warm-up, or a call that is thrown away."""
+"""A burst of one case: of a part's name, calls and seconds. After a warm-up, or a short call that is thrown away."""
 Timed = dict[str, list[list[Sample]]]
 """Samples of one case by part and round."""
 

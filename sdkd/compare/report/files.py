@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.compare.measure.results import Report, image_name
+from sdkd.compare.report import stairs
 from sdkd.compare.report.charts import latency_bars, latency_ridges, memory_bars, model_colours, plots, scatter
 from sdkd.compare.report.columns import COLUMNS, EMPTY, GIGA, best_rows, full_title, number, shown_columns
 from sdkd.compare.report.gallery import GAINS, PIXELATED_PX, differences, gallery, kinds, worst_images
@@ -30,6 +31,7 @@ SHOWS = (
     *((gain, f"Difference × {gain}", f"Difference × {gain}" if gain == GAINS[0] else f"× {gain}") for gain in GAINS),
 )
 WIDE, NARROW = (540, 340), (350, 330)
+STAIRS_WIDE = 1080
 _NAMES = {
     "cpu": "CPU",
     "cpu_features": "CPU features",
@@ -120,6 +122,7 @@ def _context(report: Report) -> dict[str, Any]:
         "machine": machine_line(report),
         "notes": notes(report),
         "findings": findings(report),
+        "stairs": _stairs(report),
         "latency": latency_bars(report),
         "ridges": latency_ridges(report),
         "memory": memory_bars(report),
@@ -148,6 +151,20 @@ def _context(report: Report) -> dict[str, Any]:
     }
 
 
+def _stairs(report: Report) -> dict[str, Any] | None:
+    """What the page shows of a staircase."""
+    if not report.stairs:
+        return None
+    return {
+        "title": stairs.title(report),
+        "remarks": stairs.remarks(report),
+        "wide": stairs.drawing(report, STAIRS_WIDE),
+        "narrow": stairs.drawing(report, NARROW[0]),
+        "heads": stairs.heads(report),
+        "rows": [stairs.cells(report, stair) for stair in report.stairs],
+    }
+
+
 def _rows(report: Report) -> list[dict[str, Any]]:
     columns, colours = shown_columns(report, page=True), model_colours(report)
     best = {column.key: best_rows(column, report.results) for column in columns}
@@ -155,7 +172,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
         {
             "subject": row.subject,
             "colour": colours[row.subject.model_key],
-            "unrepeatable": not row.repeatable,
+            "unrepeatable": row.repeatable is False,
             "cells": [
                 (column, column.cell(row), row.subject.label in best[column.key], column.cell(row) == EMPTY)
                 for column in columns

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdkd.compare.measure.against import Against, Change
 from sdkd.compare.measure.results import Report, Result
+from sdkd.compare.report import stairs
 from sdkd.compare.report.columns import EMPTY, STYLES, Cell, Column, Tone, full_title, number, shown_columns
 from sdkd.compare.report.words import machine_line, notes, sentence
 from sdkd.core.console import markdown_table, no_html
@@ -50,6 +51,7 @@ def markdown(report: Report) -> str:
     columns, parts = shown_columns(report), shown_columns(report, parts=True)
     lines = [f"# {sentence(report)}", "", f"Measured on {machine_line(report)}.", "", *_markdown_table(report, columns)]
     lines += ["", *_markdown_table(report, parts)] if parts else []
+    lines[4:4] = stair_lines(report)
     failed = [f"- **{one.subject.label} failed**: {one.reason}" for one in report.failed]
     lines += ["", *failed] if failed else []
     lines += ["", *(f"- {column.title}: {column.help}" for column in (*columns, *parts))]
@@ -57,6 +59,25 @@ def markdown(report: Report) -> str:
     lines += [] if report.against is None else ["", *against_lines(report.against)]
     text = no_html("\n".join(lines)) + "\n"
     return text + (f"\nMade again by:\n\n    {report.command}\n" if report.command else "")
+
+
+def stair_lines(report: Report) -> list[str]:
+    """The staircase as a section of report.md; nothing where there is none."""
+    if not report.stairs:
+        return []
+    head = ["", *(f"{name}, {unit}" if unit else name for name, unit, _ in stairs.heads(report))]
+    rows = [[str(place), *(cell.inline for cell in stairs.cells(report, stair))]
+            for place, stair in enumerate(report.stairs, 1)]  # fmt: skip
+    said = [f"- {text}." for text in stairs.remarks(report)]
+    return [f"## {stairs.title(report)}", "", *markdown_table(head, rows, left=2), "", *said, "", "## All figures", ""]
+
+
+def _stair_table(report: Report) -> Table:
+    """For a terminal of 80 columns."""
+    heads = stairs.heads(report)[1:]
+    rows = {stair.change: [replace(cell, note="") for cell in stairs.cells(report, stair)[1:]]
+            for stair in report.stairs}  # fmt: skip
+    return _table([short for _, _, short in heads], rows)
 
 
 def _markdown_table(report: Report, columns: Sequence[Column]) -> list[str]:
@@ -70,7 +91,10 @@ def terminal_table(report: Report) -> ConsoleRenderable:
     from rich.console import Group
     from rich.text import Text
 
-    shown, tables = (*shown_columns(report), *shown_columns(report, parts=True)), []
+    shown = (*shown_columns(report), *shown_columns(report, parts=True))
+    tables: list[ConsoleRenderable] = []
+    if report.stairs:
+        tables += [Text(stairs.title(report), style="bold"), _stair_table(report)]
     for heads in _TERMINAL:
         if columns := [column for column in shown if column.key in heads]:
             rows = {row.subject.label: [_short(column, row) for column in columns] for row in report.results}

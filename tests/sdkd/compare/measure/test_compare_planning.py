@@ -114,6 +114,32 @@ def test_every_model_is_run_as_it_was_made_for_unless_something_is_asked_for(mod
     assert make_plan(asked, eager).notes[0].startswith("few: how it is to be run could not be read (")
 
 
+def test_a_staircase_adds_one_change_at_a_time(models: Path, tmp_path: Path) -> None:
+    asked = [str(models / "base"), str(models / "tiny")]
+    series = dataclasses.replace(wish(tmp_path), vae=str(small_vae()), size=(64, 64), staircase=True)
+    plan = make_plan(asked, series)
+    assert [(row.label, row.role, row.precision) for row in plan.subjects] == [
+        ("base eager", "teacher", "fp32"),
+        ("tiny eager", "student", "fp32"),
+        ("tiny with small-vae eager", "student", "fp32"),
+    ]
+    seen: list[str] = []
+
+    def stop(labels: list[str]) -> None:
+        seen.extend(labels)
+        raise InputError("enough")
+
+    with pytest.raises(InputError, match="enough"):  # before any engine is built
+        make_plan(asked, dataclasses.replace(series, targets=("onnxruntime",)), check=stop)
+    assert seen == [*(row.label for row in plan.subjects), "tiny with small-vae onnxruntime"]
+    with pytest.raises(InputError, match=r"bundle' is a bundle, and a staircase goes from models in PyTorch"):
+        make_plan([asked[0], str(engine_models() / "bundle")], series)
+    with pytest.raises(InputError, match=r"target 'eager-bf16' is no step of a staircase"):
+        make_plan(asked, dataclasses.replace(series, targets=("onnxruntime", "eager-bf16")))
+    with pytest.raises(InputError, match="a staircase of one subject has no step: give more models, --vae or --targ"):
+        make_plan(asked[:1], dataclasses.replace(wish(tmp_path), staircase=True))
+
+
 def test_another_vae_is_compared_with_the_models_own(models: Path, tmp_path: Path) -> None:
     vae, asked = str(small_vae()), [str(models / "base"), str(engine_models() / "bundle")]
     plan = make_plan(asked, dataclasses.replace(wish(tmp_path, "eager"), size=(64, 64), vae=vae))

@@ -59,7 +59,7 @@ def test_a_sample_has_wall_and_cpu_time() -> None:
 )
 def test_warm_up_ends_when_calls_agree_or_after_a_while(seconds: Callable[[int], float], spent: list[float]) -> None:
     clock = Clock()
-    assert warm_up(clock.work(seconds), clock.timer) == pytest.approx(spent)
+    assert [one.seconds for one in warm_up(clock.work(seconds), clock.timer)] == pytest.approx(spent)
 
 
 def test_runs_are_spread_over_rounds_in_bursts_that_last_long_enough_within_reason() -> None:
@@ -82,6 +82,14 @@ def test_rounds_are_interleaved_and_the_first_call_of_a_burst_is_thrown_away() -
         assert sorted(part) == ["a"] * 3 + ["b"] * 3 + ["c"] * 3  # one call thrown away, two timed
         assert part[0:3] == [part[0]] * 3
     assert len({tuple(dict.fromkeys(part)) for part in (first, *later)}) > 1  # not always the same order
+
+
+def test_long_calls_are_not_made_for_nothing() -> None:
+    clock, log = Clock(), list[str]()
+    bench = Bench({"step": clock.work(lambda _: 5.0, log, "step")}, clock.timer)
+    found = interleave({"a": bench.burst}, [Part("step", 6, 0.0)])["a"]["step"]
+    assert [len(part) for part in found] == [2] * 3
+    assert len(log) == 3 + 5  # three to warm up, the last of which counts; none is thrown away
 
 
 def test_a_part_with_rounds_of_its_own_is_timed_in_so_many_spread_over_all() -> None:
