@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).parent))
 gc.disable()  # until everything is imported: `pytest_collection_finish`
+os.fsync = lambda _: None  # nothing here outlives a power failure, and the disk takes a tenth of a training run
 limits.BUDGET_S, limits.COPY_BYTES = 0.01, 2**20  # every comparison measures them; only tools need good figures
 limits.CONVOLUTION = (2, 4, 8)
 # Started by nohup, or by `&` in a script: tests, and their children, hear Ctrl-C all the same.

@@ -8,6 +8,7 @@ from typing import Any
 
 from sdkd.errors import ModelError, an
 from sdkd.models.clip_tokenizer import END, PADDING, TOKENS, clip_tokenizer
+from sdkd.students.blocks import no_init
 
 HEAVY = ("unet", "vae", "text_encoder")  # the parts with weights
 # Classes that a pipeline's heavy parts may have, the usual one first, and the library of each part.
@@ -109,7 +110,7 @@ def empty(part: str, config: Mapping[str, Any], kind: str | None = None) -> Any:
 
     library, kinds = CLASSES.get(part) or ("diffusers", EXPORTED[part])
     cls = getattr(importlib.import_module(library), kind or kinds[0])
-    with init_empty_weights():
+    with init_empty_weights(), no_init():
         if library == "transformers":
             return cls(cls.config_class.from_dict(dict(config)))
         return cls.from_config(dict(config))

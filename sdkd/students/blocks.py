@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -275,19 +276,25 @@ def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """A UNet of `config` on the meta device: shapes without memory."""
     import torch
     from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"), no_init():
+        return UNet2DConditionModel(**full_config(config))
+
+
+def no_init() -> AbstractContextManager[Any]:
+    """Inside, initialisers of new modules do nothing: on the meta device that is all they do, and it takes most of the
+    time.
+    """
     from torch.overrides import TorchFunctionMode
 
     class NoInit(TorchFunctionMode):
-        """Initialisers do nothing there, and take most of the time."""
-
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             given = kwargs or {}
             if getattr(func, "__module__", None) == "torch.nn.init":
                 return args[0] if args else given["tensor"]
             return func(*args, **given)
 
-    with torch.device("meta"), NoInit():
-        return UNet2DConditionModel(**full_config(config))
+    return NoInit()
 
 
 def unet_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

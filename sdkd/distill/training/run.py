@@ -70,6 +70,8 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     source, data = resolve(job.model), open_images_or_cache(job.data, job.image_column, job.caption_columns)
     check_views(data, job.config)
     check_trackers(job.config)
+    if not source.here:
+        report("fetching the model", None)
     check_sources(job, source)
     origin = _origin(job, source)
     if checkpoint and _is_finished(job, checkpoint, origin, data):

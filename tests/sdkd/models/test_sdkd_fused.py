@@ -13,6 +13,7 @@ from lora_files import TEXT, delta, kohya, kohya_text, lcm_lora
 from safetensors.torch import load_file, save_file
 from training_runs import fused, sdkd, teacher
 
+from sdkd.distill.training.lora import add_lora, save_lora
 from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.fused import FusedSource, Lora, parse_loras, recorded_loras, with_loras
@@ -90,6 +91,20 @@ def test_the_weights_are_those_that_diffusers_fuses(files: Path) -> None:
     half = load_component(source, "unet", torch.float16)
     torch.testing.assert_close(half.conv_in.weight, pipe.unet.conv_in.weight.half(), rtol=1e-3, atol=1e-3)
     assert torch.equal(load_component(source, "vae").decoder.conv_in.weight, plain.vae.decoder.conv_in.weight)
+
+
+def test_a_lora_that_was_trained_here_is_fused_with_its_alpha_and_convolutions(tmp_path: Path) -> None:
+    unet, generator = helpers.tiny_unet(), torch.Generator().manual_seed(8)
+    for parameter in add_lora(unet, rank=3, alpha=5.0, targets="all"):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_lora(unet, tmp_path)
+    plain = load_component(resolve(teacher()), "unet").state_dict()
+    found = load_component(with_loras(resolve(teacher()), [tmp_path]), "unet").state_dict()
+    torch.testing.assert_close(found, fused(load_eager(teacher()), tmp_path).state_dict(), rtol=1e-5, atol=1e-5)
+    layer = "up_blocks.0.upsamplers.0.conv"
+    down, up = (dict(unet.named_parameters())[f"{layer}.lora_{half}.default.weight"] for half in "AB")
+    added = 5 / 3 * (up.flatten(1) @ down.flatten(1)).detach().view_as(plain[f"{layer}.weight"])
+    torch.testing.assert_close(found[f"{layer}.weight"] - plain[f"{layer}.weight"], added, rtol=1e-4, atol=1e-5)
 
 
 def test_another_lora_or_scale_is_another_model_and_what_it_leaves_alone_is_not(files: Path) -> None:

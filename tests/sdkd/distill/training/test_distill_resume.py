@@ -158,6 +158,7 @@ def test_a_disk_too_full_for_the_last_checkpoint_does_not_cost_the_result(
         train(pipe, unet, latents(), TrainConfig(**RUN, save_every=1), folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     settings = {"student": "tiny", "steps": 6, "save_every": 2, "ema": 0.9, "accumulation": 1, "warmup": 0}
     whole = job(tmp_path / "whole", data="demo", **(SETTINGS | settings))
