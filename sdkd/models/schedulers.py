@@ -114,11 +114,16 @@ def scheduler_like(scheduler: Any, kind: Any, **changes: Any) -> Any:
     """A scheduler of the class `kind` with the noise schedule of another; `changes` are of its own settings.
 
     `kind.from_config` alone forgets what a config left to its own class's defaults: LCM's and TCD's betas are not
-    DDPM's. Raises ModelError when the other has no such schedule, as those of flow matching.
+    DDPM's. And it clips x0 to [-1, 1] as DDIM and DDPM do by default, which is for pixels and spoils latents: only
+    where the other says so itself. Raises ModelError when the other has no such schedule, as those of flow matching.
     """
     config: Mapping[str, Any] = scheduler.config
     check_schedule(scheduler)
-    drawn = [key for key in config.get("_use_default_values", ()) if key not in _TRAINED]
+    default = config.get("_use_default_values", ())
+    clipped = "clip_sample" in config and "clip_sample" not in default
+    if not clipped and "clip_sample" in inspect.signature(kind.__init__).parameters:
+        changes = {"clip_sample": False, **changes}
+    drawn = [key for key in default if key not in _TRAINED]
     return kind.from_config(
         {"_class_name": type(scheduler).__name__, **config, "_use_default_values": drawn}, **changes
     )

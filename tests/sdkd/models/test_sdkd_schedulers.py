@@ -103,6 +103,22 @@ def test_how_images_are_drawn_stays_the_classs_own() -> None:
     assert changed.config.prediction_type == "v_prediction"
 
 
+def test_latents_are_clipped_only_where_the_model_says_so() -> None:
+    """DDIM and DDPM clip x0 to [-1, 1] by default: for pixels."""
+    schedule: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    solver = diffusers.DPMSolverMultistepScheduler(**schedule)
+    sample, noise = torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1, 2), 0.1)
+    for kind in (diffusers.DDIMScheduler, diffusers.DDPMScheduler):
+        found = scheduler_like(solver, kind)
+        assert found.config.clip_sample is False
+        found.set_timesteps(10)
+        image = found.step(noise, found.timesteps[-1], sample, generator=torch.Generator()).pred_original_sample
+        assert float(image.min()) > 2.9
+    assert scheduler_like(diffusers.DDIMScheduler(**schedule), diffusers.DDPMScheduler).config.clip_sample is False
+    kept = scheduler_like(diffusers.DDIMScheduler(**schedule, clip_sample=True), diffusers.DDPMScheduler)
+    assert kept.config.clip_sample is True
+
+
 def test_a_tokenizer_without_a_limit_takes_the_text_encoders(tmp_path: Path) -> None:
     helpers.tiny_pipeline().save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
