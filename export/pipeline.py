@@ -133,7 +133,8 @@ def export_reasons(
     """How a bundle differs from what an export of the model would be now, in words: weights, precision, opset,
     libraries, how it is to be run, no step caching where that is wanted; empty when it can be used again.
     """
-    digests, records = source.digests, bundle.manifest.components
+    digests, records = dict(source.digests), bundle.manifest.components
+    digests[CACHED_UNET] = digests.get("unet", "")  # a part of it
     changed = [name for name in components if name not in records or records[name].source_sha256 != digests.get(name)]
     reasons = [f"other weights ({', '.join(changed)})"] if changed else []
     if "unet" in components and "unet" in records and (found := records["unet"].precision) != plan.onnx:

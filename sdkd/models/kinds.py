@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import CONFIG_FOLDERS
+from sdkd.core.contract import BASE_COMPONENTS, CONFIG_FOLDERS
 from sdkd.core.files import read_json
 from sdkd.errors import ModelError
 from sdkd.models import checkpoint, single_file
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Parts that sdkd does not use, so that they are not fetched and may be pickles.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 # The components that a model itself has, and the part of a pipeline that each is made from.
-_OWN = {name: part for name, part in CONFIG_FOLDERS.items() if part in HEAVY}
+_OWN = {name: CONFIG_FOLDERS[name] for name in BASE_COMPONENTS}
 
 
 class FolderSource(ModelSource):
