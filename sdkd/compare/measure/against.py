@@ -36,7 +36,7 @@ SETTINGS = (
     ("environment", "gpu", "GPU", SPEED),
 )
 # The same of each subject, since a few-step model is run otherwise than its teacher.
-RUN = (
+OF_SUBJECT = (
     ("unet_batch", "latents per UNet call", BOTH),
     ("steps", "steps", IMAGES),
     ("scheduler", "scheduler", IMAGES),
@@ -194,7 +194,7 @@ def _difference(setting: str, then: Any, now: Any) -> str | None:
 
 def _other_run(then: Row, now: Row) -> dict[str, tuple[str, ...]]:
     """In words how a subject is run otherwise, and what hangs on each."""
-    found = {_difference(words, then.run.get(key), now.run.get(key)): hangs for key, words, hangs in RUN}
+    found = {_difference(words, then.run.get(key), now.run.get(key)): hangs for key, words, hangs in OF_SUBJECT}
     return {text: hangs for text, hangs in found.items() if text}
 
 

@@ -17,6 +17,7 @@ from sdkd.errors import InputError
 # encoder and VAE, all subjects in one process, no limits and no SSIM, 3 one number of steps, guidance scale and
 # scheduler for all, in `setup`.
 READABLE = (1, 2, 3, 4)
+RUN = ("unet_batch", "steps", "scheduler", "guidance_scale")  # of a subject
 EARLIER = "give the report.json of an earlier comparison"
 
 
@@ -29,7 +30,7 @@ class Row:
     precision: str
     unet_parameters: int
     step_ms: Spread
-    run: Mapping[str, Any]  # its steps, guidance scale, scheduler and latents per UNet call, among others
+    run: Mapping[str, Any]  # by RUN; None for what the file does not say
     psnr_db: float | None  # mean, to eager fp32 of its own model; None where it was not compared
     ok: bool | None  # whether its rule held; None where nothing was judged
     found: str  # what the rule was judged by
@@ -101,11 +102,12 @@ def parse_report(data: Any, name: str) -> Earlier:
 
 def _row(data: Mapping[str, Any], setup: Mapping[str, Any]) -> Row:
     likeness, verdict = data["against_eager"], data["verdict"]
+    everything = {**setup, **data, **(data.get("run") or {})}  # before schema 4, `setup` says it for all
     mean = None if likeness is None else IDENTICAL_DB if likeness["identical"] else float(likeness["psnr_mean_db"])
     return Row(
         **{name: data[name] for name in ("label", "model", "precision", "unet_parameters")},
         step_ms=Spread.of(data["unet_step_ms"]["samples"]),
-        run={**setup, **data, **(data.get("run") or {})},
+        run={name: everything.get(name) for name in RUN},
         psnr_db=mean,
         ok=None if verdict is None else verdict["ok"],
         found="" if verdict is None else verdict["found"],

@@ -73,6 +73,11 @@ class Result:
     clip_scores: tuple[float, ...] | None = None  # per image, with its prompt
 
     @property
+    def group(self) -> tuple[str, Generation]:
+        """What is drawn together: the model, and how it is run."""
+        return self.subject.model_key, self.run
+
+    @property
     def rest_ms(self) -> float:
         """What one pipeline call takes beside its timed parts: loop, scheduler, pixels to images; from medians."""
         parts = self.text_encoder_ms.median + self.unet_calls * self.unet_step_ms.median + self.vae_decode_ms.median

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from sdkd.compare.measure.quality import Likeness
 from sdkd.compare.measure.results import Report, Result
 from sdkd.compare.measure.subjects import Subject
 from sdkd.compare.report.columns import MB, memory_bytes, number
+from sdkd.models.generation import Generation
 
 COLOURS = 6  # custom properties --c0 to --c5 of the style sheet
 FEW_TICKS = 5
@@ -25,9 +27,9 @@ Box = tuple[float, float, float, float]
 """Left, top, right and bottom in pixels."""
 
 
-def model_colours(report: Report) -> dict[str, int]:
-    """A colour number per model, in the order of the subjects."""
-    keys = list(dict.fromkeys(row.subject.model_key for row in report.results))
+def model_colours(report: Report) -> dict[tuple[str, Generation], int]:
+    """A colour number per model and way to run it, in the order of the subjects."""
+    keys = list(dict.fromkeys(row.group for row in report.results))
     return {key: index % COLOURS for index, key in enumerate(keys)}
 
 
@@ -114,8 +116,10 @@ def memory_bars(report: Report) -> BarChart:
 def _chart(report: Report, top: float, unit: str, bar: Callable[[Result], Bar]) -> BarChart:
     groups = []
     for key, colour in model_colours(report).items():
-        rows = [row for row in report.results if row.subject.model_key == key]
+        rows = [row for row in report.results if row.group == key]
         role = f"{subject.role}, " if (subject := rows[0].subject).role not in ("model", subject.model_label) else ""
+        run = dataclasses.replace(rows[0].run, scheduler=None)
+        role += f"{run}, " if report.mixed else ""
         about = f"{role}{rows[0].unet_parameters / 1e6:,.1f} M UNet parameters"
         groups.append(BarGroup(subject.model_label, colour, about, tuple(map(bar, rows))))
     ticks = [(100 * step / (FEW_TICKS - 1), tick(top * step / (FEW_TICKS - 1))) for step in range(FEW_TICKS)]
@@ -150,7 +154,7 @@ def latency_ridges(report: Report) -> RidgeChart:
     low = 1 - max(0.05, min(0.5, max(1 - spread.p10 / spread.median for spread in spreads) * 1.6))
     high = 1 + max(0.15, min(2.0, max(spread.p90 / spread.median - 1 for spread in spreads) * 1.6))
     colours = model_colours(report)
-    ridges = tuple(_ridge(row, colours[row.subject.model_key], low, high) for row in report.results)
+    ridges = tuple(_ridge(row, colours[row.group], low, high) for row in report.results)
     at = 100 * (1 - low) / (high - low)
     half = ((100 + at) / 2, _signed((high - 1) / 2))
     return RidgeChart(ridges, ((0.0, _signed(low - 1)), (at, "median"), half, (100.0, _signed(high - 1))), at)
@@ -217,7 +221,7 @@ def plots(report: Report) -> list[Plot]:
     def points(value: Callable[[Result], float | None]) -> tuple[Point, ...]:
         values = [(row, value(row)) for row in report.results]
         return tuple(
-            Point(row.images_per_s, y, row.subject.runs_as, colours[row.subject.model_key], row.subject.is_eager)
+            Point(row.images_per_s, y, row.subject.runs_as, colours[row.group], row.subject.is_eager)
             for row, y in values
             if y is not None
         )

@@ -171,7 +171,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "subject": row.subject,
-            "colour": colours[row.subject.model_key],
+            "colour": colours[row.group],
             "unrepeatable": row.repeatable is False,
             "cells": [
                 (column, column.cell(row), row.subject.label in best[column.key], column.cell(row) == EMPTY)

@@ -47,6 +47,18 @@ def test_bars_are_grouped_by_model_on_one_scale() -> None:
     assert [groups[0].bars[0].note, groups[2].bars[3].note] == ["", "6.80×"]
 
 
+def test_a_model_that_is_run_in_two_ways_has_two_groups() -> None:
+    groups = latency_bars(planted_report(few="tiny")).groups
+    assert [group.about.partition(", 1.2 M")[0] for group in groups][2] == "student, 4 steps, guidance 1"
+    report = planted_report()
+    few = dataclasses.replace(report.result("tiny openvino"), run=planted_report(few="tiny").result("tiny eager").run)
+    both = dataclasses.replace(report, results=(*report.results, few))
+    assert [(group.model, group.colour, len(group.bars)) for group in latency_bars(both).groups[2:]] == [
+        ("tiny", 2, 4),
+        ("tiny", 3, 1),
+    ]
+
+
 def test_calls_beyond_the_axis_are_counted() -> None:
     report = planted_report(models=("teacher",))
     slow = Spread.of([[30.0] * 40, [31.0] * 7, [900.0, 950.0, 31.0]])
