@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, replaced, save_whole
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import BASE_COMPONENTS
+from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET
 from sdkd.core.files import lock, new_folder, write_bytes
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError
@@ -51,8 +51,9 @@ def prepare(
 ) -> Prepared:
     """Export and build only what is missing or stale; `folder` gets one bundle per ONNX precision.
 
-    `loras` are fused into the model, as `export_pipeline` takes them. `reuse`: such a folder of another model, whose
-    components are copied where the weights are the same.
+    `loras` are fused into the model, as `export_pipeline` takes them. With `unet_cached` among the components the
+    export is one for step caching. `reuse`: such a folder of another model, whose components are copied where the
+    weights are the same.
     Raises what export and build raise; an existing bundle of another model is made again.
     """
     from export.build.engines import build_engine
@@ -67,6 +68,7 @@ def prepare(
             path,
             precision=plan.onnx,
             components=components,
+            step_caching=CACHED_UNET in components,
             target=target,
             overwrite=(path / MANIFEST).exists(),
             reuse=() if reuse is None else (Path(reuse) / plan.onnx,),

@@ -38,6 +38,10 @@ def compare(
     vae: Annotated[
         str | None, typer.Option(help="Compare every model with this VAE, too; as `sdkd export` takes it.")
     ] = None,
+    cache_interval: Annotated[
+        int | None,
+        typer.Option(min=1, help="Compare every model with step caching, too: of so many calls one is whole."),
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="A file with one prompt per line, or 'a;b'.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of all. Default: what each model was made for, else 25.")
@@ -109,8 +113,9 @@ def compare(
     check_asked(kept, pixels, **settings, steps=steps, guidance_scale=guidance_scale)
     settings |= {"baseline": baseline}
     asked = RunsAsked(steps, guidance_scale, scheduler)
-    wish = Wish(_targets(targets), precision, pixels, bundles, batch, vae, asked, staircase)
+    wish = Wish(_targets(targets), precision, pixels, bundles, batch, vae, asked, staircase, cache_interval or 1)
     options = {"targets": targets, "precision": precision, "vae": vae, "prompts": ";".join(kept), "size": size}
+    options |= {"cache_interval": cache_interval}
     command = make_again(names, options | vars(asked) | settings | {"staircase": staircase, "in_process": in_process})
     with lock(output), progress("compare") as bar:
         plan = make_plan(opened, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))

@@ -59,7 +59,7 @@ _OWN: dict[str, dict[str, str]] = {
     },
     "student": {PARTS: "vae"},
     "compare": {
-        PARTS: "vae",
+        PARTS: "vae cache_interval",
         ENGINES: "precision bundles",
         MEASURING: "batch seed runs baseline in_process",
         EARLIER: "against threshold report",

@@ -53,6 +53,7 @@ class Request(Asked):
 
     run: Generation = field(kw_only=True)
     copies: int = 2  # latents per image in a guided UNet call
+    cache_interval: int = 1
 
     @property
     def guided(self) -> bool:
@@ -110,7 +111,10 @@ def make_images(pipe: Any, request: Request, prompt: int) -> list[Image]:
 
 
 def step_work(pipe: Any, request: Request) -> Work:
-    """One UNet call as the pipeline makes it: the first prompt's embeddings, seeded latents, a middle timestep."""
+    """One UNet call as the pipeline makes it: the first prompt's embeddings, seeded latents, a middle timestep.
+
+    Where steps are cached: a whole call and those that reuse it.
+    """
     import torch
 
     with torch.no_grad():
@@ -118,11 +122,12 @@ def step_work(pipe: Any, request: Request) -> Work:
     others = [negative] * (request.copies - 1) if request.guided else []
     states = torch.cat([*others, prompt])  # [batch, sequence, context]
     sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels).to(pipe.device, states.dtype)
-    timestep, given = torch.tensor(500, device=pipe.device), {"encoder_hidden_states": states, "return_dict": False}
+    timesteps = torch.arange(500, 500 - request.cache_interval, -1, device=pipe.device)
+    given = {"encoder_hidden_states": states, "return_dict": False}
     if (width := guidance_width(pipe.unet.config)) is not None:
         scales = torch.full((len(sample),), request.run.guidance_scale - 1)
         given["timestep_cond"] = pipe.get_guidance_scale_embedding(scales, width).to(sample)
-    return torch.no_grad()(lambda: pipe.unet(sample, timestep, **given)[0])
+    return torch.no_grad()(lambda: [pipe.unet(sample, timestep, **given)[0] for timestep in timesteps][-1])
 
 
 def text_work(pipe: Any, request: Request) -> Work:

@@ -58,7 +58,8 @@ class Case:
     def request(self, asked: Asked) -> Request:
         """What it is asked to do, once it is open."""
         assert self.opened is not None
-        return Request(**vars(asked), run=self.run, copies=self.opened.copies)
+        interval = self.subject.cache_interval
+        return Request(**vars(asked), run=self.run, copies=self.opened.copies, cache_interval=interval)
 
     @property
     def step_samples(self) -> list[list[Sample]]:
@@ -233,12 +234,12 @@ def time_parts(
         case.parts = samples[case.subject.label]
 
 
-Key = tuple[str, str, Generation | None]
-"""What eager images depend on: model, precision, and steps, guidance scale and scheduler."""
+Key = tuple[str, str, Generation | None, int]
+"""What eager images depend on: model, precision, steps, guidance scale and scheduler, and the cache interval."""
 
 
-def _key(subject: Subject, precision: str | None = None) -> Key:
-    return subject.model_key, precision or subject.precision, subject.run
+def _key(subject: Subject, precision: str | None = None, interval: int = 1) -> Key:
+    return subject.model_key, precision or subject.precision, subject.run, interval
 
 
 @dataclass
@@ -250,15 +251,21 @@ class ReferenceImages:
     notes: list[str] = field(default_factory=list)
 
     def to_own(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
-        """How far images are from eager float32 of the subject's own model; None for that subject itself."""
+        """How far images are from eager float32 of the subject's own model, every step computed; None for that subject
+        itself.
+        """
         return None if subject.is_reference else self._distance(_key(subject, "fp32"), images)
 
+    def to_own_cached(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
+        """The same, of eager float32 that caches steps as the subject does: what its engines are judged by."""
+        return self._distance(_key(subject, "fp32", subject.cache_interval), images)
+
     def half_to_own(self, subject: Subject) -> Likeness | None:
-        """How far eager images in the half precision of an engine are from eager float32."""
-        half = self.by_key.get(_key(subject))
+        """How far eager images in the half precision of an engine are from eager float32, both cached as it is."""
+        half = self.by_key.get(_key(subject, None, subject.cache_interval))
         if half is None or subject.is_eager or subject.precision == "fp32":
             return None
-        return self._distance(_key(subject, "fp32"), half[1])
+        return self._distance(_key(subject, "fp32", subject.cache_interval), half[1])
 
     def to_teacher(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
         """How far a student's images are from the teacher's eager float32 ones, each drawn as it is run."""
@@ -280,7 +287,7 @@ def find_references(cases: Sequence[Case], asked: Asked, loaded: LoadedSubjects,
     teacher = next((case.subject for case in cases if case.subject.role == TEACHER), None)
     found, tried = ReferenceImages(teacher=teacher), set[Key]()
     for case in (case for case in cases if case.subject.is_eager):
-        key = _key(case.subject)
+        key = _key(case.subject, None, case.subject.cache_interval)
         tried.add(key)
         if case.images:
             found.by_key.setdefault(key, (case.subject.label, case.images))
@@ -299,11 +306,13 @@ def find_references(cases: Sequence[Case], asked: Asked, loaded: LoadedSubjects,
 
 
 def _references(cases: Sequence[Case]) -> dict[Key, Subject]:
-    """The eager subjects that cases are held against, each run as they are: float32, and the half of a half engine."""
+    """The eager subjects that cases are held against, each run as they are: float32, and the half of a half engine; for
+    one that caches steps every step computed, and cached as it is.
+    """
     wanted = {}
     for subject in (case.subject for case in cases if not case.failed):
-        for precision in dict.fromkeys(("fp32", subject.precision)):
-            label = f"{subject.model_label} eager" + ("" if precision == "fp32" else f"-{precision}")
-            made = replace(subject, label=label, target=EAGER, precision=precision, bundle=None)
-            wanted[_key(made)] = made
+        own = subject.cache_interval
+        for precision, interval in dict.fromkeys((("fp32", 1), ("fp32", own), (subject.precision, own))):
+            made = replace(subject, label="-", target=EAGER, precision=precision, bundle=None, cache_interval=interval)
+            wanted[_key(made, None, interval)] = replace(made, label=f"{subject.model_label} {made.runs_as}")
     return wanted

@@ -197,7 +197,7 @@ def with_limits(report: Report, device: str) -> Report:
 
 
 def _with_limit(row: Result, setup: Setup, ceilings: Mapping[str, Ceilings]) -> Result:
-    if (found := ceilings.get(row.subject.precision)) is None:
+    if (found := ceilings.get(row.subject.precision)) is None or row.subject.caches:  # no call is like another
         return row
     work = subject_work(row.subject, setup, row.unet_batch)
     return dataclasses.replace(row, work=work, limit=fraction(work, found, row.unet_step_ms.median / 1000))

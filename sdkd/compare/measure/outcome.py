@@ -33,9 +33,11 @@ def all_baselines(cases: Mapping[str, Case], baseline: str | None) -> dict[str, 
 def find_baselines(subject: Subject, subjects: Sequence[Subject], baseline: str | None) -> dict[str, str]:
     """What a subject's speed is divided by: `eager` of its model, the `teacher`'s eager, the asked `baseline`.
 
-    Own eager is run as the subject is. Eager in float32 before eager in half; a subject is never its own baseline.
+    Own eager is run as the subject is. Eager in float32 before eager in half; a subject is never its own baseline, and
+    what caches steps none at all.
     """
-    eager = sorted((other for other in subjects if other.is_eager), key=lambda other: not other.is_reference)
+    whole = [other for other in subjects if other.is_eager and not other.caches]
+    eager = sorted(whole, key=lambda other: not other.is_reference)
     same = [other for other in eager if (other.model_key, other.run) == (subject.model_key, subject.run)]
     own = next((other.label for other in same), None)
     teacher = next((other.label for other in eager if other.role == TEACHER), None)
@@ -71,6 +73,7 @@ def result_of(
 ) -> Result:
     """What was found for one case; `baselines`: by kind, the label of each that its speed is divided by."""
     subject, against = case.subject, references.to_own(case.subject, case.images)
+    rule = references.to_own_cached(subject, case.images) if subject.caches else against
     over = {name: cases[label] for name, label in baselines.items()}
     assert case.opened is not None
     assert case.memory is not None
@@ -96,7 +99,7 @@ def result_of(
         attention=case.attention,
         against_eager=against,
         against_teacher=references.to_teacher(subject, case.images),
-        verdict=judge_engine(subject, against, references.half_to_own(subject)),
+        verdict=judge_engine(subject, rule, references.half_to_own(subject)),
         step_speedup=_ratios({name: other.step_samples for name, other in over.items()}, case.step_samples),
         image_speedup=_ratios({name: other.image_samples for name, other in over.items()}, case.image_samples),
         judged=None if judge is None else dict(judge(case.images, asked.image_prompts)),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.bundle.manifest import REPLACEMENTS, Bundle
+from sdkd.compare.measure.caching import why_whole, with_caching
 from sdkd.compare.measure.calls import Size
 from sdkd.compare.measure.defaults import AS_MADE, RunsAsked, native_px, runs_of
 from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
 from sdkd.compare.measure.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import check_precision
+from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, check_precision
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
 from sdkd.models.fused import Lora, recorded_loras, with_loras
@@ -43,6 +44,7 @@ class Wish:
 
     `vae`: every model is compared with this one, too. `runs`: steps, guidance scale and scheduler that count for all.
     `staircase`: instead of every model on every target, a series in which each adds one change; see `_series`.
+    `cache_interval`: above 1, every model that step caching suits is compared with it, too.
     """
 
     targets: tuple[str, ...] | None
@@ -53,6 +55,7 @@ class Wish:
     vae: str | None = None
     runs: RunsAsked = AS_MADE
     staircase: bool = False
+    cache_interval: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def make_plan(
             wanted += [(subject, None) for subject in _of_bundle(plan, entry, entry.source, own_wish, size)]
         else:
             wanted += _of_model(entry, own_wish, size)
+    wanted, whole = with_caching(wanted, wish.cache_interval)
+    plan.notes += whole
     if not wanted:
         raise InputError(
             f"nothing of {', '.join(source.name for source in sources)} can be compared here: {'; '.join(plan.notes)}"
@@ -138,8 +143,13 @@ def _series(
 ) -> list[tuple[Entry, Wish]]:
     """The models in eager float32, the last one with `wish.vae`, and the last of all on each engine of `wish.targets`.
 
-    The first is the teacher of all. InputError for what is no single change: bundles, and targets of PyTorch.
+    The first is the teacher of all. InputError for what is no single change: bundles, targets of PyTorch, step caching
+    of every row.
     """
+    if wish.cache_interval > 1:
+        raise InputError(
+            f"cache interval {wish.cache_interval} would change every row of a staircase: leave one of the two out"
+        )
     for source in sources:
         if isinstance(source, BundleSource):
             raise InputError(
@@ -241,11 +251,13 @@ def _engine_to_build(entry: Entry, target: str, wish: Wish) -> tuple[Subject, Bu
         reuse = wish.bundles / entry.name.removesuffix(f" with {vae}")
         folder = reuse.with_name(f"{reuse.name}-{vae}")
     plan = plan_for_model(built, slot_precision(built) or wish.precision)
+    cached = wish.cache_interval > 1 and not why_whole(source, entry.run, wish.cache_interval)
     check_buildable(plan.target)
     slot = OPTIMUM if target == OPTIMUM else plan.slot
 
     def build(progress: Progress) -> Subject:
-        made = prepare(source, plan, folder, ranges=ranges, reuse=reuse, progress=progress)
+        components = (*BASE_COMPONENTS, CACHED_UNET) if cached else BASE_COMPONENTS
+        made = prepare(source, plan, folder, ranges=ranges, components=components, reuse=reuse, progress=progress)
         return _engine_subject(entry, source.name, made.bundle, slot)
 
     return _subject(entry, slot, slot, plan.precision, bundle=folder / plan.onnx), build

@@ -180,17 +180,19 @@ class Verdict:
 def judge_engine(subject: Subject, against_eager: Likeness | None, eager_half: Likeness | None) -> Verdict | None:
     """The verdict on an engine; None for an eager subject, which is the measure itself.
 
-    `eager_half`: eager in the engine's own half precision against the same float32 images.
+    `eager_half`: eager in the engine's own half precision against the same float32 images. All of them cache steps as
+    the engine does.
     """
     if subject.is_eager:
         return None
     found, precision = against_eager, subject.precision
+    cached = f", all with cache interval {subject.cache_interval}" if subject.caches else ""
     if precision == "fp32":
-        rule = f"every image is at least {FP32_LEAST_DB:.0f} dB PSNR from eager fp32"
+        rule = f"every image is at least {FP32_LEAST_DB:.0f} dB PSNR from eager fp32{cached}"
         if found is None:
             return Verdict(None, rule, "no eager images to compare with")
         return Verdict(found.psnr_min_db >= FP32_LEAST_DB, rule, f"worst image {_db(found, worst=True)}")
-    rule = f"no further from eager fp32 than eager {precision} is, within {HALF_MARGIN_DB:.0f} dB of mean PSNR"
+    rule = f"no further from eager fp32 than eager {precision} is, within {HALF_MARGIN_DB:.0f} dB of mean PSNR{cached}"
     if found is None or eager_half is None:
         return Verdict(None, rule, f"no eager {'fp32' if found is None else precision} images to compare with")
     ok = found.psnr_mean_db >= eager_half.psnr_mean_db - HALF_MARGIN_DB

@@ -253,6 +253,7 @@ def _subject_json(subject: Subject) -> dict[str, Any]:
         "role": subject.role,
         "bundle": None if subject.bundle is None else str(subject.bundle),
         "run": None if subject.run is None else subject.run.to_json(),
+        "cache_interval": subject.cache_interval,
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import multiprocessing
 import signal
 import sys
@@ -18,7 +19,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from engines.generate.long_prompts import cut_lines
-from sdkd.compare.measure.calls import WORKS, Request, Size, image_size, inputs_note, kind_of, make_images, step_work
+from sdkd.compare.measure.calls import (
+    UNET,
+    WORKS,
+    Request,
+    Size,
+    image_size,
+    inputs_note,
+    kind_of,
+    make_images,
+    step_work,
+)
 from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used, peak_rss, rss, torch_peak
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Bench, Sample, Timer
@@ -127,7 +138,7 @@ class LocalRunner:
         counts, config = count_parameters(subject, self._pipe), self._pipe.unet.config
         copies = unet_copies(config.in_channels, config.out_channels, guidance_width(config) is not None)
         given = inputs_note(subject.model_label, kind_of(self._pipe))
-        notes = (*([given] if given else []), *cut_lines(self._pipe, self.config.prompts))
+        notes = (*([given] if given else []), *_caching(subject), *cut_lines(self._pipe, self.config.prompts))
         return Opened(load_s, device, size, scheduler, *counts, copies, notes)
 
     def _load(self) -> None:
@@ -153,9 +164,10 @@ class LocalRunner:
             self._request, self._bench = request, Bench({}, self._bench.timer)
         if part not in self._bench.works:
             self._bench.works[part] = WORKS[part](self._pipe, request)
-        samples = self._bench.burst(part, count, seconds)
+        calls = self.subject.cache_interval if part == UNET else 1
+        samples = self._bench.burst(part, math.ceil(count / calls), seconds)
         self._note_gpu_memory()
-        return samples
+        return [sample.over(calls) for sample in samples]
 
     def _note_gpu_memory(self) -> None:
         """Note what the process holds on the GPU, between timed calls: allocators keep what they once took."""
@@ -174,6 +186,13 @@ class LocalRunner:
         if self._pipe is not None:
             close_subject(self.subject, self._pipe)
         self._pipe, self._bench = None, Bench({}, self._bench.timer)
+
+
+def _caching(subject: Subject) -> list[str]:
+    """What a report says of a subject that caches steps."""
+    more = subject.cache_interval - 1
+    said = f"{subject.label}: its UNet step is the mean of a whole call and the {more} that reuse{'s'[more > 1 :]} it"
+    return [f"{said}; its likeness is to eager PyTorch that computes every step"] if subject.caches else []
 
 
 class IsolatedRunner:

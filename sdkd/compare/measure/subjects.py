@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import as_drawn
-from sdkd.core.contract import COMPONENTS, check_precision, torch_dtype
+from sdkd.core.contract import CACHED_UNET, COMPONENTS, check_precision, torch_dtype
 from sdkd.errors import EngineError, InputError, one_line
 from sdkd.models.fused import Lora, with_loras
 from sdkd.models.generation import Generation
 from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
 from sdkd.models.resolve import load_eager, resolve
+from sdkd.models.step_caching import cache_steps, check_interval
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,8 @@ class Subject:
     A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for `optimum` the ONNX files; `role` says
     what the model is to the others (`teacher`, `student`, `model`). `replaced`: parts of the model that others stand
     for, (`vae` or `controlnet`, folder or hub id), and `loras` those fused into it, as the bundle was exported. `run`:
-    steps, guidance scale and scheduler of its images; None: those of the comparison.
+    steps, guidance scale and scheduler of its images; None: those of the comparison. `cache_interval`: of so many UNet
+    calls one is whole (`sdkd.models.step_caching`).
     """
 
     label: str
@@ -52,9 +54,13 @@ class Subject:
     replaced: tuple[tuple[str, str], ...] = ()
     loras: tuple[Lora, ...] = ()
     run: Generation | None = None
+    cache_interval: int = 1
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        check_interval(self.cache_interval, None if self.run is None or not self.caches else self.run.steps)
+        if self.caches and not (self.is_eager or self.has_engines):
+            raise InputError(f"subject {self.label!r} runs on {self.target!r}, which caches no steps: leave that out")
         if self.target not in IN_TORCH and self.bundle is None:
             raise InputError(f"subject {self.label!r} runs on {self.target!r}, which needs a bundle: give one")
 
@@ -80,8 +86,13 @@ class Subject:
 
     @property
     def is_reference(self) -> bool:
-        """Whether its images are the reference for its model: eager in float32."""
-        return self.is_eager and self.precision == "fp32"
+        """Whether its images are the reference for its model: eager in float32, every step computed."""
+        return self.is_eager and self.precision == "fp32" and not self.caches
+
+    @property
+    def caches(self) -> bool:
+        """Whether some of its UNet calls reuse what another computed."""
+        return self.cache_interval > 1
 
     @property
     def model_key(self) -> str:
@@ -92,16 +103,17 @@ class Subject:
     @property
     def model_label(self) -> str:
         """A short name of the model for people: the label without its target, or the last part of the model's name."""
-        for suffix in (self.runs_as, self.target):
+        for suffix in (self.runs_as, f"{self.target} cache {self.cache_interval}", self.target):
             if self.label.endswith(suffix) and (name := self.label.removesuffix(suffix).strip(" ,·-")):
                 return name
         return re.split(r"[\\/]", str(self.model).rstrip("\\/"))[-1] or str(self.model)
 
     @property
     def runs_as(self) -> str:
-        """Target and precision in one word: `eager`, `eager-bf16`, `openvino-bf16`."""
+        """Target and precision in one word, `eager`, `eager-bf16`, `openvino-bf16`, and the interval: ` cache 3`."""
         shown = self.precision == "fp32" or self.target.endswith(f"-{self.precision}")
-        return self.target if shown else f"{self.target}-{self.precision}"
+        cached = f" cache {self.cache_interval}" if self.caches else ""
+        return (self.target if shown else f"{self.target}-{self.precision}") + cached
 
     @property
     def slug(self) -> str:
@@ -148,6 +160,7 @@ def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeli
     if subject.in_torch:
         model = with_loras(resolve(subject.model), subject.loras)
         pipe = as_drawn(_with_parts(load_eager(model, torch_dtype=dtype), subject.replaced, dtype))
+        cache_steps(pipe.unet, subject.cache_interval)
         pipe = pipe if device == "cpu" else pipe.to(device)
         if subject.is_compiled:
             import torch._dynamo
@@ -161,7 +174,8 @@ def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeli
         from engines.pipelines.pipeline import load_pipeline
 
         assert subject.bundle is not None
-        pipe = as_drawn(load_pipeline(subject.bundle, subject.target, torch_dtype=dtype))
+        options: dict[str, Any] = {"torch_dtype": dtype, "cache_interval": subject.cache_interval}
+        pipe = as_drawn(load_pipeline(subject.bundle, subject.target, **options))
     if subject.run is not None:
         from sdkd.models.schedulers import use_scheduler
 
@@ -236,7 +250,8 @@ def count_parameters(subject: Subject, pipe: Any) -> tuple[int, int]:
     """Parameters of the UNet and of the whole pipeline (text encoder, UNet, VAE)."""
     if subject.bundle is not None:
         records = Bundle.open(subject.bundle).manifest.components
-        return records["unet"].parameters, sum(record.parameters for record in records.values())
+        every = (record.parameters for name, record in records.items() if name != CACHED_UNET)  # once, as in PyTorch
+        return records["unet"].parameters, sum(every)
     counts = {name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters()) for name in WEIGHT_FOLDERS}
     return counts["unet"], sum(counts.values())
 
@@ -245,7 +260,8 @@ def size_on_disk(subject: Subject) -> int | None:
     """Bytes of the weights (eager), engine or ONNX files; None where there is no file (random weights)."""
     if subject.bundle is not None:
         bundle = Bundle.open(subject.bundle)
-        names = [name for name in COMPONENTS if name in bundle.manifest.components]
+        there = [name for name in COMPONENTS if name in bundle.manifest.components]
+        names = [name for name in there if name != CACHED_UNET or subject.caches]
         records = [
             bundle.engine(subject.target, name) if subject.has_engines else bundle.component(name) for name in names
         ]

@@ -35,6 +35,11 @@ class Sample:
         """The device's time where it has a clock of its own, the wall clock elsewhere."""
         return self.wall_s if self.device_s is None else self.device_s
 
+    def over(self, calls: int) -> Sample:
+        """The mean of so many calls that were timed together."""
+        device_s = None if self.device_s is None else self.device_s / calls
+        return self if calls == 1 else Sample(self.wall_s / calls, self.cpu_s / calls, device_s)
+
 
 class Timer:
     """The one place that knows how a device is timed: wall clock and CPU time; on CUDA also a pair of events."""
