@@ -115,8 +115,8 @@ def compare(
     asked = RunsAsked(steps, guidance_scale, scheduler)
     wish = Wish(_targets(targets), precision, pixels, bundles, batch, vae, asked, staircase, cache_interval or 1)
     options = {"targets": targets, "precision": precision, "vae": vae, "prompts": ";".join(kept), "size": size}
-    options |= {"cache_interval": cache_interval}
-    command = make_again(names, options | vars(asked) | settings | {"staircase": staircase, "in_process": in_process})
+    whole = {"cache_interval": cache_interval, "staircase": staircase, "in_process": in_process}
+    command = make_again(names, options | vars(asked) | settings | whole)
     with lock(output), progress("compare") as bar:
         plan = make_plan(opened, wish, within(bar, 0.0, 0.3), partial(_check_labels, baseline, earlier))
         found = measure(
