@@ -92,6 +92,20 @@ def test_a_bundle_is_compared_with_its_model_and_a_planted_slowdown_is_found(
     assert "Against " in (new / "report.md").read_text()
 
 
+def test_a_staircase_of_models_in_the_order_given(tmp_path: Path) -> None:
+    models, words = [str(engine_models() / name) for name in ("wrong", "right")], ("--image-runs", "1", "--staircase")
+    result = call(*models, *QUICK, *words, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [stair["label"] for stair in report["staircase"]] == ["wrong eager", "right eager"]
+    assert [row["role"] for row in report["results"]] == ["teacher", "student"]
+    assert report["results"][0]["image_s"]["count"] == 1
+    assert report["command"].endswith(" --image-runs 1 --staircase --in-process")
+    refused = call(*models, *QUICK, "--staircase", "--targets", "eager", "--output", str(tmp_path / "other"))
+    assert "target 'eager' is no step of a staircase" in refused.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_broken_rule_is_status_1_after_the_report(tmp_path: Path) -> None:
     folder = engine_models()
     shutil.copytree(folder / "bundle", tmp_path / "bundle")
