@@ -37,6 +37,7 @@ COMMANDS = {
         "timing",
     ),
 }
+SLOW = {"compare", "student"}  # a student's command in this process: tests/sdkd/commands/test_sdkd_student_cli.py
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def _begun(log: Path, sign: str | None) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "compare" else ()) for name in COMMANDS]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS]
 )
 def test_an_interrupted_command_leaves_nothing_half_written(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     words, sign = COMMANDS[name]

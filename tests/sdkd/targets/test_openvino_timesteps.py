@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def test_the_graph_computes_what_it_did(graphs: Path) -> None:
     assert keep_timesteps(openvino_core(), model) == 2  # a sine and a cosine
     assert keep_timesteps(openvino_core(), opened(variant_bundle("embedded"))) == 2
     after = compiled(model, "f32")
-    for timestep, batch in itertools.product(TIMESTEPS, (1, 3)):
+    for timestep, batch in zip(TIMESTEPS, (1, 3, 3), strict=True):
         given = feeds(timestep, batch)
         assert error(run(after, given), run(before, given)) < 1e-5
 
