@@ -287,11 +287,6 @@ class CheckpointSource(ModelSource):
         """As the base class says, of its base."""
         return self.base.index
 
-    @cached_property
-    def generation(self) -> Generation | None:
-        """As the base class says; its base's, where its own run noted nothing."""
-        return super().generation or self.base.generation
-
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part, the UNet's the checkpoint's own."""
         return dict(read_json(self._unet / "config.json")) if part == "unet" else self.base.config(part)
