@@ -69,6 +69,14 @@ def staircase_file() -> dict[str, Any]:
     return comparison_file() | {"comparison": comparison_file()["comparison"] | {"staircase": steps}}
 
 
+def caching_file() -> dict[str, Any]:
+    """A result of tools/bench_caching.py."""
+    whole = {"subject": "demo eager", "interval": 1, "image_s": 0.5, "faster": None, "identical": None, "right": 0.98}
+    cached = whole | {"interval": 3, "image_s": 0.25, "faster": [2.0, 1.9, 2.1], "identical": False, "right": 0.975}
+    rows = [whole | {"psnr_mean_db": None}, cached | {"psnr_mean_db": 33.25}]
+    return {**HEAD, "command": "python tools/bench_caching.py", "rows": rows}
+
+
 def ran(seconds: float) -> dict[str, Any]:
     """A command's run."""
     return {"seconds": seconds, "peak_rss_bytes": 4 * 10**9, "peak_anonymous_bytes": 3 * 10**9, "passed": True}
@@ -177,14 +185,16 @@ def test_the_committed_pages_show_every_machine_and_link_files_that_are_there() 
 
 def test_every_result_has_its_figures_device_date_commit_command_and_file(tmp_path: Path) -> None:
     put(tmp_path, demo=comparison_file(), train_256_tiny=train_file(), export=export_file(), build=build_file())
-    put(tmp_path, staircase_sd15=staircase_file())
+    put(tmp_path, staircase_sd15=staircase_file(), caching=caching_file())
     text = benchmarks_page.whole_page(put(tmp_path, runtime=runtime_file()))
     section = text.split("\n## example-2-cores\n")[1].split("\n## Not measured on a GPU yet\n")[0]
     assert "Measured on: Example CPU @ 2.10GHz, 2 cores.\n" in section
     sources = [line for line in section.splitlines() if line.startswith("- [")]
     rule = r"- \[(.*)\]\(\.\./benchmarks/example-2-cores/\1\): 2026-01-02, commit abc1234, `python tools/bench.*`"
     assert [line for line in sources if not re.fullmatch(rule, line)] == []
-    assert len(tables(section)) == len(sources) == 6
+    assert len(tables(section)) == len(sources) == 7
+    assert "| caching | demo eager | 1 | 0.5 s | – | – | 98.0% |" in section
+    assert "| caching | demo eager | 3 | 0.25 s | 2.00× (1.90–2.10) | 33.2 dB | 97.5% |" in section
     assert "| build | random:sd15-tiny | openvino | 33.5 | 4.00 | 9 |" in section
     assert "| demo | tiny onnxruntime | 13.4 ms | 8.37 ms | 1.60× (1.59–1.63) | 55.3 dB |" in section
     assert "| export | random:sd15-tiny | sdkd fp32 | 45.0 | 4.00 | 28 |" in section

@@ -159,6 +159,25 @@ def _gain(gain: Json | None) -> str:
     return f"{value:.2f}×" if low is None else faster(value, low, high, tie)
 
 
+def caching(found: Json) -> Rows:
+    """tools/bench_caching.py: every model, target and cache interval."""
+    return [
+        [
+            row["subject"],
+            str(row["interval"]),
+            f"{row['image_s']:.3g} s",
+            faster(*row["faster"]) if row["faster"] else NONE,
+            "identical"
+            if row["identical"]
+            else NONE
+            if row["psnr_mean_db"] is None
+            else f"{row['psnr_mean_db']:.1f} dB",
+            NONE if row["right"] is None else f"{row['right']:.1%}",
+        ]
+        for row in found["rows"]
+    ]
+
+
 def demo_decoder(found: Json) -> Rows:
     """tools/train_demo_decoder.py: the demo's small VAE beside its full one."""
     full, small = (found[name]["decoder_macs"] / 1e6 for name in ("full", "small"))
@@ -179,6 +198,7 @@ class Kind:
 
 COMPARED = ("subject", "own eager", "UNet step", "faster (95 %)", "images to own eager")
 CLIMBED = ("change", "an image", "over the row above", "over the first", "VAE", "peak MB", "M params", "to the first")
+CACHED = ("step caching of", "cache interval", "an image", "faster (95 %)", "to every step", "captions right")
 COST = ("s", "peak memory, GB", "files, MB")
 ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
 DECODED = ("drawings", "PSNR to the full VAE's, mean (worst)", "SSIM", "MMACs, full decoder", "small")
@@ -195,6 +215,7 @@ KINDS = (
     Kind("ablation-demo/why.json", None),
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
     Kind("*/staircase-*.json", staircase, CLIMBED),
+    Kind("*/caching.json", caching, CACHED),
     Kind("*/decoder.json", decoder, ("decoded on", "full VAE", "small VAE", "faster (95 %)")),
     Kind("demo-decoder/likeness.json", demo_decoder, DECODED, 2, f"`{DECODER_COMMAND}`"),
 )

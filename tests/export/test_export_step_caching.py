@@ -11,7 +11,7 @@ import torch
 from small_exports import ONE_LEVEL, embedded_pipeline, small_bundle, small_pipeline, variant_bundle, with_controlnet
 from typer.testing import CliRunner
 
-from export import export_pipeline
+from export import build_engine, export_pipeline
 from export.build.ranges import Geometry, check_shapes, input_shapes
 from export.build.tensorrt_plan import touched
 from export.graph.components import LastLayer
@@ -76,17 +76,22 @@ def test_profiles_of_the_feature_follow_the_latents(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision_keeps_the_feature_in_half_and_a_float_block_before_it(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"precision": "fp16", "components": ("unet",), "step_caching": True}
+def test_half_precision_keeps_the_feature_in_half_and_both_are_built_for_tensorrt_rtx(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"precision": "fp16", "components": ("unet", "vae_decoder"), "step_caching": True}
     made = export_pipeline(
         small_pipeline(), tmp_path / "bundle", keep_float=["unet.up_blocks.1.attentions.0"], **options
     )
-    assert tuple(made.manifest.components) == ("unet", CACHED_UNET)  # it comes with the UNet
+    assert tuple(made.manifest.components) == ("unet", "vae_decoder", CACHED_UNET)  # it comes with the UNet
     for name in made.manifest.components:
         record = made.component(name)
         assert record.parity is not None
         assert record.parity["finite"]
     assert made.component("unet").contract.outputs[1].dtype == "float16"
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("polygraphy")
+    built = build_engine(made, "tensorrt-rtx", components=["unet", CACHED_UNET])  # no GPU is needed to build
+    for name in ("unet", CACHED_UNET):
+        assert built.engine("tensorrt-rtx", name).total_bytes > 100_000
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+)
 from drawn import agree, differ, draw, save_lora
-from engine_bundles import variant_engines
+from engine_bundles import RANGES, variant_engines
 from generate_runs import pixels, run
 from helpers import fixed_weights
 from PIL import Image
 from small_exports import small_pipeline
 
 from engines import load_pipeline, plug, swap_weights
+from export import build_engine, export_pipeline
 from sdkd.errors import BundleError, EngineError, InputError
 from sdkd.models.step_caching import cache_steps
 
@@ -104,6 +110,34 @@ def test_every_image_begins_with_a_whole_call(bundle: Path) -> None:
     pipe.unet.close()
     with pytest.raises(EngineError, match=r"is closed"):
         draw(pipe)
+
+
+def test_inpainting_caches_steps(bundle: Path) -> None:
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    call = {"num_inference_steps": 5, "image": PICTURE, "mask_image": mask, "strength": 1.0}
+    eager, pipe = small_pipeline(), plug(small_pipeline(), bundle, "onnxruntime", cache_interval=3)
+    whole = draw(StableDiffusionInpaintPipeline.from_pipe(eager), **call)
+    cache_steps(eager.unet, 3)
+    cached = draw(StableDiffusionInpaintPipeline.from_pipe(eager), **call)
+    agree(draw(StableDiffusionInpaintPipeline.from_pipe(pipe), **call), cached)
+    differ(cached, whole)
+
+
+@pytest.mark.slow
+def test_a_unet_that_takes_an_image_caches_steps(tmp_path: Path) -> None:
+    def eager() -> Any:
+        return StableDiffusionInstructPix2PixPipeline(
+            **small_pipeline(in_channels=8).components, requires_safety_checker=False
+        )
+
+    export_pipeline(eager(), tmp_path / "bundle", step_caching=True)
+    build_engine(tmp_path / "bundle", "onnxruntime", ranges=RANGES)
+    call, cached = {"num_inference_steps": 5, "image": PICTURE}, eager()
+    cache_steps(cached.unet, 3)
+    found = draw(plug(eager(), tmp_path / "bundle", "onnxruntime", cache_interval=3), **call)
+    agree(found, draw(cached, **call))
+    differ(found, draw(eager(), **call))
 
 
 def _img2img(interval: int) -> Any:
