@@ -235,8 +235,17 @@ class CachedForward:
 
 
 def cache_steps(unet: Any, interval: int) -> None:
-    """Let an eager UNet2DConditionModel cache steps, in place; 1: as it was. Raises what `check_cachable` raises."""
+    """Let an eager UNet2DConditionModel cache steps, in place; 1: as it was.
+
+    Raises what `check_cachable` raises, and ModelError for a UNet whose forward pass is patched already.
+    """
     check_interval(interval)
-    vars(unet).pop("forward", None)
+    if isinstance(vars(unet).get("forward"), CachedForward):
+        del unet.forward
     if interval > 1:
+        if "forward" in vars(unet):
+            raise ModelError(
+                "step caching needs the UNet's own forward pass, and this one was patched or hooked (offloading, "
+                f"another cache): take that off first, or {_EXPORT}"
+            )
         unet.forward = CachedForward(unet, interval)

@@ -104,6 +104,12 @@ def test_what_step_caching_does_not_suit_is_refused_by_name() -> None:
         check_cachable(UNET, controlnet=True)
     with pytest.raises(ModelError, match=r"last up block is a CrossAttnUpBlock2D, .* and this one's is 'UpBlock2D'"):
         cache_steps(small_pipeline(**ONE_LEVEL).unet, 2)
+    patched: Any = small_pipeline().unet
+    patched.forward = own = lambda *_: None
+    cache_steps(patched, 1)
+    assert patched.forward is own
+    with pytest.raises(ModelError, match=r"needs the UNet's own forward pass, and this one was patched or hooked"):
+        cache_steps(patched, 2)
 
 
 @pytest.mark.parametrize(("interval", "steps", "words"), [
