@@ -45,10 +45,15 @@ _FEW_STEP = tuple(name for name, objective in OBJECTIVES.items() if objective.co
 _BY_NOISE = tuple(name for name in OBJECTIVES if name not in _FEW_STEP)  # those with a task loss
 _STUDENTS = tuple(name for name, objective in OBJECTIVES.items() if objective.student)
 SAME = "same"  # the student that has all of its teacher's blocks
+# Factors of the consistency loss by timestep: 1, as in LCM, or the image's share in the sample. An error of predicted
+# noise is one of the image times noise / signal, 14 at Stable Diffusion's last timestep: with equal factors the noisiest
+# timesteps drown the others.
+EQUAL, SIGNAL = WEIGHTED = ("equal", "signal")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "objective": tuple(OBJECTIVES),
     "pairs": (None, *PAIRS),
     "feature_norm": ("none", "variance"),
+    "timestep_weights": WEIGHTED,
     "optimizer": ("adamw", "adamw8bit"),
     "schedule": ("cosine", "linear", "constant"),
     "lora_targets": ("attn", "attn+ff", "all"),
@@ -128,6 +133,9 @@ class TrainConfig:
     )
     solver_steps: int = _few(50, "Points of the teacher's DDIM solver.", *_FEW_STEP)
     huber_c: float = _few(0.001, "c of the pseudo-Huber loss sqrt(d^2 + c^2) - c.", *_FEW_STEP)
+    timestep_weights: str = _few(
+        EQUAL, "Factors of the loss: equal, as in LCM, or signal: less where the sample is mostly noise.", *_FEW_STEP
+    )
     target_ema: float = _few(0.0, "Decay of the target network's weights; 0: the trained ones.", "consistency")
     guidance_embedding: int = _few(
         0, "Width of a guidance input (time_cond_proj_dim; public ones: 256); 0: none, w is built in.", "consistency"

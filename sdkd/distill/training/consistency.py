@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sdkd.distill.training.config import EQUAL, SIGNAL
 from sdkd.distill.training.losses import prediction_type
 from sdkd.errors import InputError, ModelError
 
@@ -28,8 +29,11 @@ _LEAST_SIGNAL = 1e-3  # below, noise alone tells nothing of x0; Stable Diffusion
 class Solver:
     """The noise schedule at the points of a DDIM solver; all tensors float32, per sample [b], on its device."""
 
-    def __init__(self, scheduler: DDPMScheduler, count: int, device: torch.device) -> None:
-        """`count` points of the schedule. InputError when it has fewer timesteps, ModelError for one that cannot be."""
+    def __init__(self, scheduler: DDPMScheduler, count: int, device: torch.device, weighted: str = EQUAL) -> None:
+        """`count` points of the schedule, losses `weighted` by timestep as one of WEIGHTED says.
+
+        InputError when it has fewer timesteps, ModelError for one that cannot be.
+        """
         timesteps = int(scheduler.config.num_train_timesteps)
         if count > timesteps:
             raise InputError(f"solver_steps {count} is more than the noise schedule's {timesteps} timesteps: give 50")
@@ -41,6 +45,7 @@ class Solver:
                 "the noise schedule ends in noise alone (zero terminal SNR), of which a model that predicts noise "
                 "cannot tell the image: consistency distillation needs v_prediction there, or a schedule not rescaled"
             )
+        self.weights = self.signal if weighted == SIGNAL else None
         self.skip = timesteps // count
         self.points = range(self.skip - 1, self.skip * count, self.skip)  # 19, 39, ..., 999: those of LCMScheduler
 
@@ -61,6 +66,12 @@ class Solver:
     def mix(self, image: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The sample [b, c, h, w] of image and noise at timesteps [b]: a DDIM step ends there (eta 0)."""
         return _per_sample(self.signal[timesteps]) * image + _per_sample(self.noise[timesteps]) * noise
+
+    def loss(
+        self, student: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, c: float
+    ) -> torch.Tensor:
+        """Pseudo-Huber loss of two answers [b, c, h, w] at timesteps [b], a float32 scalar."""
+        return pseudo_huber(student, target, c, None if self.weights is None else self.weights[timesteps])
 
     def answer(self, output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """f(z, t) [b, c, h, w], float32, from a UNet's prediction."""
@@ -83,9 +94,15 @@ def guided(output: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
     return cond + _per_sample(guidance) * (cond - uncond)
 
 
-def pseudo_huber(student: torch.Tensor, target: torch.Tensor, c: float) -> torch.Tensor:
-    """Mean of sqrt(d^2 + c^2) - c, a float32 scalar (Song and Dhariwal 2023, arXiv 2310.14189, section 3.3)."""
-    return ((student.float() - target.float()).square() + c * c).sqrt().mean() - c
+def pseudo_huber(
+    student: torch.Tensor, target: torch.Tensor, c: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of sqrt(d^2 + c^2) - c, a float32 scalar (Song and Dhariwal 2023, arXiv 2310.14189, section 3.3).
+
+    `weights` [b]: factors of the samples; None: 1.
+    """
+    distance = ((student.float() - target.float()).square() + c * c).sqrt() - c
+    return (distance if weights is None else distance * _per_sample(weights)).mean()
 
 
 def guidance_embedding(guidance: torch.Tensor, width: int) -> torch.Tensor:

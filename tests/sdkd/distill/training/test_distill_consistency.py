@@ -75,10 +75,11 @@ def test_loss_guidance_and_embedding() -> None:
         torch.testing.assert_close(guidance_embedding(w, width), usual, rtol=0, atol=1e-3)  # of angles up to 7,500
 
 
-@pytest.mark.parametrize("embedding", [0, 16])
-def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int) -> None:
+@pytest.mark.parametrize(("embedding", "weighted"), [(0, "signal"), (16, "equal")])
+def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int, weighted: str) -> None:
     pipe = helpers.tiny_pipeline()
-    settings = {"guidance_embedding": embedding, "feature_weight": 0.5, "guidance": (2.0, 4.0)}
+    settings: dict[str, Any] = {"guidance_embedding": embedding, "feature_weight": 0.5, "guidance": (2.0, 4.0)}
+    settings["timestep_weights"] = weighted
     config = TrainConfig(**(RUN | {"objective": "consistency"} | settings))
     student = build_student(pipe.unet, "tiny")
     if embedding:
@@ -112,7 +113,8 @@ def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int) -> None:
                 skip, out = lcm.get_scalings_for_boundary_condition_discrete(at)
                 signal = lcm.alphas_cumprod[at].sqrt()
                 ends.append(skip * sample + out * (sample - (1 - signal**2).sqrt() * output) / signal)
-            distances.append(((ends[0] - ends[1]).square() + 1e-6).sqrt().mean() - 1e-3)
+            factor = lcm.alphas_cumprod[time].sqrt() if weighted == "signal" else 1.0
+            distances.append(factor * (((ends[0] - ends[1]).square() + 1e-6).sqrt().mean() - 1e-3))
     torch.testing.assert_close(losses["loss/consistency"].detach(), torch.stack(distances).mean(), rtol=1e-3, atol=1e-5)
     pairs = [value for name, value in losses.items() if name.startswith("loss/feature/")]
     assert len(pairs) == 6
