@@ -125,7 +125,7 @@ def _rows(config: TrainConfig, model: str, facts: Mapping[str, Any], size: int) 
         teacher = facts.get("teacher", "the model itself")
         rows["few steps"] = (
             f"consistency distillation from {teacher}: w {low:g} to {high:g}, DDIM solver of {config.solver_steps} "
-            f"points, timestep weights {config.timestep_weights}, target EMA {config.target_ema:g}, feature KD "
+            f"points, min-SNR gamma {config.snr_gamma:g}, target EMA {config.target_ema:g}, feature KD "
             f"{weights.feature:g}"
         )
     if config.kind.lora:

@@ -42,18 +42,12 @@ OBJECTIVES = {
 }
 _LORAS = tuple(name for name, objective in OBJECTIVES.items() if objective.lora)
 _FEW_STEP = tuple(name for name, objective in OBJECTIVES.items() if objective.consistency)
-_BY_NOISE = tuple(name for name in OBJECTIVES if name not in _FEW_STEP)  # those with a task loss
 _STUDENTS = tuple(name for name, objective in OBJECTIVES.items() if objective.student)
 SAME = "same"  # the student that has all of its teacher's blocks
-# Factors of the consistency loss by timestep: 1, as in LCM, or the image's share in the sample. An error of predicted
-# noise is one of the image times noise / signal, 14 at Stable Diffusion's last timestep: with equal factors the noisiest
-# timesteps drown the others.
-EQUAL, SIGNAL = WEIGHTED = ("equal", "signal")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "objective": tuple(OBJECTIVES),
     "pairs": (None, *PAIRS),
     "feature_norm": ("none", "variance"),
-    "timestep_weights": WEIGHTED,
     "optimizer": ("adamw", "adamw8bit"),
     "schedule": ("cosine", "linear", "constant"),
     "lora_targets": ("attn", "attn+ff", "all"),
@@ -124,7 +118,7 @@ class TrainConfig:
     )
     pairs: str | None = _loss(None, "Feature pairs: segmind or bk-sdm. [default: the student's]", *_STUDENTS)
     feature_norm: str = _loss("none", "variance: divide each pair by the variance of the teacher's.", *_STUDENTS)
-    snr_gamma: float = _loss(0.0, "Gamma of min-SNR weights (5 is usual); 0: off.", *_BY_NOISE)
+    snr_gamma: float = _loss(0.0, "Gamma of min-SNR weights (5 is usual); 0: off.")
     noise_offset: float = _loss(0.0, "Strength of a constant added to each channel's noise; 0: off.")
     random_conditioning: float = _loss(0.0, "Share of images that get another image's caption.", "distill")
     # few steps
@@ -133,9 +127,6 @@ class TrainConfig:
     )
     solver_steps: int = _few(50, "Points of the teacher's DDIM solver.", *_FEW_STEP)
     huber_c: float = _few(0.001, "c of the pseudo-Huber loss sqrt(d^2 + c^2) - c.", *_FEW_STEP)
-    timestep_weights: str = _few(
-        EQUAL, "Factors of the loss: equal, as in LCM, or signal: less where the sample is mostly noise.", *_FEW_STEP
-    )
     target_ema: float = _few(0.0, "Decay of the target network's weights; 0: the trained ones.", "consistency")
     guidance_embedding: int = _few(
         0, "Width of a guidance input (time_cond_proj_dim; public ones: 256); 0: none, w is built in.", "consistency"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sdkd.distill.training.config import EQUAL, SIGNAL
 from sdkd.distill.training.losses import prediction_type
 from sdkd.errors import InputError, ModelError
 
@@ -29,11 +28,8 @@ _LEAST_SIGNAL = 1e-3  # below, noise alone tells nothing of x0; Stable Diffusion
 class Solver:
     """The noise schedule at the points of a DDIM solver; all tensors float32, per sample [b], on its device."""
 
-    def __init__(self, scheduler: DDPMScheduler, count: int, device: torch.device, weighted: str = EQUAL) -> None:
-        """`count` points of the schedule, losses `weighted` by timestep as one of WEIGHTED says.
-
-        InputError when it has fewer timesteps, ModelError for one that cannot be.
-        """
+    def __init__(self, scheduler: DDPMScheduler, count: int, device: torch.device) -> None:
+        """`count` points of the schedule. InputError when it has fewer timesteps, ModelError for one that cannot be."""
         timesteps = int(scheduler.config.num_train_timesteps)
         if count > timesteps:
             raise InputError(f"solver_steps {count} is more than the noise schedule's {timesteps} timesteps: give 50")
@@ -45,7 +41,6 @@ class Solver:
                 "the noise schedule ends in noise alone (zero terminal SNR), of which a model that predicts noise "
                 "cannot tell the image: consistency distillation needs v_prediction there, or a schedule not rescaled"
             )
-        self.weights = self.signal if weighted == SIGNAL else None
         self.skip = timesteps // count
         self.points = range(self.skip - 1, self.skip * count, self.skip)  # 19, 39, ..., 999: those of LCMScheduler
 
@@ -67,11 +62,15 @@ class Solver:
         """The sample [b, c, h, w] of image and noise at timesteps [b]: a DDIM step ends there (eta 0)."""
         return _per_sample(self.signal[timesteps]) * image + _per_sample(self.noise[timesteps]) * noise
 
-    def loss(
-        self, student: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor, c: float
-    ) -> torch.Tensor:
-        """Pseudo-Huber loss of two answers [b, c, h, w] at timesteps [b], a float32 scalar."""
-        return pseudo_huber(student, target, c, None if self.weights is None else self.weights[timesteps])
+    def weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Factors [b] of a pseudo-Huber loss: the root of min-SNR's min(SNR, gamma), since it grows as |d|, not d^2.
+
+        An error of predicted noise is one of the image times noise / signal, 14 at Stable Diffusion's last timestep:
+        without factors the noisiest timesteps drown the others, and each further step of a drawing makes it worse.
+        Of velocity it is times noise alone: SNR + 1, as in min-SNR.
+        """
+        part = self.signal[timesteps] if self.kind == "epsilon" else 1.0
+        return (part / self.noise[timesteps]).clamp_max(math.sqrt(gamma))
 
     def answer(self, output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """f(z, t) [b, c, h, w], float32, from a UNet's prediction."""

@@ -25,7 +25,7 @@ from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.batches import Batch, Batches, Place
 from sdkd.distill.training.card import Origin
 from sdkd.distill.training.config import TrainConfig
-from sdkd.distill.training.consistency import Solver, guidance_embedding, guided
+from sdkd.distill.training.consistency import Solver, guidance_embedding, guided, pseudo_huber
 from sdkd.distill.training.finite import SkippedSteps, check_weights, not_finite
 from sdkd.distill.training.losses import (
     FeatureUNet,
@@ -77,9 +77,7 @@ class Trainer:
         self.data, self.origin = data, Origin()
         self._model = model_digest((pipe.unet, pipe.vae, pipe.text_encoder), self.scheduler, self.dtype)
         self._other = model_digest((teacher,), self.scheduler, self.dtype) if teacher is not None else None
-        self.solver: Solver | None = None
-        if config.kind.consistency:
-            self.solver = Solver(self.scheduler, config.solver_steps, self.device, config.timestep_weights)
+        self.solver = Solver(self.scheduler, config.solver_steps, self.device) if config.kind.consistency else None
         self.batches = self._batches(data, progress)
         pairs = training_pairs(config, pipe.unet.config)
         self.names = [own for _, own in pairs]
@@ -199,7 +197,8 @@ class Trainer:
                 aim: Learnt = (self.target or self.model)(before, earlier, batch.text, embedded)
             target = solver.answer(aim[0], before, earlier)
         learnt: Learnt = self.model(noisy, times, batch.text, embedded)
-        loss = solver.loss(solver.answer(learnt[0], noisy, times), target, times, config.huber_c)
+        factors = solver.weights(times, config.snr_gamma) if config.snr_gamma else None
+        loss = pseudo_huber(solver.answer(learnt[0], noisy, times), target, config.huber_c, factors)
         found = {"loss/total": loss, "loss/consistency": loss}
         if not self.names:
             return found

@@ -52,6 +52,9 @@ def test_the_solver_steps_and_answers_as_diffusers_schedulers_do(changes: dict[s
     ddim.set_timesteps(50)
     times = torch.tensor([999, 519, 19])
     assert solver.before(times).tolist() == [979, 499, 0]
+    kept = lcm.alphas_cumprod[times]
+    snr = kept / (1 - kept) + bool(changes)  # of velocity one more
+    torch.testing.assert_close(solver.weights(times, 5.0), snr.clamp(max=5.0).sqrt(), rtol=1e-4, atol=1e-6)
     sample, output = normal(1), normal(2)
     stepped = solver.mix(*solver.split(output, sample, times), solver.before(times))
     answers = solver.answer(output, sample, times)
@@ -66,6 +69,7 @@ def test_the_solver_steps_and_answers_as_diffusers_schedulers_do(changes: dict[s
 def test_loss_guidance_and_embedding() -> None:
     one, other = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 0.0])
     assert float(pseudo_huber(one, other, 4.0)) == pytest.approx((5.0 - 4.0) / 2)
+    assert float(pseudo_huber(one, other, 4.0, torch.tensor([3.0]))) == pytest.approx(3 * (5.0 - 4.0) / 2)
     both = torch.cat([normal(1), normal(2)])
     expected = normal(1) + torch.tensor([1.0, 2.0, 3.0])[:, None, None, None] * (normal(1) - normal(2))
     torch.testing.assert_close(guided(both, torch.tensor([1.0, 2.0, 3.0])), expected)
@@ -75,11 +79,11 @@ def test_loss_guidance_and_embedding() -> None:
         torch.testing.assert_close(guidance_embedding(w, width), usual, rtol=0, atol=1e-3)  # of angles up to 7,500
 
 
-@pytest.mark.parametrize(("embedding", "weighted"), [(0, "signal"), (16, "equal")])
-def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int, weighted: str) -> None:
+@pytest.mark.parametrize(("embedding", "gamma"), [(0, 0.5), (16, 0.0)])
+def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int, gamma: float) -> None:
     pipe = helpers.tiny_pipeline()
     settings: dict[str, Any] = {"guidance_embedding": embedding, "feature_weight": 0.5, "guidance": (2.0, 4.0)}
-    settings["timestep_weights"] = weighted
+    settings["snr_gamma"] = gamma
     config = TrainConfig(**(RUN | {"objective": "consistency"} | settings))
     student = build_student(pipe.unet, "tiny")
     if embedding:
@@ -113,7 +117,8 @@ def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int, weighted: 
                 skip, out = lcm.get_scalings_for_boundary_condition_discrete(at)
                 signal = lcm.alphas_cumprod[at].sqrt()
                 ends.append(skip * sample + out * (sample - (1 - signal**2).sqrt() * output) / signal)
-            factor = lcm.alphas_cumprod[time].sqrt() if weighted == "signal" else 1.0
+            snr = lcm.alphas_cumprod[time] / (1 - lcm.alphas_cumprod[time])
+            factor = snr.clamp(max=gamma).sqrt() if gamma else 1.0
             distances.append(factor * (((ends[0] - ends[1]).square() + 1e-6).sqrt().mean() - 1e-3))
     torch.testing.assert_close(losses["loss/consistency"].detach(), torch.stack(distances).mean(), rtol=1e-3, atol=1e-5)
     pairs = [value for name, value in losses.items() if name.startswith("loss/feature/")]
