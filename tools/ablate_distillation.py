@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bench_kit.demo_models import Lessons
 from bench_kit.results import ROOT, commit
 
 from sdkd.core.console import markdown_table
@@ -50,32 +51,24 @@ VARIANTS: dict[str, tuple[bool, dict[str, float]]] = {
 }
 
 
-class Lessons:
-    """The teacher, the latents of its lessons, and what the students are examined with; made once."""
+class Examined(Lessons):
+    """Lessons, and what the students' UNets are asked about; made once."""
 
     def __init__(self, settings: Settings) -> None:
-        from sdkd.distill.data.latents import encode_images, training_size
         from sdkd.evaluate.agreement import make_probe
-        from sdkd.models.resolve import load_eager
-        from sdkd.toyworld.scenes import DemoImages, held_out_scenes, seen_scenes
+        from sdkd.toyworld.scenes import DemoImages
 
-        self.pipe = load_eager("demo")
-        images = DemoImages(count=settings.images)
-        self.latents = encode_images(self.pipe.vae, images, size=training_size(self.pipe, None))
+        super().__init__(settings.images, settings.scenes)
         self.probe = make_probe(self.pipe, DemoImages(count=settings.probe, seed=99, held_out=True), settings.probe)
-        count, every = settings.scenes, {"seen": seen_scenes(), "held_out": held_out_scenes()}
-        self.scenes = {  # from all over the lists
-            kind: [scenes[index * len(scenes) // count] for index in range(count)] for kind, scenes in every.items()
-        }
 
 
-def trained(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> tuple[Any, Any]:
+def trained(lessons: Examined, student: str, variant: str, seed: int, settings: Settings) -> tuple[Any, Any]:
     """A student, with its teacher's weights or random ones at first, in a pipeline of the teacher's other parts.
 
     And how its training went.
     """
     import torch
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     from sdkd.distill import TrainConfig, train
     from sdkd.students.blocks import build_student, student_config
@@ -91,13 +84,10 @@ def trained(lessons: Lessons, student: str, variant: str, seed: int, settings: S
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(**student_config(lessons.pipe.unet.config, student))
     done = train(lessons.pipe, unet, lessons.latents, config)
-    parts = {**lessons.pipe.components, "unet": done.unet}
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, done
+    return lessons.drawn_by(done.unet), done
 
 
-def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
+def one_run(lessons: Examined, student: str, variant: str, seed: int, settings: Settings) -> dict[str, Any]:
     """Train one student and examine it: agreement with the teacher, and caption accuracy."""
     from sdkd.evaluate.agreement import noise_agreement
     from sdkd.toyworld.reader import JUDGED, evaluate_captions
@@ -114,12 +104,12 @@ def one_run(lessons: Lessons, student: str, variant: str, seed: int, settings: S
 
 def series(students: list[str], seeds: list[int], settings: Settings) -> None:
     """All runs that are not there yet, seed by seed."""
-    lessons: Lessons | None = None
+    lessons: Examined | None = None
     for seed, student, variant in itertools.product(seeds, students, VARIANTS):
         path = FOLDER / "runs" / f"{student}-{variant[0]}-{seed}.json"
         if path.is_file() and read_json(path)["settings"] == asdict(settings):
             continue
-        lessons = lessons or Lessons(settings)
+        lessons = lessons or Examined(settings)
         named = {"student": student, "variant": variant, "seed": seed, "settings": asdict(settings), "commit": commit()}
         run = named | one_run(lessons, student, variant, seed, settings)
         write_json(path, run)
@@ -131,7 +121,7 @@ def why(settings: Settings, student: str = "tiny", seed: int = 0) -> None:
     from sdkd.evaluate.agreement import make_probe, noise_agreement
     from sdkd.toyworld.scenes import DemoImages
 
-    lessons = Lessons(settings)
+    lessons = Examined(settings)
     rows = DemoImages(count=settings.probe, seed=99, held_out=True)
     swapped = [{**rows[i], "caption": rows[(i + 1) % settings.probe]["caption"]} for i in range(settings.probe)]
     probes = {"own": lessons.probe, "other": make_probe(lessons.pipe, swapped, settings.probe)}

@@ -113,6 +113,18 @@ def ablation(found: Json) -> Rows:
     ]
 
 
+FEW = ("1", "2", "4", "8")
+
+
+def few_steps(found: Json) -> Rows:
+    """tools/ablate_few_steps.py: captions right by number of steps, means over seeds, with the range."""
+    usual = str(found["settings"]["sampling_steps"])
+    return [
+        [row["words"], *(_range(row["steps"][n]["right"], ".0%") if n in row["steps"] else "–" for n in (*FEW, usual))]
+        for row in found["rows"]
+    ]
+
+
 def _range(values: Sequence[float], form: str) -> str:
     return f"{mean(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
@@ -201,6 +213,7 @@ CLIMBED = ("change", "an image", "over the row above", "over the first", "VAE", 
 CACHED = ("step caching of", "cache interval", "an image", "faster (95 %)", "to every step", "captions right")
 COST = ("s", "peak memory, GB", "files, MB")
 ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
+FEWER = ("captions right", *(f"{count} step{'' if count == '1' else 's'}" for count in FEW), "25 steps, guided")
 DECODED = ("drawings", "PSNR to the full VAE's, mean (worst)", "SSIM", "MMACs, full decoder", "small")
 DECODER_COMMAND = "python tools/train_demo_decoder.py --work artifacts/demo-decoder"
 KINDS = (
@@ -213,6 +226,8 @@ KINDS = (
     Kind("ablation-demo/ablation.json", ablation, ABLATED, 3, "`python tools/ablate_distillation.py`; commits: runs/"),
     Kind("ablation-demo/runs/*.json", None),
     Kind("ablation-demo/why.json", None),
+    Kind("ablation-few-steps/ablation.json", few_steps, FEWER, 1, "`python tools/ablate_few_steps.py`; commits: runs/"),
+    Kind("ablation-few-steps/runs/*.json", None),
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
     Kind("*/staircase-*.json", staircase, CLIMBED),
     Kind("*/caching.json", caching, CACHED),

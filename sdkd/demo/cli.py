@@ -17,15 +17,17 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for models, bundles, images and the report.")] = Path(
         "artifacts/demo"
     ),
-    steps: Annotated[int | None, typer.Option(help="Distillation steps per student (default: the demo's own).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of every student (default: the demo's own).")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Re-use nothing of an earlier run.")] = False,
 ) -> None:
     """The whole way on this machine, with the embedded teacher.
 
-    Builds and distils the small and tiny students, exports all three models, builds every engine this machine can,
-    generates the same prompts with each and compares them. Run again, it re-uses what is fresh.
+    Builds and distils the small and tiny students, the tiny one then for 4 steps, exports them, builds every engine
+    this machine can, generates the same prompts with each and compares them. Run again, it re-uses what is fresh.
     """
-    settings = DemoSettings() if steps is None else DemoSettings(distill_steps=steps)
+    settings = DemoSettings() if steps is None else DemoSettings(distill_steps=steps, consistency_steps=steps)
     check_outputs(output)
     with lock(output):
         for folder in made_folders(output) if fresh else ():

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import io
 import json
 import shutil
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.files import check_file_free, check_free, new_folder, read_json, write_bytes, write_json
+from sdkd.core.files import check_file_free, check_free, new_folder, read_json, write_json
 from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.demo.picture import PICTURE, draw
 from sdkd.errors import InputError
 from sdkd.targets.plan import EnginePlan, plan_for_model
 from sdkd.targets.registry import availability, cpu_precisions
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-    from PIL.Image import Image
 
     from sdkd.compare.measure.results import Report
     from sdkd.compare.measure.subjects import Subject
+    from sdkd.distill import TrainConfig
     from sdkd.distill.data.latents import LatentCache
 
 STUDENTS = ("small", "tiny")
 MODELS = ("teacher", *STUDENTS)
-PICTURE = "demo.png"
+FEW, FEW_FROM = "tiny-4-steps", "tiny"  # and the student that it was before
 RECORD = "demo.json"  # beside a result: what it was made from, so that a second run can re-use it
 PROMPTS = (
     "a large red star on a white background",
@@ -48,7 +48,7 @@ ENGINES = (
     ("tensorrt", "fp16"),
 )
 # Shares of the whole time, for the time left.
-SHARES = {"students": (0.0, 0.45), "engines": (0.45, 0.7), "comparison": (0.7, 1.0)}
+SHARES = {"students": (0.0, 0.5), "engines": (0.5, 0.67), "few steps": (0.67, 0.7), "comparison": (0.7, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class DemoSettings:
     """What a demo run does; every field is part of what makes a re-used result fresh."""
 
     distill_steps: int = 240
+    consistency_steps: int = 300
     batch_size: int = 32
     learning_rate: float = 1e-3  # far from the 1e-5..1e-4 of full-size students: so few steps must do
     images: int = 1536
@@ -89,14 +90,15 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progr
     result = DemoResult(folder)
     make_students(folder, settings, result, within(progress, *SHARES["students"]))
     subjects = make_engines(folder, result, within(progress, *SHARES["engines"]))
+    subjects += make_few_steps(folder, within(progress, *SHARES["few steps"]))
     compare_all(subjects, folder, settings, result, within(progress, *SHARES["comparison"]), load)
     return result
 
 
 def made_folders(folder: Path) -> list[Path]:
     """The folders of models and bundles that a run makes in its own, those that are there."""
-    bundles = (path for name in MODELS for path in sorted((folder / "bundles" / name).glob("*")))
-    return [path for path in (*(folder / "models" / name for name in STUDENTS), *bundles) if path.is_dir()]
+    bundles = (path for name in (*MODELS, FEW) for path in sorted((folder / "bundles" / name).glob("*")))
+    return [path for path in (*(folder / "models" / name for name in (*STUDENTS, FEW)), *bundles) if path.is_dir()]
 
 
 def check_outputs(folder: Path) -> None:
@@ -118,25 +120,28 @@ def _is_fresh(record: Path, key: str) -> bool:
 
 
 def make_students(folder: Path, settings: DemoSettings, result: DemoResult, progress: Progress) -> None:
-    """Build each student from the teacher's weights and distil it for a short time, unless it is there already."""
+    """Build each student from the teacher's weights and distil it for a short time, unless it is there already.
+
+    Then one of them for few steps.
+    """
     from sdkd.demo import teacher_path
 
     weights = (teacher_path() / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     made_from = json.dumps([hashlib.sha256(weights).hexdigest(), asdict(settings)], sort_keys=True)
     key = hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    stale = [name for name in STUDENTS if not _is_fresh(folder / "models" / name / RECORD, key)]
-    result.reused += [f"student {name}" for name in STUDENTS if name not in stale]
+    stale = [name for name in (*STUDENTS, FEW) if not _is_fresh(folder / "models" / name / RECORD, key)]
+    result.reused += [f"student {name}" for name in (*STUDENTS, FEW) if name not in stale]
     if not stale:
         progress("students are fresh, re-used", 1.0)
         return
     pipe, latents = _lessons(settings, within(progress, 0.0, 0.2))
     for index, name in enumerate(stale):
         part = within(progress, 0.2 + 0.8 * index / len(stale), 0.2 + 0.8 * (index + 1) / len(stale), f"{name}: ")
-        _make_student(name, pipe, latents, folder / "models" / name, key, settings, part)
+        _make_student(name, pipe, latents, folder / "models", key, settings, part)
 
 
 def _lessons(settings: DemoSettings, progress: Progress) -> tuple[StableDiffusionPipeline, LatentCache]:
-    """The teacher, and the latents of the procedural images that both students learn from."""
+    """The teacher, and the latents of the procedural images that all students learn from."""
     from sdkd.distill.data.latents import encode_images, training_size
     from sdkd.models.resolve import load_eager
     from sdkd.toyworld.scenes import DemoImages
@@ -151,30 +156,45 @@ def _make_student(
     name: str,
     teacher: StableDiffusionPipeline,
     latents: LatentCache,
-    path: Path,
+    models: Path,
     key: str,
     settings: DemoSettings,
     progress: Progress,
 ) -> None:
-    from sdkd.distill import TrainConfig, train
+    from sdkd.distill import train
+    from sdkd.distill.training.samples import result_scheduler
     from sdkd.models.diffusers_folder import write_pipeline
+    from sdkd.models.generation import entry
+    from sdkd.models.resolve import load_component
     from sdkd.students.blocks import build_student
 
-    config = TrainConfig(
-        student=name,
-        steps=settings.distill_steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        precision="fp32",
-        seed=settings.seed,
-    )
-    student = build_student(teacher.unet, name)
-    with new_folder(path, overwrite=True) as partial:
+    config, pipe = training_config(name, settings), copy.copy(teacher)
+    student = load_component(models / FEW_FROM, "unet") if name == FEW else build_student(teacher.unet, name)
+    with new_folder(models / name, overwrite=True) as partial:
         train(teacher, student, latents, config, progress=progress, folder=partial)
         about = {"teacher": "demo", "student": config.spec.name, "data": "demo", "settings": config.to_json()}
-        write_pipeline(teacher, partial, unet=student, about=about)
+        if config.kind.consistency:
+            pipe.scheduler = result_scheduler(teacher.scheduler, config, None)
+        write_pipeline(pipe, partial, unet=student, about=about | entry(config.generation(None)))
         _keep_teacher_files(partial)
         write_json(partial / RECORD, {"key": key, "settings": asdict(settings)})
+
+
+def training_config(name: str, settings: DemoSettings) -> TrainConfig:
+    """How a student is trained: by KD, or for few steps, with the comparison's guidance scale in its answers."""
+    from sdkd.distill import TrainConfig
+
+    shared: dict[str, Any] = {
+        "batch_size": settings.batch_size, "learning_rate": settings.learning_rate, "precision": "fp32",
+        "seed": settings.seed,
+    }  # fmt: skip
+    if name != FEW:
+        return TrainConfig(student=name, steps=settings.distill_steps, **shared)
+    w = settings.guidance_scale - 1
+    return TrainConfig(
+        objective="consistency", student=FEW_FROM, steps=settings.consistency_steps, guidance=(w - 1, w + 1),
+        solver_steps=20, snr_gamma=5.0, caption_dropout=0.0, **shared,
+    )  # fmt: skip
 
 
 def _keep_teacher_files(folder: Path) -> None:
@@ -234,6 +254,33 @@ def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[S
     return subjects
 
 
+def make_few_steps(folder: Path, progress: Progress) -> list[Subject]:
+    """The student for few steps, with its own VAE and with the small one, and that on the last of ENGINES that runs."""
+    from sdkd.compare.measure.subjects import Subject
+    from sdkd.models.replacements import DEMO, with_vae
+    from sdkd.models.resolve import resolve
+    from sdkd.workflow import prepare
+
+    model, small = str(folder / "models" / FEW), f"{FEW}, small VAE"
+    source, vae = resolve(model), (("vae", DEMO),)
+    found = [
+        Subject(f"{FEW} eager", model, role="student", run=source.generation),
+        Subject(f"{small} eager", model, role="student", run=source.generation, replaced=vae),
+    ]
+    for plan in [plan for plan in wanted_engines({}) if availability(plan.target.name).can_run][-1:]:
+        made = prepare(
+            with_vae(source, DEMO),
+            plan,
+            folder / "bundles" / FEW,
+            ranges=demo_ranges(),
+            reuse=folder / "bundles" / "teacher",
+            progress=within(progress, 0.0, 1.0, f"{FEW}: "),
+        )
+        engine = (made.slot, plan.precision, made.bundle, "student", vae)
+        found.append(Subject(f"{small} {made.slot}", model, *engine, run=source.generation))
+    return found
+
+
 def demo_ranges() -> ShapeRanges:
     """Shapes of the demo's engines: its native 64 pixels, up to four images a call."""
     return ShapeRanges(Range(1, 1, 4), Range.fixed(64), Range.fixed(64), Range.fixed(77))
@@ -254,6 +301,7 @@ def compare_all(
     from sdkd.compare import compare, write_report
     from sdkd.toyworld.reader import judge_captions
 
+    few_steps = [subject.label for subject in subjects if subject.label.startswith(FEW)]
     result.report = compare(
         subjects,
         prompts=list(settings.prompts),
@@ -264,43 +312,8 @@ def compare_all(
         judge=judge_captions,
         isolate=True,
         load_before=load,
+        staircase=["teacher eager", f"{FEW_FROM} eager", *few_steps],
         progress=progress,
     )
     write_report(result.report, folder, overwrite=True)
     draw(result.report, folder / PICTURE)
-
-
-def draw(report: Report, path: Path) -> None:
-    """One picture: every model eagerly, and on the first of its engines."""
-    rows, seen = {}, set()
-    for row in report.results:
-        kind = (row.subject.model_key, row.subject.is_eager)
-        if kind not in seen:
-            seen.add(kind)
-            rows[row.subject.label] = report.images[row.subject.label]
-    stream = io.BytesIO()
-    contact_sheet(rows, report.setup.prompts).save(stream, "PNG", optimize=True)
-    write_bytes(path, stream.getvalue())
-
-
-def contact_sheet(rows: Mapping[str, Sequence[Image]], captions: Sequence[str]) -> Image:
-    """A row per subject, a column per prompt; small images are enlarged without smoothing: every pixel shows."""
-    from PIL import Image as Pillow
-    from PIL import ImageDraw, ImageFont
-
-    def write(place: tuple[int, int], text: str, size: int, columns: int) -> None:
-        drawn.multiline_text(place, textwrap.fill(text, columns), fill=(32, 33, 36), font=ImageFont.load_default(size))
-
-    cell, gap, label_width, head = 160, 8, 150, 64  # pixels
-    width, height = label_width + len(captions) * (cell + gap), head + len(rows) * (cell + gap)
-    sheet = Pillow.new("RGB", (width, height), "white")
-    drawn = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(captions):
-        write((label_width + column * (cell + gap), 4), caption, 13, 24)
-    for row, (label, images) in enumerate(rows.items()):
-        top = head + row * (cell + gap)
-        write((4, top + cell // 2 - 16), label, 15, 18)
-        for column, image in enumerate(images):
-            enlarged = image.resize((cell, cell), Pillow.Resampling.NEAREST)
-            sheet.paste(enlarged, (label_width + column * (cell + gap), top))
-    return sheet

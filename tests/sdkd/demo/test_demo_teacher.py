@@ -15,7 +15,8 @@ from PIL import Image
 import sdkd.demo
 from sdkd.compare.measure.quality import image_likeness
 from sdkd.demo import load_teacher, teacher_path
-from sdkd.demo.run import ENGINES, contact_sheet, wanted_engines
+from sdkd.demo.picture import contact_sheet
+from sdkd.demo.run import ENGINES, FEW, DemoSettings, training_config, wanted_engines
 from sdkd.distill.data.buckets import fit_pixels
 from sdkd.distill.data.encode import encode_image
 from sdkd.distill.vae.trainer import decode
@@ -115,6 +116,13 @@ def test_every_engine_is_wanted_or_left_out_with_a_reason() -> None:
         half = "bf16" in cpu_precisions()
         assert (("openvino", "bf16") in wanted) == half
         assert skipped.get("openvino-bf16") == (None if half else "this CPU has no bf16 units")
+
+
+def test_the_student_for_few_steps_learns_the_guidance_that_all_are_compared_with() -> None:
+    few, tiny = (training_config(name, DemoSettings(guidance_scale=5.0)) for name in (FEW, "tiny"))
+    assert (few.objective, few.guidance, few.steps, few.student_name) == ("consistency", (3.0, 5.0), 300, "sd-tiny")
+    assert str(few.generation(None)) == "4 steps, guidance 1, LCMScheduler"
+    assert (tiny.objective, tiny.steps, tiny.generation(None)) == ("distill", 240, None)
 
 
 def test_the_picture_has_a_row_of_each_subject() -> None:
