@@ -68,7 +68,7 @@ def test_engines_are_opened_on_the_gpu_of_the_pipeline(engine_bundle: Path, monk
         yield
         current[0] = before
 
-    def build(bundle: Any, slot: str, part: str, *more: Any) -> Any:
+    def build(bundle: Any, slot: str, part: str, *more: Any, **_: Any) -> Any:
         with more[-1](part) as session:  # whose tensors are on no GPU, since there is none
             opened.append(str(session.device))
         raise EngineError("as far as it goes without a GPU")

@@ -66,7 +66,6 @@ def test_cached_subjects_are_held_against_every_step_and_judged_by_the_same_inte
     assert both.verdict.rule == "every image is at least 40 dB PSNR from eager fp32, all with cache interval 3"
     assert cached.verdict is None
     assert report.baselines == {labels[0]: {}} | {key: {"eager": labels[0]} for key in labels[1:]}
-    assert both.unet_step_ms.median < engine.unet_step_ms.median  # the mean of a whole call and two of the last layer
     assert (whole.limit is None, cached.limit, both.limit) == (False, None, None)
     assert any(
         f"{labels[3]}: its UNet step is the mean of a whole call and the 2 that reuse it" in n for n in report.notes
