@@ -126,7 +126,8 @@ def few_steps(found: Json) -> Rows:
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    return f"{mean(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+    spread = f" ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
 
 
 ATTRIBUTES = ("shape", "colour", "background", "size", "position")
