@@ -132,9 +132,9 @@ def _context(report: Report) -> dict[str, Any]:
         "columns": shown_columns(report, page=True),
         "rows": _rows(report),
         "against": report.against,
-        "against_heads": HEADS,
+        "against_heads": [("Subject", ""), *HEADS],
         "against_title": against_title,
-        "against_cells": against_cells,
+        "against_rows": [(one.label, against_cells(one)) for one in (report.against.changes if report.against else ())],
         "against_remarks": against_remarks,
         "gallery": gallery(report),
         "differences": differences(report),
@@ -160,8 +160,8 @@ def _stairs(report: Report) -> dict[str, Any] | None:
         "remarks": stairs.remarks(report),
         "wide": stairs.drawing(report, STAIRS_WIDE),
         "narrow": stairs.drawing(report, NARROW[0]),
-        "heads": stairs.heads(report),
-        "rows": [stairs.cells(report, stair) for stair in report.stairs],
+        "heads": [(name, unit) for name, unit, _ in stairs.heads(report)],
+        "rows": [(stair.change, stairs.cells(report, stair)[1:]) for stair in report.stairs],
     }
 
 
