@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench_kit.demo_models import Lessons
-from bench_kit.results import ROOT, commit
+from bench_kit.demo_models import Lessons, write_ablation
+from bench_kit.results import ROOT, commit, span
 
 from sdkd.core.console import markdown_table
-from sdkd.core.files import read_json, write_bytes, write_json
+from sdkd.core.files import read_json, write_json
 
 FOLDER = ROOT / "benchmarks" / "ablation-demo"
 
@@ -150,11 +150,6 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
-def _range(values: list[float], form: str) -> str:
-    text = format(mean(values), form)
-    return text if len(values) == 1 else f"{text} ({format(min(values), form)} to {format(max(values), form)})"
-
-
 def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
     """The table for people."""
     lines = [
@@ -169,8 +164,8 @@ def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
     heads = ("student", "variant", "seeds", "noise MSE", "captions, seen", "held out", "shape, seen", "shape, held out")
     names = ("seen", "held_out", "shape_seen", "shape_held_out")
     cells = [
-        [row["student"], row["variant"], str(len(row["seeds"])), _range(row["noise_mse"], ".4f"),
-         *(_range(row[name], ".0%") for name in names)]
+        [row["student"], row["variant"], str(len(row["seeds"])), span(row["noise_mse"], ".4f", " to "),
+         *(span(row[name], ".0%", " to ") for name in names)]
         for row in made
     ]  # fmt: skip
     lines += markdown_table(heads, cells, left=2)
@@ -224,9 +219,7 @@ def main() -> None:
     elif not asked.report:
         series(asked.students.split(","), [int(seed) for seed in asked.seeds.split(",")], settings)
     made = rows()
-    write_json(FOLDER / "ablation.json", {"schema": 1, "settings": asdict(settings), "rows": made})
-    plot(made, FOLDER / "ablation.png")
-    write_bytes(FOLDER / "README.md", markdown(made, settings).encode())
+    write_ablation(FOLDER, settings, made, plot, markdown(made, settings))
 
 
 if __name__ == "__main__":

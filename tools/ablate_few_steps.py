@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench_kit.demo_models import Lessons
-from bench_kit.results import ROOT, commit
+from bench_kit.demo_models import Lessons, write_ablation
+from bench_kit.results import NONE, ROOT, commit, span
 
 from sdkd.core.console import markdown_table
-from sdkd.core.files import read_json, write_bytes, write_json
+from sdkd.core.files import read_json, write_json
 
 FOLDER = ROOT / "benchmarks" / "ablation-few-steps"
 STUDENT, FEW, KINDS = "tiny", (1, 2, 4, 8), ("seen", "held_out")
@@ -105,13 +105,15 @@ class Exam:
     """Captions and noise that are the same for all, and the teacher's images of them."""
 
     def __init__(self, lessons: Lessons, settings: Settings) -> None:
-        self.lessons, self.scenes = lessons, lessons.scenes
+        self.lessons = lessons
         self.reference = self._drawn(lessons.pipe, settings.sampling_steps, settings.guidance_scale)
 
     def _drawn(self, pipe: Any, steps: int, guidance_scale: float) -> dict[str, list[Any]]:
         from sdkd.toyworld.reader import draw
 
-        return {kind: draw(pipe, self.scenes[kind], steps, guidance_scale, seed=0, batch_size=30) for kind in KINDS}
+        return {
+            kind: draw(pipe, self.lessons.scenes[kind], steps, guidance_scale, seed=0, batch_size=30) for kind in KINDS
+        }
 
     def marks(self, pipe: Any, steps: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         """By kind of captions: the share right of each attribute, and each image's PSNR to the teacher's, in dB."""
@@ -123,7 +125,7 @@ class Exam:
         for kind, images in self._drawn(pipe, steps, guidance_scale).items():
             pairs = zip(images, self.reference[kind], strict=True)
             near = [image_likeness(image, reference).counted_db for image, reference in pairs]
-            captions = [caption(scene) for scene in self.scenes[kind]]
+            captions = [caption(scene) for scene in self.lessons.scenes[kind]]
             found[kind] = {"right": judge_captions(images, captions), "psnr_db": near}
         return found
 
@@ -190,12 +192,6 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
-def span(values: list[float], form: str) -> str:
-    """The mean, and the range where there are several."""
-    text = format(mean(values), form)
-    return text if len(values) == 1 else f"{text} ({min(values):{form}}–{max(values):{form}})"
-
-
 def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
     """The tables for people."""
     usual = str(settings.sampling_steps)
@@ -213,7 +209,7 @@ def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
     for title, key, form in (("Captions right", "right", ".0%"), ("PSNR to the teacher, dB", "psnr_db", ".1f")):
         cells = [
             [row["words"], str(len(row["seeds"])),
-             *(span(row["steps"][steps][key], form) if steps in row["steps"] else "–" for steps in columns)]
+             *(span(row["steps"][steps][key], form) if steps in row["steps"] else NONE for steps in columns)]
             for row in made if key == "right" or row["row"] != TEACHER
         ]  # fmt: skip
         heads = ("", "seeds", *(f"{steps} step{'' if steps == '1' else 's'}" for steps in columns))
@@ -252,9 +248,7 @@ def main() -> None:
     if not asked.report:
         series(asked.variants.split(","), [int(seed) for seed in asked.seeds.split(",")], settings)
     made = rows()
-    write_json(FOLDER / "ablation.json", {"schema": 1, "settings": asdict(settings), "rows": made})
-    plot(made, FOLDER / "ablation.png")
-    write_bytes(FOLDER / "README.md", markdown(made, settings).encode())
+    write_ablation(FOLDER, settings, made, plot, markdown(made, settings))
 
 
 if __name__ == "__main__":

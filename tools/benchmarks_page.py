@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from bench import PIECES
-from bench_kit.results import NONE, ROOT
+from bench_kit.results import NONE, ROOT, span
 from gpu_bench.page import facts_of, goals
 from gpu_bench.settings import FIGURES
 
@@ -108,9 +107,7 @@ def gpu_report(found: Json) -> Rows:
 def ablation(found: Json) -> Rows:
     """tools/ablate_distillation.py: means over seeds, with the range."""
     names = (("noise_mse", ".4f"), ("held_out", ".0%"), ("shape_held_out", ".0%"))
-    return [
-        [row["student"], row["variant"], *(_range(row[name], form) for name, form in names)] for row in found["rows"]
-    ]
+    return [[row["student"], row["variant"], *(span(row[name], form) for name, form in names)] for row in found["rows"]]
 
 
 FEW = ("1", "2", "4", "8")
@@ -120,14 +117,9 @@ def few_steps(found: Json) -> Rows:
     """tools/ablate_few_steps.py: captions right by number of steps, means over seeds, with the range."""
     usual = str(found["settings"]["sampling_steps"])
     return [
-        [row["words"], *(_range(row["steps"][n]["right"], ".0%") if n in row["steps"] else "–" for n in (*FEW, usual))]
+        [row["words"], *(span(row["steps"][n]["right"], ".0%") if n in row["steps"] else NONE for n in (*FEW, usual))]
         for row in found["rows"]
     ]
-
-
-def _range(values: Sequence[float], form: str) -> str:
-    spread = f" ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{spread}"
 
 
 ATTRIBUTES = ("shape", "colour", "background", "size", "position")

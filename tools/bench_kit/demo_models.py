@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+from sdkd.core.files import write_bytes, write_json
 
 
 class Lessons:
@@ -28,3 +33,16 @@ class Lessons:
         pipe = StableDiffusionPipeline(**{**self.pipe.components, "unet": unet}, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def write_ablation(
+    folder: Path,
+    settings: Any,
+    made: list[dict[str, Any]],
+    plot: Callable[[list[dict[str, Any]], Path], None],
+    text: str,
+) -> None:
+    """Write an ablation's rows with its `settings` (a dataclass), its plot, and its page for people."""
+    write_json(folder / "ablation.json", {"schema": 1, "settings": asdict(settings), "rows": made})
+    plot(made, folder / "ablation.png")
+    write_bytes(folder / "README.md", text.encode())

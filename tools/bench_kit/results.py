@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from sdkd.compare.measure.stats import speedup
@@ -86,6 +87,12 @@ def keep(path: Path, found: Mapping[str, Any], lines: Sequence[str]) -> None:
     write_json(path, found)
     page = [*lines, "", "Made again by:", "", f"    {found['command']}", ""]
     write_bytes(path.with_suffix(".md"), "\n".join(page).encode())
+
+
+def span(values: Sequence[float], form: str, joint: str = "–") -> str:
+    """The mean, and the range where there are several."""
+    spread = f" ({min(values):{form}}{joint}{max(values):{form}})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
 
 
 def in_turn(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
