@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -90,8 +89,10 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progr
     result = DemoResult(folder)
     make_students(folder, settings, result, within(progress, *SHARES["students"]))
     subjects = make_engines(folder, result, within(progress, *SHARES["engines"]))
-    subjects += make_few_steps(folder, within(progress, *SHARES["few steps"]))
-    compare_all(subjects, folder, settings, result, within(progress, *SHARES["comparison"]), load)
+    few_steps = make_few_steps(folder, within(progress, *SHARES["few steps"]))
+    stairs = ["teacher eager", f"{FEW_FROM} eager", *(subject.label for subject in few_steps)]
+    every = [*subjects, *few_steps]
+    compare_all(every, stairs, folder, settings, result, within(progress, *SHARES["comparison"]), load)
     return result
 
 
@@ -168,14 +169,14 @@ def _make_student(
     from sdkd.models.resolve import load_component
     from sdkd.students.blocks import build_student
 
-    config, pipe = training_config(name, settings), copy.copy(teacher)
+    config = training_config(name, settings)
+    scheduler = result_scheduler(teacher.scheduler, config, None) if config.kind.consistency else None
     student = load_component(models / FEW_FROM, "unet") if name == FEW else build_student(teacher.unet, name)
     with new_folder(models / name, overwrite=True) as partial:
         train(teacher, student, latents, config, progress=progress, folder=partial)
         about = {"teacher": "demo", "student": config.spec.name, "data": "demo", "settings": config.to_json()}
-        if config.kind.consistency:
-            pipe.scheduler = result_scheduler(teacher.scheduler, config, None)
-        write_pipeline(pipe, partial, unet=student, about=about | entry(config.generation(None)))
+        about |= entry(config.generation(None))
+        write_pipeline(teacher, partial, unet=student, scheduler=scheduler, about=about)
         _keep_teacher_files(partial)
         write_json(partial / RECORD, {"key": key, "settings": asdict(settings)})
 
@@ -288,6 +289,7 @@ def demo_ranges() -> ShapeRanges:
 
 def compare_all(
     subjects: list[Subject],
+    stairs: list[str],
     folder: Path,
     settings: DemoSettings,
     result: DemoResult,
@@ -296,12 +298,11 @@ def compare_all(
 ) -> None:
     """Generate the same prompts with each subject, measure, and write the report into `folder`.
 
-    `load`: the machine's load average before anything was trained or built.
+    `stairs`: labels of the staircase; `load`: the machine's load average before anything was trained or built.
     """
     from sdkd.compare import compare, write_report
     from sdkd.toyworld.reader import judge_captions
 
-    few_steps = [subject.label for subject in subjects if subject.label.startswith(FEW)]
     result.report = compare(
         subjects,
         prompts=list(settings.prompts),
@@ -312,7 +313,7 @@ def compare_all(
         judge=judge_captions,
         isolate=True,
         load_before=load,
-        staircase=["teacher eager", f"{FEW_FROM} eager", *few_steps],
+        staircase=stairs,
         progress=progress,
     )
     write_report(result.report, folder, overwrite=True)

@@ -197,16 +197,17 @@ def write_pipeline(
     folder: Path,
     *,
     unet: UNet2DConditionModel | None = None,
+    scheduler: Any = None,
     about: Mapping[str, Any] | None = None,
     readme: str | None = None,
 ) -> None:
-    """Write a whole pipeline into a folder; `unet` replaces the pipeline's own, which stays untouched.
+    """Write a whole pipeline into a folder; `unet` and `scheduler` replace the pipeline's own, which stays untouched.
 
     `about` becomes the folder's sdkd.json, by which it may be replaced later, and `readme` its model card.
     """
-    whole = pipe
-    if unet is not None:
-        whole = type(pipe)(**(pipe.components | {"unet": unet}), requires_safety_checker=False)
+    whole, given = pipe, {"unet": unet, "scheduler": scheduler}
+    if others := {name: part for name, part in given.items() if part is not None}:
+        whole = type(pipe)(**(pipe.components | others), requires_safety_checker=False)
     with quiet_libraries():
         whole.save_pretrained(folder)
     write_old_names(folder / "text_encoder" / "model.safetensors")

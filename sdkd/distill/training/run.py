@@ -261,9 +261,9 @@ def _write(
             write_json(partial / PROVENANCE, dict(facts))
             write_bytes(partial / "README.md", card.encode())
         else:
-            if job.config.kind.consistency:
-                pipe.scheduler = result_scheduler(pipe.scheduler, job.config, None)
-            write_pipeline(pipe, partial, unet=unet.cpu(), about=dict(facts), readme=card)
+            few = job.config.kind.consistency
+            scheduler = result_scheduler(pipe.scheduler, job.config, None) if few else None
+            write_pipeline(pipe, partial, unet=unet.cpu(), scheduler=scheduler, about=dict(facts), readme=card)
         carry_over(folder, partial)
 
 
