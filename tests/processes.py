@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -60,13 +61,14 @@ def finished(words: Sequence[object], log: Path, seconds: float = 120, **variabl
 def interrupted(
     words: Sequence[object], log: Path, ready: Callable[[], bool], seconds: float = 60, **variables: str
 ) -> int | None:
-    """Interrupt `sdkd` and its children once it is `ready` (or after `seconds`); its exit status."""
+    """Interrupt `sdkd` and its children once it is `ready` (or after `seconds`), unless it is done; its exit status."""
     process = started(words, log, **variables)
     try:
         end = time.monotonic() + seconds
         while process.is_alive() and time.monotonic() < end and not ready():
             time.sleep(0.02)
-        os.killpg(process.pid or 0, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGINT)
         process.join(60)
         return process.exitcode
     finally:
@@ -76,5 +78,7 @@ def interrupted(
 def kill(process: ForkServerProcess) -> None:
     """End a process and its children where it has not ended."""
     if process.is_alive():
-        os.killpg(process.pid or 0, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may end at this very moment
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
         process.join()
