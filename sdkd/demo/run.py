@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sdkd.compare.measure.subjects import Subject
     from sdkd.distill import TrainConfig
     from sdkd.distill.data.latents import LatentCache
+    from sdkd.models.resolve import Model
+    from sdkd.workflow import Prepared
 
 STUDENTS = ("small", "tiny")
 MODELS = ("teacher", *STUDENTS)
@@ -88,8 +90,9 @@ def run_demo(folder: Path, settings: DemoSettings | None = None, progress: Progr
     folder.mkdir(parents=True, exist_ok=True)
     result = DemoResult(folder)
     make_students(folder, settings, result, within(progress, *SHARES["students"]))
-    subjects = make_engines(folder, result, within(progress, *SHARES["engines"]))
-    few_steps = make_few_steps(folder, within(progress, *SHARES["few steps"]))
+    engines = wanted_engines(result.skipped)
+    subjects = make_engines(folder, engines, result, within(progress, *SHARES["engines"]))
+    few_steps = make_few_steps(folder, engines, result, within(progress, *SHARES["few steps"]))
     stairs = ["teacher eager", f"{FEW_FROM} eager", *(subject.label for subject in few_steps)]
     every = [*subjects, *few_steps]
     compare_all(every, stairs, folder, settings, result, within(progress, *SHARES["comparison"]), load)
@@ -221,13 +224,11 @@ def wanted_engines(skipped: dict[str, str]) -> list[EnginePlan]:
     return wanted
 
 
-def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[Subject]:
-    """Export every model, build every engine that this machine can, and name what can be compared here."""
+def make_engines(folder: Path, engines: list[EnginePlan], result: DemoResult, progress: Progress) -> list[Subject]:
+    """Export every model, build every engine, and name what can be compared here."""
     from sdkd.compare.measure.subjects import Subject
     from sdkd.models.resolve import resolve
-    from sdkd.workflow import prepare
 
-    engines = wanted_engines(result.skipped)
     subjects, done, total = [], 0, len(engines) * len(MODELS)
     for name in MODELS:
         model = "demo" if name == "teacher" else str(folder / "models" / name)
@@ -235,19 +236,9 @@ def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[S
         role = "teacher" if name == "teacher" else "student"
         subjects.append(Subject(f"{name} eager", model, "eager", "fp32", None, role))
         for plan in engines:
-            target, label = plan.target.name, f"{name}, {plan.target.name} {plan.precision}: "
-            part = within(progress, done / total, (done + 1) / total, label)
-            made = prepare(
-                source,
-                plan,
-                folder / "bundles" / name,
-                ranges=demo_ranges(),
-                reuse=folder / "bundles" / "teacher",
-                progress=part,
-            )
+            made = _engine(name, source, plan, folder, result, within(progress, done / total, (done + 1) / total))
             done += 1
-            if not (made.exported or made.built):
-                result.reused.append(f"{made.slot} engine of {name}")
+            target = plan.target.name
             if availability(target).can_run:
                 subjects.append(Subject(f"{name} {made.slot}", model, made.slot, plan.precision, made.bundle, role))
             else:
@@ -255,12 +246,11 @@ def make_engines(folder: Path, result: DemoResult, progress: Progress) -> list[S
     return subjects
 
 
-def make_few_steps(folder: Path, progress: Progress) -> list[Subject]:
-    """The student for few steps, with its own VAE and with the small one, and that on the last of ENGINES that runs."""
+def make_few_steps(folder: Path, engines: list[EnginePlan], result: DemoResult, progress: Progress) -> list[Subject]:
+    """The student for few steps, with its own VAE and with the small one, and that on the last engine that runs."""
     from sdkd.compare.measure.subjects import Subject
     from sdkd.models.replacements import DEMO, with_vae
     from sdkd.models.resolve import resolve
-    from sdkd.workflow import prepare
 
     model, small = str(folder / "models" / FEW), f"{FEW}, small VAE"
     source, vae = resolve(model), (("vae", DEMO),)
@@ -268,18 +258,25 @@ def make_few_steps(folder: Path, progress: Progress) -> list[Subject]:
         Subject(f"{FEW} eager", model, role="student", run=source.generation),
         Subject(f"{small} eager", model, role="student", run=source.generation, replaced=vae),
     ]
-    for plan in [plan for plan in wanted_engines({}) if availability(plan.target.name).can_run][-1:]:
-        made = prepare(
-            with_vae(source, DEMO),
-            plan,
-            folder / "bundles" / FEW,
-            ranges=demo_ranges(),
-            reuse=folder / "bundles" / "teacher",
-            progress=within(progress, 0.0, 1.0, f"{FEW}: "),
-        )
+    for plan in [plan for plan in engines if availability(plan.target.name).can_run][-1:]:
+        made = _engine(FEW, with_vae(source, DEMO), plan, folder, result, progress)
         engine = (made.slot, plan.precision, made.bundle, "student", vae)
         found.append(Subject(f"{small} {made.slot}", model, *engine, run=source.generation))
     return found
+
+
+def _engine(
+    name: str, model: Model, plan: EnginePlan, folder: Path, result: DemoResult, progress: Progress
+) -> Prepared:
+    """The engine of a model in its bundle, exported and built unless it is fresh."""
+    from sdkd.workflow import prepare
+
+    part = within(progress, 0.0, 1.0, f"{name}, {plan.target.name} {plan.precision}: ")
+    bundles = folder / "bundles"
+    made = prepare(model, plan, bundles / name, ranges=demo_ranges(), reuse=bundles / "teacher", progress=part)
+    if not (made.exported or made.built):
+        result.reused.append(f"{made.slot} engine of {name}")
+    return made
 
 
 def demo_ranges() -> ShapeRanges:
