@@ -12,7 +12,16 @@ from sdkd.compare.measure.caching import why_whole, with_caching
 from sdkd.compare.measure.calls import Size
 from sdkd.compare.measure.defaults import AS_MADE, RunsAsked, native_px, runs_of
 from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
-from sdkd.compare.measure.subjects import EAGER, OPTIMUM, STUDENT, TEACHER, Failed, Subject, check_subjects
+from sdkd.compare.measure.subjects import (
+    EAGER,
+    OPTIMUM,
+    STUDENT,
+    TEACHER,
+    Failed,
+    Subject,
+    check_optimum,
+    check_subjects,
+)
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, check_precision
 from sdkd.core.profiles import Range, ShapeRanges
@@ -286,6 +295,8 @@ def _ranges(wish: Wish) -> ShapeRanges | None:
 
 def _engine_subject(entry: Entry, model: str, bundle: Path, slot: str) -> Subject:
     opened = Bundle.open(bundle)
+    if slot == OPTIMUM:
+        check_optimum(opened)
     unet = opened.component("unet") if slot == OPTIMUM else opened.engine(slot, "unet")
     return _subject(entry, slot, slot, unet.precision, model=model, bundle=bundle, **_made_with(opened))
 

@@ -14,7 +14,7 @@ from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import as_drawn
 from sdkd.core.contract import CACHED_UNET, COMPONENTS, check_precision, torch_dtype
-from sdkd.errors import EngineError, InputError, one_line
+from sdkd.errors import BundleError, EngineError, InputError, one_line
 from sdkd.models.fused import Lora, with_loras
 from sdkd.models.generation import Generation
 from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
@@ -199,6 +199,8 @@ def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dty
 
 def _optimum_pipeline(subject: Subject, device: str) -> Any:
     """Optimum's pipeline of the bundle's ONNX files, as Optimum's documentation opens it."""
+    assert subject.bundle is not None
+    check_optimum(Bundle.open(subject.bundle))
     from optimum.onnxruntime import ORTStableDiffusionPipeline
 
     from sdkd.models.diffusers_folder import quiet_libraries
@@ -206,6 +208,15 @@ def _optimum_pipeline(subject: Subject, device: str) -> Any:
     provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
     with quiet_libraries():
         return ORTStableDiffusionPipeline.from_pretrained(str(subject.bundle), provider=provider)
+
+
+def check_optimum(bundle: Bundle) -> None:
+    """BundleError for a bundle of step caching, which Optimum cannot run."""
+    if CACHED_UNET in bundle.manifest.components:
+        raise BundleError(
+            f"Optimum does not run bundle {str(bundle.path)!r}, which was exported for step caching: it takes the "
+            "UNet's second output for the prediction; leave out target 'optimum', or export without --step-caching"
+        )
 
 
 def optimum_problem() -> str | None:

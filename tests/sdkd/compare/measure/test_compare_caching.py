@@ -18,6 +18,7 @@ from export.build.engines import build_engine
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.planning import Wish, make_plan
+from sdkd.compare.measure.subjects import open_subject
 from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, InputError
@@ -82,6 +83,12 @@ def test_a_wrong_last_layer_is_found(bundle: Path, tmp_path: Path) -> None:
     engine = Subject("engine", engine_models() / "wrong", "onnxruntime", bundle=opened.path, cache_interval=2)
     report = compare([engine], prompts=["a"], steps=2, runs=3, min_seconds=0.0, image_runs=1)
     assert [row.verdict and row.verdict.ok for row in report.results] == [False]
+
+
+def test_optimum_is_given_no_bundle_for_step_caching(bundle: Path) -> None:
+    subject = Subject("optimum", engine_models() / "right", "optimum", bundle=bundle)
+    with pytest.raises(BundleError, match=r"it takes the UNet's second output for the prediction; leave out target"):
+        open_subject(subject)
 
 
 def test_models_that_it_does_not_suit_are_left_out_with_a_note(
