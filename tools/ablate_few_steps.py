@@ -60,12 +60,16 @@ TEACHER, BEFORE = "teacher", "student"
 VARIANTS = {
     "a": Variant("from the full teacher"),
     "b": Variant("from a copy of the student", full=False),
-    "c": Variant("a, without KD before", distilled=False),
-    "d": Variant("a + feature KD, weight 0.01", feature_weight=0.01),
-    "e": Variant("a + feature KD, weight 0.1", feature_weight=0.1),
-    "f": Variant("a, without min-SNR weights", snr_gamma=0.0),
+    "c": Variant("from the full teacher, no KD before", distilled=False),
+    "d": Variant("from the full teacher, feature KD of weight 0.01", feature_weight=0.01),
+    "e": Variant("from the full teacher, feature KD of weight 0.1", feature_weight=0.1),
+    "f": Variant("from the full teacher, no min-SNR weights", snr_gamma=0.0),
 }
-WORDS = {TEACHER: "the teacher", BEFORE: "the student, before", **{name: one.words for name, one in VARIANTS.items()}}
+WORDS = {
+    TEACHER: "the teacher",
+    BEFORE: "the student after KD alone",
+    **{name: one.words for name, one in VARIANTS.items()},
+}
 
 
 def before(lessons: Lessons, seed: int, settings: Settings) -> Any:
@@ -203,8 +207,8 @@ def markdown(made: list[dict[str, Any]], settings: Settings) -> str:
         f"objective with {settings.batch_size} images each, learning rate {settings.learning_rate:g}, w "
         f"{settings.least_w:g} to {settings.most_w:g}, a solver of {settings.solver_steps} points, on a CPU. Mean over "
         f"seeds, and the range. Captions right: the share of shapes, colours and backgrounds that a reader finds in "
-        f"images of {settings.scenes} seen and {settings.scenes} held-out captions. The teacher and the student before "
-        f"are drawn with guidance {settings.guidance_scale:g}, the others without.",
+        f"images of {settings.scenes} seen and {settings.scenes} held-out captions. The teacher and the student "
+        f"after KD alone are drawn with guidance {settings.guidance_scale:g}, the others without.",
     ]
     for title, key, form in (("Captions right", "right", ".0%"), ("PSNR to the teacher, dB", "psnr_db", ".1f")):
         cells = [
@@ -221,7 +225,7 @@ def plot(made: list[dict[str, Any]], path: Path) -> None:
     """Captions right by number of steps, with a dot for every seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     for row in made:
         steps = [str(count) for count in FEW if str(count) in row["steps"]]
@@ -233,7 +237,7 @@ def plot(made: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.25, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", loc="lower right")
+    figure.legend(frameon=False, fontsize="small", loc="outside right center")
     figure.savefig(path, dpi=110)
 
 

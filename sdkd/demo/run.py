@@ -58,6 +58,7 @@ class DemoSettings:
 
     distill_steps: int = 240
     consistency_steps: int = 300
+    consistency_feature_weight: float = 0.01  # better at 4 and 8 steps: benchmarks/ablation-few-steps
     batch_size: int = 32
     learning_rate: float = 1e-3  # far from the 1e-5..1e-4 of full-size students: so few steps must do
     images: int = 1536
@@ -197,7 +198,8 @@ def training_config(name: str, settings: DemoSettings) -> TrainConfig:
     w = settings.guidance_scale - 1
     return TrainConfig(
         objective="consistency", student=FEW_FROM, steps=settings.consistency_steps, guidance=(w - 1, w + 1),
-        solver_steps=20, snr_gamma=5.0, caption_dropout=0.0, **shared,
+        solver_steps=20, snr_gamma=5.0, feature_weight=settings.consistency_feature_weight, caption_dropout=0.0,
+        **shared,
     )  # fmt: skip
 
 

@@ -121,6 +121,7 @@ def test_every_engine_is_wanted_or_left_out_with_a_reason() -> None:
 def test_the_student_for_few_steps_learns_the_guidance_that_all_are_compared_with() -> None:
     few, tiny = (training_config(name, DemoSettings(guidance_scale=5.0)) for name in (FEW, "tiny"))
     assert (few.objective, few.guidance, few.steps, few.student_name) == ("consistency", (3.0, 5.0), 300, "sd-tiny")
+    assert (few.feature_weight, few.snr_gamma) == (0.01, 5.0)
     assert str(few.generation(None)) == "4 steps, guidance 1, LCMScheduler"
     assert (tiny.objective, tiny.steps, tiny.generation(None)) == ("distill", 240, None)
 
