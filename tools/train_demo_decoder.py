@@ -1,10 +1,12 @@
 """Train the demo's small VAE from the embedded one, and measure it -> sdkd/demo/small_vae, benchmarks/demo-decoder.
 
     OMP_NUM_THREADS=1 python tools/train_demo_decoder.py --work artifacts/demo-decoder
+    python tools/train_demo_decoder.py --measure         # only measure the one that is packed
 
 The run is that of `sdkd vae-distill` with the settings below, on the demo's drawings of scenes that may be trained on;
 --work keeps its checkpoints, and the same command goes on from them. Likeness is measured on drawings of scenes that
-nothing is trained on: on images that both decoders make of the same latents, and on latents of both encoders.
+nothing is trained on: on images that both decoders make of the same latents, and on latents of both encoders. Captions
+are judged on what the embedded teacher draws with either VAE, from the same noise.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from sdkd.compare.measure.quality import image_likeness
-from sdkd.core.files import new_folder, write_json
+from sdkd.core.files import new_folder, read_json, write_json
 from sdkd.distill.data.buckets import fit_pixels
 from sdkd.distill.data.encode import encode_image
 from sdkd.distill.training.log import LOG
@@ -29,8 +31,9 @@ from sdkd.distill.vae.config import vae_config
 from sdkd.distill.vae.run import VaeJob, run
 from sdkd.distill.vae.trainer import decode
 from sdkd.models.replacements import DEMO_VAE, load_replacement
-from sdkd.models.resolve import load_component
-from sdkd.toyworld.scenes import IMAGE_SIZE, DemoImages
+from sdkd.models.resolve import load_component, load_eager
+from sdkd.toyworld.reader import evaluate_captions
+from sdkd.toyworld.scenes import IMAGE_SIZE, DemoImages, sample_scenes, seen_scenes
 
 ROOT = Path(__file__).parent.parent
 SMALL_VAE, BENCHMARK = DEMO_VAE, ROOT / "benchmarks" / "demo-decoder"
@@ -42,6 +45,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 COMMAND = "python tools/train_demo_decoder.py --work artifacts/demo-decoder"
 JUDGED, SHOWN = 256, 8  # held-out drawings
+SEEN = 200  # captions
+ATTRIBUTES = ("shape", "colour", "background", "size")
 
 
 def pil(pixels: torch.Tensor) -> Any:
@@ -100,31 +105,52 @@ def measure(full: Any, small: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Train, pack in half precision, measure what was packed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the run and its checkpoints")
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
-    args = parser.parse_args()
-    config = vae_config(**SETTINGS | {"steps": args.steps})
+def captions_right(full: Any, small: Any) -> dict[str, dict[str, int]]:
+    """Of SEEN captions, how many images by the teacher show each attribute as asked, with either VAE."""
+    pipe = load_eager("demo")
+    pipe.set_progress_bar_config(disable=True)
+    found = {}
+    for name, vae in (("full", full), ("small", small)):
+        pipe.vae = vae
+        right = evaluate_captions(pipe, sample_scenes(seen_scenes(), SEEN, seed=0)).right
+        found[name] = {attribute: right[attribute] for attribute in ATTRIBUTES}
+    return found
+
+
+def train(work: Path, steps: int) -> int:
+    """Train, and pack in half precision; CPU seconds of the run."""
+    config = vae_config(**SETTINGS | {"steps": steps})
     start = time.process_time()
     found = run(
-        VaeJob("demo", "demo", args.work, config, resume="auto", command=COMMAND),
+        VaeJob("demo", "demo", work, config, resume="auto", command=COMMAND),
         lambda message, fraction: print(message, flush=True) if "step" in message else None,
     )
     seconds = time.process_time() - start
     with new_folder(SMALL_VAE, overwrite=True) as folder:
-        load_replacement("vae", str(args.work), torch.float16).save_pretrained(folder)
-        shutil.copy(args.work / "README.md", folder)
+        load_replacement("vae", str(work), torch.float16).save_pretrained(folder)
+        shutil.copy(work / "README.md", folder)
         write_json(folder / "sdkd.json", {key: value for key, value in found.items() if key not in ("output", "first")})
     for file in SMALL_VAE.iterdir():
         file.chmod(0o644)
-    full, small = load_component("demo", "vae"), load_replacement("vae", "demo", torch.float32)
     BENCHMARK.mkdir(exist_ok=True)
-    shutil.copy(args.work / LOG, BENCHMARK)
-    result = measure(full, small, BENCHMARK) | costs(full, small) | {"cpu_seconds": math.ceil(seconds)}
-    write_json(BENCHMARK / "likeness.json", result)
-    print(result)
+    shutil.copy(work / LOG, BENCHMARK)
+    return math.ceil(seconds)
+
+
+def main() -> None:
+    """Train and pack, then measure what was packed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--work", type=Path, help="folder of the run and its checkpoints")
+    what.add_argument("--measure", action="store_true", help="train nothing")
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    args = parser.parse_args()
+    result = BENCHMARK / "likeness.json"
+    seconds = read_json(result)["cpu_seconds"] if args.measure else train(args.work, args.steps)
+    full, small = load_component("demo", "vae"), load_replacement("vae", "demo", torch.float32)
+    found = measure(full, small, BENCHMARK) | {"captions": SEEN, "captions_right": captions_right(full, small)}
+    write_json(result, found | costs(full, small) | {"cpu_seconds": seconds})
+    print(found)
 
 
 if __name__ == "__main__":
