@@ -41,6 +41,7 @@ def decoders(slot: str, work: str, size: int, model: str, vae: str) -> dict[str,
     from engines.sessions.opening import open_session
     from export.build.engines import build_engine
     from export.pipeline import export_pipeline
+    from sdkd.core.contract import torch_dtype
     from sdkd.core.files import write_json
     from sdkd.core.profiles import Range, ShapeRanges
     from sdkd.models.replacements import short_vae, with_vae
@@ -62,7 +63,7 @@ def decoders(slot: str, work: str, size: int, model: str, vae: str) -> dict[str,
             write_json(bundle / "unet" / "config.json", source.unet_config)  # builds ask it what sizes there are
         build_engine(bundle, plan.target.name, precision=plan.precision, ranges=ranges)
         session = open_session(bundle, plan.slot, "vae_decoder")
-        feed = latents.to(torch.bfloat16) if SLOTS[slot] == "bf16" else latents
+        feed = latents.to(torch_dtype(plan.onnx))
         found[name] = lambda session=session, feed=feed: session.run({"latent_sample": feed})
     return found
 

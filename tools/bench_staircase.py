@@ -27,20 +27,24 @@ RUNS = 3  # UNet calls timed, at least
 
 @dataclass(frozen=True)
 class Models:
-    """Whose images are drawn: names as `sdkd compare` takes them, the size in pixels, and the prompt."""
+    """Whose images are drawn: names as `sdkd compare` takes them, and the size in pixels.
+
+    Of how many captions of drawn shapes, the same as bench_caching.py's; 0: of PROMPT alone.
+    """
 
     teacher: str
     student: str
     vae: str
     size: int
-    prompt: str
+    captions: int
     image_runs: int
 
 
+PROMPT, SEED = "a lighthouse in a storm", 31  # the seed: of the captions
 DEMO_STUDENT = "artifacts/demo/models/tiny"
 SETS = {
-    "sd15": Models("random:sd15", "random:sd15-tiny", "random:taesd", 512, "a lighthouse in a storm", 1),
-    "demo": Models("demo", DEMO_STUDENT, "demo", 64, "a large red star on a white background", 5),
+    "sd15": Models("random:sd15", "random:sd15-tiny", "random:taesd", 512, 0, 1),
+    "demo": Models("demo", DEMO_STUDENT, "demo", 64, 200, 5),
 }
 
 
@@ -77,9 +81,11 @@ def measure(record: Record, models: str, few_steps: str, image_runs: int, work: 
     from sdkd.compare.measure.defaults import default_guidance, default_judge
     from sdkd.compare.measure.environment import load_average
     from sdkd.core.console import progress
+    from sdkd.toyworld.scenes import caption, sample_scenes, seen_scenes
 
     load, asked, folder = load_average(), SETS[models], Path(work, models)
-    names, prompts = [asked.teacher, asked.student], [asked.prompt]
+    names, drawn = [asked.teacher, asked.student], asked.captions
+    prompts = [caption(scene) for scene in sample_scenes(seen_scenes(), drawn, SEED)] if drawn else [PROMPT]
     with progress(f"staircase of {models}") as shown:
         subjects = series(asked, few_steps, folder, shown)
         report = compare(
