@@ -227,24 +227,29 @@ def wanted_engines(skipped: dict[str, str]) -> list[EnginePlan]:
 
 
 def make_engines(folder: Path, engines: list[EnginePlan], result: DemoResult, progress: Progress) -> list[Subject]:
-    """Export every model, build every engine, and name what can be compared here."""
+    """Export every model, build every engine, and name what can be compared here.
+
+    An engine that is built here but cannot be run is built of FEW_FROM alone.
+    """
     from sdkd.compare.measure.subjects import Subject
     from sdkd.models.resolve import resolve
 
-    subjects, done, total = [], 0, len(engines) * len(MODELS)
-    for name in MODELS:
+    runs = {plan.target.name: availability(plan.target.name).can_run for plan in engines}
+    jobs = {name: [plan for plan in engines if runs[plan.target.name] or name == FEW_FROM] for name in MODELS}
+    subjects, done, total = [], 0, sum(map(len, jobs.values()))
+    for name, plans in jobs.items():
         model = "demo" if name == "teacher" else str(folder / "models" / name)
         source = resolve(model)
         role = "teacher" if name == "teacher" else "student"
         subjects.append(Subject(f"{name} eager", model, "eager", "fp32", None, role))
-        for plan in engines:
+        for plan in plans:
             made = _engine(name, source, plan, folder, result, within(progress, done / total, (done + 1) / total))
             done += 1
-            target = plan.target.name
-            if availability(target).can_run:
+            if runs[plan.target.name]:
                 subjects.append(Subject(f"{name} {made.slot}", model, made.slot, plan.precision, made.bundle, role))
             else:
-                result.skipped.setdefault(target, "built, but not run: " + availability(target).reason)
+                why = availability(plan.target.name).reason
+                result.skipped[plan.target.name] = f"built of {name} alone, and not run: {why}"
     return subjects
 
 
