@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_kit.comparison import builds_table, keep_comparison
+from bench_kit.demo_models import drawn_captions
 from bench_kit.record import Record
 from bench_kit.results import NONE, ROOT, command_of, commit, faster, keep, machine, parse, ratio_cell, today
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
@@ -23,7 +24,6 @@ from bench_kit.runner import Piece, Place, python_path, run_or_exit
 from sdkd.core.console import markdown_table
 
 RUNS = 9  # UNet calls timed, at least
-SEED = 31  # of the captions
 
 
 def subjects_of(model: str, target: str, intervals: list[int], size: int, folder: Path, progress: Any) -> list[Any]:
@@ -53,10 +53,10 @@ def measure(record: Record, models: str, target: str, intervals: str, captions: 
     from sdkd.compare.measure.defaults import default_guidance, default_judge
     from sdkd.compare.measure.environment import load_average
     from sdkd.core.console import progress
-    from sdkd.toyworld.scenes import IMAGE_SIZE, caption, sample_scenes, seen_scenes
+    from sdkd.toyworld.scenes import IMAGE_SIZE
 
     load, names = load_average(), models.split(",")
-    prompts = [caption(scene) for scene in sample_scenes(seen_scenes(), captions, SEED)]
+    prompts = drawn_captions(captions)
     with progress("step caching") as shown:
         every = [
             subject

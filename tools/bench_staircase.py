@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_kit.comparison import builds_table, comparison_lines, keep_comparison
+from bench_kit.demo_models import drawn_captions
 from bench_kit.record import Record
 from bench_kit.results import ROOT, check_known, command_of, commit, keep, machine, parse, today
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
@@ -29,7 +30,7 @@ RUNS = 3  # UNet calls timed, at least
 class Models:
     """Whose images are drawn: names as `sdkd compare` takes them, and the size in pixels.
 
-    Of how many captions of drawn shapes, the same as bench_caching.py's; 0: of PROMPT alone.
+    `captions`: how many drawn shapes are asked for; 0: PROMPT alone.
     """
 
     teacher: str
@@ -40,7 +41,7 @@ class Models:
     image_runs: int
 
 
-PROMPT, SEED = "a lighthouse in a storm", 31  # the seed: of the captions
+PROMPT = "a lighthouse in a storm"
 DEMO_STUDENT = "artifacts/demo/models/tiny"
 SETS = {
     "sd15": Models("random:sd15", "random:sd15-tiny", "random:taesd", 512, 0, 1),
@@ -81,11 +82,10 @@ def measure(record: Record, models: str, few_steps: str, image_runs: int, work: 
     from sdkd.compare.measure.defaults import default_guidance, default_judge
     from sdkd.compare.measure.environment import load_average
     from sdkd.core.console import progress
-    from sdkd.toyworld.scenes import caption, sample_scenes, seen_scenes
 
     load, asked, folder = load_average(), SETS[models], Path(work, models)
-    names, drawn = [asked.teacher, asked.student], asked.captions
-    prompts = [caption(scene) for scene in sample_scenes(seen_scenes(), drawn, SEED)] if drawn else [PROMPT]
+    names = [asked.teacher, asked.student]
+    prompts = drawn_captions(asked.captions) if asked.captions else [PROMPT]
     with progress(f"staircase of {models}") as shown:
         subjects = series(asked, few_steps, folder, shown)
         report = compare(

@@ -234,8 +234,8 @@ def make_engines(folder: Path, engines: list[EnginePlan], result: DemoResult, pr
     from sdkd.compare.measure.subjects import Subject
     from sdkd.models.resolve import resolve
 
-    runs = {plan.target.name: availability(plan.target.name).can_run for plan in engines}
-    jobs = {name: [plan for plan in engines if runs[plan.target.name] or name == FEW_FROM] for name in MODELS}
+    here = {plan.target.name: availability(plan.target.name) for plan in engines}
+    jobs = {name: [plan for plan in engines if here[plan.target.name].can_run or name == FEW_FROM] for name in MODELS}
     subjects, done, total = [], 0, sum(map(len, jobs.values()))
     for name, plans in jobs.items():
         model = "demo" if name == "teacher" else str(folder / "models" / name)
@@ -245,11 +245,11 @@ def make_engines(folder: Path, engines: list[EnginePlan], result: DemoResult, pr
         for plan in plans:
             made = _engine(name, source, plan, folder, result, within(progress, done / total, (done + 1) / total))
             done += 1
-            if runs[plan.target.name]:
+            found = here[plan.target.name]
+            if found.can_run:
                 subjects.append(Subject(f"{name} {made.slot}", model, made.slot, plan.precision, made.bundle, role))
             else:
-                why = availability(plan.target.name).reason
-                result.skipped[plan.target.name] = f"built of {name} alone, and not run: {why}"
+                result.skipped[plan.target.name] = f"built of {name} alone, and not run: {found.reason}"
     return subjects
 
 

@@ -1,4 +1,4 @@
-"""What the ablations on the embedded models share: the teacher, the latents of its lessons, captions to draw."""
+"""What measurements of the embedded models share: the teacher, the latents of its lessons, captions to draw."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.core.files import write_bytes, write_json
+
+
+def drawn_captions(count: int) -> list[str]:
+    """Captions of different seen scenes, the same for every benchmark."""
+    from sdkd.toyworld.scenes import caption, sample_scenes, seen_scenes
+
+    return [caption(scene) for scene in sample_scenes(seen_scenes(), count, seed=31)]
 
 
 class Lessons:

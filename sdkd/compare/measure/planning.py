@@ -297,8 +297,10 @@ def _engine_subject(entry: Entry, model: str, bundle: Path, slot: str) -> Subjec
     opened = Bundle.open(bundle)
     if slot == OPTIMUM:
         check_optimum(opened)
-    unet = opened.component("unet") if slot == OPTIMUM else opened.engine(slot, "unet")
-    return _subject(entry, slot, slot, unet.precision, model=model, bundle=bundle, **_made_with(opened))
+        precision = opened.component("unet").precision
+    else:
+        precision = opened.engine(slot, "unet").precision
+    return _subject(entry, slot, slot, precision, model=model, bundle=bundle, **_made_with(opened))
 
 
 def _made_with(bundle: Bundle) -> dict[str, Any]:
