@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+QUANTIZED: tuple[EnginePrecision, ...] = ("int8", "fp8")  # of engines: their tensors, and the graph's, are not
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BASE_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # of every pipeline
 CACHED_UNET = "unet_cached"  # the UNet's last layer, run between whole steps (DeepCache, arXiv 2312.00858)
@@ -164,6 +166,16 @@ def check_precision(name: str) -> Precision:
     """The name as a Precision; InputError lists the choices."""
     if name not in PRECISIONS:
         raise InputError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+    return name
+
+
+def check_engine_precision(name: str) -> EnginePrecision:
+    """The name as an EnginePrecision; InputError lists the choices."""
+    if name in QUANTIZED:
+        return name
+    if name not in PRECISIONS:
+        choices = ", ".join((*PRECISIONS, *QUANTIZED))
+        raise InputError(f"precision {name!r} of an engine is unknown: choose one of {choices}")
     return name
 
 
