@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sdkd.core.contract import PRECISIONS, QUANTIZED
 from sdkd.errors import InputError, MissingExtraError
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -75,7 +76,7 @@ class Availability:
 
 def check_target(name: str) -> Target:
     """The target of a name or slot (`openvino-bf16` -> openvino); InputError lists the choices."""
-    for suffix in ("", "-fp32", "-fp16", "-bf16"):
+    for suffix in ("", *(f"-{precision}" for precision in (*PRECISIONS, *QUANTIZED))):
         base = name.removesuffix(suffix) if suffix else name
         if base in TARGETS:
             return TARGETS[base]

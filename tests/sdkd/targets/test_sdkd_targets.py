@@ -26,8 +26,9 @@ from sdkd.targets.registry import (
 
 
 def test_a_slot_names_its_target_and_precision() -> None:
-    assert [check_target(slot).name for slot in ("openvino-bf16", "tensorrt-rtx")] == ["openvino", "tensorrt-rtx"]
-    assert [slot_precision(slot) for slot in ("openvino-bf16", "tensorrt-rtx")] == ["bf16", None]
+    slots = ("openvino-bf16", "tensorrt-rtx", "onnxruntime-int8", "tensorrt-rtx-fp8")
+    assert [check_target(slot).name for slot in slots] == ["openvino", "tensorrt-rtx", "onnxruntime", "tensorrt-rtx"]
+    assert [slot_precision(slot) for slot in slots] == ["bf16", None, "int8", "fp8"]
     assert slot_name("openvino", "bf16", "fp32") == "openvino-bf16"
     assert slot_name("onnxruntime", "fp32", "fp32") == "onnxruntime"
     with pytest.raises(InputError, match="target 'coreml' is unknown: choose one of onnxruntime, openvino, tensorrt"):
