@@ -1,0 +1,187 @@
+"""How much rounding changes what a UNet predicts: of all layers, of each alone, and which stay float for that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from sdkd.core.console import Progress, quiet
+from sdkd.errors import InputError
+from sdkd.quantization.calibration import Call
+from sdkd.quantization.fake import fake_quantized
+from sdkd.quantization.scheme import LayerScales, Scheme
+
+Errors = list[tuple[float, float]]
+"""Of each call its timestep, and the L2 norm of the prediction's difference over that of the float prediction."""
+
+_SIDE = 32  # of latents, at most, where every layer is tried alone
+_ROWS = 3  # calls that it is tried with: the first, the middle and the last timestep
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layers stay float and why, and the errors before (all rounded) and after.
+
+    `sensitivity`: as the function gives it; empty where all layers may be rounded, so that none was tried alone.
+    `holds`: whether every error is within the limit now.
+    """
+
+    float_layers: Mapping[str, str]
+    before: Errors
+    after: Errors
+    holds: bool
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def prediction_error(unet: torch.nn.Module, calls: Sequence[Call]) -> Errors:
+    """How far the UNet, as it is, is from the recorded float predictions."""
+    found = []
+    for call in calls:
+        wanted = torch.from_numpy(call.prediction)
+        found.append((call.timestep, float((_answer(unet, call) - wanted).norm() / wanted.norm().clamp(min=1e-12))))
+    return found
+
+
+@torch.no_grad()
+def sensitivity(
+    unet: torch.nn.Module,
+    calls: Sequence[Call],
+    scales: Mapping[str, LayerScales],
+    scheme: Scheme,
+    progress: Progress = quiet,
+) -> dict[str, float]:
+    """Mean squared relative error of the prediction when one layer alone is rounded, by layer.
+
+    On the middles of a few of the calls' latents, and of guided calls on the half with the prompt: every layer costs
+    one run of the UNet.
+    """
+    tried = _together([_small(call) for call in _spread(calls)])
+    wanted = [_run(unet, *rows) for rows in tried]
+    found = {}
+    for number, name in enumerate(scales):
+        progress(f"sensitivity of layer {number + 1} of {len(scales)}", number / len(scales))
+        with fake_quantized(unet, scales, scheme, [name]):
+            squares = [_squares(_run(unet, *rows), exact) for rows, exact in zip(tried, wanted, strict=True)]
+        found[name] = float(torch.cat(squares).mean())
+    return found
+
+
+def choose(
+    unet: torch.nn.Module,
+    calls: Sequence[Call],
+    scales: Mapping[str, LayerScales],
+    scheme: Scheme,
+    limit: float,
+    most: int,
+    progress: Progress = quiet,
+) -> Choice:
+    """Give the most sensitive layers back to float, at most `most` and no more than needed, until no error is above
+    `limit`.
+
+    InputError when there is no call to measure with.
+    """
+    if not calls:
+        raise InputError("the calibration holds no calls to measure the error with: calibrate again")
+    progress("error with all layers rounded", 0.0)
+    with fake_quantized(unet, scales, scheme):
+        before = prediction_error(unet, calls)
+    if _holds(before, limit) or not most:
+        return Choice({}, before, before, _holds(before, limit))
+    single = sensitivity(unet, calls, scales, scheme, progress)
+    order = sorted(single, key=lambda name: -single[name])
+    tried: dict[int, Errors] = {0: before}
+
+    def holds(count: int) -> bool:
+        if count not in tried:
+            progress(f"error with {count} layers in float", None)
+            with fake_quantized(unet, scales, scheme, order[count:]):
+                tried[count] = prediction_error(unet, calls)
+        return _holds(tried[count], limit)
+
+    count = _fewest(holds, min(most, len(order)))
+    reasons = {
+        name: f"rounded alone it changes the prediction by {100 * math.sqrt(single[name]):.2g} %"
+        for name in order[:count]
+    }
+    return Choice(reasons, before, tried[count], holds(count), single)
+
+
+def _fewest(holds: Callable[[int], bool], most: int) -> int:
+    """The least count that holds, or `most` where none does; 0 does not."""
+    low, high = 0, 1
+    while high < most and not holds(high):
+        low, high = high, 2 * high
+    high = min(high, most)
+    if not holds(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _holds(errors: Errors, limit: float) -> bool:
+    return all(relative <= limit for _, relative in errors)  # not of NaN
+
+
+def _spread(calls: Sequence[Call]) -> list[Call]:
+    ordered = sorted(calls, key=lambda call: -call.timestep)
+    places = {round(place * (len(ordered) - 1) / (_ROWS - 1)) for place in range(_ROWS)}
+    return [ordered[place] for place in sorted(places)]
+
+
+def _small(call: Call) -> Call:
+    """The last row of a call (with the prompt, where there are others), the middle of its latents."""
+    height, width = call.sample.shape[2:]
+    top, left = max(height - _SIDE, 0) // 2, max(width - _SIDE, 0) // 2
+    part = slice(top, top + _SIDE), slice(left, left + _SIDE)
+    cut, shown = call.sample[-1:, :, *part], call.prediction[-1:, :, *part]
+    return Call(cut, call.timestep, call.text[-1:], shown, {name: array[-1:] for name, array in call.extra.items()})
+
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def _together(calls: Sequence[Call]) -> list[Rows]:
+    """Calls of equal shapes as one: the UNet takes a timestep for each row."""
+    groups: dict[object, list[Call]] = {}
+    for call in calls:
+        groups.setdefault((call.sample.shape, call.text.shape, tuple(call.extra)), []).append(call)
+    return [_rows(group) for group in groups.values()]
+
+
+def _rows(calls: Sequence[Call]) -> Rows:
+    sample, text = (torch.from_numpy(np.concatenate([getattr(c, k) for c in calls])) for k in ("sample", "text"))
+    timesteps = torch.tensor([call.timestep for call in calls for _ in range(len(call.sample))])
+    extra = {name: torch.from_numpy(np.concatenate([call.extra[name] for call in calls])) for name in calls[0].extra}
+    return sample, timesteps, text, extra
+
+
+def _answer(unet: torch.nn.Module, call: Call) -> torch.Tensor:
+    return _run(unet, *_rows([call]))
+
+
+def _run(
+    unet: torch.nn.Module,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: torch.Tensor,
+    extra: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """The prediction in float32 on the CPU, computed where the UNet is and in its dtype."""
+    like = next(unet.parameters())
+    given = {name: tensor.to(like) for name, tensor in extra.items()}
+    answer: torch.Tensor = unet(sample.to(like), timesteps.to(like.device), text.to(like), **given, return_dict=False)[
+        0
+    ]
+    return answer.float().cpu()
+
+
+def _squares(answer: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Squared relative error of each row."""
+    return (answer - wanted).flatten(1).square().sum(1) / wanted.flatten(1).square().sum(1).clamp(min=1e-12)
