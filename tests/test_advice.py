@@ -57,6 +57,7 @@ SAMPLES = {  # what the placeholders of messages stand for; a folder with a spac
     "lora.file": "my lora",
     "output": "my output",
     "*others": "--vae=my vae",
+    "eight": "int8",
     "{}": "tiny",  # filled by format: the short name of a student
 }
 VALUES: dict[str, Callable[[str], Any]] = {  # options that the commands themselves read as text

@@ -21,6 +21,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 QUANTIZED: tuple[EnginePrecision, ...] = ("int8", "fp8")  # of engines: their tensors, and the graph's, are not
+_FOUR_OR_EIGHT = ("int4", "uint4", "nf4", "fp4", "uint8", "qint8", "w8a8")  # names that peers have, nearest to int8
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BASE_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # of every pipeline
 CACHED_UNET = "unet_cached"  # the UNet's last layer, run between whole steps (DeepCache, arXiv 2312.00858)
@@ -163,9 +164,13 @@ def torch_dtype(precision: str) -> torch.dtype:
 
 
 def check_precision(name: str) -> Precision:
-    """The name as a Precision; InputError lists the choices."""
+    """The name as a Precision; InputError lists the choices, and says how engines come to have eight bits."""
     if name not in PRECISIONS:
-        raise InputError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}")
+        eight = name if name in QUANTIZED else "int8" if name.lower() in _FOUR_OR_EIGHT else ""
+        again = f"; export in fp32 or fp16, then sdkd build-engine BUNDLE --target TARGET --precision {eight}"
+        raise InputError(
+            f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}{again if eight else ''}"
+        )
     return name
 
 
@@ -175,7 +180,8 @@ def check_engine_precision(name: str) -> EnginePrecision:
         return name
     if name not in PRECISIONS:
         choices = ", ".join((*PRECISIONS, *QUANTIZED))
-        raise InputError(f"precision {name!r} of an engine is unknown: choose one of {choices}")
+        near = "; the nearest to it is int8" if name.lower() in _FOUR_OR_EIGHT else ""
+        raise InputError(f"precision {name!r} of an engine is unknown: choose one of {choices}{near}")
     return name
 
 

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from sdkd.core.contract import (
     Contract,
     Extras,
+    check_engine_precision,
     check_precision,
     check_size,
     component_contract,
@@ -50,8 +51,23 @@ def test_what_is_unknown_is_refused() -> None:
         component_contract("adapter", {}, "fp32")
     with pytest.raises(ModelError, match=r"cross_attention_dim \[768, 1024\] is not one integer"):
         unet_contract(UNET | {"cross_attention_dim": [768, 1024]}, "fp32")
-    with pytest.raises(InputError, match="precision 'int8' is unknown: choose one of fp32, fp16, bf16"):
-        check_precision("int8")
+    with pytest.raises(InputError, match=r"precision 'half' is unknown: choose one of fp32, fp16, bf16$"):
+        check_precision("half")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("int8", "int8"), ("fp8", "fp8"), ("int4", "int8"), ("NF4", "int8"), ("uint8", "int8")]
+)
+def test_few_bits_are_of_engines_alone(name: str, nearest: str) -> None:
+    advice = f"export in fp32 or fp16, then sdkd build-engine BUNDLE .*{nearest}$"
+    with pytest.raises(InputError, match=f"precision '{name}' is unknown: choose one of fp32, fp16, bf16; {advice}"):
+        check_precision(name)
+    if name == nearest:
+        assert check_engine_precision(name) == name
+        return
+    choices = "choose one of fp32, fp16, bf16, int8, fp8; the nearest to it is int8$"
+    with pytest.raises(InputError, match=f"precision '{name}' of an engine is unknown: {choices}"):
+        check_engine_precision(name)
     with pytest.raises(InputError, match=r"height 500 is not a multiple of 64 pixels.*use 448 or 512"):
         check_size(500, 512, 64)
     with pytest.raises(InputError, match=r"range 4\.\.4\.\.1 is not ordered"):
