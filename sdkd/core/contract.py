@@ -167,10 +167,8 @@ def check_precision(name: str) -> Precision:
     """The name as a Precision; InputError lists the choices, and says how engines come to have eight bits."""
     if name not in PRECISIONS:
         eight = name if name in QUANTIZED else "int8" if name.lower() in _FOUR_OR_EIGHT else ""
-        again = f"; export in fp32 or fp16, then sdkd build-engine BUNDLE --target TARGET --precision {eight}"
-        raise InputError(
-            f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}{again if eight else ''}"
-        )
+        more = f"; export in fp32 or fp16, then sdkd build-engine BUNDLE --target TARGET --precision {eight}"
+        raise InputError(f"precision {name!r} is unknown: choose one of {', '.join(PRECISIONS)}{more * bool(eight)}")
     return name
 
 
@@ -180,7 +178,7 @@ def check_engine_precision(name: str) -> EnginePrecision:
         return name
     if name not in PRECISIONS:
         choices = ", ".join((*PRECISIONS, *QUANTIZED))
-        near = "; the nearest to it is int8" if name.lower() in _FOUR_OR_EIGHT else ""
+        near = "; the nearest to it is int8" * (name.lower() in _FOUR_OR_EIGHT)
         raise InputError(f"precision {name!r} of an engine is unknown: choose one of {choices}{near}")
     return name
 
