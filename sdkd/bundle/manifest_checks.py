@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdkd.core.contract import PRECISIONS
+from sdkd.bundle.quantized import flags_problem
+from sdkd.core.contract import PRECISIONS, QUANTIZED
 from sdkd.errors import BundleError
 
 # Options of OpenVINO that an engine's build writes down; any other could name files to write or libraries to load.
@@ -57,17 +58,19 @@ def strange_values(manifest: Mapping[str, Any]) -> Iterator[str]:
             for spec in row["contract"][side]:
                 yield from _strange_tensor(f"components.{name}.contract.{side}", spec)
     for name, row in manifest["engines"].items():
-        yield from _strange_record(f"engines.{name}", row)
+        yield from _strange_record(f"engines.{name}", row, (*PRECISIONS, *QUANTIZED))
         config = row.get("flags", {}).get("config", {})
         if not isinstance(config, dict) or not set(config) <= set(OPENVINO_CONFIG):
             yield f"engines.{name}.flags.config is {config!r}, it can have {' and '.join(OPENVINO_CONFIG)} alone"
         if not isinstance(options := row.get("flags", {}).get("options", {}), dict):
             yield f"engines.{name}.flags.options is {options!r}, it can be options by name alone"
+        if wrong := flags_problem(row.get("flags", {})):
+            yield f"engines.{name}.{wrong}"
 
 
-def _strange_record(where: str, row: Mapping[str, Any]) -> Iterator[str]:
-    if row["precision"] not in PRECISIONS:
-        yield f"{where}.precision is {row['precision']!r}, not one of {', '.join(PRECISIONS)}"
+def _strange_record(where: str, row: Mapping[str, Any], precisions: Sequence[str] = PRECISIONS) -> Iterator[str]:
+    if row["precision"] not in precisions:
+        yield f"{where}.precision is {row['precision']!r}, not one of {', '.join(precisions)}"
     if not row["files"]:
         yield f"{where}.files is empty"
 
