@@ -15,11 +15,13 @@ import typer
 from sdkd import __version__
 from sdkd.core.console import Progress, progress, quiet, show, show_json, styled, table, within
 from sdkd.errors import InputError, MissingExtraError
+from sdkd.targets.fast_precisions import TENSOR_CORES, Fast, cpu_precisions_fast, gpu_precisions_fast, weight_bits
 from sdkd.targets.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
 from sdkd.targets.registry import (
     TARGETS,
     Availability,
     availability,
+    cpu_flags,
     cpu_name,
     cuda_packages,
     driver_cuda,
@@ -50,11 +52,23 @@ def examine() -> dict[str, Any]:
             "free_memory_gib": round(memory.available / 2**30, 1),
         },
         "gpu": _gpu(),
+        "precisions": precisions(),
         "libraries": {name: installed_version(name) for name in LIBRARIES},
         "onnxruntime_providers": _providers(),
         "onnxruntime_cuda": _cuda_problem(),
         "targets": [asdict(availability(name)) for name in TARGETS],
         "gpu_support": [asdict(one) for one in gpu_support()],
+    }
+
+
+def precisions(capability: str = "") -> dict[str, Any]:
+    """Which precisions are fast on the CPU and on the GPU that is here, or on one of that capability; and why."""
+    device, flags = gpu(), cpu_flags()
+    capability = capability or (device["compute_capability"] if device else "")
+    return {
+        "cpu": [asdict(row) for row in cpu_precisions_fast(flags)],
+        "gpu": [asdict(row) for row in gpu_precisions_fast(capability)] if capability else None,
+        "int8_weight_bits": weight_bits(flags),
     }
 
 
@@ -137,11 +151,30 @@ def _facts(found: dict[str, Any], details: bool) -> list[list[Any]]:
         text = ", ".join(f"{name}: {major}" for name, major in value.items()) if isinstance(value, dict) else value
         if details or key in ("gpu", "driver") or value:
             rows.append([key.replace("_", " ").replace("cuda", "CUDA"), text or "none"])
+    fast = found["precisions"]
+    rows += [[f"fast on the {name.upper()}", _fast(fast[name])] for name in ("cpu", "gpu") if fast[name]]
     return [*rows, ["onnxruntime for", ", ".join(found["onnxruntime_providers"]) or "nothing"]]
 
 
+def _fast(rows: Sequence[dict[str, Any]]) -> str:
+    """The precisions that a device is fast in, on a CPU each with the unit that makes it so."""
+    fast = [row for row in (Fast(**row) for row in rows) if row.fast]
+    return ", ".join(
+        row.precision if row.unit in ("", TENSOR_CORES) else f"{row.precision} ({row.unit})" for row in fast
+    )
+
+
+def _precision_table(found: dict[str, Any]) -> Any:
+    rows = [
+        [name.upper(), row.precision, _yes(row.fast), row.unit or "-", row.why]
+        for name in ("cpu", "gpu")
+        for row in (Fast(**each) for each in found["precisions"][name] or ())
+    ]
+    return table("Precisions", ["on", "precision", "fast", "unit", "why"], rows)
+
+
 def doctor(
-    details: Annotated[bool, typer.Option("--details", help="Show every library, too.")] = False,
+    details: Annotated[bool, typer.Option("--details", help="Show every library and precision, too.")] = False,
     try_gpu: Annotated[
         bool, typer.Option("--try", help="Build, open and run a small engine of each GPU target; remembers the answer.")
     ] = False,
@@ -157,6 +190,7 @@ def doctor(
     found = examine()
     if capability:
         found["gpu_support"] = [asdict(one) for one in gpu_support(capability)]
+        found["precisions"] = precisions(capability)
     if try_gpu:
         found["trials"] = [asdict(trial) for trial in trials]
     if json:
@@ -165,7 +199,7 @@ def doctor(
     show(table("Machine", ["", ""], _facts(found, details)))
     if details:
         libraries = [[name, version or "not installed"] for name, version in found["libraries"].items()]
-        show(table("Libraries", ["", "version"], libraries))
+        show(table("Libraries", ["", "version"], libraries), _precision_table(found))
     targets = [Availability(**row) for row in found["targets"]]
     rows = [
         [one.target, (one.version or "-").partition("-")[0] or "-", _yes(one.can_build), _yes(one.can_run), one.reason]

@@ -11,6 +11,7 @@ from sdkd.errors import InputError
 
 EVERY: tuple[EnginePrecision, ...] = (*PRECISIONS, *QUANTIZED)
 FP8_CAPABILITY = (8, 9)
+TENSOR_CORES = "tensor cores"
 
 # (unit in the kernel's words, what it multiplies fast, why), the fastest first; x86, then ARM.
 CPU_ROWS: tuple[tuple[str, EnginePrecision, str], ...] = (
@@ -30,10 +31,10 @@ CPU_ROWS: tuple[tuple[str, EnginePrecision, str], ...] = (
 PAIRS: tuple[str, ...] = ("avx512bw", "avx2")
 # (precision, the first compute capability, why)
 GPU_ROWS: tuple[tuple[EnginePrecision, tuple[int, int], str], ...] = (
-    ("fp16", (7, 0), "tensor cores since Volta"),
-    ("bf16", (8, 0), "tensor cores since Ampere"),
-    ("int8", (7, 5), "tensor cores since Turing"),
-    ("fp8", FP8_CAPABILITY, "tensor cores since Ada and Hopper"),
+    ("fp16", (7, 0), "since Volta"),
+    ("bf16", (8, 0), "since Ampere"),
+    ("int8", (7, 5), "since Turing"),
+    ("fp8", FP8_CAPABILITY, "since Ada and Hopper"),
 )
 
 
@@ -80,12 +81,12 @@ def gpu_precisions_fast(compute_capability: str) -> tuple[Fast, ...]:
     first = {precision: (least, why) for precision, least, why in GPU_ROWS}
     for precision in EVERY:
         if precision not in first:
-            tf32 = "by tensor cores in TF32 where that is allowed" if here >= (8, 0) else "what every GPU computes in"
+            tf32 = "on tensor cores in TF32 where that is allowed" if here >= (8, 0) else "what every GPU computes in"
             found.append(Fast(precision, True, "", tf32))
             continue
         least, why = first[precision]
         if here >= least:
-            found.append(Fast(precision, True, "tensor cores", why))
+            found.append(Fast(precision, True, TENSOR_CORES, why))
         else:
             found.append(Fast(precision, False, "", f"needs compute capability {_text(least)}, this is {_text(here)}"))
     return tuple(found)

@@ -110,6 +110,21 @@ def test_for_programs() -> None:
     assert set(found) == set(examine())
 
 
+def test_precisions_that_are_fast_here_and_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "cpu_flags", lambda: {"avx2", "avx_vnni"})
+    monkeypatch.setenv("COLUMNS", "80")
+    found = json.loads(_run("--json", "--gpu", "8.6").stdout)["precisions"]
+    assert [row["precision"] for row in found["cpu"] if row["fast"]] == ["fp32", "int8"]
+    assert [row["precision"] for row in found["gpu"] if row["fast"]] == ["fp32", "fp16", "bf16", "int8"]
+    assert found["int8_weight_bits"] == 8
+    said = _run("--details", "--gpu", "8.6").stdout
+    assert "fp32, int8 (avx_vnni)" in said
+    assert "fp32, fp16, bf16, int8 " in said
+    assert "needs compute capability 8.9" in said
+    assert gpu() or examine()["precisions"]["gpu"] is None
+    assert "needs compute capability" not in _run().stdout
+
+
 def test_an_onnxruntime_that_does_not_reach_the_gpu_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
