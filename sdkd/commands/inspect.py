@@ -10,6 +10,8 @@ import typer
 
 from sdkd.bundle.manifest import REPLACEMENTS, Bundle, ComponentRecord, EngineRecord
 from sdkd.bundle.memory import run_memory
+from sdkd.bundle.quantized import KEYS
+from sdkd.commands import rounding
 from sdkd.core.console import show, show_json, styled, table
 from sdkd.core.contract import Contract
 from sdkd.core.profiles import ShapeRanges
@@ -76,6 +78,7 @@ def _engine(bundle: Bundle, record: EngineRecord, hashes: bool, layers: bool) ->
         "environment": dict(record.environment),
         "built_for": list(record.built_for),
         "flags": dict(record.flags),
+        "quantized": rounding.decision(record.flags),
         "bytes": record.total_bytes,
         "memory_bytes": _memory(bundle, record),
         "build_seconds": record.seconds,
@@ -176,6 +179,7 @@ def _slot(found: dict[str, Any], slot: str) -> list[Any]:
         table(f"Engines for {slot}, against ONNX", columns, engines),
         *(f"  takes {text}" for text in shapes),
         f"  built for {_made_for(rows[0])}",
+        *(part for row in rows for part in rounding.short(row)),
         *(line for row in rows for line in _reasons(row, row["component"])),
     ]
 
@@ -201,7 +205,9 @@ def _details(found: dict[str, Any]) -> list[Any]:
             parts.append(f"  {row['details'].get('nodes', sum(operators.values()))} nodes: {_counted(operators)}")
     for row in found["engines"]:
         parts.append(styled(f"{row['slot']} {row['component']}", "bold"))
-        parts += [f"  {key}: {value}" for key, value in {**row["environment"], **row["flags"]}.items()]
+        flags = {key: value for key, value in row["flags"].items() if not (row["quantized"] and key in KEYS)}
+        parts += [f"  {key}: {value}" for key, value in {**row["environment"], **flags}.items()]
+        parts += rounding.details(row)
         parts.append(_layer_table(row["layers"]))
     return parts
 
