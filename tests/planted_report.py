@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from quantized_records import FLAGS
 from rich.console import Console, RenderableType
 
+from sdkd.bundle.quantized import Quantized
 from sdkd.compare.measure.environment import Memory
 from sdkd.compare.measure.limits import Ceilings, Work, fraction
 from sdkd.compare.measure.quality import Likeness, judge_engine, likeness
@@ -42,6 +44,7 @@ TARGETS = {
     "openvino": ("fp32", 1.9, 0.5, 4),
     "openvino-bf16": ("bf16", 2.9, 4.0, 4),
 }
+EIGHT_BITS = {"openvino-int8": ("int8", 4.0, 9.0, 1)}
 CEILINGS = {
     "fp32": Ceilings(80e9, 12e9, "product of 1024 × 1024 matrices in float32; copy of 256 MiB, 2 threads"),
     "bf16": Ceilings(210e9, 12e9, "product of 2048 × 2048 matrices in bfloat16; copy of 256 MiB, 2 threads"),
@@ -67,8 +70,8 @@ def rounds(median: float, seed: int, count: int = 10, burst: int = 3) -> list[li
     return [list(map(float, row)) for row in values]
 
 
-def subjects(models: tuple[str, ...] = tuple(MODELS)) -> list[Subject]:
-    """Every model on every target."""
+def subjects(models: tuple[str, ...] = tuple(MODELS), eight_bits: bool = False) -> list[Subject]:
+    """Every model on every target, with `eight_bits` on those of EIGHT_BITS, too."""
     return [
         Subject(
             f"{model} {target}",
@@ -79,23 +82,22 @@ def subjects(models: tuple[str, ...] = tuple(MODELS)) -> list[Subject]:
             "teacher" if model == "teacher" else "student",
         )
         for model in models
-        for target, (precision, *_) in TARGETS.items()
+        for target, (precision, *_) in {**TARGETS, **(EIGHT_BITS if eight_bits else {})}.items()
     ]
 
 
 @cache
 def planted_report(
     wrong: str | None = None, judged: bool = True, size: int = 64, models: tuple[str, ...] = tuple(MODELS),
-    few: str | None = None,
+    few: str | None = None, eight_bits: bool = False,
 ) -> Report:  # fmt: skip
     """The report; images of the subject `wrong` come from another seed, the model `few` draws in 4 unguided steps."""
-    rows = subjects(models)
+    rows = subjects(models, eight_bits)
     steps, images = {}, {}
     for seed, subject in enumerate(rows):
-        model, speed = subject.model_label, TARGETS[subject.target][1]
+        model, (_, speed, noise, _) = subject.model_label, {**TARGETS, **EIGHT_BITS}[subject.target]
         steps[subject.label] = rounds(MODELS[model][0] / speed / 1000, seed)
         shift = MODELS[model][2] + (17 if subject.label == wrong else 0)
-        noise = TARGETS[subject.target][2]
         images[subject.label] = [drawing(index, shift, noise, seed, size) for index in range(len(PROMPTS))]
     baselines = {row.label: _baselines(row) for row in rows}
     runs = {row.label: FEW if row.model_label == few else USUAL for row in rows}
@@ -134,6 +136,8 @@ def _result(
     samples = steps[subject.label]
     ratios = {name: speedup(steps[label], samples) for name, label in baselines.items()}
     work = Work(flops=340 * unet, bytes=4 * unet)
+    rounding = Quantized.of(FLAGS) if subject.is_quantized else None
+    ceilings = CEILINGS.get(subject.precision)
     run = runs[subject.label]
     whole = _whole(samples, run)
     faster = {name: speedup(_whole(steps[label], runs[label]), whole) for name, label in baselines.items()}
@@ -149,16 +153,17 @@ def _result(
         first_call_s=whole[0][0] + 0.2,
         unet_parameters=unet,
         parameters=unet + 1_480_000,
-        bytes_on_disk=TARGETS[subject.target][3] * (unet + 1_480_000),
+        bytes_on_disk={**TARGETS, **EIGHT_BITS}[subject.target][3] * (unet + 1_480_000),
         repeatable=True,
         attention="SDPA, flash attention (CPU)" if subject.is_eager else None,
         against_eager=own,
         against_teacher=against("teacher eager") if subject.role == "student" else None,
-        verdict=judge_engine(subject, own, eager_half),
+        verdict=judge_engine(subject, own, eager_half, rounding),
+        rounding=rounding,
         step_speedup={name: ratio for name, ratio in ratios.items() if ratio},
         image_speedup={name: ratio for name, ratio in faster.items() if ratio},
-        work=work,
-        limit=fraction(work, CEILINGS[subject.precision], Spread.of(samples).median),
+        work=work if ceilings else None,
+        limit=fraction(work, ceilings, Spread.of(samples).median) if ceilings else None,
         judged={"shape": 0.9, "colour": 1.0, "background": 1.0} if judged else None,
         text_encoder_ms=Spread.of([[3.1, 3.0], [3.2, 3.1], [3.0, 3.1]]),
         vae_decode_ms=Spread.of([[12.0, 12.5], [12.1, 11.9], [12.2, 12.0]]),

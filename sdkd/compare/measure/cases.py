@@ -261,8 +261,10 @@ class ReferenceImages:
         return self._distance(_key(subject, "fp32", subject.cache_interval), images)
 
     def half_to_own(self, subject: Subject) -> Likeness | None:
-        """How far eager images in the half precision of an engine are from eager float32, both cached as it is."""
-        half = self.by_key.get(_key(subject, None, subject.cache_interval))
+        """How far eager images in the half precision of an engine, of eight bits in that which it is judged in, are
+        from eager float32, both cached as it is.
+        """
+        half = self.by_key.get(_key(subject, subject.judged_in, subject.cache_interval))
         if half is None or subject.is_eager or subject.precision == "fp32":
             return None
         return self._distance(_key(subject, "fp32", subject.cache_interval), half[1])
@@ -292,6 +294,7 @@ def find_references(cases: Sequence[Case], asked: Asked, loaded: LoadedSubjects,
         if case.images:
             found.by_key.setdefault(key, (case.subject.label, case.images))
     missing = {key: subject for key, subject in _references(cases).items() if key not in tried}
+    loaded.config = replace(loaded.config, untimed=True)
     for place, (key, subject) in enumerate(missing.items()):
         progress(f"reference images of {subject.label}", place / len(missing))
         case = Case(subject)
@@ -306,13 +309,13 @@ def find_references(cases: Sequence[Case], asked: Asked, loaded: LoadedSubjects,
 
 
 def _references(cases: Sequence[Case]) -> dict[Key, Subject]:
-    """The eager subjects that cases are held against, each run as they are: float32, and the half of a half engine; for
-    one that caches steps every step computed, and cached as it is.
+    """The eager subjects that cases are held against, each run as they are: float32, and the half that an engine is
+    judged in; for one that caches steps every step computed, and cached as it is.
     """
     wanted = {}
     for subject in (case.subject for case in cases if not case.failed):
         own = subject.cache_interval
-        for precision, interval in dict.fromkeys((("fp32", 1), ("fp32", own), (subject.precision, own))):
+        for precision, interval in dict.fromkeys((("fp32", 1), ("fp32", own), (subject.judged_in, own))):
             made = replace(subject, label="-", target=EAGER, precision=precision, bundle=None, cache_interval=interval)
             wanted[_key(made, None, interval)] = replace(made, label=f"{subject.model_label} {made.runs_as}")
     return wanted

@@ -28,6 +28,7 @@ from sdkd.compare.measure.stats import CONFIDENCE
 from sdkd.compare.measure.subjects import Failed, Subject, check_subjects, has_random_weights
 from sdkd.compare.measure.timing import Timer
 from sdkd.core.console import Progress, quiet, within
+from sdkd.core.contract import QUANTIZED
 from sdkd.errors import InputError, SdkdError
 from sdkd.models.generation import USUAL, Generation
 from sdkd.models.resolve import resolve
@@ -183,6 +184,11 @@ def with_limits(report: Report, device: str) -> Report:
     """
     ceilings, results, notes = dict[str, Ceilings](), list[Result](), list[str]()
     for precision in dict.fromkeys(row.subject.precision for row in report.results):
+        if precision in QUANTIZED:
+            notes.append(
+                f"{precision}: the machine's limit is not known, since PyTorch has no product to measure it by"
+            )
+            continue
         try:
             ceilings[precision] = measure_ceilings(device, precision)
         except RuntimeError as error:  # PyTorch's: no memory left, or no such product on this device

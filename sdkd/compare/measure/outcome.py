@@ -13,9 +13,10 @@ from sdkd.compare.measure.quality import judge_engine, likeness
 from sdkd.compare.measure.results import Result, Stair
 from sdkd.compare.measure.scores import lpips_here
 from sdkd.compare.measure.stats import Ratio, Spread, gain, speedup
-from sdkd.compare.measure.subjects import TEACHER, Subject, size_on_disk
+from sdkd.compare.measure.subjects import TEACHER, Subject, rounding_of, size_on_disk
 from sdkd.compare.measure.timing import Sample
 from sdkd.models.replacements import short_vae
+from sdkd.targets.registry import check_target
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,6 +76,7 @@ def result_of(
     subject, against = case.subject, references.to_own(case.subject, case.images)
     rule = references.to_own_cached(subject, case.images) if subject.caches else against
     over = {name: cases[label] for name, label in baselines.items()}
+    rounding = rounding_of(subject)
     assert case.opened is not None
     assert case.memory is not None
     return Result(
@@ -99,10 +101,11 @@ def result_of(
         attention=case.attention,
         against_eager=against,
         against_teacher=references.to_teacher(subject, case.images),
-        verdict=judge_engine(subject, rule, references.half_to_own(subject)),
+        verdict=judge_engine(subject, rule, references.half_to_own(subject), rounding),
         step_speedup=_ratios({name: other.step_samples for name, other in over.items()}, case.step_samples),
         image_speedup=_ratios({name: other.image_samples for name, other in over.items()}, case.image_samples),
         judged=None if judge is None else dict(judge(case.images, asked.image_prompts)),
+        rounding=rounding,
     )
 
 
@@ -159,9 +162,17 @@ def change_between(before: Result | None, row: Result) -> str:
         (before.run, row.run, str(run) if run != run_then else str(row.run.scheduler)),
         (_others(then), _others(subject), _others(subject) or "its own VAE"),
         (then.loras, subject.loras, "LoRA" if subject.loras else "no LoRA"),
-        (then.runs_as, subject.runs_as, subject.runs_as),
+        (then.runs_as, subject.runs_as, _runs_otherwise(then, subject)),
     )
     return ", ".join(words for old, new, words in pairs if old != new) or "nothing"
+
+
+def _runs_otherwise(then: Subject, now: Subject) -> str:
+    """Where a subject runs; only the precision where it is the same engine in eight bits instead of another."""
+    engines = then.has_engines and now.has_engines and check_target(then.target) == check_target(now.target)
+    if now.is_quantized and engines and then.cache_interval == now.cache_interval:
+        return f"{now.precision} instead of {then.precision} ({now.runs_as})"
+    return now.runs_as
 
 
 def _others(subject: Subject) -> str:

@@ -23,7 +23,7 @@ from sdkd.compare.measure.subjects import (
     check_subjects,
 )
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, check_precision
+from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, check_engine_precision
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
 from sdkd.models.fused import Lora, recorded_loras, with_loras
@@ -95,7 +95,7 @@ def make_plan(
     check_targets(wish.targets)
     roles = find_roles(sources)
     if wish.precision is not None:
-        check_precision(wish.precision)
+        check_engine_precision(wish.precision)
     runs, notes = runs_of(sources, wish.runs)
     plan.notes += notes
     homes = {name: (source, runs[source.name]) for name, source in zip(names, sources, strict=True)}

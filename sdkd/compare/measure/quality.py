@@ -15,6 +15,7 @@ from sdkd.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from sdkd.bundle.quantized import Quantized
     from sdkd.compare.measure.subjects import Subject
 
 Perceptual = Callable[["Image", "Image"], float | None]
@@ -25,6 +26,7 @@ Perceptual = Callable[["Image", "Image"], float | None]
 IDENTICAL_DB = 100.0
 FP32_LEAST_DB = 40.0
 HALF_MARGIN_DB = 1.0
+OTHER_IMAGE_DB = 15.0  # below: another image; those of two seeds have about 10 dB
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels
 SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
@@ -170,22 +172,29 @@ def likeness(
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a rule holds (None: could not be judged), the rule, and what was found."""
+    """Whether a rule holds (None: could not be judged), the rule, and what was found.
+
+    `further`: an engine of eight bits is further from float32 than half precision, as its build accepted: that is what
+    it was asked for, so that `ok` is None, and no command fails for it.
+    """
 
     ok: bool | None
     rule: str
     found: str
+    further: bool = False
 
 
-def judge_engine(subject: Subject, against_eager: Likeness | None, eager_half: Likeness | None) -> Verdict | None:
+def judge_engine(
+    subject: Subject, against_eager: Likeness | None, eager_half: Likeness | None, rounding: Quantized | None = None
+) -> Verdict | None:
     """The verdict on an engine; None for an eager subject, which is the measure itself.
 
-    `eager_half`: eager in the engine's own half precision against the same float32 images. All of them cache steps as
-    the engine does.
+    `eager_half`: eager in the half precision that the engine is judged in, against the same float32 images. All of them
+    cache steps as the engine does. `rounding`: what the build of an engine in eight bits recorded.
     """
     if subject.is_eager:
         return None
-    found, precision = against_eager, subject.precision
+    found, precision = against_eager, subject.judged_in
     cached = f", all with cache interval {subject.cache_interval}" if subject.caches else ""
     if precision == "fp32":
         rule = f"every image is at least {FP32_LEAST_DB:.0f} dB PSNR from eager fp32{cached}"
@@ -193,10 +202,26 @@ def judge_engine(subject: Subject, against_eager: Likeness | None, eager_half: L
             return Verdict(None, rule, "no eager images to compare with")
         return Verdict(found.psnr_min_db >= FP32_LEAST_DB, rule, f"worst image {_db(found, worst=True)}")
     rule = f"no further from eager fp32 than eager {precision} is, within {HALF_MARGIN_DB:.0f} dB of mean PSNR{cached}"
+    if subject.is_quantized:
+        rule += f"; further only as its own build accepted it, and never below {OTHER_IMAGE_DB:.0f} dB"
     if found is None or eager_half is None:
         return Verdict(None, rule, f"no eager {'fp32' if found is None else precision} images to compare with")
     ok = found.psnr_mean_db >= eager_half.psnr_mean_db - HALF_MARGIN_DB
+    if subject.is_quantized:
+        figures = f"{_db(found)}, {precision} {_db(eager_half)}"
+        if ok:
+            return Verdict(True, rule, f"as close as {precision}: {figures}")
+        return _further(rule, found, figures, rounding)
     return Verdict(ok, rule, f"{_db(found)}, eager {precision} {_db(eager_half)}")
+
+
+def _further(rule: str, found: Likeness, figures: str, rounding: Quantized | None) -> Verdict:
+    """The verdict on an engine in eight bits that is further than half precision: its build had a gate of its own."""
+    if found.psnr_mean_db < OTHER_IMAGE_DB:
+        return Verdict(False, rule, f"another image: {figures}")
+    if rounding is None or not rounding.quality.kept:
+        return Verdict(False, rule, f"further: {figures}, and its build did not find it good enough")
+    return Verdict(None, rule, f"further: {figures}", further=True)
 
 
 def _db(found: Likeness, worst: bool = False) -> str:

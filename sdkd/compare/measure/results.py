@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.bundle.quantized import Quantized
 from sdkd.compare.measure.against import THRESHOLD, Against, weigh
 from sdkd.compare.measure.calls import Asked
 from sdkd.compare.measure.earlier import Earlier, parse_report
@@ -71,6 +72,7 @@ class Result:
     work: Work | None = None  # of one UNet call
     limit: Limit | None = None  # what that call reached
     clip_scores: tuple[float, ...] | None = None  # per image, with its prompt
+    rounding: Quantized | None = None  # of an engine in eight bits, as its build recorded it
 
     @property
     def group(self) -> tuple[str, Generation]:
@@ -182,6 +184,8 @@ class Report:
         repair = f"Export and build the engine again, with: {again}"
         if subject.is_compiled:
             repair = "Leave the target compile out, or try another version of PyTorch"
+        elif subject.is_quantized:
+            repair = f"Use the {subject.judged_in} engine, or build again without --force: {again}"
         elif subject.precision != "fp32":
             repair = f"{few} build again: {again}"
         return (
@@ -278,6 +282,7 @@ def _result_json(row: Result, report: Report) -> dict[str, Any]:
         "clip_scores": None if row.clip_scores is None else {"mean": row.clip_mean, "per_image": list(row.clip_scores)},
         "limit": {**vars(row.work), **vars(row.limit)} if row.work and row.limit else None,
         "images": [image_name(subject, number) for number in range(len(report.images[subject.label]))],
+        **({} if row.rounding is None else {"rounding": rounding_json(row.rounding)}),
     }
 
 
@@ -295,7 +300,24 @@ def _figure_json(value: Any) -> Any:
             "max_abs_levels": value.max_abs,
             "per_image": [vars(image) for image in value.per_image],
         }
-    return vars(value) if isinstance(value, Verdict) else value
+    if isinstance(value, Verdict):
+        return {
+            "ok": value.ok,
+            "rule": value.rule,
+            "found": value.found,
+            **({"further": True} if value.further else {}),
+        }
+    return value
+
+
+def rounding_json(found: Quantized) -> dict[str, Any]:
+    """What the build of an engine in eight bits recorded, JSON-ready; `sdkd inspect --json` has it layer by layer."""
+    return {
+        "scheme": dict(found.asked.scheme),
+        "float_layers": len(found.float_layers),
+        "quality": asdict(found.quality),
+        "speed": None if found.speed is None else asdict(found.speed),
+    }
 
 
 def _ratio_json(ratio: Ratio, baseline: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used,
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Bench, Sample, Timer
 from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, inherited, live_as_child
-from sdkd.core.contract import guidance_width, unet_copies
+from sdkd.core.contract import guidance_width, torch_dtype, unet_copies
 from sdkd.core.interrupts import handling
 from sdkd.errors import EngineError
 from sdkd.targets.registry import require
@@ -82,6 +82,7 @@ class RunConfig:
     isolate: bool = False  # each in a process of its own, whose peak of memory is then the subject's
     size: Size | None = None  # None: the model's own
     prompts: tuple[str, ...] = ()
+    untimed: bool = False  # images alone count: half precision is computed in float32 where the CPU has no units for it
     threads: int = field(default_factory=_threads)  # PyTorch's, as in the process that asks
 
 
@@ -147,12 +148,20 @@ class LocalRunner:
     def images(self, request: Request, prompt: int) -> Drawn:
         """Make the images of one prompt in one call, timed end to end; EngineError for what torch.compile raises."""
         made: list[Image] = []
-        with compiling(self.subject):
+        with compiling(self.subject), self._quick():
             sample = self._bench.timer.time(lambda: made.extend(make_images(self._pipe, request, prompt)))
         if not self._memory.growth:
             self._memory = replace(self._memory, growth=rss() - self._memory.base_rss)
         self._note_gpu_memory()
         return Drawn(made, sample, len(self._pipe.scheduler.timesteps))
+
+    def _quick(self) -> contextlib.AbstractContextManager[None]:
+        """Products in float32, rounded as units would, where nothing is timed: scalar loops take 200 times as long."""
+        if not (self.config.untimed and self.subject.is_eager):
+            return contextlib.nullcontext()
+        from export.check.half_products import quick_half
+
+        return quick_half(torch_dtype(self.subject.precision))
 
     def attention(self, request: Request) -> str:
         """The attention kernel of a UNet call in PyTorch."""

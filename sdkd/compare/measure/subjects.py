@@ -12,14 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.quantized import Quantized
 from sdkd.compare.measure.calls import as_drawn
-from sdkd.core.contract import CACHED_UNET, COMPONENTS, check_precision, torch_dtype
+from sdkd.core.contract import (
+    CACHED_UNET,
+    COMPONENTS,
+    QUANTIZED,
+    Precision,
+    check_engine_precision,
+    check_precision,
+    torch_dtype,
+)
 from sdkd.errors import BundleError, EngineError, InputError, one_line
 from sdkd.models.fused import Lora, with_loras
 from sdkd.models.generation import Generation
 from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
 from sdkd.models.resolve import load_eager, resolve
 from sdkd.models.step_caching import cache_steps, check_interval
+from sdkd.targets.registry import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +67,7 @@ class Subject:
     cache_interval: int = 1
 
     def __post_init__(self) -> None:
-        check_precision(self.precision)
+        (check_engine_precision if self.has_engines else check_precision)(self.precision)
         check_interval(self.cache_interval, None if self.run is None or not self.caches else self.run.steps)
         if self.caches and not (self.is_eager or self.has_engines):
             raise InputError(f"subject {self.label!r} runs on {self.target!r}, which caches no steps: leave that out")
@@ -88,6 +98,21 @@ class Subject:
     def is_reference(self) -> bool:
         """Whether its images are the reference for its model: eager in float32, every step computed."""
         return self.is_eager and self.precision == "fp32" and not self.caches
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its UNet is an engine of eight bits."""
+        return self.precision in QUANTIZED
+
+    @property
+    def judged_in(self) -> Precision:
+        """The precision of eager PyTorch that its images are held against beside float32, and of its own latents.
+
+        Its own; of eight bits the half precision of what else the engine computes: fp16 on a GPU, bf16 on a CPU.
+        """
+        if self.is_quantized:
+            return "fp16" if check_target(self.target).runs_on_gpu else "bf16"
+        return check_precision(self.precision)
 
     @property
     def caches(self) -> bool:
@@ -152,11 +177,11 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
 def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeline:
     """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or from its bundle.
 
-    Scheduler and latents are in the subject's precision, on engines as in PyTorch: an engine that is judged by eager
-    half precision has no rounding fewer. The scheduler is that of the subject's `run`, the model's own where it has
-    none; InputError when it is unknown.
+    Scheduler and latents are in the precision that the subject is judged in, on engines as in PyTorch: an engine that
+    is judged by eager half precision has no rounding fewer. The scheduler is that of the subject's `run`, the model's
+    own where it has none; InputError when it is unknown.
     """
-    dtype = torch_dtype(subject.precision)
+    dtype = torch_dtype(subject.judged_in)
     if subject.in_torch:
         model = with_loras(resolve(subject.model), subject.loras)
         pipe = as_drawn(_with_parts(load_eager(model, torch_dtype=dtype), subject.replaced, dtype))
@@ -280,6 +305,13 @@ def size_on_disk(subject: Subject) -> int | None:
     path = resolve(subject.model).path
     homes = {part: replacement_folder(part, name) for part, name in subject.replaced if name != RANDOM}
     return None if path is None else weight_bytes(Path(path), homes)
+
+
+def rounding_of(subject: Subject) -> Quantized | None:
+    """What the record of a subject's UNet says of its rounding; None for one in float."""
+    if not subject.is_quantized or subject.bundle is None:
+        return None
+    return Quantized.of(Bundle.open(subject.bundle).engine(subject.target, "unet").flags)
 
 
 def has_random_weights(subject: Subject) -> bool:

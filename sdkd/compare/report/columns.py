@@ -97,9 +97,12 @@ _VERDICTS: dict[tuple[bool | None, bool], tuple[str, Tone, float]] = {
 def _verdict(row: Result) -> Cell:
     if row.verdict is None:
         return EMPTY
-    half = "" if row.subject.precision == "fp32" else row.subject.precision
+    note = "" if row.verdict.ok else row.verdict.found.removeprefix("further: ")
+    if row.verdict.further:
+        return Cell(f"further than eager {row.subject.judged_in}", note, 1, "muted")
+    half = "" if row.subject.precision == "fp32" else row.subject.judged_in
     text, tone, sort = _VERDICTS[row.verdict.ok, bool(half)]
-    return Cell(text + half, "" if row.verdict.ok else row.verdict.found, sort, tone)
+    return Cell(text + half, note, sort, tone)
 
 
 def _teacher(row: Result) -> Cell:

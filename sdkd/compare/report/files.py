@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.compare.measure.results import Report, image_name
-from sdkd.compare.report import stairs
+from sdkd.compare.report import eight_bits, stairs
 from sdkd.compare.report.charts import latency_bars, latency_ridges, memory_bars, model_colours, plots, scatter
 from sdkd.compare.report.columns import COLUMNS, EMPTY, GIGA, best_rows, full_title, number, shown_columns
 from sdkd.compare.report.gallery import GAINS, PIXELATED_PX, differences, gallery, kinds, worst_images
@@ -123,6 +123,7 @@ def _context(report: Report) -> dict[str, Any]:
         "notes": notes(report),
         "findings": findings(report),
         "stairs": _stairs(report),
+        "eight_bits": eight_bits,
         "latency": latency_bars(report),
         "ridges": latency_ridges(report),
         "memory": memory_bars(report),

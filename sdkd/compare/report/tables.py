@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdkd.compare.measure.against import Against, Change
 from sdkd.compare.measure.results import Report, Result
-from sdkd.compare.report import stairs
+from sdkd.compare.report import eight_bits, stairs
 from sdkd.compare.report.columns import EMPTY, STYLES, Cell, Column, Tone, full_title, number, shown_columns
 from sdkd.compare.report.words import machine_line, notes, sentence
 from sdkd.core.console import markdown_table, no_html
@@ -52,6 +52,7 @@ def markdown(report: Report) -> str:
     lines = [f"# {sentence(report)}", "", f"Measured on {machine_line(report)}.", "", *_markdown_table(report, columns)]
     lines += ["", *_markdown_table(report, parts)] if parts else []
     lines[4:4] = stair_lines(report)
+    lines += ["", *eight_bits.lines(report)] if eight_bits.found(report) else []
     failed = [f"- **{one.subject.label} failed**: {one.reason}" for one in report.failed]
     lines += ["", *failed] if failed else []
     lines += ["", *(f"- {column.title}: {column.help}" for column in (*columns, *parts))]
@@ -99,6 +100,7 @@ def terminal_table(report: Report) -> ConsoleRenderable:
         if columns := [column for column in shown if column.key in heads]:
             rows = {row.subject.label: [_short(column, row) for column in columns] for row in report.results}
             tables.append(_table([heads[column.key] for column in columns], rows))
+    tables += [Text(f"{text}.") for text in eight_bits.remarks(report)]
     failed = [Text(f"✗ {one.subject.label} failed: {one.reason}", "bold red") for one in report.failed]
     return Group(*tables, *failed, *([] if report.against is None else [against_table(report.against)]))
 

@@ -139,9 +139,11 @@ def _verdicts(report: Report) -> Finding | None:
         return None
     good = sum(bool(row.verdict and row.verdict.ok) for row in judged)
     worst = [row.against_eager.psnr_min_db for row in judged if row.against_eager and row.subject.precision == "fp32"]
-    halves = dict.fromkeys(row.subject.precision for row in judged if row.subject.precision != "fp32")
+    kinds = dict.fromkeys((row.subject.precision, row.subject.judged_in) for row in judged)
     notes = [f"worst fp32 image {min(worst):.0f} dB PSNR"] if worst else []
-    note = ", ".join([*notes, *(f"{half} as close as eager {half}" for half in halves if good == len(judged))])
+    halves = [f"{own} as close as eager {half}" for own, half in kinds if own != "fp32"] if good == len(judged) else []
+    further = [f"{row.subject.label} further" for row in report.results if row.verdict and row.verdict.further]
+    note = ", ".join([*notes, *halves, *further])
     tone = "good" if good == len(judged) else "bad"
     return Finding(f"{good} of {len(judged)}", "engines make the images of eager PyTorch", note, tone)
 

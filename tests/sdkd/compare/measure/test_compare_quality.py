@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdkd.bundle.quantized import Asked, Quality, Quantized, StepError
 from sdkd.compare.measure.quality import (
     IDENTICAL_DB,
     ImageLikeness,
@@ -138,6 +139,51 @@ def test_a_half_engine_is_no_further_than_eager_half_within_one_db(mean: float, 
     assert verdict.ok is ok
     assert verdict.rule == "no further from eager fp32 than eager bf16 is, within 1 dB of mean PSNR"
     assert verdict.found == f"{mean:.1f} dB, eager bf16 30.0 dB"
+
+
+EIGHT = (
+    "no further from eager fp32 than eager bf16 is, within 1 dB of mean PSNR; further only as its own build accepted "
+    "it, and never below 15 dB"
+)
+
+
+def rounding(limit: float) -> Quantized:
+    """The record of a build whose engine's prediction is 0.03 from the float one."""
+    errors = (StepError(981.0, 0.01), StepError(21.0, 0.03))
+    return Quantized(Asked({}), {}, Quality((StepError(981.0, 0.5),), errors, None, limit), {})
+
+
+@pytest.mark.parametrize(
+    ("mean", "accepted", "ok", "found", "further"),
+    [
+        (41.2, rounding(0.1), True, "as close as bf16: 41.2 dB, bf16 41.8 dB", False),
+        (41.2, None, True, "as close as bf16: 41.2 dB, bf16 41.8 dB", False),
+        (31.2, rounding(0.1), None, "further: 31.2 dB, bf16 41.8 dB", True),
+        (
+            31.2,
+            rounding(0.02),
+            False,
+            "further: 31.2 dB, bf16 41.8 dB, and its build did not find it good enough",
+            False,
+        ),
+        (31.2, None, False, "further: 31.2 dB, bf16 41.8 dB, and its build did not find it good enough", False),
+        (14.2, rounding(0.1), False, "another image: 14.2 dB, bf16 41.8 dB", False),
+    ],
+)
+def test_an_engine_in_eight_bits_may_be_further_than_half_precision_as_its_build_accepted(
+    mean: float, accepted: Quantized | None, ok: bool | None, found: str, further: bool
+) -> None:
+    judged = judge_engine(engine("int8"), at(mean - 2, mean + 2), at(41.8, 41.8), accepted)
+    assert judged == Verdict(ok, EIGHT, found, further)
+
+
+def test_engines_in_eight_bits_are_measured_by_the_half_precision_of_their_target() -> None:
+    bundle = Path("bundle")
+    assert Subject("a", "tiny", "openvino-int8", "int8", bundle).judged_in == "bf16"
+    assert Subject("a", "tiny", "tensorrt-rtx-fp8", "fp8", bundle).judged_in == "fp16"
+    missing = judge_engine(Subject("a", "tiny", "tensorrt-int8", "int8", bundle), at(30.0), None, rounding(0.1))
+    assert missing is not None
+    assert (missing.ok, missing.found, missing.further) == (None, "no eager fp16 images to compare with", False)
 
 
 def test_what_cannot_be_judged_is_not_called_right_and_eager_gets_no_verdict() -> None:
