@@ -44,13 +44,18 @@ def layer_scales(calibration: Calibration, scheme: Scheme, weights: Mapping[str,
     return {name: found[name] for name in names}
 
 
-def weight_codes(weight: np.ndarray, scales: LayerScales, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
+def weight_codes(
+    weight: np.ndarray, scales: LayerScales, scheme: Scheme, least: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes of a weight `[out, in, ...]`, rounded and clipped, float32 in its shape, and the scale of each `[out]`.
 
-    The weight is multiplied by the smoothing before; codes * scale is what stands for it then.
+    The weight is multiplied by the smoothing before; codes * scale is what stands for it then. `least`: scales `[out]`
+    below which a graph cannot go.
     """
     real = smoothed(weight, scales)
     scale = weight_scale(real, scheme)
+    if least is not None:
+        scale = np.maximum(scale, least)
     codes = real / scale.reshape(-1, *(1,) * (real.ndim - 1))
     if scheme.activations == "e4m3":
         return to_e4m3(codes), scale
