@@ -12,8 +12,9 @@ import typer
 
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
 from sdkd.core.console import Progress, progress, show, show_json, table, within
-from sdkd.core.contract import COMPONENTS, check_components, size_multiple
-from sdkd.errors import InputError, OutputExistsError
+from sdkd.core.contract import COMPONENTS, QUANTIZED, check_components, size_multiple
+from sdkd.core.text_files import prompt_lines
+from sdkd.errors import InputError, NotFasterError, OutputExistsError
 from sdkd.models.fused import Lora, loras_of
 from sdkd.models.generation import FORM, Generation, parse_generation
 from sdkd.models.kinds import BundleSource
@@ -22,6 +23,7 @@ from sdkd.models.step_caching import check_cached
 from sdkd.targets.plan import EnginePlan, plan_for_model
 
 if TYPE_CHECKING:
+    from export.build.calibrate import CalibrationWish
     from export.build.options import BuildOptions
     from export.build.ranges import Typed
 
@@ -32,7 +34,7 @@ COLUMNS = ("component", "precision", "MB", "seconds", "relative error", "state")
 def build_engine(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="A bundle, or a model to export first.")],
     target: Annotated[str, typer.Option("--target", "-t", help="onnxruntime, openvino, tensorrt or tensorrt-rtx.")],
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the bundle's.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8; default: the bundle's.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="Pixels: 512, 512..768 or 512x768 (height x width).")] = None,
     size_opt: Annotated[str | None, typer.Option(help="The size of the range to be fastest at: 768.")] = None,
     batch: Annotated[str | None, typer.Option(help="Images per call: 1 or 1..4.")] = None,
@@ -61,8 +63,18 @@ def build_engine(
     step_caching: Annotated[
         bool, typer.Option("--step-caching", help="For a model: as `sdkd export --step-caching`.")
     ] = False,
+    calibrate_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For int8 and fp8: prompts to record, one a line.")
+    ] = None,
+    calibrate_images: Annotated[int | None, typer.Option(help="For int8 and fp8: images to record.")] = None,
+    calibrate_steps: Annotated[int | None, typer.Option(help="For int8 and fp8: denoising steps of each.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For int8 and fp8: calibration/unet.safetensors of a bundle.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle folder for a model.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Build again what is fresh.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Build again what is fresh, and keep int8 and fp8 that are not faster.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another bundle at the output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -90,6 +102,7 @@ def build_engine(
     source = with_vae(with_loras(resolve(model), lora or ()), vae)
     profiles = [parse_profile(text, typed) for text in profile or ()] or [typed]
     plan = _check_wish(source, target, precision, profiles, options)
+    wish = _calibration(plan, calibrate_prompts, calibrate_images, calibrate_steps, calibration)
     check_components(parts)
     generation = None if run_with is None else parse_generation(run_with)
     with progress(f"build-engine {target}") as step:
@@ -98,7 +111,12 @@ def build_engine(
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
         wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
-        after = build(path, target, options=options, progress=within(step, start, 1.0), **wanted)
+        wanted |= {"options": options, "calibration": wish, "keep_slower": force}
+        try:
+            after = build(path, target, progress=within(step, start, 1.0), **wanted)
+        except NotFasterError as error:  # an answer, and no failure
+            show_json({"bundle": str(path), "kept": False, "reason": str(error)}) if json else show(str(error))
+            return
     found = summary(before, after, plan.slot, parts, force)
     if json:
         show_json(found)
@@ -107,6 +125,19 @@ def build_engine(
     for shapes in dict.fromkeys(text for engine in found["engines"] for text in engine["shapes"]):
         show(f"  takes {shapes}")
     show(f"Run it with: sdkd generate {shlex.quote(str(path))} PROMPT --target {found['slot']}")
+
+
+def _calibration(
+    plan: EnginePlan, prompts: Path | None, images: int | None, steps: int | None, file: Path | None
+) -> CalibrationWish:
+    """What is asked of a calibration; InputError for a wish where nothing is calibrated."""
+    from export.build.calibrate import CalibrationWish
+
+    if plan.precision not in QUANTIZED and (prompts, images, steps, file) != (None,) * 4:
+        raise InputError(
+            f"{plan.precision} engines are not calibrated: give --precision int8 or fp8, or leave the calibration out"
+        )
+    return CalibrationWish(None if prompts is None else prompt_lines(prompts), images, steps, file)
 
 
 def _check_wish(

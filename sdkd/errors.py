@@ -75,6 +75,10 @@ class BuildError(SdkdError, RuntimeError):
     """An engine could not be built."""
 
 
+class NotFasterError(BuildError):
+    """An engine of eight bits was built and is not faster than the half precision of its target, so it was not kept."""
+
+
 class BundleError(SdkdError, ValueError):
     """A bundle folder is missing, damaged or of an unknown schema."""
 

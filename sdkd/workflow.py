@@ -83,6 +83,7 @@ def prepare(
         precision=plan.precision,
         ranges=ranges,
         components=components,
+        keep_slower=True,  # whoever prepares engines wants to see them
         progress=within(progress, 0.8, 1.0),
     )
     return Prepared(path, plan.slot, stale, before.manifest.engines != Bundle.open(path).manifest.engines)

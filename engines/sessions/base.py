@@ -17,6 +17,7 @@ from sdkd.bundle.manifest import Bundle, EngineRecord
 from sdkd.bundle.onnx_weights import state_arrays, stored_weights
 from sdkd.core.contract import TensorSpec
 from sdkd.errors import EngineError
+from sdkd.quantization.again import QUANTIZATION
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,6 +174,13 @@ class EngineSession(Session):
         """
         if not stored:
             return self.checked
+        record = self.checked.record
+        if QUANTIZATION in record.flags:
+            raise EngineError(
+                f"{self.checked.label} is rounded for its own weights, and is neither refitted nor rebuilt: give a "
+                f"half-precision engine the LoRA, or fuse it before: sdkd build-engine MODEL --lora FILE "
+                f"--target {record.target} --precision {record.precision}"
+            )
         if self.rebuild is None:
             raise EngineError(
                 f"{self.checked.label} was built for its own weights: build it with --refit lora (or all, for whole "

@@ -13,6 +13,7 @@ from engines.sessions.base import EngineSession
 from engines.sessions.checks import Checked, check_names
 from sdkd.bundle.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole
 from sdkd.errors import EngineError
+from sdkd.quantization.again import round_again
 from sdkd.targets.ort_attention import FUSED, fuse_attention
 from sdkd.targets.ort_cuda import CPU, CUDA, cuda_problem, open_session, runs_on_cuda
 
@@ -81,6 +82,7 @@ class OnnxRuntimeSession(EngineSession):
             self._session = self._opened(str(own))
             return
         model = replaced(onnx_file, stored)
+        round_again(self.checked.bundle, self.checked.record, model, onnx_file.parent)
         if self.checked.record.flags.get("attention") == FUSED and self._providers[0] == CPU:
             fuse_attention(model)  # as in the engine's file
         if model.ByteSize() < LARGEST_PROTOBUF:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ import torch
 
 from engines.sessions.base import EngineSession
 from engines.sessions.checks import Checked, check_names
+from sdkd.bundle.onnx_weights import replaced
 from sdkd.core.contract import TensorSpec
 from sdkd.errors import EngineError
+from sdkd.quantization.again import QUANTIZATION, round_again
 from sdkd.targets.openvino_timesteps import FLOAT32, HINTS, keep_timesteps
 from sdkd.targets.registry import openvino_core
 
@@ -42,8 +45,8 @@ class OpenVinoSession(EngineSession):
     def _compile_options(self, threads: int | None) -> dict[str, Any]:
         """The options of its build: an imported blob forgets them, and f32 becomes bf16."""
         record = self.checked.record
-        plain = {"INFERENCE_PRECISION_HINT": HINTS[record.precision]}
-        return dict(record.flags.get("config") or plain) | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+        config = record.flags.get("config") or {"INFERENCE_PRECISION_HINT": HINTS[record.precision]}
+        return dict(config) | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
 
     def _load(self, core: Any) -> Any:
         path, record = self.checked.path, self.checked.record
@@ -67,8 +70,7 @@ class OpenVinoSession(EngineSession):
         core = openvino_core()
         try:
             if stored or not self.checked.path.is_file():
-                model = core.read_model(onnx_file)
-                _replace_constants(self._openvino, model, stored, self.checked.label)
+                model = self._with_weights(core, onnx_file, stored)
                 model.reshape({spec.name: self._partial(spec) for spec in self.contract.inputs})
                 if self.checked.record.flags.get("timesteps") == FLOAT32:
                     keep_timesteps(core, model)  # as in the engine's file
@@ -78,6 +80,20 @@ class OpenVinoSession(EngineSession):
             self._model, self._request = compiled, compiled.create_infer_request()
         except RuntimeError as error:
             raise EngineError(f"{self.checked.label} could not be compiled with other weights: {error}") from error
+
+    def _with_weights(self, core: Any, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> Any:
+        """The exported graph with new weights, rounded again where the engine's are."""
+        if QUANTIZATION not in self.checked.record.flags:
+            model = core.read_model(onnx_file)
+            _replace_constants(self._openvino, model, stored, self.checked.label)
+            return model
+        from sdkd.quantization.graph import save_quantized
+
+        rounded = replaced(onnx_file, stored)
+        round_again(self.checked.bundle, self.checked.record, rounded, onnx_file.parent)
+        with tempfile.TemporaryDirectory(prefix="sdkd-weights-") as name:
+            save_quantized(rounded, onnx_file.parent, file := Path(name) / "model.onnx")
+            return core.read_model(file)
 
     def _partial(self, spec: TensorSpec) -> Any:
         """An input's shape as the engine was built for it: ranges of its dynamic axes."""

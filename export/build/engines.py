@@ -8,9 +8,11 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import floor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from export.build.calibrate import CalibrationWish, calibrated
 from export.build.estimate import check_resources
 from export.build.files import drop_replaced, drop_unnamed, moved, partial_folder, place_for
 from export.build.job import Job
@@ -20,13 +22,14 @@ from export.build.request import Ranges, Request, check_buildable, plan_for, reb
 from sdkd.bundle.manifest import Bundle, EngineRecord, FileRecord
 from sdkd.bundle.memory import size
 from sdkd.core.child import ChildError, run_in_child
-from sdkd.core.console import Progress, quiet
+from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import CONFIG_FOLDERS
-from sdkd.core.files import lock, write_bytes
+from sdkd.core.files import lock, sha256, write_bytes
 from sdkd.core.replace import sweep_inside
-from sdkd.errors import BuildError
+from sdkd.errors import BuildError, NotFasterError
 from sdkd.models.exportable import check_configs
-from sdkd.targets.registry import built_environment, cache_folder, check_target, environment, timing_cache
+from sdkd.quantization.again import CALIBRATION, QUANTIZATION
+from sdkd.targets.registry import built_environment, cache_folder, check_target, environment, slot_name, timing_cache
 
 # What may differ where an engine runs, by how compatible with other hardware it is.
 FREE: dict[str, tuple[str, ...]] = {
@@ -44,6 +47,8 @@ def build_engine(
     ranges: Ranges | None = None,
     components: Sequence[str] | None = None,
     options: BuildOptions = BuildOptions(),
+    calibration: CalibrationWish = CalibrationWish(),
+    keep_slower: bool = False,
     force: bool = False,
     progress: Progress = quiet,
 ) -> Bundle:
@@ -53,6 +58,10 @@ def build_engine(
     (a target without profiles gets one range that covers them), or None for `default_ranges`; `components`: None for
     all that were exported. An engine of the same ONNX, profiles, options and environment is kept unless `force`. All
     or nothing: on failure or Ctrl-C files and manifest stay as they were.
+
+    In `int8` and `fp8` the UNet is rounded by a `calibration`, which is recorded once and kept in the bundle. The
+    engine must be near the float one and, where it runs here, faster than the target's half precision: NotFasterError
+    says how fast it is, and nothing is kept (`keep_slower` keeps it).
 
     Raises InputError (target, precision, ranges, components, options), BundleError (no bundle, damaged ONNX),
     MissingExtraError, BusyError (somebody else builds), BuildError and ValuesError (NaN, infinity, too far off).
@@ -67,6 +76,7 @@ def build_engine(
         check_buildable(kind, options)
         check_configs({CONFIG_FOLDERS[name]: opened.config(name) for name in opened.manifest.components})
         requests = requests_for(opened, plan, ranges, components, options)
+        requests = [_calibrated(opened, request, calibration, within(progress, 0.0, 0.3)) for request in requests]
         if isinstance(ranges, Sequence) and len(ranges) > 1 and not kind.many_profiles:
             progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)
         stale = _split(opened, requests, force, progress)
@@ -74,7 +84,7 @@ def build_engine(
         if not stale:
             return opened
         try:
-            return _build(opened, stale, progress)
+            return _build(opened, stale, keep_slower, within(progress, 0.3, 1.0) if _rounds(stale) else progress)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -82,6 +92,19 @@ def build_engine(
                 f"no space left for the engines in {str(root)!r} ({size(shutil.disk_usage(root).free)} free): nothing "
                 f"was changed. Free some, or copy the bundle elsewhere"
             ) from error
+
+
+def _rounds(requests: Sequence[Request]) -> bool:
+    return any(CALIBRATION in request.flags.get(QUANTIZATION, {}) for request in requests)
+
+
+def _calibrated(bundle: Bundle, request: Request, wish: CalibrationWish, progress: Progress) -> Request:
+    """A UNet's request of eight bits with the digest of its calibration, which is recorded if need be."""
+    if QUANTIZATION not in request.flags or request.component.name != "unet":
+        return request
+    file = calibrated(bundle, wish, request.profiles[0], progress)
+    known = {**request.flags[QUANTIZATION], CALIBRATION: sha256(file)}
+    return replace(request, flags={**request.flags, QUANTIZATION: known})
 
 
 def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progress) -> list[Request]:
@@ -101,7 +124,7 @@ def _split(bundle: Bundle, requests: list[Request], force: bool, progress: Progr
     return stale
 
 
-def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundle:
+def _build(bundle: Bundle, requests: list[Request], keep_slower: bool, progress: Progress) -> Bundle:
     slot = requests[0].slot
     home = bundle.path / "engines" / slot
     drop_unnamed(bundle, slot)
@@ -109,8 +132,9 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
         timings = timing_cache(requests[0].target)
         if timings and (cache_folder() / timings).is_file():
             shutil.copy2(cache_folder() / timings, partial)
-        jobs = [_job(bundle, request, partial) for request in requests]
+        jobs = [replace(_job(bundle, request, partial), keep_slower=keep_slower) for request in requests]
         answers = _run(jobs, requests, progress)
+        _check_pays(bundle, requests, answers)
         if timings and (partial / timings).is_file():
             with contextlib.suppress(OSError):  # a folder that cannot be written only costs the next build its time
                 write_bytes(cache_folder() / timings, (partial / timings).read_bytes())
@@ -127,6 +151,21 @@ def _build(bundle: Bundle, requests: list[Request], progress: Progress) -> Bundl
     return result
 
 
+def _check_pays(bundle: Bundle, requests: Sequence[Request], answers: Sequence[Mapping[str, Any]]) -> None:
+    """NotFasterError for an engine of eight bits that is not to be kept."""
+    for request, answer in zip(requests, answers, strict=True):
+        if not answer["kept"]:
+            speed = answer["flags"]["speed"]
+            half = slot_name(request.target, speed["against"], request.component.precision)
+            there = f"{half}/{request.component.name}" in bundle.manifest.engines
+            times = f"{floor(100 * speed['times']) / 100:.2f}x {speed['against']}"
+            other = f"kept {half}" if there else f"use it instead: {bundle.build_command(half)}"
+            raise NotFasterError(
+                f"{request.slot} is not faster here: {times}, so nothing was added "
+                f"(--force keeps it all the same); {other}"
+            )
+
+
 def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
     contract = request.component.contract
     geometry = Geometry.of(bundle)
@@ -141,6 +180,7 @@ def _job(bundle: Bundle, request: Request, folder: Path) -> Job:
         checks=check_shapes(contract, request.profiles, geometry),
         flags=request.flags,
         timing_cache=timing_cache(request.target),
+        bundle=str(bundle.path.resolve()),
     )
 
 
@@ -165,7 +205,7 @@ def _record(request: Request, answer: Mapping[str, Any], folder: Path, place: Pu
     return EngineRecord(
         component=request.component.name,
         target=request.target,
-        precision=request.precision,
+        precision=answer["precision"],
         files=files,
         onnx_sha256=request.component.onnx_sha256,
         ranges=request.ranges,

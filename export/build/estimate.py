@@ -23,6 +23,7 @@ from export.build.request import Request
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import (
     BYTES,
+    TENSOR_BYTES,
     UNLIMITED,
     Largest,
     check_room,
@@ -75,7 +76,7 @@ def estimate(bundle: Bundle, request: Request) -> Estimate:
     compared = max((largest_of(bundle, record, sizes, fused=False).elements for sizes in shapes), default=0)
     return Estimate(
         host=BASE_BYTES + 3 * weights + 2 * compared * BYTES[record.precision],
-        gpu=2 * engine + 2 * largest * BYTES[request.precision] if target.builds_on_gpu else 0,
+        gpu=2 * engine + 2 * largest * TENSOR_BYTES[request.precision] if target.builds_on_gpu else 0,
         disk=engine,
     )
 

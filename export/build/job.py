@@ -28,6 +28,8 @@ class Job:
     checks: tuple[Mapping[str, int], ...]  # axis sizes, the best shape first
     flags: Mapping[str, Any] = field(default_factory=dict)
     timing_cache: str = ""  # a file's name in the folder; empty where the library keeps none
+    bundle: str = ""  # of an engine of eight bits, which is held against whole images
+    keep_slower: bool = False  # such an engine, though it is not faster than the target's half precision
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_json` reads it back."""

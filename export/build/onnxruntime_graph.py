@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from export.build.job import Built, Job, Run, check_io
 from sdkd.core.console import Progress
-from sdkd.errors import BuildError, EngineError
+from sdkd.core.contract import QUANTIZED
+from sdkd.errors import BuildError, EngineError, InputError
 from sdkd.targets.ort_attention import FUSED, fuse_attention
 from sdkd.targets.ort_cuda import open_session, runs_on_cuda
 
@@ -27,12 +28,22 @@ DTYPES = {
 }
 
 
+def half_precision() -> str:
+    """The fastest float precision of its engines: of a CPU fp32, since half is computed in float32 there."""
+    return "fp16" if runs_on_cuda() else "fp32"
+
+
 def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
     """Options of the build. Level `extended` leaves out layouts that only this machine's CPU knows.
 
     The saved graph belongs to its provider: for the CPU, half-precision nodes are wrapped in casts to float, and a
-    float32 graph's attention becomes the library's own.
+    float32 graph's attention becomes the library's own. InputError for int8 where it runs on CUDA, which has no kernels
+    for it.
     """
+    if engine_precision in QUANTIZED and runs_on_cuda():
+        raise InputError(
+            f"ONNX Runtime runs on CUDA here, where it has no {engine_precision} kernels: build it for tensorrt"
+        )
     found = {"optimization": "extended", "provider": "cuda" if runs_on_cuda() else "cpu"}
     own = found["provider"] == "cpu" and onnx_precision == "fp32"
     return found | ({"attention": FUSED} if own else {})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.build.job import Built, Job, Run, check_io
 from sdkd.core.console import Progress
+from sdkd.core.contract import QUANTIZED
 from sdkd.errors import BuildError, InputError
 from sdkd.targets.openvino_timesteps import FLOAT32, HINTS, keep_timesteps
 from sdkd.targets.registry import cpu_precisions, openvino_core
@@ -18,13 +19,21 @@ DEVICE = "CPU"
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32"}
 
 
+def half_precision() -> str:
+    """The fastest float precision of this CPU: bf16 or fp16 where it has units, else fp32."""
+    units = cpu_precisions()
+    return next((name for name in ("bf16", "fp16") if name in units), "fp32")
+
+
 def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
     """Options of the build; `config` must be given again when the blob is opened: a blob does not remember it.
 
     Without it a CPU with bf16 units computes in bf16. `timesteps`: what their sinusoids are computed in where the rest
     is in half precision. Half-precision graphs run in f32 on a CPU without half units, where the hint f16 would mean
-    bf16. Raises InputError when bf16 or fp16 is asked for and the CPU has none.
+    bf16. What is not in eight bits in an int8 engine is in the fastest of them. Raises InputError when bf16 or fp16 is
+    asked for and the CPU has none.
     """
+    engine_precision = half_precision() if engine_precision in QUANTIZED else engine_precision
     units, hint = cpu_precisions(), HINTS[engine_precision]
     if engine_precision not in units and engine_precision == onnx_precision:
         hint = "f32"

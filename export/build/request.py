@@ -6,15 +6,18 @@ import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from export.build.options import BuildOptions, check_options, difference
+from export.build.quantized import LIGHT, ROUNDED_WEIGHTS, STAYS_FLOAT, scheme_for
 from export.build.ranges import check_ranges, cover, default_ranges
 from export.build.run import BUILDERS
 from sdkd.bundle.manifest import Bundle, ComponentRecord
-from sdkd.core.contract import COMPONENTS, check_components
+from sdkd.core.contract import COMPONENTS, QUANTIZED, check_components
 from sdkd.core.profiles import ShapeRanges
-from sdkd.errors import BuildError, BundleError, MissingExtraError
+from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
+from sdkd.quantization.again import QUANTIZATION
 from sdkd.targets.plan import EnginePlan, plan_for_onnx
 from sdkd.targets.registry import Target, availability, gpu, require
 
@@ -72,13 +75,29 @@ def requests_for(
     chosen = {"options": changed} if (changed := options.changed()) else {}
 
     def request(record: ComponentRecord) -> Request:
-        # A component that was exported in another precision than the UNet (a float VAE, say) keeps its own.
-        own = record.precision if plan.precision == plan.onnx else plan.precision
-        return Request(
-            record, plan.target.name, plan.slot, own, profiles, {**builder.flags(own, record.precision), **chosen}
-        )
+        own, more = _precision(plan, record, builder)
+        found = {**builder.flags(own, record.precision), **chosen, **more}
+        return Request(record, plan.target.name, plan.slot, own, profiles, found)
 
+    if plan.precision in QUANTIZED and options.refit != "none":
+        raise InputError(
+            f"--refit cannot be had with {plan.precision}, whose weights are rounded for what they are: leave it out"
+        )
     return [request(bundle.component(name)) for name in names]
+
+
+def _precision(plan: EnginePlan, record: ComponentRecord, builder: ModuleType) -> tuple[str, dict[str, Any]]:
+    """Precision of one component's engine, and flags that say how it is rounded, or why it is not."""
+    target, name = plan.target, record.name
+    if plan.precision not in QUANTIZED:
+        # A component that was exported in another precision than the UNet (a float VAE, say) keeps its own.
+        return record.precision if plan.precision == plan.onnx else plan.precision, {}
+    if name == "unet":
+        return plan.precision, {QUANTIZATION: {"scheme": scheme_for(target.name, plan.precision).to_json()}}
+    if name in ROUNDED_WEIGHTS.get(target.name, ()):
+        return plan.precision, {QUANTIZATION: {"scheme": LIGHT.to_json()}}
+    own: str = builder.half_precision() if target.exported_in else record.precision
+    return own, {"stays_float": STAYS_FLOAT[name]}
 
 
 def check_buildable(target: Target, options: BuildOptions = BuildOptions()) -> None:
@@ -101,7 +120,7 @@ def rebuild_reasons(bundle: Bundle, request: Request, here: Mapping[str, str]) -
     if record is None:
         return ["not built yet"]
     reasons = bundle.stale_reasons(record, here)
-    if record.precision != request.precision:
+    if record.precision != request.precision and "stays_float" not in record.flags:
         reasons.append(f"built in {record.precision}, asked for {request.precision}")
     if record.profiles != request.profiles:
         reasons.append(

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from export.build.job import Built, Job
 from export.build.options import GIB
 from export.build.parity import check_engine
+from export.build.quantized import OTHER, ROUNDED, Floats, build_light, build_rounded, pays
 from sdkd.core.console import Progress, quiet, within
+from sdkd.core.contract import DTYPES
 from sdkd.errors import BuildError
+from sdkd.quantization.again import CALIBRATION, QUANTIZATION
 from sdkd.targets.registry import check_target
 
-# Each module has `flags(engine_precision, onnx_precision) -> dict` (cheap, for the parent) and
-# `build(job, progress) -> Built` (for the child).
+# Each module has `flags(engine_precision, onnx_precision) -> dict` and `half_precision() -> str`, the fastest one of
+# float engines here (both cheap, for the parent), and `build(job, progress) -> Built` (for the child).
 BUILDERS = {
     "onnxruntime": "export.build.onnxruntime_graph",
     "openvino": "export.build.openvino_blob",
@@ -57,17 +63,57 @@ def _build_one(job: Job, progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
     progress("starting", 0.0)
     share = 0.97 if check_target(job.target).runs_on_gpu else 0.8  # the rest is the comparison with the graph
-    built: Built = importlib.import_module(BUILDERS[job.target]).build(job, within(progress, 0.0, share))
-    missing = [name for name in built.files if not (Path(job.folder) / name).stat().st_size]
-    if missing:
-        raise BuildError(f"{job.component} for {job.target}: the builder wrote an empty file {missing[0]!r}")
-    seconds = time.perf_counter() - start
-    parity = check_engine(job, built.run, within(progress, share, 1.0)) if built.run else None
+    with _scratch(Path(job.folder)):
+        built, found = _built(job, within(progress, 0.0, share))
+        missing = [name for name in built.files if not (Path(job.folder) / name).stat().st_size]
+        if missing:
+            raise BuildError(f"{job.component} for {job.target}: the builder wrote an empty file {missing[0]!r}")
+        seconds = time.perf_counter() - start
+        parity = found.pop("parity", None)
+        if built.run and parity is None:
+            parity = check_engine(job, built.run, within(progress, share, 1.0))
     progress("done", 1.0)
     return {
         "files": list(built.files),
-        "flags": dict(built.flags),
+        "precision": found.pop("precision", job.precision),
+        "flags": {**built.flags, **found},
         "built_for": list(built.built_for),
         "parity": parity,
         "seconds": round(seconds, 3),
+        "kept": job.keep_slower or pays(found),
     }
+
+
+def _built(job: Job, progress: Progress) -> tuple[Built, dict[str, Any]]:
+    """The engine, and what was found out about one of eight bits."""
+    builder = importlib.import_module(BUILDERS[job.target])
+    rounded = job.flags.get(QUANTIZATION)
+    if rounded is None:
+        return builder.build(job, progress), {}
+    if CALIBRATION in rounded:
+        return build_rounded(job, builder.build, _floats(builder), progress)
+    return build_light(job, builder.build, _floats(builder), progress)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """Remove what an engine of eight bits is built from, and compared with, when it is done."""
+    try:
+        yield
+    finally:
+        for name in (ROUNDED, OTHER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _floats(builder: Any) -> Floats:
+    """Builds a job's engine in its target's half precision, which it notes in the flags, into a folder."""
+
+    def build(job: Job, folder: Path) -> Built:
+        half: str = builder.half_precision()
+        graph = next(name for name, dtype in DTYPES.items() if dtype == job.contract.outputs[0].dtype)
+        flags = {key: value for key, value in job.flags.items() if key == "options"} | builder.flags(half, graph)
+        folder.mkdir(exist_ok=True)
+        built: Built = builder.build(replace(job, precision=half, flags=flags, folder=str(folder)), quiet)
+        return replace(built, flags={**built.flags, "precision": half})
+
+    return build

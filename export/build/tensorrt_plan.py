@@ -39,7 +39,13 @@ SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 # Without a list of compute capabilities tensorrt_rtx builds one plan for 8.0 and all later GPUs; 7.5 must be named.
 PORTABLE_FROM = (8, 0)
+FP8_FROM = (8, 9)  # the first with E4M3 tensor cores
 ACTIVATION_RESIZE = "RUNTIME_ACTIVATION_RESIZE_10_10"
+
+
+def half_precision() -> str:
+    """The fastest float precision of its engines."""
+    return "fp16"
 
 
 def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def build(job: Job, progress: Progress) -> Built:
     file = job.file(".engine")
     with file.open("wb") as stream:
         stream.write(plan)
-    built_for = _built_for(trt, job.target, options)
+    built_for = _built_for(trt, job.target, options, FP8_FROM if job.precision == "fp8" else PORTABLE_FROM)
     run = _runner(job, plan) if _runs_here(job, built_for) else None
     return Built((file.name,), {**facts, **_plan_facts(plan)}, built_for, run)
 
@@ -228,7 +234,9 @@ def _activation_resize(trt: TensorRT) -> Member | None:
     return getattr(getattr(trt, "PreviewFeature", None), ACTIVATION_RESIZE, None)
 
 
-def _built_for(trt: TensorRT, target: str, options: BuildOptions) -> tuple[str, ...]:
+def _built_for(
+    trt: TensorRT, target: str, options: BuildOptions, least: tuple[int, int] = PORTABLE_FROM
+) -> tuple[str, ...]:
     """Compute capabilities that an ahead-of-time plan runs on: those asked for, or all later ones that this library
     knows, and this GPU's where `sdkd doctor --try` has shown that such a plan runs; () for one GPU's plan.
     """
@@ -240,7 +248,7 @@ def _built_for(trt: TensorRT, target: str, options: BuildOptions) -> tuple[str, 
         return (device["compute_capability"],)
     if options.compute_capabilities:
         return options.compute_capabilities
-    portable = [one for one in capabilities(trt) if tuple(map(int, one.split("."))) >= PORTABLE_FROM]
+    portable = [one for one in capabilities(trt) if tuple(map(int, one.split("."))) >= least]
     tried = runs_portably(target)
     return tuple(portable if not tried or tried in portable else (*portable, tried))
 

@@ -20,7 +20,8 @@ from sdkd.core.contract import CACHED_UNET, Contract
 from sdkd.core.profiles import ShapeRanges, axis_ranges
 from sdkd.errors import BuildError, SdkdError
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}  # of a weight
+TENSOR_BYTES = {**BYTES, "int8": 2, "fp8": 2}  # between the layers of an engine of eight bits, where half precision is
 FUSED_WIDTHS = range(12, 257)  # of one attention head, in half precision: see export/build/tensorrt_plan.py
 FUSED_OPSET = 23  # from here on attention is one node
 UNLIMITED = 1 << 62
@@ -127,7 +128,7 @@ def workspace(bundle: Bundle, record: EngineRecord, name: str = "max") -> int:
         for profile in record.profiles
     ]
     pick = max if name == "max" else min
-    return 2 * pick(tensors) * BYTES[record.precision]
+    return 2 * pick(tensors) * TENSOR_BYTES[record.precision]
 
 
 def run_memory(bundle: Bundle, record: EngineRecord) -> int:

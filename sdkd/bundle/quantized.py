@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from sdkd.core.schema import construct, problem
 
@@ -67,12 +67,12 @@ class Speed:
     seconds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-class _Flags(TypedDict, total=False):
+class _Flags(TypedDict):
     quantization: Asked
-    float_layers: dict[str, str]
-    quality: Quality
-    sensitivity: dict[str, float]
-    speed: Speed | None
+    float_layers: NotRequired[dict[str, str]]  # as the rest, of a UNet whose activations are rounded
+    quality: NotRequired[Quality]
+    sensitivity: NotRequired[dict[str, float]]
+    speed: NotRequired[Speed | None]
 
 
 @dataclass(frozen=True)

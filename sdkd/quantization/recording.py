@@ -128,7 +128,7 @@ def _with_image(pipe: Any, found: Calibration, number: int, progress: Progress) 
         progress(f"calibration: image {number + 1} of {total}, step {call}", (number + share) / total)
 
     with Watch(pipe.unet, on_call) as watch:
-        latents = _drawn(pipe, about, number)
+        latents = draw(pipe, about, number)
     done = {} if number + 1 == total else {"done": number + 1}
     kept = {key: value for key, value in about.items() if key != "done"}
     images = latents if number == 0 else np.concatenate([found.images, latents]) if number < _KEPT else found.images
@@ -167,7 +167,7 @@ def _merged(
     return found
 
 
-def _drawn(pipe: Any, about: Mapping[str, Any], number: int) -> np.ndarray:
+def draw(pipe: Any, about: Mapping[str, Any], number: int) -> np.ndarray:
     """The final latents of an image, float32 `[1, channels, h, w]`."""
     import torch
 

@@ -42,19 +42,24 @@ class Target:
     # exported in the wanted precision. OpenVINO lowers an fp32 graph by itself.
     exported_in: str | None = None  # what graphs are exported in, whatever the engines' precision
     converts: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (a graph's precision, other precisions of its engines)
+    quantizes: tuple[str, ...] = ()  # engines of eight bits, made from a graph of the default precision
     takes_bf16: bool = True  # onnxruntime has no bf16 kernels for a CPU (Conv, ...): nobody could check them
 
 
 _TENSORRT: dict[str, Any] = {"suffix": ".engine", "precision": "fp16", "runs_on_gpu": True, "many_profiles": True}
+_TENSORRT |= {"quantizes": ("int8", "fp8")}
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("onnxruntime", "onnxruntime", "", "runs anywhere", ".onnx", "fp32", takes_bf16=False),
+        Target(
+            "onnxruntime", "onnxruntime", "", "runs anywhere", ".onnx", "fp32", takes_bf16=False, quantizes=("int8",)
+        ),
         Target(
             *("openvino", "openvino", "openvino", "fastest on a CPU", ".blob", "fp32"),
             exported_in="fp32",
             converts=(("fp32", ("bf16", "fp16")), ("fp16", ("fp32",))),
             takes_bf16=False,
+            quantizes=("int8",),
         ),
         Target("tensorrt", "tensorrt", "tensorrt", "fastest on NVIDIA GPUs", builds_on_gpu=True, **_TENSORRT),
         Target("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx", "built anywhere, runs on RTX GPUs", **_TENSORRT),

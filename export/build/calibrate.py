@@ -1,0 +1,154 @@
+"""The calibration of a bundle's UNet: recorded once in a pipeline run in PyTorch, and used for all targets."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.console import Progress
+from sdkd.core.contract import BASE_COMPONENTS, native_size
+from sdkd.core.profiles import ShapeRanges
+from sdkd.errors import BundleError, InputError, ModelError
+from sdkd.quantization.again import FILE
+
+if TYPE_CHECKING:
+    from sdkd.quantization.calibration import Calibration
+
+IMAGES, STEPS = 4, 10  # by default; a model of fewer steps takes its own
+SMALL_PX, SMALL_IMAGES, SMALL_GUIDANCE = 64, 8, 4.0  # models trained on drawn shapes, like the demo's
+PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a watercolour of a lighthouse at dusk",
+    "a bowl of oranges on a wooden table, soft morning light",
+    "portrait of an old fisherman, black and white, film grain",
+    "a crowded street market in the rain, neon signs, night",
+    "a red fox in deep snow, telephoto",
+    "isometric drawing of a small library, flat colours",
+    "an empty desert road under a wide blue sky",
+)
+
+
+@dataclass(frozen=True)
+class CalibrationWish:
+    """What is asked of a calibration; None: what the bundle has, or the defaults.
+
+    `prompts`: one image each, in turn; `images` in all; `steps` of each; `file`: a calibration of the same weights.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    images: int | None = None
+    steps: int | None = None
+    file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None and not self.prompts:
+            raise InputError("no prompts to calibrate with: give a file with one prompt a line")
+        for name, number in (("images", self.images), ("steps", self.steps)):
+            if number is not None and number < 1:
+                raise InputError(f"--calibrate-{name} {number} gives nothing to calibrate with: give 1 or more")
+        if self.file is not None and (self.prompts or self.images or self.steps):
+            raise InputError(f"calibration {str(self.file)!r} is there already: give it, or prompts, images and steps")
+
+    def answered(self, about: Mapping[str, Any]) -> bool:
+        """Whether a calibration, by its own record, is what is asked for."""
+        images = len(about["seeds"])
+        prompts = self.prompts and [self.prompts[number % len(self.prompts)] for number in range(images)]
+        asked = ((prompts, about["prompts"]), (self.images, images), (self.steps, about["steps"]))
+        return all(wanted in (None, found) for wanted, found in asked)
+
+
+def calibration_file(bundle: Path) -> Path:
+    """Where a bundle keeps its UNet's calibration."""
+    return bundle / FILE
+
+
+def check_calibratable(bundle: Bundle) -> None:
+    """BundleError for a bundle that cannot be run in PyTorch to be calibrated; nothing is loaded."""
+    components = bundle.manifest.components
+    missing = [name for name in BASE_COMPONENTS[:3] if name not in components]
+    if missing:
+        raise BundleError(
+            f"bundle {str(bundle.path)!r} has no {', '.join(missing)}, and a calibration draws whole images: export "
+            "the model again with all its components"
+        )
+    if "controlnet" in components:
+        raise BundleError(
+            f"bundle {str(bundle.path)!r} has a ControlNet, whose residuals a calibration from prompts does not have: "
+            "export the model without it for int8 or fp8"
+        )
+
+
+def calibrated(bundle: Bundle, wish: CalibrationWish, profile: ShapeRanges, progress: Progress) -> Path:
+    """The bundle's calibration file: the one that is there when it is what is asked for, else recorded now.
+
+    `profile`: of the engine, whose best size the images have. Takes minutes for a full-size model; what was recorded
+    is gone on with after an interrupt. Raises ModelError for a file of another model's weights, BundleError as
+    `check_calibratable`, ValuesError for NaN or infinity.
+    """
+    from sdkd.quantization.calibration import Calibration
+
+    weights, file = bundle.component("unet").source_sha256, calibration_file(bundle.path)
+    if wish.file is not None:
+        _check_weights(Calibration.load(wish.file), weights, wish.file)
+        if wish.file.resolve() != file.resolve():
+            file.parent.mkdir(exist_ok=True)
+            shutil.copyfile(wish.file, partial := file.with_suffix(".partial"))
+            partial.replace(file)
+        return file
+    if file.is_file():
+        found = Calibration.load(file)
+        _check_weights(found, weights, file)
+        if wish.answered(found.about):
+            progress("calibration: recorded before, reused", None)
+            return file
+    check_calibratable(bundle)
+    _record(bundle, wish, profile, weights, progress).save(file)
+    return file
+
+
+def _check_weights(found: Calibration, weights: str, file: Path) -> None:
+    if found.weights != weights:
+        raise ModelError(
+            f"calibration {str(file)!r} is of another model's UNet (weights {found.weights[:12]}, these are "
+            f"{weights[:12]}): give one that was recorded with these weights, or leave it out"
+        )
+
+
+def _record(
+    bundle: Bundle, wish: CalibrationWish, profile: ShapeRanges, weights: str, progress: Progress
+) -> Calibration:
+    from sdkd.models.bundle_modules import pipeline_of
+    from sdkd.models.generation import USUAL
+    from sdkd.models.resolve import resolve
+    from sdkd.quantization.recording import record
+
+    size = native_size(bundle.config("unet"), bundle.vae_config())
+    small = size is not None and max(size) <= SMALL_PX
+    made = resolve(bundle.path).generation
+    images = wish.images or (max(len(wish.prompts), 1) if wish.prompts else SMALL_IMAGES if small else IMAGES)
+    guidance = made.guidance_scale if made else SMALL_GUIDANCE if small else USUAL.guidance_scale
+    return record(
+        pipeline_of(bundle),
+        wish.prompts or (_captions(images) if small else PROMPTS),
+        weights=weights,
+        images=images,
+        steps=wish.steps or min(made.steps if made else STEPS, STEPS),
+        guidance=guidance,
+        height=profile.height.opt,
+        width=profile.width.opt,
+        folder_for_partial=calibration_file(bundle.path).parent,
+        progress=progress,
+    )
+
+
+def _captions(count: int) -> tuple[str, ...]:
+    """Captions of drawn shapes, such as a small model was trained on."""
+    from sdkd.toyworld.scenes import all_scenes, caption
+
+    scenes = all_scenes()
+    return tuple(map(caption, random.Random(0).sample(scenes, min(count, len(scenes)))))  # noqa: S311 (not a secret)

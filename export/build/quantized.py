@@ -1,0 +1,342 @@
+"""Engines of eight bits, in the child process of a build: which layers, the graph, the gate, and whether it pays.
+
+A UNet's layers are rounded with the scales of its calibration. Those that cost most go back to float until the noise
+prediction is near enough to the float UNet's at every timestep. The engine is then held against the float graph on the
+same calls, and against whole images, and timed against the target's own half precision.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.build.calibrate import calibration_file
+from export.build.job import Built, Job, Run
+from export.build.parity import check_engine, compare, seeded_inputs, shape_words, verdict
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.console import Progress, within
+from sdkd.errors import ValuesError
+from sdkd.quantization.again import QUANTIZATION, layer_weights
+from sdkd.quantization.scheme import Scheme, kept_reason
+from sdkd.targets.fast_precisions import weight_bits
+from sdkd.targets.registry import check_target, cpu_flags
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sdkd.quantization.calibration import Calibration, Call
+    from sdkd.quantization.sensitivity import Choice
+
+ROUNDED, OTHER = ".rounded", ".other"  # folders beside an engine while it is built
+Builder = Callable[[Job, Progress], Built]
+Floats = Callable[[Job, Path], Built]
+LIMIT = 0.1  # of the relative error of a noise prediction, at any timestep: 20 dB
+MOST_FLOAT = 0.34  # of the layers may stay float to keep the error below it
+FASTER = 1.05  # times the half precision of the same target, or it does not pay
+ROUNDS, SECONDS = (3, 5, 50), (2.0, 30.0)  # of the timing: least, usual and most turns; least and most time
+SHOWN_IMAGES = 2  # whole images that the engine is held against
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What was decided about a UNet before its engine is built, and the graph that says it."""
+
+    graph: Path
+    layers: tuple[str, ...]  # that are rounded
+    choice: Choice
+    calibration: Calibration
+
+
+def decide(job: Job, scheme: Scheme, folder: Path, progress: Progress) -> Rounded:
+    """Choose the layers that stay float, and write the graph with Q/DQ nodes into `folder`.
+
+    Raises ValuesError where more layers than `MOST_FLOAT` would have to stay float.
+    """
+    import torch
+
+    from sdkd.models.bundle_modules import module_of
+    from sdkd.quantization.calibration import Calibration
+    from sdkd.quantization.scales import layer_scales
+    from sdkd.quantization.sensitivity import choose
+
+    calibration = Calibration.load(calibration_file(Path(job.bundle)))
+    unet = module_of(Bundle.open(job.bundle), "unet")
+    weights = {name: array for name, array in graph_weights(Path(job.onnx)).items() if name in calibration.layers}
+    scales = layer_scales(calibration, scheme, weights)
+    del weights
+    most = int(MOST_FLOAT * len(scales))
+    with torch.inference_mode():
+        choice = choose(unet, calibration.calls, scales, scheme, LIMIT, most, progress)
+    if not choice.holds:
+        worst = max(error for _, error in choice.after)
+        raise ValuesError(
+            f"{job.precision} of this UNet is {worst:.2g} (relative) from its float noise prediction, more than "
+            f"{LIMIT:g}, with {len(choice.float_layers)} of {len(scales)} layers in float: use half precision, "
+            f"calibrate with more images, or train it for that: sdkd distill --quantize {job.precision}"
+        )
+    kept = {name: scale for name, scale in scales.items() if name not in choice.float_layers}
+    return Rounded(*write_graph(Path(job.onnx), kept, scheme, folder), choice, calibration)
+
+
+def graph_weights(onnx: Path) -> dict[str, np.ndarray]:
+    """`layer_weights` of an exported graph."""
+    import onnx as library
+
+    return layer_weights(library.load(onnx, load_external_data=False), onnx.parent)
+
+
+def write_graph(onnx: Path, scales: Mapping[str, Any], scheme: Scheme, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """A graph with Q/DQ nodes and its weights, in `folder`; and the layers that are rounded."""
+    import onnx as library
+
+    from sdkd.quantization.graph import quantize_graph, save_quantized
+
+    model = library.load(onnx, load_external_data=False)
+    layers = quantize_graph(model, onnx.parent, scales, scheme)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_quantized(model, onnx.parent, file := folder / "model.onnx")
+    return file, layers
+
+
+def build_rounded(job: Job, build: Builder, floats: Floats, progress: Progress) -> tuple[Built, dict[str, Any]]:
+    """A UNet's engine of eight bits and what was found out about it; see the module.
+
+    `floats` builds the engine in the target's half precision. The second is part of the record's flags; its `kept` is
+    False for an engine that does not pay, which is not to be kept unless the job says so.
+    Raises ValuesError where the engine is too far off.
+    """
+    scheme = Scheme(**job.flags[QUANTIZATION]["scheme"])
+    rounded = decide(job, scheme, Path(job.folder) / ROUNDED, within(progress, 0.0, 0.4))
+    built = build(replace(job, onnx=str(rounded.graph)), within(progress, 0.4, 0.6))
+    run, choice = built.run, rounded.choice
+    found: dict[str, Any] = {
+        "rounded_layers": len(rounded.layers),
+        "float_layers": {**_kept(rounded.calibration.layers), **choice.float_layers},
+        "sensitivity": {name: float(error) for name, error in choice.sensitivity.items()},
+        "quality": {"simulated": _rows(choice.after), "engine": None, "image_psnr_db": None, "limit": LIMIT},
+        "speed": None,
+    }
+    if run is None:
+        return built, found
+    progress("comparing with the float graph at several timesteps", 0.65)
+    calls = rounded.calibration.calls
+    rows = prediction_rows(job, run, calls)
+    found["parity"] = verdict(
+        job, rows, [f"timestep {call.timestep:g}" for call in calls], LIMIT, "half precision here"
+    )
+    found["parity"]["shapes"] = [shape_words(job, job.checks[0])]
+    errors = [(call.timestep, row["relative"]) for call, row in zip(calls, rows, strict=True)]
+    progress("comparing whole images", 0.7)
+    found["quality"] |= {"engine": _rows(errors), "image_psnr_db": image_psnr(job, run, rounded.calibration)}
+    found["speed"] = speed(job, run, floats, within(progress, 0.8, 1.0))
+    return built, found
+
+
+def _kept(layers: Iterable[str]) -> dict[str, str]:
+    """The layers that always stay float, and why."""
+    return {name: reason for name in layers if (reason := kept_reason(name)) is not None}
+
+
+# What a target's kernels take: rows, not branches.
+SCHEMES: dict[tuple[str, str], Scheme] = {
+    ("openvino", "int8"): Scheme("u8"),
+    ("onnxruntime", "int8"): Scheme("u8", outputs=True),
+    **dict.fromkeys((("tensorrt", "int8"), ("tensorrt-rtx", "int8")), Scheme("s8")),
+    **dict.fromkeys((("tensorrt", "fp8"), ("tensorrt-rtx", "fp8")), Scheme("e4m3")),
+}
+LIGHT = Scheme("none")
+# Components whose weights alone are rounded, by target; the others stay float, and why.
+ROUNDED_WEIGHTS = {"openvino": ("text_encoder",)}
+STAYS_FLOAT = {
+    "text_encoder": "once an image; only OpenVINO multiplies int8 weights without making them float first",
+    "vae_decoder": "its convolutions gain nothing from int8 weights, and what they are given is the image itself",
+    "vae_encoder": "its convolutions gain nothing from int8 weights, and what they are given is the image itself",
+    "unet_cached": "a single layer, which carries the details between whole steps",
+}
+
+
+def scheme_for(target: str, precision: str) -> Scheme:
+    """How a UNet is rounded for a target here: with seven bits where the CPU's sums overflow with eight."""
+    scheme = SCHEMES[target, precision]
+    return scheme if check_target(target).runs_on_gpu else replace(scheme, weight_bits=weight_bits(cpu_flags()))
+
+
+def build_light(job: Job, build: Builder, floats: Floats, progress: Progress) -> tuple[Built, dict[str, Any]]:
+    """An engine whose linear layers have int8 weights and float arithmetic; in half precision where that is too far
+    off, which the second part says.
+    """
+    from sdkd.quantization.scheme import LayerScales
+
+    scales = {name: LayerScales(1.0) for name in graph_weights(Path(job.onnx))}
+    scheme = Scheme(**job.flags[QUANTIZATION]["scheme"])
+    graph, _ = write_graph(Path(job.onnx), scales, scheme, Path(job.folder) / ROUNDED)
+    built = build(replace(job, onnx=str(graph)), within(progress, 0.0, 0.6))
+    if built.run is None:
+        return built, {}
+    try:
+        return built, {"parity": check_engine(job, built.run, within(progress, 0.6, 1.0))}
+    except ValuesError as error:
+        kept = floats(job, Path(job.folder))
+        return kept, {"precision": kept.flags["precision"], "stays_float": str(error)}
+
+
+def _rows(errors: Sequence[tuple[float, float]]) -> list[dict[str, float]]:
+    return [{"timestep": float(timestep), "relative": float(error)} for timestep, error in errors]
+
+
+# The engine against the float graph
+
+
+def prediction_rows(job: Job, run: Run, calls: Sequence[Call]) -> list[dict[str, Any]]:
+    """`compare` of an engine's noise prediction with the float graph's, of each recorded call."""
+    from export.build.onnxruntime_graph import open_reference
+
+    reference, feeds = open_reference(job.onnx), [call_feeds(job, call) for call in calls]
+    return [compare(run(one)[0], reference(one)[0]) for one in feeds]
+
+
+def call_feeds(job: Job, call: Call) -> dict[str, np.ndarray]:
+    """A recorded call as the engine takes it, at the shape that it is best at: repeated, or cut at the right and below.
+
+    Latents stay as they were drawn; tokens are those that the engine takes.
+    """
+    import numpy as np
+
+    arrays = {
+        "sample": call.sample,
+        "encoder_hidden_states": call.text,
+        "timestep": np.array(call.timestep),
+        **call.extra,
+    }
+
+    def fitted(name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        array = arrays[name]
+        times = [-(-size // own) for size, own in zip(shape, array.shape, strict=True)]
+        whole = np.tile(array, times) if times else array
+        return np.ascontiguousarray(whole[tuple(slice(size) for size in shape)], dtype=dtype).reshape(shape)
+
+    sizes = job.checks[0]
+    return {spec.name: fitted(spec.name, spec.dtype, spec.shape(sizes)) for spec in job.contract.inputs}
+
+
+def image_psnr(job: Job, run: Run, calibration: Calibration) -> list[float] | None:
+    """PSNR in dB of whole images that are drawn with the engine, against those of the calibration, both decoded.
+
+    None where the calibration's images have a size that the engine does not take.
+    """
+    import numpy as np
+    import torch
+
+    from sdkd.models.bundle_modules import pipeline_of
+    from sdkd.quantization.recording import draw
+
+    sizes = {"height": calibration.images.shape[2], "width": calibration.images.shape[3]}
+    if not any(_takes(profile, sizes) for profile in job.profiles):
+        return None
+    pipe = pipeline_of(Bundle.open(job.bundle))
+    pipe.unet.forward = _Forward(job, run)
+    found = []
+    with torch.inference_mode():
+        for number in range(min(SHOWN_IMAGES, len(calibration.images))):
+            latents = draw(pipe, calibration.about, number), calibration.images[number : number + 1]
+            images = [_decoded(pipe.vae, torch.from_numpy(one)) for one in latents]
+            error = float(np.mean((images[0] - images[1]) ** 2))
+            found.append(round(float(10 * np.log10(4 / max(error, 1e-10))), 2))  # from -1 to 1
+    return found
+
+
+def _takes(profile: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+    """Whether a profile holds two guided latents of this size, or one."""
+    low, _, high = profile["sample"]
+    return all(low[at] <= sizes[axis] <= high[at] for at, axis in ((2, "height"), (3, "width")))
+
+
+def _decoded(vae: Any, latents: Any) -> np.ndarray:
+    image = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    found: np.ndarray = image.clamp(-1, 1).numpy()
+    return found
+
+
+class _Forward:
+    """An engine in the place of a UNet's forward pass, in pieces of the batch that it takes."""
+
+    def __init__(self, job: Job, run: Run) -> None:
+        self._run, self._specs = run, job.contract.inputs
+        self._most = max(profile["sample"][2][0] for profile in job.profiles)
+
+    def __call__(
+        self, sample: Any, timestep: Any, encoder_hidden_states: Any, *, timestep_cond: Any = None,
+        return_dict: bool = True, **others: Any,
+    ) -> Any:  # fmt: skip
+        import torch
+
+        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
+        arrays = {name: tensor.float().numpy() for name, tensor in given.items() if tensor is not None}
+        parts = [self._part(arrays, timestep, piece) for piece in self._pieces(len(sample))]
+        return (torch.from_numpy(_joined(parts)),)
+
+    def _pieces(self, count: int) -> Iterator[slice]:
+        return (slice(first, first + self._most) for first in range(0, count, self._most))
+
+    def _part(self, arrays: Mapping[str, np.ndarray], timestep: Any, piece: slice) -> np.ndarray:
+        import numpy as np
+
+        feeds = {
+            spec.name: np.array(float(timestep), spec.dtype)
+            if spec.name == "timestep"
+            else np.ascontiguousarray(arrays[spec.name][piece], dtype=spec.dtype)
+            for spec in self._specs
+        }
+        found: np.ndarray = self._run(feeds)[0].astype(np.float32)
+        return found
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    import numpy as np
+
+    return np.concatenate(parts)
+
+
+# Whether it pays
+
+
+def speed(job: Job, run: Run, floats: Floats, progress: Progress) -> dict[str, Any] | None:
+    """An engine's seconds beside those of the target's half precision, in turns; `times` is the median of the turns.
+
+    None where the other cannot be run here.
+    """
+    progress(f"building {job.target} in half precision, to time it", 0.0)
+    other = floats(job, Path(job.folder) / OTHER)
+    if other.run is None:
+        return None
+    feeds, runs = seeded_inputs(job, job.checks[0]), {job.precision: run, other.flags["precision"]: other.run}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for one in runs.values():
+        one(feeds)
+    progress("timing both in turns", 0.6)
+    start = time.perf_counter()
+    for turn in range(1, ROUNDS[2] + 1):
+        for name, one in runs.items():
+            seconds[name].append(_seconds(one, feeds))
+        spent = time.perf_counter() - start
+        if (turn >= ROUNDS[1] and spent > SECONDS[0]) or (turn >= ROUNDS[0] and spent > SECONDS[1]):
+            break
+    own, half = seconds.values()
+    times = statistics.median(b / a for a, b in zip(own, half, strict=True))
+    return {"against": other.flags["precision"], "times": round(times, 3), "seconds": seconds}
+
+
+def _seconds(run: Run, feeds: Mapping[str, np.ndarray]) -> float:
+    start = time.perf_counter()
+    run(feeds)
+    return time.perf_counter() - start
+
+
+def pays(found: Mapping[str, Any]) -> bool:
+    """Whether an engine is faster than half precision, or was not timed: it is in half precision, or runs elsewhere."""
+    measured = found.get("speed")
+    return measured is None or measured["times"] >= FASTER

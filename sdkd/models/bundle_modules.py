@@ -1,0 +1,77 @@
+"""PyTorch modules of a bundle, from the weights that its graphs keep by their state-dict names: no source is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
+from sdkd.core.contract import CONFIG_FOLDERS
+from sdkd.core.files import read_json
+from sdkd.errors import BundleError
+from sdkd.models.diffusers_folder import PIPELINES, load_rest, quiet_libraries
+from sdkd.models.families import HEAVY, empty
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+_EXPORT = "export the model again"
+
+
+def component_weights(bundle: Bundle, component: str) -> dict[str, torch.Tensor]:
+    """A component's weights by state-dict name, float32, LoRAs that were fused among them; rounded where the graph is
+    in half precision. Raises BundleError for a graph without names.
+    """
+    import torch
+
+    record = bundle.component(component)
+    bundle.verify_files(record)
+    file = bundle.path / record.files[0].path
+    names = read_json(file.with_name(TRANSFORMS_FILE), dict[str, str])
+    return {name: torch.tensor(array, dtype=torch.float32) for name, array in read_weights(file, names).items()}
+
+
+def module_of(bundle: Bundle, part: str) -> Any:
+    """The `unet`, `vae` or `text_encoder` of a bundle in float32 on the CPU, in evaluation mode.
+
+    A VAE of which one half was exported has that half alone; the other is left on the meta device. Raises BundleError
+    where the graph lacks a weight by name.
+    """
+    halves = [name for name, folder in CONFIG_FOLDERS.items() if folder == part and name in bundle.manifest.components]
+    halves = [name for name in halves if name != "unet_cached"]
+    if not halves:
+        raise BundleError(f"bundle {str(bundle.path)!r} has no {part}: {_EXPORT}")
+    index = bundle.json("model_index.json") if (bundle.path / "model_index.json").is_file() else {}
+    kind = (*(index.get(part) or ()), None, None)[1]
+    module = empty(part, bundle.config(halves[0]), kind)
+    state = {name: tensor for half in halves for name, tensor in component_weights(bundle, half).items()}
+    found = module.load_state_dict(state, strict=False, assign=True)
+    missing = [name for name in found.missing_keys if part != "vae"]
+    if missing or found.unexpected_keys:
+        first = (missing or found.unexpected_keys)[0]
+        raise BundleError(
+            f"the {part} of bundle {str(bundle.path)!r} lacks weights by name (first: {first}): {_EXPORT}"
+        )
+    ready: torch.nn.Module = module.eval().requires_grad_(False)
+    return ready
+
+
+def pipeline_of(bundle: Bundle) -> StableDiffusionPipeline:
+    """A bundle's pipeline in PyTorch, float32 on the CPU, with its own scheduler and tokenizer.
+
+    Raises BundleError as `module_of`, and for a pipeline that is none of `PIPELINES` (a ControlNet's).
+    """
+    kind = str(bundle.json("model_index.json").get("_class_name"))
+    if kind not in PIPELINES:
+        raise BundleError(
+            f"bundle {str(bundle.path)!r} is of {kind}, which is not run in PyTorch: export the model without what "
+            f"makes it that, for one of {', '.join(PIPELINES)}"
+        )
+    parts = {part: module_of(bundle, part) for part in HEAVY}
+    with quiet_libraries():
+        rest = load_rest(bundle.path)
+        # Made anew: what a pipeline reads off its UNet's config it reads when it is made.
+        pipe: StableDiffusionPipeline = type(rest)(**(rest.components | parts), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
