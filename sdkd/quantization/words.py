@@ -36,7 +36,7 @@ def quality_words(quality: Quality) -> str:
         return "how far its prediction is from the float one was not measured"
     limit = "" if quality.limit is None else f" (limit {percent(quality.limit)})"
     how = "" if quality.engine is not None else ", rounded in PyTorch: the engine did not run where it was built"
-    over = "" if quality.kept or quality.limit is None else ", which is over it: built with --force"
+    over = "" if quality.kept or quality.limit is None else ", which is over it"
     return f"prediction at most {percent(quality.worst)} from the float one{limit}{over}{how}"
 
 

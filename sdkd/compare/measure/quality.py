@@ -26,7 +26,7 @@ Perceptual = Callable[["Image", "Image"], float | None]
 IDENTICAL_DB = 100.0
 FP32_LEAST_DB = 40.0
 HALF_MARGIN_DB = 1.0
-OTHER_IMAGE_DB = 15.0  # below: another image; those of two seeds have about 10 dB
+OTHER_IMAGE_DB = 15.0  # of mean PSNR; below, an engine draws other images, whatever its build accepted
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels
 SSIM_C1, SSIM_C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 

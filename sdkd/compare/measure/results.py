@@ -185,7 +185,7 @@ class Report:
         if subject.is_compiled:
             repair = "Leave the target compile out, or try another version of PyTorch"
         elif subject.is_quantized:
-            repair = f"Use the {subject.judged_in} engine, or build again without --force: {again}"
+            repair = f"Use the {subject.judged_in} engine, or calibrate with more images and build again: {again}"
         elif subject.precision != "fp32":
             repair = f"{few} build again: {again}"
         return (

@@ -70,11 +70,11 @@ def test_details_name_every_layer_the_most_sensitive_first(bundle: Bundle, monke
     assert "float_layers" not in text
 
 
-def test_a_forced_engine_that_nobody_ran_is_called_so(bundle: Bundle) -> None:
+def test_an_engine_that_nobody_ran_and_one_over_the_limit_are_called_so(bundle: Bundle) -> None:
     quality = {**FLAGS["quality"], "engine": None, "image_psnr_db": None, "limit": 0.01}
     bundle = planted_engine(bundle, "onnxruntime-int8", quality=quality, speed=None, sensitivity={}, float_layers={})
     text = said(bundle, "--details")
-    assert "at most 3.1 % from the float one (limit 1 %), which is over it: built with --force, rounded in Py" in text
+    assert "at most 3.1 % from the float one (limit 1 %), which is over it, rounded in PyTorch" in text
     assert "the engine did not run where it was built" in text
     assert "its speed was not measured against half precision" in text
     assert "no layer stays in float" in text

@@ -54,7 +54,7 @@ def test_an_engine_that_its_own_build_refused_fails_the_comparison(report: Repor
     refused = Verdict(False, "the rule", "further: 29.0 dB, bf16 34.0 dB, and its build did not find it good enough")
     broken = with_rounding(report, FLAGS["quality"], refused)
     assert VERDICT.cell(broken.result(LABEL)).text == "✗ further than eager bf16"
-    again = "Use the bf16 engine, or build again without --force: sdkd build-engine .* --target openvino-int8"
+    again = "Use the bf16 engine, or calibrate with more images and build again: sdkd .* --target openvino-int8"
     with pytest.raises(ParityError, match=again):
         broken.check()
 
