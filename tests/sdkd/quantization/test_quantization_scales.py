@@ -38,6 +38,13 @@ def test_affine_scales_span_the_largest_range_of_all_steps_and_hold_zero() -> No
     assert found["a"].out_scale is None
 
 
+@pytest.mark.parametrize(("clip", "high"), [(0.0, 9.0), (0.5, 7.0), (1.0, 5.0)])
+def test_ranges_go_from_extremes_to_percentiles(clip: float, high: float) -> None:
+    seen = calibration(a=statistics(0, 9, [9, 1], high_percentile=5))
+    found = layer_scales(seen, Scheme("u8"), {"a": LINEAR}, clip=clip)["a"]
+    assert found.scale == pytest.approx(high / 255)
+
+
 @pytest.mark.parametrize(("activations", "limit"), [("s8", 127), ("e4m3", 448)])
 def test_symmetric_scales_take_the_larger_side(activations: Any, limit: int) -> None:
     found = layer_scales(calibration(a=statistics(-6, 4, [6, 4])), Scheme(activations), {"a": LINEAR})["a"]
