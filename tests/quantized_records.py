@@ -10,6 +10,7 @@ from sdkd.bundle.manifest import Bundle
 SCHEME = {"activations": "u8", "weight_bits": 7, "outputs": False, "smooth": 0.5}
 FLAGS: dict[str, Any] = {
     "quantization": {"scheme": SCHEME, "calibration": "ab" * 32},
+    "rounded_layers": 21,
     "float_layers": {
         "conv_in": "4 channels in: no time to gain, and the noise itself passes",
         "mid_block.resnets.0.conv1": "rounded alone it changes the prediction by 8.1 %",

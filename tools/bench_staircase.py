@@ -3,11 +3,12 @@
     python tools/bench_staircase.py                      # SD 1.5's shapes at 512 px; 25 minutes on two CPU cores
     python tools/bench_staircase.py --models demo        # the demo's models, of artifacts/demo: run `sdkd demo` first
 
-Each row adds one change to the row above: the student's UNet, 4 unguided steps of LCMScheduler, the small decoder, and
-OpenVINO (bf16 where the CPU has units for it). SD 1.5 and its sd-tiny have random weights: speed and memory count,
-images mean nothing; the few-step student has the student's weights, which cost the same. Of the demo, `--few-steps` is
-a student that `sdkd distill --objective consistency` trained. Images of 20 s and more are made --image-runs times, the
-first of them among these. Writes benchmarks/<machine>/staircase-<models>.json and .md. Run it on a quiet machine.
+Each row adds one change to the row above: the student's UNet, 4 unguided steps of LCMScheduler, the small decoder,
+OpenVINO (bf16 where the CPU has units for it), and OpenVINO in int8, faster than that or not. SD 1.5 and its sd-tiny
+have random weights: speed and memory count, images mean nothing; the few-step student has the student's weights, which
+cost the same. Of the demo, `--few-steps` is a student that `sdkd distill --objective consistency` trained. Images of
+20 s and more are made --image-runs times, the first of them among these. Writes
+benchmarks/<machine>/staircase-<models>.json and .md. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SETS = {
 
 
 def series(models: Models, few: str, folder: Path, progress: Any) -> list[Any]:
-    """The subjects, each with one change more than the one before; the engine is built where it is missing."""
+    """The subjects, each with one change more than the one before; engines are built where they are missing."""
     from sdkd.compare import Subject
     from sdkd.core.profiles import Range, ShapeRanges
     from sdkd.models.generation import FEW_STEPS
@@ -60,9 +61,11 @@ def series(models: Models, few: str, folder: Path, progress: Any) -> list[Any]:
     from sdkd.targets.registry import cpu_precisions
     from sdkd.workflow import prepare
 
-    plan = plan_for_model("openvino", "bf16" if "bf16" in cpu_precisions() else "fp32")
+    half = "bf16" if "bf16" in cpu_precisions() else "fp32"
+    plans = [plan_for_model("openvino", precision) for precision in (half, "int8")]
     ranges = ShapeRanges(*(Range.fixed(number) for number in (1, models.size, models.size, 77)))
-    made = prepare(with_vae(resolve(few), models.vae), plan, folder, ranges=ranges, progress=progress)
+    source = with_vae(resolve(few), models.vae)
+    engines = [(plan, prepare(source, plan, folder, ranges=ranges, progress=progress)) for plan in plans]
     run, vae, small = resolve(few).generation or FEW_STEPS, (("vae", models.vae),), short_vae(models.vae)
     name = f"student in {run.steps} step{'' if run.steps == 1 else 's'}"
     return [
@@ -70,8 +73,11 @@ def series(models: Models, few: str, folder: Path, progress: Any) -> list[Any]:
         Subject("student eager", models.student, role="student"),
         Subject(f"{name} eager", few, role="student", run=run),
         Subject(f"{name} with {small} eager", few, role="student", replaced=vae, run=run),
-        Subject(
-            f"{name} with {small} {made.slot}", few, made.slot, plan.precision, made.bundle, "student", vae, run=run
+        *(
+            Subject(
+                f"{name} with {small} {made.slot}", few, made.slot, plan.precision, made.bundle, "student", vae, run=run
+            )
+            for plan, made in engines
         ),
     ]
 

@@ -257,8 +257,11 @@ CLIMB = "an image: SD 1.5 in eager fp32, 25 guided steps; SD-Tiny, 4 steps, a sm
 
 
 def _climbed(found: Json) -> list[str]:
-    """The first and the last row of a staircase; images of its models, which were never trained, mean nothing."""
-    first, *_, last = found["comparison"]["staircase"]
+    """The first row of a staircase and that of CLIMB, the last where there is none of int8 below it; images of its
+    models, which were never trained, mean nothing.
+    """
+    first, *others = found["comparison"]["staircase"]
+    last = next((row for row in others if row["change"] == "openvino-bf16"), others[-1])
     return [f"{first['image_s']:.3g} s", f"{last['image_s']:.3g} s", _gain(last["over_first"]), NONE]
 
 

@@ -11,7 +11,8 @@ from typing import Any, NotRequired, TypedDict
 
 from sdkd.core.schema import construct, problem
 
-KEYS = ("quantization", "float_layers", "quality", "sensitivity", "speed")  # of a record's flags
+# Of a record's flags.
+KEYS = ("quantization", "rounded_layers", "float_layers", "quality", "sensitivity", "speed")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Speed:
 
 class _Flags(TypedDict):
     quantization: Asked
-    float_layers: NotRequired[dict[str, str]]  # as the rest, of a UNet whose activations are rounded
+    rounded_layers: NotRequired[int]  # as the rest, of a UNet whose activations are rounded
+    float_layers: NotRequired[dict[str, str]]
     quality: NotRequired[Quality]
     sensitivity: NotRequired[dict[str, float]]
     speed: NotRequired[Speed | None]
@@ -77,8 +79,11 @@ class _Flags(TypedDict):
 
 @dataclass(frozen=True)
 class Quantized:
-    """All of it. `float_layers`: why each of them stays float. `sensitivity`: by layer the squared relative error of
-    the prediction when that layer alone is rounded; empty where none was tried alone.
+    """All of it; of an engine whose weights alone are rounded `asked` alone.
+
+    `rounded_layers`: how many; None where it is not known. `float_layers`: why each of them stays float. `sensitivity`:
+    by layer the squared relative error of the prediction when that layer alone is rounded; empty where none was tried
+    alone.
     """
 
     asked: Asked
@@ -86,6 +91,7 @@ class Quantized:
     quality: Quality
     sensitivity: Mapping[str, float]
     speed: Speed | None = None
+    rounded_layers: int | None = None
 
     @staticmethod
     def of(flags: Mapping[str, Any]) -> Quantized | None:
@@ -99,7 +105,13 @@ class Quantized:
             quality=construct(quality, Quality),
             sensitivity=dict(flags.get("sensitivity", {})),
             speed=None if speed is None else construct(speed, Speed),
+            rounded_layers=flags.get("rounded_layers"),
         )
+
+    @property
+    def light(self) -> bool:
+        """Whether weights alone are rounded, so that there is no gate but the comparison with the graph."""
+        return not self.quality.simulated and self.quality.engine is None
 
     @property
     def reasons(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ def decision(flags: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     return {
         "words": decision_words(found),
+        "rounded_layers": found.rounded_layers,
         "float_layers": len(found.float_layers),
         "float_reasons": found.reasons,
         "worst_error": found.quality.worst,
@@ -30,7 +31,8 @@ def short(row: Mapping[str, Any]) -> list[Any]:
     """Lines below the table of a slot, and the errors by timestep."""
     found = Quantized.of(row["flags"])
     if found is None:
-        return []
+        why = row["flags"].get("stays_float")
+        return [f"  {row['component']}: stays float ({why})"] if isinstance(why, str) else []
     return [*(f"  {row['component']}: {line}" for line in decision_words(found)), *_errors(found.quality)]
 
 
@@ -50,7 +52,7 @@ def _errors(quality: Quality) -> list[Any]:
 def details(row: Mapping[str, Any]) -> list[Any]:
     """Which layers stay float, and how much each changes the prediction when it alone is rounded, the largest first."""
     found = Quantized.of(row["flags"])
-    if found is None:
+    if found is None or found.light:
         return []
     parts: list[Any] = [f"  calibration: {found.asked.calibration[:12] or 'not named'}"]
     if found.float_layers:

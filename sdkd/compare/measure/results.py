@@ -314,6 +314,7 @@ def rounding_json(found: Quantized) -> dict[str, Any]:
     """What the build of an engine in eight bits recorded, JSON-ready; `sdkd inspect --json` has it layer by layer."""
     return {
         "scheme": dict(found.asked.scheme),
+        "rounded_layers": found.rounded_layers,
         "float_layers": len(found.float_layers),
         "quality": asdict(found.quality),
         "speed": None if found.speed is None else asdict(found.speed),

@@ -49,6 +49,7 @@ def test_a_simulated_error_stands_in_for_the_engines_own_and_a_missed_limit_is_s
     assert not forced.quality.kept
     bare = Quantized.of({"quantization": FLAGS["quantization"], "speed": None})
     assert bare is not None
+    assert (bare.light, bare.rounded_layers, found.light, found.rounded_layers) == (True, None, False, 21)
     assert (bare.quality.worst, bare.quality.kept, bare.speed, bare.reasons) == (None, False, None, {})
 
 
@@ -62,6 +63,7 @@ def test_later_keys_are_left_alone() -> None:
     [
         (("quantization",), [], "flags.quantization is a list, not an object"),
         (("quantization", "scheme"), "u8", "flags.quantization.scheme is 'u8', not an object"),
+        (("rounded_layers",), "all", "flags.rounded_layers is 'all', not a whole number"),
         (("float_layers",), {"conv_in": 1}, "flags.float_layers.conv_in is 1, not text"),
         (("quality", "engine"), 1, "flags.quality.engine is 1, not a list"),
         (("quality", "simulated"), [{"timestep": "x", "relative": 0.1}], "simulated[0].timestep is 'x', not a finite"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 from graph_bundles import graph_bundle
+from quantized_builds import rounded_bundle
 from quantized_records import FLAGS, planted_engine
 from typer.testing import CliRunner
 
@@ -41,8 +42,8 @@ def test_the_decision_in_80_columns(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     for line in (
         "  unet: activations in 8 bits with a zero point, weights in 7 bits per output channel, linear layers smoothed "
         "(alpha 0.5)",
-        "  unet: layers in float: 1 (4 channels in: no time to gain, and the noise itself passes); 2 (rounded alone it "
-        "changes the prediction)",
+        "  unet: 21 layers rounded, in float: 1 (4 channels in: no time to gain, and the noise itself passes); 2 "
+        "(rounded alone it changes the prediction)",
         "  unet: prediction at most 3.4 % from the float one (limit 10 %)",
         "  unet: images 34.2 to 36.5 dB PSNR from float ones",
         "  unet: 1.42× as fast as fp32 (a UNet call: int8 100 ms, fp32 150 ms)",
@@ -77,7 +78,7 @@ def test_an_engine_that_nobody_ran_and_one_over_the_limit_are_called_so(bundle: 
     assert "at most 3.1 % from the float one (limit 1 %), which is over it, rounded in PyTorch" in text
     assert "the engine did not run where it was built" in text
     assert "its speed was not measured against half precision" in text
-    assert "no layer stays in float" in text
+    assert "21 layers rounded, in float: none" in text
     assert "no layer was tried alone: all together are within the limit" in text
     assert "dB PSNR" not in text
 
@@ -88,5 +89,23 @@ def test_for_programs(bundle: Bundle) -> None:
     found = rows["onnxruntime-int8"]
     assert found["flags"]["quality"] == FLAGS["quality"]
     assert (found["quantized"]["worst_error"], found["quantized"]["within_limit"]) == (0.034, True)
-    assert found["quantized"]["float_layers"] == 3
+    assert (found["quantized"]["rounded_layers"], found["quantized"]["float_layers"]) == (21, 3)
     assert found["quantized"]["most_sensitive"][0] == {"layer": "mid_block.resnets.0.conv1", "squared_error": 0.0066}
+
+
+def test_engines_as_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    bundle = rounded_bundle()
+    text = said(bundle, "--details")
+    assert max(len(line) for line in text.splitlines() if line[:1] in "┃│┏┡├└") <= 80
+    lines = text.splitlines()
+    assert any(line.startswith("  vae_decoder: stays float (its convolutions gain nothing") for line in lines)
+    assert "  text_encoder: activations in float, weights in 8 bits per output channel" in lines
+    assert any(" layers rounded, in float: " in line for line in lines)
+    assert any("× as fast as " in line for line in lines)
+    rows = json.loads(said(bundle, "--json"))["engines"]
+    found = {(row["slot"], row["component"]): row["quantized"] for row in rows}
+    for slot in ("openvino-int8", "onnxruntime-int8"):
+        assert found[slot, "unet"]["within_limit"] is True
+        assert found[slot, "unet"]["rounded_layers"] > 0
+        assert found[slot, "vae_decoder"] is None
