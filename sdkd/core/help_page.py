@@ -15,6 +15,7 @@ ARGUMENTS = "Arguments"
 USUAL = "Usual options"
 LOSSES = "Losses"
 CONSISTENCY = "Few steps"
+ROUNDING = "Eight bits"
 OPTIMIZER = "Optimizer"
 LORA = "LoRA"
 DATA = "Data"
@@ -31,8 +32,8 @@ STATES = "Checkpoints and log"
 SPEED = "Speed and memory"
 OUTPUT = "Output and help"
 PANELS = (
-    *(ARGUMENTS, USUAL, LOSSES, CONSISTENCY, OPTIMIZER, LORA, DATA, IMAGES, SAMPLES, METRICS, PARTS, SHAPES, ENGINES),
-    *(TENSORRT, MEASURING, EARLIER, STATES, SPEED, OUTPUT),
+    *(ARGUMENTS, USUAL, LOSSES, CONSISTENCY, ROUNDING, OPTIMIZER, LORA, DATA, IMAGES, SAMPLES, METRICS, PARTS, SHAPES),
+    *(ENGINES, TENSORRT, MEASURING, EARLIER, STATES, SPEED, OUTPUT),
 )
 """Titles in the order of a page; each command has some of them."""
 

@@ -131,10 +131,27 @@ def _rows(config: TrainConfig, model: str, facts: Mapping[str, Any], size: int) 
     if config.kind.lora:
         alpha = config.lora_alpha or config.lora_rank
         rows["LoRA"] = f"rank {config.lora_rank}, alpha {alpha:g}, targets {config.lora_targets}"
+    if config.scheme is not None:
+        rows["rounding"] = _rounding(config)
     per_step = config.batch_size * config.accumulation
     rows["training"] = f"{config.steps} steps of {per_step} images, {config.precision}, seed {config.seed}"
     rows["optimizer"] = f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}"
     return rows
+
+
+def _rounding(config: TrainConfig) -> str:
+    """How forward passes were rounded, and where what they were rounded by is."""
+    scheme = config.scheme
+    assert scheme is not None
+    words = (
+        "E4M3 weights and activations"
+        if scheme.activations == "e4m3"
+        else f"8-bit activations, weights of {scheme.weight_bits} bits"
+    )
+    return (
+        f"forward passes as {config.quantize} engines compute ({words}); the weights are float ones, and the ranges "
+        "that they were trained with are in `unet/calibration.safetensors`"
+    )
 
 
 def named(config: TrainConfig, model: str, teacher: str | None = None) -> dict[str, str]:

@@ -3,6 +3,7 @@
     checkpoint-500/unet/                  the student as diffusers saves it (a LoRA: lora/)
     checkpoint-500/unet_ema/              the averaged weights, likewise
     checkpoint-500/target.safetensors     weights of consistency's target network, where it is an average, too
+    checkpoint-500/calibration.safetensors  what a run with rounding rounds by
     checkpoint-500/optimizer.safetensors  state tensors of the optimizer, "<parameter>.<name>"
     checkpoint-500/random.safetensors     states of torch's global generators of every process (dropout draws from them)
     checkpoint-500/checkpoint.json        step, settings, every other number, digests of data, model and files
@@ -26,11 +27,13 @@ from sdkd.distill.training.card import named
 from sdkd.distill.training.finite import SkippedSteps, check_weights
 from sdkd.distill.training.log import LogState
 from sdkd.distill.training.record import Record, check_files, damaged, keep_newest, read_record, write_record
+from sdkd.distill.training.rounding import FILE
 from sdkd.distill.training.setup import lay_out_state
-from sdkd.errors import InputError
+from sdkd.errors import InputError, ModelError
 from sdkd.models.checkpoint import BASE
 from sdkd.models.diffusers_folder import PROVENANCE
 from sdkd.models.generation import entry
+from sdkd.quantization.calibration import Calibration
 
 if TYPE_CHECKING:
     from sdkd.distill.training.config import TrainConfig
@@ -96,6 +99,8 @@ def _write(trainer: Trainer, folder: Path, states: Mapping[str, torch.Tensor], l
     if trainer.target is not None:
         own = {name: value.contiguous() for name, value in trainer.target.unet.state_dict().items()}
         save_file(own, folder / _TARGET)
+    if trainer.calibration is not None:
+        trainer.calibration.save(folder / FILE)
     save_file(tensors, folder / "optimizer.safetensors")
     save_file(dict(states), folder / "random.safetensors")
     scaler = trainer.accelerator.scaler
@@ -189,6 +194,15 @@ def load_checkpoint(trainer: Trainer, path: Path) -> dict[str, Any]:
     trainer.done = record["step"]
     trainer.batches.start(trainer.done)
     return record
+
+
+def kept_calibration(path: Path, config: TrainConfig, processes: int) -> Calibration:
+    """What a run with rounding goes on rounding by; InputError as `load_checkpoint`."""
+    check_settings(path, read_record(path, UNetRecord), config, processes)
+    try:
+        return Calibration.load(path / FILE)
+    except ModelError as error:
+        raise damaged(path, f"cannot be gone on with ({error})") from error
 
 
 def _load_schedule(trainer: Trainer, record: Mapping[str, Any]) -> None:

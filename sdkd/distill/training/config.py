@@ -8,12 +8,15 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
-from sdkd.core.help_page import CONSISTENCY, DATA, LORA, LOSSES, OPTIMIZER, SAMPLES, SPEED, STATES, USUAL
+from sdkd.core.contract import check_engine_precision
+from sdkd.core.help_page import CONSISTENCY, DATA, LORA, LOSSES, OPTIMIZER, ROUNDING, SAMPLES, SPEED, STATES, USUAL
 from sdkd.core.numbers import SHARE, Bounds
 from sdkd.distill.data.buckets import CROPS
+from sdkd.distill.training.eight_bits import WEIGHT_BITS, rounding_problems, scheme_of
 from sdkd.distill.training.pairs import PAIRS
 from sdkd.errors import InputError
 from sdkd.models.generation import EMBEDDED_FEW_STEPS, FEW_STEPS, Generation
+from sdkd.quantization.scheme import Scheme
 from sdkd.students.blocks import LossWeights, StudentSpec, student_spec
 
 
@@ -43,6 +46,7 @@ OBJECTIVES = {
 _LORAS = tuple(name for name, objective in OBJECTIVES.items() if objective.lora)
 _FEW_STEP = tuple(name for name, objective in OBJECTIVES.items() if objective.consistency)
 _STUDENTS = tuple(name for name, objective in OBJECTIVES.items() if objective.student)
+_WHOLE = tuple(name for name, objective in OBJECTIVES.items() if not objective.lora)
 SAME = "same"  # the student that has all of its teacher's blocks
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "objective": tuple(OBJECTIVES),
@@ -73,6 +77,8 @@ BOUNDS: dict[str, Bounds] = {
     "accumulation": Bounds(1, 1 << 16, whole=True),
     "learning_rate": Bounds(above=0, high=1000),
     "ema": Bounds(0, below=1),
+    "weight_bits": Bounds(4, 8, whole=True),
+    "calibrate_images": Bounds(1, 1 << 16, whole=True),
     "lora_rank": Bounds(1, 1280, whole=True),
     "lora_alpha": Bounds(above=0, high=1e6),
     "resolution": Bounds(1, 1 << 14, whole=True),
@@ -91,8 +97,9 @@ def _setting(default: Any, text: str, *objectives: str, panel: str = USUAL) -> A
     )
 
 
-_loss, _few, _optimizer, _lora, _data, _speed, _state, _sample = (
-    partial(_setting, panel=panel) for panel in (LOSSES, CONSISTENCY, OPTIMIZER, LORA, DATA, SPEED, STATES, SAMPLES)
+_loss, _few, _eight, _optimizer, _lora, _data, _speed, _state, _sample = (
+    partial(_setting, panel=panel)
+    for panel in (LOSSES, CONSISTENCY, ROUNDING, OPTIMIZER, LORA, DATA, SPEED, STATES, SAMPLES)
 )
 
 
@@ -130,6 +137,15 @@ class TrainConfig:
     target_ema: float = _few(0.0, "Decay of the target network's weights; 0: the trained ones.", "consistency")
     guidance_embedding: int = _few(
         0, "Width of a guidance input (time_cond_proj_dim; public ones: 256); 0: none, w is built in.", "consistency"
+    )
+    # eight bits
+    quantize: str | None = _eight(None, "Round forward passes as engines of int8 or fp8 do. [default: off]", *_WHOLE)
+    weight_bits: int | None = _eight(
+        None, f"With int8, 4 to 8: what holds for few holds for more. [default: {WEIGHT_BITS}, for CPUs without VNNI]",
+        *_WHOLE,
+    )  # fmt: skip
+    calibrate_images: int | None = _eight(
+        None, "Images drawn first, for the ranges that are rounded. [default: 4; of small models 8]", *_WHOLE
     )
     # optimizer
     optimizer: str = _optimizer("adamw", "adamw (fused) or adamw8bit (needs bitsandbytes).")
@@ -170,6 +186,8 @@ class TrainConfig:
     trackers: tuple[str, ...] = _state((), "tensorboard, wandb, beside training.jsonl.")
 
     def __post_init__(self) -> None:
+        if self.quantize is not None:
+            check_engine_precision(self.quantize)
         for name in (*_PAIRS, "prompts", "trackers"):  # YAML and JSON know lists only
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if problems := list(self._problems()):
@@ -205,6 +223,11 @@ class TrainConfig:
             *(usual if own is None else own for own, usual in zip(asked, self.spec.weights, strict=True))
         )
 
+    @property
+    def scheme(self) -> Scheme | None:
+        """How forward passes are rounded, as strictly as any engine of that precision; None: not at all."""
+        return scheme_of(self.quantize, self.weight_bits)
+
     def generation(self, made: Generation | None) -> Generation | None:
         """How the result is to be run, of a model that is run as `made`: that, or in few steps where it learns those
         (guidance within what was trained); None where nothing tells, and of a LoRA that leaves it to its model.
@@ -239,6 +262,7 @@ class TrainConfig:
             yield "all three loss weights are 0, so there is nothing to learn: give at least one above 0"
         if self.ema and self.kind.lora:
             yield "ema averages whole UNets, a LoRA has none: leave it at 0"
+        yield from rounding_problems(self.quantize, self.weight_bits, self.calibrate_images, lora=self.kind.lora)
         if 0 < self.guidance_embedding < 4:
             yield f"guidance_embedding {self.guidance_embedding} holds no sines and cosines: give 256, or 0 for none"
         if self.latents == "memory" and (self.flip or self.crop == "random" or self.buckets):

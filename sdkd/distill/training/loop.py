@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,12 @@ from sdkd.distill.data.encode import said_of_cut
 from sdkd.distill.data.latents import Latents
 from sdkd.distill.data.rows import CaptionedImages
 from sdkd.distill.training.card import Origin
-from sdkd.distill.training.checkpoint import load_checkpoint, save_checkpoint, start_from, way_on
+from sdkd.distill.training.checkpoint import kept_calibration, load_checkpoint, save_checkpoint, start_from, way_on
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.finite import NotFiniteError
 from sdkd.distill.training.log import LOG, Send, TrainingLog
 from sdkd.distill.training.record import checkpoints
+from sdkd.distill.training.rounding import Start
 from sdkd.distill.training.samples import save_samples
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import MissingExtraError, TrainingError
@@ -29,13 +32,15 @@ from sdkd.errors import MissingExtraError, TrainingError
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+    from sdkd.quantization.calibration import Calibration
+
 
 @dataclass(frozen=True)
 class TrainResult:
     """The trained UNet (eval mode, frozen, float32; a LoRA's with its adapter), what was logged, and how long it took.
 
     `images` is how many the data held, `unreadable` names those that could not be read, `notes` are what a user should
-    know.
+    know, `calibration` is what a run with rounding rounded by.
     """
 
     unet: UNet2DConditionModel
@@ -46,6 +51,7 @@ class TrainResult:
     unreadable: Mapping[int, str]
     main_process: bool = True
     notes: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
 
 def train(
@@ -75,7 +81,9 @@ def train(
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), between_steps() as check:
         prepared = _checking(within(progress, 0.0, 0.1), check)
-        trainer = Trainer(pipe, unet, data, config, prepared, teacher)
+        start_of = Start(pipe, unet, data, config, origin or Origin(), folder, prepared)
+        calibrate = partial(_calibration, start_of, resume) if config.quantize else None
+        trainer = Trainer(pipe, unet, data, config, prepared, teacher, calibrate)
         trainer.origin = origin or Origin()
         try:
             if adapter:
@@ -100,7 +108,14 @@ def train(
         unreadable=dict(samples.unreadable),
         main_process=trainer.accelerator.is_main_process,
         notes=(*notes, *loop.notes, *_cut(trainer)),
+        calibration=trainer.calibration,
     )
+
+
+def _calibration(start: Start, resume: Path | None) -> Calibration:
+    """What a run rounds by: recorded now, or by the run that it goes on with."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return start.calibration() if resume is None else kept_calibration(resume, start.config, processes)
 
 
 def _cut(trainer: Trainer) -> list[str]:
@@ -234,6 +249,8 @@ class _Run:
             others["unreadable"] = len(samples.unreadable)
         if cut := trainer.batches.encode_text.cut:
             others["cut_captions"] = len(cut)
+        if trainer.rounded_layers:
+            others["rounded_layers"] = trainer.rounded_layers
         if trainer.skips.total:
             others["skipped"] = trainer.skips.total  # steps of fp16, since the start
         self.waited = samples.waited

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sdkd.distill.data.latents import Latents
     from sdkd.distill.data.rows import CaptionedImages
     from sdkd.distill.training.loop import TrainResult
+    from sdkd.distill.training.rounding import Start
     from sdkd.models.resolve import ModelSource
 
 
@@ -60,6 +61,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
     """
     from sdkd.distill.data.latents import training_size
     from sdkd.distill.training.loop import check_trackers, train
+    from sdkd.distill.training.rounding import Start
     from sdkd.distill.training.setup import check_views
     from sdkd.models.resolve import load_component, load_eager, resolve
 
@@ -95,7 +97,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
             )  # fmt: skip
             size = int(getattr(data, "size", 0)) or training_size(pipe, job.config.resolution)
             card = model_card(job.config, facts, size=size, counts=counts, command=job.command)
-            _write(job, folder, pipe, done.unet, facts, card)
+            _write(job, folder, pipe, done, facts, card, Start(pipe, unet, data, job.config, origin, folder, report))
     return summary
 
 
@@ -247,23 +249,34 @@ def _unet_of(model: str) -> Any:
 
 
 def _write(
-    job: Job, folder: Path, pipe: StableDiffusionPipeline, unet: Any, facts: Mapping[str, Any], card: str
+    job: Job,
+    folder: Path,
+    pipe: StableDiffusionPipeline,
+    done: TrainResult,
+    facts: Mapping[str, Any],
+    card: str,
+    start: Start,
 ) -> None:
     """The finished result, with all that the run's folder holds, in the place of the output, in one step."""
+    from sdkd.distill.training.rounding import FILE, final_calibration
     from sdkd.distill.training.samples import result_scheduler
-    from sdkd.models.diffusers_folder import PROVENANCE, write_pipeline
+    from sdkd.models.diffusers_folder import PROVENANCE, component_digest, write_pipeline
 
     with staged_folder(job.output) as partial:
         if job.config.kind.lora:
             from sdkd.distill.training.lora import save_lora
 
-            save_lora(unet, partial, {key: facts[key] for key in (GENERATION,) if key in facts})
+            save_lora(done.unet, partial, {key: facts[key] for key in (GENERATION,) if key in facts})
             write_json(partial / PROVENANCE, dict(facts))
             write_bytes(partial / "README.md", card.encode())
         else:
             few = job.config.kind.consistency
             scheduler = result_scheduler(pipe.scheduler, job.config, None) if few else None
-            write_pipeline(pipe, partial, unet=unet.cpu(), scheduler=scheduler, about=dict(facts), readme=card)
+            unet: Any = done.unet.cpu()
+            write_pipeline(pipe, partial, unet=unet, scheduler=scheduler, about=dict(facts), readme=card)
+            if done.calibration is not None:
+                digest = component_digest(partial / "unet")
+                final_calibration(start, done.calibration, unet, digest, folder).save(partial / "unet" / FILE)
         carry_over(folder, partial)
 
 

@@ -16,6 +16,7 @@ from sdkd.models.generation import USUAL, Generation
 from sdkd.models.schedulers import scheduler_class, scheduler_like, seed_scheduler
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
     from numpy.typing import NDArray
     from PIL.Image import Image
 
@@ -66,15 +67,20 @@ def draw(trainer: Trainer) -> list[NDArray[Any]]:
 
 def _pipeline(trainer: Trainer) -> Any:
     """The trained UNet among the frozen parts of its run."""
+    scheduler = result_scheduler(trainer.pipe.scheduler, trainer.config, trainer.origin.generation)
+    return drawing_pipeline(trainer.pipe, trainer.unet, trainer.vae, trainer.text_encoder, scheduler)
+
+
+def drawing_pipeline(pipe: StableDiffusionPipeline, unet: Any, vae: Any, text_encoder: Any, scheduler: Any) -> Any:
+    """A pipeline of these parts and another's tokenizer, without a progress bar."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = trainer.pipe
     made = StableDiffusionPipeline(
-        vae=trainer.vae,
-        text_encoder=trainer.text_encoder,
-        tokenizer=bounded(pipe.tokenizer, trainer.text_encoder.config.max_position_embeddings),
-        unet=trainer.unet,
-        scheduler=result_scheduler(pipe.scheduler, trainer.config, trainer.origin.generation),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=bounded(pipe.tokenizer, text_encoder.config.max_position_embeddings),
+        unet=unet,
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from sdkd.distill.training.losses import (
     min_snr_weights,
     task_target,
 )
+from sdkd.distill.training.rounding import rounded, shared
 from sdkd.distill.training.setup import (
     check_models,
     make_accelerator,
@@ -49,6 +51,8 @@ from sdkd.models.schedulers import scheduler_like
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+    from sdkd.quantization.calibration import Calibration
+
 
 class Trainer:
     """Models, data and optimizer of one run; `step` does one optimizer step."""
@@ -61,7 +65,9 @@ class Trainer:
         config: TrainConfig,
         progress: Progress = quiet,
         teacher: UNet2DConditionModel | None = None,
+        calibrate: Callable[[], Calibration] | None = None,
     ) -> None:
+        """`calibrate`: gives what a run rounds by, while models are where the caller has them; asked in one process."""
         from diffusers import DDPMScheduler
         from diffusers.training_utils import EMAModel
 
@@ -71,6 +77,7 @@ class Trainer:
         self.dtype = torch_dtype(config.precision)
         self.accelerator = make_accelerator(config, device)
         self.device: torch.device = self.accelerator.device
+        self.calibration = shared(self.accelerator, calibrate) if calibrate else None
         self.scheduler = scheduler_like(pipe.scheduler, DDPMScheduler)
         self.vae = placed(pipe.vae, self.device, self.dtype)
         self.text_encoder = placed(pipe.text_encoder, self.device, self.dtype)
@@ -84,6 +91,8 @@ class Trainer:
         self.teacher = self._teacher(teacher, [name for name, _ in pairs])
         self.parameters = self._trainable()
         self.target = FeatureUNet(copy.deepcopy(unet).requires_grad_(False).eval(), ()) if config.target_ema else None
+        self.rounded_layers, self._rounding = 0, contextlib.ExitStack()
+        self._round()
         self.student = FeatureUNet(unet, self.names)  # hooks before any compilation
         self.optimizer, self.schedule, self.model = self._prepared()
         self.ema: Any = EMAModel(self.parameters, decay=config.ema, foreach=True) if config.ema else None
@@ -137,6 +146,14 @@ class Trainer:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
         return parameters
+
+    def _round(self) -> None:
+        """Let what is trained, and what is an average of it, compute with rounding until `close`."""
+        if self.calibration is None or self.config.scheme is None:
+            return
+        for unet in (self.unet, *([self.target.unet] if self.target else [])):
+            inside = rounded(unet, self.calibration, self.config.scheme)
+            self.rounded_layers = self._rounding.enter_context(inside)
 
     def _prepared(self) -> tuple[Any, torch.optim.lr_scheduler.LambdaLR, Any]:
         """Optimizer, schedule and model as Accelerate wraps them (data-parallel, autocast to the precision)."""
@@ -309,6 +326,7 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.close()
         self.student.close()
+        self._rounding.close()
         self.unet.eval().requires_grad_(False)
         self.unet.zero_grad(set_to_none=True)
         if self.config.checkpointing:
