@@ -22,10 +22,13 @@ from sdkd.models.generation import Generation, entry
 from sdkd.models.replacements import WithVae
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
+from sdkd.quantization.calibration import BESIDE_UNET, IN_BUNDLE, Calibration
 from sdkd.targets.plan import EnginePlan
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+    from export.source import Source
 
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")
 
@@ -97,12 +100,29 @@ def export_pipeline(
         names = _chosen(source.components, components)
         source.check(names)
         source.write_rest(folder)
+        if "unet" in names:
+            _carry_calibration(source, folder, progress)
         records = export_components(source, names, options, versions(), folder, progress)
         hashes = {name: record.source_sha256 for name, record in records.items()}
         about = {**source.about, **entry(source.generation), "sha256": hashes}
         Bundle(folder, Manifest(about, versions(), records)).with_rest().save()
         progress("exported", 1.0)
     return Bundle.open(path)
+
+
+def _carry_calibration(source: Source, folder: Path, progress: Progress) -> None:
+    """Take along what a model was trained to round by, where it is of the weights that are exported: without LoRAs.
+
+    ModelError when it is damaged.
+    """
+    file = Path(source.about["model"]) / "unet" / BESIDE_UNET
+    if source.about["kind"] != "folder" or not file.is_file():
+        return
+    found = Calibration.load(file)
+    if found.weights != source.digest("unet"):
+        progress("the calibration beside the UNet is of other weights: left out", None)
+        return
+    found.save(folder / IN_BUNDLE)
 
 
 def _chosen(there: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
