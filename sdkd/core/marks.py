@@ -50,6 +50,7 @@ _BUNDLE = (
     *_TEXT,
     *_within("text_encoder unet vae_decoder vae_encoder controlnet", "*.json *.onnx *.onnx.data *.onnx_data"),
     *_within("engines swapped", _ENGINES),
+    *_within("calibration", "*.safetensors"),
     *_within("swapped/*", "*.txt *.model"),
 )
 _PARTS = "unet vae text_encoder safety_checker image_encoder"

@@ -33,9 +33,7 @@ def test_an_int8_unet_is_near_the_float_graph_at_every_timestep(target: str) -> 
     assert record.precision == "int8"
     assert found is not None
     assert found.quality.engine is not None
-    assert (
-        len(found.quality.engine) == len(found.quality.simulated) == len({row.timestep for row in found.quality.engine})
-    )
+    assert len(found.quality.engine) == len(found.quality.simulated) > 1
     for engine, simulated in zip(found.quality.engine, found.quality.simulated, strict=True):
         assert engine.timestep == simulated.timestep
         assert engine.relative == pytest.approx(simulated.relative, rel=0.3)
