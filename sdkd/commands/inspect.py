@@ -178,7 +178,7 @@ def _slot(found: dict[str, Any], slot: str) -> list[Any]:
     return [
         table(f"Engines for {slot}, against ONNX", columns, engines),
         *(f"  takes {text}" for text in shapes),
-        f"  built for {_made_for(rows[0])}",
+        f"  built for {_made_for(min(rows, key=lambda row: len(row['built_for'])))}",
         *(part for row in rows for part in rounding.short(row)),
         *(line for row in rows for line in _reasons(row, row["component"])),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sdkd.quantization.scheme import LayerScales, Scheme
 Errors = list[tuple[float, float]]
 """Of each call its timestep, and the L2 norm of the prediction's difference over that of the float prediction."""
 
-_SIDE = 32  # of latents, at most, where every layer is tried alone
+_SIDE = 16  # of latents, at most, where every layer is tried alone: a full-size UNet has 130 to 280 of them
 _ROWS = 3  # calls that it is tried with: the first, the middle and the last timestep
 
 
@@ -26,15 +26,14 @@ _ROWS = 3  # calls that it is tried with: the first, the middle and the last tim
 class Choice:
     """Which layers stay float and why, and the errors before (all rounded) and after.
 
-    `sensitivity`: as the function gives it; empty where all layers may be rounded, so that none was tried alone.
-    `holds`: whether every error is within the limit now.
+    `sensitivity`: as the function gives it. `holds`: whether every error is within the limit now.
     """
 
     float_layers: Mapping[str, str]
     before: Errors
     after: Errors
     holds: bool
-    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Mapping[str, float]
 
 
 @torch.no_grad()
@@ -90,9 +89,9 @@ def choose(
     progress("error with all layers rounded", 0.0)
     with fake_quantized(unet, scales, scheme):
         before = prediction_error(unet, calls)
-    if _holds(before, limit) or not most:
-        return Choice({}, before, before, _holds(before, limit))
     single = sensitivity(unet, calls, scales, scheme, progress)
+    if _holds(before, limit) or not most:
+        return Choice({}, before, before, _holds(before, limit), single)
     order = sorted(single, key=lambda name: -single[name])
     tried: dict[int, Errors] = {0: before}
 

@@ -111,7 +111,10 @@ def test_several_profiles(tmp_path: Path) -> None:
             r"--refit cannot be had for onnxruntime: it is an option of tensorrt",
         ),
         (("-t", "openvino", "--workspace-gb", "1"), r"--workspace-gb cannot be had for openvino"),
-        (("-t", "onnxruntime", "--precision", "half"), r"precision 'half' of an engine is unknown: choose one of fp32, fp16, bf16"),
+        (
+            ("-t", "onnxruntime", "--precision", "half"),
+            r"precision 'half' of an engine is unknown: choose one of fp32, fp16, bf16",
+        ),
         (("-t", "onnxruntime", "--run-with", FORM), r"is a bundle already, .* \(as most models\): export its model"),
         (("-t", "onnxruntime", "-o", "elsewhere"), r"is a bundle already, engines go into it: leave out --output"),
     ],
