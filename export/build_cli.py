@@ -145,7 +145,7 @@ def _check_wish(
 ) -> EnginePlan:
     """What is to be built, after all that can be refused before minutes are spent on an export."""
     from export.build.ranges import check_sizes
-    from export.build.request import check_buildable, plan_for
+    from export.build.request import check_buildable, check_quantized, plan_for
 
     if isinstance(source, BundleSource):
         plan = plan_for(source.bundle, target, precision)
@@ -157,6 +157,7 @@ def _check_wish(
     for height, width in sizes:
         check_sizes(height, width, size_multiple(source.unet_config, source.config("vae")))
     check_buildable(plan.target, options)
+    check_quantized(plan, options)
     return plan
 
 

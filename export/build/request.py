@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from export.build.options import BuildOptions, check_options, difference
+from export.build.options import CURRENT, BuildOptions, check_options, difference
 from export.build.quantized import LIGHT, ROUNDED_WEIGHTS, STAYS_FLOAT, scheme_for
 from export.build.ranges import check_ranges, cover, default_ranges
 from export.build.run import BUILDERS
@@ -18,6 +18,7 @@ from sdkd.core.contract import COMPONENTS, QUANTIZED, check_components
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
 from sdkd.quantization.again import QUANTIZATION
+from sdkd.targets.fast_precisions import fp8_problem
 from sdkd.targets.plan import EnginePlan, plan_for_onnx
 from sdkd.targets.registry import Target, availability, gpu, require
 
@@ -79,10 +80,7 @@ def requests_for(
         found = {**builder.flags(own, record.precision), **chosen, **more}
         return Request(record, plan.target.name, plan.slot, own, profiles, found)
 
-    if plan.precision in QUANTIZED and options.refit != "none":
-        raise InputError(
-            f"--refit cannot be had with {plan.precision}, whose weights are rounded for what they are: leave it out"
-        )
+    check_quantized(plan, options)
     return [request(bundle.component(name)) for name in names]
 
 
@@ -98,6 +96,21 @@ def _precision(plan: EnginePlan, record: ComponentRecord, builder: ModuleType) -
         return plan.precision, {QUANTIZATION: {"scheme": LIGHT.to_json()}}
     own: str = builder.half_precision() if target.exported_in else record.precision
     return own, {"stays_float": STAYS_FLOAT[name]}
+
+
+def check_quantized(plan: EnginePlan, options: BuildOptions = BuildOptions()) -> None:
+    """InputError for an engine of eight bits with weights that can change, or in fp8 for a GPU that has none."""
+    if plan.precision in QUANTIZED and options.refit != "none":
+        raise InputError(
+            f"--refit cannot be had with {plan.precision}, whose weights are rounded for what they are: leave it out"
+        )
+    if plan.precision != "fp8":
+        return
+    named = [one for one in options.compute_capabilities if one != CURRENT]
+    device = gpu() if plan.target.builds_on_gpu or CURRENT in options.compute_capabilities else None
+    for capability in (*named, *([device["compute_capability"]] if device else [])):
+        if found := fp8_problem(capability):
+            raise InputError(found)
 
 
 def check_buildable(target: Target, options: BuildOptions = BuildOptions()) -> None:

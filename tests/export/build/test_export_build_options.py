@@ -17,7 +17,7 @@ from graph_bundles import CONFIGS, graph_bundle
 from small_exports import half_unet
 
 from export import build_engine
-from export.build import engines
+from export.build import engines, request
 from export.build import tensorrt_plan as build_tensorrt
 from export.build.job import Job
 from export.build.options import GIB, BuildOptions, capabilities, check_options, difference
@@ -26,6 +26,7 @@ from export.build.tensorrt_plan import config_arguments, lora_weights, mark_weig
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import component_contract
 from sdkd.errors import BuildError, InputError
+from sdkd.targets.plan import plan_for_model
 
 RTX = "tensorrt-rtx"
 
@@ -262,3 +263,28 @@ def test_the_cap_is_strict() -> None:
     assert "MemoryError" in capped.stderr
     left_to_the_library = subprocess.run([*run, "tensorrt"], capture_output=True, text=True, cwd=root)
     assert left_to_the_library.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "here", "asked", "found"),
+    [
+        (
+            RTX,
+            None,
+            ("8.6", "8.9"),
+            r"fp8 needs a GPU of compute capability 8.9 or later .*, and this is 8.6: build with",
+        ),
+        (RTX, "8.6", ("current",), "and this is 8.6: build with --precision int8"),
+        (RTX, "8.6", ("8.9", "12.0"), ""),  # built here for others
+        (RTX, None, (), ""),
+        ("tensorrt", "7.0", (), "and this is 7.0: build with --precision fp16"),
+        ("tensorrt", "9.0", (), ""),
+    ],
+)
+def test_fp8_is_refused_for_a_gpu_that_has_none(
+    monkeypatch: pytest.MonkeyPatch, target: str, here: str | None, asked: tuple[str, ...], found: str
+) -> None:
+    monkeypatch.setattr(request, "gpu", lambda: None if here is None else {"gpu": "x", "compute_capability": here})
+    plan, options = plan_for_model(target, "fp8"), BuildOptions(compute_capabilities=asked)
+    with pytest.raises(InputError, match=found) if found else contextlib.nullcontext():
+        request.check_quantized(plan, options)
