@@ -97,7 +97,9 @@ class Watch:
         if strange := [name for name, value in extra.items() if not isinstance(value, torch.Tensor)]:
             raise InputError(f"a pipeline gives its UNet {strange[0]}, which is not recorded: calibrate without it")
         plain = {"sample": given["sample"], "text": given["encoder_hidden_states"], "prediction": answer[0]}
-        self._calls.append((float(given["timestep"]), plain | extra))
+        self._calls.append(
+            (float(torch.as_tensor(given["timestep"]).flatten()[0]), plain | extra)
+        )  # rows have the same
 
     def _note(self, name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor], torch.Tensor], None]:
         def note(layer: torch.nn.Module, args: tuple[torch.Tensor], answer: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from sdkd.quantization.sensitivity import _fewest, choose, prediction_error, sen
 
 SCHEME = Scheme("s8")
 FINE, COARSE, WORST = "conv_out", "down_blocks.0.resnets.0.conv1", "up_blocks.3.resnets.2.conv2"
-SCALES = {FINE: LayerScales(0.05), COARSE: LayerScales(0.5), WORST: LayerScales(2.0)}
+SCALES = {FINE: LayerScales(0.05), COARSE: LayerScales(0.25), WORST: LayerScales(4.0)}
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +48,27 @@ def test_the_error_is_relative_to_the_prediction(unet: Any, calls: list[Call]) -
     assert [relative for _, relative in prediction_error(unet, doubled)] == pytest.approx([0.5] * 3)
 
 
-def test_each_layer_is_rounded_alone(unet: Any, calls: list[Call]) -> None:
+def test_each_layer_counts_as_if_it_were_rounded_alone(unet: Any, calls: list[Call]) -> None:
     said: list[str] = []
-    found = sensitivity(unet, calls, SCALES, SCHEME, lambda message, fraction: said.append(message))
+    with torch.inference_mode():
+        found = sensitivity(unet, calls, SCALES, SCHEME, lambda message, fraction: said.append(message))
     assert list(found) == list(SCALES)
     assert 0 < found[FINE] < found[COARSE] < found[WORST]
-    assert said[-1] == "sensitivity of layer 3 of 3"
+    assert said[-1] == "sensitivity of all layers"
+    assert not any(module._forward_hooks for module in unet.modules())
     single = [call for call in calls if len(call.sample) == 1]
     with fake_quantized(unet, SCALES, SCHEME, [COARSE]):
         ((_, relative),) = prediction_error(unet, single)
-    assert sensitivity(unet, single, SCALES, SCHEME)[COARSE] == pytest.approx(relative**2, rel=1e-3)
+    assert sensitivity(unet, single, SCALES, SCHEME)[COARSE] == pytest.approx(relative**2, rel=0.7)
 
 
-def test_large_latents_are_cropped(unet: Any) -> None:
-    sample = np.ones((2, 4, 24, 48), np.float32)
-    sample[1, :, 4:20, 16:32] = np.random.default_rng(0).standard_normal((4, 16, 16))
+def test_large_latents_are_cropped(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdkd.quantization.sensitivity._SUMS", 1)
+    sample = np.ones((2, 4, 40, 64), np.float32)
+    sample[1, :, 4:36, 16:48] = np.random.default_rng(0).standard_normal((4, 32, 32))
     text = np.zeros((2, 7, CONTEXT), np.float32)
     large = Call(sample, 5.0, text, sample)
-    small = Call(sample[1:, :, 4:20, 16:32], 5.0, text[1:], sample[1:, :, 4:20, 16:32])
+    small = Call(sample[1:, :, 4:36, 16:48], 5.0, text[1:], sample[1:, :, 4:36, 16:48])
     found, wanted = (sensitivity(unet, [call], {COARSE: SCALES[COARSE]}, SCHEME) for call in (large, small))
     assert found == wanted
 
@@ -86,7 +89,7 @@ def test_as_few_layers_as_needed_stay_float(unet: Any, calls: list[Call]) -> Non
     assert errors == sorted(errors, reverse=True)
     found = choose(unet, calls, SCALES, SCHEME, (errors[0] + errors[1]) / 2, 3)
     assert (list(found.float_layers), found.holds) == ([WORST], True)
-    assert found.float_layers[WORST].startswith("rounded alone it changes the prediction by ")
+    assert found.float_layers[WORST].startswith("rounded alone it changes the prediction by about ")
     assert max(relative for _, relative in found.after) == pytest.approx(errors[1])
     found = choose(unet, calls, SCALES, SCHEME, (errors[1] + errors[2]) / 2, 3)
     assert (list(found.float_layers), found.holds) == ([WORST, COARSE], True)
