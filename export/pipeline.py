@@ -22,7 +22,8 @@ from sdkd.models.generation import Generation, entry
 from sdkd.models.replacements import WithVae
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
-from sdkd.quantization.calibration import BESIDE_UNET, IN_BUNDLE, Calibration
+from sdkd.quantization.again import FILE
+from sdkd.quantization.calibration import BESIDE_UNET, Calibration
 from sdkd.targets.plan import EnginePlan
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _carry_calibration(source: Source, folder: Path, progress: Progress) -> None
     if found.weights != source.digest("unet"):
         progress("the calibration beside the UNet is of other weights: left out", None)
         return
-    found.save(folder / IN_BUNDLE)
+    found.save(folder / FILE)
 
 
 def _chosen(there: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:

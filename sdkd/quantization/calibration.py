@@ -22,7 +22,6 @@ from sdkd.errors import ModelError
 
 SCHEMA = 1
 BESIDE_UNET = "calibration.safetensors"  # in the UNet's folder of a model that was trained with rounding
-IN_BUNDLE = "calibration/unet.safetensors"
 _KEY = "sdkd-calibration"
 _RANGES = ("low", "high", "low_percentile", "high_percentile", "out_low", "out_high")
 _INPUTS = ("sample", "text", "prediction")

@@ -17,7 +17,8 @@ from export.pipeline import export_pipeline
 from export.source import open_source
 from sdkd.errors import ModelError
 from sdkd.models.diffusers_folder import component_digest, write_pipeline
-from sdkd.quantization.calibration import BESIDE_UNET, IN_BUNDLE, Calibration
+from sdkd.quantization.again import FILE
+from sdkd.quantization.calibration import BESIDE_UNET, Calibration
 
 export: Any = partial(export_pipeline, components=("unet",), verify=False)
 
@@ -42,7 +43,7 @@ def student(tmp_path: Path) -> Path:
 
 def test_the_bundle_holds_it_for_the_weights_that_its_record_names(student: Path, tmp_path: Path) -> None:
     bundle = export(student, tmp_path / "bundle")
-    found = bundle.path / IN_BUNDLE
+    found = bundle.path / FILE
     assert found.read_bytes() == (student / "unet" / BESIDE_UNET).read_bytes()
     assert Calibration.load(found).weights == open_source(str(student), {}).digest("unet")  # the record's source_sha256
 
@@ -53,12 +54,12 @@ def test_it_is_left_out_where_the_weights_are_others(student: Path, tmp_path: Pa
     save_file(kohya(unet, [layer]), lora := tmp_path / "lora.safetensors")
     said: list[str] = []
     fused = export(student, tmp_path / "fused", loras=[lora], progress=lambda text, share: said.append(text))
-    assert not (fused.path / IN_BUNDLE).exists()
+    assert not (fused.path / FILE).exists()
     assert "the calibration beside the UNet is of other weights: left out" in said
     shutil.copytree(student, other := tmp_path / "other")
     fixed_weights(unet, 9).save_pretrained(other / "unet")
-    assert not (export(other, tmp_path / "again").path / IN_BUNDLE).exists()
-    assert not (export(student, tmp_path / "vae", components=("vae_decoder",)).path / IN_BUNDLE).exists()
+    assert not (export(other, tmp_path / "again").path / FILE).exists()
+    assert not (export(student, tmp_path / "vae", components=("vae_decoder",)).path / FILE).exists()
 
 
 def test_a_damaged_one_is_an_error(student: Path, tmp_path: Path) -> None:
