@@ -56,8 +56,10 @@ def details(row: Mapping[str, Any]) -> list[Any]:
         return []
     parts: list[Any] = [f"  calibration: {found.asked.calibration[:12] or 'not named'}"]
     if found.float_layers:
-        kept = [[layer, reason] for layer, reason in found.float_layers.items()]
-        parts.append(table("Layers in float", ["layer", "why"], kept))
+        layers: dict[str, list[str]] = {}
+        for layer, reason in found.float_layers.items():
+            layers.setdefault(reason, []).append(layer)
+        parts += [f"  in float, {reason}: {', '.join(names)}" for reason, names in layers.items()]
     if not found.ranking:
         return [*parts, "  no layer was tried alone: all together are within the limit"]
     rows = [

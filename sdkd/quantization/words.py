@@ -40,14 +40,15 @@ def quality_words(quality: Quality) -> str:
     return f"prediction at most {percent(quality.worst)} from the float one{limit}{over}{how}"
 
 
-def decision_words(found: Quantized) -> list[str]:
-    """What was decided and measured when the engine was built, a sentence each."""
+def decision_words(found: Quantized, reasons: bool = True) -> list[str]:
+    """What was decided and measured when the engine was built, a sentence each; `reasons`: why layers stay float."""
     lines = [scheme_words(found.asked.scheme)]
     if found.light:
         return lines
-    kept = "; ".join(f"{count} ({reason})" for reason, count in found.reasons.items()) or "none"
-    rounded = "" if found.rounded_layers is None else f"{found.rounded_layers} layers rounded, in float: "
-    lines += [f"{rounded or 'layers in float: '}{kept}", quality_words(found.quality)]
+    why = "; ".join(f"{count} ({reason})" for reason, count in found.reasons.items()) if reasons else ""
+    rounded = "" if found.rounded_layers is None else f"{found.rounded_layers} layers rounded, "
+    lines.append(f"{rounded}{len(found.float_layers)} in float{': ' * bool(why)}{why}")
+    lines.append(quality_words(found.quality))
     if images := found.quality.image_psnr_db:
         spread = f"{min(images):.1f}" if len(images) == 1 else f"{min(images):.1f} to {max(images):.1f}"
         lines.append(f"images {spread} dB PSNR from float ones")

@@ -41,8 +41,10 @@ def _cell(error: float | None, limit: float | None) -> Cell:
 
 
 def remarks(report: Report) -> list[str]:
-    """A sentence for each engine: its scheme, what stayed float, images and speed when it was built."""
-    return [f"{label}: {'; '.join(decision_words(one))}" for label, one in found(report).items()]
+    """A sentence for each engine: its verdict, then scheme, errors, images and speed of when it was built."""
+    verdicts = {row.subject.label: row.verdict.found for row in report.results if row.verdict}
+    built = {label: "; ".join(decision_words(one, reasons=False)) for label, one in found(report).items()}
+    return [f"{label}: {verdicts.get(label, 'not judged')}. As it was built: {words}" for label, words in built.items()]
 
 
 def lines(report: Report) -> list[str]:

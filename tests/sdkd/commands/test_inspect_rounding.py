@@ -42,7 +42,7 @@ def test_the_decision_in_80_columns(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     for line in (
         "  unet: activations in 8 bits with a zero point, weights in 7 bits per output channel, linear layers smoothed "
         "(alpha 0.5)",
-        "  unet: 21 layers rounded, in float: 1 (4 channels in: no time to gain, and the noise itself passes); 2 "
+        "  unet: 21 layers rounded, 3 in float: 1 (4 channels in: no time to gain, and the noise itself passes); 2 "
         "(rounded alone it changes the prediction)",
         "  unet: prediction at most 3.4 % from the float one (limit 10 %)",
         "  unet: images 34.2 to 36.5 dB PSNR from float ones",
@@ -78,7 +78,7 @@ def test_an_engine_that_nobody_ran_and_one_over_the_limit_are_called_so(bundle: 
     assert "at most 3.1 % from the float one (limit 1 %), which is over it, rounded in PyTorch" in text
     assert "the engine did not run where it was built" in text
     assert "its speed was not measured against half precision" in text
-    assert "21 layers rounded, in float: none" in text
+    assert "  unet: 21 layers rounded, 0 in float\n" in text
     assert "no layer was tried alone: all together are within the limit" in text
     assert "dB PSNR" not in text
 
@@ -101,7 +101,8 @@ def test_engines_as_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = text.splitlines()
     assert any(line.startswith("  vae_decoder: stays float (its convolutions gain nothing") for line in lines)
     assert "  text_encoder: activations in float, weights in 8 bits per output channel" in lines
-    assert any(" layers rounded, in float: " in line for line in lines)
+    assert any(" layers rounded, " in line and " in float: " in line for line in lines)
+    assert any(line.startswith("  in float, a vector per image: no time to gain: ") for line in lines)
     assert any("× as fast as " in line for line in lines)
     rows = json.loads(said(bundle, "--json"))["engines"]
     found = {(row["slot"], row["component"]): row["quantized"] for row in rows}
