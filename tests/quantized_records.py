@@ -13,8 +13,8 @@ FLAGS: dict[str, Any] = {
     "rounded_layers": 21,
     "float_layers": {
         "conv_in": "4 channels in: no time to gain, and the noise itself passes",
-        "mid_block.resnets.0.conv1": "rounded alone it changes the prediction by 8.1 %",
-        "up_blocks.0.resnets.0.conv1": "rounded alone it changes the prediction by 5 %",
+        "mid_block.resnets.0.conv1": "rounded alone it changes the prediction by about 8.1 %",
+        "up_blocks.0.resnets.0.conv1": "rounded alone it changes the prediction by about 5 %",
     },
     "quality": {
         "simulated": [{"timestep": 981.0, "relative": 0.031}, {"timestep": 21.0, "relative": 0.012}],

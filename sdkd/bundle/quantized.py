@@ -82,8 +82,8 @@ class Quantized:
     """All of it; of an engine whose weights alone are rounded `asked` alone.
 
     `rounded_layers`: how many; None where it is not known. `float_layers`: why each of them stays float. `sensitivity`:
-    by layer the squared relative error of the prediction when that layer alone is rounded; empty where none was tried
-    alone.
+    by layer about the squared relative error of the prediction when that layer alone is rounded; empty where it was not
+    recorded.
     """
 
     asked: Asked
@@ -116,7 +116,7 @@ class Quantized:
     @property
     def reasons(self) -> dict[str, int]:
         """Why layers stay float, and how many for each reason; figures of single layers are left out of it."""
-        return dict(Counter(re.sub(r" by [\d.e+-]+ ?%$", "", reason) for reason in self.float_layers.values()))
+        return dict(Counter(re.sub(r" by (about )?[\d.e+-]+ ?%$", "", reason) for reason in self.float_layers.values()))
 
     @property
     def ranking(self) -> list[tuple[str, float]]:

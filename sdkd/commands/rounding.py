@@ -61,11 +61,11 @@ def details(row: Mapping[str, Any]) -> list[Any]:
             layers.setdefault(reason, []).append(layer)
         parts += [f"  in float, {reason}: {', '.join(names)}" for reason, names in layers.items()]
     if not found.ranking:
-        return [*parts, "  no layer was tried alone: all together are within the limit"]
+        return [*parts, "  how much single layers change was not recorded"]
     rows = [
         [layer, percent(max(value, 0.0) ** 0.5), "float" if layer in found.float_layers else "rounded"]
         for layer, value in found.ranking[:SHOWN]
     ]
     others = len(found.ranking) - SHOWN
     rows += [[f"{others} others", f"less than {rows[-1][1]}", ""]] if others > 0 else []
-    return [*parts, table("Layers rounded alone", ["layer", "changes the prediction by", "built as"], rows)]
+    return [*parts, table("Layers rounded alone", ["layer", "changes the prediction by about", "built as"], rows)]
