@@ -141,6 +141,15 @@ def decoder(found: Json) -> Rows:
     ]
 
 
+def eight_bits(found: Json) -> Rows:
+    """tools/bench_int8.py: seconds of a UNet call, every engine against its target's first."""
+    return [
+        [row["model"], row["way"], f"{row['seconds']:.3g} s", faster(*row["faster"]) if row["faster"] else NONE]
+        for row in found["rows"]
+        if row["what"] == "call"
+    ]
+
+
 def staircase(found: Json) -> Rows:
     """tools/bench_staircase.py: every row of the staircase."""
     return [[stair["change"], *_stair(stair)] for stair in found["comparison"]["staircase"]]
@@ -225,6 +234,7 @@ KINDS = (
     Kind("*/staircase-*.json", staircase, CLIMBED),
     Kind("*/caching.json", caching, CACHED),
     Kind("*/decoder.json", decoder, ("decoded on", "full VAE", "small VAE", "faster (95 %)")),
+    Kind("*/int8.json", eight_bits, ("UNet of", "engine", "a call", "faster than its target's first (95 %)")),
     Kind("demo-decoder/likeness.json", demo_decoder, DECODED, 2, f"`{DECODER_COMMAND}`"),
 )
 
