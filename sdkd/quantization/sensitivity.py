@@ -21,7 +21,7 @@ Errors = list[tuple[float, float]]
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 """What a UNet is given: latents, timesteps, text, and other tensors by name."""
 
-_SIDE = 32  # of latents, at most, where each layer's part in the error is estimated
+_SIDE = 16  # of latents, at most, where each layer's part in the error is estimated
 _ROWS = 3  # calls that it is estimated with: the first, the middle and the last timestep
 _SUMS = 8  # random sums of the prediction; more make the estimate more exact
 

@@ -64,11 +64,11 @@ def test_each_layer_counts_as_if_it_were_rounded_alone(unet: Any, calls: list[Ca
 
 def test_large_latents_are_cropped(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdkd.quantization.sensitivity._SUMS", 1)
-    sample = np.ones((2, 4, 40, 64), np.float32)
-    sample[1, :, 4:36, 16:48] = np.random.default_rng(0).standard_normal((4, 32, 32))
+    sample = np.ones((2, 4, 24, 48), np.float32)
+    sample[1, :, 4:20, 16:32] = np.random.default_rng(0).standard_normal((4, 16, 16))
     text = np.zeros((2, 7, CONTEXT), np.float32)
     large = Call(sample, 5.0, text, sample)
-    small = Call(sample[1:, :, 4:36, 16:48], 5.0, text[1:], sample[1:, :, 4:36, 16:48])
+    small = Call(sample[1:, :, 4:20, 16:32], 5.0, text[1:], sample[1:, :, 4:20, 16:32])
     found, wanted = (sensitivity(unet, [call], {COARSE: SCALES[COARSE]}, SCHEME) for call in (large, small))
     assert found == wanted
 
