@@ -33,7 +33,7 @@ def compare(
         typer.Option(help="E.g. eager,compile-bf16,openvino,openvino-bf16. Default: eager and all that run here."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Precision of engines that are built: fp32, fp16, bf16.")
+        str | None, typer.Option(help="Precision of engines that are built: fp32, fp16, bf16, int8, fp8.")
     ] = None,
     vae: Annotated[
         str | None, typer.Option(help="Compare every model with this VAE, too; as `sdkd export` takes it.")

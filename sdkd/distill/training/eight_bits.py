@@ -30,7 +30,7 @@ def rounding_problems(
     if quantize and lora:
         yield (
             "quantize trains whole UNets, and a LoRA leaves its UNet as it is: give it to sdkd distill, or build the "
-            "engine of the model with its LoRA by sdkd build-engine --precision int8"
+            "engine of the model with its LoRA: sdkd build-engine MODEL --lora FILE --target TARGET --precision int8"
         )
     if not quantize and (weight_bits, calibrate_images) != (None, None):
         yield "weight_bits and calibrate_images say how quantize rounds: add --quantize int8, or leave them out"
