@@ -58,6 +58,8 @@ SAMPLES = {  # what the placeholders of messages stand for; a folder with a spac
     "output": "my output",
     "*others": "--vae=my vae",
     "eight": "int8",
+    "record.target": "openvino",
+    "record.precision": "int8",
     "{}": "tiny",  # filled by format: the short name of a student
 }
 VALUES: dict[str, Callable[[str], Any]] = {  # options that the commands themselves read as text

@@ -76,7 +76,7 @@ def decide(job: Job, scheme: Scheme, folder: Path, progress: Progress) -> Rounde
         raise ValuesError(
             f"{job.precision} of this UNet is {worst:.2g} (relative) from its float noise prediction, more than "
             f"{LIMIT:g}, with {len(choice.float_layers)} of {len(scales)} layers in float: use half precision, "
-            f"calibrate with more images, or train it for that: sdkd distill --quantize {job.precision}"
+            f"calibrate with more images, or train it with --quantize {job.precision} of sdkd distill"
         )
     kept = {name: scale for name, scale in scales.items() if name not in choice.float_layers}
     return Rounded(*write_graph(Path(job.onnx), kept, scheme, folder), choice, calibration)
