@@ -167,7 +167,7 @@ def _make_student(
     progress: Progress,
 ) -> None:
     from sdkd.distill import train
-    from sdkd.distill.training.samples import result_scheduler
+    from sdkd.distill.training.drawing import result_scheduler
     from sdkd.models.diffusers_folder import write_pipeline
     from sdkd.models.generation import entry
     from sdkd.models.resolve import load_component

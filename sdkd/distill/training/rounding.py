@@ -22,7 +22,7 @@ from sdkd.distill.data.latents import Latents, training_size
 from sdkd.distill.data.rows import CaptionedImages, caption_at
 from sdkd.distill.training.card import Origin
 from sdkd.distill.training.config import TrainConfig
-from sdkd.distill.training.samples import drawing_pipeline, result_scheduler
+from sdkd.distill.training.drawing import drawing_pipeline, result_scheduler
 from sdkd.errors import InputError
 from sdkd.models.generation import USUAL
 from sdkd.quantization.calibration import BESIDE_UNET, Calibration

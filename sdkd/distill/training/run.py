@@ -258,8 +258,8 @@ def _write(
     start: Start,
 ) -> None:
     """The finished result, with all that the run's folder holds, in the place of the output, in one step."""
+    from sdkd.distill.training.drawing import result_scheduler
     from sdkd.distill.training.rounding import FILE, final_calibration
-    from sdkd.distill.training.samples import result_scheduler
     from sdkd.models.diffusers_folder import PROVENANCE, component_digest, write_pipeline
 
     with staged_folder(job.output) as partial:

@@ -11,16 +11,14 @@ import torch
 
 from sdkd.core.files import write_bytes, write_json
 from sdkd.core.images import is_finite
-from sdkd.models.clip_tokenizer import bounded
-from sdkd.models.generation import USUAL, Generation
-from sdkd.models.schedulers import scheduler_class, scheduler_like, seed_scheduler
+from sdkd.distill.training.drawing import drawing_pipeline, result_scheduler
+from sdkd.models.generation import USUAL
+from sdkd.models.schedulers import seed_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from sdkd.distill.training.config import TrainConfig
     from sdkd.distill.training.trainer import Trainer
 
 FOLDER = "samples"
@@ -69,32 +67,6 @@ def _pipeline(trainer: Trainer) -> Any:
     """The trained UNet among the frozen parts of its run."""
     scheduler = result_scheduler(trainer.pipe.scheduler, trainer.config, trainer.origin.generation)
     return drawing_pipeline(trainer.pipe, trainer.unet, trainer.vae, trainer.text_encoder, scheduler)
-
-
-def drawing_pipeline(pipe: StableDiffusionPipeline, unet: Any, vae: Any, text_encoder: Any, scheduler: Any) -> Any:
-    """A pipeline of these parts and another's tokenizer, without a progress bar."""
-    from diffusers import StableDiffusionPipeline
-
-    made = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=bounded(pipe.tokenizer, text_encoder.config.max_position_embeddings),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def result_scheduler(scheduler: Any, config: TrainConfig, made: Generation | None) -> Any:
-    """The scheduler that draws with what a run has trained: the model's, `made` so, or LCMScheduler for few steps."""
-    if config.kind.consistency:
-        return scheduler_like(scheduler, scheduler_class("lcm"), original_inference_steps=config.solver_steps)
-    named = made and made.scheduler
-    return scheduler_like(scheduler, scheduler_class(named) if named else type(scheduler))
 
 
 def crossed(pixels: NDArray[Any]) -> Image:

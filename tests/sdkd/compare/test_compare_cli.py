@@ -165,7 +165,7 @@ def test_what_cannot_be_built_is_in_the_report_and_the_others_are_measured(tmp_p
         (["--threshold", "inf"], "threshold inf is not finite: give a number of at least 0"),
         (["--baseline", "right"], "baseline 'right' is not among the subjects: choose one of right onnxruntime"),
         (["--scheduler", "dice"], "scheduler 'dice' is unknown"),
-        (["--precision", "fp64"], "precision 'fp64' is unknown"),
+        (["--precision", "fp64"], "precision 'fp64' of an engine is unknown"),
         (["--targets", "onnxruntime", "--precision", "bf16"], "the ONNX graph is bf16, which onnxruntime cannot run"),
         (["--targets", "openvino,openvino-fp32"], "subject label 'right openvino' is used twice"),
     ],

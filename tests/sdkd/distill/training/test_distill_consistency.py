@@ -21,8 +21,8 @@ from training_runs import RUN, job, latents, pictures, sdkd, teacher, trained, t
 from sdkd.distill import TrainConfig, train
 from sdkd.distill.training.config import make_config, objective_of, read_recipe
 from sdkd.distill.training.consistency import Solver, guidance_embedding, guided, pseudo_huber
+from sdkd.distill.training.drawing import result_scheduler
 from sdkd.distill.training.run import run
-from sdkd.distill.training.samples import result_scheduler
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError, ModelError
 from sdkd.models.diffusers_folder import provenance, write_pipeline
