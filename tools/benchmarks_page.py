@@ -122,6 +122,15 @@ def few_steps(found: Json) -> Rows:
     ]
 
 
+def rounding(found: Json) -> Rows:
+    """tools/ablate_quantization.py: means over seeds, with the range."""
+    names = (("right", ".0%"), ("teacher_psnr_db", ".1f"), ("float_psnr_db", ".1f"), ("worst", ".1%"))
+    return [
+        [row["words"], *(span(row[name], form) if name in row else NONE for name, form in names)]
+        for row in found["rows"]
+    ]
+
+
 ATTRIBUTES = ("shape", "colour", "background", "size", "position")
 
 
@@ -216,6 +225,7 @@ CACHED = ("step caching of", "cache interval", "an image", "faster (95 %)", "to 
 COST = ("s", "peak memory, GB", "files, MB")
 ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
 FEWER = ("captions right", *(f"{count} step{'' if count == '1' else 's'}" for count in FEW), "25 steps, guided")
+EIGHT = ("simulated in PyTorch", "captions right", "dB to the teacher", "dB to itself in float", "largest error")
 DECODED = ("drawings", "PSNR to the full VAE's, mean (worst)", "SSIM", "MMACs, full decoder", "small")
 DECODER_COMMAND = "python tools/train_demo_decoder.py --work artifacts/demo-decoder"
 KINDS = (
@@ -230,6 +240,14 @@ KINDS = (
     Kind("ablation-demo/why.json", None),
     Kind("ablation-few-steps/ablation.json", few_steps, FEWER, 1, "`python tools/ablate_few_steps.py`; commits: runs/"),
     Kind("ablation-few-steps/runs/*.json", None),
+    Kind(
+        "ablation-quantization/ablation.json",
+        rounding,
+        EIGHT,
+        1,
+        "`python tools/ablate_quantization.py`; commits: runs/",
+    ),
+    Kind("ablation-quantization/runs/*.json", None),
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
     Kind("*/staircase-*.json", staircase, CLIMBED),
     Kind("*/caching.json", caching, CACHED),
