@@ -89,7 +89,7 @@ def few_step(lessons: Lessons, student: Any, variant: Variant, seed: int, settin
     import copy
 
     from sdkd.distill import TrainConfig, train
-    from sdkd.distill.training.samples import result_scheduler
+    from sdkd.distill.training.drawing import result_scheduler
     from sdkd.students.blocks import build_student
 
     config = TrainConfig(

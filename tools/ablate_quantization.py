@@ -147,7 +147,7 @@ class Exam:
     def drawn(self, unet: Any, model: str) -> dict[str, list[Any]]:
         """Images of all captions, by kind; of a student for few steps in 4."""
         from sdkd.distill import TrainConfig
-        from sdkd.distill.training.samples import result_scheduler
+        from sdkd.distill.training.drawing import result_scheduler
         from sdkd.toyworld.reader import draw
 
         own, pipe = self.settings, self.lessons.drawn_by(unet)
