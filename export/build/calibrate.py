@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.console import Progress
-from sdkd.core.contract import BASE_COMPONENTS, native_size
+from sdkd.core.contract import BASE_COMPONENTS
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError, InputError, ModelError
 from sdkd.quantization.again import FILE
@@ -19,8 +19,6 @@ from sdkd.quantization.again import FILE
 if TYPE_CHECKING:
     from sdkd.quantization.calibration import Calibration
 
-IMAGES, STEPS = 4, 10  # by default; a model of fewer steps takes its own
-SMALL_PX, SMALL_IMAGES, SMALL_GUIDANCE = 64, 8, 4.0  # models trained on drawn shapes, like the demo's
 PROMPTS = (
     "a photograph of an astronaut riding a horse",
     "a watercolour of a lighthouse at dusk",
@@ -123,22 +121,18 @@ def _record(
     bundle: Bundle, wish: CalibrationWish, profile: ShapeRanges, weights: str, progress: Progress
 ) -> Calibration:
     from sdkd.models.bundle_modules import pipeline_of
-    from sdkd.models.generation import USUAL
     from sdkd.models.resolve import resolve
-    from sdkd.quantization.recording import record
+    from sdkd.quantization.recording import Usual, record
 
-    size = native_size(bundle.config("unet"), bundle.vae_config())
-    small = size is not None and max(size) <= SMALL_PX
-    made = resolve(bundle.path).generation
-    images = wish.images or (max(len(wish.prompts), 1) if wish.prompts else SMALL_IMAGES if small else IMAGES)
-    guidance = made.guidance_scale if made else SMALL_GUIDANCE if small else USUAL.guidance_scale
+    usual = Usual.of(bundle.config("unet"), bundle.vae_config(), resolve(bundle.path).generation)
+    images = wish.images or len(wish.prompts or ()) or usual.images
     return record(
         pipeline_of(bundle),
-        wish.prompts or (_captions(images) if small else PROMPTS),
+        wish.prompts or (_captions(images) if usual.small else PROMPTS),
         weights=weights,
         images=images,
-        steps=wish.steps or min(made.steps if made else STEPS, STEPS),
-        guidance=guidance,
+        steps=wish.steps or usual.steps,
+        guidance=usual.guidance,
         height=profile.height.opt,
         width=profile.width.opt,
         folder_for_partial=calibration_file(bundle.path).parent,

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,10 +26,28 @@ if TYPE_CHECKING:
 
     from sdkd.quantization.watching import Watch
 
-IMAGES = 8
+IMAGES, STEPS = 4, 10  # by default; a model of fewer steps takes its own
+SMALL_PX, SMALL_IMAGES, SMALL_GUIDANCE = 64, 8, 4.0  # models of drawn shapes, like the demo's
 _UNGUIDED = 4  # one image in so many is drawn without guidance: engines are asked for such ones, too
 _CALLS = (0.0, 0.25, 0.5, 0.75, 1.0)  # places among an image's UNet calls; each is kept of another image
 _KEPT = 4  # images whose final latents are kept
+
+
+class Usual(NamedTuple):
+    """What a calibration takes where nothing is asked for."""
+
+    small: bool  # whether the model draws shapes, like the demo's
+    images: int
+    steps: int
+    guidance: float
+
+    @staticmethod
+    def of(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], made: Generation | None) -> Usual:
+        """By a model's configs, and how it was made to be run."""
+        size = native_size(unet_config, vae_config)
+        small = size is not None and max(size) <= SMALL_PX
+        guidance = made.guidance_scale if made else SMALL_GUIDANCE if small else USUAL.guidance_scale
+        return Usual(small, SMALL_IMAGES if small else IMAGES, min(made.steps, STEPS) if made else STEPS, guidance)
 
 
 def record(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import native_size
 from sdkd.distill.data.encode import placed, weights_sha256
 from sdkd.distill.data.latents import Latents, training_size
 from sdkd.distill.data.rows import CaptionedImages, caption_at
@@ -24,10 +23,10 @@ from sdkd.distill.training.card import Origin
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.drawing import drawing_pipeline, result_scheduler
 from sdkd.errors import InputError
-from sdkd.models.generation import USUAL
+from sdkd.quantization import recording
 from sdkd.quantization.calibration import BESIDE_UNET, Calibration
 from sdkd.quantization.fake import fake_quantized
-from sdkd.quantization.recording import record
+from sdkd.quantization.recording import Usual, record
 from sdkd.quantization.scales import layer_scales
 from sdkd.quantization.scheme import LayerScales, Scheme
 from sdkd.quantization.watching import watched
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 FILE = BESIDE_UNET  # of a result; in a checkpoint, too
-IMAGES, STEPS = 4, 10
-SMALL_PX, SMALL_IMAGES, SMALL_GUIDANCE = 64, 8, 4.0  # models of drawn shapes, like the demo's
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +54,14 @@ class Start:
         """Draw with captions of the data, as the result is to be run, in enough steps to see the whole way of a few."""
         pipe, config = self.pipe, self.config
         made = config.generation(self.origin.generation)
-        size = native_size(pipe.unet.config, pipe.vae.config)
-        small = size is not None and max(size) <= SMALL_PX
+        usual = Usual.of(pipe.unet.config, pipe.vae.config, made)
         side = int(getattr(self.data, "size", 0)) or training_size(pipe, config.resolution)
-        images = config.calibrate_images or (SMALL_IMAGES if small else IMAGES)
-        most = config.solver_steps if config.kind.consistency else made.steps if made else STEPS
-        usual = SMALL_GUIDANCE if small else USUAL.guidance_scale
+        images = config.calibrate_images or usual.images
+        steps = min(recording.STEPS, config.solver_steps) if config.kind.consistency else usual.steps
         return _recorded(
             pipe, self.unet, config, self.origin, weights=weights_sha256(self.unet, torch.float32),
             folder=self.folder, progress=self.progress, prompts=_captions(self.data, images), images=images,
-            steps=min(STEPS, most), guidance=made.guidance_scale if made else usual,
-            height=side, width=side,
+            steps=steps, guidance=usual.guidance, height=side, width=side,
         )  # fmt: skip
 
 

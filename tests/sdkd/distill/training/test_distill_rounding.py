@@ -13,7 +13,6 @@ from helpers import tiny_pipeline
 from training_runs import RUN, job, latents, losses, same, trained, trainer, unet_output, weights
 
 from sdkd.distill import TrainConfig
-from sdkd.distill.training import rounding
 from sdkd.distill.training.log import LOG, read_log
 from sdkd.distill.training.rounding import FILE, Start, rounded, unet_scales
 from sdkd.distill.training.run import run
@@ -21,6 +20,7 @@ from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError
 from sdkd.models.diffusers_folder import component_digest
 from sdkd.models.resolve import load_component
+from sdkd.quantization import recording
 from sdkd.quantization.calibration import Calibration
 from sdkd.quantization.scheme import Scheme
 from sdkd.students.blocks import build_student, copy_unet
@@ -32,7 +32,7 @@ EIGHT: dict[str, Any] = {"quantize": "int8", "calibrate_images": 1}
 def short() -> Iterator[None]:
     """Two denoising steps of each image that is drawn for the ranges."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding, "STEPS", 2)
+        patch.setattr(recording, "STEPS", 2)
         yield
 
 
