@@ -9,6 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import bench_int8
+import bench_int8_quality
 import benchmarks_page
 
 
@@ -49,3 +50,22 @@ def test_the_pages_show_calls_builds_profiles_and_what_failed() -> None:
         ["demo", "openvino", "0.0629 s", "–"],
         ["demo", "openvino-int8", "0.0406 s", "1.55× (1.50–1.60)"],
     ]
+
+
+def test_the_page_of_quality_shows_images_errors_and_layers() -> None:
+    rounding = {
+        "quality": {"simulated": [], "engine": [{"timestep": 999.0, "relative": 0.02}]},
+        "sensitivity": {f"layer.{number}": 0.01 / number for number in range(1, 9)},
+    }
+    figures = {"right": 0.985, "psnr_mean_db": 41.04, "psnr_min_db": 38.0, "ssim_mean": 0.997}
+    rows: list[dict[str, Any]] = [
+        {"subject": "demo eager", "run": "25 steps", "right": 0.99, "rounding": None}
+        | dict.fromkeys(("psnr_mean_db", "psnr_min_db", "ssim_mean")),
+        {"subject": "demo openvino-int8", "run": "25 steps", "rounding": rounding, **figures},
+    ]
+    lines = list(bench_int8_quality.page({"machine": "it", "date": "today", "commit": "abc", "rows": rows}))
+    assert "| demo eager | 25 steps | 99.0% | – | – | – |" in lines
+    assert "| demo openvino-int8 | 25 steps | 98.5% | 41.0 | 38.0 | 0.997 |" in lines
+    assert "| 999 | 2.00% | 4.0e-04 |" in lines
+    assert "| layer.1 | 10.00% |" in lines
+    assert sum("layer." in line for line in lines) == bench_int8_quality.SHOWN_LAYERS
