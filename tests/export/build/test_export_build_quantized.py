@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from quantized_builds import CPU_TARGETS, WISH, rounded_bundle, rounded_copy
-from small_exports import bundle_copy, small_bundle
+from small_exports import bundle_copy, half_bundle, small_bundle
 
 from engines import load_pipeline, open_session
 from engines.pipelines.weights import swap_weights
@@ -240,3 +241,19 @@ def test_a_call_is_repeated_and_cut_to_what_an_engine_takes() -> None:
     }  # fmt: skip
     assert feeds["timestep"] == np.float32(call.timestep)
     assert np.array_equal(feeds["sample"][0, :, :, :16], call.sample[0, :, :8])
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_gpu_engines_of_eight_bits_are_near_the_float_graph_and_timed(precision: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt")
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no E4M3")
+    shutil.copytree(half_bundle().path, tmp_path / "bundle")
+    bundle = build_engine(tmp_path / "bundle", "tensorrt", precision=precision, calibration=WISH, keep_slower=True)
+    found = Quantized.of(bundle.engine(f"tensorrt-{precision}", "unet").flags)
+    assert found is not None
+    assert found.quality.engine is not None
+    assert max(row.relative for row in found.quality.engine) < 0.1
+    assert found.quality.image_psnr_db is not None
+    assert found.speed is not None
+    assert found.speed.against == "fp16"
