@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from quantized_builds import CPU_TARGETS, WISH, rounded_bundle, rounded_copy
-from small_exports import bundle_copy, half_bundle, small_bundle
+from small_exports import bundle_copy, small_bundle, small_pipeline
 
 from engines import load_pipeline, open_session
 from engines.pipelines.weights import swap_weights
-from export import build_engine
+from export import build_engine, export_pipeline
 from export.build import calibrate, quantized
 from export.build.calibrate import CalibrationWish, calibration_file
 from sdkd.bundle.manifest import Bundle
@@ -248,7 +247,7 @@ def test_gpu_engines_of_eight_bits_are_near_the_float_graph_and_timed(precision:
     pytest.importorskip("tensorrt")
     if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no E4M3")
-    shutil.copytree(half_bundle().path, tmp_path / "bundle")
+    export_pipeline(small_pipeline(), tmp_path / "bundle", precision="fp16", verify=False)
     bundle = build_engine(tmp_path / "bundle", "tensorrt", precision=precision, calibration=WISH, keep_slower=True)
     found = Quantized.of(bundle.engine(f"tensorrt-{precision}", "unet").flags)
     assert found is not None
