@@ -17,7 +17,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -45,7 +45,7 @@ class Settings:
     least_w: float = 2.0
     most_w: float = 4.0
     solver_steps: int = 20
-    images: int = 1024
+    images: int = 768
     scenes: int = 20  # captions drawn, of each kind
     sampling_steps: int = 25
     guidance_scale: float = 4.0
@@ -106,20 +106,22 @@ class Course:
 
         return train(self.lessons.pipe, copy.deepcopy(unet), self.lessons.latents, config)
 
-    @cached_property
-    def starts(self) -> dict[str, Any]:
-        """The students before they train some more."""
+    @cache  # noqa: B019 (as long as the seed is)
+    def start(self, model: str) -> Any:
+        """A student before it trains some more."""
         from sdkd.students.blocks import build_student
 
+        if model == "few":
+            return self.trained(self.start("kd"), self.config(model, self.settings.few_steps, more=False)).unet
         blank = build_student(self.lessons.pipe.unet, STUDENT)
-        kd = self.trained(blank, self.config("kd", self.settings.kd_steps, more=False)).unet
-        return {"kd": kd, "few": self.trained(kd, self.config("few", self.settings.few_steps, more=False)).unet}
+        return self.trained(blank, self.config(model, self.settings.kd_steps, more=False)).unet
 
-    @cached_property
-    def floats(self) -> dict[str, Any]:
-        """The teacher, and the students after as many more steps in float as others have with rounding."""
-        steps, found = self.settings.more_steps, {"teacher": self.lessons.pipe.unet}
-        return found | {name: self.trained(unet, self.config(name, steps)).unet for name, unet in self.starts.items()}
+    @cache  # noqa: B019
+    def float_of(self, model: str) -> Any:
+        """The teacher, or a student after as many more steps in float as others have with rounding."""
+        if model == "teacher":
+            return self.lessons.pipe.unet
+        return self.trained(self.start(model), self.config(model, self.settings.more_steps)).unet
 
     def row(self, row: Row) -> tuple[Any, Any, Any]:
         """A UNet, what it is rounded by (None: nothing), and a calibration that was recorded of it as it is."""
@@ -128,8 +130,8 @@ class Course:
 
         # The teacher is recorded as its student by KD is.
         config = self.config(row.model, self.settings.more_steps, row.bits)
-        done = self.trained(self.starts[row.model], config) if row.aware else None
-        unet = done.unet if done else self.floats[row.model]
+        done = self.trained(self.start(row.model), config) if row.aware else None
+        unet = done.unet if done else self.float_of(row.model)
         if row.bits is None:
             return unet, None, None
         own = Start(self.lessons.pipe, unet, self.lessons.latents, config, Origin()).calibration()
