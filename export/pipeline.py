@@ -12,6 +12,7 @@ from export.graph.to_onnx import choose_opset
 from export.side_by_side import export_components, source_for
 from sdkd import __version__
 from sdkd.bundle.manifest import Bundle, Manifest
+from sdkd.bundle.quantized import CALIBRATION_FILE
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, COMPONENTS, check_components, check_precision
 from sdkd.core.files import check_free, lock, new_folder
@@ -22,7 +23,6 @@ from sdkd.models.generation import Generation, entry
 from sdkd.models.replacements import WithVae
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
-from sdkd.quantization.again import FILE
 from sdkd.quantization.calibration import BESIDE_UNET, Calibration
 from sdkd.targets.plan import EnginePlan
 
@@ -123,7 +123,7 @@ def _carry_calibration(source: Source, folder: Path, progress: Progress) -> None
     if found.weights != source.digest("unet"):
         progress("the calibration beside the UNet is of other weights: left out", None)
         return
-    found.save(folder / FILE)
+    found.save(folder / CALIBRATION_FILE)
 
 
 def _chosen(there: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.quantized import CALIBRATION_FILE
 from sdkd.core.console import Progress
 from sdkd.core.contract import BASE_COMPONENTS
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError, InputError, ModelError
-from sdkd.quantization.again import FILE
 
 if TYPE_CHECKING:
     from sdkd.quantization.calibration import Calibration
@@ -62,7 +62,7 @@ class CalibrationWish:
 
 def calibration_file(bundle: Path) -> Path:
     """Where a bundle keeps its UNet's calibration."""
-    return bundle / FILE
+    return bundle / CALIBRATION_FILE
 
 
 def check_calibratable(bundle: Bundle) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from sdkd.bundle import manifest_checks as checks
 from sdkd.bundle.onnx_weights import check_external_data
+from sdkd.bundle.quantized import CALIBRATION_FILE
 from sdkd.core.contract import Contract, vae_scale
 from sdkd.core.files import read_json, sha256, write_json
 from sdkd.core.numbers import config_problem
@@ -197,8 +198,11 @@ class Bundle:
         write_json(self.path / MANIFEST, self.manifest.to_json())
 
     def with_rest(self) -> Bundle:
-        """A fresh bundle with the hashes of all files that belong to no graph: configs, scheduler, tokenizer."""
-        known = {file.path for record in self.manifest.components.values() for file in record.files} | {MANIFEST}
+        """A fresh bundle with the hashes of all files that belong to no graph: configs, scheduler, tokenizer; without
+        a calibration, which may be recorded again.
+        """
+        known = {file.path for record in self.manifest.components.values() for file in record.files}
+        known |= {MANIFEST, CALIBRATION_FILE}
         there = (FileRecord.of(self.path, file) for file in sorted(self.path.rglob("*")) if file.is_file())
         return replace(self, manifest=replace(self.manifest, files=tuple(f for f in there if f.path not in known)))
 

@@ -12,6 +12,7 @@ from typing import Any, NotRequired, TypedDict
 from sdkd.core.schema import construct, problem
 
 # Of a record's flags.
+CALIBRATION_FILE = "calibration/unet.safetensors"  # of a bundle; recorded again for the asking, and known by digest
 KEYS = ("quantization", "rounded_layers", "float_layers", "quality", "sensitivity", "speed")
 
 

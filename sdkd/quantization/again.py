@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sdkd.bundle.manifest import Bundle, EngineRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, TRANSPOSE
+from sdkd.bundle.quantized import CALIBRATION_FILE
 from sdkd.core.files import read_json
 from sdkd.errors import BundleError
 from sdkd.quantization.scheme import LayerScales, Scheme
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
 
-FILE = "calibration/unet.safetensors"  # in a bundle
 QUANTIZATION, CALIBRATION = (
     "quantization",
     "calibration",
@@ -50,7 +50,7 @@ def _scales(
     from sdkd.quantization.calibration import Calibration
     from sdkd.quantization.scales import layer_scales
 
-    file = bundle.path / FILE
+    file = bundle.path / CALIBRATION_FILE
     calibration = Calibration.load(file)
     if calibration.digest != record.flags[QUANTIZATION][CALIBRATION]:
         raise BundleError(

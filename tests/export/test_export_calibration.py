@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from export.pipeline import export_pipeline
 from export.source import open_source
+from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.quantized import CALIBRATION_FILE
 from sdkd.errors import ModelError
 from sdkd.models.diffusers_folder import component_digest, write_pipeline
-from sdkd.quantization.again import FILE
 from sdkd.quantization.calibration import BESIDE_UNET, Calibration
 
 export: Any = partial(export_pipeline, components=("unet",), verify=False)
@@ -43,9 +44,15 @@ def student(tmp_path: Path) -> Path:
 
 def test_the_bundle_holds_it_for_the_weights_that_its_record_names(student: Path, tmp_path: Path) -> None:
     bundle = export(student, tmp_path / "bundle")
-    found = bundle.path / FILE
+    found = bundle.path / CALIBRATION_FILE
     assert found.read_bytes() == (student / "unet" / BESIDE_UNET).read_bytes()
     assert Calibration.load(found).weights == open_source(str(student), {}).digest("unet")  # the record's source_sha256
+
+
+def test_it_may_be_recorded_again(student: Path, tmp_path: Path) -> None:
+    bundle = export(student, tmp_path / "bundle")
+    calibration("1" * 64).save(bundle.path / CALIBRATION_FILE)
+    assert Bundle.open(bundle.path).manifest == bundle.manifest
 
 
 def test_it_is_left_out_where_the_weights_are_others(student: Path, tmp_path: Path) -> None:
@@ -54,12 +61,12 @@ def test_it_is_left_out_where_the_weights_are_others(student: Path, tmp_path: Pa
     save_file(kohya(unet, [layer]), lora := tmp_path / "lora.safetensors")
     said: list[str] = []
     fused = export(student, tmp_path / "fused", loras=[lora], progress=lambda text, share: said.append(text))
-    assert not (fused.path / FILE).exists()
+    assert not (fused.path / CALIBRATION_FILE).exists()
     assert "the calibration beside the UNet is of other weights: left out" in said
     shutil.copytree(student, other := tmp_path / "other")
     fixed_weights(unet, 9).save_pretrained(other / "unet")
-    assert not (export(other, tmp_path / "again").path / FILE).exists()
-    assert not (export(student, tmp_path / "vae", components=("vae_decoder",)).path / FILE).exists()
+    assert not (export(other, tmp_path / "again").path / CALIBRATION_FILE).exists()
+    assert not (export(student, tmp_path / "vae", components=("vae_decoder",)).path / CALIBRATION_FILE).exists()
 
 
 def test_a_damaged_one_is_an_error(student: Path, tmp_path: Path) -> None:
