@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from export.build.gate import OTHER, Floats, pays
 from export.build.job import Built, Job
 from export.build.options import GIB
 from export.build.parity import check_engine
-from export.build.quantized import OTHER, ROUNDED, Floats, build_light, build_rounded, pays
+from export.build.quantized import ROUNDED, build_light, build_rounded
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import DTYPES
 from sdkd.errors import BuildError

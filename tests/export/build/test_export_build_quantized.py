@@ -15,8 +15,9 @@ from small_exports import bundle_copy, small_bundle, small_pipeline
 from engines import load_pipeline, open_session
 from engines.pipelines.weights import swap_weights
 from export import build_engine, export_pipeline
-from export.build import calibrate, quantized
+from export.build import calibrate, gate, quantized
 from export.build.calibrate import CalibrationWish, calibration_file
+from export.build.job import Job
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.quantized import Quantized
 from sdkd.core.files import sha256
@@ -101,8 +102,8 @@ def test_a_slower_engine_is_an_answer_and_nothing_is_kept(tmp_path: Path, monkey
 
 @pytest.mark.parametrize(("times", "pays"), [(0.9, False), (1.04, False), (1.05, True), (1.6, True)])
 def test_what_pays(times: float, pays: bool) -> None:
-    assert quantized.pays({"speed": {"times": times}}) is pays
-    assert quantized.pays({"speed": None})
+    assert gate.pays({"speed": {"times": times}}) is pays
+    assert gate.pays({"speed": None})
 
 
 @pytest.mark.parametrize("target", CPU_TARGETS)
@@ -156,7 +157,7 @@ def test_a_gate_that_cannot_be_kept_says_what_to_do(monkeypatch: pytest.MonkeyPa
     bundle = rounded_copy(tmp_path / "bundle")
     record = bundle.engine("onnxruntime-int8", "unet")
     component = bundle.component("unet")
-    job = quantized.Job(
+    job = Job(
         "unet", "onnxruntime", "int8", str(bundle.path / component.files[0].path), str(tmp_path), component.contract,
         (), ({"batch": 1, "height": 16, "width": 16, "sequence": 77},), record.flags, bundle=str(bundle.path),
     )  # fmt: skip
@@ -232,9 +233,9 @@ def test_a_call_is_repeated_and_cut_to_what_an_engine_takes() -> None:
     calibration = Calibration.load(calibration_file(rounded_bundle().path))
     component = rounded_bundle().component("unet")
     sizes = {"batch": 3, "height": 8, "width": 24, "sequence": 77}
-    job = quantized.Job("unet", "openvino", "int8", "", "", component.contract, (), (sizes,))
+    job = Job("unet", "openvino", "int8", "", "", component.contract, (), (sizes,))
     call = calibration.calls[0]
-    feeds = quantized.call_feeds(job, call)
+    feeds = gate.call_feeds(job, call)
     assert {name: array.shape for name, array in feeds.items()} == {
         "sample": (3, 4, 8, 24), "timestep": (), "encoder_hidden_states": (3, 77, call.text.shape[2])
     }  # fmt: skip
