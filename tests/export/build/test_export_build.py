@@ -261,7 +261,7 @@ ONNX, RTX = "onnxruntime", "tensorrt-rtx"
     ("before", "target", "options", "message"),
     [
         (None, "tensorflow", {}, r"target 'tensorflow' is unknown: choose one of onnxruntime, openvino, tensorrt"),
-        (None, ONNX, {"precision": "fp8"}, r"precision 'fp8' is unknown"),
+        (None, ONNX, {"precision": "fp8"}, r"onnxruntime has no fp8"),
         (None, ONNX, {"precision": "fp16"}, r"cannot make a fp16 engine from an fp32 graph.*--precision fp16"),
         (None, RTX, {"precision": "bf16"}, r"tensorrt-rtx cannot make a bf16 engine from an fp32 graph"),
         (None, RTX, {}, r"is fp32, which tensorrt-rtx would build as a slow fp32 engine.*--precision fp16"),
