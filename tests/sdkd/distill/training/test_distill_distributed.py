@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,17 @@ def test_two_processes_equal_one_with_twice_the_batch(objective: str, tmp_path: 
     assert sorted(states) == ["cpu.0", "cpu.1"]
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """As launched processes have it: with more, sums are taken in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_one_thread")
 def test_two_processes_round_by_what_the_first_has_recorded(tmp_path: Path) -> None:
     """Not bit for bit as one: a sum in another order may be rounded to the next code."""
     logs = [
