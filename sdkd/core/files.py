@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from sdkd.core.documents import read_json
 from sdkd.core.outputs import Input, check_file_free, check_free
@@ -29,20 +30,27 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary name beside it, fsync, rename."""
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A stream into a file that is there whole or not at all: temporary name beside it, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = temporary(path, "partial")
     try:
         with name.open("xb") as stream:
             hold(stream.fileno())
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
             os.replace(name, path)
     except BaseException:
         name.unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file as `written` does."""
+    with written(path) as stream:
+        stream.write(data)
 
 
 def write_json(path: Path, data: object) -> None:

@@ -8,15 +8,13 @@ are rounded, too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdkd.core.files import write_bytes
-from sdkd.core.replace import hold, temporary
+from sdkd.core.files import write_bytes, written
 from sdkd.errors import BundleError
 from sdkd.quantization.scales import weight_codes
 from sdkd.quantization.scheme import LayerScales, Scheme
@@ -68,18 +66,9 @@ def save_quantized(model: ModelProto, folder: Path, file: Path) -> None:
     One weight at a time, so that neither memory nor protobuf's 2 GB are a limit. The model then refers to the new file.
     """
     beside = file.with_name(f"{file.name}.data")
-    partial = temporary(beside, "partial")
-    try:
-        with partial.open("xb") as stream:
-            hold(stream.fileno())
-            for tensor in model.graph.initializer:
-                _put_beside(tensor, folder, stream, beside.name)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, beside)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with written(beside) as stream:
+        for tensor in model.graph.initializer:
+            _put_beside(tensor, folder, stream, beside.name)
     write_bytes(file, model.SerializeToString())
 
 
