@@ -55,14 +55,12 @@ def decide(job: Job, scheme: Scheme, folder: Path, progress: Progress) -> Rounde
 
     from sdkd.models.bundle_modules import module_of
     from sdkd.quantization.calibration import Calibration
-    from sdkd.quantization.scales import layer_scales
+    from sdkd.quantization.fake import unet_scales
     from sdkd.quantization.sensitivity import choose
 
     calibration = Calibration.load(calibration_file(Path(job.bundle)))
     unet = module_of(Bundle.open(job.bundle), "unet")
-    weights = {name: array for name, array in graph_weights(Path(job.onnx)).items() if name in calibration.layers}
-    scales = layer_scales(calibration, scheme, weights)
-    del weights
+    scales = unet_scales(unet, calibration, scheme)
     most = int(MOST_FLOAT * len(scales))
     with torch.inference_mode():
         choice = choose(unet, calibration.calls, scales, scheme, LIMIT, most, progress)
@@ -100,8 +98,7 @@ def write_graph(onnx: Path, scales: Mapping[str, Any], scheme: Scheme, folder: P
 def build_rounded(job: Job, build: Builder, floats: Floats, progress: Progress) -> tuple[Built, dict[str, Any]]:
     """A UNet's engine of eight bits and what was found out about it; see the module.
 
-    `floats` builds the engine in the target's half precision. The second is part of the record's flags; its `kept` is
-    False for an engine that does not pay, which is not to be kept unless the job says so.
+    `floats` builds the engine in the target's half precision. The second is part of the record's flags.
     Raises ValuesError where the engine is too far off.
     """
     scheme = Scheme(**job.flags[QUANTIZATION]["scheme"])

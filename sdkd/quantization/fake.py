@@ -10,9 +10,18 @@ import torch
 from torch.nn import functional
 
 from sdkd.errors import InputError
+from sdkd.quantization.calibration import Calibration
+from sdkd.quantization.scales import layer_scales
 from sdkd.quantization.scheme import LARGEST, LayerScales, Scheme
+from sdkd.quantization.watching import watched
 
 _LEAST = 1e-12  # as sdkd.quantization.scales has it
+
+
+def unet_scales(unet: torch.nn.Module, calibration: Calibration, scheme: Scheme) -> dict[str, LayerScales]:
+    """What the layers of a UNet are rounded with."""
+    weights = {name: unet.get_parameter(f"{name}.weight").detach().float().cpu().numpy() for name in watched(unet)}
+    return layer_scales(calibration, scheme, weights)
 
 
 @contextlib.contextmanager

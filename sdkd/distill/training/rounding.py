@@ -25,11 +25,9 @@ from sdkd.distill.training.drawing import drawing_pipeline, result_scheduler
 from sdkd.errors import InputError
 from sdkd.quantization import recording
 from sdkd.quantization.calibration import BESIDE_UNET, Calibration
-from sdkd.quantization.fake import fake_quantized
+from sdkd.quantization.fake import fake_quantized, unet_scales
 from sdkd.quantization.recording import Usual, record
-from sdkd.quantization.scales import layer_scales
-from sdkd.quantization.scheme import LayerScales, Scheme
-from sdkd.quantization.watching import watched
+from sdkd.quantization.scheme import Scheme
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,12 +117,6 @@ def shared(accelerator: Accelerator, make: Callable[[], Calibration]) -> Calibra
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / FILE).write_bytes(content[0])
         return Calibration.load(file)
-
-
-def unet_scales(unet: torch.nn.Module, calibration: Calibration, scheme: Scheme) -> dict[str, LayerScales]:
-    """What the layers of a UNet are rounded with."""
-    weights = {name: unet.get_parameter(f"{name}.weight").detach().float().cpu().numpy() for name in watched(unet)}
-    return layer_scales(calibration, scheme, weights)
 
 
 @contextlib.contextmanager

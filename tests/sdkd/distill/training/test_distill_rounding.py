@@ -14,7 +14,7 @@ from training_runs import RUN, job, latents, losses, same, trained, trainer, une
 
 from sdkd.distill import TrainConfig
 from sdkd.distill.training.log import LOG, read_log
-from sdkd.distill.training.rounding import FILE, Start, rounded, unet_scales
+from sdkd.distill.training.rounding import FILE, Start, rounded
 from sdkd.distill.training.run import run
 from sdkd.distill.training.trainer import Trainer
 from sdkd.errors import InputError
@@ -22,6 +22,7 @@ from sdkd.models.diffusers_folder import component_digest
 from sdkd.models.resolve import load_component
 from sdkd.quantization import recording
 from sdkd.quantization.calibration import Calibration
+from sdkd.quantization.fake import unet_scales
 from sdkd.quantization.scheme import Scheme
 from sdkd.students.blocks import build_student, copy_unet
 
