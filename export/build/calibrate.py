@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,11 +91,8 @@ def calibrated(bundle: Bundle, wish: CalibrationWish, profile: ShapeRanges, prog
 
     weights, file = bundle.component("unet").source_sha256, calibration_file(bundle.path)
     if wish.file is not None:
-        _check_weights(Calibration.load(wish.file), weights, wish.file)
-        if wish.file.resolve() != file.resolve():
-            file.parent.mkdir(exist_ok=True)
-            shutil.copyfile(wish.file, partial := file.with_suffix(".partial"))
-            partial.replace(file)
+        _check_weights(given := Calibration.load(wish.file), weights, wish.file)
+        given.save(file)
         return file
     if file.is_file():
         found = Calibration.load(file)
