@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench_kit.demo_models import Lessons, write_ablation
+from bench_kit.demo_models import Lessons, kept, write_ablation
 from bench_kit.results import ROOT, commit, span
 
 from sdkd.core.console import markdown_table
@@ -107,7 +107,7 @@ def series(students: list[str], seeds: list[int], settings: Settings) -> None:
     lessons: Examined | None = None
     for seed, student, variant in itertools.product(seeds, students, VARIANTS):
         path = FOLDER / "runs" / f"{student}-{variant[0]}-{seed}.json"
-        if path.is_file() and read_json(path)["settings"] == asdict(settings):
+        if kept(path, settings):
             continue
         lessons = lessons or Examined(settings)
         named = {"student": student, "variant": variant, "seed": seed, "settings": asdict(settings), "commit": commit()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench_kit.demo_models import Lessons, write_ablation
+from bench_kit.demo_models import Lessons, kept, write_ablation
 from bench_kit.results import NONE, ROOT, commit, span
 
 from sdkd.core.console import markdown_table
@@ -161,11 +161,6 @@ def series(names: list[str], seeds: list[int], settings: Settings) -> None:
             write_json(path, {**about, "steps": steps})
             said = ", ".join(f"{count}: {right(marks):.0%}" for count, marks in steps.items())
             print(f"{WORDS[name]}, seed {seed}: captions right in steps {said}", flush=True)
-
-
-def kept(path: Path, settings: Settings) -> bool:
-    """Whether a run with these settings is there."""
-    return path.is_file() and read_json(path)["settings"] == asdict(settings)
 
 
 def right(marks: Mapping[str, Any]) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench_kit.demo_models import Lessons, write_ablation
+from bench_kit.demo_models import Lessons, kept, write_ablation
 from bench_kit.results import NONE, ROOT, commit, span
 
 from sdkd.core.console import markdown_table
@@ -209,11 +209,6 @@ def series(names: list[str], seeds: list[int], settings: Settings) -> None:
             about = {"row": name, "seed": seed, "settings": asdict(settings), "commit": commit()}
             write_json(path, {**about, "marks": marks})
             print(f"{ROWS[name].words}, seed {seed}: captions right {right(marks):.0%}", flush=True)
-
-
-def kept(path: Path, settings: Settings) -> bool:
-    """Whether a run with these settings is there."""
-    return path.is_file() and read_json(path)["settings"] == asdict(settings)
 
 
 def right(marks: Mapping[str, Any]) -> float:

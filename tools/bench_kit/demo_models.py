@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdkd.core.files import write_bytes, write_json
+from sdkd.core.files import read_json, write_bytes, write_json
 
 
 def drawn_captions(count: int) -> list[str]:
@@ -40,6 +40,11 @@ class Lessons:
         pipe = StableDiffusionPipeline(**{**self.pipe.components, "unet": unet}, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def kept(path: Path, settings: Any) -> bool:
+    """Whether a run of an ablation with these settings (a dataclass) is there."""
+    return path.is_file() and bool(read_json(path)["settings"] == asdict(settings))
 
 
 def write_ablation(
