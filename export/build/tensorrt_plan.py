@@ -22,6 +22,7 @@ from export.build.tensorrt_progress import progress_monitor
 from sdkd.core.console import Progress
 from sdkd.core.contract import UNETS
 from sdkd.errors import BuildError
+from sdkd.targets.fast_precisions import FP8_CAPABILITY
 from sdkd.targets.gpu_trial import capabilities, runs_portably
 from sdkd.targets.registry import gpu
 from sdkd.targets.tensorrt_api import (
@@ -39,7 +40,6 @@ SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 # Without a list of compute capabilities tensorrt_rtx builds one plan for 8.0 and all later GPUs; 7.5 must be named.
 PORTABLE_FROM = (8, 0)
-FP8_FROM = (8, 9)  # the first with E4M3 tensor cores
 ACTIVATION_RESIZE = "RUNTIME_ACTIVATION_RESIZE_10_10"
 
 
@@ -75,7 +75,7 @@ def build(job: Job, progress: Progress) -> Built:
     file = job.file(".engine")
     with file.open("wb") as stream:
         stream.write(plan)
-    built_for = _built_for(trt, job.target, options, FP8_FROM if job.precision == "fp8" else PORTABLE_FROM)
+    built_for = _built_for(trt, job.target, options, FP8_CAPABILITY if job.precision == "fp8" else PORTABLE_FROM)
     run = _runner(job, plan) if _runs_here(job, built_for) else None
     return Built((file.name,), {**facts, **_plan_facts(plan)}, built_for, run)
 

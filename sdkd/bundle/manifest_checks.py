@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdkd.bundle.quantized import flags_problem
-from sdkd.core.contract import PRECISIONS, QUANTIZED
+from sdkd.core.contract import ENGINE_PRECISIONS, PRECISIONS
 from sdkd.errors import BundleError
 
 # Options of OpenVINO that an engine's build writes down; any other could name files to write or libraries to load.
@@ -58,7 +58,7 @@ def strange_values(manifest: Mapping[str, Any]) -> Iterator[str]:
             for spec in row["contract"][side]:
                 yield from _strange_tensor(f"components.{name}.contract.{side}", spec)
     for name, row in manifest["engines"].items():
-        yield from _strange_record(f"engines.{name}", row, (*PRECISIONS, *QUANTIZED))
+        yield from _strange_record(f"engines.{name}", row, ENGINE_PRECISIONS)
         config = row.get("flags", {}).get("config", {})
         if not isinstance(config, dict) or not set(config) <= set(OPENVINO_CONFIG):
             yield f"engines.{name}.flags.config is {config!r}, it can have {' and '.join(OPENVINO_CONFIG)} alone"

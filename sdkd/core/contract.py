@@ -21,6 +21,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 EnginePrecision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 QUANTIZED: tuple[EnginePrecision, ...] = ("int8", "fp8")  # of engines: their tensors, and the graph's, are not
+ENGINE_PRECISIONS: tuple[EnginePrecision, ...] = (*PRECISIONS, *QUANTIZED)
 _FOUR_OR_EIGHT = ("int4", "uint4", "nf4", "fp4", "uint8", "qint8", "w8a8")  # names that peers have, nearest to int8
 DTYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BASE_COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")  # of every pipeline
@@ -174,11 +175,9 @@ def check_precision(name: str) -> Precision:
 
 def check_engine_precision(name: str) -> EnginePrecision:
     """The name as an EnginePrecision; InputError lists the choices."""
-    if name in QUANTIZED:
-        return name
-    if name not in PRECISIONS:
-        choices = ", ".join((*PRECISIONS, *QUANTIZED))
+    if name not in ENGINE_PRECISIONS:
         near = "; the nearest to it is int8" * (name.lower() in _FOUR_OR_EIGHT)
+        choices = ", ".join(ENGINE_PRECISIONS)
         raise InputError(f"precision {name!r} of an engine is unknown: choose one of {choices}{near}")
     return name
 

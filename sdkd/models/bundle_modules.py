@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
-from sdkd.core.contract import CONFIG_FOLDERS
+from sdkd.core.contract import CACHED_UNET, CONFIG_FOLDERS
 from sdkd.core.files import read_json
 from sdkd.errors import BundleError
 from sdkd.models.diffusers_folder import PIPELINES, load_rest, quiet_libraries
@@ -39,7 +39,7 @@ def module_of(bundle: Bundle, part: str) -> Any:
     where the graph lacks a weight by name.
     """
     halves = [name for name, folder in CONFIG_FOLDERS.items() if folder == part and name in bundle.manifest.components]
-    halves = [name for name in halves if name != "unet_cached"]
+    halves = [name for name in halves if name != CACHED_UNET]
     if not halves:
         raise BundleError(f"bundle {str(bundle.path)!r} has no {part}: {_EXPORT}")
     index = bundle.json("model_index.json") if (bundle.path / "model_index.json").is_file() else {}

@@ -6,10 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from sdkd.core.contract import PRECISIONS, QUANTIZED, EnginePrecision
+from sdkd.core.contract import ENGINE_PRECISIONS, EnginePrecision
 from sdkd.errors import InputError
 
-EVERY: tuple[EnginePrecision, ...] = (*PRECISIONS, *QUANTIZED)
 FP8_CAPABILITY = (8, 9)
 TENSOR_CORES = "tensor cores"
 
@@ -60,7 +59,7 @@ def weight_bits(flags: Collection[str]) -> Literal[7, 8]:
 
 def cpu_precisions_fast(flags: Collection[str]) -> tuple[Fast, ...]:
     """One row for each precision, of a CPU with these flags."""
-    return tuple(_on_cpu(precision, flags) for precision in EVERY)
+    return tuple(_on_cpu(precision, flags) for precision in ENGINE_PRECISIONS)
 
 
 def _on_cpu(precision: EnginePrecision, flags: Collection[str]) -> Fast:
@@ -79,7 +78,7 @@ def gpu_precisions_fast(compute_capability: str) -> tuple[Fast, ...]:
     """One row for each precision, of an NVIDIA GPU of a compute capability such as 8.9; InputError for other text."""
     here, found = _capability(compute_capability), list[Fast]()
     first = {precision: (least, why) for precision, least, why in GPU_ROWS}
-    for precision in EVERY:
+    for precision in ENGINE_PRECISIONS:
         if precision not in first:
             tf32 = "on tensor cores in TF32 where that is allowed" if here >= (8, 0) else "what every GPU computes in"
             found.append(Fast(precision, True, "", tf32))

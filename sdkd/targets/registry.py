@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sdkd.core.contract import PRECISIONS, QUANTIZED
+from sdkd.core.contract import ENGINE_PRECISIONS
 from sdkd.errors import InputError, MissingExtraError
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -81,7 +81,7 @@ class Availability:
 
 def check_target(name: str) -> Target:
     """The target of a name or slot (`openvino-bf16` -> openvino); InputError lists the choices."""
-    for suffix in ("", *(f"-{precision}" for precision in (*PRECISIONS, *QUANTIZED))):
+    for suffix in ("", *(f"-{precision}" for precision in ENGINE_PRECISIONS)):
         base = name.removesuffix(suffix) if suffix else name
         if base in TARGETS:
             return TARGETS[base]
