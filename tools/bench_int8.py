@@ -241,6 +241,7 @@ def main() -> None:
     check_known("target", targets, TARGETS)
     given = {"rounds": asked.rounds, "images": asked.images, "steps": asked.steps, "work": str(asked.work)}
     place = Place(asked.work, python_path(), logged=False)
+    command = command_of("bench_int8.py", asked, "models", "targets", "rounds", "images", "steps")
     rows: list[dict[str, Any]] = []
     errors: dict[str, str] = {}
     for model in asked.models.split(","):
@@ -249,9 +250,8 @@ def main() -> None:
             result = run_one(piece, place)
             rows += result["rows"]
             errors |= result["errors"]
-    command = command_of("bench_int8.py", asked, "models", "targets", "rounds", "images", "steps")
-    found = {**head(command), "rows": rows, "errors": errors}
-    keep(asked.output / machine() / "int8.json", found, page(found))
+            found = {**head(command), "rows": rows, "errors": errors}  # what was measured is not lost with the rest
+            keep(asked.output / machine() / "int8.json", found, page(found))
 
 
 if __name__ == "__main__":

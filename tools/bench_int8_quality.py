@@ -15,68 +15,84 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_kit.demo_models import drawn_captions
+from bench_kit.demo_models import drawn_scenes
 from bench_kit.record import Record
-from bench_kit.results import NONE, ROOT, command_of, commit, keep, machine, parse, today
+from bench_kit.results import NONE, ROOT, command_of, head, keep, machine, parse
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
 
 from sdkd.core.console import markdown_table
 
 SHOWN_LAYERS = 5  # of the sensitivities, the largest
-
-
-def subjects_of(model: str, targets: Sequence[str], run: Any, size: int, folder: Path, progress: Any) -> list[Any]:
-    """A model in eager float32 and on int8 engines; its bundle is made where it is missing."""
-    from sdkd.compare import Subject
-    from sdkd.core.profiles import Range, ShapeRanges
-    from sdkd.models.resolve import resolve
-    from sdkd.targets.plan import plan_for_model
-    from sdkd.workflow import prepare
-
-    name, ranges = Path(model).name, ShapeRanges(*(Range.fixed(number) for number in (1, size, size, 77)))
-    found = [Subject(f"{name} eager", model, run=run)]
-    for target in targets:
-        plan = plan_for_model(target, "int8")
-        made = prepare(resolve(model), plan, folder / name, ranges=ranges, progress=progress)
-        found.append(Subject(f"{name} {made.slot}", model, made.slot, plan.precision, made.bundle, run=run))
-    return found
+BATCH = 20  # images at once
 
 
 def measure(record: Record, models: str, targets: str, captions: int, work: str) -> None:
-    """The images of all subjects, and what their engines' records say."""
-    from sdkd.compare import compare
-    from sdkd.compare.measure.defaults import AS_MADE, default_judge, runs_of
-    from sdkd.core.console import progress
-    from sdkd.toyworld.scenes import IMAGE_SIZE
+    """The images of every model in float and on engines, and what the engines' records say."""
+    from sdkd.compare.measure.defaults import AS_MADE, runs_of
+    from sdkd.core.console import progress, within
 
-    names, prompts = models.split(","), drawn_captions(captions)
+    names, scenes = models.split(","), drawn_scenes(captions)
     runs, _ = runs_of(names, AS_MADE)
     with progress("int8 quality") as shown:
-        every = [
-            subject
-            for model in names
-            for subject in subjects_of(model, targets.split(","), runs[model], IMAGE_SIZE, Path(work), shown)
-        ]
-        report = compare(
-            every, prompts=prompts, runs=1, min_seconds=0.0, image_runs=1, judge=default_judge(names, prompts, None),
-            progress=shown,
-        )  # fmt: skip
-    for row in report.results:
-        record.row(**_row(row, report))
+        for place, model in enumerate(names):
+            part = within(shown, place / len(names), (place + 1) / len(names))
+            _model(record, model, runs[model], targets.split(","), scenes, Path(work), part)
 
 
-def _row(row: Any, report: Any) -> dict[str, Any]:
+def _model(
+    record: Record, model: str, run: Any, targets: Sequence[str], scenes: Sequence[Any], work: Path, progress: Any
+) -> None:
+    """A row of a model in eager float32, and one for each target; its bundle and engines are made where missing."""
+    from engines.pipelines.pipeline import load_pipeline
+    from sdkd.bundle.manifest import Bundle
+    from sdkd.bundle.quantized import Quantized
+    from sdkd.core.console import within
+    from sdkd.core.profiles import Range, ShapeRanges
+    from sdkd.models.resolve import load_eager, resolve
+    from sdkd.targets.plan import plan_for_model
+    from sdkd.toyworld.scenes import IMAGE_SIZE
+    from sdkd.workflow import prepare
+
+    name = Path(model).name
+    progress(f"{name} eager", 0.0)
+    eager = _images(load_eager(resolve(model)), run, scenes)
+    record.row(**_row(f"{name} eager", run, eager, scenes))
+    ranges = ShapeRanges(Range(1, BATCH, BATCH), *(Range.fixed(number) for number in (IMAGE_SIZE, IMAGE_SIZE, 77)))
+    for place, target in enumerate(targets, 1):
+        part = within(progress, place / (1 + len(targets)), (place + 1) / (1 + len(targets)))
+        made = prepare(resolve(model), plan_for_model(target, "int8"), work / name, ranges=ranges, progress=part)
+        progress(f"{name} {made.slot}", (place + 0.7) / (1 + len(targets)))
+        images = _images(load_pipeline(made.bundle, made.slot), run, scenes)
+        rounding = Quantized.of(Bundle.open(made.bundle).engine(made.slot, "unet").flags)
+        record.row(**_row(f"{name} {made.slot}", run, images, scenes, eager, rounding))
+
+
+def _images(pipe: Any, run: Any, scenes: Sequence[Any]) -> list[Any]:
+    from sdkd.models.schedulers import use_scheduler
+    from sdkd.toyworld.reader import draw
+
+    use_scheduler(pipe, run.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return draw(pipe, scenes, run.steps, run.guidance_scale, seed=0, batch_size=BATCH)
+
+
+def _row(
+    subject: str, run: Any, images: Sequence[Any], scenes: Sequence[Any], eager: Any = None, rounding: Any = None
+) -> dict[str, Any]:
     """One subject's result."""
+    from sdkd.compare.measure.quality import likeness
     from sdkd.compare.measure.results import rounding_json
+    from sdkd.toyworld.reader import judge_captions
+    from sdkd.toyworld.scenes import caption
 
-    close, judged = row.against_eager, row.judged
+    judged = judge_captions(images, [caption(scene) for scene in scenes])
+    close = likeness(images, eager, "eager") if eager else None
     return {
-        "subject": row.subject.label, "run": str(row.run), "judged": judged,
-        "right": None if judged is None else sum(judged.values()) / len(judged),
+        "subject": subject, "run": str(run), "judged": judged, "right": sum(judged.values()) / len(judged),
         "psnr_mean_db": close and close.psnr_mean_db, "psnr_min_db": close and close.psnr_min_db,
-        "ssim_mean": close and close.ssim_mean, "per_image_psnr_db": close and [one.psnr_db for one in close.per_image],
-        "verdict": row.verdict and row.verdict.found,
-        "rounding": row.rounding and {**rounding_json(row.rounding), "sensitivity": dict(row.rounding.ranking)},
+        "ssim_mean": close and close.ssim_mean,
+        "per_image_psnr_db": close and [round(one.counted_db, 2) for one in close.per_image],
+        "rounding": rounding and {**rounding_json(rounding), "sensitivity": dict(rounding.ranking)},
     }  # fmt: skip
 
 
@@ -121,9 +137,7 @@ def main() -> None:
     piece = Piece("int8-quality", "bench_int8_quality:measure", {**given, "work": str(asked.work)})
     result = run_or_exit(piece, Place(asked.work, python_path(), logged=False))
     command = command_of("bench_int8_quality.py", asked, *given)
-    found = {
-        "machine": machine(), "date": today(), "commit": commit(), "command": command, "rows": result["rows"],
-    }  # fmt: skip
+    found = {**head(command), "rows": result["rows"]}
     keep(asked.output / machine() / "int8-quality.json", found, list(page(found)))
 
 

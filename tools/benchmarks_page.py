@@ -159,6 +159,17 @@ def eight_bits(found: Json) -> Rows:
     ]
 
 
+def eight_bit_images(found: Json) -> Rows:
+    """tools/bench_int8_quality.py: images of every model in float and on engines in int8."""
+    rows = []
+    for row in found["rows"]:
+        close = [NONE if row[name] is None else f"{row[name]:.1f}" for name in ("psnr_mean_db", "psnr_min_db")]
+        rounding = row["rounding"]
+        worst = f"{max(call['relative'] for call in rounding['quality']['engine']):.2%}" if rounding else NONE
+        rows.append([row["subject"], f"{row['right']:.1%}", *close, worst])
+    return rows
+
+
 def staircase(found: Json) -> Rows:
     """tools/bench_staircase.py: every row of the staircase."""
     return [[stair["change"], *_stair(stair)] for stair in found["comparison"]["staircase"]]
@@ -226,6 +237,7 @@ COST = ("s", "peak memory, GB", "files, MB")
 ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
 FEWER = ("captions right", *(f"{count} step{'' if count == '1' else 's'}" for count in FEW), "25 steps, guided")
 EIGHT = ("simulated in PyTorch", "captions right", "dB to the teacher", "dB to itself in float", "largest error")
+ROUNDED_IMAGES = ("images", "captions right", "dB to eager float32", "worst", "largest error of a prediction")
 DECODED = ("drawings", "PSNR to the full VAE's, mean (worst)", "SSIM", "MMACs, full decoder", "small")
 DECODER_COMMAND = "python tools/train_demo_decoder.py --work artifacts/demo-decoder"
 KINDS = (
@@ -253,6 +265,7 @@ KINDS = (
     Kind("*/caching.json", caching, CACHED),
     Kind("*/decoder.json", decoder, ("decoded on", "full VAE", "small VAE", "faster (95 %)")),
     Kind("*/int8.json", eight_bits, ("UNet of", "engine", "a call", "faster than its target's first (95 %)")),
+    Kind("*/int8-quality.json", eight_bit_images, ROUNDED_IMAGES, 1),
     Kind("demo-decoder/likeness.json", demo_decoder, DECODED, 2, f"`{DECODER_COMMAND}`"),
 )
 

@@ -85,7 +85,7 @@ def calibrated(bundle: Bundle, wish: CalibrationWish, profile: ShapeRanges, prog
 
     `profile`: of the engine, whose best size the images have. Takes minutes for a full-size model; what was recorded
     is gone on with after an interrupt. Raises ModelError for a file of another model's weights, BundleError as
-    `check_calibratable`, ValuesError for NaN or infinity.
+    `check_calibratable`, InputError where it would replace ranges of training, ValuesError for NaN or infinity.
     """
     from sdkd.quantization.calibration import Calibration
 
@@ -100,6 +100,7 @@ def calibrated(bundle: Bundle, wish: CalibrationWish, profile: ShapeRanges, prog
         if wish.answered(found.about):
             progress("calibration: recorded before, reused", None)
             return file
+        _check_untrained(found, file)
     check_calibratable(bundle)
     _record(bundle, wish, profile, weights, progress).save(file)
     return file
@@ -110,6 +111,15 @@ def _check_weights(found: Calibration, weights: str, file: Path) -> None:
         raise ModelError(
             f"calibration {str(file)!r} is of another model's UNet (weights {found.weights[:12]}, these are "
             f"{weights[:12]}): give one that was recorded with these weights, or leave it out"
+        )
+
+
+def _check_untrained(found: Calibration, file: Path) -> None:
+    """InputError for ranges that weights were trained with, which a recording would replace."""
+    if "trained" in found.about:
+        raise InputError(
+            f"calibration {str(file)!r} holds the ranges that this UNet was trained to be rounded with, and recording "
+            "others would lose them: leave out --calibrate-prompts, --calibrate-images and --calibrate-steps"
         )
 
 

@@ -3,7 +3,8 @@
 A rounded layer reads DequantizeLinear(QuantizeLinear(input)) and DequantizeLinear(8-bit weight). Tensors made here are
 named after their layer: `<layer>.weight_int8`, `<layer>.input_scale`. Found with onnxruntime 1.32: it fuses a MatMul
 only when every reader of an input has a DequantizeLinear of its own, and a Conv only when what it gives and its bias
-are rounded, too.
+are rounded, too. OpenVINO 2026.4 multiplies by its scale twice what a Conv without a bias gives, where batch or size is
+not fixed and several nodes read it, such as a sum and a norm; a bias of zeros it takes out.
 """
 
 from __future__ import annotations
@@ -163,6 +164,8 @@ class _Writer:
         axis = 0 if convolution or any(one.name == "transB" and one.i for one in node.attribute) else 1
         if self.scheme.outputs and convolution and len(node.input) > 2 and node.input[2] in self.floats:
             bias = self._array(node.input[2])
+        elif convolution:
+            self._keep_bias(node, layer, dtype)
         if self.scheme.activations != "none":
             codes = self._input(node.input[0], layer, scales, dtype, convolution)
             node.input[0] = self._node(DEQUANTIZE, codes, f"{layer}.input")
@@ -173,6 +176,17 @@ class _Writer:
         self.nodes.append(node)
         if self.scheme.outputs and convolution:
             self._output(node, layer, scales, dtype)
+
+    def _keep_bias(self, node: NodeProto, layer: str, dtype: np.dtype[Any]) -> None:
+        """Give a convolution without a bias, or with zeros, one that is too small to change anything."""
+        import ml_dtypes
+
+        name = node.input[2] if len(node.input) > 2 else ""
+        if name and (name not in self.floats or self._array(name).any()):
+            return
+        channels = self.floats[f"{layer}.weight"].dims[0]
+        least = np.full(channels, ml_dtypes.finfo(dtype).smallest_normal, dtype)
+        node.input[2:] = [self._constant(f"{layer}.bias_least", least)]
 
     def _dtype(self, layer: str) -> np.dtype[Any]:
         """Of a layer's floats and scales; BundleError where they do not go with the scheme."""

@@ -10,11 +10,18 @@ from typing import Any
 from sdkd.core.files import read_json, write_bytes, write_json
 
 
-def drawn_captions(count: int) -> list[str]:
-    """Captions of different seen scenes, the same for every benchmark."""
-    from sdkd.toyworld.scenes import caption, sample_scenes, seen_scenes
+def drawn_scenes(count: int) -> list[Any]:
+    """Different seen scenes, the same for every benchmark."""
+    from sdkd.toyworld.scenes import sample_scenes, seen_scenes
 
-    return [caption(scene) for scene in sample_scenes(seen_scenes(), count, seed=31)]
+    return sample_scenes(seen_scenes(), count, seed=31)
+
+
+def drawn_captions(count: int) -> list[str]:
+    """Their captions."""
+    from sdkd.toyworld.scenes import caption
+
+    return [caption(scene) for scene in drawn_scenes(count)]
 
 
 class Lessons:

@@ -198,6 +198,18 @@ def test_a_calibration_of_the_same_weights_is_taken_over(tmp_path: Path) -> None
     assert file.read_bytes() == given.read_bytes()
 
 
+def test_ranges_of_training_are_not_recorded_over(tmp_path: Path) -> None:
+    bundle, own = bundle_copy(tmp_path / "bundle"), Calibration.load(calibration_file(rounded_bundle().path))
+    profile = calibrate.ShapeRanges.from_json(rounded_bundle().engine("onnxruntime-int8", "unet").ranges.to_json())
+    file = calibration_file(bundle.path)
+    file.parent.mkdir()
+    dataclasses.replace(own, about={**own.about, "trained": {"steps": 4}}).save(file)
+    before = file.read_bytes()
+    with pytest.raises(InputError, match="was trained to be rounded with, and recording others would lose them"):
+        calibrate.calibrated(bundle, CalibrationWish(images=5), profile, lambda *_: None)
+    assert calibrate.calibrated(bundle, CalibrationWish(), profile, lambda *_: None).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("wish", "words"),
     [

@@ -274,16 +274,6 @@ def rounded_unet(folder: Path, scheme: Scheme) -> Path:
     return saved
 
 
-def unet_inputs() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
-    sample, context = rng.standard_normal((2, 4, 16, 16)), rng.standard_normal((2, 77, 32))
-    return {
-        "sample": sample.astype(np.float32),
-        "timestep": np.array(500, np.float32),
-        "encoder_hidden_states": context.astype(np.float32),
-    }
-
-
 def unet_feeds() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     sample, context = rng.standard_normal((2, 4, 16, 16)), rng.standard_normal((2, 77, 32))
@@ -332,12 +322,20 @@ def test_onnxruntime_fuses_every_rounded_layer_and_attention_still(tmp_path: Pat
     assert found["MatMul"] == 0
 
 
-def openvino_run(model: ModelProto | Path, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, Counter[str]]:
-    """What OpenVINO gives, and how many of its layers of each kind compute in what: {"Convolution u8": 1}."""
+def openvino_run(
+    model: ModelProto | Path, feeds: dict[str, np.ndarray], batches: tuple[int, int] | None = None
+) -> tuple[np.ndarray, Counter[str]]:
+    """What OpenVINO gives, and how many of its layers of each kind compute in what: {"Convolution u8": 1}.
+
+    `batches`: the least and the most that it is compiled for.
+    """
     pytest.importorskip("openvino")
     core, read = openvino_core(), str(model) if isinstance(model, Path) else model.SerializeToString()
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = core.compile_model(core.read_model(read), "CPU", config)
+    network = core.read_model(read)
+    if batches is not None:
+        network.reshape({name: [batches, *value.shape[1:]] for name, value in feeds.items()})
+    compiled = core.compile_model(network, "CPU", config)
     facts = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
     names = [" ".join(one[name].astype(str) for name in ("layerType", "runtimePrecision")) for one in facts]
     return next(iter(compiled(feeds).values())), Counter(names)
@@ -374,6 +372,28 @@ def test_openvino_takes_all_of_a_unets_rounded_layers_in_integers(tmp_path: Path
     assert np.isfinite(found).all()
     assert names["Convolution u8"] + names["FullyConnected u8"] == kinds["int8"] == 50
     assert names["Convolution f32"] + names["FullyConnected f32"] == kinds["fp32"]
+
+
+@pytest.mark.parametrize("bias", [None, 0.0, 1.0])
+def test_openvino_scales_once_what_several_nodes_read(bias: float | None) -> None:
+    rng = np.random.default_rng(3)
+    weights = {f"{name}.weight": rng.standard_normal((16, 16, 3, 3)).astype(np.float32) for name in "abc"}
+    weights |= {} if bias is None else {"a.bias": np.full(16, bias, np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["image", *list(weights)[::3]], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Softmax", ["a"], ["b_in"], axis=1),
+        helper.make_node("Conv", ["b_in", "b.weight"], ["b"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["a", "b"], ["sum"]),
+        helper.make_node("Conv", ["sum", "c.weight"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Concat", ["a", "c"], ["out"], axis=1),
+    ]
+    feeds = {"image": rng.standard_normal((2, 16, 8, 8)).astype(np.float32)}
+    scales = {"a": LayerScales(8 / 255, 128), "b": LayerScales(1 / 255), "c": LayerScales(80 / 255, 128)}
+    model = rounded(graph(nodes, weights, feeds), scales, U8)
+    found, kinds = openvino_run(model, feeds, batches=(1, 2))
+    assert kinds["Convolution u8"] == 3
+    wanted = run(model, **feeds)
+    assert float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", [S8, E4M3])
