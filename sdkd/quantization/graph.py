@@ -164,7 +164,7 @@ class _Writer:
         axis = 0 if convolution or any(one.name == "transB" and one.i for one in node.attribute) else 1
         if self.scheme.outputs and convolution and len(node.input) > 2 and node.input[2] in self.floats:
             bias = self._array(node.input[2])
-        elif convolution:
+        elif self.scheme.activations == "u8" and convolution and not self.scheme.outputs:  # as OpenVINO takes it
             self._keep_bias(node, layer, dtype)
         if self.scheme.activations != "none":
             codes = self._input(node.input[0], layer, scales, dtype, convolution)
