@@ -236,7 +236,8 @@ def rows() -> list[dict[str, Any]]:
         each = [figures(run["marks"]) for run in own]
         if name == "teacher":  # its own images
             each = [{key: one[key] for key in one if key != "teacher_psnr_db"} for one in each]
-        calls = list(zip(*(run["marks"]["prediction"] or () for run in own), strict=True))
+        every = zip(*(run["marks"]["prediction"] or () for run in own), strict=True)
+        calls = sorted(every, key=lambda call: -call[0]["timestep"])
         made.append(
             {
                 "row": name, "words": row.words, "seeds": [run["seed"] for run in own],

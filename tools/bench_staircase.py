@@ -6,8 +6,9 @@
 Each row adds one change to the row above: the student's UNet, 4 unguided steps of LCMScheduler, the small decoder,
 OpenVINO (bf16 where the CPU has units for it), and OpenVINO in int8, faster than that or not. SD 1.5 and its sd-tiny
 have random weights: speed and memory count, images mean nothing; the few-step student has the student's weights, which
-cost the same. Of the demo, `--few-steps` is a student that `sdkd distill --objective consistency` trained. Images of
-20 s and more are made --image-runs times, the first of them among these. Writes
+cost the same. Of the demo, `--few-steps` is a student that `sdkd distill --objective consistency` trained, and
+`--captions` drawn shapes are asked for. Images of 20 s and more are made --image-runs times, the first of them among
+these. Writes
 benchmarks/<machine>/staircase-<models>.json and .md. Run it on a quiet machine.
 """
 
@@ -82,7 +83,7 @@ def series(models: Models, few: str, folder: Path, progress: Any) -> list[Any]:
     ]
 
 
-def measure(record: Record, models: str, few_steps: str, image_runs: int, work: str) -> None:
+def measure(record: Record, models: str, few_steps: str, image_runs: int, captions: int, work: str) -> None:
     """The staircase's comparison, and what was exported and built for it."""
     from sdkd.compare import compare
     from sdkd.compare.measure.defaults import default_guidance, default_judge
@@ -91,7 +92,7 @@ def measure(record: Record, models: str, few_steps: str, image_runs: int, work: 
 
     load, asked, folder = load_average(), SETS[models], Path(work, models)
     names = [asked.teacher, asked.student]
-    prompts = drawn_captions(asked.captions) if asked.captions else [PROMPT]
+    prompts = drawn_captions(captions) if captions else [PROMPT]
     with progress(f"staircase of {models}") as shown:
         subjects = series(asked, few_steps, folder, shown)
         report = compare(
@@ -104,12 +105,13 @@ def measure(record: Record, models: str, few_steps: str, image_runs: int, work: 
 
 def main() -> None:
     """Measure and write."""
-    asked = parse(__doc__, models="sd15", few_steps="", image_runs=0, work=Path("artifacts/bench-staircase"))
+    asked = parse(__doc__, models="sd15", few_steps="", image_runs=0, captions=0, work=Path("artifacts/bench-staircase"))
     check_known("set of models", [asked.models], SETS)
     os.chdir(ROOT)  # paths in the results are relative to it
     asked.image_runs = asked.image_runs or SETS[asked.models].image_runs
+    asked.captions = asked.captions or SETS[asked.models].captions
     asked.few_steps = asked.few_steps or SETS[asked.models].student
-    given = {name: getattr(asked, name) for name in ("models", "few_steps", "image_runs")}
+    given = {name: getattr(asked, name) for name in ("models", "few_steps", "image_runs", "captions")}
     piece = Piece(asked.models, "bench_staircase:measure", {**given, "work": str(asked.work)})
     facts = run_or_exit(piece, Place(asked.work, python_path(), logged=False))["facts"]
     command = command_of("bench_staircase.py", asked, *given)
