@@ -105,7 +105,9 @@ def measure(record: Record, models: str, few_steps: str, image_runs: int, captio
 
 def main() -> None:
     """Measure and write."""
-    asked = parse(__doc__, models="sd15", few_steps="", image_runs=0, captions=0, work=Path("artifacts/bench-staircase"))
+    asked = parse(
+        __doc__, models="sd15", few_steps="", image_runs=0, captions=0, work=Path("artifacts/bench-staircase")
+    )  # fmt: skip
     check_known("set of models", [asked.models], SETS)
     os.chdir(ROOT)  # paths in the results are relative to it
     asked.image_runs = asked.image_runs or SETS[asked.models].image_runs
