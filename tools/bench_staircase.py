@@ -8,8 +8,7 @@ OpenVINO (bf16 where the CPU has units for it), and OpenVINO in int8, faster tha
 have random weights: speed and memory count, images mean nothing; the few-step student has the student's weights, which
 cost the same. Of the demo, `--few-steps` is a student that `sdkd distill --objective consistency` trained, and
 `--captions` drawn shapes are asked for. Images of 20 s and more are made --image-runs times, the first of them among
-these. Writes
-benchmarks/<machine>/staircase-<models>.json and .md. Run it on a quiet machine.
+these. Writes benchmarks/<machine>/staircase-<models>.json and .md. Run it on a quiet machine.
 """
 
 from __future__ import annotations

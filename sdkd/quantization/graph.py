@@ -179,14 +179,11 @@ class _Writer:
 
     def _keep_bias(self, node: NodeProto, layer: str, dtype: np.dtype[Any]) -> None:
         """Give a convolution without a bias, or with zeros, one that is too small to change anything."""
-        import ml_dtypes
-
         name = node.input[2] if len(node.input) > 2 else ""
         if name and (name not in self.floats or self._array(name).any()):
             return
         channels = self.floats[f"{layer}.weight"].dims[0]
-        least = np.full(channels, ml_dtypes.finfo(dtype).smallest_normal, dtype)
-        node.input[2:] = [self._constant(f"{layer}.bias_least", least)]
+        node.input[2:] = [self._constant(f"{layer}.bias_least", np.full(channels, _least(dtype), dtype))]
 
     def _dtype(self, layer: str) -> np.dtype[Any]:
         """Of a layer's floats and scales; BundleError where they do not go with the scheme."""
@@ -312,7 +309,7 @@ class _Writer:
 
 
 def _least(dtype: np.dtype[Any]) -> np.float32:
-    """The smallest scale that keeps all its digits: 6.1e-5 in float16."""
+    """The smallest number that keeps all its digits: 6.1e-5 in float16."""
     import ml_dtypes
 
     return np.float32(ml_dtypes.finfo(dtype).smallest_normal)

@@ -378,9 +378,9 @@ def test_openvino_takes_all_of_a_unets_rounded_layers_in_integers(tmp_path: Path
 def test_openvino_scales_once_what_several_nodes_read(bias: float | None) -> None:
     rng = np.random.default_rng(3)
     weights = {f"{name}.weight": rng.standard_normal((16, 16, 3, 3)).astype(np.float32) for name in "abc"}
-    weights |= {} if bias is None else {"a.bias": np.full(16, bias, np.float32)}
+    biases = {} if bias is None else {"a.bias": np.full(16, bias, np.float32)}
     nodes = [
-        helper.make_node("Conv", ["image", *list(weights)[::3]], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["image", "a.weight", *biases], ["a"], pads=[1, 1, 1, 1]),
         helper.make_node("Softmax", ["a"], ["b_in"], axis=1),
         helper.make_node("Conv", ["b_in", "b.weight"], ["b"], pads=[1, 1, 1, 1]),
         helper.make_node("Add", ["a", "b"], ["sum"]),
@@ -389,7 +389,7 @@ def test_openvino_scales_once_what_several_nodes_read(bias: float | None) -> Non
     ]
     feeds = {"image": rng.standard_normal((2, 16, 8, 8)).astype(np.float32)}
     scales = {"a": LayerScales(8 / 255, 128), "b": LayerScales(1 / 255), "c": LayerScales(80 / 255, 128)}
-    model = rounded(graph(nodes, weights, feeds), scales, U8)
+    model = rounded(graph(nodes, weights | biases, feeds), scales, U8)
     found, kinds = openvino_run(model, feeds, batches=(1, 2))
     assert kinds["Convolution u8"] == 3
     wanted = run(model, **feeds)
