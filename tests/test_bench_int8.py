@@ -58,14 +58,16 @@ def test_the_page_of_quality_shows_images_errors_and_layers() -> None:
         "sensitivity": {f"layer.{number}": 0.01 / number for number in range(1, 9)},
     }
     figures = {"right": 0.985, "psnr_mean_db": 41.04, "psnr_min_db": 38.0, "ssim_mean": 0.997}
+    figures |= {"per_image_psnr_db": [14.9, 15.0, 44.0]}
     rows: list[dict[str, Any]] = [
-        {"subject": "demo eager", "run": "25 steps", "right": 0.99, "rounding": None}
+        {"subject": "demo eager", "run": "25 steps", "right": 0.99, "rounding": None, "per_image_psnr_db": None}
         | dict.fromkeys(("psnr_mean_db", "psnr_min_db", "ssim_mean")),
         {"subject": "demo openvino-int8", "run": "25 steps", "rounding": rounding, **figures},
     ]
     lines = list(bench_int8_quality.page({"machine": "it", "date": "today", "commit": "abc", "rows": rows}))
     assert "| demo eager | 25 steps | 99.0% | – | – | – |" in lines
     assert "| demo openvino-int8 | 25 steps | 98.5% | 41.0 | 38.0 | 0.997 |" in lines
+    assert "- demo openvino-int8: 1 of 3" in lines
     assert "| 999 | 2.00% | 4.0e-04 |" in lines
     assert "| layer.1 | 10.00% |" in lines
     assert sum("layer." in line for line in lines) == bench_int8_quality.SHOWN_LAYERS

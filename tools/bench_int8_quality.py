@@ -20,6 +20,7 @@ from bench_kit.record import Record
 from bench_kit.results import NONE, ROOT, command_of, head, keep, machine, parse
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
 
+from sdkd.compare.measure.quality import OTHER_IMAGE_DB, likeness
 from sdkd.core.console import markdown_table
 
 SHOWN_LAYERS = 5  # of the sensitivities, the largest
@@ -80,7 +81,6 @@ def _row(
     subject: str, run: Any, images: Sequence[Any], scenes: Sequence[Any], eager: Any = None, rounding: Any = None
 ) -> dict[str, Any]:
     """One subject's result."""
-    from sdkd.compare.measure.quality import likeness
     from sdkd.compare.measure.results import rounding_json
     from sdkd.toyworld.reader import judge_captions
     from sdkd.toyworld.scenes import caption
@@ -107,6 +107,10 @@ def page(found: Mapping[str, Any]) -> Iterator[str]:
     heads = ("subject", "drawn with", "captions right", "PSNR, dB", "worst", "SSIM")
     yield from ("", *markdown_table(heads, [_cells(row) for row in rows], left=2), "")
     yield "PSNR and SSIM are to the model's own eager float32 images; captions right: the mean of what is read in them."
+    yield from ("", f"Images below {OTHER_IMAGE_DB:g} dB, which are other images:", "")
+    for row in rows:
+        if each := row["per_image_psnr_db"]:
+            yield f"- {row['subject']}: {sum(one < OTHER_IMAGE_DB for one in each)} of {len(each)}"
     rounded = {row["subject"]: row["rounding"] for row in rows if row["rounding"]}
     for name, rounding in rounded.items():
         errors = rounding["quality"]["engine"] or rounding["quality"]["simulated"]
