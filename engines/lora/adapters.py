@@ -20,7 +20,8 @@ from engines.lora.layers import adapters_of, announce
 from engines.modules.base import LORA_PARTS, EngineModule
 from sdkd.core.numbers import check_number
 from sdkd.errors import EngineError, InputError
-from sdkd.students.blocks import StudentSpec, recognised
+from sdkd.families import StudentSpec
+from sdkd.students.blocks import recognised
 from sdkd.students.lora_adapter import Adapter, fit_text, fit_unet
 from sdkd.students.lora_fit import Fit, check_text_width
 from sdkd.students.lora_layers import other_kind, read_layers

@@ -11,13 +11,19 @@ from typing import Any
 from sdkd.families.family import Family, PublishedModel, TextEncoder
 from sdkd.families.sdxl import SDXL
 from sdkd.families.stable_diffusion import STABLE_DIFFUSION
+from sdkd.families.student import LossWeights, StudentSpec
 
 __all__ = [
     "FAMILIES",
     "MODELS",
+    "SDXL",
+    "STABLE_DIFFUSION",
+    "STUDENTS",
     "SUPPORTED",
     "Family",
+    "LossWeights",
     "PublishedModel",
+    "StudentSpec",
     "TextEncoder",
     "family_named",
     "family_of_pipeline",
@@ -28,6 +34,7 @@ FAMILIES = (STABLE_DIFFUSION, SDXL)
 MODELS: Mapping[str, tuple[Family, PublishedModel]] = {
     name: (family, model) for family in FAMILIES for name, model in family.models.items()
 }
+STUDENTS: Mapping[str, StudentSpec] = {spec.name: spec for family in FAMILIES for spec in family.students}
 SUPPORTED = "sdkd works on " + ", and ".join(family.title for family in FAMILIES)
 
 

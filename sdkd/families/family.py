@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
+
+from sdkd.families.student import StudentSpec
 
 END = "<|endoftext|>"
 TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407}
 PADDING = {END: TOKENS["eos_token_id"], "!": 0}  # id of a pad token: of OpenAI's CLIP, of OpenCLIP
 CLIP, PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
-NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PublishedModel:
     prediction_type: str
     scheduler: str
     vae: Mapping[str, Any]
-    noise: Mapping[str, Any] = NONE  # of its scheduler's config, beyond the family's
+    noise: Mapping[str, Any] = field(default_factory=dict)  # of its scheduler's config, beyond the family's
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Family:
     `pipelines`: the classes that a model's folder may name, and the one that it is loaded as; `by_channels`: the class
     by the number of channels that a UNet takes. `addition`: the `addition_embed_type` of its UNets' configs.
     `hidden_states`: whether its pipelines read hidden states before the last of every text encoder. `absent`: parts of
-    its pipelines that sdkd leaves out, and `options` what its pipelines are told besides.
+    its pipelines that sdkd leaves out, and `options` what its pipelines are told besides. `teacher`: what the config of
+    a whole UNet says, which the `students` are made from.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Family:
     noise: Mapping[str, Any]  # config of its schedulers
     absent: tuple[str, ...]
     options: Mapping[str, Any]
+    teacher: Mapping[str, Any]
+    students: tuple[StudentSpec, ...]
     addition: str | None = None
     hidden_states: bool = False
     embedding: tuple[str, ...] = ()  # pipelines that always give the UNet the guidance scale as an embedding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sdkd.families.family import CLIP, END, PROJECTED, Family, PublishedModel, TextEncoder
+from sdkd.families.student import CROSS_DOWN, CROSS_UP, DOWN, MID, UP, LossWeights, StudentSpec
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -22,6 +23,7 @@ _OPEN_CLIP_H = {
 _UNET_1 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 _UNET_2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 _EMBEDDING = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+_SEGMIND, _BK = LossWeights(1.0, 0.5, 0.5), LossWeights(1.0, 1.0, 1.0)
 
 STABLE_DIFFUSION = Family(
     name="sd",
@@ -64,5 +66,22 @@ STABLE_DIFFUSION = Family(
     },
     absent=("safety_checker", "feature_extractor", "image_encoder"),
     options={"requires_safety_checker": False},
+    teacher={  # inpainting included
+        "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+        "up_block_types": (UP, CROSS_UP, CROSS_UP, CROSS_UP),
+        "mid_block_type": MID,
+        "layers_per_block": 2,
+        "addition_embed_type": None,
+        "class_embed_type": None,
+        "encoder_hid_dim_type": None,
+    },
+    # BK-SDM (Kim et al. 2023, arXiv 2305.15798); Segmind's sd-small and sd-tiny (distill-sd) remove the same blocks.
+    students=(
+        StudentSpec("sd-small", "small", "sd", MID, 0, "segmind", _SEGMIND),
+        StudentSpec("sd-tiny", "tiny", "sd", None, 1, "segmind", _SEGMIND),
+        StudentSpec("bk-base", "bk-base", "sd", MID, 0, "bk-sdm", _BK),
+        StudentSpec("bk-small", "bk-small", "sd", None, 0, "bk-sdm", _BK),
+        StudentSpec("bk-tiny", "bk-tiny", "sd", None, 1, "bk-sdm", _BK),
+    ),
     embedding=_EMBEDDING,
 )  # fmt: skip

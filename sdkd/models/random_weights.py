@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import InputError
+from sdkd.families import StudentSpec
 from sdkd.models.families import FAMILIES, Family, empty
-from sdkd.students.blocks import StudentSpec, full_config, student_config, student_spec
+from sdkd.students.blocks import full_config, student_config, student_spec
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
-"""Block-removed students of a Stable Diffusion 1.x/2.x UNet, as data: what is kept, and where its weights come from.
+"""Block-removed students of a UNet: their configs, and where their weights come from, by the data of their family.
 
 The student's config is derived from the teacher's and the student is constructed from it, so `config.json` is right by
 construction; its weights are clones of the teacher's, so training the student never trains the teacher.
-Layer choice: BK-SDM (Kim et al. 2023, arXiv 2305.15798); Segmind's sd-small and sd-tiny remove the same blocks.
+What each student keeps, with its source: the modules of sdkd.families.
 """
 
 from __future__ import annotations
@@ -11,66 +11,17 @@ import functools
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import InputError, ModelError
+from sdkd.families import STUDENTS, StudentSpec, family_named, family_of_unet
+from sdkd.students.layout import depth_entries, depths, kept_blocks, layer_map
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-CROSS_DOWN, DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
-CROSS_UP, UP = "CrossAttnUpBlock2D", "UpBlock2D"
-MID = "UNetMidBlock2DCrossAttn"
-
-
-class LossWeights(NamedTuple):
-    """Factors of the three losses: task, output KD, feature KD (the sum over all feature pairs)."""
-
-    task: float
-    output: float
-    feature: float
-
-
-@dataclass(frozen=True)
-class StudentSpec:
-    """One student: what it keeps of a teacher with 4 levels and 2 layers per block, and how it is usually trained."""
-
-    name: str
-    short: str
-    keeps_mid_block: bool
-    dropped_levels: int  # deepest levels removed, down and up
-    pairs: str  # preset of feature pairs, see sdkd.distill.training.pairs
-    weights: LossWeights
-    down_layers: tuple[int, ...] = (0,)
-    # The last resnet of an up block takes the skip of the next finer level, so it cannot be the one that goes.
-    up_layers: tuple[int, ...] = (0, 2)
-
-
-_SEGMIND, _BK = LossWeights(1.0, 0.5, 0.5), LossWeights(1.0, 1.0, 1.0)
-STUDENTS: dict[str, StudentSpec] = {
-    spec.name: spec
-    for spec in (
-        StudentSpec("sd-small", "small", True, 0, "segmind", _SEGMIND),
-        StudentSpec("sd-tiny", "tiny", False, 1, "segmind", _SEGMIND),
-        StudentSpec("bk-base", "bk-base", True, 0, "bk-sdm", _BK),
-        StudentSpec("bk-small", "bk-small", False, 0, "bk-sdm", _BK),
-        StudentSpec("bk-tiny", "bk-tiny", False, 1, "bk-sdm", _BK),
-    )
-}
-
-# What a teacher's config must say: these are the UNets of SD 1.x and 2.x, inpainting included.
-TEACHER_CONFIG: dict[str, Any] = {
-    "down_block_types": (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
-    "up_block_types": (UP, CROSS_UP, CROSS_UP, CROSS_UP),
-    "mid_block_type": MID,
-    "layers_per_block": 2,
-    "addition_embed_type": None,
-    "class_embed_type": None,
-    "encoder_hid_dim_type": None,
-}
 # Config entries that may hold one value per level: finest level first, or (up) deepest level first.
 _PER_LEVEL = (
     "block_out_channels",
@@ -82,7 +33,7 @@ _PER_LEVEL = (
     "transformer_layers_per_block",
 )
 _PER_UP_LEVEL = ("up_block_types", "reverse_transformer_layers_per_block")
-# Where a LoRA's names begin for layers inside the UNet's blocks: diffusers' style and kohya's.
+_TIME_IDS = 6  # numbers that SDXL's UNets take beside the text: sizes of the original and of the crop, its corner
 
 
 def student_spec(name: str | StudentSpec) -> StudentSpec:
@@ -107,22 +58,49 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     known = {key: value for key, value in config.items() if key in defaults}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in (defaults | known).items()}
+    return {key: _tuples(value) for key, value in (defaults | known).items()}
 
 
-def check_teacher(config: Mapping[str, Any]) -> None:
-    """ModelError unless `config` is that of a complete SD 1.x/2.x-shaped UNet: says what was expected and found."""
-    found = full_config(config)
-    wrong = [key for key, expected in TEACHER_CONFIG.items() if not _agrees(found[key], expected)]
-    levels = len(TEACHER_CONFIG["down_block_types"])
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def check_teacher(config: Mapping[str, Any], student: str | StudentSpec | None = None) -> None:
+    """ModelError unless `config` is that of a complete UNet of a family: says what was expected and found.
+
+    With a student also unless that is one of this family's, and the attentions are as deep as it needs.
+    """
+    found, family = full_config(config), family_of_unet(config)
+    spec = None if student is None else student_spec(student)
+    if spec is not None and spec.family != family.name:
+        own = ", ".join(one.short for one in family.students)
+        raise ModelError(
+            f"{spec.name} is a student of {family_named(spec.family).title}, and this UNet is one of {family.title}, "
+            f"whose students are {own}"
+        )
+    wrong = [key for key, expected in family.teacher.items() if not _agrees(found[key], expected)]
+    levels = len(family.teacher["down_block_types"])
     per_level = [key for key in _PER_LEVEL if isinstance(found[key], tuple) and len(found[key]) != levels]
-    problems = [f"{key}: expected {_text(TEACHER_CONFIG[key])}, found {_text(found[key])}" for key in wrong]
+    problems = [f"{key}: expected {_text(family.teacher[key])}, found {_text(found[key])}" for key in wrong]
     problems += [f"{key}: expected {levels} levels, found {len(found[key])}" for key in per_level if key not in wrong]
     if problems:
         raise ModelError(
-            f"the teacher's UNet is not a complete Stable Diffusion 1.x/2.x UNet{_guess(found)}. "
-            f"{'; '.join(problems)}. Give the folder or hub id of an SD 1.x/2.x pipeline"
+            f"the teacher's UNet is not a complete UNet of {family.title}{_guess(found)}. "
+            f"{'; '.join(problems)}. Give the folder or hub id of a pipeline of {family.title}"
         )
+    if spec is not None:
+        _check_depths(spec, depths(found))
+
+
+def _check_depths(spec: StudentSpec, there: Mapping[str, int]) -> None:
+    kept, layers = kept_blocks(spec), layer_map(spec)
+    for own, blocks in kept.items():
+        needed, name = max(blocks) + 1, layers[own]
+        if needed > there[name]:
+            raise ModelError(
+                f"{spec.name} is made from {needed} transformer blocks of {name}, and this teacher has {there[name]} "
+                f"there: give a teacher that is as deep as {family_named(spec.family).title}"
+            )
 
 
 def _agrees(found: object, expected: object) -> bool:
@@ -139,9 +117,7 @@ def _text(value: object) -> str:
 
 def _guess(found: Mapping[str, Any]) -> str:
     """What the UNet probably is, for the message."""
-    if found["addition_embed_type"] == "text_time":
-        return " (it looks like SDXL, which has another layout)"
-    if _agrees(found["layers_per_block"], 1):
+    if _agrees(found["layers_per_block"], 1) or student_names(found):
         return " (it looks like a student already; a student is made from its teacher)"
     return ""
 
@@ -151,16 +127,18 @@ def student_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     Empty for a complete UNet and for other shapes.
     """
+    family = family_of_unet(config)
     keys = ("down_block_types", "up_block_types", "mid_block_type", "layers_per_block")
-    found = [tuple(value) if isinstance(value := config.get(key, TEACHER_CONFIG[key]), list) else value for key in keys]
-    down, up, mid = (TEACHER_CONFIG[key] for key in keys[:3])
+    found = {**config, **{key: _tuples(config.get(key, family.teacher[key])) for key in keys}}
 
     def fits(spec: StudentSpec) -> bool:
-        levels, kept = spec.dropped_levels, mid if spec.keeps_mid_block else None
-        blocks = [down[: len(down) - levels], up[levels:], kept]
-        return found[:3] == blocks and _agrees(found[3], len(spec.down_layers))
+        down, up = (family.teacher[key] for key in keys[:2])
+        blocks = [down[: len(down) - spec.dropped_levels], up[spec.dropped_levels :], spec.mid_block_type]
+        if [found[key] for key in keys[:3]] != blocks or not _agrees(found[keys[3]], len(spec.down_layers)):
+            return False
+        return spec.transformers is None or depths(found) == {own: len(b) for own, b in kept_blocks(spec).items()}
 
-    return tuple(name for name, spec in STUDENTS.items() if fits(spec))
+    return tuple(spec.name for spec in family.students if fits(spec))
 
 
 def recognised(config: Mapping[str, Any]) -> StudentSpec | None:
@@ -169,22 +147,25 @@ def recognised(config: Mapping[str, Any]) -> StudentSpec | None:
 
 
 def teacher_layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a teacher that a student can be of: the student's own with all levels and layers.
+    """The config of a teacher that a student can be of: the student's own with all levels, layers, transformer blocks.
 
-    Its widths below the student's are a guess (the last one again): for layer maps, not for building a teacher.
+    Its widths below the student's are a guess (the last one again), and so are its depths (those of the family's first
+    published model): for layer maps, not for building a teacher.
     """
-    full = full_config(config)
-    levels = len(TEACHER_CONFIG["down_block_types"])
+    full, family = full_config(config), family_of_unet(config)
+    published = next(iter(family.models.values())).unet
+    levels = len(family.teacher["down_block_types"])
     for key in _PER_LEVEL:
         if isinstance(full[key], tuple):
             full[key] = (*full[key], *(full[key][-1],) * (levels - len(full[key])))
-    return full | TEACHER_CONFIG
+    given = "transformer_layers_per_block"
+    return full | {given: published.get(given, full[given])} | dict(family.teacher)
 
 
 def student_config(teacher_config: Mapping[str, Any], student: str | StudentSpec) -> dict[str, Any]:
-    """The student's UNet config, complete, as a new dict; ModelError when the teacher is not SD-shaped."""
+    """The student's UNet config, complete, as a new dict; ModelError as `check_teacher` raises it."""
     spec = student_spec(student)
-    check_teacher(teacher_config)
+    check_teacher(teacher_config, spec)
     config = full_config(teacher_config)
     kept = len(config["block_out_channels"]) - spec.dropped_levels
     for key in _PER_LEVEL:
@@ -193,41 +174,29 @@ def student_config(teacher_config: Mapping[str, Any], student: str | StudentSpec
     for key in _PER_UP_LEVEL:
         if isinstance(config[key], tuple):
             config[key] = config[key][spec.dropped_levels :]
-    config["layers_per_block"] = len(spec.down_layers)
-    if not spec.keeps_mid_block:
-        config["mid_block_type"] = None
-    return config
+    config |= {"layers_per_block": len(spec.down_layers), "mid_block_type": spec.mid_block_type}
+    return config | depth_entries(spec)
 
 
 def key_map(teacher_config: Mapping[str, Any], student: str | StudentSpec) -> dict[str, str]:
     """Module of the student -> module of the teacher that its weights come from, for every block it keeps.
 
-    Modules outside the blocks (conv_in, time_embedding, ...) have the same name in both and are not listed.
+    No module is inside another; of an attention that keeps some transformer blocks its parts are listed. Modules
+    outside the blocks (conv_in, time_embedding, ...) have the same name in both and are not listed.
     """
     spec = student_spec(student)
-    check_teacher(teacher_config)
-    return dict(_pairs(len(full_config(teacher_config)["block_out_channels"]), spec))
-
-
-def _pairs(levels: int, spec: StudentSpec) -> Iterator[tuple[str, str]]:
-    kept, dropped = levels - spec.dropped_levels, spec.dropped_levels
-    for level in range(kept):
-        parts = ("resnets",) if level == levels - 1 else ("resnets", "attentions")
-        for index, source in enumerate(spec.down_layers):
-            for part in parts:
-                yield f"down_blocks.{level}.{part}.{index}", f"down_blocks.{level}.{part}.{source}"
-        if level < kept - 1:
-            yield f"down_blocks.{level}.downsamplers.0", f"down_blocks.{level}.downsamplers.0"
-    if spec.keeps_mid_block:
-        yield "mid_block", "mid_block"
-    for block in range(kept):
-        teacher_block = block + dropped
-        parts = ("resnets",) if teacher_block == 0 else ("resnets", "attentions")
-        for index, source in enumerate(spec.up_layers):
-            for part in parts:
-                yield f"up_blocks.{block}.{part}.{index}", f"up_blocks.{teacher_block}.{part}.{source}"
-        if block < kept - 1:
-            yield f"up_blocks.{block}.upsamplers.0", f"up_blocks.{teacher_block}.upsamplers.0"
+    check_teacher(teacher_config, spec)
+    there, kept = depths(full_config(teacher_config)), kept_blocks(spec)
+    found = {}
+    for own, of in layer_map(spec).items():
+        blocks = kept.get(own)
+        if blocks is None or blocks == tuple(range(there[of])):
+            found[own] = of
+        else:
+            found |= {f"{own}.{part}": f"{of}.{part}" for part in ("norm", "proj_in", "proj_out")}
+            part = "transformer_blocks"
+            found |= {f"{own}.{part}.{index}": f"{of}.{part}.{source}" for index, source in enumerate(blocks)}
+    return found
 
 
 def teacher_key(key: str, modules: Mapping[str, str]) -> str:
@@ -243,7 +212,7 @@ def teacher_key(key: str, modules: Mapping[str, str]) -> str:
 def build_student(teacher: UNet2DConditionModel, student: str | StudentSpec) -> UNet2DConditionModel:
     """A new UNet with cloned weights of the teacher, on its device, in its dtype, in eval mode, trainable.
 
-    Raises ModelError when the teacher is not SD-shaped, or holds adapters (fuse or unload a LoRA first).
+    Raises ModelError as `check_teacher` does, and when the teacher holds adapters (fuse or unload a LoRA first).
     """
     modules = key_map(teacher.config, student)
     result = meta_unet(student_config(teacher.config, student))
@@ -337,5 +306,15 @@ def count_macs(
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         sample = torch.empty(batch, full["in_channels"], height or default[0], width or default[1])
         text = torch.empty(batch, sequence, full["cross_attention_dim"])
-        unet(sample, torch.ones(batch), encoder_hidden_states=text)
+        unet(sample, torch.ones(batch), encoder_hidden_states=text, added_cond_kwargs=_added(full, batch))
     return int(counter.get_total_flops()) // 2
+
+
+def _added(config: Mapping[str, Any], batch: int) -> dict[str, Any] | None:
+    """What a UNet of SDXL takes beside the text, as `added_cond_kwargs`."""
+    import torch
+
+    if config["addition_embed_type"] != "text_time":
+        return None
+    width = config["projection_class_embeddings_input_dim"] - _TIME_IDS * config["addition_time_embed_dim"]
+    return {"text_embeds": torch.empty(batch, width), "time_ids": torch.empty(batch, _TIME_IDS)}

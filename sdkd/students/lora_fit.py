@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.errors import ModelError
-from sdkd.students.blocks import StudentSpec, key_map, student_spec, teacher_key, unet_shapes
+from sdkd.families import MODELS, StudentSpec
+from sdkd.students.blocks import key_map, student_spec, teacher_key, unet_shapes
 from sdkd.students.lora_layers import Layer, common_name, flat, other_kind, peft_state, text_width, widths
 
 if TYPE_CHECKING:
     import torch
 
 Owner = Literal["model", "teacher"]
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # by the width of text embeddings
+# Published models by the width of their text embeddings: "sd15", "sd21, sd21base", "sdxl".
+_OWNERS = {
+    width: ", ".join(name for name, (_, model) in MODELS.items() if model.unet["cross_attention_dim"] == width)
+    for width in {model.unet["cross_attention_dim"] for _, model in MODELS.values()}
+}
 _IN_BLOCK = re.compile(r"^.*\.(attentions|resnets|downsamplers|upsamplers)\.\d+\.")
 
 _LORA_BLOCKS = tuple(
@@ -86,10 +91,10 @@ class Fit:
 
 
 def check_text_width(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], what: str) -> None:
-    """ModelError, naming both widths, for a LoRA of a model with other text embeddings: SD 1.x, 2.x or SDXL."""
+    """ModelError, naming both widths, for a LoRA of a model with other text embeddings, and whose they are."""
     theirs, ours = text_width(state), config.get("cross_attention_dim")
     if theirs is not None and isinstance(ours, int) and theirs != ours:
-        names = [f"{width} ({FAMILIES[width]})" if width in FAMILIES else str(width) for width in (theirs, ours)]
+        names = [f"{width} ({_OWNERS[width]})" if width in _OWNERS else str(width) for width in (theirs, ours)]
         raise ModelError(
             f"{what} is for text embeddings {names[0]} wide, this model's are {names[1]} wide: give a LoRA that was "
             "made for this model or its teacher"

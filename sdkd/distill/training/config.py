@@ -13,11 +13,12 @@ from sdkd.core.help_page import CONSISTENCY, DATA, LORA, LOSSES, OPTIMIZER, ROUN
 from sdkd.core.numbers import SHARE, Bounds
 from sdkd.distill.data.buckets import CROPS
 from sdkd.distill.training.eight_bits import WEIGHT_BITS, rounding_problems, scheme_of
-from sdkd.distill.training.pairs import PAIRS
+from sdkd.distill.training.pairs import PRESETS
 from sdkd.errors import InputError
+from sdkd.families import LossWeights, StudentSpec
 from sdkd.models.generation import EMBEDDED_FEW_STEPS, FEW_STEPS, Generation
 from sdkd.quantization.scheme import Scheme
-from sdkd.students.blocks import LossWeights, StudentSpec, student_spec
+from sdkd.students.blocks import student_spec
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ _WHOLE = tuple(name for name, objective in OBJECTIVES.items() if not objective.l
 SAME = "same"  # the student that has all of its teacher's blocks
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "objective": tuple(OBJECTIVES),
-    "pairs": (None, *PAIRS),
+    "pairs": (None, *PRESETS),
     "feature_norm": ("none", "variance"),
     "optimizer": ("adamw", "adamw8bit"),
     "schedule": ("cosine", "linear", "constant"),

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdkd.errors import ModelError
-from sdkd.students.blocks import LossWeights
+from sdkd.families import LossWeights
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DConditionModel

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
+from sdkd.families import STABLE_DIFFUSION
 from sdkd.models.clip_tokenizer import MERGES, clip_tokenizer
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.families import CLASSES, FAMILIES, empty
 from sdkd.models.resolve import load_eager, resolve
-from sdkd.students.blocks import STUDENTS, build_student, full_config, student_config, student_names
+from sdkd.students.blocks import build_student, full_config, student_config, student_names
 
 CROSS, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 # What BK-SDM's configs say: written by diffusers 0.10 to 0.15, some entries missing, some no longer known.
@@ -42,7 +43,7 @@ PUBLISHED = {
 def test_published_students_and_our_own_are_recognised() -> None:
     for name, (config, students) in PUBLISHED.items():
         assert student_names(config) == students, name
-    for student in STUDENTS:
+    for student in (spec.name for spec in STABLE_DIFFUSION.students):
         assert student in student_names(student_config(helpers.TEACHER_UNET, student))
 
 

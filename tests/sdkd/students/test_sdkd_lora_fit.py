@@ -87,9 +87,9 @@ def test_a_lora_of_another_model_is_refused(students: dict[str, Any]) -> None:
     wide = helpers.tiny_unet(block_out_channels=(24, 32, 32, 32))
     with pytest.raises(ModelError, match=r"other widths: 'lora_unet_conv_in.*24 x 4 x 3 x 3, conv_in .*16 x 4 x 3 x 3"):
         fit(kohya(wide, ["conv_in"]), "small")
-    for width, name in ((1024, r"1024 \(SD 2\.x\)"), (2048, r"2048 \(SDXL\)"), (96, "96")):
+    for width, name in ((1024, r"1024 \(sd21, sd21base\)"), (2048, r"2048 \(sdxl\)"), (96, "96")):
         sdxl = {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.zeros(4, width)}
-        with pytest.raises(ModelError, match=rf"text embeddings {name} wide, this model's are 768 \(SD 1\.x\) wide"):
+        with pytest.raises(ModelError, match=rf"text embeddings {name} wide, this model's are 768 \(sd15\) wide"):
             check_text_width(sdxl, {"cross_attention_dim": 768}, "the LoRA")
 
 

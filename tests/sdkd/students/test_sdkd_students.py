@@ -15,8 +15,8 @@ from diffusers.utils import convert_state_dict_to_kohya
 from training_runs import fused
 
 from sdkd.errors import InputError, ModelError
+from sdkd.families import STABLE_DIFFUSION
 from sdkd.students.blocks import (
-    STUDENTS,
     build_student,
     check_teacher,
     count_macs,
@@ -27,6 +27,8 @@ from sdkd.students.blocks import (
     teacher_key,
 )
 from sdkd.students.lora_fit import remap_lora
+
+STUDENTS = [spec.name for spec in STABLE_DIFFUSION.students]
 
 SD1: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 SD2: dict[str, Any] = {
@@ -169,7 +171,7 @@ def test_training_the_student_does_not_train_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"addition_embed_type": "text_time"}, "looks like SDXL"),
+        ({"addition_embed_type": "text_time"}, "not a complete UNet of SDXL"),
         ({"mid_block_type": None}, "mid_block_type: expected UNetMidBlock2DCrossAttn, found None"),
         ({"layers_per_block": 3}, "layers_per_block: expected 2, found 3"),
         ({"layers_per_block": [2, 2, 2, 1]}, "layers_per_block: expected 2, found 4 x"),

@@ -22,7 +22,8 @@ from sdkd.distill.training.losses import (
 )
 from sdkd.distill.training.pairs import PAIRS, feature_pairs
 from sdkd.errors import ModelError
-from sdkd.students.blocks import STUDENTS, LossWeights, build_student, meta_unet, student_config
+from sdkd.families import STABLE_DIFFUSION, LossWeights
+from sdkd.students.blocks import build_student, meta_unet, student_config
 
 
 def tensors(seed: int, count: int = 3) -> list[torch.Tensor]:
@@ -110,7 +111,7 @@ def shapes(family: str, student: str | None) -> dict[str, torch.Size]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pairs_have_equal_shapes(family: str) -> None:
     alike = {"bk-base": "sd-small", "bk-tiny": "sd-tiny"}  # students of one architecture
-    for student in STUDENTS:
+    for student in (spec.name for spec in STABLE_DIFFUSION.students):
         for preset in PAIRS:
             pairs, taught = feature_pairs(student, preset), shapes(family, None)
             learnt = shapes(family, alike.get(student, student))
