@@ -206,8 +206,9 @@ def open_source(
         about = {"model": type(model).__name__, "kind": "pipeline", "random_weights": False, **replaced}
         unet, scheduler = getattr(model, "unet", None), type(getattr(model, "scheduler", None)).__name__
         told = implied({} if unet is None else unet.config, scheduler, type(model).__name__)
-        fused = parse_loras(loras)
-        notes = check_loras(fused, module_config(unet), lambda: model.text_encoder, made=told) if fused else []
+        fused, notes = parse_loras(loras), []
+        if fused:
+            notes = check_loras(fused, module_config(unet), lambda part: getattr(model, part, None), made=told)
         about |= _noted(notes, fused)
         told = generation_of(fused) or told
         return Source(about, model, replaced=replaced, dtype=dtype, generation=told, loras=fused)

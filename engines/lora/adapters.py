@@ -2,7 +2,7 @@
 
 They do what they always do, on a copy of the module: its layers are there, its weights are not. What the active
 adapters add up to then goes into the engine, on top of the bundle's own weights: any scale, several adapters, exact
-removal. A LoRA of SD 1.x/2.x goes through the layer map where the engine is a student's.
+removal. A teacher's LoRA goes through the layer map where the engine is a student's.
 """
 
 from __future__ import annotations
@@ -98,12 +98,13 @@ class Adapters(StableDiffusionLoraLoaderMixin):
         check_text_width(state, config, what)
         layers = read_layers(state, what, settings)
         found = []
-        if "unet" in layers:
-            adapter, fit = fit_unet(layers["unet"], config, settings, what)
-            _log_owner(fit, recognised(config), len(layers["unet"]), what)
+        for part, given in layers.items():
+            if part == "unet":
+                adapter, fit = fit_unet(given, config, settings, what)
+                _log_owner(fit, recognised(config), len(given), what)
+            else:
+                adapter = fit_text(part, given, getattr(self, part, None), settings, what)
             found.append(adapter)
-        if "text_encoder" in layers:
-            found.append(fit_text(layers["text_encoder"], self.text_encoder, settings, what))
         return found
 
     def announce(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from sdkd.core.console import progress, show, show_json, table
 from sdkd.core.files import check_free, new_folder
 from sdkd.core.interrupts import between_steps
+from sdkd.families import STUDENT_NAMES
 from sdkd.models.diffusers_folder import write_pipeline
 from sdkd.models.generation import entry
 from sdkd.models.replacements import with_vae
@@ -26,6 +28,7 @@ from sdkd.students.blocks import (
     teacher_key,
 )
 
+_TRANSFORMER_BLOCK = re.compile(r"attentions\.\d+\.transformer_blocks\.\d+")
 _OUTSIDE = "outside"  # of the blocks: conv_in, time_embedding, ...
 _STAGES = (_OUTSIDE, "down_blocks", "mid_block", "up_blocks")
 
@@ -38,8 +41,9 @@ def _order(part: str) -> tuple[int, str]:
 def report(teacher_config: Mapping[str, Any], student: str) -> dict[str, Any]:
     """What a student keeps of a teacher, as JSON-ready data; nothing is loaded, all is counted on the meta device.
 
-    `parts` has one row per block of the teacher: layers kept and dropped, parameters before and after. MACs are of one
-    forward pass at the config's own latent size, batch 1, 77 tokens, attention products included.
+    `parts` has one row per block of the teacher: layers kept and dropped, of kept attentions also the transformer
+    blocks that are dropped, parameters before and after. MACs are of one forward pass at the config's own latent size,
+    batch 1, 77 tokens, attention products included.
     """
     spec, modules = student_spec(student), key_map(teacher_config, student)
     config = student_config(teacher_config, spec)
@@ -72,26 +76,44 @@ def _layer_name(key: str, part: str) -> str:
     return ".".join(parts[1:3] if part == "mid_block" else parts[2:4])
 
 
+def _transformer_block(key: str) -> str | None:
+    """`down_blocks.2.attentions.0.transformer_blocks.4.norm1.bias` -> `attentions.0.transformer_blocks.4`."""
+    found = _TRANSFORMER_BLOCK.search(key)
+    return found and found[0]
+
+
 def _part(part: str, sizes: Mapping[str, int], used: set[str]) -> dict[str, Any]:
     keys = [key for key in sizes if _part_name(key) == part]
     layers = dict.fromkeys(_layer_name(key, part) for key in keys)
     kept = dict.fromkeys(_layer_name(key, part) for key in keys if key in used)
+    cut = (key for key in keys if key not in used and _layer_name(key, part) in kept)
+    blocks = dict.fromkeys(_transformer_block(key) for key in cut)
     return {
         "part": part,
         "kept": list(kept),
-        "dropped": [layer for layer in layers if layer not in kept],
+        "dropped": [*(layer for layer in layers if layer not in kept), *filter(None, blocks)],
         "teacher_parameters": sum(sizes[key] for key in keys),
         "student_parameters": sum(sizes[key] for key in keys if key in used),
     }
 
 
 def _short(layers: list[str]) -> str:
-    """`resnets.0, resnets.2, conv_in` -> `resnets 0+2, conv_in`; a sampler, alone in its block, needs no number."""
+    """`resnets.0, resnets.2, conv_in` -> `resnets 0+2, conv_in`; a sampler, alone in its block, needs no number.
+
+    Of transformer blocks their number: `6 blocks of attentions 0`.
+    """
     groups: dict[str, list[str]] = {}
     for layer in sorted(layers):
-        kind, _, index = layer.partition(".")
-        groups.setdefault(kind, []).append("" if kind.endswith("samplers") else index)
-    return ", ".join(f"{kind} {'+'.join(indices)}".strip() for kind, indices in groups.items()) or "-"
+        kind, dot, index = layer.rpartition(".")
+        groups.setdefault(kind or index, []).append(index if dot and not kind.endswith("samplers") else "")
+    return ", ".join(_group(kind, indices) for kind, indices in groups.items()) or "-"
+
+
+def _group(kind: str, indices: list[str]) -> str:
+    layer, inner, _ = kind.rpartition(".")
+    if inner:
+        return f"{len(indices)} block{'s' * (len(indices) > 1)} of {layer.replace('.', ' ')}"
+    return f"{kind} {'+'.join(indices)}".strip()
 
 
 def tables(found: Mapping[str, Any]) -> list[Any]:
@@ -118,7 +140,7 @@ def tables(found: Mapping[str, Any]) -> list[Any]:
 def student(
     teacher: Annotated[str, typer.Argument(help="A diffusers folder, hub id, .safetensors, demo or random:sd15.")],
     output: Annotated[Path, typer.Argument(help="Folder for the student's pipeline.")],
-    student: Annotated[str, typer.Option("--student", "-s", help="small, tiny, bk-base, bk-small or bk-tiny.")],
+    student: Annotated[str, typer.Option("--student", "-s", help=STUDENT_NAMES)],
     vae: Annotated[str | None, typer.Option(help="Another VAE for the pipeline, as `sdkd export` takes it.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Save the weights in float16.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,

@@ -19,6 +19,7 @@ __all__ = [
     "SDXL",
     "STABLE_DIFFUSION",
     "STUDENTS",
+    "STUDENT_NAMES",
     "SUPPORTED",
     "Family",
     "LossWeights",
@@ -35,6 +36,9 @@ MODELS: Mapping[str, tuple[Family, PublishedModel]] = {
     name: (family, model) for family in FAMILIES for name, model in family.models.items()
 }
 STUDENTS: Mapping[str, StudentSpec] = {spec.name: spec for family in FAMILIES for spec in family.students}
+STUDENT_NAMES = "; ".join(
+    f"of {family.title}: {', '.join(spec.short for spec in family.students)}" for family in FAMILIES
+)
 SUPPORTED = "sdkd works on " + ", and ".join(family.title for family in FAMILIES)
 
 

@@ -13,6 +13,7 @@ from sdkd.core.files import sha256
 from sdkd.core.numbers import check_number
 from sdkd.core.schema import construct, problem
 from sdkd.errors import InputError, MissingExtraError, ModelError
+from sdkd.families import MODELS
 from sdkd.models.diffusers_folder import digest
 from sdkd.models.families import empty
 from sdkd.models.generation import Generation, noted
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     import torch
 
 LORAS = "loras"  # key in the source of a bundle's manifest
-_FAMILIES = {768: "random:sd15", 1024: "random:sd21"}  # by the width of text embeddings; their configs are meant
+# Names of models by the width of their text embeddings, of two the first; their configs are meant.
+_PUBLISHED = {
+    model.unet["cross_attention_dim"]: f"random:{name}" for name, (_, model) in reversed(list(MODELS.items()))
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Lora:
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
-        """The parts of a pipeline that it changes: `unet`, `text_encoder`."""
+        """The parts of a pipeline that it changes: `unet`, `text_encoder`, `text_encoder_2`."""
         return parts_of(Weights.open(Path(self.file)).tensors)
 
     @cached_property
@@ -163,25 +167,28 @@ def with_loras(source: ModelSource, loras: Loras) -> ModelSource:
         )
     found = parse_loras((*loras_of(source), *loras))
     teacher = base.provenance.get("teacher")
-    notes = check_loras(
-        found, base.unet_config, lambda: empty("text_encoder", base.config("text_encoder")), teacher, base.generation
-    )
+
+    def text_encoder(part: str) -> Any:
+        config = base.config(part)
+        return empty(part, config) if config else None
+
+    notes = check_loras(found, base.unet_config, text_encoder, teacher, base.generation)
     return FusedSource(base.name, base.path, base.random_weights, (*base.notes, *notes), base=base, loras=found)
 
 
 def check_loras(
     loras: Iterable[Lora],
     unet_config: Mapping[str, Any],
-    text_encoder: Callable[[], Any],
+    text_encoder: Callable[[str], Any],
     teacher: str | None = None,
     made: Generation | None = None,
 ) -> list[str]:
     """Refuse LoRAs that are not for this model; notes on those that may be another's.
 
-    `text_encoder` gives the module, on any device. `teacher`: of a student; `made`: how the model is to be run. Raises
-    ModelError for a file that has changed, adapters of another kind, other widths, unknown layers, a LoRA of a
-    student's teacher (with the command that fits it), one for few steps on a few-step model; InputError for no LoRA;
-    MissingExtraError without PEFT.
+    `text_encoder` gives the module of a part, on any device, None where there is none. `teacher`: of a student;
+    `made`: how the model is to be run. Raises ModelError for a file that has changed, adapters of another kind, other
+    widths, unknown layers, a LoRA of a student's teacher (with the command that fits it), one for few steps on a
+    few-step model; InputError for no LoRA; MissingExtraError without PEFT.
     """
     try:
         from sdkd.students.lora_adapter import fit_text, fit_unet
@@ -201,8 +208,8 @@ def check_loras(
             if fit.owner == "teacher":
                 raise ModelError(_fit_first(lora, unet_config, teacher, fit.why))
             notes += [] if fit.sure else [f"{lora.what} is taken for one of this student's own, since {fit.why}"]
-        if "text_encoder" in layers:
-            fit_text(layers["text_encoder"], text_encoder(), settings, lora.what)
+        for part in (part for part in layers if part != "unet"):
+            fit_text(part, layers[part], text_encoder(part), settings, lora.what)
         if made is not None and made.few_steps and lora.generation:
             raise ModelError(
                 f"{lora.what} makes a model one of few steps, and this one is that already: give its base model, or "
@@ -218,7 +225,7 @@ def _fit_first(lora: Lora, config: Mapping[str, Any], teacher: str | None, why: 
 
     spec = recognised(config)
     assert spec is not None
-    teacher = teacher or _FAMILIES.get(config["cross_attention_dim"], "TEACHER")
+    teacher = teacher or _PUBLISHED.get(config["cross_attention_dim"], "TEACHER")
     output = str(Path(lora.file).with_name(f"{Path(lora.file).stem}-{spec.short}.safetensors"))
     command = shlex.join(["sdkd", "remap-lora", lora.file, output, "--student", spec.short, "--teacher", teacher])
     return f"{lora.what} is for the teacher of {spec.name} ({why}): make it fit first, and give the new file: {command}"
@@ -240,6 +247,6 @@ def fuse(part: str, module: Any, loras: Iterable[Lora]) -> Any:
         if part == "unet":
             adapter = fit_unet(layers, dict(module.config), settings, lora.what)[0]
         else:
-            adapter = fit_text(layers, module, settings, lora.what)
+            adapter = fit_text(part, layers, module, settings, lora.what)
         adapter.fuse_into(module, lora.scale)
     return module

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdkd.errors import ModelError
 from sdkd.students.blocks import key_map, recognised, teacher_layout
 from sdkd.students.lora_fit import Fit, fit_model, fit_student
-from sdkd.students.lora_layers import Layer, peft_settings, peft_state, remap_settings, text_names
+from sdkd.students.lora_layers import Layer, peft_settings, remap_settings, text_state
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class Adapter:
     def add_to(self, module: Any, name: str) -> None:
         """Put it into its part's module, active, under a name that is free there."""
         state = dict(self.state)
-        if self.part == "text_encoder" and not hasattr(module, "text_model"):  # transformers 5
+        if self.part != "unet" and not hasattr(module, "text_model"):  # transformers 5
             state = {key.removeprefix("text_model."): value for key, value in state.items()}
         fill_adapter(module, name, state, self.config)
 
@@ -78,10 +78,13 @@ def fit_unet(
     return Adapter.of("unet", fit.state, settings, what), fit
 
 
-def fit_text(layers: Mapping[str, Layer], module: Any, settings: Mapping[str, Any], what: str) -> Adapter:
-    """A LoRA's layers for a text encoder; ModelError when they are not this one's, or of other widths."""
+def fit_text(part: str, layers: Mapping[str, Layer], module: Any, settings: Mapping[str, Any], what: str) -> Adapter:
+    """A LoRA's layers for a text encoder, a `part` of a pipeline.
+
+    ModelError when they are not this one's, or of other widths.
+    """
     if module is None:
-        raise ModelError(f"{what} has {len(layers)} layers for a text encoder, and this pipeline has none")
+        raise ModelError(f"{what} has {len(layers)} layers for the {part}, and this pipeline has none")
     found = {name: getattr(layer, "base_layer", layer) for name, layer in module.named_modules()}
     here = {name.removeprefix("text_model.").removeprefix("encoder."): layer for name, layer in found.items()}
     for name, layer in layers.items():
@@ -95,7 +98,7 @@ def fit_text(layers: Mapping[str, Layer], module: Any, settings: Mapping[str, An
                 f"{what} is for a text encoder of other widths: {layer.name!r} is for a layer of {sizes[0]}, "
                 f"this one's is {sizes[1]}. Give a LoRA that was made for this model"
             )
-    return Adapter.of("text_encoder", peft_state("text_encoder", layers, text_names(layers)), settings, what)
+    return Adapter.of(part, text_state(part, layers), settings, what)
 
 
 # Adapters in modules

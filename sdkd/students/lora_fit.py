@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sdkd.errors import ModelError
 from sdkd.families import MODELS, StudentSpec
 from sdkd.students.blocks import key_map, student_spec, teacher_key, unet_shapes
-from sdkd.students.lora_layers import Layer, common_name, flat, other_kind, peft_state, text_width, widths
+from sdkd.students.lora_layers import PARTS, Layer, common_name, flat, other_kind, peft_state, text_width, widths
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,12 @@ _OWNERS = {
     width: ", ".join(name for name, (_, model) in MODELS.items() if model.unet["cross_attention_dim"] == width)
     for width in {model.unet["cross_attention_dim"] for _, model in MODELS.values()}
 }
-_IN_BLOCK = re.compile(r"^.*\.(attentions|resnets|downsamplers|upsamplers)\.\d+\.")
+_IN_BLOCK = re.compile(r"^.*\.(attentions|resnets|downsamplers|upsamplers|transformer_blocks)\.\d+\.")
 
 _LORA_BLOCKS = tuple(
     f"{style}{block}" for style in ("unet.", "lora_unet_") for block in ("down_blocks", "mid_block", "up_blocks")
 )
-_LORA_UNET, _LORA_TEXT = ("unet.", "lora_unet_"), ("text_encoder.", "lora_te")
+_LORA_UNET, _LORA_TEXT = ("unet.", "lora_unet_"), (*(f"{part}." for part in PARTS[1:]), "lora_te")
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,9 @@ def fit_student(
 
 def _teacher(config: Mapping[str, Any], modules: Mapping[str, str], whole: bool) -> Target:
     found = Target.of(config)
-    kept = (*(f"{flat(module)}_" for module in modules.values()), "conv_", "time_embedding_")
-    shapes = {name: shape if whole or name.startswith(kept) else None for name, shape in found.shapes.items()}
+    edges = ("conv_", "time_embedding_", "add_embedding_")
+    kept = (*(f"{flat(module)}_" for module in modules.values()), *edges)
+    shapes = {name: shape if whole or f"{name}_".startswith(kept) else None for name, shape in found.shapes.items()}
     return Target(found.names, shapes)
 
 
@@ -185,14 +186,17 @@ def remap_lora(
     """A LoRA of the teacher as a LoRA of its student: weights of kept layers renamed, those of removed layers left out.
 
     Takes diffusers' and PEFT's names (`unet.down_blocks.0...`, `base_model.model.down_blocks.0...`) and kohya's
-    (`lora_unet_down_blocks_0_...`); a text encoder's weights pass unchanged. Raises ModelError for adapters of another
-    kind (DoRA, LoHa, ...), and when no name belongs to a layer that the student keeps.
+    (`lora_unet_down_blocks_0_...`, of SDXL `lora_unet_input_blocks_4_...`); weights of text encoders pass unchanged.
+    Raises ModelError for adapters of another kind (DoRA, LoHa, ...), and when no name belongs to a layer that the
+    student keeps.
     """
     if kind := other_kind(state_dict):
         raise ModelError(f"this file of adapters {kind}")
     modules = key_map(teacher_config, student)
-    places = {f"unet.{teacher}.": f"unet.{own}." for own, teacher in modules.items()}
-    places |= {f"lora_unet_{flat(teacher)}_": f"lora_unet_{flat(own)}_" for own, teacher in modules.items()}
+    places: dict[str, str] = {}
+    for own, teacher in modules.items():
+        ends = (("unet.", own, teacher, "."), *(("lora_unet_", flat(own), flat(teacher), end) for end in "_."))
+        places |= {f"{style}{of}{end}": f"{style}{to}{end}" for style, to, of, end in ends}
     result: dict[str, torch.Tensor] = {}
     moved = text = 0
     for key, value in ((common_name(key), value) for key, value in state_dict.items()):
@@ -207,6 +211,6 @@ def remap_lora(
     if not moved and not 0 < text == len(state_dict):  # nothing of the UNet is left, and there was something
         raise ModelError(
             f"the LoRA names no layer that {student_spec(student).name} keeps (its first name is "
-            f"{next(iter(state_dict), 'none')!r}): give a LoRA of an SD 1.x/2.x UNet, in diffusers' or kohya's names"
+            f"{next(iter(state_dict), 'none')!r}): give a LoRA of its teacher, in diffusers' or kohya's names"
         )
     return result

@@ -1,8 +1,8 @@
 """A LoRA file as what it is: for each layer a down and an up matrix and a scale, whatever style its names have.
 
 Names are brought to the two styles that diffusers and the layer map know: `unet.<module>.<weight>` (diffusers, PEFT)
-and `lora_unet_<module with underscores>.<weight>` (kohya). Adapters of other kinds, whose files look like one, are
-known by their names.
+and `lora_unet_<module with underscores>.<weight>` (kohya), which those of the original code become: kohya's LoRAs of
+SDXL have them. Adapters of other kinds, whose files look like one, are known by their names.
 
 Written back under PEFT's names with the scale inside the matrices, it means the same to every reader: diffusers
 leaves out the alphas of some of kohya's layers where they differ from layer to layer.
@@ -17,14 +17,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import ModelError, an
+from sdkd.families import FAMILIES
+from sdkd.students.original_names import diffusers_name
 
 if TYPE_CHECKING:
     import torch
 
-PARTS = ("unet", "text_encoder")
-_KOHYA = re.compile(r"lora_(?P<part>unet|te1?)_(?P<module>[^.]+)\.(?P<role>lora_down\.weight|lora_up\.weight|alpha)")
+# The parts of a pipeline that a LoRA may change, by what their layers begin with in kohya's names.
+_KOHYA_PARTS = {"lora_unet_": "unet"} | {
+    encoder.lora: encoder.part for family in FAMILIES for encoder in family.text_encoders
+}
+PARTS = tuple(dict.fromkeys(_KOHYA_PARTS.values()))
+_KOHYA = re.compile(
+    rf"(?P<part>{'|'.join(_KOHYA_PARTS)})(?P<module>[^.]+)\.(?P<role>lora_down\.weight|lora_up\.weight|alpha)"
+)
 _DOTTED = re.compile(
-    r"(?P<part>unet|text_encoder)\.(?P<module>.+)\.(?P<role>(lora|lora_linear_layer)\.(up|down)\.weight"
+    rf"(?P<part>{'|'.join(PARTS)})\.(?P<module>.+)\.(?P<role>(lora|lora_linear_layer)\.(up|down)\.weight"
     r"|lora_(A|B|up|down)\.weight|alpha)"
 )
 _UP = re.compile(r"lora_B|\bup\b|lora_up")
@@ -39,7 +47,10 @@ _FOREIGN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _TEXT_WIDTH = re.compile(r"attn2[._](processor\.)?to_[kv](\.lora_A|\.lora_down|\.lora\.down|_lora\.down)\.weight$")
 _WRAPPERS = ("base_model.model.unet.", "base_model.model.", "unet.")  # of PEFT's own files, the longest first
-_UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
+_UNET_PARTS = (
+    *("down_blocks.", "mid_block.", "up_blocks."),
+    *("conv_in.", "conv_out.", "time_embedding.", "add_embedding."),
+)
 # Old diffusers kept a LoRA in attention processors: ...attn1.processor.to_q_lora.down.weight
 _PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.")
 # Adapters that a down and an up matrix do not describe, by what the names of their weights hold.
@@ -53,7 +64,6 @@ _OTHERS = {
     "adapter of another kind": r"ia3_|\.on_input$|\.[ab][12]\.weight$|vera_lambda_|\.lora_E$|ranknum|\.lora_mid\."
     r"|\.scalar$|lora[\w.]*\.bias$|lora_embedding_[AB]|\.diff(_b)?$|\.[wb]_norm$|^bundle_emb\.|^lora_controlnet$",
 }
-_LDM = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
 
 
 @dataclass(frozen=True)
@@ -117,15 +127,10 @@ def other_kind(names: Iterable[str]) -> str | None:
 
 
 def common_name(key: str) -> str:
-    """A weight's name in diffusers' or kohya's style; a text encoder's stays as it is.
-
-    Raises ModelError for the names of the original Stable Diffusion code, whose LoRAs are of SDXL as a rule.
-    """
-    if key.startswith(_LDM):
-        raise ModelError(
-            f"the LoRA weight {key!r} is named as in the original code, which SDXL's LoRAs are: "
-            "give a LoRA of SD 1.x/2.x, or load it with diffusers and save it with pipe.save_lora_weights first"
-        )
+    """A weight's name in diffusers' or kohya's style; a text encoder's stays as it is, and so does an unknown one."""
+    if key.startswith("lora_unet_"):
+        module, dot, role = key.removeprefix("lora_unet_").partition(".")
+        return f"lora_unet_{diffusers_name(module) or module}{dot}{role}"
     for wrapper in _WRAPPERS:
         if key.startswith(wrapper) and key.removeprefix(wrapper).startswith(_UNET_PARTS):
             key = key.removeprefix(wrapper)
@@ -140,7 +145,7 @@ def common_name(key: str) -> str:
 def read_layers(
     state: Mapping[str, torch.Tensor], what: str, settings: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Layer]]:
-    """The layers of a LoRA by part (`unet`, `text_encoder`) and by flat name of the module.
+    """The layers of a LoRA by part (`unet`, `text_encoder`, `text_encoder_2`) and by flat name of the module.
 
     `what` begins the messages; `settings` (`unet.r`, `unet.lora_alpha`, ...) are those of the file, whose scales stay
     there. ModelError for adapters of another kind, for names that belong to no layer (nothing is left out), for halves
@@ -162,8 +167,8 @@ def read_layers(
         found[part][module][role] = (key, value)
     if unknown:
         raise ModelError(
-            f"{what} has {len(unknown)} of {len(state)} weights whose names belong to no layer of an SD 1.x/2.x UNet "
-            f"or text encoder (first: {unknown[0]!r}): give a LoRA in diffusers', PEFT's or kohya's names"
+            f"{what} has {len(unknown)} of {len(state)} weights whose names belong to no layer of a UNet or text "
+            f"encoder (first: {unknown[0]!r}): give a LoRA in diffusers', PEFT's or kohya's names"
         )
     return {
         part: {module: _layer(given, what) for module, given in modules.items()}
@@ -196,11 +201,11 @@ def _place(key: str) -> tuple[str, str, str] | None:
     if match is None:
         return None
     role = "alpha" if match["role"] == "alpha" else "up" if _UP.search(match["role"]) else "down"
-    module = flat(match["module"])
-    if match["part"] == "unet":
-        return "unet", module, role
+    module, part = flat(match["module"]), _KOHYA_PARTS.get(match["part"], match["part"])
+    if part == "unet":
+        return part, module, role
     text = _TEXT_LAYER.fullmatch(module)
-    return None if text is None else ("text_encoder", f"layers.{text[1]}.{text[2]}.{text[3]}", role)
+    return None if text is None else (part, f"layers.{text[1]}.{text[2]}.{text[3]}", role)
 
 
 def _layer(given: Mapping[str, tuple[str, torch.Tensor]], what: str) -> Layer:
@@ -236,9 +241,9 @@ def text_width(state: Mapping[str, torch.Tensor]) -> int | None:
     return None if first is None else int(first.shape[1])
 
 
-def text_names(layers: Mapping[str, Layer]) -> dict[str, str]:
-    """Flat names of a text encoder's layers with the names they have in its state dict."""
-    return {name: f"text_model.encoder.{name}" for name in layers}
+def text_state(part: str, layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
+    """Layers of a text encoder under PEFT's names, as `peft_state` gives them."""
+    return peft_state(part, layers, {name: f"text_model.encoder.{name}" for name in layers})
 
 
 def peft_state(part: str, layers: Mapping[str, Layer], names: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -216,13 +216,15 @@ def test_what_is_refused_leaves_nothing_behind(engine_bundle: Path, style: ByHan
     wide = style.state | {"lora_unet_conv_in.lora_down.weight": torch.zeros(RANK, 9, 3, 3)}
     deep = "lora_te_text_model_encoder_layers_7_mlp_fc1"
     text = {f"{deep}.{name}.weight": torch.zeros(4, 4) for name in ("lora_down", "lora_up")}
+    second = {key.replace("lora_te_", "lora_te2_"): value for key, value in style.state.items()}
     dora = style.state | {"lora_unet_conv_in.dora_scale": torch.ones(1, 16)}
     for state, error, message in (
         (dora, EngineError, r"adapter 'new' is a DoRA \(by 'lora_unet_conv_in\.dora_scale'\)"),
-        (narrow, ModelError, r"is for text embeddings 2048 \(SDXL\) wide, this model's are 32 wide"),
+        (narrow, ModelError, r"is for text embeddings 2048 \(sdxl\) wide, this model's are 32 wide"),
         (style.state | more, ModelError, r"has 1 of 40 weights whose names belong to no layer .*conv_in\.alphabet"),
         (one_bad, ModelError, r"no finite numbers, at 'lora_unet_conv_in"),
         (wide, ModelError, r"other widths: 'lora_unet_conv_in.* 16 x 9 x 3 x 3, conv_in is one of 16 x 4 x 3 x 3"),
+        (second, ModelError, "layers for the text_encoder_2, and this pipeline has none"),
         (style.state | text, ModelError, "layers_7_mlp_fc1.*, a layer that this text encoder lacks"),
         ({f"unet.{BLOCK}attn1.to_x.lora_A.weight": torch.zeros(4, 16)}, ModelError, "without the up matrix"),
     ):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from processes import Dropping
+from rich.console import Console
 from safetensors.torch import load_file
+from small_sdxl_unet import SDXL_UNET
 from training_runs import small_vae
 
 from sdkd.commands import student as student_cli
@@ -100,3 +102,19 @@ def test_bad_names_and_an_interrupted_run_leave_nothing(
     with pytest.raises(KeyboardInterrupt, match="stop"):
         student_cli.student(teacher, tmp_path / "out", "tiny")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_says_which_transformer_blocks_go() -> None:
+    found = student_cli.report(SDXL_UNET | {"transformer_layers_per_block": (1, 2, 6)}, "koala-700m")
+    rows = {row["part"]: row for row in found["parts"]}
+    assert rows["mid_block"]["kept"] == []
+    deep = rows["down_blocks.2"]
+    assert deep["kept"] == ["attentions.0", "resnets.0"]
+    assert deep["dropped"][:3] == ["attentions.1", "resnets.1", "attentions.0.transformer_blocks.5"]
+    assert len(deep["dropped"]) == 2 + 1
+    assert sum(row["student_parameters"] for row in found["parts"]) == found["student_parameters"]
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(*student_cli.tables(found))
+    assert "1 block of attentions 0, attentions 1, resnets 1" in capture.get()
+    assert "attentions 0+2, resnets 0+2, upsamplers" in capture.get()

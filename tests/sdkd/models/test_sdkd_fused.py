@@ -147,6 +147,10 @@ def test_loras_of_others_are_refused(files: Path, tmp_path: Path) -> None:
             {name.replace("layers.1", "layers.7"): one for name, one in text.items()},
             "a layer that this text encoder lacks",
         ),
+        (
+            {name.replace("text_encoder", "text_encoder_2"): one for name, one in text.items()},
+            "has 4 layers for the text_encoder_2, and this pipeline has none",
+        ),
         (changed(state, lora_unet_conv_in__alpha=torch.tensor(float("nan"))), "values that are no finite numbers"),
     ]
     for number, (weights, message) in enumerate(cases):
