@@ -13,7 +13,7 @@ from sdkd.core.help_page import CONSISTENCY, DATA, LORA, LOSSES, OPTIMIZER, ROUN
 from sdkd.core.numbers import SHARE, Bounds
 from sdkd.distill.data.buckets import CROPS
 from sdkd.distill.training.eight_bits import WEIGHT_BITS, rounding_problems, scheme_of
-from sdkd.distill.training.pairs import PRESETS
+from sdkd.distill.training.pairs import PRESETS, feature_pairs
 from sdkd.errors import InputError
 from sdkd.families import LossWeights, StudentSpec
 from sdkd.models.generation import EMBEDDED_FEW_STEPS, FEW_STEPS, Generation
@@ -253,7 +253,7 @@ class TrainConfig:
         yield from self._unknown()
         yield from filter(None, self._out_of_bounds())
         if self.student != SAME:
-            student_spec(self.student)
+            feature_pairs(self.student, self.pairs if self.pairs in PRESETS else None)
         elif self.objective != "consistency":
             yield "student 'same' has all of its teacher's blocks, which is for --objective consistency: choose another"
             return  # it has no loss weights

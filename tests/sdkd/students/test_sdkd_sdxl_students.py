@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from small_sdxl_unet import POOLED, SDXL_UNET, sdxl_output, small_sdxl_unet
 
+from sdkd.distill import TrainConfig
 from sdkd.distill.training.pairs import feature_pairs
 from sdkd.errors import InputError, ModelError
 from sdkd.families import FAMILIES, SDXL, STUDENTS
@@ -199,7 +200,7 @@ def test_feature_pairs_have_equal_shapes(name: str, teacher: UNet2DConditionMode
     assert pairs == feature_pairs(name, student_spec(name).pairs)
     assert shapes(teacher, [pair[0] for pair in pairs]) == shapes(student, [pair[1] for pair in pairs])
     with pytest.raises(InputError, match=rf"pairs 'bk-sdm' are of students of Stable Diffusion .*: {name} has"):
-        feature_pairs(name, "bk-sdm")
+        TrainConfig(student=name, pairs="bk-sdm")
 
 
 def shapes(unet: UNet2DConditionModel, names: list[str]) -> list[torch.Size]:
