@@ -69,17 +69,32 @@ class LoraScale(nn.Module, BaseTunerLayer):
 def adapters_of(part: str, module: EngineModule) -> Any:
     """The copy without weights on which an engine module's adapters are kept: made once."""
     if module.adapters is None:
-        held = copy_without_weights(part, module.config)
-        object.__setattr__(module, "adapters", held)  # no submodule: it has parameters
-        object.__setattr__(module, "bring_back", functools.partial(bring_back, held))
-        module.add_module("lora_scale", LoraScale(module.weights))
+        hold(module, copy_without_weights(part, module.config))
     return module.adapters
+
+
+def hold(module: EngineModule, held: nn.Module) -> None:
+    """Let this copy without weights be the one that holds an engine module's adapters."""
+    if module.adapters is None:
+        module.register_state_dict_post_hook(_add_matrices)
+    object.__setattr__(module, "adapters", held)  # no submodule: it has parameters
+    object.__setattr__(module, "bring_back", functools.partial(bring_back, held))
+
+
+def _add_matrices(module: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """The adapters' matrices belong to a module's state, from which PEFT saves them."""
+    state.update({prefix + name: value for name, value in module.adapters.state_dict().items() if ".lora_" in name})
 
 
 def announce(module: EngineModule) -> None:
     """Tell an engine what its active adapters add; it takes it at its next run."""
-    if module.adapters is not None:
-        module.weights.add(active_deltas(module.adapters))
+    if module.adapters is None:
+        return
+    module.weights.add(active_deltas(module.adapters))
+    if not getattr(module.adapters, "peft_config", None):
+        module._modules.pop("lora_scale", None)
+    elif "lora_scale" not in module._modules:
+        module.add_module("lora_scale", LoraScale(module.weights))
 
 
 def active_deltas(module: nn.Module) -> dict[str, Delta]:
@@ -137,15 +152,17 @@ def check_adapters(part: str, module: nn.Module) -> None:
                 "pipe.unfuse_lora() first, and it is carried over to the engine; or call pipe.unload_lora_weights(), "
                 "which leaves it in the weights, and export this pipeline"
             )
-        if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) and (kind := _kind(layer)):
+        if kind := kind_of(layer):
             raise ModelError(
                 f"{where} has an adapter that engines do not take ({kind}): fuse it (pipe.fuse_lora(), "
                 "pipe.unload_lora_weights()) and export this pipeline, or unload it"
             )
 
 
-def _kind(layer: Any) -> str | None:
-    """What makes an adapter's layer more than an up and a down matrix; None for plain LoRA."""
+def kind_of(layer: Any) -> str | None:
+    """What makes an adapter's layer more than an up and a down matrix; None for plain LoRA, and for no adapter."""
+    if not isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        return None
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return f"a whole layer, {type(layer).__name__}"
     if not isinstance(layer, LoraLayer):

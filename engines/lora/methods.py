@@ -6,9 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from transformers import CLIPTextModel
 
 from engines.modules.base import LORA_PARTS, EngineModule
+from engines.modules.components import EngineTextEncoder, EngineUNet
 from sdkd.errors import EngineError
 
 # Methods of StableDiffusionLoraLoaderMixin that change or show adapters.
@@ -22,6 +25,13 @@ REFUSED = {
     "enable_lora_hotswap": "an engine takes adapters of any rank, one after the other: call load_lora_weights",
     "set_lora_device": "adapters stay on the CPU until they are added to the engine's weights",
 }
+# Methods of a single module, diffusers' or transformers', and what both keep about adapters.
+MODULE_METHODS = (
+    *("add_adapter", "load_adapter", "load_lora_adapter", "set_adapter", "set_adapters", "delete_adapter"),
+    *("delete_adapters", "disable_adapters", "enable_adapters", "disable_lora", "enable_lora", "unload_lora"),
+    *("active_adapters", "get_adapter_state_dict", "save_lora_adapter"),
+)
+HELD = ("peft_config", "_hf_peft_config_loaded")
 
 
 @functools.cache
@@ -35,6 +45,11 @@ def extend_lora() -> None:
         original = getattr(StableDiffusionLoraLoaderMixin, name, None)
         if original is not None:
             setattr(StableDiffusionLoraLoaderMixin, name, _extended(name, original))
+    for kind, eager in ((EngineUNet, UNet2DConditionModel), (EngineTextEncoder, CLIPTextModel)):
+        for name in (name for name in MODULE_METHODS if hasattr(eager, name)):
+            setattr(kind, name, _on_adapters(name, getattr(eager, name)))
+        for name in HELD:
+            setattr(kind, name, property(functools.partial(_held, name)))
 
 
 def _extended(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,9 +70,24 @@ def _extended(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _on_adapters(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(module: EngineModule, *arguments: Any, **options: Any) -> Any:
+        from engines.lora.modules import call_held
+
+        return call_held(module, name, arguments, options)
+
+    return call
+
+
+def _held(name: str, module: EngineModule) -> Any:
+    """What the copy of an engine module with its adapters knows of them; AttributeError where there are none."""
+    return getattr(module.adapters, name)
+
+
 def check_adapters(part: str, module: Any) -> None:
     """ModelError naming an adapter of an eager module that an engine cannot take over."""
-    if getattr(module, "peft_config", None):
+    if not isinstance(module, EngineModule) and getattr(module, "peft_config", None):
         from engines.lora.layers import check_adapters
 
         check_adapters(part, module)

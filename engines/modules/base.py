@@ -40,8 +40,8 @@ UNREACHABLE = {
     **dict.fromkeys(("fuse_qkv_projections", "unfuse_qkv_projections"), _ATTENTION),
     **dict.fromkeys(("get_input_embeddings", "resize_token_embeddings", "set_input_embeddings"), _TOKENS),
     "enable_layerwise_casting": "an engine's precision is fixed when it is exported and built",
-    "add_adapter": "adapters are added with pipe.load_lora_weights",
-    "load_lora_adapter": "adapters are added with pipe.load_lora_weights",
+    **dict.fromkeys(("fuse_lora", "unfuse_lora"), "adapters are part of the engine's weights already"),
+    "enable_lora_hotswap": "an engine takes adapters of any rank, one after the other",
     "_load_ip_adapter_weights": "IP-Adapter's projections and attention are not exported",
 }
 UNSETTABLE = {
@@ -230,6 +230,16 @@ class EngineModule(torch.nn.Module):
         if name in UNSETTABLE:
             raise EngineError(f"{type(self).__name__} {UNSETTABLE[name]}, or {EAGERLY}")
         super().__setattr__(name, value)
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Its own modules, and the layers with adapters under their names, by which PEFT knows what it saves."""
+        yield from super().named_modules(*arguments, **options)
+        if self.adapters is not None:
+            yield from ((path, layer) for path, layer in self.adapters.named_modules() if hasattr(layer, "lora_A"))
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[torch.nn.Module]:
+        """Its own modules: diffusers scales the adapter layers that it finds here, and the engine's scale is one."""
+        return (module for _, module in super().named_modules(remove_duplicate=remove_duplicate))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """EngineError: an engine takes other weights in another way."""
