@@ -33,10 +33,16 @@ def layers(module: torch.nn.Module) -> int:
     return sum(isinstance(layer, BaseTunerLayer) for layer in module.modules())
 
 
+@pytest.fixture(scope="module")
+def plugged(engine_bundle: Path) -> Any:
+    """The small pipeline on engines of ONNX Runtime."""
+    return load_pipeline(engine_bundle, "onnxruntime")
+
+
 @pytest.fixture
-def pipe(engine_bundle: Path) -> Any:
-    """The small pipeline on engines of ONNX Runtime, with two adapters of which the second is active."""
-    plugged = plug(small_pipeline(), engine_bundle, "onnxruntime", keep_eager=True)
+def pipe(plugged: Any) -> Any:
+    """That pipeline with two adapters, of which the second is active."""
+    plugged.unload_lora_weights()
     add(plugged, "a")
     add(plugged, "b", seed=2)
     return plugged
@@ -121,17 +127,18 @@ def test_what_peft_reads_of_an_engine_is_its_adapters(pipe: Any, tmp_path: Path)
     agree(draw(pipe), before)
 
 
-def test_an_adapter_of_a_module_goes_back_with_it(pipe: Any, drawn: Callable[..., np.ndarray]) -> None:
+def test_an_adapter_of_a_module_goes_back_with_it(engine_bundle: Path) -> None:
+    pipe = plug(small_pipeline(), engine_bundle, "onnxruntime", keep_eager=True)
+    add(pipe, "b")
     pipe.unet.set_adapters("b", 0.5)
-    pipe.text_encoder.set_adapter("b")
     on_engines = draw(pipe)
     unplug(pipe)
     agree(draw(pipe), on_engines)
     assert pipe.unet.active_adapters() == ["b"]
 
 
-def test_where_there_is_no_adapter_it_is_as_on_an_eager_module(engine_bundle: Path) -> None:
-    pipe = load_pipeline(engine_bundle, "onnxruntime")
+def test_where_there_is_no_adapter_it_is_as_on_an_eager_module(pipe: Any) -> None:
+    pipe.unload_lora_weights()
     assert getattr(pipe.unet, "peft_config", None) is None
     with pytest.raises(ValueError, match="No adapter loaded"):
         pipe.unet.active_adapters()
