@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord
+from sdkd.core.components import COMPONENTS, check_components
 from sdkd.core.console import Progress, progress, show, show_json, table, within
-from sdkd.core.contract import COMPONENTS, QUANTIZED, check_components, size_multiple
+from sdkd.core.contract import QUANTIZED, size_multiple
 from sdkd.core.text_files import prompt_lines
 from sdkd.errors import InputError, NotFasterError, OutputExistsError
 from sdkd.models.fused import Lora, loras_of

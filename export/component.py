@@ -24,8 +24,10 @@ from export.graph.to_onnx import OnnxGraph, choose_opset, forget_weights, save, 
 from export.source import Source
 from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
+from sdkd.core.components import COMPONENTS, TEXT_ENCODERS, UNETS
+from sdkd.core.conditions import Extras
 from sdkd.core.console import Progress
-from sdkd.core.contract import COMPONENTS, UNETS, Contract, Extras, Precision, check_size, torch_dtype
+from sdkd.core.contract import Contract, Precision, check_size, torch_dtype
 from sdkd.core.files import write_json
 from sdkd.core.profiles import ShapeRanges, static_contract
 from sdkd.errors import BundleError, InputError
@@ -45,6 +47,8 @@ class ExportOptions:
     verify: bool = True
     reuse: tuple[str | Path, ...] = ()
     step_caching: bool = False
+    t2i_adapter: bool = False
+    timesteps: bool = False  # one for each sample
 
     def islands(self, component: str) -> tuple[str, ...]:
         """Module paths of a component's blocks that are asked to stay float32."""
@@ -75,12 +79,20 @@ class ExportOptions:
         lists = {name: tuple(data[name]) for name in ("keep_float", "reuse")}
         return ExportOptions(**{**data, **lists, "static": static})
 
-    def extras(self, component: str, config: Mapping[str, Any], controlled: bool) -> Extras:
-        """What the component has beyond the usual: hidden states as asked or configured, residuals for a ControlNet."""
-        if component == "text_encoder":
-            return Extras(hidden_states=self.hidden_states or bool(config.get("output_hidden_states")))
+    def extras(self, component: str, config: Mapping[str, Any], source: Source) -> Extras:
+        """What the component has beyond the usual: hidden states as asked or configured or as the family's pipelines
+        read them; of the UNet what was asked for, and residuals for a ControlNet.
+        """
+        if component in TEXT_ENCODERS:
+            asked = self.hidden_states or source.family.hidden_states
+            return Extras(hidden_states=asked or bool(config.get("output_hidden_states")))
+        if component != "unet":
+            return Extras()
         return Extras(
-            residuals=component == "unet" and controlled, deep_feature=component == "unet" and self.step_caching
+            residuals="controlnet" in source.components,
+            inner_residuals=self.t2i_adapter,
+            timesteps=self.timesteps,
+            deep_feature=self.step_caching,
         )
 
 
@@ -189,9 +201,11 @@ def release_memory() -> None:
 def _wanted_options(options: ExportOptions, name: str, source: Source) -> dict[str, Any]:
     """The options that change a component's graph, as its record keeps them."""
     return {
-        "hidden_states": name == "text_encoder" and options.hidden_states,
+        "hidden_states": name in TEXT_ENCODERS and options.hidden_states,
         "residuals": name == "unet" and "controlnet" in source.components,
         "step_caching": name == "unet" and options.step_caching,
+        "t2i_adapter": name == "unet" and options.t2i_adapter,
+        "timesteps": name == "unet" and options.timesteps,
         "keep_float": list(options.islands(name)),
         "static": options.static.to_json() if options.static else None,
     }
@@ -204,7 +218,7 @@ def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, 
     del original
     ready = standard_attention(ready.cpu().eval().requires_grad_(False))
     config = module_config(ready)
-    extras = options.extras(name, config, "controlnet" in source.components)
+    extras = options.extras(name, config, source)
     contract = _shaped(module_contract(name, ready, precision, extras), config, source, options)
     if not options.verify:
         return _Ready(check_finite(cast(ready, precision), precision), contract, [], Islands())

@@ -13,8 +13,9 @@ from export.side_by_side import export_components, source_for
 from sdkd import __version__
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.bundle.quantized import CALIBRATION_FILE
+from sdkd.core.components import CACHED_UNET, COMPONENTS, check_components
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, COMPONENTS, check_components, check_precision
+from sdkd.core.contract import check_precision
 from sdkd.core.files import check_free, lock, new_folder
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import InputError
@@ -47,6 +48,8 @@ def export_pipeline(
     loras: Loras = (),
     hidden_states: bool = False,
     step_caching: bool = False,
+    t2i_adapter: bool = False,
+    timesteps: bool = False,
     keep_float: Sequence[str] = (),
     static: ShapeRanges | None = None,
     generation: Generation | None = None,
@@ -65,9 +68,10 @@ def export_pipeline(
     place of the model's own, and of a ControlNetModel, for which the UNet gets inputs. `loras` (`FILE[:SCALE]`, or
     `sdkd.models.fused.Lora`) are added to the weights of UNet and text encoder. `hidden_states` gives the text
     encoder one output per layer, for clip_skip. `step_caching` gives the UNet an output for it, and the bundle the
-    UNet's last layer as a component of its own (`sdkd.models.step_caching`). `keep_float` names blocks to compute in
-    float32, `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose activations overflow are found and kept so
-    by themselves. `static` fixes all shapes.
+    UNet's last layer as a component of its own (`sdkd.models.step_caching`). `t2i_adapter` gives the UNet inputs
+    for the residuals of a T2I-Adapter, `timesteps` one timestep for each sample in place of one for all. `keep_float`
+    names blocks to compute in float32, `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose activations
+    overflow are found and kept so by themselves. `static` fixes all shapes.
     `generation`: the steps, guidance scale and scheduler that the model was made for, where its own files do not say;
     the manifest keeps them, and the bundle's scheduler is that one.
     `verify=False` skips the comparison and the search for overflow, and the manifest says so (parity null). `reuse`
@@ -80,7 +84,7 @@ def export_pipeline(
     path = Path(output)
     options = ExportOptions(
         check_precision(precision), opset, target, hidden_states, tuple(keep_float), static, verify, tuple(reuse),
-        step_caching,
+        step_caching, t2i_adapter, timesteps,
     )  # fmt: skip
     replaced = {part: str(name) for part, name in (("vae", vae), ("controlnet", controlnet)) if name is not None}
     check_components(components)
@@ -132,8 +136,11 @@ def _chosen(there: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ..
     """
     for name in wanted or ():
         if name not in there:
-            option = {CACHED_UNET: "--step-caching", "controlnet": "--controlnet FOLDER"}[name]
-            raise InputError(f"this model has no component {name!r}: it comes with {option}, or leave it out")
+            advice = {
+                CACHED_UNET: "it comes with --step-caching, or ",
+                "controlnet": "it comes with --controlnet FOLDER, or ",
+            }
+            raise InputError(f"this model has no component {name!r}: {advice.get(name, '')}leave it out")
     both = {*(wanted or there), *([CACHED_UNET] if wanted and "unet" in wanted else [])}
     return tuple(name for name in there if name in both)
 
@@ -147,7 +154,7 @@ def export_reasons(
     bundle: Bundle,
     source: ModelSource,
     plan: EnginePlan,
-    components: Sequence[str] = BASE_COMPONENTS,
+    components: Sequence[str] | None = None,
     generation: Generation | None = None,
     step_caching: bool = False,
 ) -> list[str]:
@@ -155,6 +162,7 @@ def export_reasons(
     libraries, how it is to be run, no step caching where that is wanted; empty when it can be used again.
     """
     digests, records = dict(source.digests), bundle.manifest.components
+    components = source.family.components if components is None else components
     digests[CACHED_UNET] = digests.get("unet", "")  # a part of it
     changed = [name for name in components if name not in records or records[name].source_sha256 != digests.get(name)]
     reasons = [f"other weights ({', '.join(changed)})"] if changed else []

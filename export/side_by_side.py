@@ -20,8 +20,9 @@ from export.source import Source, open_source
 from sdkd.bundle.manifest import REPLACEMENTS, ComponentRecord, Manifest
 from sdkd.bundle.memory import free_memory
 from sdkd.core.child import BackgroundJob
+from sdkd.core.components import CACHED_UNET, CONFIG_FOLDERS, TEXT_ENCODERS, UNETS
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import CACHED_UNET, CONFIG_FOLDERS, UNETS, torch_dtype
+from sdkd.core.contract import torch_dtype
 from sdkd.models.fused import LORAS, Loras, recorded_loras
 from sdkd.models.resolve import Model
 
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 # Of the time.
-SHARES = {"text_encoder": 1, "unet": 9, CACHED_UNET: 1, "vae_decoder": 2, "vae_encoder": 2, "controlnet": 4}
+SHARES = {
+    **dict.fromkeys(TEXT_ENCODERS, 1),
+    "unet": 9,
+    CACHED_UNET: 1,
+    "vae_decoder": 2,
+    "vae_encoder": 2,
+    "controlnet": 4,
+}
 CHILD_BYTES = 3e9  # what a child needs at most: libraries, one component in float32, its graph
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from export.graph.components import LastLayer, component_module, component_state
-from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, CONFIG_FOLDERS, vae_scale
+from sdkd.core.components import CACHED_UNET, CONFIG_FOLDERS
+from sdkd.core.contract import vae_scale
 from sdkd.core.files import write_json
+from sdkd.families import Family, family_of_pipeline, family_of_unet
 from sdkd.models.diffusers_folder import write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, check_guidance, module_config
 from sdkd.models.families import EXPORTED, check_exported
@@ -54,11 +56,6 @@ from sdkd.models.step_caching import check_cachable
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-CONTROLNET_PIPELINE = "StableDiffusionControlNetPipeline"
-SIDE_PARTS = ("scheduler", "tokenizer")
-# No bundle holds these, and an index that names them names classes that older libraries, Optimum's, do not have.
-ABSENT_PARTS = ("feature_extractor", "image_encoder", "safety_checker")
-
 
 @dataclass
 class Source:
@@ -81,7 +78,15 @@ class Source:
         """What this source has to export."""
         has_controlnet = "controlnet" in self.replaced or getattr(self.rest, "controlnet", None) is not None
         more = {CACHED_UNET: self.step_caching, "controlnet": has_controlnet}
-        return (*BASE_COMPONENTS, *(name for name, there in more.items() if there))
+        return (*self.family.components, *(name for name, there in more.items() if there))
+
+    @property
+    def family(self) -> Family:
+        """The family of its model, or of the pipeline's class."""
+        if self.model is not None:
+            return self.model.family
+        named = family_of_pipeline(type(self.rest).__name__)
+        return named or family_of_unet(self._own_config("unet") or {})
 
     def module(self, component: str) -> nn.Module:
         """The PyTorch module of a component, loaded on first use; ModelError as the loaders raise it."""
@@ -166,7 +171,8 @@ class Source:
         The scheduler is the one that the model is to be run with.
         """
         index = json.loads(self.rest.to_json_string())
-        sides = SimpleNamespace(**{side: getattr(self.rest, side, None) for side in SIDE_PARTS})
+        names = ("scheduler", *self.family.tokenizers)
+        sides = SimpleNamespace(**{side: getattr(self.rest, side, None) for side in names})
         if self.generation is not None and sides.scheduler is not None:
             use_scheduler(sides, self.generation.scheduler)
             index["scheduler"] = ["diffusers", type(sides.scheduler).__name__]
@@ -174,13 +180,14 @@ class Source:
         for part, name in self.replaced.items():
             index[part] = ["diffusers", replacement_class(part, name)]
         if "controlnet" in self.replaced:
-            index["_class_name"] = CONTROLNET_PIPELINE
-        index |= {part: [None, None] for part in ABSENT_PARTS if part in index}
-        write_json(folder / "model_index.json", index | {"requires_safety_checker": False})
+            index["_class_name"] = self.family.controlnet
+        index |= {part: [None, None] for part in self.family.absent if part in index}
+        write_json(folder / "model_index.json", index | dict(self.family.options))
         for side, found in vars(sides).items():
             if found is not None:
                 found.save_pretrained(folder / side)
-        write_tokenizer_files(getattr(self.rest, "tokenizer", None), folder / "tokenizer")  # for Optimum
+        for tokenizer in self.family.tokenizers:
+            write_tokenizer_files(getattr(self.rest, tokenizer, None), folder / tokenizer)  # for Optimum
 
 
 def open_source(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from sdkd.bundle.manifest import MANIFEST, Bundle, EngineRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, replaced, save_whole
+from sdkd.core.components import CACHED_UNET
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET
 from sdkd.core.files import lock, new_folder, write_bytes
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError
@@ -44,22 +44,22 @@ def prepare(
     folder: Path,
     *,
     ranges: ShapeRanges | None = None,
-    components: tuple[str, ...] = BASE_COMPONENTS,
+    cached: bool = False,
     loras: Loras = (),
     reuse: Path | None = None,
     progress: Progress = quiet,
 ) -> Prepared:
     """Export and build only what is missing or stale; `folder` gets one bundle per ONNX precision.
 
-    `loras` are fused into the model, as `export_pipeline` takes them. With `unet_cached` among the components the
-    export is one for step caching. `reuse`: such a folder of another model, whose components are copied where the
-    weights are the same.
+    `loras` are fused into the model, as `export_pipeline` takes them. `cached`: for step caching, too. `reuse`: such a
+    folder of another model, whose components are copied where the weights are the same.
     Raises what export and build raise; an existing bundle of another model is made again.
     """
     from export.build.engines import build_engine
     from export.pipeline import export_pipeline
 
     source, path, target = with_loras(resolve(model), loras), Path(folder) / plan.onnx, plan.target.name
+    components = (*source.family.components, *([CACHED_UNET] if cached else []))
     step = within(progress, 0.0, 0.8)
     stale = not _is_current(path, source, plan, components)
     if stale:
@@ -68,7 +68,7 @@ def prepare(
             path,
             precision=plan.onnx,
             components=components,
-            step_caching=CACHED_UNET in components,
+            step_caching=cached,
             target=target,
             overwrite=(path / MANIFEST).exists(),
             reuse=() if reuse is None else (Path(reuse) / plan.onnx,),

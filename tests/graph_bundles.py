@@ -15,7 +15,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord, Manifest
-from sdkd.core.contract import BASE_COMPONENTS, Contract, Precision, component_contract
+from sdkd.core.components import component_contract
+from sdkd.core.contract import Contract, Precision
+from sdkd.families import STABLE_DIFFUSION
 
 VAE = {"block_out_channels": [8, 16], "latent_channels": 4, "in_channels": 3, "out_channels": 3}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -125,7 +127,9 @@ def write_component(root: Path, component: str, model: onnx.ModelProto, precisio
     return ComponentRecord(component, contract, precision, 18, files, "0" * 64, 1000, 0.1)
 
 
-def graph_bundle(root: Path, precision: Precision = "fp32", components: tuple[str, ...] = BASE_COMPONENTS) -> Bundle:
+def graph_bundle(
+    root: Path, precision: Precision = "fp32", components: tuple[str, ...] = STABLE_DIFFUSION.components
+) -> Bundle:
     """A bundle of all four components."""
     records = {name: write_component(root, name, graph_model(name, precision), precision) for name in components}
     bundle = Bundle(root, Manifest({"model": "graphs"}, {}, records))

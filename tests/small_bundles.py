@@ -13,7 +13,8 @@ from helpers import CONTEXT, CROSS, UP, fixed_weights, tiny_text_encoder, tiny_t
 
 from export.graph.to_onnx import save, to_onnx
 from sdkd.bundle.manifest import ComponentRecord, FileRecord
-from sdkd.core.contract import DTYPES, Precision, component_contract
+from sdkd.core.components import component_contract
+from sdkd.core.contract import DTYPES, Precision
 
 UNET: dict[str, Any] = {
     "sample_size": 16,

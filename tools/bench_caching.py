@@ -29,7 +29,6 @@ RUNS = 9  # UNet calls timed, at least
 def subjects_of(model: str, target: str, intervals: list[int], size: int, folder: Path, progress: Any) -> list[Any]:
     """A model in eager float32 and on engines, at every interval; its bundle is made where it is missing."""
     from sdkd.compare import Subject
-    from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET
     from sdkd.core.profiles import Range, ShapeRanges
     from sdkd.models.resolve import resolve
     from sdkd.targets.plan import plan_for_model
@@ -38,8 +37,7 @@ def subjects_of(model: str, target: str, intervals: list[int], size: int, folder
 
     plan, name = plan_for_model(target, slot_precision(target)), Path(model).name
     ranges = ShapeRanges(*(Range.fixed(number) for number in (1, size, size, 77)))
-    components = (*BASE_COMPONENTS, CACHED_UNET)
-    made = prepare(resolve(model), plan, folder / name, ranges=ranges, components=components, progress=progress)
+    made = prepare(resolve(model), plan, folder / name, ranges=ranges, cached=True, progress=progress)
     return [
         Subject(f"{name} {slot} {interval}", model, slot, precision, bundle, cache_interval=interval)
         for slot, precision, bundle in (("eager", "fp32", None), (made.slot, plan.precision, made.bundle))

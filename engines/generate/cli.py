@@ -27,8 +27,9 @@ from engines.generate.image_inputs import (
 from engines.generate.long_prompts import reading
 from engines.generate.processes import check_gpus, ended_like_ctrl_c, join, main_progress
 from engines.generate.prompts import check_images, image_files, missing, write_metadata
+from sdkd.core.conditions import guidance_width
 from sdkd.core.console import show
-from sdkd.core.contract import check_size, guidance_width, native_size, size_multiple
+from sdkd.core.contract import check_size, native_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.profiles import ShapeRanges, parse_size
 from sdkd.core.text_files import prompt_lines, typed_text
@@ -304,9 +305,10 @@ def choose_target(model: Model, target: str | None, *, control: bool = False, ca
         return "eager"
     if target is not None:
         return target
-    from engines.pipelines.parts import BASE_PARTS, best_slot
+    from engines.pipelines.parts import best_slot
 
-    return best_slot(source.bundle, (*BASE_PARTS, "controlnet") if control else BASE_PARTS, cached=cache_interval > 1)
+    parts = (*source.family.parts, *(["controlnet"] if control else []))
+    return best_slot(source.bundle, parts, cached=cache_interval > 1)
 
 
 def load(

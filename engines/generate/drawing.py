@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from engines.generate.image_inputs import TEXT, Inputs, PipelineKind, done_steps
 from engines.generate.long_prompts import arguments, limit_of
+from sdkd.core.components import guidance_copies
+from sdkd.core.conditions import guidance_width
 from sdkd.core.console import Progress, within
-from sdkd.core.contract import guidance_copies, guidance_width
 from sdkd.core.files import write_bytes
 from sdkd.core.images import check_finite
 from sdkd.core.numbers import DRAWING, SEED, check_number, check_numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import shlex
 from collections.abc import Mapping
@@ -10,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdkd.core.contract import guidance_width
+from sdkd.core.conditions import guidance_width
 from sdkd.core.images import read_mask, read_rgb
 from sdkd.errors import EngineError, InputError
+from sdkd.models.families import new_pipeline
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
 
@@ -231,11 +231,5 @@ def as_pipeline(pipe: Any, name: str, more: Mapping[str, Any] | None = None) -> 
 
     if type(pipe).__name__ == name:
         return pipe
-    kind = getattr(diffusers, name)
-    taken = inspect.signature(kind.__init__).parameters
-    parts = (
-        pipe.components
-        | dict(more or {})
-        | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    )
-    return kind(**{part: value for part, value in parts.items() if part in taken})
+    absent = dict.fromkeys(("safety_checker", "feature_extractor"))
+    return new_pipeline(getattr(diffusers, name), pipe.components | dict(more or {}) | absent, pipe.config)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 
 from engines.lora.layers import adapters_of, announce
 from engines.modules.base import LORA_PARTS, EngineModule
+from sdkd.core.components import TEXT_ENCODERS
 from sdkd.core.numbers import check_number
 from sdkd.errors import EngineError, InputError
 from sdkd.families import StudentSpec
@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 _OTHERWISE = ". Were it the teacher's, rewrite it first: sdkd remap-lora FILE OUT --student {}"
 
 
-class Adapters(StableDiffusionLoraLoaderMixin):
+class Adapters(LoraBaseMixin):
     """The adapters of a pipeline: for diffusers a pipeline of copies without weights, and of eager modules."""
+
+    _lora_loadable_modules = LORA_PARTS
 
     hf_device_map = None  # diffusers looks at these when it loads a LoRA into a pipeline
     components: Mapping[str, Any] = {}

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from engines.modules.base import EngineModule
 from engines.sessions.weights import Delta, EngineWeights
@@ -41,8 +41,9 @@ def copy_without_weights(part: str, config: Any) -> nn.Module:
         return without_weights(meta_unet(dict(config)))
     from accelerate import init_empty_weights
 
+    kind = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[part]
     with init_empty_weights():
-        empty = CLIPTextModel(config)
+        empty = kind(config)
     return without_weights(empty)
 
 

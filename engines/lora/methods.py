@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from transformers import CLIPTextModel
 
 from engines.modules.base import LORA_PARTS, EngineModule
 from engines.modules.components import EngineTextEncoder, EngineUNet
 from sdkd.errors import EngineError
 
-# Methods of StableDiffusionLoraLoaderMixin that change or show adapters.
+MIXINS = (StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin)  # of the families' pipelines
+# Methods of these that change or show adapters.
 METHODS = (
     *("load_lora_weights", "unload_lora_weights", "set_adapters", "delete_adapters", "disable_lora", "enable_lora"),
     *("get_active_adapters", "get_list_adapters"),
@@ -41,10 +42,11 @@ def extend_lora() -> None:
     The methods of diffusers' class are extended, once, and look at the parts that a pipeline has when they are called:
     after a second plug, on a copy (`from_pipe`), after a part was replaced by hand.
     """
-    for name in (*METHODS, *REFUSED):
-        original = getattr(StableDiffusionLoraLoaderMixin, name, None)
-        if original is not None:
-            setattr(StableDiffusionLoraLoaderMixin, name, _extended(name, original))
+    for mixin in MIXINS:
+        for name in (*METHODS, *REFUSED):
+            original = getattr(mixin, name, None)
+            if original is not None:
+                setattr(mixin, name, _extended(name, original))
     for kind, eager in ((EngineUNet, UNet2DConditionModel), (EngineTextEncoder, CLIPTextModel)):
         for name in (name for name in MODULE_METHODS if hasattr(eager, name)):
             setattr(kind, name, _on_adapters(name, getattr(eager, name)))

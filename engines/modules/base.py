@@ -22,10 +22,11 @@ from engines.modules.carried import eager_tensors
 from engines.sessions.base import COPIES, Rebuild, Session
 from engines.sessions.ranges import sizes_of
 from engines.sessions.weights import EngineWeights, check_state
+from sdkd.core.components import TEXT_ENCODERS
 from sdkd.core.numbers import check_number
 from sdkd.errors import EngineError
 
-LORA_PARTS = ("unet", "text_encoder")  # parts whose weights adapters change, and other checkpoints
+LORA_PARTS = ("unet", *TEXT_ENCODERS)  # parts whose weights adapters change, and other checkpoints
 FIXED = "the engine's graph has no such input"
 EAGERLY = "run eagerly: engines.unplug(pipe), where it was plugged with keep_eager=True"
 # Why what an eager module has, or takes, is out of reach.

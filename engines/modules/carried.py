@@ -16,7 +16,8 @@ import torch
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord
 from sdkd.bundle.onnx_index import StoredWeight, stored_weights_of
-from sdkd.core.contract import STATE_PREFIXES, torch_dtype
+from sdkd.core.components import STATE_PREFIXES
+from sdkd.core.contract import torch_dtype
 from sdkd.errors import InputError, ModelError
 
 CheckWeights = Literal["sample", "all", "none"]
@@ -48,16 +49,16 @@ def check_attention(name: str, module: Any) -> None:
             )
 
 
-def check_tokens(pipe: Any, bundle: Bundle) -> None:
-    """ModelError when the tokenizer knows tokens that the bundle's text encoder has no embedding for."""
-    tokenizer, size = getattr(pipe, "tokenizer", None), int(bundle.config("text_encoder")["vocab_size"])
+def check_tokens(tokenizer: Any, bundle: Bundle, part: str) -> None:
+    """ModelError when a tokenizer knows tokens that the bundle's text encoder, `part`, has no embedding for."""
+    size = int(bundle.config(part)["vocab_size"])
     if tokenizer is None or len(tokenizer) <= size:
         return
     more = [token for token, place in tokenizer.get_added_vocab().items() if place >= size]
     raise ModelError(
         f"the tokenizer of this pipeline knows {len(tokenizer) - size} tokens more than the {size} of the text encoder "
         f"in bundle {str(bundle.path)!r} ({', '.join(map(repr, more[:3])) or 'as after a textual inversion'}): call "
-        "pipe.unload_textual_inversion() first, leave text_encoder out of components, or export this pipeline"
+        f"pipe.unload_textual_inversion() first, leave {part} out of components, or export this pipeline"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,23 +12,29 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from engines.modules.base import FIXED, EngineModule, adapter_scale, cast_feeds, refuse, run_split
 from engines.sessions.base import Session
 from engines.sessions.weights import EngineWeights
-from sdkd.core.contract import DEEP_FEATURE, DOWN_RESIDUAL, GUIDANCE, MID_RESIDUAL, TensorSpec, split_axis
+from sdkd.core.components import DEEP_FEATURE
+from sdkd.core.conditions import ADDED, CONDITIONS, Condition, takes_sizes
+from sdkd.core.contract import TensorSpec, split_axis
 from sdkd.errors import EngineError, RangeError
 from sdkd.models.step_caching import Call, StepCache
 
 MASKS = f"{FIXED}: Stable Diffusion attends to all tokens, so only a mask of ones can be given"
 # Why an argument of the eager module has no counterpart in an engine, where it is not simply FIXED.
 REFUSALS = {
-    GUIDANCE: f"{FIXED}: its UNet was not distilled with a guidance embedding (its config has no time_cond_proj_dim)",
     "attention_mask": MASKS,
     "encoder_attention_mask": MASKS,
-    "added_cond_kwargs": f"{FIXED}: IP-Adapter and SDXL conditions are not exported",
-    "down_intrablock_additional_residuals": f"{FIXED}: T2I-Adapter residuals are not exported",
-    **dict.fromkeys((DOWN_RESIDUAL, MID_RESIDUAL), f"{FIXED}: export the model with --controlnet for residual inputs"),
+    f"{ADDED}['image_embeds']": f"{FIXED}: IP-Adapter's are not exported",
+    **{
+        name: f"{FIXED}: {row.absent}"
+        for row in CONDITIONS
+        for prefix in row.prefixes
+        for name in (prefix, f"{ADDED}[{prefix!r}]")
+    },
 }
 TEXT_REFUSALS = {
     "attention_mask": "the engine has CLIP's causal mask built in, so only a mask of ones can be given",
@@ -73,37 +80,40 @@ class EngineUNet(EngineModule):
         """Channels of the latents."""
         return int(self.config.in_channels)
 
+    @property
+    def add_embedding(self) -> Any:
+        """Where SDXL's pipelines look for how wide the sizes and the pooled text are together."""
+        if not takes_sizes(self.config):
+            raise AttributeError("add_embedding")
+        width = int(self.config.projection_class_embeddings_input_dim)
+        return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
     def forward(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
         *,
-        timestep_cond: torch.Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        down_block_additional_residuals: tuple[torch.Tensor, ...] | None = None,
-        mid_block_additional_residual: torch.Tensor | None = None,
         return_dict: bool = True,
-        **others: Any,
+        **conditions: Any,
     ) -> Any:
         """Predict from latents `[batch, in_channels, height, width]`, one timestep and text `[batch, tokens, width]`.
 
-        `timestep_cond`: a guidance embedding `[batch or 1, time_cond_proj_dim]` for a UNet that takes one; None is the
-        UNet without it, as diffusers has it.
+        `conditions`: what else UNet2DConditionModel takes, as far as the engine has inputs for it
+        (`sdkd.core.conditions`); a `timestep_cond` is `[batch or 1, time_cond_proj_dim]`, None is the UNet without it.
         Returns a UNet2DConditionOutput, or a tuple, of `[batch, out_channels, height, width]` in the latents' dtype.
         EngineError for an argument that the engine has no input for; RangeError outside the built sizes.
         """
-        given = {name: value for name, value in locals().items() if name not in ("self", "others")} | others
-        refuse(self, others, REFUSALS)
+        given = {name: value for name, value in locals().items() if name not in ("self", "conditions")} | conditions
         self.weights.scale(adapter_scale(self, cross_attention_kwargs))
-        self.weights.apply_pending()
         tensors = {
             "sample": sample,
-            "timestep": _one_timestep(timestep, sample),
+            "timestep": timesteps(self, timestep, sample),
             "encoder_hidden_states": encoder_hidden_states,
         }
-        tensors |= self._guidance(sample, timestep_cond)
-        tensors |= self._residuals(sample, down_block_additional_residuals, mid_block_additional_residual)
+        tensors |= condition_tensors(self, sample, conditions)
+        self.weights.apply_pending()
         call = Call(sample, timestep, encoder_hidden_states, self.weights.version)
         try:
             result = self._predict(tensors, call).to(sample.dtype)
@@ -123,55 +133,69 @@ class EngineUNet(EngineModule):
             found = run_split(self.last_layer, cast_feeds(self.last_layer, {**tensors, DEEP_FEATURE: feature}))
         return found["out_sample"]
 
-    def _guidance(self, sample: torch.Tensor, given: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The guidance embedding where the graph takes one; zeros for None, since its projection has no bias."""
-        spec = next((spec for spec in self.session.contract.inputs if spec.name == GUIDANCE), None)
-        if spec is None:
-            refuse(self, {GUIDANCE: given}, REFUSALS)
-            return {}
-        batch, width = sample.shape[0], int(spec.axes[1])
-        if given is None:
-            given = torch.zeros((1, width), dtype=spec.torch_dtype, device=sample.device)
-        if given.shape not in ((batch, width), (1, width)):
+
+def condition_tensors(
+    module: EngineModule, sample: torch.Tensor, arguments: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """A call's conditions by input name; zeros where one is not given and need not be.
+
+    EngineError for a condition that the engine has no input for, one that it needs, and tensors that do not fit it.
+    """
+    rest = dict(arguments)
+    found: dict[str, torch.Tensor] = {}
+    for row in CONDITIONS:
+        if specs := row.of(module.session.contract):
+            tensors = row.unpack(rest)
+            _check_fit(module, row, specs, tensors, sample)
+            found |= dict(zip((spec.name for spec in specs), tensors, strict=False))
+            found |= {spec.name: _zeros(spec, sample) for spec in specs[len(tensors) :]}
+    added = rest.pop(ADDED, None)
+    refuse(module, rest | {f"{ADDED}[{name!r}]": value for name, value in (added or {}).items()}, REFUSALS)
+    batch = sample.shape[0]
+    return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in found.items()}
+
+
+def _check_fit(
+    module: EngineModule, row: Condition, specs: Sequence[TensorSpec], tensors: Sequence[Any], sample: torch.Tensor
+) -> None:
+    """EngineError unless tensors are as many, and as wide, as a condition has inputs."""
+    name = type(module).__name__
+    if row.needed and len(tensors) < len(specs):
+        raise EngineError(f"{name} needs {', '.join(spec.name for spec in specs)}: {row.misfit}")
+    if tensors and not 0 <= len(specs) - len(tensors) <= row.spare:
+        raise EngineError(f"{name} takes {len(specs)} tensors as {row.name}, not {len(tensors)}: {row.misfit}")
+    for spec, tensor in zip(specs, tensors, strict=False):
+        width, batch = spec.axes[1], sample.shape[0]
+        if tensor.dim() != len(spec.axes) or tensor.shape[1] != width or tensor.shape[0] not in (1, batch):
+            wanted = ", ".join(map(str, (batch, width, *spec.axes[2:])))
             raise EngineError(
-                f"EngineUNet takes a timestep_cond of shape ({batch}, {width}), a row per latent of its config's "
-                f"time_cond_proj_dim numbers, not {tuple(given.shape)}: make it with the pipeline's "
-                f"get_guidance_scale_embedding(scales, embedding_dim={width})"
+                f"{name} takes a {spec.name} of shape ({wanted}), a row per latent, not {tuple(tensor.shape)}: "
+                f"{row.misfit}"
             )
-        return {GUIDANCE: given.expand(batch, width)}
-
-    def _residuals(
-        self, sample: torch.Tensor, down: Sequence[torch.Tensor] | None, middle: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """ControlNet's residuals by input name, zeros where there are none; EngineError when they do not fit."""
-        wanted = [spec for spec in self.session.contract.inputs if spec.name.startswith((DOWN_RESIDUAL, MID_RESIDUAL))]
-        if down is None and middle is None:
-            return {spec.name: self._zeros(spec, sample) for spec in wanted}
-        given = [*(down or ()), *(() if middle is None else (middle,))]
-        if not wanted:
-            refuse(self, {DOWN_RESIDUAL: down, MID_RESIDUAL: middle}, REFUSALS)
-        if len(given) != len(wanted):
-            raise EngineError(
-                f"EngineUNet takes {len(wanted)} residuals, one per skip connection and the middle's, not "
-                f"{len(given)}: a ControlNet fits the UNet that it was made for, not a student with fewer blocks"
-            )
-        return {spec.name: tensor for spec, tensor in zip(wanted, given, strict=True)}
-
-    def _zeros(self, spec: TensorSpec, sample: torch.Tensor) -> torch.Tensor:
-        """No residual: zeros that take no memory of their own until a session makes them contiguous."""
-        (batch, height, width), channels = (sample.shape[0], *sample.shape[2:]), int(spec.axes[1])
-        by = split_axis(str(spec.axes[2]))[1]
-        zero = torch.zeros((), dtype=spec.torch_dtype, device=sample.device)
-        return zero.expand(batch, channels, height // by, width // by)
 
 
-def _one_timestep(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """The timestep as a scalar tensor beside the latents; EngineError when samples have different ones."""
+def _zeros(spec: TensorSpec, sample: torch.Tensor) -> torch.Tensor:
+    """A condition that is not there: zeros that take no memory of their own until a session makes them contiguous."""
+    sides = dict(zip(("height", "width"), sample.shape[2:], strict=True))
+    axes = [split_axis(axis) if isinstance(axis, str) else (None, axis) for axis in spec.axes[1:]]
+    shape = [sides[root] // number if root else number for root, number in axes]
+    return torch.zeros((), dtype=spec.torch_dtype, device=sample.device).expand(sample.shape[0], *shape)
+
+
+def timesteps(module: EngineModule, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    """The timestep beside the latents as the engine takes it: a scalar, or one for each sample.
+
+    EngineError when samples have different ones, and the engine takes one.
+    """
+    spec = next(spec for spec in module.session.contract.inputs if spec.name == "timestep")
     if not isinstance(timestep, torch.Tensor):
-        return _scalar(timestep, sample)
+        timestep = _scalar(timestep, sample)
+    if spec.axes:
+        return timestep.flatten().to(sample.device).expand(sample.shape[0])
     if timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):
         raise EngineError(
-            f"EngineUNet takes one timestep for the whole batch, not {timestep.tolist()}: call it once per timestep"
+            f"{type(module).__name__} takes one timestep for the whole batch, not {timestep.tolist()}: call it once "
+            "per timestep, or export the model with --timesteps"
         )
     return timestep.flatten()[0].to(sample.device)
 
@@ -197,22 +221,22 @@ class EngineControlNet(EngineModule, ControlNetModel):
         cross_attention_kwargs: dict[str, Any] | None = None,
         guess_mode: bool = False,
         return_dict: bool = True,
-        **others: Any,
+        **conditions: Any,
     ) -> Any:
         """Residuals for a UNet (ControlNetOutput) from its own inputs and an image `[batch, 3, 8 height, 8 width]`.
 
         The image is in [0, 1]; `guess_mode` lets them grow from 0.1 to 1 with depth, as diffusers does. EngineError for
         an argument that the engine has no input for; RangeError outside the built sizes.
         """
-        given = {name: value for name, value in locals().items() if name not in ("self", "others")} | others
-        refuse(self, others, REFUSALS)
+        given = {name: value for name, value in locals().items() if name not in ("self", "conditions")} | conditions
         adapter_scale(self, cross_attention_kwargs)
         tensors = {
             "sample": sample,
-            "timestep": _one_timestep(timestep, sample),
+            "timestep": timesteps(self, timestep, sample),
             "encoder_hidden_states": encoder_hidden_states,
             "controlnet_cond": controlnet_cond,
             "conditioning_scale": _scalar(conditioning_scale, sample),
+            **condition_tensors(self, sample, conditions),
         }
         try:
             found = run_split(self.session, cast_feeds(self.session, tensors))
@@ -243,7 +267,7 @@ for _name in dir(ControlNetModel):
 
 
 class EngineTextEncoder(EngineModule):
-    """Stands for transformers' CLIPTextModel; `session` is an engine of component `text_encoder`."""
+    """Stands for transformers' CLIPTextModel, or CLIPTextModelWithProjection where the engine projects the text."""
 
     _norm: torch.nn.Module | None = None
 
@@ -262,8 +286,9 @@ class EngineTextEncoder(EngineModule):
     ) -> Any:
         """Token ids `[batch, tokens]` to `last_hidden_state [batch, tokens, width]` and `pooler_output [batch, width]`.
 
-        A BaseModelOutputWithPooling, or a tuple, in this module's dtype. EngineError for an argument that the engine
-        has no input or output for.
+        A BaseModelOutputWithPooling, or a tuple, in this module's dtype; of a CLIPTextModelWithProjection a
+        CLIPTextModelOutput, whose `text_embeds [batch, projection_dim]` come first. EngineError for an argument that
+        the engine has no input or output for.
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "others")} | others
         layers = [spec.name for spec in self.session.contract.outputs[2:]]
@@ -274,11 +299,12 @@ class EngineTextEncoder(EngineModule):
             found = run_split(self.session, cast_feeds(self.session, {"input_ids": input_ids}))
         except RangeError as error:
             return self.fall_back(error, given)
-        results = [found[spec.name].to(self.dtype) for spec in self.session.contract.outputs[:2]]
+        results = {spec.name: found[spec.name].to(self.dtype) for spec in self.session.contract.outputs[:2]}
         hidden = tuple(found[name].to(self.dtype) for name in layers) if output_hidden_states else None
         if return_dict is False:
-            return (*results, hidden) if hidden else tuple(results)
-        return BaseModelOutputWithPooling(last_hidden_state=results[0], pooler_output=results[1], hidden_states=hidden)
+            return (*results.values(), hidden) if hidden else tuple(results.values())
+        kind = CLIPTextModelOutput if "text_embeds" in results else BaseModelOutputWithPooling
+        return kind(**results, hidden_states=hidden)
 
     @property
     def text_model(self) -> torch.nn.Module:

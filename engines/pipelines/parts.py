@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import CACHED_UNET, MID_RESIDUAL, is_tiny_vae, vae_scale
+from sdkd.core.components import CACHED_UNET
+from sdkd.core.conditions import MID_RESIDUAL
+from sdkd.core.contract import is_tiny_vae, vae_scale
 from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
 from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, check_guidance, module_config
 from sdkd.models.step_caching import check_cached, check_interval
@@ -31,16 +33,15 @@ _BLOCKS = (
     *("attention_head_dim", "num_attention_heads", "act_fn", "norm_num_groups", "norm_eps"),
     *("flip_sin_to_cos", "freq_shift", "resnet_time_scale_shift"),
 )
+_TEXT = ("hidden_size", "vocab_size", "max_position_embeddings", "num_attention_heads", "hidden_act", "layer_norm_eps")
 PARTS: dict[str, Part] = {
     "unet": Part("unet", ("in_channels", "out_channels", "cross_attention_dim", *_BLOCKS, "center_input_sample")),
     "vae": Part("vae_decoder", ("latent_channels", "scaling_factor", "act_fn", "norm_num_groups"), "vae_encoder"),
-    "text_encoder": Part(
-        "text_encoder",
-        ("hidden_size", "vocab_size", "max_position_embeddings", "num_attention_heads", "hidden_act", "layer_norm_eps"),
-    ),
+    "text_encoder": Part("text_encoder", _TEXT),
+    "text_encoder_2": Part("text_encoder_2", (*_TEXT, "projection_dim")),
     "controlnet": Part("controlnet", ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
 }
-BASE_PARTS = ("unet", "vae", "text_encoder")  # of every pipeline
+OTHER_PARTS = ("text_encoder_3", "transformer", "prior")  # of families that sdkd does not know
 ORDER = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")  # of targets, the fastest first
 
 
@@ -101,14 +102,15 @@ def chosen_parts(components: Sequence[str] | str | None, pipe: Any, bundle: Bund
     InputError for no name or an unknown one; ModelError for a pipeline of another kind, for a part that the pipeline
     has not, and for a ControlNet beside a UNet without its inputs.
     """
-    if not all(hasattr(pipe, name) for name in BASE_PARTS) or hasattr(pipe, "text_encoder_2"):
+    usual = bundle.family.parts
+    if {name for name in (*PARTS, *OTHER_PARTS) if hasattr(pipe, name)} - {"controlnet"} != set(usual):
         raise ModelError(
-            f"{type(pipe).__name__} is no Stable Diffusion 1.x/2.x pipeline: "
-            "plug needs one with unet, vae and text_encoder"
+            f"{type(pipe).__name__} is no pipeline of {bundle.family.title}, which bundle {str(bundle.path)!r} is of: "
+            f"plug needs one with {', '.join(usual)}"
         )
     there = [name for name in PARTS if getattr(pipe, name, None) is not None]
     single = getattr(pipe, "controlnet", None) is not None and not hasattr(pipe.controlnet, "nets")
-    chosen = part_names(components, [name for name in BASE_PARTS if name in there])
+    chosen = part_names(components, [name for name in usual if name in there])
     if missing := [name for name in chosen if name not in there]:
         raise ModelError(f"this {type(pipe).__name__} has no {missing[0]} to plug: leave it out of components")
     if "controlnet" in chosen and not single:
@@ -154,11 +156,12 @@ def check_caching(bundle: Bundle, parts: Sequence[str], interval: int) -> bool:
     return True
 
 
-def best_slot(bundle: Bundle, parts: Sequence[str] = BASE_PARTS, *, cached: bool = False) -> str:
+def best_slot(bundle: Bundle, parts: Sequence[str] | None = None, *, cached: bool = False) -> str:
     """The fastest slot whose engines are complete, fresh and run here; EngineError lists why each one is not.
 
-    `cached`: the one for step caching, too.
+    `parts`: of a pipeline; None for all of its family's. `cached`: the one for step caching, too.
     """
+    parts = bundle.family.parts if parts is None else parts
     slots = sorted(
         bundle.slots(), key=lambda slot: (ORDER.index(check_target(slot).name), slot != check_target(slot).name)
     )

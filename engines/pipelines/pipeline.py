@@ -26,32 +26,21 @@ from engines.modules.carried import (
 )
 from engines.modules.components import EngineControlNet, EngineTextEncoder, EngineUNet
 from engines.modules.vae import EngineVAE
-from engines.pipelines.parts import (
-    BASE_PARTS,
-    PARTS,
-    best_slot,
-    check_agreement,
-    check_caching,
-    chosen_parts,
-    engine_names,
-)
+from engines.pipelines.parts import PARTS, best_slot, check_agreement, check_caching, chosen_parts, engine_names
 from engines.pipelines.weights import guard_saving
 from engines.sessions.base import Rebuild, Session
 from engines.sessions.low_memory import StagedEngines, check_memory
 from engines.sessions.opening import as_bundle, expected_device, on_gpu, open_session
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import CACHED_UNET
+from sdkd.core.components import CACHED_UNET
 from sdkd.errors import BundleError, EngineError
-from sdkd.models.exportable import EMBEDDING, check_layers, check_patches
-from sdkd.models.families import check_exported
+from sdkd.models.exportable import check_layers, check_patches
+from sdkd.models.families import check_exported, new_pipeline
 from sdkd.targets.registry import check_target
 
 Opener = Callable[[str], Session]
 Pipe = TypeVar("Pipe")
 log = logging.getLogger(__name__)
-
-# Pipelines that are loaded as such from a bundle; any other is loaded as text-to-image.
-PIPELINES = (*(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "InstructPix2Pix")), *EMBEDDING)
 
 
 def plug(
@@ -67,14 +56,15 @@ def plug(
     cache_interval: int = 1,
     check_weights: CheckWeights = "sample",
 ) -> Pipe:
-    """Replace a diffusers pipeline's `unet`, `vae` and `text_encoder` by engines, in place; returns the pipeline.
+    """Replace a diffusers pipeline's `unet`, `vae` and text encoders by engines, in place; returns the pipeline.
 
     `target`: a slot of the bundle (`openvino`, `tensorrt`, `openvino-bf16`, ...), or None for the best that runs here.
-    `components`: some of `unet`, `vae`, `text_encoder`, `controlnet`; None for those of the first three that the
-    pipeline has, and the fourth where it has one ControlNet and the bundle, too. `rebuild`: how engines that cannot be
-    refitted get other weights, for LoRA and `swap_weights`: `sdkd.workflow.rebuild`. The eager modules are let go, and
-    their memory with them, unless `keep_eager` (for `unplug`) or `eager_fallback`: then what the engines were not built
-    for runs eagerly, which is announced once per shape. `low_memory` opens engines in turn (`engines.sessions`).
+    `components`: some of `unet`, `vae`, `text_encoder`, `text_encoder_2`, `controlnet`; None for those of its family
+    that the pipeline has, and `controlnet` where it has one ControlNet and the bundle, too. `rebuild`: how engines
+    that cannot be refitted get other weights, for LoRA and `swap_weights`: `sdkd.workflow.rebuild`. The eager modules
+    are let go, and their memory with them, unless `keep_eager` (for `unplug`) or `eager_fallback`: then what the
+    engines were not built for runs eagerly, which is announced once per shape. `low_memory` opens engines in turn
+    (`engines.sessions`).
     `cache_interval`: of so many UNet calls of an image one is whole, the others reuse what it computed
     (`sdkd.models.step_caching`); 1: all are.
     `check_weights`: whether the pipeline's weights are the bundle's is looked at in numbers of each (`sample`), in all
@@ -117,8 +107,9 @@ def plug(
 
 def _check_carried(pipe: Any, bundle: Bundle, slot: str, parts: Sequence[str], how: CheckWeights) -> None:
     """ModelError when a part of the pipeline computes what the bundle's engine would not."""
-    if "text_encoder" in parts:
-        check_tokens(pipe, bundle)
+    for encoder in bundle.family.text_encoders:
+        if encoder.part in parts:
+            check_tokens(getattr(pipe, encoder.tokenizer, None), bundle, encoder.part)
     kept = {part: _eager(getattr(pipe, part)) for part in parts}
     for part, eager in kept.items():
         if eager is not None:
@@ -198,24 +189,24 @@ def load_pipeline(
     low_memory: bool = False,
     cache_interval: int = 1,
 ) -> diffusers.StableDiffusionPipeline:
-    """A Stable Diffusion pipeline from a bundle's tokenizer, scheduler, configs and engines: no eager weights are read.
+    """A pipeline from a bundle's tokenizers, scheduler, configs and engines: no eager weights are read.
 
     `target`, `rebuild`, `low_memory` and `cache_interval` as in `plug`. `torch_dtype` (float32) is what latents and
-    schedulers compute in; engines keep their own precision. With a ControlNet in the bundle the pipeline is
-    StableDiffusionControlNetPipeline, unless `controlnet` is False: then its UNet runs without residuals. Raises
+    schedulers compute in; engines keep their own precision. With a ControlNet in the bundle the pipeline is its
+    family's with one, unless `controlnet` is False: then its UNet runs without residuals. Raises
     EngineError when memory is short, and when no engine of the bundle runs here, and says why of each.
     """
     opened = as_bundle(bundle)
-    cached = check_caching(opened, BASE_PARTS, cache_interval)
+    family = opened.family
+    cached = check_caching(opened, family.parts, cache_interval)
     slot = target or best_slot(opened, cached=cached)
-    kind = opened.json("model_index.json").get("_class_name")
+    index = opened.json("model_index.json")
     controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
-    pipeline_class = getattr(diffusers, kind if kind in PIPELINES else PIPELINES[0])
-    if controlled:
-        pipeline_class = diffusers.StableDiffusionControlNetPipeline
-    others = {"tokenizer": _tokenizer(opened), "scheduler": bundle_scheduler(opened)}
+    kind = str(index.get("_class_name")) if index.get("_class_name") in family.pipelines else family.by_channels[4]
+    pipeline_class = getattr(diffusers, family.controlnet if controlled else kind)
+    others = {name: _tokenizer(opened, name) for name in family.tokenizers} | {"scheduler": bundle_scheduler(opened)}
     dtype, device = torch_dtype or torch.float32, torch.device("cpu")
-    names = (*BASE_PARTS, "controlnet") if controlled else BASE_PARTS
+    names = (*family.parts, "controlnet") if controlled else family.parts
     open_one = _opener(opened, slot, engine_names(opened, slot, names, cached=cached), low_memory)
     modules: dict[str, EngineModule] = {}
     with contextlib.ExitStack() as on_failure:
@@ -224,8 +215,8 @@ def load_pipeline(
                 opened, slot, name, dtype, device, None, open_one, cache_interval=cache_interval
             )
             on_failure.callback(modules[name].close)
-        pipe: diffusers.StableDiffusionPipeline = pipeline_class(
-            **modules, **others, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        pipe: diffusers.StableDiffusionPipeline = new_pipeline(
+            pipeline_class, {**modules, **others, **dict.fromkeys(family.absent)}, index | dict(family.options)
         )
         on_failure.pop_all()
     for module in modules.values():
@@ -262,8 +253,7 @@ def build_module(
         return EngineVAE(first, sessions.get("vae_encoder"), *common)
     if part == "unet":
         return EngineUNet(first, *common, last_layer=sessions.get(CACHED_UNET), cache_interval=cache_interval)
-    kinds = {"text_encoder": EngineTextEncoder, "controlnet": EngineControlNet}
-    return kinds[part](first, *common)
+    return EngineControlNet(first, *common) if part == "controlnet" else EngineTextEncoder(first, *common)
 
 
 def _eager(module: Any) -> Any:
@@ -272,9 +262,9 @@ def _eager(module: Any) -> Any:
     return getattr(original, "_orig_mod", original)  # of torch.compile
 
 
-def _tokenizer(bundle: Bundle) -> Any:
-    with _as_bundle_error(bundle, "tokenizer"):
-        return CLIPTokenizer.from_pretrained(bundle.path / "tokenizer", local_files_only=True)
+def _tokenizer(bundle: Bundle, name: str) -> Any:
+    with _as_bundle_error(bundle, name):
+        return CLIPTokenizer.from_pretrained(bundle.path / name, local_files_only=True)
 
 
 def bundle_scheduler(bundle: Bundle) -> Any:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
-from sdkd.core.contract import UNETS, Contract, latent_multiple
+from sdkd.core.components import UNETS
+from sdkd.core.contract import Contract, latent_multiple
 from sdkd.core.profiles import Range, axis_ranges
 from sdkd.errors import BundleError, EngineError
 from sdkd.targets.registry import check_target, environment, gpu, require

@@ -1,7 +1,7 @@
 """Low-memory mode: only the engines of one stage of a pipeline are open at a time; and what fits into free memory.
 
-A pipeline runs its text encoder, then its UNet (with a ControlNet) many times, then its VAE: the memory of one stage is
-enough, for the price of opening each engine once a call.
+A pipeline runs its text encoders, then its UNet (with a ControlNet) many times, then its VAE: the memory of one stage
+is enough, for the price of opening each engine once a call.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from engines.sessions.checks import Checked, check_engine, of_newest
 from engines.sessions.opening import expected_device, on_gpu, open_session
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import check_room, free_gpu_memory, free_memory, size, workspace
-from sdkd.core.contract import UNETS
+from sdkd.core.components import TEXT_ENCODERS, UNETS
 from sdkd.errors import EngineError, SdkdError
 
 log = logging.getLogger(__name__)
-STAGES = (("text_encoder",), (*UNETS, "controlnet"), ("vae_decoder", "vae_encoder"))
+STAGES = (TEXT_ENCODERS, (*UNETS, "controlnet"), ("vae_decoder", "vae_encoder"))
 
 
 def stage(component: str) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sdkd.core.contract import Contract, guidance_copies, size_multiple, split_axis
+from sdkd.core.components import guidance_copies
+from sdkd.core.contract import Contract, size_multiple, split_axis
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import EngineError, RangeError
 

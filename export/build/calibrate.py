@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.quantized import CALIBRATION_FILE
 from sdkd.core.console import Progress
-from sdkd.core.contract import BASE_COMPONENTS
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError, InputError, ModelError
 
@@ -67,7 +66,7 @@ def calibration_file(bundle: Path) -> Path:
 def check_calibratable(bundle: Bundle) -> None:
     """BundleError for a bundle that cannot be run in PyTorch to be calibrated; nothing is loaded."""
     components = bundle.manifest.components
-    missing = [name for name in BASE_COMPONENTS[:3] if name not in components]
+    missing = [name for name in bundle.family.components if name not in components and name != "vae_encoder"]
     if missing:
         raise BundleError(
             f"bundle {str(bundle.path)!r} has no {', '.join(missing)}, and a calibration draws whole images: export "

@@ -22,8 +22,8 @@ from export.build.request import Ranges, Request, check_buildable, plan_for, reb
 from sdkd.bundle.manifest import Bundle, EngineRecord, FileRecord
 from sdkd.bundle.memory import size
 from sdkd.core.child import ChildError, run_in_child
+from sdkd.core.components import CONFIG_FOLDERS
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import CONFIG_FOLDERS
 from sdkd.core.files import lock, sha256, write_bytes
 from sdkd.core.replace import sweep_inside
 from sdkd.errors import BuildError, NotFasterError

@@ -14,7 +14,8 @@ from export.build.quantized import LIGHT, ROUNDED_WEIGHTS, STAYS_FLOAT, scheme_f
 from export.build.ranges import check_ranges, cover, default_ranges
 from export.build.run import BUILDERS
 from sdkd.bundle.manifest import Bundle, ComponentRecord
-from sdkd.core.contract import COMPONENTS, QUANTIZED, check_components
+from sdkd.core.components import COMPONENTS, check_components
+from sdkd.core.contract import QUANTIZED
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
 from sdkd.quantization.again import QUANTIZATION

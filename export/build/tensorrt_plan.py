@@ -19,8 +19,8 @@ from typing import Any, cast
 from export.build.job import Built, Job, Run, check_io
 from export.build.options import CURRENT, GIB, HARDWARE, RTX, BuildOptions
 from export.build.tensorrt_progress import progress_monitor
+from sdkd.core.components import UNETS
 from sdkd.core.console import Progress
-from sdkd.core.contract import UNETS
 from sdkd.errors import BuildError
 from sdkd.targets.fast_precisions import FP8_CAPABILITY
 from sdkd.targets.gpu_trial import capabilities, runs_portably

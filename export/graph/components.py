@@ -14,23 +14,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from sdkd.core.contract import (
-    BASE_COMPONENTS,
+from sdkd.core.components import (
     CACHED_UNET,
     CONFIG_FOLDERS,
     DEEP_FEATURE,
-    DOWN_RESIDUAL,
-    GUIDANCE,
-    MID_RESIDUAL,
     STATE_PREFIXES,
+    TEXT_ENCODERS,
     UNETS,
-    Contract,
-    Extras,
-    Precision,
-    TensorSpec,
     component_contract,
-    split_axis,
 )
+from sdkd.core.conditions import LARGEST_TIME_ID, TIME_IDS, Extras, pack
+from sdkd.core.contract import Contract, Precision, TensorSpec, split_axis
 from sdkd.errors import ModelError
 from sdkd.models.exportable import check_config, check_module, module_config
 from sdkd.models.step_caching import deep_features, last_layer
@@ -57,36 +51,39 @@ class ComponentGraph(nn.Module):
 
 
 class TextEncoderGraph(ComponentGraph):
-    """CLIPTextModel: input_ids -> last_hidden_state, pooler_output and, where asked for, every layer's hidden state."""
+    """CLIPTextModel: input_ids -> last_hidden_state, pooler_output; CLIPTextModelWithProjection: -> text_embeds,
+    last_hidden_state. Then, where asked for, every layer's hidden state.
+    """
+
+    def __init__(self, module: nn.Module, contract: Contract) -> None:
+        super().__init__(module, contract)
+        self.names = [spec.name for spec in contract.outputs[:2]]
+        self.every = self.outputs > 2
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Encode token ids with the causal mask only, as StableDiffusionPipeline does."""
-        every = self.outputs > 2
-        output = self.module(input_ids, output_hidden_states=True) if every else self.module(input_ids)
-        return output.last_hidden_state, output.pooler_output, *(output.hidden_states if every else ())
+        """Encode token ids with the causal mask only, as diffusers' pipelines do."""
+        output = self.module(input_ids, output_hidden_states=True) if self.every else self.module(input_ids)
+        return *(getattr(output, name) for name in self.names), *(output.hidden_states if self.every else ())
 
 
 class UNetGraph(ComponentGraph):
-    """UNet2DConditionModel: sample, timestep (a float32 scalar), encoder_hidden_states and what else -> out_sample.
+    """UNet2DConditionModel: sample, timestep (float32), encoder_hidden_states and its conditions -> out_sample.
 
-    What else: the guidance embedding where the UNet takes one, then ControlNet residuals where they were asked for.
-    For step caching the deep feature is a second output.
+    Conditions: see `sdkd.core.conditions`. For step caching the deep feature is a second output.
     """
 
     plain = 3
 
     def __init__(self, module: nn.Module, contract: Contract) -> None:
         super().__init__(module, contract)
-        self.embedded = any(spec.name == GUIDANCE for spec in contract.inputs)
+        self.contract = contract
         self.cached = any(spec.name == DEEP_FEATURE for spec in contract.outputs)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, *more: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """One denoising step; sample is [batch, channels, height, width] in latents."""
-        added: dict[str, Any] = {GUIDANCE: more[0]} if self.embedded else {}
-        if residuals := more[len(added) :]:
-            added |= {DOWN_RESIDUAL: residuals[:-1], MID_RESIDUAL: residuals[-1]}
+        added = pack(self.contract, more)
         with contextlib.ExitStack() as stack:
             found = stack.enter_context(deep_features(self.module)) if self.cached else []
             predicted = self.module(sample, timestep, encoder_hidden_states, return_dict=False, **added)[0]
@@ -141,6 +138,10 @@ class ControlNetGraph(ComponentGraph):
 
     plain = 5
 
+    def __init__(self, module: nn.Module, contract: Contract) -> None:
+        super().__init__(module, contract)
+        self.contract = contract
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -148,11 +149,11 @@ class ControlNetGraph(ComponentGraph):
         encoder_hidden_states: torch.Tensor,
         controlnet_cond: torch.Tensor,
         conditioning_scale: torch.Tensor,
+        *more: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """Residuals of one step, scaled; `guess_mode` is left to the caller, who multiplies them once more."""
-        down, middle = self.module(
-            sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, return_dict=False
-        )
+        plain = (sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale)
+        down, middle = self.module(*plain, return_dict=False, **pack(self.contract, more))
         return *down, middle
 
 
@@ -176,7 +177,7 @@ class VaeEncoderGraph(ComponentGraph):
 
 
 GRAPHS: dict[str, type[ComponentGraph]] = {
-    "text_encoder": TextEncoderGraph,
+    **dict.fromkeys(TEXT_ENCODERS, TextEncoderGraph),
     "unet": UNetGraph,
     CACHED_UNET: CachedUNetGraph,
     "vae_decoder": VaeDecoderGraph,
@@ -198,8 +199,8 @@ def component_module(pipe: Any, component: str) -> nn.Module:
     if type(module).__name__ == "MultiControlNetModel":
         raise ModelError(
             f"the pipeline has {len(pipe.controlnet.nets)} ControlNets, and a bundle holds one: set "
-            f"pipe.controlnet to one of pipe.controlnet.nets, or export components={list(BASE_COMPONENTS)}: several "
-            "run eagerly beside its UNet"
+            "pipe.controlnet to one of pipe.controlnet.nets, or leave controlnet out of components: several run "
+            "eagerly beside its UNet"
         )
     check_module(name, module)
     return module
@@ -280,6 +281,8 @@ def example_inputs(
         shape, dtype = spec.shape(sizes), getattr(torch, spec.dtype)
         if not shape:
             return torch.tensor(timestep if spec.name == "timestep" else 0.75, dtype=dtype)
+        if spec.name == TIME_IDS:  # sizes and crops in pixels
+            return torch.randint(0, LARGEST_TIME_ID, shape, generator=generator).to(dtype)
         if not dtype.is_floating_point:
             return torch.randint(0, tokens, shape, generator=generator, dtype=dtype)
         return torch.randn(shape, generator=generator).to(dtype)
@@ -294,7 +297,7 @@ def dynamic_shapes(contract: Contract, config: Mapping[str, Any]) -> tuple[Any, 
     # diffusers' Upsample2D makes batches of 64 and more contiguous: a branch, though the graph has no such step and
     # takes any batch. A text encoder has as many position embeddings as its config says, 77 for CLIP.
     limits = {"batch": 63}
-    if contract.component == "text_encoder":
+    if contract.component in TEXT_ENCODERS:
         limits["sequence"] = config["max_position_embeddings"]
     factors = axis_factors(contract, config)
     roots = {root: Dim(f"{root}_", min=1, max=limits.get(root)) for root, _ in factors.values()}

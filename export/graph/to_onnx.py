@@ -22,7 +22,8 @@ from export.graph.precision import float_nodes, float_softmax
 from export.graph.quick_program import QuickProgram, is_functional, without_repeats
 from export.graph.twins import trace
 from sdkd.core.collection import paused_gc
-from sdkd.core.contract import COMPONENTS, Contract
+from sdkd.core.components import COMPONENTS
+from sdkd.core.contract import Contract
 from sdkd.errors import ExportError, InputError
 from sdkd.targets.registry import check_target
 

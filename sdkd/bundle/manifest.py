@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sdkd.core.numbers import config_problem
 from sdkd.core.profiles import ShapeRanges
 from sdkd.core.schema import construct, problem
 from sdkd.errors import BundleError, InputError, StaleEngineError
+from sdkd.families import Family, family_of_pipeline, family_of_unet
 
 MANIFEST = "bundle.json"
 SCHEMA = 1
@@ -230,8 +232,15 @@ class Bundle:
         """Pixels per latent of the VAE."""
         return vae_scale(self.vae_config())
 
+    @cached_property
+    def family(self) -> Family:
+        """The family of its model, by the class of its pipeline; where it names none, by its UNet."""
+        index = self.json("model_index.json") if (self.path / "model_index.json").is_file() else {}
+        named = family_of_pipeline(str(index.get("_class_name")))
+        return named or family_of_unet(self.config("unet") if "unet" in self.manifest.components else {})
+
     def positions(self) -> int | None:
-        """Tokens that the text encoder takes at once; None for a bundle without one."""
+        """Tokens that a text encoder takes at once; None for a bundle without one."""
         if not (self.path / "text_encoder" / "config.json").is_file():
             return None
         return int(self.config("text_encoder")["max_position_embeddings"])

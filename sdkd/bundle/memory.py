@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
-from sdkd.core.contract import CACHED_UNET, Contract
+from sdkd.core.components import CACHED_UNET, TEXT_ENCODERS
+from sdkd.core.contract import Contract
 from sdkd.core.profiles import ShapeRanges, axis_ranges
 from sdkd.errors import BuildError, SdkdError
 
@@ -86,7 +87,7 @@ _TENSORS = {
     "controlnet": _unet,
     "vae_decoder": _vae,
     "vae_encoder": _vae,
-    "text_encoder": _text_encoder,
+    **dict.fromkeys(TEXT_ENCODERS, _text_encoder),
 }
 
 

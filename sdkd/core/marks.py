@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdkd.core.components import COMPONENTS
+
 _LARGEST = 1 << 28  # bytes; a record is smaller
 _LINE = 1 << 20  # bytes of a log's first line that are read
 _FIELD = 1 << 20  # bytes of a field of a PNG that are passed over
@@ -42,18 +44,18 @@ def _within(folders: str, files: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{file}" for folder in folders.split() for file in files.split())
 
 
-_SIDE = "scheduler tokenizer feature_extractor"
+_SIDE = "scheduler tokenizer tokenizer_2 feature_extractor"
 _TEXT = _within(_SIDE, "*.json *.txt *.model")
 _ENGINES = "*.engine *.blob *.xml *.bin *.onnx *.onnx.data *.cache *.json"
 _BUNDLE = (
     *("bundle.json", "model_index.json"),
     *_TEXT,
-    *_within("text_encoder unet vae_decoder vae_encoder controlnet", "*.json *.onnx *.onnx.data *.onnx_data"),
+    *_within(" ".join(COMPONENTS), "*.json *.onnx *.onnx.data *.onnx_data"),
     *_within("engines swapped", _ENGINES),
     *_within("calibration", "*.safetensors"),
     *_within("swapped/*", "*.txt *.model"),
 )
-_PARTS = "unet vae text_encoder safety_checker image_encoder"
+_PARTS = "unet vae text_encoder text_encoder_2 safety_checker image_encoder"
 _PIPELINE = (
     *("model_index.json", "sdkd.json", "demo.json", "README.md", "pytorch_lora_weights.safetensors"),
     *_TEXT,

@@ -107,14 +107,17 @@ BOUNDS = {
         ("in_channels", "out_channels", "latent_channels", "conditioning_channels", "block_out_channels",
          "encoder_block_out_channels", "decoder_block_out_channels", "conditioning_embedding_out_channels",
          "attention_head_dim", "num_attention_heads", "cross_attention_dim", "norm_num_groups", "sample_size",
-         "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim", "time_cond_proj_dim"),
+         "hidden_size", "intermediate_size", "max_position_embeddings", "projection_dim", "time_cond_proj_dim",
+         "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
         _SIZE,
     ),
     **dict.fromkeys(
         ("layers_per_block", "num_hidden_layers", "num_encoder_blocks", "num_decoder_blocks"),
         Bounds(1, 256, whole=True),
     ),
-    "transformer_layers_per_block": Bounds(0, 256, whole=True),
+    **dict.fromkeys(
+        ("transformer_layers_per_block", "reverse_transformer_layers_per_block"), Bounds(0, 256, whole=True)
+    ),
     "vocab_size": Bounds(1, 1 << 24, whole=True),
     "scaling_factor": _SCALE,
     "norm_eps": _SCALE,
@@ -129,6 +132,7 @@ NEEDED = {
     "unet_cached": ("in_channels", "out_channels", "cross_attention_dim", "block_out_channels"),
     "controlnet": ("cross_attention_dim", "block_out_channels"),
     "text_encoder": ("hidden_size", "max_position_embeddings"),
+    "text_encoder_2": ("hidden_size", "max_position_embeddings", "projection_dim"),
     "vae_decoder": ("latent_channels",),
     "vae_encoder": ("latent_channels",),
 }

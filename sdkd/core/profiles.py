@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sdkd.core.contract import Contract, TensorSpec, guidance_copies, split_axis
+from sdkd.core.components import TEXT_ENCODERS, guidance_copies
+from sdkd.core.contract import Contract, TensorSpec, split_axis
 from sdkd.core.numbers import check_number
 from sdkd.errors import InputError
 
@@ -102,7 +103,7 @@ def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: 
         return Range(r.min // divisor, r.opt // divisor, r.max // divisor)
 
     copies = guidance_copies(contract)
-    longest = positions if positions and contract.component == "text_encoder" else ranges.sequence.max
+    longest = positions if positions and contract.component in TEXT_ENCODERS else ranges.sequence.max
     whole = {
         "batch": Range(ranges.batch.min, copies * ranges.batch.opt, copies * ranges.batch.max),
         "sequence": Range(*(min(size, longest) for size in (ranges.sequence.min, ranges.sequence.opt, longest))),

@@ -14,8 +14,10 @@ from sdkd.families.stable_diffusion import STABLE_DIFFUSION
 from sdkd.families.student import LossWeights, StudentSpec
 
 __all__ = [
+    "EMBEDDING",
     "FAMILIES",
     "MODELS",
+    "PIPELINES",
     "SDXL",
     "STABLE_DIFFUSION",
     "STUDENTS",
@@ -26,7 +28,6 @@ __all__ = [
     "PublishedModel",
     "StudentSpec",
     "TextEncoder",
-    "family_named",
     "family_of_pipeline",
     "family_of_unet",
 ]
@@ -39,12 +40,11 @@ STUDENTS: Mapping[str, StudentSpec] = {spec.name: spec for family in FAMILIES fo
 STUDENT_NAMES = "; ".join(
     f"of {family.title}: {', '.join(spec.short for spec in family.students)}" for family in FAMILIES
 )
-SUPPORTED = "sdkd works on " + ", and ".join(family.title for family in FAMILIES)
-
-
-def family_named(name: str) -> Family:
-    """The family of a `name`; KeyError for another."""
-    return {family.name: family for family in FAMILIES}[name]
+# Pipelines that sdkd takes, and the class that loads each.
+PIPELINES = {kind: loaded for family in FAMILIES for kind, loaded in family.pipelines.items()}
+# Pipelines that always give their UNet the guidance scale as an embedding, and stop without a word where it takes none.
+EMBEDDING = tuple(kind for family in FAMILIES for kind in family.embedding)
+SUPPORTED = "sdkd works on " + " and ".join(family.title for family in FAMILIES)
 
 
 def family_of_pipeline(kind: str) -> Family | None:

@@ -43,7 +43,6 @@ class PublishedModel:
     prediction_type: str
     scheduler: str
     vae: Mapping[str, Any]
-    noise: Mapping[str, Any] = field(default_factory=dict)  # of its scheduler's config, beyond the family's
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Family:
     addition: str | None = None
     hidden_states: bool = False
     embedding: tuple[str, ...] = ()  # pipelines that always give the UNet the guidance scale as an embedding
-    refused: Mapping[str, str] = field(default_factory=dict)  # pipelines, and why sdkd takes none of them
+    without: Mapping[str, str] = field(default_factory=dict)  # what a model is that lacks a part, by the part
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -21,7 +21,6 @@ _OPEN_CLIP_BIG_G = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
     "projection_dim": 1280, "hidden_act": "gelu",
 }  # fmt: skip
-_REFINER = "SDXL's refiner, a second model for the last steps: give the base model, and run the refiner in diffusers"
 UNET = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -88,5 +87,5 @@ SDXL = Family(
     ),
     addition="text_time",
     hidden_states=True,
-    refused={"StableDiffusionXLInstructPix2PixPipeline": "an instruct-pix2pix model of SDXL, which is not exported"},
+    without={"text_encoder": "is SDXL's refiner, which draws an image's last steps alone: give the base model"},
 )  # fmt: skip

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
-from sdkd.core.contract import CACHED_UNET, CONFIG_FOLDERS
+from sdkd.core.components import CACHED_UNET, CONFIG_FOLDERS
 from sdkd.core.files import read_json
 from sdkd.errors import BundleError
-from sdkd.models.diffusers_folder import PIPELINES, load_rest, quiet_libraries
-from sdkd.models.families import HEAVY, empty
+from sdkd.families import PIPELINES, family_of_pipeline
+from sdkd.models.diffusers_folder import load_rest, quiet_libraries
+from sdkd.models.families import empty, remade
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ def component_weights(bundle: Bundle, component: str) -> dict[str, torch.Tensor]
 
 
 def module_of(bundle: Bundle, part: str) -> Any:
-    """The `unet`, `vae` or `text_encoder` of a bundle in float32 on the CPU, in evaluation mode.
+    """A part with weights of a bundle in float32 on the CPU, in evaluation mode.
 
     A VAE of which one half was exported has that half alone; the other is left on the meta device. Raises BundleError
     where the graph lacks a weight by name.
@@ -60,18 +61,17 @@ def module_of(bundle: Bundle, part: str) -> Any:
 def pipeline_of(bundle: Bundle) -> StableDiffusionPipeline:
     """A bundle's pipeline in PyTorch, float32 on the CPU, with its own scheduler and tokenizer.
 
-    Raises BundleError as `module_of`, and for a pipeline that is none of `PIPELINES` (a ControlNet's).
+    Raises BundleError as `module_of`, and for a pipeline that is none of `sdkd.families.PIPELINES` (a ControlNet's).
     """
     kind = str(bundle.json("model_index.json").get("_class_name"))
-    if kind not in PIPELINES:
+    family = family_of_pipeline(kind)
+    if family is None or kind not in PIPELINES:
         raise BundleError(
             f"bundle {str(bundle.path)!r} is of {kind}, which is not run in PyTorch: export the model without what "
             f"makes it that, for one of {', '.join(PIPELINES)}"
         )
-    parts = {part: module_of(bundle, part) for part in HEAVY}
+    parts = {part: module_of(bundle, part) for part in family.parts}
     with quiet_libraries():
-        rest = load_rest(bundle.path)
-        # Made anew: what a pipeline reads off its UNet's config it reads when it is made.
-        pipe: StableDiffusionPipeline = type(rest)(**(rest.components | parts), requires_safety_checker=False)
+        pipe: StableDiffusionPipeline = remade(load_rest(bundle.path), **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

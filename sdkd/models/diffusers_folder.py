@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 from sdkd.core.files import read_json, sha256, write_bytes, write_json
 from sdkd.core.numbers import config_problem
 from sdkd.errors import InputError, ModelError, an
+from sdkd.families import PIPELINES, STABLE_DIFFUSION, SUPPORTED, Family, family_of_pipeline
 from sdkd.models.clip_tokenizer import bounded
 from sdkd.models.exportable import check_guidance
-from sdkd.models.families import CLASSES, HEAVY, empty
+from sdkd.models.families import CLASSES, empty, part_classes, remade
 from sdkd.models.generation import Generation
-from sdkd.models.refusals import OTHER_EXPORT, SUPPORTED, is_other_export, other_folder
+from sdkd.models.refusals import OTHER_EXPORT, is_other_export, other_folder
 from sdkd.models.safetensors_file import fill, folder_tensors, matched, weight_files
 
 if TYPE_CHECKING:
@@ -25,25 +26,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 PROVENANCE = "sdkd.json"  # beside model_index.json: what sdkd knows about a pipeline that it wrote
-# Pipelines that sdkd takes, and the class that loads them.
-PIPELINES = {
-    "StableDiffusionPipeline": "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
-    "StableDiffusionInpaintPipeline": "StableDiffusionInpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline": "StableDiffusionInstructPix2PixPipeline",
-    "LatentConsistencyModelPipeline": "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
-}
-NEEDED = (*HEAVY, "tokenizer", "scheduler")
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")  # others may read files that can run code
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # that model_index.json may name: nothing else is run
-_LOCAL: dict[str, Any] = {
-    "local_files_only": True,
-    "safety_checker": None,
-    "feature_extractor": None,
-    "image_encoder": None,
-    "requires_safety_checker": False,
-}
 
 
 class _About(TypedDict):
@@ -63,8 +47,10 @@ def provenance(folder: Path) -> dict[str, Any]:
     return dict(read_json(file, _About, strict=True)) if file.exists() else {}
 
 
-def check_pipeline_folder(path: Path) -> None:
-    """ModelError unless `path` holds a Stable Diffusion 1.x/2.x pipeline as diffusers saves it, weights included."""
+def check_pipeline_folder(path: Path) -> Family:
+    """The family of the pipeline that `path` holds as diffusers saves it; ModelError unless it is one that sdkd takes,
+    weights included.
+    """
     where = f"folder {str(path)!r}"
     if not (path / "model_index.json").is_file():
         raise ModelError(f"{where} {other_folder(path)}")
@@ -72,37 +58,57 @@ def check_pipeline_folder(path: Path) -> None:
     if is_other_export(path):
         raise ModelError(f"{where} {OTHER_EXPORT}")
     kind = str(index.get("_class_name"))
-    if kind not in PIPELINES:
+    family = family_of_pipeline(kind)
+    if family is None or kind not in PIPELINES:
         raise ModelError(f"{where} holds {an(kind)}: {SUPPORTED}, that is {', '.join(PIPELINES)}")
-    missing = [part for part in NEEDED if not (path / part).is_dir()]
+    _check_complete(path, family, where)
+    _check_libraries(index, family, where)
+    for file in path.rglob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ModelError(f"{str(file)!r} is no regular file: save or download the model again")
+    if (noise := path / "scheduler" / "scheduler_config.json").is_file():
+        _config(noise)
+    for part in family.parts:
+        config = _config(path / part / "config.json")
+        if part == "unet":
+            check_guidance(kind, config, where)
+        folder_tensors(path / part)
+    return family
+
+
+def _check_complete(path: Path, family: Family, where: str) -> None:
+    missing = [part for part in (*family.parts, *family.tokenizers, "scheduler") if not (path / part).is_dir()]
+    for encoder in family.text_encoders:  # without a text encoder, and its tokenizer, a model can be another one
+        if (
+            encoder.part in missing
+            and {*missing} <= {encoder.part, encoder.tokenizer}
+            and encoder.part in family.without
+        ):
+            raise ModelError(f"{where} {family.without[encoder.part]}")
     if missing:
         raise ModelError(f"pipeline {where} lacks {', '.join(missing)}: save or download it again")
+
+
+def _check_libraries(index: Mapping[str, Any], family: Family, where: str) -> None:
+    """ModelError for parts of other classes, which could run code of their own."""
     for name, value in index.items():
         if isinstance(value, list) and value and value[0] not in (*LIBRARIES, None):
             raise ModelError(
                 f"{where} names code of its own for its {name} ({value[0]}), which sdkd does not run: give a pipeline "
                 f"whose parts are of {' and '.join(LIBRARIES[:2])}"
             )
-    for part, allowed in (("tokenizer", TOKENIZERS), ("scheduler", "Scheduler")):
+    for part in (*family.tokenizers, "scheduler"):
         name = str((*(index.get(part) or ()), None, None)[1])
-        if not (name.endswith(allowed) if isinstance(allowed, str) else name in allowed):
+        if not (name.endswith("Scheduler") if part == "scheduler" else name in TOKENIZERS):
             raise ModelError(
                 f"the {part} of {where} is {an(name)}: sdkd loads {TOKENIZERS[0]} and diffusers' schedulers"
             )
-    for file in path.rglob("*"):
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            raise ModelError(f"{str(file)!r} is no regular file: save or download the model again")
-    if (noise := path / "scheduler" / "scheduler_config.json").is_file():
-        _config(noise)
-    for part, (own, kinds) in CLASSES.items():
+    for part in family.parts:
         library, name = (*(index.get(part) or ()), None, None)[:2]
+        own, kinds = CLASSES[part][0], part_classes(family, part)
         if library != own or name not in kinds:
             what = an(f"{library}.{name}")
             raise ModelError(f"the {part} of {where} is {what}: sdkd loads {' or '.join(kinds)} of {own}")
-        config = _config(path / part / "config.json")
-        if part == "unet":
-            check_guidance(kind, config, where)
-        folder_tensors(path / part)
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -172,11 +178,15 @@ def load_rest(folder: Path) -> StableDiffusionPipeline:
     import diffusers
 
     index = _json(folder / "model_index.json")
+    family = family_of_pipeline(index["_class_name"])
+    assert family is not None
     kind = getattr(diffusers, PIPELINES[index["_class_name"]])
-    pipe = kind.from_pretrained(folder, **_LOCAL, **dict.fromkeys(HEAVY))
-    positions = _json(folder / "text_encoder" / "config.json").get("max_position_embeddings")
-    pipe.tokenizer = bounded(pipe.tokenizer, positions)
-    pipe.register_to_config(**{part: tuple(index[part]) for part in HEAVY})
+    without = dict.fromkeys((*family.parts, *family.absent))
+    pipe = kind.from_pretrained(folder, local_files_only=True, **family.options, **without)
+    for encoder in family.text_encoders:
+        positions = _json(folder / encoder.part / "config.json").get("max_position_embeddings")
+        setattr(pipe, encoder.tokenizer, bounded(getattr(pipe, encoder.tokenizer), positions))
+    pipe.register_to_config(**{part: tuple(index[part]) for part in family.parts})
     return pipe
 
 
@@ -207,11 +217,13 @@ def write_pipeline(
     """
     whole, given = pipe, {"unet": unet, "scheduler": scheduler}
     if others := {name: part for name, part in given.items() if part is not None}:
-        whole = type(pipe)(**(pipe.components | others), requires_safety_checker=False)
+        whole = remade(pipe, **others)
     with quiet_libraries():
         whole.save_pretrained(folder)
-    write_old_names(folder / "text_encoder" / "model.safetensors")
-    write_tokenizer_files(whole.tokenizer, folder / "tokenizer")
+    family = family_of_pipeline(type(pipe).__name__) or STABLE_DIFFUSION
+    for encoder in family.text_encoders:
+        write_old_names(folder / encoder.part / "model.safetensors")
+        write_tokenizer_files(getattr(whole, encoder.tokenizer), folder / encoder.tokenizer)
     if about is not None:
         write_json(folder / PROVENANCE, dict(about))
     if readme is not None:

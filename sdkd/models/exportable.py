@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
-from sdkd.core.contract import guidance_width, vae_scale
+from sdkd.core.conditions import guidance_width
+from sdkd.core.contract import vae_scale
 from sdkd.errors import ExportError, ModelError, an
-from sdkd.models.families import PIPELINE_OF_CHANNELS
+from sdkd.families import EMBEDDING, FAMILIES, STABLE_DIFFUSION, family_of_unet
 from sdkd.models.safetensors_file import has_adapters
 
 Config = Mapping[str, Any]
@@ -29,7 +30,7 @@ _PROJECTED = f"it projects other embeddings than the text encoder's: {_EAGERLY}"
 LIMITS = {
     "encoder_hid_dim_type": _PROJECTED,
     "encoder_hid_dim": _PROJECTED,
-    "addition_embed_type": f"it takes conditions beside the text, as SDXL and Kandinsky do: {_EAGERLY}",
+    "addition_embed_type": f"it takes conditions that no family of sdkd has, as Kandinsky does: {_EAGERLY}",
     "class_embed_type": _CLASSES,
     "num_class_embeds": _CLASSES,
     "class_embeddings_concat": _CLASSES,
@@ -38,14 +39,12 @@ LIMITS = {
     "global_pool_conditions": "it pools its residuals over the image (global_pool_conditions, as the shuffle model "
     "does), which is not supported: use it with the eager pipeline",
 }
-_USUAL = (None, False, "default")  # their values otherwise
+_USUAL = (None, False, "default", *(family.addition for family in FAMILIES))  # their values otherwise
 # Parts of the Python pipelines, beside the heavy ones, that give a UNet inputs.
 EXTRA_PARTS = {
     "adapter": "a T2I-Adapter, whose residuals no graph takes",
     "motion_adapter": "a motion adapter of AnimateDiff",
 }
-# Pipelines that always give their UNet the guidance scale as an embedding, and stop without a word where it takes none.
-EMBEDDING = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 FLOATS = {"float64", "float32", "float16", "bfloat16"}
 LIBRARIES = ("diffusers", "transformers", "torch", "peft", "sdkd")  # whose modules do what their classes say
 HELPERS = (*LIBRARIES, "accelerate", "huggingface_hub")  # whose functions those modules have
@@ -98,15 +97,24 @@ def check_configs(configs: Mapping[str, Config]) -> None:
     unet = configs.get("unet")
     if unet is None:
         return
-    text, vae, controlnet = (configs.get(part) for part in ("text_encoder", "vae", "controlnet"))
+    vae, controlnet = (configs.get(part) for part in ("vae", "controlnet"))
     for part, own, value, other in (
-        ("text encoder", "width", (text or {}).get("hidden_size"), "cross_attention_dim"),
+        (*_text_width(unet, configs), "cross_attention_dim"),
         ("VAE", "latent_channels", (vae or {}).get("latent_channels"), "out_channels"),
     ):
         words = f"its {own} is {{}}, the UNet's {other} {{}}"
-        _fit(part, [(value, unet.get(other), words)], "give parts of one family (SD 1.x, SD 2.x)")
+        _fit(part, [(value, unet.get(other), words)], "give parts of one family (SD 1.x, SD 2.x, SDXL)")
     if controlnet is not None:
         check_controlnet(controlnet, unet, vae)
+
+
+def _text_width(unet: Config, configs: Mapping[str, Config]) -> tuple[str, str, int | None]:
+    """How wide the text embeddings are that a UNet gets: its family's text encoders side by side."""
+    parts = [encoder.part for encoder in family_of_unet(unet).text_encoders]
+    widths = [(configs.get(part) or {}).get("hidden_size") for part in parts]
+    known = [width for width in widths if width is not None]
+    together = sum(known) if len(known) == len(parts) else None
+    return ("text encoder", "width", together) if len(parts) == 1 else ("text encoders", "joint width", together)
 
 
 def _fit(part: str, pairs: Iterable[tuple[Any, Any, str]], advice: str) -> None:
@@ -121,8 +129,8 @@ def check_controlnet(controlnet: Config, unet: Config, vae: Config | None = None
     check_config("controlnet", controlnet)
     if unet.get("in_channels") == 8:
         raise ModelError(
-            f"the UNet takes 8 channels ({PIPELINE_OF_CHANNELS[8]}), and no pipeline of diffusers uses a ControlNet "
-            "with it: leave the ControlNet out"
+            f"the UNet takes 8 channels ({STABLE_DIFFUSION.by_channels[8]}), and no pipeline of diffusers uses a "
+            "ControlNet with it: leave the ControlNet out"
         )
     stride = 2 ** (len(controlnet.get("conditioning_embedding_out_channels") or (0,) * 4) - 1)
     pairs = [
@@ -133,7 +141,7 @@ def check_controlnet(controlnet: Config, unet: Config, vae: Config | None = None
         (controlnet.get("in_channels", 4), unet.get("out_channels", 4), "it takes {} channels, the latents have {}"),
         (stride, vae and vae_scale(vae), "it reads {} pixels per latent, the VAE has {}"),
     ]
-    advice = "give a ControlNet that was made for this UNet's family and layout (SD 1.x, SD 2.x, not a student)"
+    advice = "give a ControlNet that was made for this UNet's family and layout (SD 1.x, SD 2.x, SDXL, not a student)"
     _fit("ControlNet", pairs, advice)
 
 

@@ -1,21 +1,23 @@
-"""The published Stable Diffusion families as data, and their modules without weights."""
+"""Modules and pipelines of a family without weights, and which of their classes an engine can stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from sdkd.errors import ModelError, an
-from sdkd.models.clip_tokenizer import END, PADDING, TOKENS, clip_tokenizer
+from sdkd.families import Family, PublishedModel
+from sdkd.families.family import CLIP, PADDING, PROJECTED, TOKENS
+from sdkd.models.clip_tokenizer import clip_tokenizer
 from sdkd.students.blocks import no_init
 
-HEAVY = ("unet", "vae", "text_encoder")  # the parts with weights
-# Classes that a pipeline's heavy parts may have, the usual one first, and the library of each part.
+# Classes that a pipeline's heavy parts may have, the usual one first, and the library of each part. Of the text
+# encoders a family says which.
 CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")),
-    "text_encoder": ("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection")),
+    "text_encoder": ("transformers", (CLIP, PROJECTED)),
+    "text_encoder_2": ("transformers", (PROJECTED,)),
 }
 # Of these, and of ControlNets, what an exported graph stands for. AsymmetricAutoencoderKL decodes with the masked
 # image, too, which diffusers gives to no other class, and a graph has no such input.
@@ -24,80 +26,70 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "controlnet": ("ControlNetModel",),
 }
-# Pipelines by the number of channels that their UNet takes.
-PIPELINE_OF_CHANNELS = {
-    4: "StableDiffusionPipeline",
-    8: "StableDiffusionInstructPix2PixPipeline",
-    9: "StableDiffusionInpaintPipeline",
+_SCHEDULERS: dict[str, dict[str, Any]] = {
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "EulerDiscreteScheduler": {"timestep_spacing": "leading"},
 }
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-_NOISE = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
-    "set_alpha_to_one": False,
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Family:
-    """Configs of one published family: what differs from the libraries' defaults."""
-
-    unet: Mapping[str, Any]
-    text_encoder: Mapping[str, Any]
-    image_size: int  # pixels
-    prediction_type: str
-    pad_token: str = END
-    scheduler: str = "DDIMScheduler"
-    vae: Mapping[str, Any] = field(default_factory=lambda: _VAE)
-
-    def config(self, part: str) -> dict[str, Any]:
-        """The config of `unet`, `vae` or `text_encoder`; empty for another part."""
-        if part == "text_encoder":
-            return {**self.text_encoder, **TOKENS, "pad_token_id": PADDING[self.pad_token]}
-        return {"unet": dict(self.unet), "vae": {**self.vae, "sample_size": self.image_size}}.get(part, {})
-
-    def rest(self, channels: int = 4, prediction_type: str | None = None, scheduler: str | None = None) -> Any:
-        """A pipeline without its heavy parts, whose places still name their classes, with the embedded tokenizer.
-
-        `channels` of the UNet's input; `prediction_type` and `scheduler` where they are not the family's own.
-        """
-        import diffusers
-
-        name = scheduler or self.scheduler
-        own = {"skip_prk_steps": True} if name == "PNDMScheduler" else {"clip_sample": False}
-        noise = _NOISE | own | {"prediction_type": prediction_type or self.prediction_type}
-        pipe = getattr(diffusers, PIPELINE_OF_CHANNELS[channels])(
-            **dict.fromkeys((*HEAVY, "safety_checker", "feature_extractor")),
-            tokenizer=clip_tokenizer(self.pad_token),
-            scheduler=getattr(diffusers, name)(**noise),
-            requires_safety_checker=False,
-        )
-        pipe.register_to_config(**{part: (library, kinds[0]) for part, (library, kinds) in CLASSES.items()})
-        return pipe
+def part_config(family: Family, model: PublishedModel, part: str) -> dict[str, Any]:
+    """The config of a part of a published model; empty for what is no part with weights."""
+    for encoder, config, pad in zip(family.text_encoders, model.text_encoders, model.pad_tokens, strict=True):
+        if encoder.part == part:
+            return {**config, **TOKENS, "pad_token_id": PADDING[pad]}
+    return {"unet": dict(model.unet), "vae": {**model.vae, "sample_size": model.image_size}}.get(part, {})
 
 
-_CLIP_L = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "projection_dim": 768, "hidden_act": "quick_gelu",
-}  # fmt: skip
-_OPEN_CLIP_H = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
-    "projection_dim": 512, "hidden_act": "gelu",
-}  # fmt: skip
-_UNET_2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-FAMILIES: dict[str, Family] = {
-    "sd15": Family(
-        {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
-        _CLIP_L, 512, "epsilon", scheduler="PNDMScheduler",
-    ),
-    "sd21": Family(_UNET_2 | {"sample_size": 96, "upcast_attention": True}, _OPEN_CLIP_H, 768, "v_prediction", "!"),
-    "sd21base": Family(_UNET_2 | {"sample_size": 64}, _OPEN_CLIP_H, 512, "epsilon", "!", "PNDMScheduler"),
-}  # fmt: skip
+def pipeline_rest(
+    family: Family,
+    model: PublishedModel,
+    channels: int = 4,
+    prediction_type: str | None = None,
+    scheduler: str | None = None,
+) -> Any:
+    """A pipeline without its heavy parts, whose places still name their classes, with the embedded tokenizers.
+
+    `channels` of the UNet's input; `prediction_type` and `scheduler` where they are not the model's own.
+    """
+    import diffusers
+
+    name = scheduler or model.scheduler
+    own = _SCHEDULERS.get(name, {"clip_sample": False})
+    noise = {**family.noise, **own, "prediction_type": prediction_type or model.prediction_type}
+    tokenizers = zip(family.tokenizers, map(clip_tokenizer, model.pad_tokens), strict=True)
+    pipe = getattr(diffusers, family.by_channels[channels])(
+        **dict.fromkeys((*family.parts, *family.absent)),
+        **dict(tokenizers),
+        scheduler=getattr(diffusers, name)(**noise),
+        **family.options,
+    )
+    pipe.register_to_config(**{part: (CLASSES[part][0], part_classes(family, part)[0]) for part in family.parts})
+    return pipe
+
+
+def part_classes(family: Family, part: str) -> tuple[str, ...]:
+    """The classes that a part may have in a family, the usual one first."""
+    return next((encoder.kinds for encoder in family.text_encoders if encoder.part == part), CLASSES[part][1])
+
+
+def remade(pipe: Any, **parts: Any) -> Any:
+    """A pipeline of the same class and configuration with other parts; a pipeline looks at its parts once, here.
+
+    It comes from the same place: no output may replace the folder that a pipeline is from.
+    """
+    made = new_pipeline(type(pipe), pipe.components | parts, pipe.config)
+    if pipe.name_or_path:
+        made.register_to_config(_name_or_path=pipe.name_or_path)
+    return made
+
+
+def new_pipeline(kind: Any, parts: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """A pipeline of a diffusers class: of these parts, and of a config (model_index.json) what else it takes."""
+    import inspect
+
+    taken = inspect.signature(kind.__init__).parameters
+    options = {name: value for name, value in config.items() if name in taken and name not in parts}
+    return kind(**options, **{name: part for name, part in parts.items() if name in taken})
 
 
 def empty(part: str, config: Mapping[str, Any], kind: str | None = None) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sdkd.core.contract import guidance_width
+from sdkd.core.conditions import guidance_width
 from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.schema import construct, problem
 from sdkd.errors import InputError, ModelError

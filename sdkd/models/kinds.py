@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import BASE_COMPONENTS, CONFIG_FOLDERS
+from sdkd.core.components import CONFIG_FOLDERS
 from sdkd.core.files import read_json
 from sdkd.errors import ModelError
+from sdkd.families import STABLE_DIFFUSION, Family, family_of_pipeline
 from sdkd.models import checkpoint, single_file
 from sdkd.models.diffusers_folder import (
     check_pipeline_folder,
@@ -22,7 +23,7 @@ from sdkd.models.diffusers_folder import (
     load_rest,
     quiet_libraries,
 )
-from sdkd.models.families import HEAVY
+from sdkd.models.families import part_config
 from sdkd.models.fused import recorded_loras, with_loras
 from sdkd.models.generation import Generation, noted
 from sdkd.models.random_weights import RandomModel
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 # Parts that sdkd does not use, so that they are not fetched and may be pickles.
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-# The components that a model itself has, and the part of a pipeline that each is made from.
-_OWN = {name: CONFIG_FOLDERS[name] for name in BASE_COMPONENTS}
 
 
 class FolderSource(ModelSource):
@@ -58,10 +57,15 @@ class FolderSource(ModelSource):
         return dict(read_json(self.folder / "model_index.json"))
 
     @cached_property
+    def family(self) -> Family:
+        """As the base class says, by the class of its pipeline."""
+        return family_of_pipeline(str(self.index.get("_class_name"))) or STABLE_DIFFUSION
+
+    @cached_property
     def digests(self) -> dict[str, str]:
         """As the base class says."""
-        found = {part: component_digest(self.folder / part) for part in HEAVY}
-        return {name: found[part] for name, part in _OWN.items()}
+        found: dict[str, str] = {part: component_digest(self.folder / part) for part in self.parts}
+        return {name: found[CONFIG_FOLDERS[name]] for name in self.family.components}
 
     def config(self, part: str) -> dict[str, Any]:
         """As the base class says."""
@@ -167,6 +171,11 @@ class BundleSource(ModelSource):
         """As the base class says."""
         return self.bundle.json("model_index.json") if (self.bundle.path / "model_index.json").is_file() else {}
 
+    @property
+    def family(self) -> Family:
+        """As the base class says."""
+        return self.bundle.family
+
     @cached_property
     def generation(self) -> Generation | None:
         """As the base class says; without a UNet only what is noted."""
@@ -231,14 +240,21 @@ class FamilySource(ModelSource):
 
     opened: single_file.Checkpoint | RandomModel = field(kw_only=True, repr=False, compare=False)
 
+    @property
+    def family(self) -> Family:
+        """As the base class says."""
+        return self.opened.family
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """As the base class says, from the digest of the whole file, or from the name."""
-        return {name: digest(f"{self.opened.identity} {name}") for name in _OWN}
+        return {name: digest(f"{self.opened.identity} {name}") for name in self.family.components}
 
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part, the UNet's with its defaults."""
-        return full_config(self.opened.unet_config) if part == "unet" else self.opened.family.config(part)
+        if part == "unet":
+            return full_config(self.opened.unet_config)
+        return part_config(self.family, self.opened.model, part)
 
     def load_part(self, part: Part, dtype: torch.dtype) -> Any:
         """One module of the pipeline."""
@@ -286,6 +302,11 @@ class CheckpointSource(ModelSource):
     def index(self) -> Mapping[str, Any]:
         """As the base class says, of its base."""
         return self.base.index
+
+    @property
+    def family(self) -> Family:
+        """As the base class says, of its base."""
+        return self.base.family
 
     def config(self, part: str) -> dict[str, Any]:
         """The config of a part, the UNet's the checkpoint's own."""

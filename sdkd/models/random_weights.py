@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import InputError
-from sdkd.families import StudentSpec
-from sdkd.models.families import FAMILIES, Family, empty
+from sdkd.families import MODELS, Family, PublishedModel, StudentSpec
+from sdkd.models.families import empty, part_config, pipeline_rest
 from sdkd.students.blocks import full_config, student_config, student_spec
 
 if TYPE_CHECKING:
     import torch
 
 PREFIX = "random:"
-_SEEDS = {"vae": 0, "text_encoder": 1, "unet": 2}
+_SEEDS = {"vae": 0, "text_encoder": 1, "unet": 2, "text_encoder_2": 3}
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,27 @@ class RandomModel:
 
     identity: str  # the name: equal names have equal weights
     family: Family
-    seed: int  # the family's, so that every student of it has the same text encoder and VAE
+    model: PublishedModel
+    seed: int  # the model's, so that every student of it has the same text encoder and VAE
     student: StudentSpec | None
 
     @property
     def unet_config(self) -> dict[str, Any]:
-        """The UNet's config: the family's, or its student's."""
-        config = full_config(self.family.unet)
+        """The UNet's config: the model's, or its student's."""
+        config = full_config(self.model.unet)
         return student_config(config, self.student) if self.student else config
 
     def rest(self) -> Any:
         """The pipeline without its heavy parts."""
-        return self.family.rest(scheduler="DDIMScheduler")
+        return pipeline_rest(self.family, self.model, scheduler="DDIMScheduler")
 
     def load_part(self, part: str, dtype: torch.dtype) -> Any:
-        """The `unet`, `vae` or `text_encoder` in `dtype`: uniform with variance 1 / fan-in, norms 1, biases 0.
+        """A part with weights in `dtype`: uniform with variance 1 / fan-in, norms 1, biases 0.
 
         Its weights depend on the name alone, up to rounding to `dtype`.
         """
-        module = empty(part, self.unet_config if part == "unet" else self.family.config(part))
+        config = self.unet_config if part == "unet" else part_config(self.family, self.model, part)
+        module = empty(part, config)
         return fill_random(module, self.seed + _SEEDS[part], dtype)
 
 
@@ -67,11 +69,11 @@ def fill_random(module: Any, seed: int, dtype: torch.dtype) -> Any:
 
 def parse(name: str) -> RandomModel:
     """Read `random:sd15`, `random:sd15-tiny`, `random:sd21-bk-small`; InputError lists the forms."""
-    family, _, student = name.removeprefix(PREFIX).partition("-")
-    if family not in FAMILIES:
+    base, _, student = name.removeprefix(PREFIX).partition("-")
+    if base not in MODELS:
         raise InputError(
             f"model {name!r} names no known family: give {PREFIX}FAMILY or {PREFIX}FAMILY-STUDENT "
-            f"with FAMILY one of {', '.join(FAMILIES)} and STUDENT e.g. small or tiny"
+            f"with FAMILY one of {', '.join(MODELS)} and STUDENT e.g. small or tiny"
         )
-    seed = int.from_bytes(hashlib.sha256(family.encode()).digest()[:4], "big")
-    return RandomModel(name, FAMILIES[family], seed, student_spec(student) if student else None)
+    seed = int.from_bytes(hashlib.sha256(base.encode()).digest()[:4], "big")
+    return RandomModel(name, *MODELS[base], seed, student_spec(student) if student else None)

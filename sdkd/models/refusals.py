@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sdkd.core.files import read_json
 from sdkd.errors import InputError, an
+from sdkd.families import SUPPORTED
 from sdkd.models.safetensors_file import Tensor
 
-SUPPORTED = "sdkd works on Stable Diffusion 1.x and 2.x"
 _LORA = (
     "is a LoRA, not a model: give its base model, and the LoRA with --lora (sdkd export, sdkd build-engine), which "
     "fuses it"
@@ -23,7 +23,7 @@ _CONTROLNET = "is a ControlNet, not a model: give its base model, and the Contro
 _KINDS = {
     r"(^|\.)lora_|\.lora\.|_lora\.|\.(hada|lokr)_w\d": _LORA,
     r"^control_model\.|^controlnet_|^input_hint_block\.": _CONTROLNET,
-    r"^conditioner\.embedders\.1\.|^add_embedding\.": f"is SDXL: {SUPPORTED}",
+    r"^conditioner\.embedders\.1\.|^add_embedding\.": "is SDXL in one file, which is not read yet: give the folder",
     r"(^|\.)((double|single|single_transformer|joint)_blocks|ip_adapter)\.|^(context_embedder|depth_model|image_proj)\."
     r"|motion_modules\.": f"is not for Stable Diffusion 1.x or 2.x alone (Flux, SD 3, AnimateDiff, ...): {SUPPORTED}",
 }

@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdkd.core.contract import CONFIG_FOLDERS, is_tiny_vae, vae_scale
+from sdkd.core.components import CONFIG_FOLDERS
+from sdkd.core.contract import is_tiny_vae, vae_scale
 from sdkd.core.files import read_json
 from sdkd.errors import InputError, ModelError, an
 from sdkd.models.diffusers_folder import component_digest, digest, load_module, provenance, quiet_libraries

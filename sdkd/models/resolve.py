@@ -116,22 +116,22 @@ def _file(name: str, path: Path) -> ModelSource:
 def load_eager(model: Model, torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
     """The model as an eager diffusers pipeline on the CPU: eval mode, frozen, without safety checker.
 
-    `torch_dtype` None means float32. Raises ModelError when there is no such model, it is not SD 1.x/2.x, or its files
-    are damaged or cannot be fetched.
+    `torch_dtype` None means float32. Raises ModelError when there is no such model, it is of no family that sdkd
+    knows, or its files are damaged or cannot be fetched.
     """
     import torch
 
     source = resolve(model)
     with as_model_error(source), quiet_libraries():
         pipe = source.original.load_whole(torch_dtype or torch.float32)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.eval().requires_grad_(False)
+    for part in source.parts:
+        getattr(pipe, part).eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def load_component(model: Model, part: Part, torch_dtype: torch.dtype | None = None) -> Any:
-    """One module of the model, `unet`, `vae` or `text_encoder`, as `load_eager` gives it, without loading the others.
+    """One module of the model, `unet`, `vae` or a text encoder, as `load_eager` gives it, without loading the others.
 
     On the CPU, in eval mode, frozen; `torch_dtype` None means float32. Raises ModelError as `load_eager` does.
     """

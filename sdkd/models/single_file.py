@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from sdkd.core.files import sha256
 from sdkd.core.text_files import read_yaml
 from sdkd.errors import InputError, ModelError
-from sdkd.models.families import FAMILIES, HEAVY, PIPELINE_OF_CHANNELS, Family, empty
-from sdkd.models.refusals import SUPPORTED, what_it_is
+from sdkd.families import MODELS, STABLE_DIFFUSION, SUPPORTED, Family, PublishedModel
+from sdkd.models.families import empty, part_config, pipeline_rest
+from sdkd.models.refusals import what_it_is
 from sdkd.models.safetensors_file import Tensor, Weights, fill, matched
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Checkpoint:
 
     weights: Weights
     family: Family
+    model: PublishedModel
     channels: int
     guidance: Tensor | None  # projects the guidance embedding
     prediction_type: str
@@ -52,9 +54,9 @@ class Checkpoint:
 
     @property
     def unet_config(self) -> dict[str, Any]:
-        """The UNet's config, in which only its inputs are not the family's."""
+        """The UNet's config, in which only its inputs are not the published model's."""
         width = self.guidance and self.guidance.shape[1]
-        return {**self.family.unet, "in_channels": self.channels, "time_cond_proj_dim": width}
+        return {**self.model.unet, "in_channels": self.channels, "time_cond_proj_dim": width}
 
     @cached_property
     def identity(self) -> str:
@@ -63,13 +65,14 @@ class Checkpoint:
 
     def rest(self) -> Any:
         """The pipeline without its heavy parts."""
-        return self.family.rest(self.channels, self.prediction_type, "LCMScheduler" if self.guidance else None)
+        scheduler = "LCMScheduler" if self.guidance else None
+        return pipeline_rest(self.family, self.model, self.channels, self.prediction_type, scheduler)
 
     @cached_property
     def _located(self) -> dict[str, dict[str, Tensor]]:
         """Where each part's weights lie, by name; ModelError when any part is incomplete."""
         found = {}
-        for part in HEAVY:
+        for part in self.family.parts:
             what, module = f"checkpoint {str(self.weights.path)!r}: its {part}", empty(part, self._config(part))
             places = located(part, module, self.weights.tensors)
             if part == "unet" and self.guidance:  # diffusers' conversion does not know it
@@ -78,7 +81,7 @@ class Checkpoint:
         return found
 
     def _config(self, part: str) -> dict[str, Any]:
-        return self.unet_config if part == "unet" else self.family.config(part)
+        return self.unet_config if part == "unet" else part_config(self.family, self.model, part)
 
     def load_part(self, part: str, dtype: torch.dtype) -> Any:
         """One of the heavy parts, in `dtype`; ModelError when any part of the checkpoint is incomplete."""
@@ -99,9 +102,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"UNet, VAE and text encoder, or load it with that part and save it as a diffusers folder"
             )
     kind, reason = prediction(weights, families)
-    name = next((name for name in families if FAMILIES[name].prediction_type == kind), families[0])
+    name = next((name for name in families if MODELS[name][1].prediction_type == kind), families[0])
     guidance = next((weights.tensors[name] for name in GUIDANCE if name in weights.tensors), None)
-    return Checkpoint(weights, FAMILIES[name], channels, guidance, kind, _notes(weights, kind, reason))
+    return Checkpoint(weights, *MODELS[name], channels, guidance, kind, _notes(weights, kind, reason))
 
 
 def _families(weights: Weights, what: str) -> tuple[list[str], int]:
@@ -112,20 +115,21 @@ def _families(weights: Weights, what: str) -> tuple[list[str], int]:
             raise ModelError(f"{what}: its weight {name} has shape {shape}, not {axes} axes: {SUPPORTED}")
     width, channels = weights.tensors[FIRST].shape[:2]
     context = weights.tensors[CONTEXT].shape[-1] if CONTEXT in weights.tensors else 0
-    found = [name for name, family in FAMILIES.items() if _size(family) == (width, context)]
+    found = [name for name, (_, model) in MODELS.items() if _size(model) == (width, context)]
     if any(name.startswith(_EMBEDDINGS) for name in weights.tensors) and found:
         raise ModelError(f"{what} is unCLIP, whose UNet takes image embeddings as well: {SUPPORTED}")
-    if not found or channels not in PIPELINE_OF_CHANNELS:
+    if not found or channels not in STABLE_DIFFUSION.by_channels:
         raise ModelError(
             f"{what} has an unknown UNet (width {width}, text of width {context}, {channels} input channels): sdkd "
             f"knows width 320 with text of width 768 (SD 1.x) or 1024 (SD 2.x) and "
-            f"{', '.join(map(str, PIPELINE_OF_CHANNELS))} input channels; of a student give the diffusers folder"
+            f"{', '.join(map(str, STABLE_DIFFUSION.by_channels))} input channels; of a student give the diffusers "
+            "folder"
         )
     return found, channels
 
 
-def _size(family: Family) -> tuple[int, int]:
-    return family.unet.get("block_out_channels", (320,))[0], family.unet["cross_attention_dim"]
+def _size(model: PublishedModel) -> tuple[int, int]:
+    return model.unet.get("block_out_channels", (320,))[0], model.unet["cross_attention_dim"]
 
 
 def prediction(weights: Weights, families: list[str]) -> tuple[str, str]:
@@ -143,7 +147,7 @@ def prediction(weights: Weights, families: list[str]) -> tuple[str, str]:
         return said, "says the file's metadata"
     if "v_pred" in weights.tensors:
         return _V, "says a weight named v_pred"
-    kinds = {FAMILIES[name].prediction_type for name in families}
+    kinds = {MODELS[name][1].prediction_type for name in families}
     if len(kinds) == 1 or weights.tensors[FIRST].shape[1] != 4:
         return _EPSILON, "as all models of this family"
     if SPREAD in weights.tensors and float(weights.tensors[SPREAD].read().float().std(unbiased=False)) > 0.09:

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from sdkd.core.contract import native_size, vae_scale
 from sdkd.errors import ModelError
+from sdkd.families import Family
 from sdkd.models.diffusers_folder import provenance
+from sdkd.models.families import remade
 from sdkd.models.generation import Generation, implied, noted
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 Kind = Literal["folder", "hub", "single-file", "bundle", "checkpoint", "demo", "random", "with-vae", "fused"]
-Part = Literal["unet", "vae", "text_encoder"]
+Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class ModelSource(ABC):
         """Its model_index.json, which names the classes of pipeline and parts; empty where it has none."""
         return {}
 
+    @property
+    @abstractmethod
+    def family(self) -> Family:
+        """The family that it is of, which says what parts and components it has."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of its pipeline that have weights."""
+        return cast(tuple[Part, ...], self.family.parts)
+
     @cached_property
     def generation(self) -> Generation | None:
         """How it was made to be run, as a note or its configs tell; None where nothing does, as for most models."""
@@ -69,7 +81,7 @@ class ModelSource(ABC):
     @property
     @abstractmethod
     def digests(self) -> dict[str, str]:
-        """One SHA-256 per component (text_encoder, unet, vae_decoder, vae_encoder) of its config and weights.
+        """One SHA-256 per component of the family of its config and weights.
 
         Equal digests mean equal weights; nothing is loaded.
         """
@@ -100,11 +112,9 @@ class ModelSource(ABC):
 
     def load_whole(self, dtype: torch.dtype) -> StableDiffusionPipeline:
         """The eager pipeline."""
-        rest, parts = self.load_rest(), {part: self.load_part(part, dtype) for part in get_args(Part)}
-        # It looks at its UNet once, here.
-        whole = type(rest)(**(rest.components | parts), requires_safety_checker=False)
-        if rest.name_or_path:  # no output may replace the folder that a pipeline comes from
-            whole.register_to_config(_name_or_path=rest.name_or_path)
+        whole: StableDiffusionPipeline = remade(
+            self.load_rest(), **{part: self.load_part(part, dtype) for part in self.parts}
+        )
         return whole
 
     @abstractmethod
@@ -136,6 +146,11 @@ class Derived(ModelSource):
     def generation(self) -> Generation | None:
         """As for the base."""
         return self.base.generation
+
+    @property
+    def family(self) -> Family:
+        """As for the base."""
+        return self.base.family
 
     @property
     def here(self) -> bool:

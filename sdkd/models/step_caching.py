@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sdkd.core.contract import CACHED_UNET, guidance_width
+from sdkd.core.components import CACHED_UNET
+from sdkd.core.conditions import guidance_width
 from sdkd.core.numbers import DRAWING, check_numbers
 from sdkd.errors import BundleError, InputError, ModelError
 from sdkd.models.generation import FEW, Generation

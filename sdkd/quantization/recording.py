@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sdkd.core.conditions import guidance_width
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import check_size, guidance_width, native_size, size_multiple
+from sdkd.core.contract import check_size, native_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_numbers
 from sdkd.errors import InputError, ModelError
 from sdkd.models.generation import USUAL, Generation, implied

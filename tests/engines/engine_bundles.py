@@ -17,7 +17,8 @@ from small_exports import bundle_copy, variant_bundle
 
 from export import build_engine
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
-from sdkd.core.contract import DTYPES, Precision, unet_contract
+from sdkd.core.components import unet_contract
+from sdkd.core.contract import DTYPES, Precision
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.targets.registry import built_environment
 

@@ -20,9 +20,10 @@ from export.component import ExportOptions, reusable
 from export.pipeline import export_reasons, versions
 from export.source import open_source, state_digest
 from sdkd.bundle.manifest import Bundle, Manifest
-from sdkd.core.contract import BASE_COMPONENTS, component_contract
+from sdkd.core.components import component_contract
 from sdkd.core.files import lock, read_json, write_json
 from sdkd.errors import BusyError, InputError, ModelError, OutputExistsError, ValuesError
+from sdkd.families import STABLE_DIFFUSION
 from sdkd.models.diffusers_folder import PROVENANCE
 from sdkd.models.generation import FEW_STEPS, Generation, entry
 from sdkd.models.resolve import load_eager, resolve
@@ -40,7 +41,9 @@ def test_the_bundle_has_optimums_layout() -> None:
     root = small_bundle().path
     files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
     graphs = {
-        f"{name}/{file}" for name in BASE_COMPONENTS for file in ("model.onnx", "config.json", "initializers.json")
+        f"{name}/{file}"
+        for name in STABLE_DIFFUSION.components
+        for file in ("model.onnx", "config.json", "initializers.json")
     }
     assert graphs | {"bundle.json", "model_index.json", "scheduler/scheduler_config.json"} <= files
     assert {name for name in files - graphs if "/" not in name} == {"bundle.json", "model_index.json"}
@@ -52,7 +55,7 @@ def test_the_bundle_has_optimums_layout() -> None:
 
 def test_the_manifest_says_what_was_done() -> None:
     bundle = small_bundle()
-    assert tuple(bundle.manifest.components) == BASE_COMPONENTS
+    assert tuple(bundle.manifest.components) == STABLE_DIFFUSION.components
     assert bundle.manifest.source["kind"] == "pipeline"
     assert bundle.manifest.source["random_weights"] is False
     assert set(bundle.manifest.versions) >= {"sdkd", "torch", "onnx", "onnxruntime", "diffusers", "transformers"}
@@ -75,7 +78,7 @@ def test_digests_are_of_the_weights() -> None:
     bundle, pipe = small_bundle(), small_pipeline()
     digests = bundle.manifest.source["sha256"]
     assert digests["unet"] == bundle.component("unet").source_sha256 == state_digest(pipe.unet.state_dict())
-    assert len(set(digests.values())) == len(BASE_COMPONENTS)
+    assert len(set(digests.values())) == len(STABLE_DIFFUSION.components)
     pipe.unet.conv_in.bias.data[0] += 1
     assert digests["unet"] != state_digest(pipe.unet.state_dict())
 

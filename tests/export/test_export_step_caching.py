@@ -19,7 +19,8 @@ from export.pipeline import export_reasons
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import largest_of
 from sdkd.cli import app
-from sdkd.core.contract import CACHED_UNET, Extras, cached_unet_contract, unet_contract
+from sdkd.core.components import CACHED_UNET, cached_unet_contract, unet_contract
+from sdkd.core.conditions import Extras
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import InputError, ModelError
 from sdkd.models.generation import parse_generation

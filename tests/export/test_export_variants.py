@@ -16,9 +16,11 @@ from small_exports import ONE_LEVEL, small_pipeline, tiny_vae, variant_bundle, v
 from export import export_pipeline
 from export.graph.components import component_module, example_inputs, graph_module, module_contract
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import BASE_COMPONENTS, Contract, Extras
+from sdkd.core.conditions import Extras
+from sdkd.core.contract import Contract
 from sdkd.core.profiles import Range, ShapeRanges, static_contract
 from sdkd.errors import InputError
+from sdkd.families import STABLE_DIFFUSION
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,9 @@ def test_a_tiny_autoencoder_computes_what_diffusers_does() -> None:
 def test_static_shapes_are_in_the_graph_and_pass_the_gate(tmp_path: Path) -> None:
     one = ShapeRanges(*(Range.fixed(size) for size in (1, 32, 48, 77)))
     pipe = small_pipeline()
-    contracts = {name: module_contract(name, component_module(pipe, name), "fp32") for name in BASE_COMPONENTS}
+    contracts = {
+        name: module_contract(name, component_module(pipe, name), "fp32") for name in STABLE_DIFFUSION.components
+    }
     fixed = {name: static_contract(contract, one, 2, 77) for name, contract in contracts.items()}
     axes = {name: [spec.axes for spec in contract.inputs] for name, contract in fixed.items()}
     assert axes == {

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.subjects import OPTIMUM, Subject
+from sdkd.core.components import CACHED_UNET
 from sdkd.core.console import Progress
-from sdkd.core.contract import CACHED_UNET
 from sdkd.errors import BundleError, InputError, ModelError
 from sdkd.models.generation import Generation
 from sdkd.models.resolve import resolve

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from engines.generate.image_inputs import SEEING, TEXT, Inputs, PipelineKind, as_pipeline, kind_for, with_defaults
 from sdkd.compare.measure.timing import Work
-from sdkd.core.contract import check_size, guidance_width, native_size, size_multiple
+from sdkd.core.conditions import guidance_width
+from sdkd.core.contract import check_size, native_size, size_multiple
 from sdkd.core.images import check_finite
 from sdkd.errors import ModelError
-from sdkd.models.exportable import EMBEDDING
+from sdkd.families import EMBEDDING
 from sdkd.models.generation import Generation
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdkd.compare.measure.calls import Size
-from sdkd.core.contract import guidance_width
+from sdkd.core.conditions import guidance_width
 from sdkd.core.text_files import prompts_of
 from sdkd.errors import BundleError, ModelError
 from sdkd.models.generation import USUAL, Generation, warnings

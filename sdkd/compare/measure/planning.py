@@ -23,7 +23,7 @@ from sdkd.compare.measure.subjects import (
     check_subjects,
 )
 from sdkd.core.console import Progress, quiet, within
-from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET, check_engine_precision
+from sdkd.core.contract import check_engine_precision
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BuildError, BundleError, EngineError, ExportError, InputError, ModelError, SdkdError
 from sdkd.models.fused import Lora, recorded_loras, with_loras
@@ -265,8 +265,7 @@ def _engine_to_build(entry: Entry, target: str, wish: Wish) -> tuple[Subject, Bu
     slot = OPTIMUM if target == OPTIMUM else plan.slot
 
     def build(progress: Progress) -> Subject:
-        components = (*BASE_COMPONENTS, CACHED_UNET) if cached else BASE_COMPONENTS
-        made = prepare(source, plan, folder, ranges=ranges, components=components, reuse=reuse, progress=progress)
+        made = prepare(source, plan, folder, ranges=ranges, cached=cached, reuse=reuse, progress=progress)
         return _engine_subject(entry, source.name, made.bundle, slot)
 
     return _subject(entry, slot, slot, plan.precision, bundle=folder / plan.onnx), build

@@ -97,8 +97,8 @@ def check_engines(bundle: Bundle, slot: str, size: Size | None, batch: int) -> N
 
     BundleError for a slot that the bundle does not have.
     """
-    from engines.pipelines.parts import BASE_PARTS, engine_names
+    from engines.pipelines.parts import engine_names
     from engines.sessions.ranges import check_images
 
-    for name in engine_names(bundle, slot, BASE_PARTS):
+    for name in engine_names(bundle, slot, bundle.family.parts):
         check_images(bundle, bundle.engine(slot, name), batch, size)

@@ -34,7 +34,9 @@ from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used,
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Bench, Sample, Timer
 from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, inherited, live_as_child
-from sdkd.core.contract import guidance_width, torch_dtype, unet_copies
+from sdkd.core.components import unet_copies
+from sdkd.core.conditions import guidance_width
+from sdkd.core.contract import torch_dtype
 from sdkd.core.interrupts import handling
 from sdkd.errors import EngineError
 from sdkd.targets.registry import require

@@ -14,16 +14,10 @@ from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.quantized import Quantized
 from sdkd.compare.measure.calls import as_drawn
-from sdkd.core.contract import (
-    CACHED_UNET,
-    COMPONENTS,
-    QUANTIZED,
-    Precision,
-    check_engine_precision,
-    check_precision,
-    torch_dtype,
-)
+from sdkd.core.components import CACHED_UNET, COMPONENTS
+from sdkd.core.contract import QUANTIZED, Precision, check_engine_precision, check_precision, torch_dtype
 from sdkd.errors import BundleError, EngineError, InputError, one_line
+from sdkd.families import family_of_pipeline, family_of_unet
 from sdkd.models.fused import Lora, with_loras
 from sdkd.models.generation import Generation
 from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
@@ -211,14 +205,13 @@ def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeli
 
 def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
     """An eager pipeline with other parts in place of its own, as export gives them to a bundle; ModelError if gone."""
-    from export.source import CONTROLNET_PIPELINE
-
     for part, name in replaced:
         module = load_replacement(part, name, dtype)
         if hasattr(pipe, part):
             setattr(pipe, part, module)
         else:
-            pipe = as_pipeline(pipe, CONTROLNET_PIPELINE, {part: module})
+            family = family_of_pipeline(type(pipe).__name__) or family_of_unet(pipe.unet.config)
+            pipe = as_pipeline(pipe, family.controlnet, {part: module})
     return pipe
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdkd.core.conditions import guidance_width
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import guidance_width
 from sdkd.core.files import read_json, staged_folder, write_bytes, write_json
 from sdkd.core.interrupts import is_main
 from sdkd.distill.data.opening import open_images_or_cache

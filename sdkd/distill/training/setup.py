@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.core.conditions import guidance_width
 from sdkd.core.console import Progress, quiet
-from sdkd.core.contract import guidance_width, size_multiple, torch_dtype, vae_scale
+from sdkd.core.contract import size_multiple, torch_dtype, vae_scale
 from sdkd.distill.data.buckets import STEP, aspect_buckets, fit_pixels, nearest_bucket
 from sdkd.distill.data.latents import Latents, encode_images, training_size
 from sdkd.distill.data.order import Bucketed, Order, Sharded, mirrored_at, view_generator

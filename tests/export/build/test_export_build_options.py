@@ -24,7 +24,7 @@ from export.build.options import GIB, BuildOptions, capabilities, check_options,
 from export.build.request import plan_for, requests_for
 from export.build.tensorrt_plan import config_arguments, lora_weights, mark_weights, refit_flags, touched
 from sdkd.bundle.manifest import Bundle
-from sdkd.core.contract import component_contract
+from sdkd.core.components import component_contract
 from sdkd.errors import BuildError, InputError
 from sdkd.targets.plan import plan_for_model
 

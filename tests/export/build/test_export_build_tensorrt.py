@@ -25,8 +25,9 @@ from export.build.run import build_all
 from export.build.tensorrt_progress import SILENT, PhaseTree, progress_monitor, silent_seconds
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.child import run_in_child
-from sdkd.core.contract import BASE_COMPONENTS, Contract, TensorSpec
+from sdkd.core.contract import Contract, TensorSpec
 from sdkd.errors import BuildError, ValuesError
+from sdkd.families import STABLE_DIFFUSION
 from sdkd.targets.registry import gpu
 
 RTX = "tensorrt-rtx"
@@ -61,7 +62,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[tuple[
 
 def test_all_components_are_built_for_every_gpu_from_ampere_on(plans: Any) -> None:
     result, _ = plans
-    for name in BASE_COMPONENTS:
+    for name in STABLE_DIFFUSION.components:
         record = result.engine(RTX, name)
         assert (record.target, record.slot, record.precision) == (RTX, RTX, "fp16")
         assert [file.path for file in record.files] == [f"engines/{RTX}/{name}.engine"]
@@ -285,7 +286,7 @@ def test_all_exported_components_build(tmp_path: Path, target: str, precision: A
 
     bundle = export_pipeline(small_pipeline(), tmp_path / "bundle", precision=precision, verify=False)
     result = build_engine(bundle, target)
-    for name in BASE_COMPONENTS:
+    for name in STABLE_DIFFUSION.components:
         record = result.engine(target, name)
         graph = onnx.load(result.path / result.component(name).files[0].path).graph
         assert record.total_bytes > sum(len(weight.raw_data) for weight in graph.initializer)

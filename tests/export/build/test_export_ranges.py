@@ -28,7 +28,7 @@ from export.build.ranges import (
 from export.build.request import requests_for
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.bundle.memory import largest_tensor
-from sdkd.core.contract import component_contract
+from sdkd.core.components import component_contract
 from sdkd.core.profiles import Range, ShapeRanges, static_contract
 from sdkd.errors import BundleError, InputError
 from sdkd.targets.plan import plan_for_model

@@ -14,8 +14,9 @@ from onnx import numpy_helper
 from small_exports import references, small_graph, small_pipeline
 
 from export.check.parity import Case, Reference, check_graph, check_references, check_values, parity_cases
-from sdkd.core.contract import BASE_COMPONENTS, vae_decoder_contract
+from sdkd.core.components import vae_decoder_contract
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
+from sdkd.families import STABLE_DIFFUSION
 from sdkd.models.exportable import module_config
 
 ENCODER = "text_encoder"
@@ -27,7 +28,7 @@ def check(file: Path, component: str = ENCODER) -> dict[str, Any]:
     return check_graph(file, contract, references(module, contract), "fp32")
 
 
-@pytest.mark.parametrize("component", BASE_COMPONENTS)
+@pytest.mark.parametrize("component", STABLE_DIFFUSION.components)
 def test_right_graphs_pass_at_batches_timesteps_and_shapes_they_were_not_traced_with(component: str) -> None:
     figures = check(small_graph(component)[3], component)
     assert figures["relative"] < 1e-5

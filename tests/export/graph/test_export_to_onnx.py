@@ -17,12 +17,13 @@ from export.check.onnx_run import read_signature
 from export.graph.components import component_state, module_contract
 from export.graph.to_onnx import OPSETS, choose_opset, save, to_onnx
 from sdkd.bundle.onnx_weights import read_weights
-from sdkd.core.contract import BASE_COMPONENTS, COMPONENTS
+from sdkd.core.components import COMPONENTS
 from sdkd.errors import BundleError, ExportError, InputError
+from sdkd.families import STABLE_DIFFUSION
 from sdkd.models.exportable import module_config
 
 
-@pytest.mark.parametrize("component", BASE_COMPONENTS)
+@pytest.mark.parametrize("component", STABLE_DIFFUSION.components)
 def test_names_dtypes_and_dynamic_axes_are_the_contracts(component: str) -> None:
     _, _, contract, file = small_graph(component)
     assert read_signature(file, component) == contract
@@ -40,7 +41,7 @@ def test_half_graph_has_half_tensors_and_a_float32_timestep() -> None:
     assert all(np.array_equal(weights[name], value.numpy()) for name, value in state.items())
 
 
-@pytest.mark.parametrize("component", BASE_COMPONENTS)
+@pytest.mark.parametrize("component", STABLE_DIFFUSION.components)
 def test_the_state_dict_can_be_read_back_from_the_file(component: str) -> None:
     module, graph, _, file = small_graph(component)
     state = component_state(component, module)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
-from sdkd.core.contract import vae_decoder_contract
+from sdkd.core.components import vae_decoder_contract
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, StaleEngineError
 

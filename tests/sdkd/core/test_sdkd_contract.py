@@ -6,17 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdkd.core.contract import (
-    Contract,
-    Extras,
-    check_engine_precision,
-    check_precision,
-    check_size,
-    component_contract,
-    size_multiple,
-    unet_contract,
-    vae_scale,
-)
+from sdkd.core.components import component_contract, unet_contract
+from sdkd.core.conditions import Extras
+from sdkd.core.contract import Contract, check_engine_precision, check_precision, check_size, size_multiple, vae_scale
 from sdkd.core.profiles import Range, ShapeRanges, axis_ranges
 from sdkd.errors import InputError, ModelError
 
@@ -47,7 +39,7 @@ def test_contracts_and_ranges_survive_json() -> None:
 
 
 def test_what_is_unknown_is_refused() -> None:
-    with pytest.raises(InputError, match=r"'adapter' is unknown: choose from text_encoder, unet"):
+    with pytest.raises(InputError, match=r"'adapter' is unknown: choose from text_encoder, text_encoder_2, unet"):
         component_contract("adapter", {}, "fp32")
     with pytest.raises(ModelError, match=r"cross_attention_dim \[768, 1024\] is not one integer"):
         unet_contract(UNET | {"cross_attention_dim": [768, 1024]}, "fp32")

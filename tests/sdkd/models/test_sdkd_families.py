@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from sdkd.families import STABLE_DIFFUSION
+from sdkd.families import MODELS, STABLE_DIFFUSION
 from sdkd.models.clip_tokenizer import MERGES, clip_tokenizer
 from sdkd.models.diffusers_folder import write_pipeline
-from sdkd.models.families import CLASSES, FAMILIES, empty
+from sdkd.models.families import empty, part_config, pipeline_rest
 from sdkd.models.resolve import load_eager, resolve
 from sdkd.students.blocks import build_student, full_config, student_config, student_names
 
@@ -81,16 +81,20 @@ PARAMETERS = {
     "sd15": (859_520_964, 83_653_863, 123_060_480),
     "sd21": (865_910_724, 83_653_863, 340_387_840),
     "sd21base": (865_910_724, 83_653_863, 340_387_840),
+    "sdxl": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
 }
 
 
 @pytest.mark.parametrize("family", PARAMETERS)
 def test_published_sizes(family: str) -> None:
-    modules = [empty(part, FAMILIES[family].config(part)) for part in CLASSES]
-    assert tuple(sum(p.numel() for p in module.parameters()) for module in modules) == PARAMETERS[family]
-    assert FAMILIES[family].rest().scheduler.config.prediction_type == FAMILIES[family].prediction_type
-    assert FAMILIES[family].rest(9, "v_prediction").scheduler.config.prediction_type == "v_prediction"
-    assert modules[2].config.pad_token_id == FAMILIES[family].rest().tokenizer.pad_token_id
+    own = MODELS[family]
+    modules = {part: empty(part, part_config(*own, part)) for part in own[0].parts}
+    assert tuple(sum(p.numel() for p in module.parameters()) for module in modules.values()) == PARAMETERS[family]
+    pipe = pipeline_rest(*own)
+    assert pipe.scheduler.config.prediction_type == own[1].prediction_type
+    assert pipeline_rest(*own, 9, "v_prediction").scheduler.config.prediction_type == "v_prediction"
+    for encoder in own[0].text_encoders:
+        assert modules[encoder.part].config.pad_token_id == getattr(pipe, encoder.tokenizer).pad_token_id
 
 
 # Ids as CLIP's own tokenizer gives them.

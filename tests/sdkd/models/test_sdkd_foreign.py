@@ -69,7 +69,7 @@ FILES: dict[str, tuple[Any, str]] = {
     "ldm-controlnet": (lambda: one("control_model.time_embed.0.weight"), "is a ControlNet, not a model"),
     "embedding": (lambda: one("<cat-toy>", 1, 768), "is a textual-inversion embedding, not a model: .*load_"),
     "embedding-of-two": (lambda: one("emb_params", 4, 1024), "is a textual-inversion embedding"),
-    "sdxl": (lambda: one("conditioner.embedders.1.model.ln_final.weight"), "is SDXL: sdkd works on Stable Diffusion 1"),
+    "sdxl": (lambda: one("conditioner.embedders.1.model.ln_final.weight"), "is SDXL in one file, which"),
     "flux": (lambda: one("double_blocks.0.img_attn.norm.key_norm.scale"), r"is not for Stable .*Flux.*: sdkd works on"),
     "sd3": (lambda: one("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.bias"), "is not for Stable Diffusion 1"),
     "motion": (lambda: one("down_blocks.0.motion_modules.0.norm.bias"), "is not for Stable Diffusion 1"),
@@ -98,10 +98,12 @@ def test_pickles_are_not_read_and_the_conversion_that_is_named_works(tmp_path: P
         resolve(tmp_path / "new.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "AuraFlowPipeline"])
+@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "FluxPipeline", "AuraFlowPipeline"])
 def test_a_folder_of_another_pipeline(kind: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    with pytest.raises(ModelError, match=rf"holds an? {kind}: sdkd works on Stable Diffusion 1.x and 2.x, that is Sta"):
+    with pytest.raises(
+        ModelError, match=rf"holds an? {kind}: sdkd works on Stable Diffusion 1.x, 2.x and SDXL, th"
+    ):
         resolve(tmp_path)
 
 

@@ -11,9 +11,9 @@ import torch
 
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.errors import BundleError, InputError, ModelError
+from sdkd.families import MODELS, STABLE_DIFFUSION, PublishedModel
 from sdkd.models import resolve as models
 from sdkd.models.diffusers_folder import write_pipeline
-from sdkd.models.families import FAMILIES, Family
 from sdkd.models.resolve import load_component, load_eager, load_rest, provenance, resolve
 from sdkd.students.blocks import build_student
 
@@ -137,7 +137,8 @@ def test_random_names(name: str) -> None:
 def test_random_pipeline_is_the_same_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vae = {key: value for key, value in helpers.VAE.items() if key != "sample_size"}
-    monkeypatch.setitem(FAMILIES, "mini", Family(helpers.TEACHER_UNET, text, 64, "epsilon", vae=vae))
+    model = PublishedModel(helpers.TEACHER_UNET, (text,), ("!",), 64, "epsilon", "DDIMScheduler", vae)
+    monkeypatch.setitem(MODELS, "mini", (STABLE_DIFFUSION, model))
     pipe, half = load_eager("random:mini-tiny"), load_eager("random:mini-tiny", torch.float16)
     assert pipe.unet.config.layers_per_block == 1
     assert torch.equal(pipe.unet.conv_in.weight.half(), half.unet.conv_in.weight)

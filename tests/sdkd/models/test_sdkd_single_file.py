@@ -13,7 +13,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from sdkd.errors import ModelError
-from sdkd.models.families import FAMILIES, HEAVY, Family
+from sdkd.families import MODELS, STABLE_DIFFUSION, PublishedModel
 from sdkd.models.resolve import load_component, load_eager, load_rest, resolve
 from sdkd.models.single_file import CONTEXT, SPREAD
 
@@ -27,7 +27,8 @@ def mini() -> Iterator[None]:
     vae = {key: value for key, value in helpers.VAE.items() if key != "sample_size"}
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in (("mini", "epsilon"), ("miniv", "v_prediction")):
-            patch.setitem(FAMILIES, name, Family(helpers.TEACHER_UNET, TEXT, 64, kind, vae=vae))
+            model = PublishedModel(helpers.TEACHER_UNET, (TEXT,), ("!",), 64, kind, "DDIMScheduler", vae)
+            patch.setitem(MODELS, name, (STABLE_DIFFUSION, model))
         yield
 
 
@@ -50,7 +51,7 @@ def state(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def differing(one: Any, other: Any) -> list[str]:
     """Names of the weights that differ between two pipelines, or that one of them lacks."""
     found = []
-    for part in HEAVY:
+    for part in STABLE_DIFFUSION.parts:
         first, second = getattr(one, part).state_dict(), getattr(other, part).state_dict()
         found += [f"{part}.{name}" for name in first.keys() ^ second.keys()]
         found += [

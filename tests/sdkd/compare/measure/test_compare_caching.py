@@ -19,7 +19,6 @@ from sdkd.bundle.manifest import Bundle
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure.planning import Wish, make_plan
 from sdkd.compare.measure.subjects import open_subject
-from sdkd.core.contract import BASE_COMPONENTS, CACHED_UNET
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, InputError
 from sdkd.models.generation import Generation
@@ -119,8 +118,8 @@ def test_models_that_it_does_not_suit_are_left_out_with_a_note(
         Subject("x", right, "compile", cache_interval=2)
     asked: list[Any] = []
 
-    def prepare(source: Any, plan: Any, folder: Any, *, components: Any, **_: Any) -> Any:
-        asked.append(components)
+    def prepare(source: Any, plan: Any, folder: Any, *, cached: bool, **_: Any) -> Any:
+        asked.append(cached)
         raise BundleError("not here")
 
     monkeypatch.setattr(sdkd.workflow, "prepare", prepare)
@@ -130,4 +129,4 @@ def test_models_that_it_does_not_suit_are_left_out_with_a_note(
         "right onnxruntime cache 3",
         "few onnxruntime",
     ]
-    assert asked == [(*BASE_COMPONENTS, CACHED_UNET)] * 2 + [BASE_COMPONENTS]
+    assert asked == [True, True, False]

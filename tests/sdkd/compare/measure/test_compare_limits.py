@@ -35,11 +35,11 @@ from sdkd.compare.measure.results import Report
 from sdkd.compare.measure.subjects import Subject
 from sdkd.compare.measure.timing import Timer
 from sdkd.errors import InputError
-from sdkd.models.families import FAMILIES
+from sdkd.families import MODELS
 from sdkd.models.resolve import resolve
 from sdkd.students.blocks import student_config
 
-SD15 = FAMILIES["sd15"].unet
+SD15 = MODELS["sd15"][1].unet
 
 
 # Multiply-adds of one latent of 64 x 64 with the products of attention, and parameters, of Stable Diffusion 1.5.
