@@ -28,6 +28,7 @@ __all__ = [
     "PublishedModel",
     "StudentSpec",
     "TextEncoder",
+    "family_named",
     "family_of_pipeline",
     "family_of_unet",
 ]
@@ -45,6 +46,11 @@ PIPELINES = {kind: loaded for family in FAMILIES for kind, loaded in family.pipe
 # Pipelines that always give their UNet the guidance scale as an embedding, and stop without a word where it takes none.
 EMBEDDING = tuple(kind for family in FAMILIES for kind in family.embedding)
 SUPPORTED = "sdkd works on " + " and ".join(family.title for family in FAMILIES)
+
+
+def family_named(name: str) -> Family:
+    """The family of a `name`; KeyError for another."""
+    return {family.name: family for family in FAMILIES}[name]
 
 
 def family_of_pipeline(kind: str) -> Family | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdkd.errors import InputError
-from sdkd.families import MODELS, Family, PublishedModel, StudentSpec
+from sdkd.families import FAMILIES, MODELS, Family, PublishedModel, StudentSpec
 from sdkd.models.families import empty, part_config, pipeline_rest
 from sdkd.students.blocks import full_config, student_config, student_spec
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "random:"
+# Students whose family has one published model, and that model.
+ALONE = {spec.name: next(iter(f.models)) for f in FAMILIES if len(f.models) == 1 for spec in f.students}
 _SEEDS = {"vae": 0, "text_encoder": 1, "unet": 2, "text_encoder_2": 3}
 
 
@@ -68,12 +70,18 @@ def fill_random(module: Any, seed: int, dtype: torch.dtype) -> Any:
 
 
 def parse(name: str) -> RandomModel:
-    """Read `random:sd15`, `random:sd15-tiny`, `random:sd21-bk-small`; InputError lists the forms."""
-    base, _, student = name.removeprefix(PREFIX).partition("-")
+    """Read `random:sd15`, `random:sd15-tiny`, `random:sd21-bk-small`, `random:ssd-1b`; InputError lists the forms.
+
+    A student whose family has one published model needs no other name.
+    """
+    text = name.removeprefix(PREFIX)
+    base, _, student = text.partition("-")
+    if text in ALONE:
+        base, student = ALONE[text], text
     if base not in MODELS:
         raise InputError(
-            f"model {name!r} names no known family: give {PREFIX}FAMILY or {PREFIX}FAMILY-STUDENT "
-            f"with FAMILY one of {', '.join(MODELS)} and STUDENT e.g. small or tiny"
+            f"model {name!r} names no known model: give {PREFIX}MODEL or {PREFIX}MODEL-STUDENT with MODEL one of "
+            f"{', '.join(MODELS)} and STUDENT e.g. small or tiny; or {', '.join(PREFIX + each for each in ALONE)}"
         )
     seed = int.from_bytes(hashlib.sha256(base.encode()).digest()[:4], "big")
     return RandomModel(name, *MODELS[base], seed, student_spec(student) if student else None)

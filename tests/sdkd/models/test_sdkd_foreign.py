@@ -101,9 +101,7 @@ def test_pickles_are_not_read_and_the_conversion_that_is_named_works(tmp_path: P
 @pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", "FluxPipeline", "AuraFlowPipeline"])
 def test_a_folder_of_another_pipeline(kind: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    with pytest.raises(
-        ModelError, match=rf"holds an? {kind}: sdkd works on Stable Diffusion 1.x, 2.x and SDXL, th"
-    ):
+    with pytest.raises(ModelError, match=rf"holds an? {kind}: sdkd works on Stable Diffusion 1.x, 2.x and SDXL, th"):
         resolve(tmp_path)
 
 

@@ -130,7 +130,7 @@ def test_the_demo_is_a_folder_of_the_installation(
 
 @pytest.mark.parametrize("name", ["random:sd3", "random:sd15-micro", "random:"])
 def test_random_names(name: str) -> None:
-    with pytest.raises(InputError, match=r"names no known family: give random:FAMILY|student 'micro' is unknown"):
+    with pytest.raises(InputError, match=r"names no known model: give random:MODEL|student 'micro' is unknown"):
         resolve(name)
 
 
