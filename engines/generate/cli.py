@@ -34,6 +34,7 @@ from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.profiles import ShapeRanges, parse_size
 from sdkd.core.text_files import prompt_lines, typed_text
 from sdkd.errors import InputError
+from sdkd.models.conditioning import family_of
 from sdkd.models.generation import USUAL, Generation, said, warnings
 from sdkd.models.kinds import BundleSource
 from sdkd.models.replacements import with_vae
@@ -144,7 +145,7 @@ def generate(
     start = time.perf_counter()
     size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
     drawn = carry_out(
-        as_pipeline(pipe, kind.pipeline), request, files, (named(model, vae), used), state, size_of_batch,
+        as_pipeline(pipe, kind.of(family_of(pipe))), request, files, (named(model, vae), used), state, size_of_batch,
         overwrite=overwrite or prompt is not None, folder=prompts is not None,
     )  # fmt: skip
     if state.is_main_process:

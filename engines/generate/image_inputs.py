@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sdkd.core.conditions import guidance_width
 from sdkd.core.images import read_mask, read_rgb
 from sdkd.errors import EngineError, InputError
+from sdkd.families import Family, family_of_unet
 from sdkd.models.families import new_pipeline
 from sdkd.models.kinds import BundleSource
 from sdkd.models.source import ModelSource
@@ -30,11 +31,15 @@ class PipelineKind:
     that takes the guidance scale as an embedding this embedding.
     """
 
-    pipeline: str
+    task: str  # in the names of diffusers' classes
     images: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     sized: bool = True
     embeds: bool = True
+
+    def of(self, family: Family) -> str:
+        """The class of the pipeline in a family."""
+        return family.pipeline(self.task)
 
     @property
     def changes_image(self) -> bool:
@@ -42,38 +47,26 @@ class PipelineKind:
         return "strength" in self.scales
 
 
-TEXT = PipelineKind("StableDiffusionPipeline")
+TEXT = PipelineKind("")
 PIPELINE_KINDS: dict[frozenset[str], PipelineKind] = {
     frozenset(): TEXT,
-    frozenset({"image"}): PipelineKind(
-        "StableDiffusionImg2ImgPipeline", {"image": "image"}, {"strength": 0.8}, sized=False
-    ),
-    frozenset({"image", "mask"}): PipelineKind(
-        "StableDiffusionInpaintPipeline", {"image": "image", "mask_image": "mask"}, {"strength": 1.0}
-    ),
-    frozenset({"control"}): PipelineKind(
-        "StableDiffusionControlNetPipeline", {"image": "control"}, {"control_scale": 1.0}
-    ),
+    frozenset({"image"}): PipelineKind("Img2Img", {"image": "image"}, {"strength": 0.8}, sized=False),
+    frozenset({"image", "mask"}): PipelineKind("Inpaint", {"image": "image", "mask_image": "mask"}, {"strength": 1.0}),
+    frozenset({"control"}): PipelineKind("ControlNet", {"image": "control"}, {"control_scale": 1.0}),
     frozenset({"image", "control"}): PipelineKind(
-        "StableDiffusionControlNetImg2ImgPipeline",
+        "ControlNetImg2Img",
         {"image": "image", "control_image": "control"},
         {"strength": 0.8, "control_scale": 1.0},
         embeds=False,
     ),
     frozenset({"image", "mask", "control"}): PipelineKind(
-        "StableDiffusionControlNetInpaintPipeline",
+        "ControlNetInpaint",
         {"image": "image", "mask_image": "mask", "control_image": "control"},
         {"strength": 1.0, "control_scale": 1.0},
         embeds=False,
     ),
 }
-EDIT = PipelineKind(
-    "StableDiffusionInstructPix2PixPipeline",
-    {"image": "image"},
-    {"image_guidance_scale": 1.5},
-    sized=False,
-    embeds=False,
-)
+EDIT = PipelineKind("InstructPix2Pix", {"image": "image"}, {"image_guidance_scale": 1.5}, sized=False, embeds=False)
 # UNets that look at images beside the latents, by input channels: what they are, and the inputs that they can have.
 SEEING: dict[int, tuple[str, tuple[frozenset[str], ...], str]] = {
     8: ("an instruct-pix2pix model", (frozenset({"image"}),), "give --image FILE alone"),
@@ -171,7 +164,8 @@ def find_kind(
     if guidance_width(unet_config) is not None:
         embedded = f"model {model!r} takes its guidance scale as an embedding (its UNet has time_cond_proj_dim)"
         if not kind.embeds:
-            raise InputError(f"{embedded}, and diffusers' {kind.pipeline} gives it none: give --image or --control")
+            named = kind.of(family_of_unet(unet_config))
+            raise InputError(f"{embedded}, and diffusers' {named} gives it none: give --image or --control")
         if negative_prompt:
             raise InputError(f"{embedded}, and looks at one prompt: leave out --negative-prompt {negative_prompt!r}")
     return kind

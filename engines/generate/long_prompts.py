@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdkd.models.clip_tokenizer import token_limit
+from sdkd.models.conditioning import family_of
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +61,12 @@ def token_ids(pipe: Any, texts: Sequence[str]) -> list[list[int]]:
     """All tokens of each text, without start and end."""
     if not texts:
         return []
-    words = [pipe.maybe_convert_prompt(text, pipe.tokenizer) for text in texts]  # of textual inversion
-    return pipe.tokenizer(words, truncation=False, add_special_tokens=False, verbose=False).input_ids
+    return _ids(pipe, pipe.tokenizer, texts)
+
+
+def _ids(pipe: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    words = [pipe.maybe_convert_prompt(text, tokenizer) for text in texts]  # of textual inversion
+    return tokenizer(words, truncation=False, add_special_tokens=False, verbose=False).input_ids
 
 
 def _said(pipe: Any, text: str, ids: Sequence[int], parts: int, limit: int) -> str:
@@ -74,26 +79,49 @@ def _said(pipe: Any, text: str, ids: Sequence[int], parts: int, limit: int) -> s
     return f"{name}, {parts * (limit - 2)} can be read{advice}. Cut off: {lost!r}"
 
 
-def encode(pipe: Any, texts: Sequence[str], parts: int) -> torch.Tensor:
-    """Embeddings `[texts, parts * limit, width]` of texts read in parts, in the text encoder's dtype and place."""
+def encode(pipe: Any, texts: Sequence[str], parts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings `[texts, parts * limit, width]` of texts read in parts, in the text encoders' dtype and place.
+
+    In families that pool the text also that of the first part, `[texts, width]`. Hidden states of several text encoders
+    lie side by side, as diffusers has them.
+    """
     import torch
 
-    limit, tokenizer = limit_of(pipe), pipe.tokenizer
-    rows = []
-    for ids in token_ids(pipe, texts):
+    family, states, pooled = family_of(pipe), [], None
+    for encoder in family.text_encoders:
+        module = getattr(pipe, encoder.part)
+        rows = torch.tensor(_rows(pipe, getattr(pipe, encoder.tokenizer), texts, parts), device=module.device)
+        with torch.no_grad():
+            output = module(rows, output_hidden_states=True) if family.hidden_states else module(rows)
+        found = output.hidden_states[-2] if family.hidden_states else output[0]  # [texts * parts, limit, width]
+        states.append(found.reshape(len(texts), -1, found.shape[-1]))
+        pooled = output[0][::parts] if output[0].dim() == 2 else pooled
+    return torch.cat(states, dim=-1), pooled
+
+
+def _rows(pipe: Any, tokenizer: Any, texts: Sequence[str], parts: int) -> list[list[int]]:
+    """Token ids of every part of every text, padded."""
+    limit, rows = limit_of(pipe), []
+    for ids in _ids(pipe, tokenizer, texts) if texts else []:
         pieces = [ids[start * (limit - 2) : (start + 1) * (limit - 2)] for start in range(parts)]
         full = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
         rows += [[*row, *[tokenizer.pad_token_id] * (limit - len(row))] for row in full]
-    with torch.no_grad():
-        found = pipe.text_encoder(torch.tensor(rows, device=pipe.text_encoder.device))[0]  # [texts * parts, limit, w]
-    return found.reshape(len(texts), parts * limit, found.shape[-1])
+    return rows
 
 
 def arguments(pipe: Any, prompts: list[str], negative: str | None, parts: int, guided: bool) -> dict[str, Any]:
     """What a pipeline call gets for its prompts: the texts, or their embeddings where they are read in parts."""
     if parts == 1:
         return {"prompt": prompts, "negative_prompt": None if negative is None else [negative] * len(prompts)}
-    found = {"prompt_embeds": encode(pipe, prompts, parts)}
-    if guided:
-        found["negative_prompt_embeds"] = encode(pipe, [negative or ""] * len(prompts), parts)
+    found = _embeddings(pipe, prompts, parts)
+    if guided and negative is None and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        found |= {f"negative_{name}": tensor.new_zeros(tensor.shape) for name, tensor in found.items()}
+    elif guided:
+        without = _embeddings(pipe, [negative or ""] * len(prompts), parts)
+        found |= {f"negative_{name}": tensor for name, tensor in without.items()}
     return found
+
+
+def _embeddings(pipe: Any, texts: Sequence[str], parts: int) -> dict[str, torch.Tensor]:
+    states, pooled = encode(pipe, texts, parts)
+    return {"prompt_embeds": states} | ({} if pooled is None else {"pooled_prompt_embeds": pooled})

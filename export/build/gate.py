@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from export.build.job import Built, Job, Run
 from export.build.parity import compare, seeded_inputs
 from sdkd.bundle.manifest import Bundle
+from sdkd.core.conditions import flat
 from sdkd.core.console import Progress
 
 if TYPE_CHECKING:
@@ -104,13 +105,12 @@ class _Forward:
         self._most = max(profile["sample"][2][0] for profile in job.profiles)
 
     def __call__(
-        self, sample: Any, timestep: Any, encoder_hidden_states: Any, *, timestep_cond: Any = None,
-        return_dict: bool = True, **others: Any,
+        self, sample: Any, timestep: Any, encoder_hidden_states: Any, *, return_dict: bool = True, **conditions: Any
     ) -> Any:  # fmt: skip
         import torch
 
-        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
-        arrays = {name: tensor.float().numpy() for name, tensor in given.items() if tensor is not None}
+        given = {"sample": sample, "encoder_hidden_states": encoder_hidden_states, **flat(conditions)}
+        arrays = {spec.name: given[spec.name].float().numpy() for spec in self._specs if spec.name != "timestep"}
         parts = [self._part(arrays, timestep, piece) for piece in self._pieces(len(sample))]
         return (torch.from_numpy(_joined(parts)),)
 

@@ -216,3 +216,15 @@ def pack(contract: Contract, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
             found |= row.pack(rest[: len(specs)])
             rest = rest[len(specs) :]
     return found
+
+
+def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names of graph inputs: those that come in a dictionary beside the others."""
+    return {**{name: value for name, value in arguments.items() if name != ADDED}, **(arguments.get(ADDED) or {})}
+
+
+def nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat`."""
+    added = {name: tensor for name, tensor in tensors.items() if name in (TEXT_EMBEDS, TIME_IDS)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in added}
+    return rest | ({ADDED: added} if added else {})

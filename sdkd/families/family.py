@@ -61,7 +61,7 @@ class Family:
     text_encoders: tuple[TextEncoder, ...]
     pipelines: Mapping[str, str]
     by_channels: Mapping[int, str]
-    controlnet: str  # the pipeline that has one
+    prefix: str  # of its pipelines' names
     models: Mapping[str, PublishedModel]
     noise: Mapping[str, Any]  # config of its schedulers
     absent: tuple[str, ...]
@@ -72,6 +72,15 @@ class Family:
     hidden_states: bool = False
     embedding: tuple[str, ...] = ()  # pipelines that always give the UNet the guidance scale as an embedding
     without: Mapping[str, str] = field(default_factory=dict)  # what a model is that lacks a part, by the part
+
+    def pipeline(self, task: str) -> str:
+        """The class of its pipeline for a task, as in `Img2Img`, `ControlNetInpaint`; empty: text to image."""
+        return f"{self.prefix}{task}Pipeline"
+
+    @property
+    def controlnet(self) -> str:
+        """The class of its pipeline with a ControlNet, text to image."""
+        return self.pipeline("ControlNet")
 
     @property
     def parts(self) -> tuple[str, ...]:

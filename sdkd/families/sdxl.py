@@ -59,7 +59,7 @@ SDXL = Family(
         "StableDiffusionXLInpaintPipeline": "StableDiffusionXLInpaintPipeline",
     },
     by_channels={4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"},
-    controlnet="StableDiffusionXLControlNetPipeline",
+    prefix="StableDiffusionXL",
     models={
         "sdxl": PublishedModel(
             UNET, (CLIP_L, _OPEN_CLIP_BIG_G), (END, "!"), 1024, "epsilon", "EulerDiscreteScheduler",

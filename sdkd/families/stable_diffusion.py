@@ -49,7 +49,7 @@ STABLE_DIFFUSION = Family(
         8: "StableDiffusionInstructPix2PixPipeline",
         9: "StableDiffusionInpaintPipeline",
     },
-    controlnet="StableDiffusionControlNetPipeline",
+    prefix="StableDiffusion",
     models={
         "sd15": PublishedModel(_UNET_1, (CLIP_L,), (END,), 512, "epsilon", "PNDMScheduler", VAE),
         "sd21": PublishedModel(

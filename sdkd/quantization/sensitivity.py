@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sdkd.core.conditions import nested
 from sdkd.core.console import Progress, quiet, within
 from sdkd.errors import InputError
 from sdkd.quantization.calibration import Call
@@ -212,7 +213,7 @@ def _run(
 ) -> torch.Tensor:
     """The prediction in float32 on the CPU, computed where the UNet is and in its dtype."""
     like = next(unet.parameters())
-    given = {name: tensor.to(like) for name, tensor in extra.items()}
+    given = nested({name: tensor.to(like) for name, tensor in extra.items()})
     answer: torch.Tensor = unet(sample.to(like), timesteps.to(like.device), text.to(like), **given, return_dict=False)[
         0
     ]

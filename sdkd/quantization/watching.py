@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sdkd.core.conditions import flat
 from sdkd.errors import InputError, ValuesError
 from sdkd.quantization.calibration import Call, LayerStatistics
 
@@ -92,7 +93,7 @@ class Watch:
         self._on_call(len(self._calls) + 1)
 
     def _end(self, unet: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], answer: Any) -> None:
-        given = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
+        given = flat(inspect.signature(unet.forward).bind(*args, **kwargs).arguments)
         extra = {name: value for name, value in given.items() if name not in _PLAIN and value is not None}
         if strange := [name for name, value in extra.items() if not isinstance(value, torch.Tensor)]:
             raise InputError(f"a pipeline gives its UNet {strange[0]}, which is not recorded: calibrate without it")

@@ -16,6 +16,7 @@ from sdkd.core.contract import check_size, native_size, size_multiple
 from sdkd.core.images import check_finite
 from sdkd.errors import ModelError
 from sdkd.families import EMBEDDING
+from sdkd.models.conditioning import encode, family_of, unet_arguments
 from sdkd.models.generation import Generation
 
 if TYPE_CHECKING:
@@ -119,12 +120,11 @@ def step_work(pipe: Any, request: Request) -> Work:
     import torch
 
     with torch.no_grad():
-        prompt, negative = _encode(pipe, request.prompts[0], request.batch, request.guided)
-    others = [negative] * (request.copies - 1) if request.guided else []
-    states = torch.cat([*others, prompt])  # [batch, sequence, context]
-    sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels).to(pipe.device, states.dtype)
+        encoded = encode(pipe, request.prompts[0], request.batch, request.guided)
+    given = unet_arguments(pipe, encoded, request.copies, request.size) | {"return_dict": False}
+    sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels)
+    sample = sample.to(pipe.device, encoded.prompt.dtype)
     timesteps = torch.arange(500, 500 - request.cache_interval, -1, device=pipe.device)
-    given = {"encoder_hidden_states": states, "return_dict": False}
     if (width := guidance_width(pipe.unet.config)) is not None:
         scales = torch.full((len(sample),), request.run.guidance_scale - 1)
         given["timestep_cond"] = pipe.get_guidance_scale_embedding(scales, width).to(sample)
@@ -132,18 +132,11 @@ def step_work(pipe: Any, request: Request) -> Work:
 
 
 def text_work(pipe: Any, request: Request) -> Work:
-    """A call's prompts to embeddings: the tokenizer, and the text encoder once, or twice with guidance."""
+    """A call's prompts to embeddings: the tokenizer, and every text encoder once, or twice with guidance."""
     import torch
 
     prompts = [request.prompts[0]] * request.batch
-    return torch.no_grad()(lambda: _encode(pipe, prompts, 1, request.guided))
-
-
-def _encode(pipe: Any, prompts: str | list[str], count: int, guided: bool) -> Any:
-    """Embeddings of prompts, `count` of each, and of the empty ones; also of pipelines that have no method for it."""
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline.encode_prompt(pipe, prompts, pipe.device, count, guided)[:2]
+    return torch.no_grad()(lambda: encode(pipe, prompts, 1, request.guided))
 
 
 def vae_work(pipe: Any, request: Request) -> Work:
@@ -185,7 +178,7 @@ def as_drawn(pipe: Any) -> Any:
     """
     kind = kind_of(pipe)
     stays = kind is TEXT and type(pipe).__name__ not in EMBEDDING
-    return pipe if stays else as_pipeline(pipe, kind.pipeline)
+    return pipe if stays else as_pipeline(pipe, kind.of(family_of(pipe)))
 
 
 def _inputs(kind: PipelineKind, size: Size, steps: int) -> Inputs:
