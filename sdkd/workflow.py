@@ -44,6 +44,7 @@ def prepare(
     folder: Path,
     *,
     ranges: ShapeRanges | None = None,
+    components: tuple[str, ...] | None = None,
     cached: bool = False,
     loras: Loras = (),
     reuse: Path | None = None,
@@ -59,7 +60,7 @@ def prepare(
     from export.pipeline import export_pipeline
 
     source, path, target = with_loras(resolve(model), loras), Path(folder) / plan.onnx, plan.target.name
-    components = (*source.family.components, *([CACHED_UNET] if cached else []))
+    components = (*(components or source.family.components), *([CACHED_UNET] if cached else []))
     step = within(progress, 0.0, 0.8)
     stale = not _is_current(path, source, plan, components)
     if stale:

@@ -17,7 +17,6 @@ from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 
 from engines.lora.layers import adapters_of, announce
 from engines.modules.base import LORA_PARTS, EngineModule
-from sdkd.core.components import TEXT_ENCODERS
 from sdkd.core.numbers import check_number
 from sdkd.errors import EngineError, InputError
 from sdkd.families import StudentSpec

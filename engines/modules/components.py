@@ -163,7 +163,7 @@ def _check_fit(
     if row.needed and len(tensors) < len(specs):
         raise EngineError(f"{name} needs {', '.join(spec.name for spec in specs)}: {row.misfit}")
     if tensors and not 0 <= len(specs) - len(tensors) <= row.spare:
-        raise EngineError(f"{name} takes {len(specs)} tensors as {row.name}, not {len(tensors)}: {row.misfit}")
+        raise EngineError(f"{name} takes {len(specs)} {row.name}, not {len(tensors)}: {row.misfit}")
     for spec, tensor in zip(specs, tensors, strict=False):
         width, batch = spec.axes[1], sample.shape[0]
         if tensor.dim() != len(spec.axes) or tensor.shape[1] != width or tensor.shape[0] not in (1, batch):

@@ -41,7 +41,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class Condition:
-    """One kind of input of a UNet.
+    """One kind of input of a UNet, `name` in messages.
 
     `prefixes`: what the names of its graph inputs begin with; `specs`: its inputs for a config in a dtype, none where
     a UNet has no such condition; `pack`: arguments of UNet2DConditionModel from the tensors, `unpack`: the reverse,
@@ -179,7 +179,7 @@ CONDITIONS = (
         "make it with the pipeline's get_guidance_scale_embedding(scales, embedding_dim=WIDTH)",
     ),
     Condition(
-        "residuals",
+        "residuals, one per skip connection and the middle's",
         (DOWN_RESIDUAL, MID_RESIDUAL),
         _residuals,
         lambda tensors: {DOWN_RESIDUAL: tuple(tensors[:-1]), MID_RESIDUAL: tensors[-1]},
@@ -188,7 +188,7 @@ CONDITIONS = (
         "a ControlNet fits the UNet that it was made for, not a student with fewer blocks",
     ),
     Condition(
-        "inner residuals",
+        "residuals of a T2I-Adapter",
         (INNER_RESIDUAL,),
         _inner,
         lambda tensors: {INNER_RESIDUAL: list(tensors)},

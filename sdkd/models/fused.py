@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdkd.core.components import TEXT_ENCODERS
 from sdkd.core.files import sha256
 from sdkd.core.numbers import check_number
 from sdkd.core.schema import construct, problem

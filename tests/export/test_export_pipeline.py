@@ -191,7 +191,7 @@ def test_a_failed_export_keeps_the_old_bundle(tmp_path: Path) -> None:
         ({"precision": "int8"}, "precision 'int8' is unknown: choose one of fp32, fp16, bf16"),
         (
             {"components": ("unet", "safety_checker")},
-            "component 'safety_checker' is unknown: choose from text_encoder, unet",
+            "component 'safety_checker' is unknown: choose from text_encoder, text_encoder_2",
         ),
         ({"components": ()}, "component 'none' is unknown: choose from text_encoder"),
         ({"opset": 24}, "opset 24 is not between 18 and 23"),

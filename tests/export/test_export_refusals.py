@@ -51,7 +51,7 @@ UNETS: dict[str, tuple[dict[str, Any], str]] = {
         {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
         "class_embed_type is 'projection'",
     ),
-    "added": ({"addition_embed_type": "text"}, "addition_embed_type is 'text': it takes conditions beside the text"),
+    "added": ({"addition_embed_type": "text"}, "addition_embed_type is 'text': it takes conditions that no"),
     "projected": ({"encoder_hid_dim": 16}, "encoder_hid_dim_type is 'text_proj': it projects other embeddings"),
     "gligen": ({"attention_type": "gated"}, "attention_type is 'gated': it takes boxes and phrases"),
     "width": ({"cross_attention_dim": 24}, "text encoder does not fit the UNet: its width is 32, the UNet's cross_att"),

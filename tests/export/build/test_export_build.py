@@ -266,7 +266,7 @@ ONNX, RTX = "onnxruntime", "tensorrt-rtx"
         (None, RTX, {"precision": "bf16"}, r"tensorrt-rtx cannot make a bf16 engine from an fp32 graph"),
         (None, RTX, {}, r"is fp32, which tensorrt-rtx would build as a slow fp32 engine.*--precision fp16"),
         (None, "openvino-bf16", {"precision": "fp32"}, r"'openvino-bf16' means precision 'bf16', but 'fp32' was asked"),
-        (None, ONNX, {"components": ["vae"]}, r"component 'vae' is unknown: choose from text_encoder, unet"),
+        (None, ONNX, {"components": ["vae"]}, r"component 'vae' is unknown: choose from text_encoder, text_encoder_2"),
         (None, ONNX, {"components": []}, r"component 'none' is unknown"),
         (None, ONNX, {"ranges": ODD}, r"height 501 is not a multiple of 4 pixels.*use 500 or 504"),
         (

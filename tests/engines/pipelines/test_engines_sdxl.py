@@ -1,0 +1,150 @@
+"""SDXL's pipelines on engines draw what they draw eagerly: every kind of pipeline, schedulers, sizes as conditions."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from made_once import made_once
+from small_sdxl import PROJECTED, sdxl_bundle, sdxl_pipeline, sdxl_unet
+
+from engines import load_pipeline, plug
+from export import build_engine, export_pipeline
+from sdkd.bundle.manifest import Bundle
+from sdkd.core.profiles import Range, ShapeRanges
+from sdkd.errors import EngineError, ModelError
+from sdkd.models.families import remade
+
+PROMPT = "a red star"
+RANGES = ShapeRanges(Range(1, 1, 2), Range(16, 32, 48), Range(16, 32, 48), Range.fixed(77))
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Path:
+    """The bundle with engines of ONNX Runtime; read it, do not change it."""
+    return made_once("engines-sdxl", _built)
+
+
+def _built(path: Path) -> None:
+    import shutil
+
+    shutil.copytree(sdxl_bundle().path, path)
+    build_engine(path, "onnxruntime", ranges=RANGES)
+
+
+def picture(seed: int = 0, side: int = 32) -> torch.Tensor:
+    return torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(seed))
+
+
+def draw(pipe: Any, **options: Any) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 3, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    images: np.ndarray = pipe(PROMPT, **(given | options)).images
+    return images
+
+
+def as_kind(pipe: Any, kind: str) -> Any:
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    return getattr(diffusers, kind)(**parts, add_watermarker=False)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "StableDiffusionXLPipeline": {
+        "height": 32, "width": 48, "original_size": (64, 64), "crops_coords_top_left": (3, 4), "prompt_2": "a ring",
+        "negative_prompt": "blue", "clip_skip": 0,
+    },
+    "StableDiffusionXLImg2ImgPipeline": {"image": picture(), "strength": 0.7, "num_inference_steps": 4},
+    "StableDiffusionXLInpaintPipeline": {
+        "image": picture(), "mask_image": (picture(1)[:, :1] > 0.5).float(), "height": 32, "width": 32, "strength": 1.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_every_pipeline_draws_what_it_draws_eagerly(bundle: Path, kind: str) -> None:
+    plugged, eager = as_kind(sdxl_pipeline(), kind), as_kind(sdxl_pipeline(), kind)
+    plug(plugged, bundle, "onnxruntime")
+    assert type(plugged.text_encoder_2).__name__ == "EngineTextEncoder"
+    found, expected = draw(plugged, **CALLS[kind]), draw(eager, **CALLS[kind])
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert found.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"]
+)
+def test_schedulers(bundle: Path, scheduler: str) -> None:
+    pipe, eager = load_pipeline(bundle, "onnxruntime"), sdxl_pipeline()
+    for each in (pipe, eager):
+        each.scheduler = getattr(diffusers, scheduler).from_config(each.scheduler.config)
+    np.testing.assert_allclose(draw(pipe), draw(eager), atol=2e-4)
+
+
+def test_embeddings_that_are_passed_in(bundle: Path) -> None:
+    pipe, eager = load_pipeline(bundle, "onnxruntime"), sdxl_pipeline()
+    assert type(pipe) is diffusers.StableDiffusionXLPipeline
+    embeddings = eager.encode_prompt(PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    given = dict(zip(names, embeddings, strict=True)) | {"prompt": None, "num_images_per_prompt": 2}
+
+    def images(which: Any) -> np.ndarray:
+        return which(
+            **given, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(1)
+        ).images
+
+    np.testing.assert_allclose(images(pipe), images(eager), atol=2e-4)
+
+
+def test_what_a_unet_of_sdxl_needs(bundle: Path) -> None:
+    unet = load_pipeline(bundle, "onnxruntime").unet
+    call = (torch.zeros(2, 4, 16, 16), 5, torch.zeros(2, 77, 64))
+    with pytest.raises(EngineError, match=r"EngineUNet needs text_embeds, time_ids: SDXL's UNet needs added_cond"):
+        unet(*call)
+    wrong = {"text_embeds": torch.zeros(2, PROJECTED + 1), "time_ids": torch.zeros(2, 6)}
+    with pytest.raises(EngineError, match=rf"takes a text_embeds of shape \(2, {PROJECTED}\), a row per latent, not"):
+        unet(*call, added_cond_kwargs=wrong)
+    right = {"text_embeds": torch.zeros(1, PROJECTED), "time_ids": torch.zeros(1, 6)}
+    with pytest.raises(EngineError, match=r"cannot take added_cond_kwargs\['image_embeds'\]: .*IP-Adapter"):
+        unet(*call, added_cond_kwargs=right | {"image_embeds": [torch.zeros(1)]})
+    assert unet(*call, added_cond_kwargs=right).sample.shape == (2, 4, 16, 16)
+
+
+def test_families_are_told_apart(bundle: Path) -> None:
+    from small_exports import small_bundle, small_pipeline
+
+    with pytest.raises(ModelError, match=r"StableDiffusionPipeline is no pipeline of SDXL, which bundle"):
+        plug(small_pipeline(), bundle, "onnxruntime")
+    with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline is no pipeline of Stable Diffusion 1.x, 2.x"):
+        plug(sdxl_pipeline(), small_bundle(), "onnxruntime")
+
+
+def test_low_memory_has_one_stage_open(bundle: Path) -> None:
+    pipe = load_pipeline(bundle, "onnxruntime", low_memory=True)
+    np.testing.assert_allclose(draw(pipe), draw(sdxl_pipeline()), atol=2e-4)
+
+
+def test_a_controlnet_beside_sdxl(tmp_path: Path) -> None:
+    net = diffusers.ControlNetModel.from_unet(sdxl_unet(5), conditioning_channels=3)
+    net = diffusers.ControlNetModel.from_config(dict(net.config) | {"conditioning_embedding_out_channels": (8, 8)})
+    from helpers import fixed_weights
+
+    parts = {name: part for name, part in sdxl_pipeline().components.items() if part is not None}
+    pipe = diffusers.StableDiffusionXLControlNetPipeline(
+        **parts, controlnet=fixed_weights(net, 6), add_watermarker=False
+    )
+    made = export_pipeline(pipe, tmp_path / "bundle", reuse=[sdxl_bundle().path])
+    build_engine(made.path, "onnxruntime", ranges=RANGES)
+    inputs = [spec.name for spec in Bundle.open(made.path).component("controlnet").contract.inputs]
+    assert inputs[3:] == ["controlnet_cond", "conditioning_scale", "text_embeds", "time_ids"]
+    loaded = load_pipeline(made.path, "onnxruntime")
+    options = {"image": picture(side=32), "height": 32, "width": 32, "controlnet_conditioning_scale": 0.5}
+    expected = draw(remade(pipe), **options)
+    np.testing.assert_allclose(draw(loaded, **options), expected, atol=2e-4)
+    assert not np.allclose(
+        expected, draw(copy.copy(pipe), **options | {"controlnet_conditioning_scale": 0.0}), atol=1e-3
+    )
