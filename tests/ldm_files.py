@@ -1,6 +1,6 @@
 """Checkpoints in one file as the original Stable Diffusion code lays them out, made from diffusers pipelines.
 
-Written apart from diffusers' conversion, which sdkd uses, so that one checks the other.
+Written apart from sdkd's own names, so that one checks the other.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _RESNET = [
 ]  # fmt: skip
 _OUTSIDE = [
     ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2"),
     ("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"),
     ("mid_block.resnets.0", "middle_block.0"), ("mid_block.attentions.0", "middle_block.1"),
     ("mid_block.resnets.1", "middle_block.2"),
@@ -38,8 +39,8 @@ def _replaced(name: str, pairs: list[tuple[str, str]]) -> str:
     return name
 
 
-def unet_name(name: str) -> str:
-    """LDM's name of a weight of a UNet with four levels and two layers."""
+def unet_name(name: str, plain: int = 0) -> str:
+    """LDM's name of a weight of a UNet with two layers a level; `plain`: the level up that has no attention."""
     found = re.fullmatch(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)", name)
     if not found:
         return _replaced(_replaced(name, _OUTSIDE), _RESNET if "resnets" in name else [])
@@ -47,7 +48,7 @@ def unet_name(name: str) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{3 * level + 3}.0.{rest.replace('conv', 'op')}"
     if kind == "upsamplers":
-        return f"output_blocks.{3 * level + 2}.{1 if level == 0 else 2}.{rest}"
+        return f"output_blocks.{3 * level + 2}.{1 if level == plain else 2}.{rest}"
     block = f"input_blocks.{3 * level + layer + 1}" if side == "down" else f"output_blocks.{3 * level + layer}"
     return f"{block}.0.{_replaced(rest, _RESNET)}" if kind == "resnets" else f"{block}.1.{rest}"
 
@@ -65,15 +66,15 @@ def vae_name(name: str) -> str:
     return name
 
 
-def clip_state(module: Any) -> dict[str, torch.Tensor]:
-    """The text encoder of SD 1.x."""
+def clip_state(module: Any, prefix: str = CLIP) -> dict[str, torch.Tensor]:
+    """The text encoder of SD 1.x, the first one of SDXL."""
     return {
-        f"{CLIP}text_model.{name.removeprefix('text_model.')}": value for name, value in module.state_dict().items()
+        f"{prefix}text_model.{name.removeprefix('text_model.')}": value for name, value in module.state_dict().items()
     }
 
 
-def open_clip_state(module: Any) -> dict[str, torch.Tensor]:
-    """The text encoder of SD 2.x: q, k and v in one, and one layer more than is used."""
+def open_clip_state(module: Any, prefix: str = OPEN_CLIP) -> dict[str, torch.Tensor]:
+    """The text encoder of SD 2.x, the second one of SDXL: q, k and v in one, and one layer more than is used."""
     own = {name.removeprefix("text_model."): value for name, value in module.state_dict().items()}
     result = {}
     for name, value in own.items():
@@ -90,12 +91,14 @@ def open_clip_state(module: Any) -> dict[str, torch.Tensor]:
         if f"resblocks.{last}." in name
     }
     width = module.config.hidden_size
-    unused = {"logit_scale": torch.zeros(()), "text_projection": torch.zeros(width, width)}
-    return {OPEN_CLIP + name: value for name, value in (result | more | unused).items()}
+    projection = own.get("text_projection.weight", torch.zeros(width, width)).T
+    unused = {"logit_scale": torch.zeros(()), "text_projection": projection}
+    result.pop("text_projection.weight", None)
+    return {prefix + name: value for name, value in (result | more | unused).items()}
 
 
-def unet_state(unet: Any) -> dict[str, torch.Tensor]:
-    return {UNET + unet_name(name): value for name, value in unet.state_dict().items()}
+def unet_state(unet: Any, plain: int = 0) -> dict[str, torch.Tensor]:
+    return {UNET + unet_name(name, plain): value for name, value in unet.state_dict().items()}
 
 
 def vae_state(vae: Any) -> dict[str, torch.Tensor]:
@@ -110,6 +113,13 @@ def ldm_state(pipe: Any, open_clip: bool = False) -> dict[str, torch.Tensor]:
     text = (open_clip_state if open_clip else clip_state)(pipe.text_encoder)
     unused = {"alphas_cumprod": torch.zeros(1000), "model_ema.decay": torch.zeros(())}
     return unet_state(pipe.unet) | vae_state(pipe.vae) | text | unused
+
+
+def sdxl_state(pipe: Any) -> dict[str, torch.Tensor]:
+    """All weights of a pipeline of SDXL, whose deepest level up has attention, and none has what its finest has not."""
+    first = clip_state(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+    second = open_clip_state(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+    return unet_state(pipe.unet, plain=-1) | vae_state(pipe.vae) | first | second
 
 
 def write(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:

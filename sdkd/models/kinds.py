@@ -271,6 +271,11 @@ class SingleFileSource(FamilySource):
     kind: ClassVar[Kind] = "single-file"
     advice = "the file is damaged or incomplete; download it again"
 
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What sdkd noted in the file; empty for other programs' files."""
+        return self.opened.about if isinstance(self.opened, single_file.Checkpoint) else {}
+
 
 class RandomSource(FamilySource):
     """A model of full size with random weights, by name: equal names have equal weights."""

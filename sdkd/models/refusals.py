@@ -23,15 +23,14 @@ _CONTROLNET = "is a ControlNet, not a model: give its base model, and the Contro
 _KINDS = {
     r"(^|\.)lora_|\.lora\.|_lora\.|\.(hada|lokr)_w\d": _LORA,
     r"^control_model\.|^controlnet_|^input_hint_block\.": _CONTROLNET,
-    r"^conditioner\.embedders\.1\.|^add_embedding\.": "is SDXL in one file, which is not read yet: give the folder",
     r"(^|\.)((double|single|single_transformer|joint)_blocks|ip_adapter)\.|^(context_embedder|depth_model|image_proj)\."
-    r"|motion_modules\.": f"is not for Stable Diffusion 1.x or 2.x alone (Flux, SD 3, AnimateDiff, ...): {SUPPORTED}",
+    r"|motion_modules\.": f"is not for Stable Diffusion alone (Flux, SD 3, AnimateDiff, ...): {SUPPORTED}",
 }
 # Parts of a pipeline on their own; looked for only where the UNet of a checkpoint is missing.
 _PARTS = {
     r"^(first_stage_model\.)?(decoder\.|encoder\.(mid|down|conv_in))": "a VAE",
     r"^(input_blocks|middle_block|output_blocks|down_blocks|up_blocks)\.": "a UNet",
-    r"^(cond_stage_model\.|text_model\.|transformer\.resblocks\.|encoder\.layers\.)": "a text encoder",
+    r"^(cond_stage_model\.|conditioner\.|text_model\.|transformer\.resblocks\.|encoder\.layers\.)": "a text encoder",
 }
 _EMBEDDING = (
     "is a textual-inversion embedding, not a model: give the model that it belongs to, and load the embedding with "

@@ -110,7 +110,7 @@ def _file(name: str, path: Path) -> ModelSource:
             "diffusers folder"
         )
     opened = single_file.open_checkpoint(path)
-    return SingleFileSource(name, path, notes=opened.notes, opened=opened)
+    return SingleFileSource(name, path, bool(opened.about.get("random_weights")), opened.notes, opened=opened)
 
 
 def load_eager(model: Model, torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:

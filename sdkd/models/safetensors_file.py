@@ -50,13 +50,17 @@ _ADAPTERS = (".base_layer.", ".lora_")
 
 
 class Tensor(NamedTuple):
-    """A tensor that lies in a file: dtype as the format names it, shape, and where its bytes begin and end."""
+    """A tensor that lies in a file: dtype as the format names it, shape, and where its bytes begin and end.
+
+    `transposed`: a matrix that lies there as its transpose; `shape` is its own.
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    transposed: bool = False
 
     def rows(self, first: int, last: int) -> Tensor:
         """The rows `[first, last)` along the first axis."""
@@ -68,6 +72,8 @@ class Tensor(NamedTuple):
         """The tensor on the CPU, numbers with a point cast to `dtype` (None: as in the file); nothing stays mapped."""
         import torch
 
+        if self.transposed:
+            return self._replace(shape=self.shape[::-1], transposed=False).read(dtype).T.contiguous()
         if self.dtype not in DTYPES:
             raise ModelError(f"{str(self.path)!r} holds weights of dtype {self.dtype}: give it in {_FLOATS}")
         own: torch.dtype = getattr(torch, DTYPES[self.dtype])

@@ -69,10 +69,10 @@ FILES: dict[str, tuple[Any, str]] = {
     "ldm-controlnet": (lambda: one("control_model.time_embed.0.weight"), "is a ControlNet, not a model"),
     "embedding": (lambda: one("<cat-toy>", 1, 768), "is a textual-inversion embedding, not a model: .*load_"),
     "embedding-of-two": (lambda: one("emb_params", 4, 1024), "is a textual-inversion embedding"),
-    "sdxl": (lambda: one("conditioner.embedders.1.model.ln_final.weight"), "is SDXL in one file, which"),
+    "sdxl": (lambda: one("conditioner.embedders.1.model.ln_final.weight"), "is a text encoder alone"),
     "flux": (lambda: one("double_blocks.0.img_attn.norm.key_norm.scale"), r"is not for Stable .*Flux.*: sdkd works on"),
-    "sd3": (lambda: one("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.bias"), "is not for Stable Diffusion 1"),
-    "motion": (lambda: one("down_blocks.0.motion_modules.0.norm.bias"), "is not for Stable Diffusion 1"),
+    "sd3": (lambda: one("model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.bias"), "is not for Stable .* alone"),
+    "motion": (lambda: one("down_blocks.0.motion_modules.0.norm.bias"), "is not for Stable Diffusion alone"),
     "other": (lambda: one("model.diffusion_model.layers.0.x"), "holds another architecture: sdkd works on"),
     "nothing": (dict, r"holds no Stable Diffusion UNet \(its first weight is none\): give a whole checkpoint"),
 }  # fmt: skip

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import helpers
 import ldm_files
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from small_families import differing, loaded, mini_models
 
 from sdkd.errors import ModelError
-from sdkd.families import MODELS, STABLE_DIFFUSION, PublishedModel
 from sdkd.models.resolve import load_component, load_eager, load_rest, resolve
-from sdkd.models.single_file import CONTEXT, SPREAD
 
 PROMPT = "a photo of a cat"
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PARTS = ("unet", "vae", "text_encoder")
+UNET = "model.diffusion_model."
+CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def mini() -> Iterator[None]:
-    """Two families with narrow modules: alike in shape, unlike in what they predict, as SD 2.x is."""
-    vae = {key: value for key, value in helpers.VAE.items() if key != "sample_size"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, kind in (("mini", "epsilon"), ("miniv", "v_prediction")):
-            model = PublishedModel(helpers.TEACHER_UNET, (TEXT,), ("!",), 64, kind, "DDIMScheduler", vae)
-            patch.setitem(MODELS, name, (STABLE_DIFFUSION, model))
+    """Published models with narrow modules."""
+    with mini_models():
         yield
 
 
@@ -48,25 +45,14 @@ def state(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(whole)
 
 
-def differing(one: Any, other: Any) -> list[str]:
-    """Names of the weights that differ between two pipelines, or that one of them lacks."""
-    found = []
-    for part in STABLE_DIFFUSION.parts:
-        first, second = getattr(one, part).state_dict(), getattr(other, part).state_dict()
-        found += [f"{part}.{name}" for name in first.keys() ^ second.keys()]
-        found += [
-            f"{part}.{name}" for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])
-        ]
-    return found
-
-
 @pytest.mark.parametrize("text", ["clip", "without text_model", "open_clip"])
 def test_every_weight_arrives(pipe: StableDiffusionPipeline, text: str, tmp_path: Path) -> None:
+    pipe = load_eager("random:mini2base") if text == "open_clip" else pipe
     state = ldm_files.ldm_state(pipe, text == "open_clip")
     if text == "without text_model":
         state = {name.replace(".transformer.text_model.", ".transformer."): value for name, value in state.items()}
     loaded = load_eager(ldm_files.write(tmp_path / "model.safetensors", state))
-    assert differing(loaded, pipe) == []
+    assert differing(loaded, pipe, PARTS) == []
     assert type(loaded) is StableDiffusionPipeline
     assert loaded.scheduler.config.prediction_type == "epsilon"
     assert not any(parameter.requires_grad for parameter in loaded.unet.parameters())
@@ -127,7 +113,8 @@ def predicted(path: Path) -> tuple[str, str]:
     return load_rest(path).scheduler.config.prediction_type, resolve(path).notes[0]
 
 
-def test_what_a_checkpoint_predicts(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_what_a_checkpoint_predicts(tmp_path: Path) -> None:
+    state = ldm_files.ldm_state(load_eager("random:mini2base"), open_clip=True)
     flat = ldm_files.write(tmp_path / "flat.safetensors", state)
     assert predicted(flat)[0] == "epsilon"
     assert "judging by the spread of a weight" in predicted(flat)[1]
@@ -192,7 +179,9 @@ def test_unknown_unets_are_refused(state: dict[str, torch.Tensor], tmp_path: Pat
     first = "model.diffusion_model.input_blocks.0.0.weight"
     for shape, found in {(17, 4, 3, 3): "width 17, text of width 32, 4 ", (16, 7, 3, 3): "width 16, .* 7 "}.items():
         path = ldm_files.write(tmp_path / "odd.safetensors", state | {first: torch.zeros(shape)})
-        with pytest.raises(ModelError, match=rf"has an unknown UNet \({found}input channels\): sdkd knows width 320"):
+        with pytest.raises(
+            ModelError, match=rf"has an unknown UNet \({found}input channels\): sdkd knows width 16 with text of"
+        ):
             resolve(path)
     for name, shape in {first: (64,), CONTEXT: ()}.items():
         path = ldm_files.write(tmp_path / "flat.safetensors", state | {name: torch.zeros(shape)})
@@ -203,6 +192,43 @@ def test_unknown_unets_are_refused(state: dict[str, torch.Tensor], tmp_path: Pat
     )
     with pytest.raises(ModelError, match="is unCLIP, whose UNet takes image embeddings as well: sdkd works on"):
         resolve(path)
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    pipe = load_eager("random:minixl")
+    state = ldm_files.sdxl_state(pipe)
+    path = ldm_files.write(tmp_path / "xl.safetensors", state)
+    assert differing(loaded(path), pipe, (*PARTS, "text_encoder_2")) == []
+    rest = load_rest(path)
+    assert type(rest) is StableDiffusionXLPipeline
+    assert (rest.scheduler.config.prediction_type, rest.scheduler.config.rescale_betas_zero_snr) == ("epsilon", False)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    rest = load_rest(ldm_files.write(tmp_path / "v.safetensors", state | marks))
+    assert (rest.scheduler.config.prediction_type, rest.scheduler.config.rescale_betas_zero_snr) == (
+        "v_prediction",
+        True,
+    )
+    for missing, message in {
+        "conditioner.embedders.1.": r"has no text_encoder_2 \(no weight begins with conditioner.embedders.1.model.\)",
+        "conditioner.embedders.0.": "has no text_encoder .no weight begins with conditioner.embedders.0.transformer.",
+        f"{UNET}label_emb.0.2.bias": "its unet lacks 1 of .* .add_embedding.linear_2.bias",
+        f"{UNET}output_blocks.8.": r"its UNet has blocks of \[2, 2, 2\] layers down and \[3, 3, 2\] up",
+    }.items():
+        rest_of = {name: value for name, value in state.items() if not name.startswith(missing)}
+        with pytest.raises(ModelError, match=message):
+            load_component(ldm_files.write(tmp_path / "part.safetensors", rest_of), "unet")
+
+
+def test_the_refiner_and_other_widths_are_refused(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    refiner = {f"{UNET}input_blocks.0.0.weight": torch.zeros(384, 4, 3, 3), CONTEXT: torch.zeros(384, 1280)}
+    with pytest.raises(ModelError, match="is SDXL's refiner, which draws an image's last steps alone: give the base"):
+        resolve(ldm_files.write(tmp_path / "refiner.safetensors", refiner))
+    wide = state | {f"{UNET}input_blocks.4.0.in_layers.2.weight": torch.zeros(24, 16, 3, 3),
+                    f"{UNET}input_blocks.5.0.in_layers.2.weight": torch.zeros(24, 24, 3, 3)}  # fmt: skip
+    with pytest.raises(
+        ModelError, match=r"levels of widths \(16, 24, 32, 32\), a published one has \(16, 32, 32, 32\)"
+    ):
+        resolve(ldm_files.write(tmp_path / "wide.safetensors", wide))
 
 
 FULL_SIZE = {"sd15": ("epsilon", 49407), "sd21base": ("epsilon", 0), "sd21": ("v_prediction", 0)}
@@ -220,7 +246,7 @@ def test_full_size_in_half_precision(family: str, tmp_path: Path) -> None:
     path = ldm_files.write(tmp_path / "model.safetensors", state)
     del state
     loaded = load_eager(path, torch.float16)
-    assert differing(loaded, pipe) == []
+    assert differing(loaded, pipe, PARTS) == []
     assert loaded.unet.config.sample_size == (96 if kind == "v_prediction" else 64)
     assert loaded.scheduler.config.prediction_type == kind
     ids = loaded.tokenizer(PROMPT, padding="max_length", max_length=77).input_ids
