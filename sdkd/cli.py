@@ -37,6 +37,7 @@ SUMMARIES = {
     "remap-lora": "Make a LoRA of SD 1.x/2.x fit a student.",
     "plot": "Draw a run's losses and validation images as one page.",
     "evaluate": "Quality, and agreement with the teacher.",
+    "convert": "Write a model as one file that other programs open.",
     "export": "Export a pipeline to ONNX, checked against PyTorch.",
     "build-engine": "Build engines for a target.",
     "inspect": "Say what is in a bundle, what is stale and why.",

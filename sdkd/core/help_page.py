@@ -59,6 +59,7 @@ _OWN: dict[str, dict[str, str]] = {
         PARTS: "vae",
     },
     "student": {PARTS: "vae"},
+    "convert": {PARTS: "vae lora"},
     "compare": {
         PARTS: "vae cache_interval",
         ENGINES: "precision bundles",

@@ -21,6 +21,7 @@ _LARGEST = 1 << 28  # bytes; a record is smaller
 _LINE = 1 << 20  # bytes of a log's first line that are read
 _FIELD = 1 << 20  # bytes of a field of a PNG that are passed over
 LORA_MARK = {"written_by": "sdkd"}  # in the metadata of a LoRA's file
+CHECKPOINT_MARK = {"written_by": "sdkd convert"}  # and of a model in one file
 # What every image of `sdkd generate` says of itself in its PNG text.
 _DRAWN = frozenset(["prompt", "seed", "steps", "guidance_scale", "size", "scheduler", "model", "target"])
 _PAGE = re.compile(rb'<link rel="icon" href="data:,">\s*<title>[^<]*: training</title>\s*<style>\s*body \{ margin: 0; ')
@@ -180,12 +181,22 @@ def is_drawn_image(file: Path) -> bool:
 
 def is_written_lora(file: Path) -> bool:
     """Whether a file is a LoRA that sdkd trained or fitted to a student, by the metadata in its header."""
+    return _safetensors_notes(file).items() >= LORA_MARK.items()
+
+
+def is_written_checkpoint(file: Path) -> bool:
+    """Whether a file is a model in one file that sdkd wrote, by the metadata in its header."""
+    return _safetensors_notes(file).items() >= CHECKPOINT_MARK.items()
+
+
+def _safetensors_notes(file: Path) -> dict[str, Any]:
+    """The metadata in a .safetensors file's header; empty for anything else."""
     with contextlib.suppress(OSError, ValueError, RecursionError), file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         head = json.loads(stream.read(size)) if size <= _LARGEST else None
         notes = head.get("__metadata__") if isinstance(head, dict) else None
-        return isinstance(notes, dict) and notes.items() >= LORA_MARK.items()
-    return False
+        return notes if isinstance(notes, dict) else {}
+    return {}
 
 
 def is_plot(file: Path) -> bool:

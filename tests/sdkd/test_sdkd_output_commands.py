@@ -36,6 +36,7 @@ READS = {
     "evaluate": "demo --teacher {m} --output {m} --overwrite",
     "compare": "{m} --output {m} --overwrite",
     "remap-lora": "{m}/unet {m}/unet/config.safetensors --student tiny --overwrite",
+    "convert": "{m} {m}/unet/config.safetensors --overwrite",
     "generate": "{m} --prompts {p}/prompts.txt --output {m} --overwrite",
 }
 FOREIGN = {
@@ -131,6 +132,7 @@ def test_single_files_of_others_stay_in_spite_of_overwrite(tmp_path: Path) -> No
         ("generate", "demo", "x", "-o", tmp_path / "mine.png"),
         ("generate", "demo", "--prompts", tmp_path / "prompts.txt", "-o", tmp_path),
         ("remap-lora", tmp_path / "one.safetensors", tmp_path / "two.safetensors", "--student", "tiny"),
+        ("convert", "demo", tmp_path / "one.safetensors"),
     ):
         result = call(*map(str, words), "--overwrite")
         assert "already exists, and sdkd did not write it: choose another name" in result.stderr

@@ -23,6 +23,7 @@ NEEDED = {
     "remap-lora": {"--student"},
     "plot": {"--output"},
     "evaluate": {"--teacher", "--data", "--prompts", "--images", "--output"},
+    "convert": {"--precision", "--spaced"},
     "export": {"--precision", "--components", "--target"},
     "build-engine": {"--target", "--precision", "--size", "--batch", "--output"},
     "inspect": {"--details"},
