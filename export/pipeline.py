@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from export.component import ExportOptions
 from export.graph.to_onnx import choose_opset
+from export.room import LARGE, check_export_room
 from export.side_by_side import export_components, source_for
 from sdkd import __version__
 from sdkd.bundle.manifest import Bundle, Manifest
@@ -104,6 +105,8 @@ def export_pipeline(
         source.generation = generation or source.generation
         names = _chosen(source.components, components)
         source.check(names)
+        room = check_export_room(source, names, options, path)
+        progress(f"{room}" if room.memory > LARGE else "loading the model", 0.0)
         source.write_rest(folder)
         if "unet" in names:
             _carry_calibration(source, folder, progress)

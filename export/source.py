@@ -23,7 +23,7 @@ from sdkd.core.files import write_json
 from sdkd.families import Family, family_of_pipeline, family_of_unet
 from sdkd.models.diffusers_folder import write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, check_guidance, module_config
-from sdkd.models.families import EXPORTED, check_exported
+from sdkd.models.families import EXPORTED, check_exported, empty
 from sdkd.models.fused import (
     LORAS,
     FusedSource,
@@ -126,6 +126,18 @@ class Source:
         if part in self.replaced:
             return replacement_config(part, self.replaced[part])
         return self._own_config(part)
+
+    def outline(self, part: str) -> nn.Module | None:
+        """A part's module without its weights, or the caller's own; None for one whose config is not known."""
+        if self.model is None and part not in self.replaced:
+            own: nn.Module | None = getattr(self.rest, part, None)
+            return own
+        config = self._config(part)
+        if not config:
+            return None
+        kind = replacement_class(part, self.replaced[part]) if part in self.replaced else self.rest.config[part][1]
+        made: nn.Module = empty(part, config, kind)
+        return made
 
     def _own_config(self, part: str) -> dict[str, Any] | None:
         if self.model is not None:
