@@ -28,6 +28,8 @@ def export(
     ] = None,
     hidden_states: Annotated[bool, typer.Option("--hidden-states", help="All layers' outputs, for clip_skip.")] = False,
     step_caching: Annotated[bool, typer.Option("--step-caching", help="For `generate --cache-interval`.")] = False,
+    t2i_adapter: Annotated[bool, typer.Option("--t2i-adapter", help="UNet inputs for T2I-Adapters.")] = False,
+    timesteps: Annotated[bool, typer.Option("--timesteps", help="A timestep for each sample of a batch.")] = False,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="Block to compute in float32: vae_decoder.decoder.up_blocks.3, ...")
     ] = None,
@@ -61,6 +63,8 @@ def export(
             loras=lora or (),
             hidden_states=hidden_states,
             step_caching=step_caching,
+            t2i_adapter=t2i_adapter,
+            timesteps=timesteps,
             keep_float=tuple(name for group in keep_float or () for name in group.split(",") if name),
             static=static_ranges(static, size, batch, tokens),
             generation=None if run_with is None else parse_generation(run_with),

@@ -81,16 +81,16 @@ class ExportOptions:
 
     def extras(self, component: str, config: Mapping[str, Any], source: Source) -> Extras:
         """What the component has beyond the usual: hidden states as asked or configured or as the family's pipelines
-        read them; of the UNet what was asked for, and residuals for a ControlNet.
+        read them; of the UNet what was asked for, and residuals for a ControlNet and a T2I-Adapter that are there.
         """
         if component in TEXT_ENCODERS:
             asked = self.hidden_states or source.family.hidden_states
             return Extras(hidden_states=asked or bool(config.get("output_hidden_states")))
         if component != "unet":
-            return Extras()
+            return Extras(timesteps=self.timesteps and component in UNETS)
         return Extras(
             residuals="controlnet" in source.components,
-            inner_residuals=self.t2i_adapter,
+            inner_residuals=self.t2i_adapter or source.t2i_adapter,
             timesteps=self.timesteps,
             deep_feature=self.step_caching,
         )
@@ -204,8 +204,8 @@ def _wanted_options(options: ExportOptions, name: str, source: Source) -> dict[s
         "hidden_states": name in TEXT_ENCODERS and options.hidden_states,
         "residuals": name == "unet" and "controlnet" in source.components,
         "step_caching": name == "unet" and options.step_caching,
-        "t2i_adapter": name == "unet" and options.t2i_adapter,
-        "timesteps": name == "unet" and options.timesteps,
+        "t2i_adapter": name == "unet" and (options.t2i_adapter or source.t2i_adapter),
+        "timesteps": name in UNETS and options.timesteps,
         "keep_float": list(options.islands(name)),
         "static": options.static.to_json() if options.static else None,
     }

@@ -81,6 +81,11 @@ class Source:
         return (*self.family.components, *(name for name, there in more.items() if there))
 
     @property
+    def t2i_adapter(self) -> bool:
+        """Whether it is a pipeline with a T2I-Adapter, which stays eager beside the UNet."""
+        return getattr(self.rest, "adapter", None) is not None
+
+    @property
     def family(self) -> Family:
         """The family of its model, or of the pipeline's class."""
         if self.model is not None:
@@ -193,6 +198,8 @@ class Source:
             index[part] = ["diffusers", replacement_class(part, name)]
         if "controlnet" in self.replaced:
             index["_class_name"] = self.family.controlnet
+        if index.pop("adapter", None):  # no part of a bundle
+            index["_class_name"] = self.family.by_channels[4]
         index |= {part: [None, None] for part in self.family.absent if part in index}
         write_json(folder / "model_index.json", index | dict(self.family.options))
         for side, found in vars(sides).items():

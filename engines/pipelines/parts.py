@@ -9,7 +9,7 @@ from typing import Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.components import CACHED_UNET
-from sdkd.core.conditions import MID_RESIDUAL
+from sdkd.core.conditions import INNER_RESIDUAL, MID_RESIDUAL
 from sdkd.core.contract import is_tiny_vae, vae_scale
 from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
 from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, check_guidance, module_config
@@ -100,7 +100,7 @@ def chosen_parts(components: Sequence[str] | str | None, pipe: Any, bundle: Bund
     """What to plug: by default the pipeline's own parts, one ControlNet included where the bundle has one.
 
     InputError for no name or an unknown one; ModelError for a pipeline of another kind, for a part that the pipeline
-    has not, and for a ControlNet beside a UNet without its inputs.
+    has not, and for a ControlNet or T2I-Adapter beside a UNet without its inputs.
     """
     usual = bundle.family.parts
     if {name for name in (*PARTS, *OTHER_PARTS) if hasattr(pipe, name)} - {"controlnet"} != set(usual):
@@ -123,6 +123,11 @@ def chosen_parts(components: Sequence[str] | str | None, pipe: Any, bundle: Bund
         raise ModelError(
             f"the UNet of bundle {str(bundle.path)!r} has no inputs for this {type(pipe).__name__}'s ControlNet: "
             "export the model again with --controlnet FOLDER"
+        )
+    if getattr(pipe, "adapter", None) is not None and "unet" in chosen and f"{INNER_RESIDUAL}.0" not in takes:
+        raise ModelError(
+            f"the UNet of bundle {str(bundle.path)!r} has no inputs for this {type(pipe).__name__}'s T2I-Adapter: "
+            "export the model again with --t2i-adapter"
         )
     if "controlnet" in there and "unet" in chosen:
         for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):

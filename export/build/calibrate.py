@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.quantized import CALIBRATION_FILE
+from sdkd.core.conditions import asked_for
 from sdkd.core.console import Progress
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BundleError, InputError, ModelError
@@ -79,15 +80,26 @@ def check_calibratable(bundle: Bundle) -> None:
         )
 
 
+def check_recorded(bundle: Bundle) -> None:
+    """BundleError for a UNet with inputs that no calibration has."""
+    if found := asked_for(bundle.component("unet").contract):
+        raise BundleError(
+            f"the UNet of bundle {str(bundle.path)!r} takes {found}, which no calibration has: export the model "
+            "without it for int8 or fp8"
+        )
+
+
 def calibrated(bundle: Bundle, wish: CalibrationWish, profile: ShapeRanges, progress: Progress) -> Path:
     """The bundle's calibration file: the one that is there when it is what is asked for, else recorded now.
 
     `profile`: of the engine, whose best size the images have. Takes minutes for a full-size model; what was recorded
     is gone on with after an interrupt. Raises ModelError for a file of another model's weights, BundleError as
-    `check_calibratable`, InputError where it would replace ranges of training, ValuesError for NaN or infinity.
+    `check_calibratable` and `check_recorded`, InputError where it would replace ranges of training, ValuesError for
+    NaN or infinity.
     """
     from sdkd.quantization.calibration import Calibration
 
+    check_recorded(bundle)
     weights, file = bundle.component("unet").source_sha256, calibration_file(bundle.path)
     if wish.file is not None:
         _check_weights(given := Calibration.load(wish.file), weights, wish.file)

@@ -98,8 +98,8 @@ def seeded_inputs(job: Job, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
         shape = spec.shape(sizes)
         if spec.dtype.startswith("int"):
             return generator.integers(0, TOKENS, shape).astype(spec.dtype)
-        if not shape:
-            return np.array(TIMESTEP, dtype=spec.dtype)
+        if not shape or spec.name == "timestep":
+            return np.full(shape, TIMESTEP, dtype=spec.dtype)
         return generator.standard_normal(shape).astype(spec.dtype)
 
     return {spec.name: values(spec) for spec in job.contract.inputs}

@@ -89,12 +89,12 @@ def run_eager(
 ) -> list[tuple[torch.Tensor, ...]]:
     """Outputs of a graph module in `dtype` for each case, as float32.
 
-    The scalar timestep stays float32, as the contract says. On a CPU without units for `dtype`, products are computed
-    in float32 and rounded: PyTorch's own loops would take minutes.
+    In half precision inputs stay what the contract says, such as timesteps in float32. On a CPU without units for
+    `dtype`, products are computed in float32 and rounded: PyTorch's own loops would take minutes.
     """
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() else tensor
+        return tensor.float() if tensor.is_floating_point() and dtype == torch.float32 else tensor
 
     with quick_half(dtype):
         return [tuple(output.float() for output in module(*map(cast, row))) for row in inputs]

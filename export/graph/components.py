@@ -23,7 +23,7 @@ from sdkd.core.components import (
     UNETS,
     component_contract,
 )
-from sdkd.core.conditions import LARGEST_TIME_ID, TIME_IDS, Extras, pack
+from sdkd.core.conditions import LARGEST_TIME_ID, TIME_IDS, TIMESTEP, Extras, pack
 from sdkd.core.contract import Contract, Precision, TensorSpec, split_axis
 from sdkd.errors import ModelError
 from sdkd.models.exportable import check_config, check_module, module_config
@@ -271,7 +271,7 @@ def example_sizes(contract: Contract, config: Mapping[str, Any]) -> dict[str, in
 def example_inputs(
     contract: Contract, sizes: Mapping[str, int], seed: int = 0, timestep: float = 500.5, tokens: int = 256
 ) -> tuple[torch.Tensor, ...]:
-    """Seeded inputs in the contract's order and dtypes: normal values, token ids below `tokens`, one timestep.
+    """Seeded inputs in the contract's order and dtypes: normal values, token ids below `tokens`, timesteps up to one.
 
     Values are drawn in float32 and then cast, so that every precision is asked the same question.
     """
@@ -279,8 +279,10 @@ def example_inputs(
 
     def tensor(spec: TensorSpec) -> torch.Tensor:
         shape, dtype = spec.shape(sizes), getattr(torch, spec.dtype)
+        if spec.name == TIMESTEP and shape:  # each sample has its own
+            return timestep * torch.rand(shape, generator=generator)
         if not shape:
-            return torch.tensor(timestep if spec.name == "timestep" else 0.75, dtype=dtype)
+            return torch.tensor(timestep if spec.name == TIMESTEP else 0.75, dtype=dtype)
         if spec.name == TIME_IDS:  # sizes and crops in pixels
             return torch.randint(0, LARGEST_TIME_ID, shape, generator=generator).to(dtype)
         if not dtype.is_floating_point:

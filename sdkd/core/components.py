@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdkd.core.conditions import GUIDANCE, Extras, condition_specs, residual_specs
+from sdkd.core.conditions import GUIDANCE, TIMESTEP, Extras, condition_specs, residual_specs
 from sdkd.core.contract import DTYPES, Contract, Precision, TensorSpec, is_tiny_vae, vae_scale
 from sdkd.errors import InputError, ModelError
 
@@ -44,7 +44,7 @@ def unet_contract(config: Mapping[str, Any], precision: Precision, extras: Extra
 def cached_unet_contract(config: Mapping[str, Any], precision: Precision, extras: Extras = Extras()) -> Contract:
     """Contract of a UNet's last layer alone: the UNet's inputs and its deep feature of an earlier step."""
     dtype = DTYPES[precision]
-    inputs = (*_denoising_inputs(config, dtype), _deep_feature(config, dtype))
+    inputs = (*_denoising_inputs(config, dtype, extras), _deep_feature(config, dtype))
     return Contract(CACHED_UNET, inputs, (_predicted(config, dtype),))
 
 
@@ -62,7 +62,7 @@ def _denoising_inputs(config: Mapping[str, Any], dtype: str, extras: Extras = Ex
         raise ModelError(f"cross_attention_dim {context!r} is not one integer: such UNets are not exported")
     return (
         TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
-        TensorSpec("timestep", "float32", ("batch",) if extras.timesteps else ()),
+        TensorSpec(TIMESTEP, "float32", ("batch",) if extras.timesteps else ()),
         TensorSpec("encoder_hidden_states", dtype, ("batch", "sequence", context)),
     )
 

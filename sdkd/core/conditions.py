@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Config = Mapping[str, Any]
+TIMESTEP = "timestep"
 GUIDANCE = "timestep_cond"  # the guidance scale's embedding (LCM, arXiv 2310.04378)
 MID_RESIDUAL = "mid_block_additional_residual"
 DOWN_RESIDUAL = "down_block_additional_residuals"
@@ -57,6 +58,7 @@ class Condition:
     absent: str
     misfit: str
     needed: bool = False
+    asked: bool = False  # for at the export: a pipeline by itself gives no such thing
     spare: int = 0  # tensors that may be missing at the end: zeros
 
     def of(self, contract: Contract) -> list[TensorSpec]:
@@ -123,17 +125,18 @@ def _features(names: Sequence[str], dtype: str, shapes: Sequence[tuple[int, int]
 def _inner(config: Config, dtype: str, extras: Extras) -> tuple[TensorSpec, ...]:
     """What a T2I-Adapter (arXiv 2302.08453) adds to every down block, and to the middle where it has one more.
 
-    UNet2DConditionModel adds it before the halving of a block with attention, and after that of one without.
+    UNet2DConditionModel adds it before the halving of a block with attention, and after that of one without: SDXL's
+    adapters halve with the first block, which has none.
     """
     if not extras.inner_residuals:
         return ()
     widths, kinds = config["block_out_channels"], config["down_block_types"]
     last = len(widths) - 1
     shapes = [
-        (width, level + (kind == "DownBlock2D" and level < last))
+        (width, level + ("CrossAttn" not in kind and level < last))
         for level, (width, kind) in enumerate(zip(widths, kinds, strict=True))
     ]
-    shapes += [(widths[-1], last)]
+    shapes += [(widths[-1], last)] if config.get("mid_block_type", True) else []
     return _features([f"{INNER_RESIDUAL}.{index}" for index in range(len(shapes))], dtype, shapes)
 
 
@@ -186,6 +189,7 @@ CONDITIONS = (
         _unpack_residuals,
         "export the model with --controlnet for residual inputs",
         "a ControlNet fits the UNet that it was made for, not a student with fewer blocks",
+        asked=True,
     ),
     Condition(
         "residuals of a T2I-Adapter",
@@ -195,6 +199,7 @@ CONDITIONS = (
         lambda given: list(given.pop(INNER_RESIDUAL, None) or ()),
         "export the model with --t2i-adapter for the residuals of a T2I-Adapter",
         "a T2I-Adapter fits the UNet that it was made for, not a student with fewer blocks",
+        asked=True,
         spare=1,
     ),
 )
@@ -203,6 +208,13 @@ CONDITIONS = (
 def condition_specs(config: Config, dtype: str, extras: Extras = Extras()) -> tuple[TensorSpec, ...]:
     """The inputs of all conditions that a UNet has, in the order of the rows."""
     return tuple(spec for row in CONDITIONS for spec in row.specs(config, dtype, extras))
+
+
+def asked_for(contract: Contract) -> str | None:
+    """The first kind of input that a UNet has because it was asked for, in words; None where there is none."""
+    found = (row.name for row in CONDITIONS if row.asked and row.of(contract))
+    timesteps = (f"a {spec.name} for each sample" for spec in contract.inputs if spec.name == TIMESTEP and spec.axes)
+    return next(found, next(timesteps, None))
 
 
 def pack(contract: Contract, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:

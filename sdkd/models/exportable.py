@@ -41,10 +41,7 @@ LIMITS = {
 }
 _USUAL = (None, False, "default", *(family.addition for family in FAMILIES))  # their values otherwise
 # Parts of the Python pipelines, beside the heavy ones, that give a UNet inputs.
-EXTRA_PARTS = {
-    "adapter": "a T2I-Adapter, whose residuals no graph takes",
-    "motion_adapter": "a motion adapter of AnimateDiff",
-}
+EXTRA_PARTS = {"motion_adapter": "a motion adapter of AnimateDiff"}
 FLOATS = {"float64", "float32", "float16", "bfloat16"}
 LIBRARIES = ("diffusers", "transformers", "torch", "peft", "sdkd")  # whose modules do what their classes say
 HELPERS = (*LIBRARIES, "accelerate", "huggingface_hub")  # whose functions those modules have
