@@ -36,6 +36,13 @@ CALLS = {
     "image to image": Call("StableDiffusionImg2ImgPipeline", {"guidance_scale": 5.0, "strength": 0.7}),
     "inpainting": Call("StableDiffusionInpaintPipeline", {"guidance_scale": 5.0, "strength": 1.0}),
 }
+_SIZES = {"original_size": (64, 96), "crops_coords_top_left": (8, 0), "prompt_2": "a blue ring"}
+XL_CALLS = {
+    "xl guided": Call("StableDiffusionXLPipeline", {"guidance_scale": 5.0, **_SIZES}),
+    "xl two wide images": Call("StableDiffusionXLPipeline", {"guidance_scale": 5.0, "clip_skip": 0}, 2, wide=True),
+    "xl image to image": Call("StableDiffusionXLImg2ImgPipeline", {"guidance_scale": 5.0, "strength": 0.7}),
+}
+EVERY = CALLS | XL_CALLS
 
 
 def draw(pipe: Any, name: str, size: int, latents: int) -> Any:
@@ -43,15 +50,15 @@ def draw(pipe: Any, name: str, size: int, latents: int) -> Any:
 
     `size` is the image's in pixels, `latents` that of its latents.
     """
-    call, random = CALLS[name], np.random.default_rng(0)
+    call, random = EVERY[name], np.random.default_rng(0)
     scale = size // latents
     tall, wide = (latents, latents * 3 // 2) if call.wide else (latents, latents)
     options: dict[str, Any] = dict(call.options, prompt=[PROMPT] * call.images, num_inference_steps=4, output_type="np")
     noise = torch.from_numpy(random.standard_normal((call.images, 4, tall, wide), dtype=np.float32))
     picture = torch.from_numpy(random.random((1, 3, tall * scale, wide * scale), dtype=np.float32))
-    if call.kind != "StableDiffusionImg2ImgPipeline":
+    if "Img2Img" not in call.kind:
         options |= {"latents": noise.to(pipe.unet.dtype), "height": tall * scale, "width": wide * scale}
-    if call.kind != "StableDiffusionPipeline":
+    if "Img2Img" in call.kind or "Inpaint" in call.kind:
         options |= {"image": picture, "generator": torch.Generator().manual_seed(0)}
     if call.kind == "StableDiffusionInpaintPipeline":
         options["mask_image"] = (picture[:, :1] > 0.5).float()
@@ -65,7 +72,7 @@ def main(request: dict[str, Any]) -> None:
 
     found: dict[str, Any] = {}
     for name in request["calls"]:
-        kind = getattr(optimum.onnxruntime, f"ORT{CALLS[name].kind}")
+        kind = getattr(optimum.onnxruntime, f"ORT{EVERY[name].kind}")
         pipe = kind.from_pretrained(request["bundle"], use_io_binding=request["io_binding"])
         found[name] = draw(pipe, name, request["size"], request["latents"])
         found["tokens"] = np.array(tokens(pipe.tokenizer))

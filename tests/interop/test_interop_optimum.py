@@ -15,11 +15,13 @@ import optimum_calls
 import pytest
 import small_bundles
 from interop_environment import EnvironmentFailedError, interop_python
+from small_sdxl import sdxl_pipeline
 from transformers import CLIPImageProcessor
 
 from export import export_pipeline
 from sdkd.core.files import sha256
 from sdkd.models.diffusers_folder import write_pipeline
+from sdkd.models.families import new_pipeline
 from sdkd.models.resolve import load_eager
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]  # the first run installs Optimum
@@ -72,8 +74,8 @@ def decibels(found: dict[str, Any], pipe: Any, sizes: dict[str, int]) -> dict[st
     """PSNR of every call's images against those that eager diffusers draws."""
     near = {}
     for name, images in found.items():
-        kind = getattr(diffusers, optimum_calls.CALLS[name].kind)
-        eager = optimum_calls.draw(kind(**pipe.components, requires_safety_checker=False), name, **sizes)
+        kind = getattr(diffusers, optimum_calls.EVERY[name].kind)
+        eager = optimum_calls.draw(new_pipeline(kind, pipe.components, pipe.config), name, **sizes)
         assert images.shape == eager.shape
         near[name] = float(-10 * np.log10(np.mean((images - eager) ** 2, dtype=np.float64) + 1e-20))
     return near
@@ -112,6 +114,17 @@ def test_optimum_draws_the_embedded_teachers_images(python: Path, tmp_path: Path
     found, pipe = optimum(python, bundle, ["guided"], DEMO), load_eager("demo")
     assert found.pop("tokens").tolist() == optimum_calls.tokens(pipe.tokenizer)
     assert decibels(found, pipe, DEMO)["guided"] >= NEAR["demo"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_optimum_draws_sdxl_s_images(python: Path, precision: str, tmp_path: Path) -> None:
+    pipe = sdxl_pipeline()
+    bundle = export_pipeline(pipe, tmp_path / "bundle", precision=precision).path
+    found = optimum(python, bundle, list(optimum_calls.XL_CALLS), SMALL)
+    assert found.pop("tokens").tolist() == optimum_calls.tokens(pipe.tokenizer)
+    near = decibels(found, pipe, SMALL)
+    assert list(near) == list(optimum_calls.XL_CALLS)
+    assert {name: value for name, value in near.items() if not value >= NEAR[precision]} == {}, near
 
 
 READ = """
