@@ -111,7 +111,9 @@ def _text_width(unet: Config, configs: Mapping[str, Config]) -> tuple[str, str, 
     widths = [(configs.get(part) or {}).get("hidden_size") for part in parts]
     known = [width for width in widths if width is not None]
     together = sum(known) if len(known) == len(parts) else None
-    return ("text encoder", "width", together) if len(parts) == 1 else ("text encoders", "joint width", together)
+    return (
+        ("text encoder", "width", together) if len(parts) == 1 else ("pair of text encoders", "joint width", together)
+    )
 
 
 def _fit(part: str, pairs: Iterable[tuple[Any, Any, str]], advice: str) -> None:

@@ -123,6 +123,33 @@ def test_families_are_told_apart(bundle: Path) -> None:
         plug(sdxl_pipeline(), small_bundle(), "onnxruntime")
 
 
+def lora(pipe: Any) -> dict[str, torch.Tensor]:
+    """A LoRA of UNet and both text encoders, as diffusers saves it."""
+    generator, found = torch.Generator().manual_seed(3), {}
+    for part, ends in (("unet", "to_q"), ("text_encoder", "q_proj"), ("text_encoder_2", "v_proj")):
+        for name, layer in getattr(pipe, part).named_modules():
+            if name.endswith(ends):
+                width, depth = layer.weight.shape
+                down, up = (torch.randn(shape, generator=generator) for shape in ((4, depth), (width, 4)))
+                root = "" if part == "unet" or name.startswith("text_model.") else "text_model."
+                found |= {f"{part}.{root}{name}.lora_A.weight": down, f"{part}.{root}{name}.lora_B.weight": 0.1 * up}
+    return found
+
+
+def test_a_lora_of_unet_and_both_text_encoders_comes_and_goes(bundle: Path) -> None:
+    pipe, eager = load_pipeline(bundle, "onnxruntime"), sdxl_pipeline()
+    before, state = draw(pipe), lora(eager)
+    for each in (pipe, eager):
+        each.load_lora_weights(dict(state), adapter_name="style")
+        each.set_adapters("style", 0.7)
+    assert set(pipe.get_list_adapters()) == {"unet", "text_encoder", "text_encoder_2"}
+    expected = draw(eager)
+    np.testing.assert_allclose(draw(pipe), expected, atol=2e-4)
+    assert not np.allclose(expected, before, atol=1e-2)
+    pipe.unload_lora_weights()
+    assert np.array_equal(draw(pipe), before)
+
+
 def test_low_memory_has_one_stage_open(bundle: Path) -> None:
     pipe = load_pipeline(bundle, "onnxruntime", low_memory=True)
     np.testing.assert_allclose(draw(pipe), draw(sdxl_pipeline()), atol=2e-4)
