@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import bench_train
 
+from sdkd.distill.data.encode import STATES
+
 BATCH = 3
 
 
@@ -57,15 +59,16 @@ def test_the_reference_encodes_its_batch_alone_and_once(bench: bench_train.Bench
     """As the trainers do: token ids of exactly the batch, in one call."""
     drawn = bench.trainer.batches.next()
     seen: list[torch.Size] = []
-    hook = bench.trainer.text_encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    hook = bench.trainer.text.encoders[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     batch = bench._encoded(drawn)
     hook.remove()
     length = bench.pipe.tokenizer.model_max_length
     assert seen == [torch.Size((BATCH, length))]
-    assert batch.text.shape == (BATCH, length, bench.pipe.text_encoder.config.hidden_size)
+    text = batch.given[STATES]
+    assert text.shape == (BATCH, length, bench.pipe.text_encoder.config.hidden_size)
     with torch.no_grad():
-        alone = bench.trainer.text_encoder(bench.ids[1:2])[0]
-    torch.testing.assert_close(batch.text[1:2], alone)
+        alone = bench.trainer.text.encoders[0](bench.ids[1:2])[0]
+    torch.testing.assert_close(text[1:2], alone)
 
 
 @pytest.mark.parametrize("row", [bench_train.REFERENCE, bench_train.OURS])

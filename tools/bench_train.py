@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from sdkd.compare.measure.stats import Spread
 from sdkd.compare.measure.timing import Timer
 from sdkd.core.console import markdown_table
-from sdkd.distill.data.encode import tokens
+from sdkd.distill.data.encode import STATES, tokens
 from sdkd.distill.data.latents import encode_images
 from sdkd.distill.training.batches import Batch
 from sdkd.distill.training.config import TrainConfig
@@ -101,9 +101,9 @@ class Bench:
         cast = torch.autocast(self.device.type, self.dtype, enabled=half and not measures.half_teacher)
         with torch.no_grad(), cast:
             given = noisy.to(self.dtype) if measures.half_teacher else noisy
-            taught = teacher(given, batch.timesteps, batch.text)
+            taught = teacher(given, batch.timesteps, **batch.given)
         with torch.autocast(self.device.type, self.dtype, enabled=half):
-            learnt = trainer.student(noisy, batch.timesteps, batch.text)
+            learnt = trainer.student(noisy, batch.timesteps, **batch.given)
         target = task_target(trainer.scheduler, batch.latents, batch.noise, batch.timesteps)
         weights = self.config.weights
         feature = torch.stack([F.mse_loss(own, other) for own, other in zip(learnt[1], taught[1], strict=True)]).sum()
@@ -119,9 +119,9 @@ class Bench:
         trainer = self.trainer
         with torch.no_grad():
             latents = trainer.vae.encode(self.pixels.to(self.dtype)).latent_dist.sample()
-            text: torch.Tensor = trainer.text_encoder(self.ids)[0]
+            text: torch.Tensor = trainer.text.encoders[0](self.ids)[0]
         scaled = latents.float() * trainer.vae.config.scaling_factor
-        return Batch(scaled, batch.noise, batch.timesteps, text, batch.matching)
+        return Batch(scaled, batch.noise, batch.timesteps, {STATES: text}, batch.matching)
 
     def parked(self, row: str) -> int:
         """Bytes of the teacher that a row does not use, and that lies on the device all the same."""

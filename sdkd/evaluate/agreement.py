@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.compare.measure.calls import native_side
+from sdkd.core.conditions import TIME_IDS, nested, takes_sizes
 from sdkd.core.console import Progress, quiet
+from sdkd.core.contract import vae_scale
 from sdkd.core.images import check_finite
-from sdkd.distill.data.buckets import fit_pixels
-from sdkd.distill.data.encode import encode_captions, encode_image
-from sdkd.distill.data.latents import Latents
+from sdkd.distill.data.buckets import Sizes, View, fit
+from sdkd.distill.data.encode import Given, TextParts, encode_captions, encode_image
+from sdkd.distill.data.latents import Latents, sizes_of
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 BUCKETS = 10  # equal parts of the training timesteps
 # What must agree for one input to fit both UNets.
-_FIXED = ("in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim")
+_FIXED = ("in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim", "addition_embed_type")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Probe:
 
     noisy: torch.Tensor  # [n, buckets, c, h, w] float32
     timesteps: torch.Tensor  # [n, buckets] int64
-    text: torch.Tensor  # [n, s, d] float32
+    given: Given  # what goes with each image, float32
     answers: torch.Tensor  # [n, buckets, c, h, w] float32, of the teacher
     edges: tuple[int, ...]  # first timestep of each bucket, and the number of timesteps
     fixed: Mapping[str, Any]  # config entries of the teacher that another UNet must share
@@ -90,37 +92,41 @@ def make_probe(
     if config.in_channels != config.out_channels:
         raise ModelError(f"its UNet takes {config.in_channels} channels and gives {config.out_channels} (inpainting)")
     scheduler = scheduler_like(teacher.scheduler, DDPMScheduler)
-    latents, captions, unreadable = _encoded(teacher, images, count)
-    text = encode_captions(teacher.tokenizer, teacher.text_encoder, captions).cpu()
+    latents, captions, sizes, unreadable = _encoded(teacher, images, count)
+    given = {name: value.cpu().float() for name, value in encode_captions(TextParts.of(teacher), captions).items()}
+    if takes_sizes(config):
+        given[TIME_IDS] = torch.tensor(sizes, dtype=torch.float32)
     edges = _edges(int(scheduler.config.num_train_timesteps))
     noisy, timesteps = _noised(latents.float(), scheduler, edges, seed)
     fixed = {name: config[name] for name in _FIXED}
     kind = str(scheduler.config.prediction_type)
-    answers = _ask(teacher.unet, noisy, timesteps, text.float(), progress)
-    return Probe(noisy, timesteps, text.float(), answers, edges, fixed, kind, unreadable)
+    answers = _ask(teacher.unet, noisy, timesteps, given, progress)
+    return Probe(noisy, timesteps, given, answers, edges, fixed, kind, unreadable)
 
 
 def _encoded(
     teacher: StableDiffusionPipeline, images: CaptionedImages | Latents, count: int
-) -> tuple[torch.Tensor, list[str], Mapping[int, str]]:
-    """Latents [n, c, h, w], captions, and what could not be read."""
+) -> tuple[torch.Tensor, list[str], list[Sizes], Mapping[int, str]]:
+    """Latents [n, c, h, w], captions, sizes, and what could not be read."""
     if isinstance(images, Latents):
         if check := getattr(images, "check", None):
             check(teacher)
         means = [images.posterior(index)[0].cpu() for index in range(count)]
-        return torch.stack(means), list(images.captions[:count]), {}
+        told = [sizes_of(images, index, vae_scale(teacher.vae.config)) for index in range(count)]
+        return torch.stack(means), list(images.captions[:count]), told, {}
     size = native_side(teacher)
 
-    def load(position: int, index: int) -> tuple[torch.Tensor, str]:
+    def load(position: int, index: int) -> tuple[View, str]:
         row = images[index]
-        return fit_pixels(row["image"], size, size), row_caption(row, index)
+        return fit(row["image"], size, size), row_caption(row, index)
 
     reader = Reader(load, len(images), workers=0)
-    latents, captions = [], []
-    for _, (pixels, caption) in reader.rows((index, index) for index in range(count)):
-        latents.append(encode_image(teacher.vae, pixels)[0].cpu())
+    latents, captions, sizes = [], [], []
+    for _, (view, caption) in reader.rows((index, index) for index in range(count)):
+        latents.append(encode_image(teacher.vae, view.pixels)[0].cpu())
         captions.append(caption)
-    return torch.stack(latents), captions, reader.unreadable
+        sizes.append(view.sizes)
+    return torch.stack(latents), captions, sizes, reader.unreadable
 
 
 def _edges(timesteps: int) -> tuple[int, ...]:
@@ -144,15 +150,18 @@ def _noised(
 
 @torch.no_grad()
 def _ask(
-    unet: UNet2DConditionModel, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, progress: Progress
+    unet: UNet2DConditionModel, noisy: torch.Tensor, timesteps: torch.Tensor, given: Given, progress: Progress
 ) -> torch.Tensor:
     """Predictions [n, buckets, c, h, w] float32 on the CPU; one image's buckets are a batch."""
     answers = []
     for index in range(len(noisy)):
         progress(f"noise prediction of image {index + 1} of {len(noisy)}", index / len(noisy))
-        words = text[index].expand(noisy.shape[1], -1, -1).to(unet.device, unet.dtype)
+        own = {name: value[index].expand(noisy.shape[1], *value.shape[1:]) for name, value in given.items()}
+        placed = {
+            name: value.to(unet.device, value.dtype if name == TIME_IDS else unet.dtype) for name, value in own.items()
+        }
         sample, times = noisy[index].to(unet.device, unet.dtype), timesteps[index].to(unet.device)
-        answers.append(unet(sample, times, encoder_hidden_states=words).sample.float().cpu())
+        answers.append(unet(sample, times, **nested(placed)).sample.float().cpu())
     return torch.stack(answers)
 
 
@@ -165,7 +174,7 @@ def noise_agreement(pipe: StableDiffusionPipeline, probe: Probe) -> NoiseAgreeme
     kind = str(pipe.scheduler.config.get("prediction_type", "epsilon"))
     if kind != probe.prediction_type:
         raise ModelError(f"it predicts {kind}, the teacher {probe.prediction_type}")
-    own = _ask(pipe.unet, probe.noisy, probe.timesteps, probe.text, quiet)
+    own = _ask(pipe.unet, probe.noisy, probe.timesteps, probe.given, quiet)
     errors = (own - probe.answers).double().square().mean(dim=(2, 3, 4))
     return NoiseAgreement(tuple(tuple(row) for row in errors.tolist()))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sdkd.core.images import name_of, to_rgb
 from sdkd.errors import InputError
@@ -23,6 +23,16 @@ RATIO = 2.0  # of the longer to the shorter side, at most
 
 Crop = Literal["center", "random"]
 CROPS: tuple[Crop, ...] = ("center", "random")
+Sizes = tuple[int, int, int, int, int, int]
+"""What SDXL is told of a view, in pixels: height and width of the whole image, top and left of what was cut of it once
+it was resized, height and width of that (arXiv 2307.01952, 2.2; in the order of diffusers' `time_ids`)."""
+
+
+class View(NamedTuple):
+    """What is learnt of an image: float32 pixels [3, height, width] in [-1, 1], and what they were cut of."""
+
+    pixels: torch.Tensor
+    sizes: Sizes
 
 
 def aspect_buckets(resolution: int, step: int = STEP) -> list[tuple[int, int]]:
@@ -52,7 +62,12 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) 
     return min(range(len(buckets)), key=distance)
 
 
-def fit_pixels(
+def fit_pixels(image: Image, height: int, width: int, **how: Any) -> torch.Tensor:
+    """The pixels of `fit`."""
+    return fit(image, height, width, **how).pixels
+
+
+def fit(
     image: Image,
     height: int,
     width: int,
@@ -60,8 +75,8 @@ def fit_pixels(
     crop: Crop = "center",
     flip: bool = False,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """A float32 tensor [3, height, width] in [-1, 1]: the image resized to cover the size, then cut.
+) -> View:
+    """The image resized to cover the size, then cut.
 
     crop="random" draws left and top from `generator`, then `flip` draws whether to mirror the image (half of them):
     the same generator state gives the same pixels. InputError when something is to be drawn without a generator, and
@@ -80,8 +95,7 @@ def fit_pixels(
             f"{name_of(image)} of {image.width}x{image.height} px is more than {SLIMMEST} times as long as it is wide: "
             "next to nothing of it would be kept; crop it, or remove it"
         )
-    scale = max(width / image.width, height / image.height)
-    full_width, full_height = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    full_width, full_height = _covering(image.width, image.height, height, width)
     spare = (full_width - width, full_height - height)
     left, top = _drawn(spare, generator) if crop == "random" and generator else (spare[0] // 2, spare[1] // 2)
     if full_width * full_height > _WASTE * width * height:  # resize only what is kept
@@ -95,7 +109,26 @@ def fit_pixels(
         kept = whole.crop((left, top, left + width, top + height))
     array = np.asarray(kept, dtype=np.float32)
     pixels = torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)
-    return pixels.flip(2) if flip and float(torch.rand(1, generator=generator)) < 0.5 else pixels
+    view = View(pixels, (image.height, image.width, top, left, height, width))
+    return mirrored(view) if flip and float(torch.rand(1, generator=generator)) < 0.5 else view
+
+
+def mirrored(view: View) -> View:
+    """The view of the mirrored image."""
+    return View(view.pixels.flip(2), mirrored_sizes(view.sizes))
+
+
+def mirrored_sizes(sizes: Sizes) -> Sizes:
+    """Those of the mirrored image: what was cut off at the right is now at the left."""
+    whole_height, whole_width, top, left, height, width = sizes
+    full_width, _ = _covering(whole_width, whole_height, height, width)
+    return whole_height, whole_width, top, full_width - width - left, height, width
+
+
+def _covering(image_width: int, image_height: int, height: int, width: int) -> tuple[int, int]:
+    """Width and height of an image that is just large enough to cover a size."""
+    scale = max(width / image_width, height / image_height)
+    return max(width, round(image_width * scale)), max(height, round(image_height * scale))
 
 
 def _drawn(spare: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:

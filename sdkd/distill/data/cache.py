@@ -2,9 +2,9 @@
 
 A cache is a folder of safetensors shards, `latents-00000.safetensors` (mean, std [n, c, h, w]; with `flip` also of
 the mirrored images, mirrored_mean and mirrored_std) and `text-00000.safetensors` (text [m, s, d], a row per unique
-caption, the empty one first), `captions.jsonl`, and `index.json`, which is written last. While it is made,
-`settings.json` says for what, and a .json beside each complete shard what is in it: the same command goes on from
-there.
+caption, the empty one first), `captions.jsonl`, and `index.json`, which is written last. Of SDXL, whose UNets are told
+more, shards also hold sizes [n, 6] and pooled [m, p], and the index says "added". While it is made, `settings.json`
+says for what, and a .json beside each complete shard what is in it: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -19,15 +19,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.core.conditions import takes_sizes
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import Precision, torch_dtype
 from sdkd.core.files import check_free, read_json, sha256, write_bytes, write_json
 from sdkd.core.interrupts import between_steps
 from sdkd.core.marks import CACHE, proves
-from sdkd.distill.data.buckets import fit_pixels
+from sdkd.distill.data.buckets import View, fit, mirrored
 from sdkd.distill.data.digests import fingerprint
-from sdkd.distill.data.disk_cache import CAPTIONS, INDEX, MIRRORED, PLAIN, SCHEMA, SETTINGS, DiskCache, Shard
-from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, model_digests, placed, too_long
+from sdkd.distill.data.disk_cache import (
+    ADDED,
+    CAPTIONS,
+    INDEX,
+    MIRRORED,
+    PLAIN,
+    SCHEMA,
+    SETTINGS,
+    SIZES,
+    TEXT,
+    DiskCache,
+    Shard,
+)
+from sdkd.distill.data.encode import TextParts, encode_captions, encode_image, model_digests, placed
 from sdkd.distill.data.reader import Reader, check_unreadable
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 from sdkd.errors import InputError, ModelError, OutputExistsError
@@ -95,10 +108,11 @@ def cache_settings(
         "precision": precision,
         "shard_images": shard_images,
         "scaling_factor": float(pipe.vae.config.scaling_factor),
-        "tokens": limit_of(pipe.tokenizer, pipe.text_encoder),
+        "tokens": TextParts.of(pipe).limit,
         "text": text,
         "flip": flip,
         **model_digests(pipe, precision),
+        **({ADDED: True} if takes_sizes(pipe.unet.config) else {}),
     }
 
 
@@ -158,7 +172,7 @@ class _Writer:
         reader = Reader(self._load, len(self.images), workers=workers)
         for record in kept.values():
             reader.unreadable.update({int(index): message for index, message in record["unreadable"].items()})
-        vae = self._placed(self.pipe.vae)
+        vae = placed(self.pipe.vae, self.device, torch_dtype(self.settings["precision"]))
         stream = reader.rows((index, index) for _, rows in missing for index in rows)
         try:
             for number, (name, rows) in enumerate(missing, len(kept)):
@@ -166,9 +180,9 @@ class _Writer:
         finally:
             stream.close()
 
-    def _load(self, position: int, index: int) -> tuple[int, torch.Tensor, str]:
+    def _load(self, position: int, index: int) -> tuple[int, View, str]:
         row, size = self.images[index], self.settings["resolution"]
-        return index, fit_pixels(row["image"], size, size), row_caption(row, index)
+        return index, fit(row["image"], size, size), row_caption(row, index)
 
     def _write_latents(
         self, vae: Any, name: str, rows: range, reader: Reader[Any], stream: Iterator[Any], at: tuple[int, int]
@@ -176,18 +190,22 @@ class _Writer:
         known = set(reader.unreadable)
         names = PLAIN + (MIRRORED if self.settings["flip"] else ())
         made: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        sources, captions = [], []
-        for place, (_, (source, pixels, caption)) in enumerate(itertools.islice(stream, len(rows))):
+        sources, captions, sizes = [], [], []
+        for place, (_, (source, view, caption)) in enumerate(itertools.islice(stream, len(rows))):
             self.check()
             if place % 16 == 0:
                 fraction = (at[0] + place / len(rows)) / at[1]
                 self.progress(f"encoding image {rows.start + place + 1} of {len(self.images)}", fraction)
-            found = encode_image(vae, pixels) + (encode_image(vae, pixels.flip(2)) if self.settings["flip"] else ())
+            views = (view, mirrored(view)) if self.settings["flip"] else (view,)
+            found = [value for one in views for value in encode_image(vae, one.pixels)]
             for key, value in zip(names, found, strict=True):
                 made[key].append(value.cpu())
             sources.append(source)
             captions.append(caption)
+            sizes.append(view.sizes)
         tensors = {key: torch.stack(values) for key, values in made.items()}
+        if self.settings.get(ADDED):
+            tensors[SIZES] = torch.tensor(sizes, dtype=torch.int32)
         bad = {str(index): message for index, message in reader.unreadable.items() if index not in known}
         self._write(name, tensors, {"captions": captions, "sources": sources, "unreadable": bad})
 
@@ -246,7 +264,7 @@ class _Writer:
         return index
 
     def _texts(self, unique: list[str]) -> list[dict[str, Any]]:
-        encoder = self._placed(self.pipe.text_encoder)
+        parts = TextParts.of(self.pipe).placed(self.device, torch_dtype(self.settings["precision"]))
         records = []
         for place, rows in enumerate(self._ranges(len(unique))):
             self.progress(f"encoding caption {rows.start + 1} of {len(unique)}", None)
@@ -254,14 +272,11 @@ class _Writer:
             record = self._kept(name, len(part))
             wanted = hashlib.sha256(json.dumps(part).encode()).hexdigest()
             if record is None or record["captions"] != wanted:
-                table = encode_captions(self.pipe.tokenizer, encoder, part, "cpu", self.check)
-                cut = len(too_long(self.pipe.tokenizer, part, self.settings["tokens"]))
-                record = self._write(name, {"text": table}, {"captions": wanted, "cut": cut})
+                tables = encode_captions(parts, part, "cpu", self.check)
+                stored = {TEXT[key]: value for key, value in tables.items()}
+                record = self._write(name, stored, {"captions": wanted, "cut": len(parts.too_long(part))})
             records.append({key: value for key, value in record.items() if key != "captions"})
         return records
-
-    def _placed(self, module: Any) -> Any:
-        return placed(module, self.device, torch_dtype(self.settings["precision"]))
 
     def _ranges(self, count: int) -> list[range]:
         size = self.settings["shard_images"]

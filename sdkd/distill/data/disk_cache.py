@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 
-from sdkd.core.contract import Precision, torch_dtype
+from sdkd.core.conditions import TEXT_EMBEDS, takes_sizes
+from sdkd.core.contract import Precision
 from sdkd.core.documents import parse_json
 from sdkd.core.files import read_json, sha256
 from sdkd.core.numbers import check_number
 from sdkd.core.schema import problem
-from sdkd.distill.data.encode import limit_of, vae_digest, weights_sha256
+from sdkd.distill.data.buckets import Sizes, mirrored_sizes
+from sdkd.distill.data.encode import STATES, Given, TextParts, text_digests, vae_digest
 from sdkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ SETTINGS = "settings.json"
 CAPTIONS = "captions.jsonl"
 SCHEMA = 1
 _SHARD = re.compile(r"(latents|text)-\d{5,}\.safetensors")
-PLAIN, MIRRORED = ("mean", "std"), ("mirrored_mean", "mirrored_std")  # tensors of a shard
+PLAIN, MIRRORED = ("mean", "std"), ("mirrored_mean", "mirrored_std")  # tensors of a shard of latents
+SIZES = "sizes"  # one more of SDXL's
+TEXT = {STATES: "text", TEXT_EMBEDS: "pooled"}  # tensors of a shard of text, by the UNet's inputs; the second of SDXL's
+ADDED = "added"  # of an index: whether there are those of SDXL
 _OPEN = 64  # shards that a DiskCache keeps open
 
 
@@ -57,6 +62,7 @@ class _Index(TypedDict):
     flip: bool
     images: int
     unreadable: dict[str, str]
+    added: NotRequired[bool]
 
 
 class _Caption(TypedDict):
@@ -120,18 +126,30 @@ class DiskCache:
         mean, std = self._rows_of("latents", MIRRORED if mirrored else PLAIN, range(len(self))[index])
         return mean, std
 
-    def text(self, index: int) -> torch.Tensor | None:
-        """Text embeddings [s, d] of an image's caption, of the empty one for index -1; None in a cache without text."""
+    def sizes(self, index: int, mirrored: bool = False) -> Sizes | None:
+        """What SDXL is told of an image, or of the mirrored one; None in a cache of another family."""
+        if not self.index.get(ADDED):
+            return None
+        (found,) = self._rows_of("latents", (SIZES,), range(len(self))[index])
+        sizes: Any = tuple(found.tolist())
+        return mirrored_sizes(sizes) if mirrored else sizes
+
+    def text(self, index: int) -> Given | None:
+        """Text embeddings of an image's caption, of the empty one for index -1; None in a cache without text."""
         if not self.index["texts"]:
             return None
-        return self._rows_of("texts", ("text",), self._rows["" if index == -1 else self.captions[index]])[0]
+        names = tuple(TEXT)[: 2 if self.index.get(ADDED) else 1]
+        row = self._rows["" if index == -1 else self.captions[index]]
+        return dict(zip(names, self._rows_of("texts", [TEXT[name] for name in names], row), strict=True))
 
     def check(self, pipe: StableDiffusionPipeline) -> None:
-        """InputError unless the cache was made by this pipeline's VAE encoder, text encoder and tokenizer length."""
-        made = self._made_with(pipe.vae)
+        """InputError unless the cache was made by this pipeline's VAE encoder, text encoders and tokenizers' length,
+        and for a UNet that is told as much.
+        """
+        made = self._made_with(pipe.vae) | {ADDED: takes_sizes(pipe.unet.config) or None}
         if self.index["texts"]:
-            made["text_encoder"] = weights_sha256(pipe.text_encoder, torch_dtype(self.precision))
-            made["tokens"] = limit_of(pipe.tokenizer, pipe.text_encoder)
+            parts = TextParts.of(pipe)
+            made |= {**text_digests(parts, self.precision), "tokens": parts.limit}
         self._check_made_by(made)
 
     def check_vae(self, vae: Any) -> None:

@@ -9,17 +9,25 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.core.conditions import TEXT_EMBEDS
 from sdkd.core.contract import torch_dtype
+from sdkd.families import Family
 from sdkd.models.clip_tokenizer import token_limit
+from sdkd.models.conditioning import family_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
+Given = dict[str, torch.Tensor]
+"""What a UNet is given beside latents and timesteps, by the names of its inputs: encoder_hidden_states [n, s, d], in
+families that pool the text text_embeds [n, p], in those that take sizes time_ids [n, 6]. Of one caption without n."""
+STATES = "encoder_hidden_states"
 TEXT_CHUNK = 8  # captions per call of the text encoder
 _ENCODER = ("encoder.", "quant_conv.")  # the part of a VAE that latents depend on
 
@@ -39,37 +47,84 @@ def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor
     return posterior.mean[0] * scale, posterior.std[0] * scale
 
 
+@dataclass(frozen=True)
+class TextParts:
+    """A pipeline's tokenizers and text encoders, in the order of its family.
+
+    `zeros`: whether guidance leads away from zeros, not from the empty caption.
+    """
+
+    family: Family
+    tokenizers: tuple[Any, ...]
+    encoders: tuple[Any, ...]
+    zeros: bool = False
+
+    @staticmethod
+    def of(pipe: StableDiffusionPipeline) -> TextParts:
+        """Those of a pipeline."""
+        family = family_of(pipe)
+        tokenizers = tuple(getattr(pipe, name) for name in family.tokenizers)
+        encoders = tuple(getattr(pipe, encoder.part) for encoder in family.text_encoders)
+        return TextParts(family, tokenizers, encoders, bool(pipe.config.get("force_zeros_for_empty_prompt")))
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The text encoders by their parts of a pipeline."""
+        return {one.part: encoder for one, encoder in zip(self.family.text_encoders, self.encoders, strict=True)}
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a caption, start and end included."""
+        pairs = zip(self.tokenizers, self.encoders, strict=True)
+        return min(token_limit(tokenizer, encoder.config.max_position_embeddings) for tokenizer, encoder in pairs)
+
+    def placed(self, device: torch.device | str, dtype: torch.dtype) -> TextParts:
+        """With the encoders of `placed`."""
+        return replace(self, encoders=tuple(placed(encoder, device, dtype) for encoder in self.encoders))
+
+    def too_long(self, captions: Sequence[str]) -> list[str]:
+        """Those captions that have more tokens than the limit, and are cut."""
+        return list(dict.fromkeys(cut for one in self.tokenizers for cut in too_long(one, captions, self.limit)))
+
+
 @torch.no_grad()
 def encode_captions(
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
+    parts: TextParts,
     captions: Sequence[str],
     device: torch.device | str | None = None,
     check: Callable[[], None] = lambda: None,
-) -> torch.Tensor:
-    """Text embeddings [n, s, d] of captions in the text encoder's dtype, on `device` (None: the text encoder's).
+) -> Given:
+    """Text embeddings [n, s, d] and, in families that pool it, [n, p] of captions, in the text encoders' dtype.
 
-    `check` is called before each chunk.
-
-    Captions are padded and cut to s tokens (`limit_of`); the last chunk is filled up with the empty caption.
+    On `device` (None: the text encoders'). `check` is called before each chunk. Captions are padded and cut to s tokens
+    (the parts' `limit`); the last chunk is filled up with the empty caption.
     """
-    limit = limit_of(tokenizer, text_encoder)
-    padded = [*captions, *[""] * (-len(captions) % TEXT_CHUNK)]
+    padded = [*captions, *[""] * (-len(captions) % TEXT_CHUNK)] or [""] * TEXT_CHUNK
     chunks = []
     for start in range(0, len(padded), TEXT_CHUNK):
         check()
-        ids = tokens(tokenizer, padded[start : start + TEXT_CHUNK], limit).to(text_encoder.device)
-        output: Any = text_encoder(ids)
-        chunks.append(output[0].to(device or text_encoder.device))
-    if not chunks:
-        shape = (0, limit, text_encoder.config.hidden_size)
-        return torch.empty(shape, dtype=text_encoder.dtype, device=device or text_encoder.device)
-    return torch.cat(chunks)[: len(captions)]
+        found = _encoded(parts, padded[start : start + TEXT_CHUNK])
+        chunks.append({name: value.to(device or value.device) for name, value in found.items()})
+    return {name: value[: len(captions)] for name, value in together(torch.cat, chunks).items()}
 
 
-def limit_of(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> int:
-    """Tokens of a caption, start and end included."""
-    return token_limit(tokenizer, text_encoder.config.max_position_embeddings)
+def _encoded(parts: TextParts, captions: list[str]) -> Given:
+    """Where hidden states are read: those before the last of all encoders side by side, and the text that the last one
+    pools, as diffusers' StableDiffusionXLPipeline.encode_prompt.
+    """
+    inner = parts.family.hidden_states
+    found: list[Any] = [
+        encoder(tokens(tokenizer, captions, parts.limit).to(encoder.device), output_hidden_states=inner)
+        for tokenizer, encoder in zip(parts.tokenizers, parts.encoders, strict=True)
+    ]
+    if not inner:
+        return {STATES: found[0][0]}
+    return {STATES: torch.cat([one.hidden_states[-2] for one in found], -1), TEXT_EMBEDS: found[-1].text_embeds}
+
+
+def together(join: Callable[[list[torch.Tensor]], torch.Tensor], rows: Sequence[Given]) -> Given:
+    """Rows as one, input by input: `join` is torch.stack or torch.cat."""
+    return {name: join([row[name] for row in rows]) for name in rows[0]}
 
 
 def tokens(tokenizer: CLIPTokenizer, captions: list[str], limit: int) -> torch.Tensor:
@@ -118,11 +173,13 @@ def weights_sha256(module: torch.nn.Module, dtype: torch.dtype, prefixes: tuple[
 
 
 def model_digests(pipe: StableDiffusionPipeline, precision: str) -> dict[str, str]:
-    """SHA-256 of the weights of the VAE's encoder and of the text encoder, as they are in `precision`."""
-    return {
-        "vae": vae_digest(pipe.vae, precision),
-        "text_encoder": weights_sha256(pipe.text_encoder, torch_dtype(precision)),
-    }
+    """SHA-256 of the weights of the VAE's encoder and of the text encoders, as they are in `precision`."""
+    return {"vae": vae_digest(pipe.vae, precision), **text_digests(TextParts.of(pipe), precision)}
+
+
+def text_digests(parts: TextParts, precision: str) -> dict[str, str]:
+    """SHA-256 of the weights of text encoders, by their parts, as they are in `precision`."""
+    return {part: weights_sha256(encoder, torch_dtype(precision)) for part, encoder in parts.named.items()}
 
 
 def vae_digest(vae: Any, precision: str) -> str:

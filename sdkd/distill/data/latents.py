@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import check_size, size_multiple, vae_scale
-from sdkd.distill.data.buckets import fit_pixels
-from sdkd.distill.data.encode import encode_captions, encode_image, limit_of, too_long
+from sdkd.distill.data.buckets import Sizes, View, fit
+from sdkd.distill.data.encode import Given, TextParts, encode_captions, encode_image, together
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, row_caption
 
@@ -27,7 +27,10 @@ _TEXT_LIMIT = 1 << 30  # bytes of text embeddings that are kept
 
 @runtime_checkable
 class Latents(Protocol):
-    """Posteriors of images, scaled as the UNet sees them, with their captions."""
+    """Posteriors of images, scaled as the UNet sees them, with their captions.
+
+    May also offer `sizes(index)`, what SDXL is told of an image; without, an image is whole (see `sizes_of`).
+    """
 
     @property
     def captions(self) -> Sequence[str]:
@@ -38,8 +41,8 @@ class Latents(Protocol):
     def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation [c, h, w]."""
 
-    def text(self, index: int) -> torch.Tensor | None:
-        """Stored text embeddings [s, d], of the empty caption for index -1; None where only captions are stored."""
+    def text(self, index: int) -> Given | None:
+        """Stored text embeddings, of the empty caption for index -1; None where only captions are stored."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class LatentCache:
     std: torch.Tensor  # [n, c, h, w]
     captions: Sequence[str]
     unreadable: Mapping[int, str] = field(default_factory=dict)  # images that could not be read, by index
+    views: Sequence[Sizes] = ()  # what each is told to be, where that is known
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -58,8 +62,25 @@ class LatentCache:
         """Mean and standard deviation [c, h, w] of one image."""
         return self.mean[index], self.std[index]
 
+    def sizes(self, index: int) -> Sizes | None:
+        """What SDXL is told of one image; None where nothing is known."""
+        return self.views[index] if self.views else None
+
     def text(self, index: int) -> None:
         """None: only captions are kept here."""
+
+
+def sizes_of(latents: Latents, index: int, scale: int, *view: bool) -> Sizes:
+    """What SDXL is told of an image: as the latents know it, else that it is whole; `scale`: pixels per latent.
+
+    `view`: True for the mirrored image, of latents that have such.
+    """
+    known = getattr(latents, "sizes", None)
+    if known and (found := known(index, *view)):
+        sizes: Sizes = found
+        return sizes
+    height, width = (scale * int(side) for side in latents.posterior(index)[0].shape[-2:])
+    return height, width, 0, 0, height, width
 
 
 def training_size(pipe: StableDiffusionPipeline, resolution: int | None) -> int:
@@ -85,48 +106,50 @@ def encode_images(
     """
     count = min(len(images), limit or len(images))
 
-    def load(position: int, index: int) -> tuple[torch.Tensor, str]:
+    def load(position: int, index: int) -> tuple[View, str]:
         row = images[index]
-        return fit_pixels(row["image"], size, size), row_caption(row, index)
+        return fit(row["image"], size, size), row_caption(row, index)
 
     reader = Reader(load, count, workers=workers)
-    means, stds, captions = [], [], []
-    for index, (pixels, caption) in reader.rows((index, index) for index in range(count)):
+    means, stds, captions, views = [], [], [], []
+    for index, ((pixels, sizes), caption) in reader.rows((index, index) for index in range(count)):
         if index % 16 == 0:
             progress(f"encoding image {index + 1} of {count}", index / count)
         mean, std = encode_image(vae, pixels)
         means.append(mean.cpu())
         stds.append(std.cpu())
         captions.append(caption)
-    return LatentCache(torch.stack(means), torch.stack(stds), captions, reader.unreadable)
+        views.append(sizes)
+    return LatentCache(torch.stack(means), torch.stack(stds), captions, reader.unreadable, views)
 
 
 class TextEmbeddings:
     """Text embeddings of captions; those seen before are kept in memory as long as they fit."""
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, kept: int = _TEXT_LIMIT) -> None:
-        self._tokenizer, self._encoder, self._kept = tokenizer, text_encoder, kept
-        self.limit = limit_of(tokenizer, text_encoder)  # tokens
+    def __init__(self, parts: TextParts, kept: int = _TEXT_LIMIT) -> None:
+        self.parts, self._kept = parts, kept
+        self.limit = parts.limit  # tokens
         self.cut: set[str] = set()  # captions that had more
-        self._known: dict[str, torch.Tensor] = {}
+        self._known: dict[str, Given] = {}
         self._bytes = 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """The text encoder's."""
-        found: torch.dtype = self._encoder.dtype
+        """The text encoders'."""
+        found: torch.dtype = self.parts.encoders[0].dtype
         return found
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """Embeddings [b, s, d], in the text encoder's dtype, on its device."""
+    def __call__(self, captions: Sequence[str]) -> Given:
+        """Embeddings of b captions, in the text encoders' dtype, on their device."""
         new = [text for text in dict.fromkeys(captions) if text not in self._known]
-        found = dict(zip(new, encode_captions(self._tokenizer, self._encoder, new), strict=True)) if new else {}
-        self.cut.update(too_long(self._tokenizer, new, self.limit))
-        for text, value in found.items():
-            self._keep(text, value)
-        return torch.stack([found[text] if text in found else self._known[text] for text in captions])
+        made = encode_captions(self.parts, new) if new else {}
+        found = {text: {name: value[row] for name, value in made.items()} for row, text in enumerate(new)}
+        self.cut.update(self.parts.too_long(new))
+        for text, values in found.items():
+            self._keep(text, values)
+        return together(torch.stack, [found[text] if text in found else self._known[text] for text in captions])
 
-    def _keep(self, text: str, value: torch.Tensor) -> None:
+    def _keep(self, text: str, values: Given) -> None:
         if self._bytes < self._kept:
-            self._known[text] = value.clone()
-            self._bytes += value.nbytes
+            self._known[text] = {name: value.clone() for name, value in values.items()}
+            self._bytes += sum(value.nbytes for value in values.values())

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.distill.data.encode import encode_image
-from sdkd.distill.data.latents import Latents, TextEmbeddings
+from sdkd.core.conditions import TIME_IDS
+from sdkd.distill.data.buckets import Sizes, View
+from sdkd.distill.data.encode import Given, encode_image, together
+from sdkd.distill.data.latents import Latents, TextEmbeddings, sizes_of
 from sdkd.distill.data.order import Draw, Order, draw_at, draw_latents, draw_noise, guidance_at
 from sdkd.distill.data.reader import Reader
 from sdkd.distill.data.rows import CaptionedImages, caption_at, row_caption
@@ -23,25 +25,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: its posterior's mean and standard deviation [c, h, w], and the index that its caption is at."""
+    """One image: its posterior's mean and standard deviation [c, h, w], the index that its caption is at, and what SDXL
+    is told of it.
+    """
 
     position: int
     index: int
     mean: torch.Tensor
     std: torch.Tensor
     caption: str
+    sizes: Sizes
 
 
 class LatentSamples:
     """Samples from latents that were made before; `mirrored` says at which positions the mirrored image is due.
 
-    `waited` are the seconds spent waiting for data, `unreadable` names what could not be read, by index.
+    `scale`: pixels per latent. `waited` are the seconds spent waiting for data, `unreadable` names what could not be
+    read, by index.
     """
 
     def __init__(
-        self, latents: Latents, limit: int | None = None, mirrored: Callable[[int], bool] | None = None
+        self, latents: Latents, scale: int, limit: int | None = None, mirrored: Callable[[int], bool] | None = None
     ) -> None:
         self.latents: Any = latents
+        self.scale = scale
         self.mirrored = mirrored
         self.waited = 0.0
         self.unreadable: Mapping[int, str] = getattr(latents, "unreadable", {})
@@ -57,30 +64,32 @@ class LatentSamples:
             view = (True,) if self.mirrored and self.mirrored(position) else ()
             mean, std = self.latents.posterior(index, *view)
             self.waited += time.perf_counter() - start
-            yield Sample(position, index, mean, std, self.latents.captions[index])
+            sizes = sizes_of(self.latents, index, self.scale, *view)
+            yield Sample(position, index, mean, std, self.latents.captions[index], sizes)
 
     def caption(self, index: int) -> str:
         """The caption at an index."""
         return self.latents.captions[index]
 
-    def text(self, index: int) -> torch.Tensor | None:
-        """Stored text embeddings [s, d] of an index (-1: of the empty caption), or None."""
-        return self.latents.text(index)
+    def text(self, index: int) -> Given | None:
+        """Stored text embeddings of an index (-1: of the empty caption), or None."""
+        found: Given | None = self.latents.text(index)
+        return found
 
 
-Pixels = tuple[int, torch.Tensor, str]  # index that was read, pixels [3, height, width] in -1..1, caption
-View = Callable[[int, int, Any], torch.Tensor]  # (position, index, PIL image) -> pixels
+Seen = tuple[int, View, str]  # index that was read, what is seen of its image, caption
+See = Callable[[int, int, Any], View]  # (position, index, PIL image) -> what is seen
 
 
 class ImageSamples:
     """The same from images that are read ahead by threads and encoded when they are needed."""
 
     def __init__(
-        self, images: CaptionedImages, vae: AutoencoderKL, view: View, *, workers: int, limit: int | None = None
+        self, images: CaptionedImages, vae: AutoencoderKL, view: See, *, workers: int, limit: int | None = None
     ) -> None:
         self.images, self.vae, self.view = images, vae, view
         self._count = min(len(images), limit or len(images))
-        self._reader: Reader[Pixels] = Reader(self._load, self._count, workers=workers)
+        self._reader: Reader[Seen] = Reader(self._load, self._count, workers=workers)
         self.unreadable = self._reader.unreadable
 
     def __len__(self) -> int:
@@ -93,9 +102,9 @@ class ImageSamples:
 
     def stream(self, pairs: Iterable[tuple[int, int]]) -> Iterator[Sample]:
         """The samples of (position, index) pairs, in order."""
-        for position, (index, pixels, caption) in self._reader.rows(pairs):
-            mean, std = encode_image(self.vae, pixels)
-            yield Sample(position, index, mean, std, caption)
+        for position, (index, view, caption) in self._reader.rows(pairs):
+            mean, std = encode_image(self.vae, view.pixels)
+            yield Sample(position, index, mean, std, caption, view.sizes)
 
     def caption(self, index: int) -> str:
         """The caption at an index, without its image where that is possible; of the next one that has one."""
@@ -104,7 +113,7 @@ class ImageSamples:
     def text(self, index: int) -> None:
         """None: captions are encoded in each step."""
 
-    def _load(self, position: int, index: int) -> Pixels:
+    def _load(self, position: int, index: int) -> Seen:
         row = self.images[index]
         return index, self.view(position, index, row["image"]), row_caption(row, index)
 
@@ -114,21 +123,22 @@ Samples = LatentSamples | ImageSamples
 
 @dataclass(frozen=True)
 class Batch:
-    """What both UNets see: float32 latents and noise [b, c, h, w], timesteps [b] int64, text [b, s, d].
+    """What both UNets see: float32 latents and noise [b, c, h, w], timesteps [b] int64, and what they are `given` with
+    them.
 
     `matching` [b] bool: the caption is the image's own or empty (False under random conditioning). `named` says of each
     sample its index, timestep and caption, for messages. For consistency distillation: `guidance` [b] float32, the
-    teacher's w, and the text of the empty caption, `empty` [b, s, d].
+    teacher's w, and `empty`, what is given instead where guidance leads away from.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
-    text: torch.Tensor
+    given: Given
     matching: torch.Tensor
     named: tuple[tuple[int, int, str], ...] = ()
     guidance: torch.Tensor | None = None
-    empty: torch.Tensor | None = None
+    empty: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -151,10 +161,11 @@ class Batches:
         config: TrainConfig,
         place: Place,
         timesteps: Sequence[int],
+        sized: bool = False,
     ) -> None:
-        """`timesteps`: those to draw from, each as often."""
+        """`timesteps`: those to draw from, each as often; `sized`: whether the UNets are told the sizes of images."""
         self.samples, self.order, self.encode_text, self.config, self.place = samples, order, text, config, place
-        self.timesteps = timesteps
+        self.timesteps, self.sized = timesteps, sized
         self.images = 0  # seen by this process
         self._stream: Iterator[Sample] = iter(())
         self.start(0)
@@ -189,21 +200,26 @@ class Batches:
         noise = torch.stack([draw_noise(draw, latents.shape[1:], self.config.noise_offset) for _, draw in chosen])
         timesteps = torch.tensor([draw.timestep for _, draw in chosen])
         matching = torch.tensor([draw.other is None or draw.empty for _, draw in chosen])
-        text = self._text(chosen)
+        given = self._text(chosen)
+        if self.sized:
+            given |= {
+                TIME_IDS: torch.tensor([sample.sizes for sample, _ in chosen], dtype=torch.float32, device=device)
+            }
         named = tuple((sample.index, draw.timestep, self._shown(sample, draw)) for sample, draw in chosen)
-        made = Batch(latents.to(device), noise.to(device), timesteps.to(device), text, matching.to(device), named)
+        made = Batch(latents.to(device), noise.to(device), timesteps.to(device), given, matching.to(device), named)
         return self._with_guidance(made, chosen) if self.config.kind.consistency else made
 
     def _with_guidance(self, batch: Batch, chosen: Sequence[tuple[Sample, Draw]]) -> Batch:
-        """With what the teacher's guided prediction needs: w of each sample, and the empty caption."""
+        """With what the teacher's guided prediction needs: w of each sample, and the empty caption.
+
+        That is zeros where the pipeline draws with such, as in diffusers' train_lcm_distill_lora_sdxl.py.
+        """
         drawn = [guidance_at(self.config.seed, sample.position, *self.config.guidance) for sample, _ in chosen]
         stored = self.samples.text(-1)
-        empty = self.encode_text([""])[0] if stored is None else stored.to(self.encode_text.dtype)
-        return replace(
-            batch,
-            guidance=torch.tensor(drawn, device=self.place.device),
-            empty=empty.to(self.place.device).expand(len(chosen), *empty.shape),
-        )
+        one = {name: value[0] for name, value in self.encode_text([""]).items()} if stored is None else stored
+        of = torch.zeros_like if self.encode_text.parts.zeros else torch.clone
+        empty = {name: of(value.to(batch.given[name])).expand_as(batch.given[name]) for name, value in one.items()}
+        return replace(batch, guidance=torch.tensor(drawn, device=self.place.device), empty=batch.given | empty)
 
     def _draw(self, sample: Sample) -> Draw:
         config = self.config
@@ -217,12 +233,17 @@ class Batches:
         )
         return replace(draw, timestep=self.timesteps[draw.timestep])
 
-    def _text(self, chosen: Sequence[tuple[Sample, Draw]]) -> torch.Tensor:
+    def _text(self, chosen: Sequence[tuple[Sample, Draw]]) -> Given:
         stored = [self.samples.text(self._caption_index(sample, draw)) for sample, draw in chosen]
         known = [value for value in stored if value is not None]
-        if len(known) == len(chosen):
-            return torch.stack(known).to(self.place.device, self.encode_text.dtype)  # a cache has its own precision
-        return self.encode_text([self._caption(sample, draw) for sample, draw in chosen]).to(self.place.device)
+        whole = len(known) == len(chosen)
+        found = (
+            together(torch.stack, known)
+            if whole
+            else self.encode_text([self._caption(sample, draw) for sample, draw in chosen])
+        )
+        # a cache has its own precision
+        return {name: value.to(self.place.device, self.encode_text.dtype) for name, value in found.items()}
 
     def _caption_index(self, sample: Sample, draw: Draw) -> int:
         if draw.empty:

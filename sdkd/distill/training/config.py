@@ -15,7 +15,7 @@ from sdkd.distill.data.buckets import CROPS
 from sdkd.distill.training.eight_bits import WEIGHT_BITS, rounding_problems, scheme_of
 from sdkd.distill.training.pairs import PRESETS, feature_pairs
 from sdkd.errors import InputError
-from sdkd.families import LossWeights, StudentSpec
+from sdkd.families import STUDENT_NAMES, LossWeights, StudentSpec
 from sdkd.models.generation import EMBEDDED_FEW_STEPS, FEW_STEPS, Generation
 from sdkd.quantization.scheme import Scheme
 from sdkd.students.blocks import student_spec
@@ -112,9 +112,7 @@ class TrainConfig:
     """
 
     objective: str = _setting("distill", "One of the command's: see --objective.")
-    student: str = _setting(
-        "tiny", "small, tiny, bk-base, bk-small or bk-tiny; same (consistency alone): the teacher's blocks.", *_STUDENTS
-    )
+    student: str = _setting("tiny", f"{STUDENT_NAMES}; same (consistency alone): the teacher's blocks.", *_STUDENTS)
     steps: int = _setting(1000, "Optimizer steps.")
     batch_size: int = _setting(32, "Images per forward pass and process.")
     accumulation: int = _optimizer(1, "Forward passes per step.")
@@ -124,7 +122,7 @@ class TrainConfig:
     feature_weight: float | None = _loss(
         None, "Factor of feature KD. [default: the student's; of consistency 0]", *_STUDENTS
     )
-    pairs: str | None = _loss(None, "Feature pairs: segmind or bk-sdm. [default: the student's]", *_STUDENTS)
+    pairs: str | None = _loss(None, f"Feature pairs: {', '.join(PRESETS)}. [default: the student's]", *_STUDENTS)
     feature_norm: str = _loss("none", "variance: divide each pair by the variance of the teacher's.", *_STUDENTS)
     snr_gamma: float = _loss(0.0, "Gamma of min-SNR weights (5 is usual); 0: off.")
     noise_offset: float = _loss(0.0, "Strength of a constant added to each channel's noise; 0: off.")

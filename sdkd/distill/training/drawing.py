@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdkd.models.clip_tokenizer import bounded
+from sdkd.models.conditioning import family_of
+from sdkd.models.families import new_pipeline
 from sdkd.models.generation import Generation
 from sdkd.models.schedulers import scheduler_class, scheduler_like
 
@@ -14,20 +17,18 @@ if TYPE_CHECKING:
     from sdkd.distill.training.config import TrainConfig
 
 
-def drawing_pipeline(pipe: StableDiffusionPipeline, unet: Any, vae: Any, text_encoder: Any, scheduler: Any) -> Any:
-    """A pipeline of these parts and another's tokenizer, without a progress bar."""
-    from diffusers import StableDiffusionPipeline
+def drawing_pipeline(pipe: StableDiffusionPipeline, parts: Mapping[str, Any], scheduler: Any) -> Any:
+    """The text-to-image pipeline of the family of `parts` (all that have weights) and another's rest, quiet."""
+    import diffusers
 
-    made = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=bounded(pipe.tokenizer, text_encoder.config.max_position_embeddings),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    family = family_of(pipe)
+    tokenizers = {
+        encoder.tokenizer: bounded(getattr(pipe, encoder.tokenizer), parts[encoder.part].config.max_position_embeddings)
+        for encoder in family.text_encoders
+    }
+    rest = {**pipe.components, **dict.fromkeys(family.absent), **tokenizers, "scheduler": scheduler}
+    kind = getattr(diffusers, family.by_channels[4])
+    made = new_pipeline(kind, {**rest, **parts}, {**pipe.config, **family.options})
     made.set_progress_bar_config(disable=True)
     return made
 

@@ -49,18 +49,14 @@ class FeatureUNet(nn.Module):
         return hook
 
     def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        timestep_cond: torch.Tensor | None = None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **conditions: Any
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Noisy latents [b, c, h, w], timesteps [b], text [b, s, d] -> output [b, c, h, w] and features, in order.
 
-        `timestep_cond` [b, w]: the guidance embedding of a UNet that takes one.
+        `conditions`: what else the UNet takes, see sdkd.core.conditions.
         """
         self._found.clear()
-        output = self.unet(sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False)[0]
+        output = self.unet(sample, timestep, encoder_hidden_states, **conditions, return_dict=False)[0]
         features = [self._found[index] for index in range(self._count)]
         self._found.clear()  # keep no activation alive between calls
         return output, features

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdkd.core.console import Progress, quiet
-from sdkd.distill.data.encode import placed, weights_sha256
+from sdkd.distill.data.encode import TextParts, placed, weights_sha256
 from sdkd.distill.data.latents import Latents, training_size
 from sdkd.distill.data.rows import CaptionedImages, caption_at
 from sdkd.distill.training.card import Origin
@@ -81,9 +81,9 @@ def _recorded(
     pipe: Any, unet: Any, config: TrainConfig, origin: Origin, *, folder: Path | None, progress: Progress, **asked: Any
 ) -> Calibration:
     """`record` of a run's UNet among its pipeline's other parts."""
-    vae, text_encoder = (placed(part, "cpu", torch.float32) for part in (pipe.vae, pipe.text_encoder))
-    scheduler = result_scheduler(pipe.scheduler, config, origin.generation)
-    drawing = drawing_pipeline(pipe, placed(unet, "cpu", torch.float32), vae, text_encoder, scheduler)
+    parts = {"unet": unet, "vae": pipe.vae, **TextParts.of(pipe).named}
+    placed_parts = {name: placed(part, "cpu", torch.float32) for name, part in parts.items()}
+    drawing = drawing_pipeline(pipe, placed_parts, result_scheduler(pipe.scheduler, config, origin.generation))
     with tempfile.TemporaryDirectory() as spare, torch.no_grad():
         return record(drawing, folder_for_partial=folder or Path(spare), progress=progress, **asked)
 

@@ -66,7 +66,7 @@ def draw(trainer: Trainer) -> list[NDArray[Any]]:
 def _pipeline(trainer: Trainer) -> Any:
     """The trained UNet among the frozen parts of its run."""
     scheduler = result_scheduler(trainer.pipe.scheduler, trainer.config, trainer.origin.generation)
-    return drawing_pipeline(trainer.pipe, trainer.unet, trainer.vae, trainer.text_encoder, scheduler)
+    return drawing_pipeline(trainer.pipe, {"unet": trainer.unet, "vae": trainer.vae, **trainer.text.named}, scheduler)
 
 
 def crossed(pixels: NDArray[Any]) -> Image:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.core.conditions import guidance_width
+from sdkd.core.conditions import guidance_width, takes_sizes
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import size_multiple, torch_dtype, vae_scale
-from sdkd.distill.data.buckets import STEP, aspect_buckets, fit_pixels, nearest_bucket
+from sdkd.distill.data.buckets import STEP, View, aspect_buckets, fit, nearest_bucket
 from sdkd.distill.data.latents import Latents, encode_images, training_size
 from sdkd.distill.data.order import Bucketed, Order, Sharded, mirrored_at, view_generator
 from sdkd.distill.data.rows import CaptionedImages
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 # What all UNets of a run take alike: they see the same latents and captions.
-_SHARED = {"in_channels": "latents", "cross_attention_dim": "text embeddings"}
+_SHARED = {"in_channels": "latents", "cross_attention_dim": "text embeddings", "addition_embed_type": "conditions"}
 _MEMORY_LIMIT = 1 << 31  # bytes of latents that "auto" encodes before training
 
 
@@ -137,10 +137,20 @@ def check_configs(
         if other[key] != asked[0][key]:
             raise ModelError(
                 f"two UNets of one run take other {why} ({key} {asked[0][key]} and {other[key]}): give models of one "
-                "family, both SD 1.x or both 2.x"
+                "family, both SD 1.x, both 2.x or both SDXL"
             )
+    check_halves(config.precision, model, vae)
     if config.kind.student:
         _check_student(config, model, unet, what)
+
+
+def check_halves(precision: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """ModelError for a VAE in fp16 that overflows there, as SDXL's own: its pipelines compute it in float32."""
+    if precision == "fp16" and takes_sizes(unet) and vae.get("force_upcast", True):
+        raise ModelError(
+            "SDXL's VAE overflows in fp16 (its config says force_upcast): give --precision bf16, or a model with a VAE "
+            "that does not, such as madebyollin/sdxl-vae-fp16-fix"
+        )
 
 
 def _check_student(config: TrainConfig, model: Mapping[str, Any], unet: Mapping[str, Any] | None, what: str) -> None:
@@ -175,12 +185,12 @@ def make_samples(
     if isinstance(data, Latents):
         check_views(data, config)
         mirrored = partial(mirrored_at, config.seed) if config.flip else None
-        samples: Samples = LatentSamples(data, config.max_images, mirrored)
+        samples: Samples = LatentSamples(data, vae_scale(pipe.vae.config), config.max_images, mirrored)
         return samples, Order(len(samples), config.seed)
     size = training_size(pipe, config.resolution)
     if _fits_memory(pipe, data, config, size, place):
         made = encode_images(vae, data, size=size, limit=config.max_images, workers=config.workers, progress=progress)
-        samples = LatentSamples(made)
+        samples = LatentSamples(made, vae_scale(pipe.vae.config))
         return samples, Order(len(samples), config.seed)
     if config.buckets:
         multiple = size_multiple(pipe.unet.config, pipe.vae.config)
@@ -226,10 +236,10 @@ def _fits_memory(
     return bytes_needed <= _MEMORY_LIMIT and count <= drawn
 
 
-def _view(config: TrainConfig, height: int, width: int, position: int, index: int, image: Any) -> torch.Tensor:
+def _view(config: TrainConfig, height: int, width: int, position: int, index: int, image: Any) -> View:
     crop: Any = config.crop
     generator = view_generator(config.seed, position)
-    return fit_pixels(image, height, width, crop=crop, flip=config.flip, generator=generator)
+    return fit(image, height, width, crop=crop, flip=config.flip, generator=generator)
 
 
 def _bucketed(
@@ -244,7 +254,7 @@ def _bucketed(
     members = [[index for index in range(count) if which[index] == bucket] for bucket in range(len(sizes))]
     order = Bucketed(members, config.batch_size * place.world, config.seed)
 
-    def view(position: int, index: int, image: Any) -> torch.Tensor:
+    def view(position: int, index: int, image: Any) -> View:
         # The shape of the image that was asked for: what replaces an unreadable one may be of another bucket.
         return _view(config, *sizes[which[order.index(position)]], position, index, image)
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdkd.core.conditions import GUIDANCE, nested, takes_sizes
 from sdkd.core.console import Progress, quiet
 from sdkd.core.contract import torch_dtype
 from sdkd.distill.data.digests import data_digest, model_digest
-from sdkd.distill.data.encode import placed
+from sdkd.distill.data.encode import TextParts, placed, together
 from sdkd.distill.data.latents import Latents, TextEmbeddings
 from sdkd.distill.data.order import DROPOUT, generator_at
 from sdkd.distill.data.rows import CaptionedImages
@@ -80,9 +81,10 @@ class Trainer:
         self.calibration = shared(self.accelerator, calibrate) if calibrate else None
         self.scheduler = scheduler_like(pipe.scheduler, DDPMScheduler)
         self.vae = placed(pipe.vae, self.device, self.dtype)
-        self.text_encoder = placed(pipe.text_encoder, self.device, self.dtype)
+        parts = TextParts.of(pipe)
+        self.text = parts.placed(self.device, self.dtype)
         self.data, self.origin = data, Origin()
-        self._model = model_digest((pipe.unet, pipe.vae, pipe.text_encoder), self.scheduler, self.dtype)
+        self._model = model_digest((pipe.unet, pipe.vae, *parts.encoders), self.scheduler, self.dtype)
         self._other = model_digest((teacher,), self.scheduler, self.dtype) if teacher is not None else None
         self.solver = Solver(self.scheduler, config.solver_steps, self.device) if config.kind.consistency else None
         self.batches = self._batches(data, progress)
@@ -104,9 +106,9 @@ class Trainer:
     def _batches(self, data: CaptionedImages | Latents, progress: Progress) -> Batches:
         place = Place(self.accelerator.process_index, self.accelerator.num_processes, self.device)
         samples, order = make_samples(self.pipe, self.vae, data, self.config, place, progress)
-        text = TextEmbeddings(self.pipe.tokenizer, self.text_encoder)
-        every = range(int(self.scheduler.config.num_train_timesteps))
-        return Batches(samples, order, text, self.config, place, self.solver.points if self.solver else every)
+        text, every = TextEmbeddings(self.text), range(int(self.scheduler.config.num_train_timesteps))
+        points, sized = self.solver.points if self.solver else every, takes_sizes(self.pipe.unet.config)
+        return Batches(samples, order, text, self.config, place, points, sized)
 
     def _teacher(self, other: UNet2DConditionModel | None, names: list[str]) -> FeatureUNet | None:
         """The frozen teacher: `other`, else the pipeline's UNet; of a LoRA's own, a twin that shares its weights."""
@@ -182,8 +184,8 @@ class Trainer:
         taught: Learnt | None = None
         if self.teacher_call is not None:
             with torch.no_grad():
-                taught = self.teacher_call(noisy.to(self.dtype), batch.timesteps, batch.text)
-        learnt: Learnt = self.model(noisy, batch.timesteps, batch.text)
+                taught = self.teacher_call(noisy.to(self.dtype), batch.timesteps, **nested(batch.given))
+        learnt: Learnt = self.model(noisy, batch.timesteps, **nested(batch.given))
         target = task_target(self.scheduler, batch.latents, batch.noise, batch.timesteps)
         return distill_losses(
             learnt,
@@ -202,18 +204,18 @@ class Trainer:
         assert batch.empty is not None
         config, times, earlier = self.config, batch.timesteps, solver.before(batch.timesteps)
         noisy = self.scheduler.add_noise(batch.latents, batch.noise, times)  # [b, c, h, w]
-        embedded = None
+        given = nested(batch.given)
         if config.guidance_embedding:
-            embedded = guidance_embedding(batch.guidance, config.guidance_embedding)  # [b, w]
+            given[GUIDANCE] = guidance_embedding(batch.guidance, config.guidance_embedding)  # [b, w]
         with torch.no_grad():
-            both = (noisy.to(self.dtype).repeat(2, 1, 1, 1), times.repeat(2), torch.cat([batch.text, batch.empty]))
-            taught: Learnt = self.teacher_call(*both)
+            both = nested(together(torch.cat, [batch.given, batch.empty]))
+            taught: Learnt = self.teacher_call(noisy.to(self.dtype).repeat(2, 1, 1, 1), times.repeat(2), **both)
             image, noise = solver.split(guided(taught[0], batch.guidance), noisy, times)
             before = solver.mix(image, noise, earlier)
             with self.accelerator.autocast():
-                aim: Learnt = (self.target or self.model)(before, earlier, batch.text, embedded)
+                aim: Learnt = (self.target or self.model)(before, earlier, **given)
             target = solver.answer(aim[0], before, earlier)
-        learnt: Learnt = self.model(noisy, times, batch.text, embedded)
+        learnt: Learnt = self.model(noisy, times, **given)
         factors = solver.weights(times, config.snr_gamma) if config.snr_gamma else None
         loss = pseudo_huber(solver.answer(learnt[0], noisy, times), target, config.huber_c, factors)
         found = {"loss/total": loss, "loss/consistency": loss}

@@ -81,12 +81,14 @@ def run(job: VaeJob, report: Progress = quiet) -> dict[str, Any]:
     """
     from diffusers.configuration_utils import FrozenDict
 
+    from sdkd.distill.training.setup import check_halves
     from sdkd.distill.vae.loop import train_vae
     from sdkd.models.resolve import load_component, resolve
 
     checkpoint = find_checkpoint(job.output, job.resume)
     check_output(job.output, job.resume, job.overwrite, (job.model, job.data), goes_on=checkpoint is not None)
     source, data = resolve(job.model), open_images_or_cache(job.data, job.image_column, job.caption_columns)
+    check_halves(job.config.run.precision, source.unet_config, source.config("vae"))
     with run_folder(job.output, checkpoint, job.resume, job.overwrite, job.config) as folder:
         report("loading the VAE", 0.0)
         teacher = load_component(source, "vae")

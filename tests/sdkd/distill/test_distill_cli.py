@@ -146,8 +146,18 @@ def test_a_recipe_of_every_kind_runs(name: str, objective: str, tmp_path: Path) 
 
 def test_recipes_say_what_was_published() -> None:
     students = ["bk-base", "bk-small", "bk-tiny", "bk-v2-base", "bk-v2-small", "bk-v2-tiny"]
-    few = ["edgefusion", "lcm-lora", "lcm-sd-small", "lcm-sd-tiny"]
-    assert recipe_names() == [*students, *few, "lora", "portrait-finetune", "sd-small", "sd-tiny"]
+    few = [
+        "edgefusion",
+        "koala-1b",
+        "koala-700m",
+        "lcm-lora",
+        "lcm-lora-sdxl",
+        "lcm-sd-small",
+        "lcm-sd-tiny",
+        "lcm-sdxl",
+    ]
+    last = ["lora", "portrait-finetune", "sd-small", "sd-tiny", "ssd-1b", "vega"]
+    assert recipe_names() == [*students, *few, *last]
     small, tiny, base, lcm, fused = (
         make_config(*read_recipe(name, "distill"))
         for name in ("sd-small", "sd-tiny", "bk-base", "lcm-sd-tiny", "edgefusion")

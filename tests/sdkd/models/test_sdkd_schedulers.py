@@ -17,7 +17,7 @@ from graph_bundles import graph_bundle
 from engines.modules.base import run_split
 from engines.sessions.checks import Profiles
 from engines.sessions.ranges import check_sizes
-from sdkd.distill.data.encode import encode_captions, too_long
+from sdkd.distill.data.encode import STATES, TextParts, encode_captions, too_long
 from sdkd.distill.data.latents import LatentCache
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.loop import train
@@ -131,7 +131,7 @@ def test_a_tokenizer_without_a_limit_takes_the_text_encoders(tmp_path: Path) -> 
     assert endless is pipe.tokenizer
     endless.model_max_length = int(1e30)
     assert token_limit(endless, 77) == 77
-    assert encode_captions(endless, pipe.text_encoder, ["a star"]).shape == (1, 77, 32)
+    assert encode_captions(TextParts.of(pipe), ["a star"])[STATES].shape == (1, 77, 32)
     assert endless.model_max_length == int(1e30)  # a user's own stays as it is
 
 

@@ -19,7 +19,7 @@ from training_runs import job, trained
 from sdkd.distill.data.buckets import fit_pixels
 from sdkd.distill.data.cache import write_cache
 from sdkd.distill.data.disk_cache import INDEX, SCHEMA, DiskCache
-from sdkd.distill.data.encode import encode_captions, encode_image, placed
+from sdkd.distill.data.encode import STATES, TextParts, encode_captions, encode_image, placed
 from sdkd.distill.data.latents import Latents
 from sdkd.distill.data.opening import open_images_or_cache
 from sdkd.distill.training.run import run
@@ -59,6 +59,14 @@ def write(pipe: Any, images: Noise, out: Path, **changes: Any) -> Any:
     return write_cache(pipe, images, out, **({"size": 64, "precision": "fp32", "shard_images": 3} | changes))
 
 
+def states(cache: DiskCache, index: int) -> torch.Tensor:
+    """The text of a row, which is all that a cache of Stable Diffusion holds."""
+    found = cache.text(index)
+    assert found is not None
+    (value,) = found.values()
+    return value
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_cache_equals_the_online_encoders(precision: str, pipe: Any, tmp_path: Path) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -68,7 +76,7 @@ def test_the_cache_equals_the_online_encoders(precision: str, pipe: Any, tmp_pat
     assert isinstance(found, Latents)
     assert (len(found), found.size, found.precision) == (7, 64, precision)
     assert list(found.captions) == ["a", "b", "", "a", "a", "b", ""]
-    vae, encoder = placed(pipe.vae, "cpu", dtype), placed(pipe.text_encoder, "cpu", dtype)
+    vae, parts = placed(pipe.vae, "cpu", dtype), TextParts.of(pipe).placed("cpu", dtype)
     for index in (6, 0, 3, 1):
         mean, std = encode_image(vae, fit_pixels(images[index]["image"], 64, 64))
         stored = found.posterior(index)
@@ -76,10 +84,11 @@ def test_the_cache_equals_the_online_encoders(precision: str, pipe: Any, tmp_pat
         assert torch.equal(stored[0], mean)
         assert torch.equal(stored[1], std)
         # Beside other captions, at another place in the chunk: the same bits.
-        online = encode_captions(pipe.tokenizer, encoder, ["x", "y", images[index]["caption"]])[2]
-        assert torch.equal(found.text(index), online)
-    assert torch.equal(found.text(-1), encode_captions(pipe.tokenizer, encoder, [""])[0])
-    assert not torch.equal(found.text(0), found.text(1))
+        online = encode_captions(parts, ["x", "y", images[index]["caption"]])[STATES][2]
+        assert torch.equal(states(found, index), online)
+    assert torch.equal(states(found, -1), encode_captions(parts, [""])[STATES][0])
+    assert not torch.equal(states(found, 0), states(found, 1))
+    assert found.sizes(0) is None
     assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
     with pytest.raises(IndexError, match="range object index out of range"):
         found.posterior(7)
@@ -96,10 +105,11 @@ def test_latents_are_the_scaled_posterior(pipe: Any) -> None:
 
 def test_captions_beyond_a_chunk_are_the_pipelines(pipe: Any) -> None:
     captions = [f"a star {'x' * n}" for n in range(11)]
-    found = encode_captions(pipe.tokenizer, pipe.text_encoder, captions)
+    parts = TextParts.of(pipe)
+    found = encode_captions(parts, captions)[STATES]
     torch.testing.assert_close(found, pipe.encode_prompt(captions, "cpu", 1, False)[0])
-    assert torch.equal(found[9:], encode_captions(pipe.tokenizer, pipe.text_encoder, captions[9:]))
-    assert encode_captions(pipe.tokenizer, pipe.text_encoder, []).shape == (0, 77, 32)
+    assert torch.equal(found[9:], encode_captions(parts, captions[9:])[STATES])
+    assert encode_captions(parts, [])[STATES].shape == (0, 77, 32)
 
 
 def test_what_is_in_the_folder(pipe: Any, tmp_path: Path) -> None:
@@ -141,10 +151,10 @@ def test_text_of_other_captions_is_made_again_on_going_on(pipe: Any, tmp_path: P
     first = tmp_path / "latents-00000.json"  # as it is where the caption was changed, and the shard made again
     first.write_text(json.dumps(json.loads(first.read_text()) | {"captions": ["c", "b"]}))
     write(pipe, Noise(7), tmp_path, shard_images=2)
-    found, expected = DiskCache(tmp_path), encode_captions(pipe.tokenizer, pipe.text_encoder, ["c", "b", "", "a"])
+    found, expected = DiskCache(tmp_path), encode_captions(TextParts.of(pipe), ["c", "b", "", "a"])[STATES]
     assert list(found.captions[:4]) == ["c", "b", "", "a"]
     for index in range(4):
-        torch.testing.assert_close(found.text(index), expected[index])
+        torch.testing.assert_close(states(found, index), expected[index])
 
 
 def test_a_damaged_shard_is_made_again_on_going_on(pipe: Any, tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ import torch
 from PIL import Image
 
 from sdkd.core.images import read_rgb
-from sdkd.distill.data.buckets import fit_pixels
+from sdkd.distill.data.buckets import View, fit_pixels
 from sdkd.distill.data.digests import fingerprint
-from sdkd.distill.data.encode import encode_image
+from sdkd.distill.data.encode import STATES, TextParts, encode_image
 from sdkd.distill.data.image_folder import METADATA, files_below
 from sdkd.distill.data.latents import TextEmbeddings, encode_images, training_size
 from sdkd.distill.data.opening import FirstImages, open_images
 from sdkd.distill.data.rows import caption_at, caption_of, row_caption
 from sdkd.distill.training.batches import ImageSamples
 from sdkd.errors import InputError, TrainingError
+
+NOTHING = View(torch.zeros(3, 8, 8), (8, 8, 0, 0, 8, 8))
 
 
 def picture(path: Path, caption: str | None = None, suffix: str = ".txt", size: tuple[int, int] = (8, 8)) -> Path:
@@ -193,10 +195,10 @@ def test_images_that_are_not_there_count_alike(tmp_path: Path) -> None:
 
 def test_a_caption_that_is_missing_is_replaced_like_an_image(tmp_path: Path) -> None:
     images = open_images(listed(tmp_path, 200, {7: None, 8: None}))
-    samples = ImageSamples(images, None, lambda *_: torch.zeros(3, 8, 8), workers=0)  # type: ignore[arg-type]
+    samples = ImageSamples(images, None, lambda *_: NOTHING, workers=0)  # type: ignore[arg-type]
     assert [samples.caption(index) for index in (6, 7, 8, 9)] == ["6", "9", "9", "9"]
     assert sorted(samples.unreadable) == [7, 8]
-    few = ImageSamples([{"image": None, "caption": None}], None, lambda *_: torch.zeros(1), workers=0)  # type: ignore[arg-type]
+    few = ImageSamples([{"image": None, "caption": None}], None, lambda *_: NOTHING, workers=0)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match=r"1 of 1 images .*image 0 has no caption: add it"):
         few.caption(0)
 
@@ -265,10 +267,11 @@ def test_size_must_fit_the_model() -> None:
 def test_text_embeddings_are_the_pipelines(limit: int) -> None:
     pipe = helpers.tiny_pipeline()
     expected = pipe.encode_prompt(["a ring", "", "a star"], "cpu", 1, False)[0]
-    embeddings = TextEmbeddings(pipe.tokenizer, pipe.text_encoder, limit)
+    embeddings = TextEmbeddings(TextParts.of(pipe), limit)
     first = embeddings(["a ring", "", "a star"])
-    torch.testing.assert_close(first, expected)
-    assert torch.equal(embeddings(["a star", "a ring", "a star"]), first[[2, 0, 2]])
+    assert [*first] == [STATES]
+    torch.testing.assert_close(first[STATES], expected)
+    assert torch.equal(embeddings(["a star", "a ring", "a star"])[STATES], first[STATES][[2, 0, 2]])
 
 
 def test_the_first_images_and_their_fingerprint(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from diffusers import (
 from training_runs import RUN, job, latents, pictures, sdkd, teacher, trained, trainer, unet_output, weights
 
 from sdkd.distill import TrainConfig, train
+from sdkd.distill.data.encode import STATES
 from sdkd.distill.training.config import make_config, objective_of, read_recipe
 from sdkd.distill.training.consistency import Solver, guidance_embedding, guided, pseudo_huber
 from sdkd.distill.training.drawing import result_scheduler
@@ -95,7 +96,7 @@ def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int, gamma: flo
     assert batch.empty is not None
     assert ((batch.guidance >= 2) & (batch.guidance <= 4)).all()
     assert {int(time) % 20 for time in batch.timesteps} == {19}
-    torch.testing.assert_close(batch.empty[1:], made.batches.encode_text([""]))
+    torch.testing.assert_close(batch.empty[STATES][1:], made.batches.encode_text([""])[STATES])
     losses = made.losses(batch)
 
     ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="trailing")
@@ -106,14 +107,14 @@ def test_the_losses_of_a_batch_are_those_of_the_paper(embedding: int, gamma: flo
         for row, time in enumerate(batch.timesteps):
             cut = slice(row, row + 1)
             noisy = ddim.add_noise(batch.latents[cut], batch.noise[cut], time[None])
-            cond, uncond = (pipe.unet(noisy, time, text[cut]).sample for text in (batch.text, batch.empty))
+            cond, uncond = (pipe.unet(noisy, time, text[STATES][cut]).sample for text in (batch.given, batch.empty))
             w = batch.guidance[row]
             before = ddim.step(cond + w * (cond - uncond), time, noisy).prev_sample
             added = {"timestep_cond": guidance_embedding(w[None], embedding)} if embedding else {}
             ends = []
             for sample, at in ((noisy, time), (before, max(time - 20, torch.tensor(0)))):
                 lcm.set_timesteps(50)
-                output = student(sample, at, batch.text[cut], **added).sample
+                output = student(sample, at, batch.given[STATES][cut], **added).sample
                 skip, out = lcm.get_scalings_for_boundary_condition_discrete(at)
                 signal = lcm.alphas_cumprod[at].sqrt()
                 ends.append(skip * sample + out * (sample - (1 - signal**2).sqrt() * output) / signal)

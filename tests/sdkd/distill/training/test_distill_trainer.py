@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training_runs import RUN, same, trained, trainer, weights
 
 from sdkd.distill import TrainConfig, TrainResult, train
+from sdkd.distill.data.encode import STATES
 from sdkd.distill.data.latents import encode_images
 from sdkd.distill.training.log import TrainingLog
 from sdkd.distill.training.losses import FeatureUNet
@@ -140,7 +141,7 @@ def test_in_bfloat16_the_teacher_is_frozen_and_never_prepared_and_weights_stay_f
     assert prepared == [one.student]  # the reference's list also held the teacher, which save_state then wrote last
     found = one.step()
     assert one.teacher._found == one.student._found == {}  # no activation outlives a step
-    for frozen in (one.teacher.unet, one.vae, one.text_encoder):
+    for frozen in (one.teacher.unet, one.vae, *one.text.encoders):
         assert not isinstance(frozen, DistributedDataParallel)
         assert (frozen.training, frozen.dtype) == (False, torch.bfloat16)
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters())
@@ -156,8 +157,8 @@ def test_timesteps_and_captions_vary() -> None:
     assert timesteps.min() < 50
     assert timesteps.max() > 950
     assert ((timesteps // 125) == torch.arange(8)).all()  # one of each eighth of the schedule
-    empty = one.batches.encode_text([""])[0]
-    share = torch.stack([(batch.text == empty).all(2).all(1) for batch in batches]).float().mean()
+    empty = one.batches.encode_text([""])[STATES][0]
+    share = torch.stack([(batch.given[STATES] == empty).all(2).all(1) for batch in batches]).float().mean()
     assert 0.4 < share < 0.6
 
 
@@ -217,7 +218,7 @@ def test_random_conditioning_keeps_the_task_loss_to_matching_captions() -> None:
     neither = trainer(random_conditioning=1.0, caption_dropout=1.0).batches
     batch = neither.next()
     assert batch.matching.all()
-    assert torch.equal(batch.text, neither.encode_text(["", ""]))
+    assert torch.equal(batch.given[STATES], neither.encode_text(["", ""])[STATES])
 
 
 def test_not_finite_stops() -> None:
