@@ -24,7 +24,7 @@ from export.graph.to_onnx import OnnxGraph, choose_opset, forget_weights, save, 
 from export.source import Source
 from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
-from sdkd.core.components import COMPONENTS, TEXT_ENCODERS, UNETS
+from sdkd.core.components import COMPONENTS, CONFIG_FOLDERS, TEXT_ENCODERS, UNETS
 from sdkd.core.conditions import Extras
 from sdkd.core.console import Progress
 from sdkd.core.contract import Contract, Precision, check_size, torch_dtype
@@ -143,7 +143,7 @@ def export_component(
     del ready
     files = save(graph, folder / name)
     write_json(folder / name / TRANSFORMS_FILE, dict(graph.transforms))
-    write_json(folder / name / "config.json", _plain(config))
+    write_json(folder / name / "config.json", _plain(config) | _own_precision(name))
     details = _details(graph) | {"islands": islands.to_json(), "options": _wanted_options(options, name, source)}
     forget_weights(graph)
     del graph
@@ -266,6 +266,13 @@ def _details(graph: OnnxGraph) -> dict[str, Any]:
         "float32_nodes": dict(graph.float_nodes),
         "unmatched_weights": list(graph.unmatched),
     }
+
+
+def _own_precision(name: str) -> dict[str, Any]:
+    """What a graph's config says of precision: SDXL's pipelines cast a VAE to float32 that `force_upcast` asks for, and
+    a graph has what would overflow in float32 already.
+    """
+    return {"force_upcast": False} if CONFIG_FOLDERS[name] == "vae" else {}
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,7 @@ class EngineVAE(EngineModule):
                  device: torch.device, original: torch.nn.Module | None = None) -> None:  # fmt: skip
         self.is_tiny = is_tiny_vae(config)
         self.stands_for = AutoencoderTiny if self.is_tiny else AutoencoderKL
-        # An engine computes in its own precision, blocks that overflow in float32: SDXL's pipelines need not cast it.
-        upcast = {} if self.is_tiny else {"force_upcast": False}
-        super().__init__(decoder, {**config, **upcast}, dtype, device, original)
+        super().__init__(decoder, config, dtype, device, original)
         self.encoder_session = encoder
         self.use_slicing = False
         self.use_tiling = False

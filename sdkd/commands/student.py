@@ -154,6 +154,7 @@ def student(
 
     spec, source = student_spec(student), with_vae(resolve(teacher), vae)
     check_free(output, overwrite, [teacher, vae])
+    key_map(source.unet_config, spec)  # refuses a teacher that is none of this student, before weights are read
     with progress("student") as step:
         step("loading the teacher", 0.0)
         pipe = load_eager(source, torch.float16 if half else None)
