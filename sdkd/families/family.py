@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,23 @@ class PublishedModel:
 
 
 @dataclass(frozen=True)
+class FewSteps:
+    """Published models of few steps, known by their names: a pattern, whose group, if any, says the steps.
+
+    They are drawn without guidance, by `scheduler` with `timestep_spacing="trailing"`.
+    """
+
+    pattern: str
+    steps: int
+    scheduler: str
+
+    def of(self, name: str) -> int | None:
+        """The steps that a model of this name was made for; None for another."""
+        found = re.search(self.pattern, name, re.IGNORECASE)
+        return None if found is None else int(next(filter(None, found.groups()), self.steps))
+
+
+@dataclass(frozen=True)
 class Family:
     """Models that one code path serves: their parts, what their UNets are told, their pipelines in diffusers.
 
@@ -70,6 +88,7 @@ class Family:
     students: tuple[StudentSpec, ...]
     addition: str | None = None
     hidden_states: bool = False
+    few_steps: tuple[FewSteps, ...] = ()
     embedding: tuple[str, ...] = ()  # pipelines that always give the UNet the guidance scale as an embedding
     without: Mapping[str, str] = field(default_factory=dict)  # what a model is that lacks a part, by the part
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdkd.families.family import CLIP, END, PROJECTED, Family, PublishedModel, TextEncoder
+from sdkd.families.family import CLIP, END, PROJECTED, Family, FewSteps, PublishedModel, TextEncoder
 from sdkd.families.stable_diffusion import CLIP_L, VAE
 from sdkd.families.student import (
     CROSS_DOWN,
@@ -87,5 +87,10 @@ SDXL = Family(
     ),
     addition="text_time",
     hidden_states=True,
+    # SDXL-Turbo (arXiv 2311.17042) and SDXL-Lightning (arXiv 2402.13929), as their model cards draw.
+    few_steps=(
+        FewSteps(r"(?:sdxl|sd_xl)[-_]turbo", 1, "EulerAncestralDiscreteScheduler"),
+        FewSteps(r"lightning.*?(\d+)[-_]?step", 4, "EulerDiscreteScheduler"),
+    ),
     without={"text_encoder": "is SDXL's refiner, which draws an image's last steps alone: give the base model"},
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdkd.families.family import CLIP, END, PROJECTED, Family, PublishedModel, TextEncoder
+from sdkd.families.family import CLIP, END, PROJECTED, Family, FewSteps, PublishedModel, TextEncoder
 from sdkd.families.student import CROSS_DOWN, CROSS_UP, DOWN, MID, UP, LossWeights, StudentSpec
 
 VAE = {
@@ -83,5 +83,6 @@ STABLE_DIFFUSION = Family(
         StudentSpec("bk-small", "bk-small", "sd", None, 0, "bk-sdm", _BK),
         StudentSpec("bk-tiny", "bk-tiny", "sd", None, 1, "bk-sdm", _BK),
     ),
+    few_steps=(FewSteps(r"sd[-_]turbo", 1, "EulerDiscreteScheduler"),),  # arXiv 2311.17042
     embedding=_EMBEDDING,
 )  # fmt: skip

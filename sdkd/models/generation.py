@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sdkd.core.conditions import guidance_width
 from sdkd.core.numbers import DRAWING, check_number, check_numbers
 from sdkd.core.schema import construct, problem
 from sdkd.errors import InputError, ModelError
+from sdkd.families import Family
 from sdkd.models.schedulers import scheduler_class
 
 GENERATION = "generation"  # key in a folder's sdkd.json and in the source of a bundle's manifest
@@ -97,6 +99,12 @@ def implied(unet_config: Mapping[str, Any], scheduler: str | None, pipeline: str
     if guidance_width(unet_config) is not None or str(pipeline).startswith("LatentConsistencyModel"):
         return EMBEDDED_FEW_STEPS
     return replace(FEW_STEPS, scheduler=scheduler) if scheduler in CONSISTENCY else None
+
+
+def named(family: Family, name: str) -> Generation | None:
+    """What the name of a published few-step model tells (SDXL-Turbo, SDXL-Lightning): its steps, and no guidance."""
+    found = filter(None, (row.of(Path(name).name) for row in family.few_steps))
+    return next((Generation(steps, 1.0) for steps in found), None)
 
 
 def parse_generation(text: str) -> Generation:

@@ -71,13 +71,15 @@ class Checkpoint:
 
     def rest(self) -> Any:
         """The pipeline without its heavy parts."""
-        scheduler = "LCMScheduler" if self.unet_config["time_cond_proj_dim"] else None
+        few = next((row for row in self.family.few_steps if row.of(self.weights.path.name)), None)
+        scheduler = few.scheduler if few else None
+        scheduler = "LCMScheduler" if self.unet_config["time_cond_proj_dim"] else scheduler
         channels = self.unet_config["in_channels"]
         pipe = pipeline_rest(self.family, self.model, channels, self.prediction_type, scheduler)
-        if (
-            "ztsnr" in self.weights.tensors
-        ):  # zero terminal signal-to-noise ratio (arXiv 2305.08891), as ComfyUI reads it
-            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
+        changes: dict[str, Any] = {} if few is None else {"timestep_spacing": "trailing"}
+        if "ztsnr" in self.weights.tensors:  # zero terminal signal-to-noise ratio (arXiv 2305.08891), as ComfyUI has it
+            changes["rescale_betas_zero_snr"] = True
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
         return pipe
 
     @cached_property

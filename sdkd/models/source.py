@@ -19,7 +19,7 @@ from sdkd.errors import ModelError
 from sdkd.families import Family
 from sdkd.models.diffusers_folder import provenance
 from sdkd.models.families import remade
-from sdkd.models.generation import Generation, implied, noted
+from sdkd.models.generation import Generation, implied, named, noted
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +72,12 @@ class ModelSource(ABC):
 
     @cached_property
     def generation(self) -> Generation | None:
-        """How it was made to be run, as a note or its configs tell; None where nothing does, as for most models."""
+        """How it was made to be run, as a note, its configs or its name tell; None where nothing does."""
         index = self.index
         if found := noted(self.provenance, f"{self.kind} {self.name!r}"):
             return found
-        return implied(self.unet_config, (*(index.get("scheduler") or ()), None, None)[1], index.get("_class_name"))
+        scheduler = (*(index.get("scheduler") or ()), None, None)[1]
+        return implied(self.unet_config, scheduler, index.get("_class_name")) or named(self.family, self.name)
 
     @property
     @abstractmethod

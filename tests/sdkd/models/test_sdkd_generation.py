@@ -14,6 +14,7 @@ from helpers import tiny_pipeline, tiny_unet
 from sdkd.bundle.manifest import Bundle, Manifest
 from sdkd.core.files import write_json
 from sdkd.errors import InputError, ModelError
+from sdkd.families import SDXL, STABLE_DIFFUSION
 from sdkd.models.diffusers_folder import PROVENANCE, write_pipeline
 from sdkd.models.generation import (
     EMBEDDED_FEW_STEPS,
@@ -22,6 +23,7 @@ from sdkd.models.generation import (
     Generation,
     entry,
     implied,
+    named,
     parse_generation,
     said,
     warnings,
@@ -63,6 +65,16 @@ def test_a_folder_without_a_note_is_told_by_its_configs(tmp_path: Path) -> None:
     assert resolve(tmp_path / "embedded").generation == EMBEDDED_FEW_STEPS
     assert implied({}, "DDIMScheduler", "LatentConsistencyModelPipeline") == EMBEDDED_FEW_STEPS
     assert implied({"time_cond_proj_dim": None}, "TCDScheduler") == Generation(4, 1.0, "TCDScheduler")
+
+
+def test_published_names_tell_the_steps() -> None:
+    found = {
+        name: named(SDXL, name) for name in ("stabilityai/sdxl-turbo", "sd_xl_turbo_1.0_fp16.safetensors", "a/base")
+    }
+    assert list(found.values()) == [Generation(1, 1.0), Generation(1, 1.0), None]
+    assert named(SDXL, "my/sdxl_lightning_8step_unet") == Generation(8, 1.0)
+    assert named(STABLE_DIFFUSION, "stabilityai/sd-turbo") == Generation(1, 1.0)
+    assert named(STABLE_DIFFUSION, "turbo/sd15") is None
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPi
 from small_families import differing, loaded, mini_models
 
 from sdkd.errors import ModelError
+from sdkd.models.generation import Generation
 from sdkd.models.resolve import load_component, load_eager, load_rest, resolve
 
 PROMPT = "a photo of a cat"
@@ -208,6 +209,10 @@ def test_sdxl(tmp_path: Path) -> None:
         "v_prediction",
         True,
     )
+    few = ldm_files.write(tmp_path / "sdxl_lightning_2step.safetensors", state)
+    assert resolve(few).generation == Generation(2, 1.0)
+    scheduler = load_rest(few).scheduler
+    assert (type(scheduler).__name__, scheduler.config.timestep_spacing) == ("EulerDiscreteScheduler", "trailing")
     for missing, message in {
         "conditioner.embedders.1.": r"has no text_encoder_2 \(no weight begins with conditioner.embedders.1.model.\)",
         "conditioner.embedders.0.": "has no text_encoder .no weight begins with conditioner.embedders.0.transformer.",
