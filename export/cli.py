@@ -30,6 +30,9 @@ def export(
     step_caching: Annotated[bool, typer.Option("--step-caching", help="For `generate --cache-interval`.")] = False,
     t2i_adapter: Annotated[bool, typer.Option("--t2i-adapter", help="UNet inputs for T2I-Adapters.")] = False,
     timesteps: Annotated[bool, typer.Option("--timesteps", help="A timestep for each sample of a batch.")] = False,
+    ip_adapter: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="An IP-Adapter, for images as prompts; may be repeated.")
+    ] = None,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="Block to compute in float32: vae_decoder.decoder.up_blocks.3, ...")
     ] = None,
@@ -65,6 +68,7 @@ def export(
             step_caching=step_caching,
             t2i_adapter=t2i_adapter,
             timesteps=timesteps,
+            ip_adapters=ip_adapter or (),
             keep_float=tuple(name for group in keep_float or () for name in group.split(",") if name),
             static=static_ranges(static, size, batch, tokens),
             generation=None if run_with is None else parse_generation(run_with),
@@ -77,8 +81,7 @@ def export(
         return
     show(table(f"{bundle} ({precision})", COLUMNS, [_row(part) for part in summary(done)["components"]]))
     show(*notes(done))
-    needed = [name for name in done.family.components if name != "vae_encoder"]
-    lacking = [name for name in needed if name not in done.manifest.components]
+    lacking = [name for name in ("text_encoder", "unet", "vae_decoder") if name not in done.manifest.components]
     build = f"Build engines with: {done.build_command('onnxruntime')}"
     show(f"Engines need {', '.join(lacking)}, too: export the model again with them." if lacking else build)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from export.check.parity import Reference, case_inputs, check_graph, check_references, parity_cases, run_eager
 from export.graph.components import component_state, graph_module, module_contract, standard_attention
+from export.graph.image_prompts import scalable
 from export.graph.islands import Islands, find_islands, float_weights, kept_float, probe_latents, recorded
 from export.graph.precision import cast, check_finite
 from export.graph.to_onnx import OnnxGraph, choose_opset, forget_weights, save, to_onnx
@@ -32,6 +33,8 @@ from sdkd.core.files import write_json
 from sdkd.core.profiles import ShapeRanges, static_contract
 from sdkd.errors import BundleError, InputError
 from sdkd.models.exportable import module_config
+from sdkd.models.ip_adapter import prompt_details
+from sdkd.models.ip_adapter_file import IpAdapter
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class ExportOptions:
     step_caching: bool = False
     t2i_adapter: bool = False
     timesteps: bool = False  # one for each sample
+    ip_adapters: tuple[IpAdapter, ...] = ()
 
     def islands(self, component: str) -> tuple[str, ...]:
         """Module paths of a component's blocks that are asked to stay float32."""
@@ -77,7 +81,8 @@ class ExportOptions:
         """The inverse of `to_json`."""
         static = ShapeRanges.from_json(data["static"]) if data["static"] else None
         lists = {name: tuple(data[name]) for name in ("keep_float", "reuse")}
-        return ExportOptions(**{**data, **lists, "static": static})
+        adapters = tuple(IpAdapter(**row) for row in data["ip_adapters"])
+        return ExportOptions(**{**data, **lists, "static": static, "ip_adapters": adapters})
 
     def extras(self, component: str, config: Mapping[str, Any], source: Source) -> Extras:
         """What the component has beyond the usual: hidden states as asked or configured or as the family's pipelines
@@ -92,6 +97,7 @@ class ExportOptions:
             residuals="controlnet" in source.components,
             inner_residuals=self.t2i_adapter or source.t2i_adapter,
             timesteps=self.timesteps,
+            image_tokens=source.image_tokens,
             deep_feature=self.step_caching,
         )
 
@@ -132,7 +138,7 @@ def export_component(
     ready = _prepare(source, name, options, in_place, progress)
     check_references(ready.contract, ready.references, options.precision)
     lighter()
-    config = module_config(ready.module)
+    config, prompted = module_config(ready.module), prompt_details(ready.module)
     parameters = sum(tensor.numel() for tensor in component_state(name, ready.module).values())
     progress("exporting to ONNX", 0.3)
     with kept_float(ready.module, ready.islands, torch_dtype(options.precision)):
@@ -145,6 +151,7 @@ def export_component(
     write_json(folder / name / TRANSFORMS_FILE, dict(graph.transforms))
     write_json(folder / name / "config.json", _plain(config) | _own_precision(name))
     details = _details(graph) | {"islands": islands.to_json(), "options": _wanted_options(options, name, source)}
+    details |= prompted
     forget_weights(graph)
     del graph
     release_memory()
@@ -216,7 +223,7 @@ def _prepare(source: Source, name: str, options: ExportOptions, in_place: bool, 
     original, precision = source.module(name), options.precision
     ready = original if in_place and source.is_ours(name) else copy.deepcopy(original)
     del original
-    ready = standard_attention(ready.cpu().eval().requires_grad_(False))
+    ready = scalable(standard_attention(ready.cpu().eval().requires_grad_(False)))
     config = module_config(ready)
     extras = options.extras(name, config, source)
     contract = _shaped(module_contract(name, ready, precision, extras), config, source, options)

@@ -22,6 +22,7 @@ from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import InputError
 from sdkd.models.fused import Loras, loras_of, parse_loras
 from sdkd.models.generation import Generation, entry
+from sdkd.models.ip_adapter_file import IpAdapter
 from sdkd.models.replacements import WithVae
 from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
@@ -51,6 +52,7 @@ def export_pipeline(
     step_caching: bool = False,
     t2i_adapter: bool = False,
     timesteps: bool = False,
+    ip_adapters: Sequence[str | Path] = (),
     keep_float: Sequence[str] = (),
     static: ShapeRanges | None = None,
     generation: Generation | None = None,
@@ -70,9 +72,11 @@ def export_pipeline(
     `sdkd.models.fused.Lora`) are added to the weights of UNet and text encoder. `hidden_states` gives the text
     encoder one output per layer, for clip_skip. `step_caching` gives the UNet an output for it, and the bundle the
     UNet's last layer as a component of its own (`sdkd.models.step_caching`). `t2i_adapter` gives the UNet inputs
-    for the residuals of a T2I-Adapter, `timesteps` one timestep for each sample in place of one for all. `keep_float`
-    names blocks to compute in float32, `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose activations
-    overflow are found and kept so by themselves. `static` fixes all shapes.
+    for the residuals of a T2I-Adapter, `timesteps` one timestep for each sample in place of one for all.
+    `ip_adapters` (.safetensors, as `load_ip_adapter` takes them) are loaded into the UNet, which gets inputs for the
+    images' embeddings and for the scales, as that of a pipeline with an IP-Adapter does.
+    `keep_float` names blocks to compute in float32, `vae_decoder.decoder.up_blocks.3` for one; in fp16, blocks whose
+    activations overflow are found and kept so by themselves. `static` fixes all shapes.
     `generation`: the steps, guidance scale and scheduler that the model was made for, where its own files do not say;
     the manifest keeps them, and the bundle's scheduler is that one.
     `verify=False` skips the comparison and the search for overflow, and the manifest says so (parity null). `reuse`
@@ -85,7 +89,7 @@ def export_pipeline(
     path = Path(output)
     options = ExportOptions(
         check_precision(precision), opset, target, hidden_states, tuple(keep_float), static, verify, tuple(reuse),
-        step_caching, t2i_adapter, timesteps,
+        step_caching, t2i_adapter, timesteps, tuple(map(IpAdapter.of, ip_adapters)),
     )  # fmt: skip
     replaced = {part: str(name) for part, name in (("vae", vae), ("controlnet", controlnet)) if name is not None}
     check_components(components)
@@ -97,7 +101,15 @@ def export_pipeline(
     named = model.name if isinstance(model, ModelSource) else model.name_or_path
     own_vae = model.vae if isinstance(model, WithVae) else None
     loras = parse_loras(loras)
-    inputs = (named, own_vae, vae, controlnet, *reuse, *(lora.file for lora in (*loras_of(model), *loras)))
+    inputs = (
+        named,
+        own_vae,
+        vae,
+        controlnet,
+        *reuse,
+        *ip_adapters,
+        *(lora.file for lora in (*loras_of(model), *loras)),
+    )
     check_free(path, overwrite, inputs)
     with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)

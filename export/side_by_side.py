@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from sdkd.core.components import CACHED_UNET, CONFIG_FOLDERS, TEXT_ENCODERS, UNE
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import torch_dtype
 from sdkd.models.fused import LORAS, Loras, recorded_loras
+from sdkd.models.ip_adapter import IP_ADAPTERS
 from sdkd.models.resolve import Model
 
 if TYPE_CHECKING:
@@ -54,7 +56,9 @@ def source_for(
     """
     dtype = torch.float32 if options.verify else torch_dtype(options.precision)
     source = open_source(model, replaced, dtype, digests, loras)
-    source.step_caching = options.step_caching
+    source.step_caching, source.ip_adapters = options.step_caching, options.ip_adapters
+    if options.ip_adapters:
+        source.about[IP_ADAPTERS] = [asdict(adapter) for adapter in options.ip_adapters]
     return source
 
 

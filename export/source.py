@@ -18,10 +18,12 @@ from torch import nn
 
 from export.graph.components import LastLayer, component_module, component_state
 from sdkd.core.components import CACHED_UNET, CONFIG_FOLDERS
+from sdkd.core.conditions import Extras
 from sdkd.core.contract import vae_scale
 from sdkd.core.files import write_json
+from sdkd.errors import InputError
 from sdkd.families import Family, family_of_pipeline, family_of_unet
-from sdkd.models.diffusers_folder import write_tokenizer_files
+from sdkd.models.diffusers_folder import digest, write_tokenizer_files
 from sdkd.models.exportable import check_configs, check_extra_parts, check_guidance, module_config
 from sdkd.models.families import EXPORTED, check_exported, empty
 from sdkd.models.fused import (
@@ -37,6 +39,8 @@ from sdkd.models.fused import (
     with_loras,
 )
 from sdkd.models.generation import Generation, implied
+from sdkd.models.ip_adapter import image_layers
+from sdkd.models.ip_adapter_file import IpAdapter, add_to
 from sdkd.models.replacements import (
     WithVae,
     absolute,
@@ -70,6 +74,7 @@ class Source:
     digests: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[Lora, ...] = ()  # to fuse into a pipeline's modules; those of a named model are its own
     step_caching: bool = False
+    ip_adapters: tuple[IpAdapter, ...] = ()  # to load into the UNet
     _loaded: dict[str, nn.Module] = field(default_factory=dict)
     _hashed: dict[str, str] = field(default_factory=dict)
 
@@ -84,6 +89,12 @@ class Source:
     def t2i_adapter(self) -> bool:
         """Whether it is a pipeline with a T2I-Adapter, which stays eager beside the UNet."""
         return getattr(self.rest, "adapter", None) is not None
+
+    @property
+    def image_tokens(self) -> int:
+        """Hidden states that an image encoder gives for an image: its own's, or CLIP's."""
+        config = getattr(getattr(self.rest, "image_encoder", None), "config", None)
+        return Extras.image_tokens if config is None else (config.image_size // config.patch_size) ** 2 + 1
 
     @property
     def family(self) -> Family:
@@ -102,12 +113,14 @@ class Source:
             if part not in self._loaded:
                 self._loaded[part] = load_replacement(part, self.replaced[part], self.dtype)
             return self._loaded[part]
-        if self.model is None and not any(part in lora.parts for lora in self.loras):
+        adapters = self.ip_adapters if part == "unet" else ()
+        if self.model is None and not adapters and not any(part in lora.parts for lora in self.loras):
             return component_module(self.rest, component)
         if part not in self._loaded and self.model is None:  # the caller's pipeline stays as it is
-            self._loaded[part] = fuse(part, copy.deepcopy(component_module(self.rest, component)), self.loras)
+            own = fuse(part, copy.deepcopy(component_module(self.rest, component)), self.loras)
+            self._loaded[part] = add_to(own, adapters)
         elif part not in self._loaded:
-            self._loaded[part] = load_component(self.model, part, self.dtype)  # type: ignore[arg-type]
+            self._loaded[part] = add_to(load_component(self.model, part, self.dtype), adapters)  # type: ignore[arg-type]
         return self._loaded[part]
 
     def check(self, components: Sequence[str]) -> None:
@@ -116,6 +129,8 @@ class Source:
             check_schedule(scheduler)
         if self.step_caching:
             check_cachable(self._config("unet") or {}, self.generation, controlnet="controlnet" in self.components)
+            if self.ip_adapters or image_layers(getattr(self.rest, "unet", None)):
+                raise InputError("step caching does not go with an IP-Adapter, which its last layer has: leave one out")
         if "vae" in self.replaced and (unet := self._own_config("unet")) and (own := self._own_config("vae")):
             check_vae(self.replaced["vae"], unet, own)
         parts = dict.fromkeys(CONFIG_FOLDERS[name] for name in self.components)
@@ -169,7 +184,13 @@ class Source:
         return CONFIG_FOLDERS[component] in self._loaded
 
     def digest(self, component: str) -> str:
-        """SHA-256 of the weights at their source, or of the module's state where they have no file."""
+        """SHA-256 of the weights at their source, or of the module's state where they have no file; of a UNet with
+        those of its IP-Adapters.
+        """
+        found, adapters = self._digest(component), self.ip_adapters if component == "unet" else ()
+        return digest(" ".join((found, *(adapter.sha256 for adapter in adapters)))) if adapters else found
+
+    def _digest(self, component: str) -> str:
         component = "unet" if component == CACHED_UNET else component
         part = CONFIG_FOLDERS[component]
         if part not in self.replaced and component in self.digests:

@@ -43,7 +43,7 @@ UNREACHABLE = {
     "enable_layerwise_casting": "an engine's precision is fixed when it is exported and built",
     **dict.fromkeys(("fuse_lora", "unfuse_lora"), "adapters are part of the engine's weights already"),
     "enable_lora_hotswap": "an engine takes adapters of any rank, one after the other",
-    "_load_ip_adapter_weights": "IP-Adapter's projections and attention are not exported",
+    "_load_ip_adapter_weights": "IP-Adapters are part of the graph: export the model with --ip-adapter FILE",
 }
 UNSETTABLE = {
     "_hf_hook": "cannot be offloaded: its weights live inside the engine. Leave out enable_model_cpu_offload / "
@@ -51,8 +51,10 @@ UNSETTABLE = {
     "_diffusers_hook": f"takes no hooks of diffusers (layerwise casting, caching, group offloading): {LAYERS}",
     "forward": f"keeps its own forward: {_PATCH}. Leave it out",
     "_tome_info": f"takes no token merging: {_PATCH}. Leave it out",
+    "encoder_hid_proj": "keeps its IP-Adapters: without an image it draws as if there were none",
     "__class__": f"keeps its class: {_PATCH}. Leave it out",
 }
+_OPTIONS = {"cross_attention_kwargs['ip_adapter_masks']": f"{FIXED}: an IP-Adapter's masks are not exported"}
 log = logging.getLogger(__name__)
 
 
@@ -75,7 +77,7 @@ def adapter_scale(module: object, options: Mapping[str, Any] | None) -> float:
     """The factor of adapters in `cross_attention_kwargs`; EngineError for anything else there, by name."""
     for name, value in (options or {}).items():
         if name != "scale":
-            refuse(module, {f"cross_attention_kwargs[{name!r}]": value}, {})
+            refuse(module, {f"cross_attention_kwargs[{name!r}]": value}, _OPTIONS)
     factor = (options or {}).get("scale", 1.0)
     check_number("cross_attention_kwargs['scale']", factor)
     return float(factor)

@@ -27,6 +27,8 @@ WHOLE = 16_384  # numbers of a weight that is compared as a whole; of a table wi
 PLAIN_ATTENTION = (
     *("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"),
     *("AttnProcessorNPU", "XLAFlashAttnProcessor2_0"),
+    # An IP-Adapter's, which a graph has: see check_agreement.
+    *("IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor"),
 )
 UNFUSED = ("to_qkv", "to_kv")  # stay in an attention module when fused projections are taken apart
 # What diffusers does not ask of a text encoder, and what is no weight.

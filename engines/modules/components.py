@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,28 +14,17 @@ from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-from engines.modules.base import FIXED, EngineModule, adapter_scale, cast_feeds, refuse, run_split
-from engines.sessions.base import Session
+from engines.modules.base import EngineModule, adapter_scale, cast_feeds, refuse, run_split
+from engines.modules.conditions import condition_tensors, scalar, timesteps
+from engines.modules.image_prompts import ImagePrompts
+from engines.sessions.base import Rebuild, Session
 from engines.sessions.weights import EngineWeights
 from sdkd.core.components import DEEP_FEATURE
-from sdkd.core.conditions import ADDED, CONDITIONS, Condition, takes_sizes
-from sdkd.core.contract import TensorSpec, split_axis
+from sdkd.core.conditions import image_specs, takes_sizes
 from sdkd.errors import EngineError, RangeError
+from sdkd.models.ip_adapter import IP_ADAPTERS
 from sdkd.models.step_caching import Call, StepCache
 
-MASKS = f"{FIXED}: Stable Diffusion attends to all tokens, so only a mask of ones can be given"
-# Why an argument of the eager module has no counterpart in an engine, where it is not simply FIXED.
-REFUSALS = {
-    "attention_mask": MASKS,
-    "encoder_attention_mask": MASKS,
-    f"{ADDED}['image_embeds']": f"{FIXED}: IP-Adapter's are not exported",
-    **{
-        name: f"{FIXED}: {row.absent}"
-        for row in CONDITIONS
-        for prefix in row.prefixes
-        for name in (prefix, f"{ADDED}[{prefix!r}]")
-    },
-}
 TEXT_REFUSALS = {
     "attention_mask": "the engine has CLIP's causal mask built in, so only a mask of ones can be given",
     "output_attentions": "the engine returns the last hidden state and the pooled output only",
@@ -65,6 +54,11 @@ class EngineUNet(EngineModule):
         super().__init__(session, config, dtype, device, original)
         self.last_layer, self.cache = last_layer, StepCache(cache_interval)
         self.weights = EngineWeights(session, () if last_layer is None else (last_layer,))
+        self.images: ImagePrompts | None = None
+        if image_specs(session.contract):
+            details = session.checked.bundle.component("unet").details[IP_ADAPTERS]
+            self.images = ImagePrompts(session.contract, details, self.config)
+            self.config.encoder_hid_dim_type = "ip_image_proj"  # an attribute, as diffusers sets it
 
     def sessions(self) -> Iterable[Session]:
         """The engine of the whole UNet, and that of its last layer."""
@@ -87,6 +81,43 @@ class EngineUNet(EngineModule):
             raise AttributeError("add_embedding")
         width = int(self.config.projection_class_embeddings_input_dim)
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def follow(self, before: object, rebuild: Rebuild | None, falls_back: bool = False) -> None:
+        """As every module; IP-Adapters keep the scales that they had."""
+        super().follow(before, rebuild, falls_back)
+        if self.images is not None:
+            self.images.follow(getattr(before, "attn_processors", {}))
+
+    def _prompted(self, name: str) -> ImagePrompts:
+        """The engine's IP-Adapters, asked for by the name of an attribute; AttributeError where it has none."""
+        if self.images is None:
+            raise AttributeError(name)
+        return self.images
+
+    @property
+    def encoder_hid_proj(self) -> Any:
+        """Where pipelines look for how many IP-Adapters there are, and what they read of an image."""
+        return self._prompted("encoder_hid_proj").projection
+
+    @property
+    def attn_processors(self) -> Any:
+        """Where `set_ip_adapter_scale` sets the scales of IP-Adapters."""
+        return self._prompted("attn_processors").processors
+
+    @property
+    def down_blocks(self) -> Any:
+        """Where `set_ip_adapter_scale` looks for blocks with attention."""
+        return self._prompted("down_blocks").blocks("down")
+
+    @property
+    def up_blocks(self) -> Any:
+        """As `down_blocks`."""
+        return self._prompted("up_blocks").blocks("up")
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """Nothing; with IP-Adapters the names of their layers, where `set_ip_adapter_scale` looks for them."""
+        names = () if self.images is None else self.images.processors
+        return super().state_dict(*arguments, **options) | {name: torch.empty(0) for name in names}
 
     def forward(
         self,
@@ -112,6 +143,8 @@ class EngineUNet(EngineModule):
             "timestep": timesteps(self, timestep, sample),
             "encoder_hidden_states": encoder_hidden_states,
         }
+        if self.images is not None:
+            conditions = self.images.completed(type(self).__name__, conditions, sample)
         tensors |= condition_tensors(self, sample, conditions)
         self.weights.apply_pending()
         call = Call(sample, timestep, encoder_hidden_states, self.weights.version)
@@ -132,77 +165,6 @@ class EngineUNet(EngineModule):
         else:
             found = run_split(self.last_layer, cast_feeds(self.last_layer, {**tensors, DEEP_FEATURE: feature}))
         return found["out_sample"]
-
-
-def condition_tensors(
-    module: EngineModule, sample: torch.Tensor, arguments: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
-    """A call's conditions by input name; zeros where one is not given and need not be.
-
-    EngineError for a condition that the engine has no input for, one that it needs, and tensors that do not fit it.
-    """
-    rest = dict(arguments)
-    found: dict[str, torch.Tensor] = {}
-    for row in CONDITIONS:
-        if specs := row.of(module.session.contract):
-            tensors = row.unpack(rest)
-            _check_fit(module, row, specs, tensors, sample)
-            found |= dict(zip((spec.name for spec in specs), tensors, strict=False))
-            found |= {spec.name: _zeros(spec, sample) for spec in specs[len(tensors) :]}
-    added = rest.pop(ADDED, None)
-    refuse(module, rest | {f"{ADDED}[{name!r}]": value for name, value in (added or {}).items()}, REFUSALS)
-    batch = sample.shape[0]
-    return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in found.items()}
-
-
-def _check_fit(
-    module: EngineModule, row: Condition, specs: Sequence[TensorSpec], tensors: Sequence[Any], sample: torch.Tensor
-) -> None:
-    """EngineError unless tensors are as many, and as wide, as a condition has inputs."""
-    name = type(module).__name__
-    if row.needed and len(tensors) < len(specs):
-        raise EngineError(f"{name} needs {', '.join(spec.name for spec in specs)}: {row.misfit}")
-    if tensors and not 0 <= len(specs) - len(tensors) <= row.spare:
-        raise EngineError(f"{name} takes {len(specs)} {row.name}, not {len(tensors)}: {row.misfit}")
-    for spec, tensor in zip(specs, tensors, strict=False):
-        width, batch = spec.axes[1], sample.shape[0]
-        if tensor.dim() != len(spec.axes) or tensor.shape[1] != width or tensor.shape[0] not in (1, batch):
-            wanted = ", ".join(map(str, (batch, width, *spec.axes[2:])))
-            raise EngineError(
-                f"{name} takes a {spec.name} of shape ({wanted}), a row per latent, not {tuple(tensor.shape)}: "
-                f"{row.misfit}"
-            )
-
-
-def _zeros(spec: TensorSpec, sample: torch.Tensor) -> torch.Tensor:
-    """A condition that is not there: zeros that take no memory of their own until a session makes them contiguous."""
-    sides = dict(zip(("height", "width"), sample.shape[2:], strict=True))
-    axes = [split_axis(axis) if isinstance(axis, str) else (None, axis) for axis in spec.axes[1:]]
-    shape = [sides[root] // number if root else number for root, number in axes]
-    return torch.zeros((), dtype=spec.torch_dtype, device=sample.device).expand(sample.shape[0], *shape)
-
-
-def timesteps(module: EngineModule, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """The timestep beside the latents as the engine takes it: a scalar, or one for each sample.
-
-    EngineError when samples have different ones, and the engine takes one.
-    """
-    spec = next(spec for spec in module.session.contract.inputs if spec.name == "timestep")
-    if not isinstance(timestep, torch.Tensor):
-        timestep = _scalar(timestep, sample)
-    if spec.axes:
-        return timestep.flatten().to(sample.device).expand(sample.shape[0])
-    if timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):
-        raise EngineError(
-            f"{type(module).__name__} takes one timestep for the whole batch, not {timestep.tolist()}: call it once "
-            "per timestep, or export the model with --timesteps"
-        )
-    return timestep.flatten()[0].to(sample.device)
-
-
-def _scalar(value: float, beside: torch.Tensor) -> torch.Tensor:
-    """A number beside a tensor: written by a kernel, where a copy from the host would wait for the GPU in each step."""
-    return torch.full((), float(value), dtype=torch.float32, device=beside.device)
 
 
 class EngineControlNet(EngineModule, ControlNetModel):
@@ -235,7 +197,7 @@ class EngineControlNet(EngineModule, ControlNetModel):
             "timestep": timesteps(self, timestep, sample),
             "encoder_hidden_states": encoder_hidden_states,
             "controlnet_cond": controlnet_cond,
-            "conditioning_scale": _scalar(conditioning_scale, sample),
+            "conditioning_scale": scalar(conditioning_scale, sample),
             **condition_tensors(self, sample, conditions),
         }
         try:

@@ -9,10 +9,11 @@ from typing import Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.components import CACHED_UNET
-from sdkd.core.conditions import INNER_RESIDUAL, MID_RESIDUAL
+from sdkd.core.conditions import INNER_RESIDUAL, MID_RESIDUAL, image_specs
 from sdkd.core.contract import is_tiny_vae, vae_scale
 from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError, ModelError, StaleEngineError
 from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, check_guidance, module_config
+from sdkd.models.ip_adapter import check_projections, image_prompts
 from sdkd.models.step_caching import check_cached, check_interval
 from sdkd.targets.registry import availability, check_target, environment
 
@@ -60,6 +61,7 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
     """ModelError, naming both values, when a bundle's component does not fit where a pipeline has its own."""
     if "unet" in parts:
         check_extra_parts(pipe)
+        check_images(pipe.unet, bundle)
     for part in parts:
         theirs = module_config(getattr(pipe, part))
         check_config(part, theirs)
@@ -77,6 +79,33 @@ def check_agreement(pipe: Any, bundle: Bundle, parts: Sequence[str]) -> None:
         ours = bundle.json("scheduler/scheduler_config.json")
         key = "prediction_type"
         _refuse_differences(bundle, "scheduler", {key: (ours.get(key), getattr(pipe.scheduler.config, key, None))})
+
+
+def check_images(unet: Any, bundle: Bundle) -> None:
+    """ModelError unless a pipeline's UNet has IP-Adapters like those of a bundle's, or neither has any.
+
+    They are alike in number and in the widths of what they read; weights are compared with the others.
+    """
+    engine = getattr(unet, "session", None)
+    if engine is None:
+        check_projections(unet)
+    specs = image_specs(bundle.component("unet").contract)
+    ours = [spec.axes[2:] for spec in specs]
+    theirs = (
+        list(image_prompts(unet).embeddings) if engine is None else [s.axes[2:] for s in image_specs(engine.contract)]
+    )
+    if [(len(axes), axes[-1]) for axes in ours] == [(len(axes), axes[-1]) for axes in theirs]:
+        return
+    what = f"bundle {str(bundle.path)!r} has {_read(ours)} in its UNet and this pipeline {_read(theirs)}"
+    if not ours:
+        raise ModelError(f"{what}: export this pipeline, or its model with --ip-adapter FILE")
+    raise ModelError(f"{what}: load the same with pipe.load_ip_adapter first, or use engines.load_pipeline")
+
+
+def _read(embeddings: Sequence[Sequence[Any]]) -> str:
+    """IP-Adapters in words."""
+    widths = " and ".join(str(axes[-1]) for axes in embeddings)
+    return f"IP-Adapters that read embeddings of width {widths}" if widths else "no IP-Adapter"
 
 
 def _refuse_differences(bundle: Bundle, part: str, values: Mapping[str, tuple[object, object]]) -> None:

@@ -35,6 +35,10 @@ def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> int:
     if (profile := checked.profiles.pick(sizes)) is not None:
         return profile
     _check_image(checked, sizes)
+    if "images" in sizes and sizes["images"] not in (most := checked.limits["images"]):
+        raise RangeError(
+            f"{checked.label} takes {most.min} to {most.max} images of an IP-Adapter, not {sizes['images']}: give fewer"
+        )
     words = _built_for(checked.bundle, checked.record, asked_ranges(checked, sizes))
     raise RangeError(f"{checked.label} was asked for {_describe(checked, sizes)}, {words}")
 

@@ -61,18 +61,18 @@ class Reference:
     eager: tuple[torch.Tensor, ...]
 
 
-# Batch 1 (which an exporter may take for a constant), 2 and 3; two shapes, neither square; first and last timestep of
-# training, and one between two, which schedulers ask for.
-_BASES = ((1, 2, 3, 5, 1.0), (2, 3, 3, 2, 500.5), (3, 77, 2, 3, 999.0))
+# Batch 1 (which an exporter may take for a constant), 2 and 3, and as many images of an IP-Adapter; two shapes, neither
+# square; first and last timestep of training, and one between two, which schedulers ask for.
+_BASES = (((1, 2, 3, 5, 2), 1.0), ((2, 3, 3, 2, 1), 500.5), ((3, 77, 2, 3, 3), 999.0))
 
 
 def parity_cases(contract: Contract, config: Mapping[str, Any]) -> tuple[Case, ...]:
     """The comparisons for a component: axis sizes in multiples that its down-sampling allows."""
     longest = int(config.get("max_position_embeddings", 77))
 
-    def case(seed: int, batch: int, sequence: int, height: int, width: int, timestep: float) -> Case:
-        roots = {"batch": batch, "sequence": min(sequence, longest), "height": height, "width": width}
-        return Case(axis_sizes(contract, config, roots), timestep, seed)
+    def case(seed: int, sizes: tuple[int, ...], timestep: float) -> Case:
+        roots = dict(zip(("batch", "sequence", "height", "width", "images"), sizes, strict=True))
+        return Case(axis_sizes(contract, config, roots | {"sequence": min(roots["sequence"], longest)}), timestep, seed)
 
     return tuple(case(seed, *base) for seed, base in enumerate(_BASES, start=1))
 

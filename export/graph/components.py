@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from sdkd.core.conditions import LARGEST_TIME_ID, TIME_IDS, TIMESTEP, Extras, pa
 from sdkd.core.contract import Contract, Precision, TensorSpec, split_axis
 from sdkd.errors import ModelError
 from sdkd.models.exportable import check_config, check_module, module_config
+from sdkd.models.ip_adapter import image_prompts
 from sdkd.models.step_caching import deep_features, last_layer
 
 # Every size differs from every other, and none is 0 or 1: torch.export must not take two axes for one, nor a size for
 # a constant.
-EXAMPLE = {"batch": 2, "sequence": 11, "height": 3, "width": 5}
+EXAMPLE = {"batch": 2, "sequence": 11, "height": 3, "width": 5, "images": 4}
 
 # Attention processors without weights that compute the same as torch's scaled_dot_product_attention.
 REPLACED = ("AttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor")
@@ -226,9 +228,11 @@ def graph_module(contract: Contract, module: nn.Module) -> ComponentGraph:
 
 
 def module_contract(component: str, module: nn.Module, precision: Precision, extras: Extras = Extras()) -> Contract:
-    """The contract from the module's own config; ModelError for a UNet or ControlNet that needs other inputs."""
+    """The contract from the module's own config and IP-Adapters; ModelError where it needs other inputs."""
     config = module_config(module)
     check_config(CONFIG_FOLDERS[component], config)
+    if component == "unet":
+        extras = replace(extras, images=image_prompts(module, extras.image_tokens))
     return component_contract(component, config, precision, extras)
 
 

@@ -20,7 +20,7 @@ BUILD_OPTIONS = {
     for name in ("optimization_level", "workspace_gb", "refit", "hardware_compatible", "memory_cap_gb")
 } | {"compute_capabilities": "--compute-capability"}
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
-_AXIS = re.compile(r"(batch|sequence|(image_)?(height|width))(_\d{1,2})?( [*/] [1-9]\d?)?")
+_AXIS = re.compile(r"(batch|sequence|images|(image_)?(height|width))(_\d{1,2})?( [*/] [1-9]\d?)?")
 _LARGEST_AXIS = 1 << 20
 
 

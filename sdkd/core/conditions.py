@@ -23,20 +23,36 @@ DOWN_RESIDUAL = "down_block_additional_residuals"
 INNER_RESIDUAL = "down_intrablock_additional_residuals"
 ADDED = "added_cond_kwargs"  # of UNet2DConditionModel: what comes in a dictionary
 TEXT_EMBEDS, TIME_IDS = "text_embeds", "time_ids"
+IMAGE_EMBEDS, IMAGE_SCALES = "image_embeds", "ip_adapter_scale"  # of IP-Adapters
 TIME_NUMBERS = 6  # of SDXL: original size, crop and target size, height and width of each (arXiv 2307.01952, 2.2)
 LARGEST_TIME_ID = 1024  # pixels
 
 
 @dataclass(frozen=True)
+class ImagePrompts:
+    """What IP-Adapters (arXiv 2308.06721) take: the last axes of an image's embedding of each, which are a width, or
+    tokens and a width, and the number of attention layers that they are in, each with a scale of its own.
+    """
+
+    embeddings: tuple[tuple[int, ...], ...] = ()
+    layers: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.embeddings)
+
+
+@dataclass(frozen=True)
 class Extras:
     """What a component can have beyond the usual: every layer's hidden states (text encoder); residuals of a ControlNet
-    and of a T2I-Adapter, a timestep for each sample, the output for step caching (UNet).
+    and of a T2I-Adapter, a timestep for each sample, IP-Adapters, the output for step caching (UNet).
     """
 
     hidden_states: bool = False
     residuals: bool = False
     inner_residuals: bool = False
     timesteps: bool = False
+    images: ImagePrompts = ImagePrompts()
+    image_tokens: int = 257  # of the image encoder: CLIP's ViT-H and ViT-bigG at 224 pixels have 16 x 16 and one
     deep_feature: bool = False
 
 
@@ -140,19 +156,28 @@ def _inner(config: Config, dtype: str, extras: Extras) -> tuple[TensorSpec, ...]
     return _features([f"{INNER_RESIDUAL}.{index}" for index in range(len(shapes))], dtype, shapes)
 
 
+def _images(config: Config, dtype: str, extras: Extras) -> tuple[TensorSpec, ...]:
+    """An embedding of each image for each adapter, then a scale for each row, adapter and layer."""
+    given = extras.images
+    specs = [
+        TensorSpec(f"{IMAGE_EMBEDS}.{index}", dtype, ("batch", "images", *axes))
+        for index, axes in enumerate(given.embeddings)
+    ]
+    scales = TensorSpec(IMAGE_SCALES, "float32", ("batch", len(specs), given.layers))
+    return (*specs, scales) if specs else ()
+
+
 def _unpack_residuals(given: dict[str, Any]) -> list[Any]:
     down, middle = given.pop(DOWN_RESIDUAL, None), given.pop(MID_RESIDUAL, None)
     return [*(down or ()), *(() if middle is None else (middle,))]
 
 
-def _unpack_sizes(given: dict[str, Any]) -> list[Any]:
+def _from_added(given: dict[str, Any], *names: str) -> list[Any]:
+    """Take what is there out of the arguments that come in a dictionary."""
     added = dict(given.pop(ADDED, None) or {})
-    found = [added.pop(name) for name in (TEXT_EMBEDS, TIME_IDS) if added.get(name) is not None]
-    return found if not added else _put_back(given, added, found)
-
-
-def _put_back(given: dict[str, Any], added: dict[str, Any], found: list[Any]) -> list[Any]:
-    given[ADDED] = added
+    found = [added.pop(name) for name in names if added.get(name) is not None]
+    if added:
+        given[ADDED] = added
     return found
 
 
@@ -167,7 +192,7 @@ CONDITIONS = (
         (TEXT_EMBEDS, TIME_IDS),
         _sizes,
         lambda tensors: {ADDED: dict(zip((TEXT_EMBEDS, TIME_IDS), tensors, strict=True))},
-        _unpack_sizes,
+        lambda given: _from_added(given, TEXT_EMBEDS, TIME_IDS),
         "this UNet takes no sizes and no pooled text, as SDXL's does",
         f"SDXL's UNet needs {ADDED} with {TEXT_EMBEDS} and {TIME_IDS}, as its pipelines give them",
         needed=True,
@@ -202,12 +227,27 @@ CONDITIONS = (
         asked=True,
         spare=1,
     ),
+    Condition(
+        "embeddings of images, and the scales",
+        (IMAGE_EMBEDS, IMAGE_SCALES),
+        _images,
+        lambda tensors: {ADDED: {IMAGE_EMBEDS: list(tensors)}},
+        lambda given: [tensor for every in _from_added(given, IMAGE_EMBEDS) for tensor in every],
+        "export the model with --ip-adapter FILE, or the pipeline that has the IP-Adapter",
+        "give one tensor for each IP-Adapter of the bundle",
+        asked=True,
+    ),
 )
 
 
 def condition_specs(config: Config, dtype: str, extras: Extras = Extras()) -> tuple[TensorSpec, ...]:
     """The inputs of all conditions that a UNet has, in the order of the rows."""
     return tuple(spec for row in CONDITIONS for spec in row.specs(config, dtype, extras))
+
+
+def image_specs(contract: Contract) -> list[TensorSpec]:
+    """The inputs for embeddings of images, one for each IP-Adapter of a UNet."""
+    return [spec for spec in contract.inputs if spec.name.startswith(IMAGE_EMBEDS)]
 
 
 def asked_for(contract: Contract) -> str | None:
@@ -225,7 +265,9 @@ def pack(contract: Contract, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
     rest = list(tensors)
     for row in CONDITIONS:
         if specs := row.of(contract):
-            found |= row.pack(rest[: len(specs)])
+            more = row.pack(rest[: len(specs)])
+            both = {**found.get(ADDED, {}), **more.get(ADDED, {})}
+            found |= more | ({ADDED: both} if both else {})
             rest = rest[len(specs) :]
     return found
 

@@ -44,7 +44,7 @@ _OWN: dict[str, dict[str, str]] = {
     "cache": {DATA: "text", SPEED: "workers shard_images"},
     "evaluate": {METRICS: "real clip inception"},
     "export": {
-        PARTS: "vae controlnet lora hidden_states step_caching t2i_adapter timesteps keep_float",
+        PARTS: "vae controlnet lora hidden_states step_caching t2i_adapter timesteps ip_adapter keep_float",
         SHAPES: "static size batch tokens opset",
     },
     "build-engine": {

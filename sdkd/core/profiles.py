@@ -12,6 +12,7 @@ from sdkd.core.contract import Contract, TensorSpec, split_axis
 from sdkd.core.numbers import check_number
 from sdkd.errors import InputError
 
+IMAGES = (1, 1, 8)  # of an IP-Adapter in one call: fewest, usual, most
 _LARGEST = 1 << 20  # pixels, tokens or images
 
 
@@ -111,6 +112,7 @@ def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: 
         "width": over(ranges.width, scale),
         "image_height": ranges.height,
         "image_width": ranges.width,
+        "images": Range(*IMAGES),
     }
     return {axis: over(whole[root], by) for axis in contract.axis_names() for root, by in [split_axis(axis)]}
 

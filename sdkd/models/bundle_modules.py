@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 _EXPORT = "export the model again"
+PROMPTS, PROCESSOR = "encoder_hid_proj.", ".processor."  # in the names of an IP-Adapter's weights
 
 
 def component_weights(bundle: Bundle, component: str) -> dict[str, torch.Tensor]:
@@ -47,6 +48,8 @@ def module_of(bundle: Bundle, part: str) -> Any:
     kind = (*(index.get(part) or ()), None, None)[1]
     module = empty(part, bundle.config(halves[0]), kind)
     state = {name: tensor for half in halves for name, tensor in component_weights(bundle, half).items()}
+    # Without an image a UNet with IP-Adapters is the plain one.
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(PROMPTS) and PROCESSOR not in name}
     found = module.load_state_dict(state, strict=False, assign=True)
     missing = [name for name in found.missing_keys if part != "vae"]
     if missing or found.unexpected_keys:

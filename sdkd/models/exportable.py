@@ -16,11 +16,12 @@ from sdkd.core.conditions import guidance_width
 from sdkd.core.contract import vae_scale
 from sdkd.errors import ExportError, ModelError, an
 from sdkd.families import EMBEDDING, FAMILIES, STABLE_DIFFUSION, family_of_unet
+from sdkd.models.ip_adapter import check_projections
 from sdkd.models.safetensors_file import has_adapters
 
 Config = Mapping[str, Any]
 _EAGERLY = "run it eagerly"
-_IP_ADAPTER = "it has an IP-Adapter, which reads images: remove it first with pipe.unload_ip_adapter()"
+_IP_ADAPTER = "it has an IP-Adapter, which reads images: give the model without it, and --ip-adapter FILE"
 _CLASSES = f"it takes class labels, a noise level or image embeddings beside the text: {_EAGERLY}"
 
 
@@ -153,8 +154,7 @@ def check_module(part: str, module: Any) -> None:
 
     ExportError for adapters and for quantized or offloaded weights; ModelError as `check_patches` raises it.
     """
-    if "IPAdapter" in type(getattr(module, "encoder_hid_proj", None)).__name__:  # no key of the config says so
-        raise ExportError(f"the {part} cannot run as an engine: {_IP_ADAPTER}")
+    check_projections(module)
     if has_adapters(module.state_dict()):
         fused = any(getattr(layer, "merged_adapters", None) for layer in module.modules())
         what, first = ("fused and still there", "") if fused else ("not fused", "pipe.fuse_lora() and ")
@@ -255,8 +255,8 @@ def _features(part: Any) -> Found:
     own = vars(part)
     if any(own.get(name) is not None for name in FREEU):
         return "FreeU on", "call pipe.disable_freeu() first"
-    if getattr(part, "encoder_hid_proj", None) is not None:
-        return "an IP-Adapter or another projection (encoder_hid_proj)", "call pipe.unload_ip_adapter() first"
+    if type(getattr(part, "encoder_hid_proj", None)).__name__ not in ("NoneType", "MultiIPAdapterImageProjection"):
+        return "a projection of other embeddings (encoder_hid_proj)", _EAGERLY
     if type(own.get("processor")).__name__.startswith("Fused"):  # what they leave when unfused is harmless
         return "fused QKV projections", "call pipe.unfuse_qkv_projections() first"
     return None

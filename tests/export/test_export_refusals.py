@@ -17,7 +17,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
-    T2IAdapter,
     UNet2DConditionModel,
 )
 from diffusers.models.attention import BasicTransformerBlock
@@ -78,7 +77,9 @@ def test_the_command_line_refuses_by_the_config_alone(tmp_path: Path) -> None:
 
 
 def test_an_ip_adapter_is_named() -> None:
-    with pytest.raises(ModelError, match=r"IP-Adapter, which reads images.*pipe\.unload_ip_adapter\(\)"):
+    with pytest.raises(
+        ModelError, match=r"IP-Adapter, which reads images: give the model without it, and --ip-adapter"
+    ):
         check_config("unet", UNET | {"encoder_hid_dim_type": "ip_image_proj"})
 
 
@@ -179,14 +180,15 @@ PATCHES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "LoRA": (with_lora, r"not fused: call pipe\.fuse_lora\(\) and pipe\.unload_lora"),
     "fused LoRA": (lambda p: with_lora(p, True), r"fused and still there: call pipe\.unload_lora_weights\(\) first"),
-    "IP-Adapter": (
-        lambda p: setattr(p.unet, "encoder_hid_proj", MultiIPAdapterImageProjection([])),  # as load_ip_adapter does
-        r"it has an IP-Adapter.*pipe\.unload_ip_adapter\(\)",
+    "FaceID-Plus": (
+        lambda p: setattr(p.unet, "encoder_hid_proj", MultiIPAdapterImageProjection([torch.nn.Identity()])),
+        "an IP-Adapter with Identity, which sdkd does not export",
     ),
-    "T2I-Adapter": (
-        lambda p: setattr(p, "adapter", T2IAdapter(channels=(8, 8), num_res_blocks=1, downscale_factor=2)),
-        "has a T2I-Adapter, whose residuals no graph takes",
+    "projected": (
+        lambda p: setattr(p.unet, "encoder_hid_proj", torch.nn.Linear(8, 8)),
+        r"a projection of other embeddings \(encoder_hid_proj\), .*: run it eagerly",
     ),
+    "AnimateDiff": (lambda p: setattr(p, "motion_adapter", p.vae), "has a motion adapter of AnimateDiff"),
     "flow matching": (
         lambda p: setattr(p, "scheduler", FlowMatchEulerDiscreteScheduler()),
         "scheduler FlowMatchEulerDiscreteScheduler has no noise schedule by beta_st",
