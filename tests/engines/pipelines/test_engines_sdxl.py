@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from made_once import made_once
+from peft import LoraConfig
 from small_sdxl import PROJECTED, sdxl_bundle, sdxl_pipeline, sdxl_unet
 
 from engines import load_pipeline, plug
@@ -146,6 +147,23 @@ def test_a_lora_of_unet_and_both_text_encoders_comes_and_goes(bundle: Path) -> N
     expected = draw(eager)
     np.testing.assert_allclose(draw(pipe), expected, atol=2e-4)
     assert not np.allclose(expected, before, atol=1e-2)
+    pipe.unload_lora_weights()
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_each_module_takes_adapters_by_its_own_methods(bundle: Path) -> None:
+    pipe, eager = load_pipeline(bundle, "onnxruntime"), sdxl_pipeline()
+    before = draw(pipe)
+    for each in (pipe, eager):
+        for part, targets in (("unet", ["to_q"]), ("text_encoder", ["v_proj"]), ("text_encoder_2", ["v_proj"])):
+            torch.manual_seed(1)
+            config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+            getattr(each, part).add_adapter(config, adapter_name="style")
+        each.unet.set_adapters("style", 0.6)
+    expected = draw(eager)
+    np.testing.assert_allclose(draw(pipe), expected, atol=2e-4)
+    pipe.text_encoder_2.disable_adapters()
+    assert not np.allclose(draw(pipe), expected, atol=1e-3)
     pipe.unload_lora_weights()
     assert np.array_equal(draw(pipe), before)
 
