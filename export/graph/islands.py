@@ -23,6 +23,7 @@ BLOCKS = (
     *("ResnetBlock2D", "Attention", "Transformer2DModel", "Upsample2D", "Downsample2D", "AutoencoderTinyBlock"),
     *("CLIPEncoderLayer", "CLIPTextEmbeddings", "TimestepEmbedding"),
 )
+EXACT = "Timesteps"  # given float32 in every precision: half of it would round timesteps and sizes
 HEADROOM = 2.0  # other prompts and images may drive activations further than the probe does
 # The probe's latents: normal ones as after unscaling, half as large again; and smooth ones, which add up.
 PROBE_STRENGTHS = (1.5, 3.0)
@@ -194,7 +195,7 @@ def kept_float(module: nn.Module, islands: Islands, dtype: torch.dtype) -> Itera
     """
     handles = []
     for path, block in blocks(module).items() if islands.reasons else ():
-        own = torch.float32 if path in islands.reasons else dtype
+        own = torch.float32 if path in islands.reasons or type(block).__name__ == EXACT else dtype
         handles.append(block.register_forward_pre_hook(_cast_inputs(own), with_kwargs=True))
         if path in islands.reasons and path not in islands.overflowing:
             handles.append(block.register_forward_hook(_cast_output(dtype)))

@@ -90,6 +90,19 @@ def test_half_precision_overflows_without_islands_and_not_with_them() -> None:
     torch.testing.assert_close(found.float(), exact, atol=0.03, rtol=0.03)
 
 
+def test_timesteps_are_not_rounded_beside_islands() -> None:
+    unet = small_pipeline().unet
+    with recorded(unet) as flows:
+        pass
+    islands = find_islands(flows, ["conv_out"], automatic=False)
+    half = cast(copy.deepcopy(unet), "fp16", keep=float_weights(unet, islands))
+    seen: list[torch.Tensor] = []
+    half.time_proj.register_forward_hook(lambda module, given, answer: seen.append(given[0]))
+    with kept_float(half, islands, torch.float16):
+        half(torch.zeros(2, 4, 8, 8, dtype=torch.float16), torch.tensor([999.3, 700.7]), torch.zeros(2, 7, 32).half())
+    torch.testing.assert_close(seen[0], torch.tensor([999.3, 700.7]), rtol=0, atol=0)
+
+
 def test_a_graph_with_islands_is_recorded_checked_and_does_not_overflow(tmp_path: Path) -> None:
     """The overflowing VAE's decoder in fp16, with one block asked to stay float32; the pipeline stays as it was."""
     pipe = small_pipeline()
