@@ -13,6 +13,7 @@ from small_ip_adapter import WIDTH, ip_adapter, prompted, write
 from small_sdxl import sdxl_pipeline
 from typer.testing import CliRunner
 
+from export import export_pipeline
 from sdkd.cli import app
 from sdkd.errors import InputError, ModelError
 from sdkd.models.ip_adapter import check_projections, image_prompts
@@ -59,6 +60,13 @@ def test_adapters_of_other_unets(tmp_path: Path) -> None:
         add_to(small_pipeline().unet, [broken])
     with pytest.raises(InputError, match=r"has an IP-Adapter already"):
         add_to(add_to(pipe.unet, [own]), [own])
+
+
+def test_step_caching_is_without(tmp_path: Path) -> None:
+    pipe = small_pipeline()
+    prompted(pipe, ip_adapter(pipe.unet))
+    with pytest.raises(InputError, match=r"step caching does not go with an IP-Adapter, which its last layer has"):
+        export_pipeline(pipe, tmp_path / "bundle", step_caching=True)
 
 
 def test_the_command_line_hands_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
