@@ -101,33 +101,32 @@ def export_pipeline(
     named = model.name if isinstance(model, ModelSource) else model.name_or_path
     own_vae = model.vae if isinstance(model, WithVae) else None
     loras = parse_loras(loras)
-    inputs = (
-        named,
-        own_vae,
-        vae,
-        controlnet,
-        *reuse,
-        *ip_adapters,
-        *(lora.file for lora in (*loras_of(model), *loras)),
-    )
+    fused = (lora.file for lora in (*loras_of(model), *loras))
+    inputs = (named, own_vae, vae, controlnet, *reuse, *ip_adapters, *fused)
     check_free(path, overwrite, inputs)
     with lock(path), new_folder(path, overwrite, inputs) as folder:
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options, loras=loras)
         source.generation = generation or source.generation
-        names = _chosen(source.components, components)
-        source.check(names)
-        room = check_export_room(source, names, options, path)
-        progress(f"{room}" if room.memory > LARGE else "loading the model", 0.0)
-        source.write_rest(folder)
-        if "unet" in names:
-            _carry_calibration(source, folder, progress)
-        records = export_components(source, names, options, versions(), folder, progress)
-        hashes = {name: record.source_sha256 for name, record in records.items()}
-        about = {**source.about, **entry(source.generation), "sha256": hashes}
-        Bundle(folder, Manifest(about, versions(), records)).with_rest().save()
-        progress("exported", 1.0)
+        _export_into(folder, source, _chosen(source.components, components), options, progress)
     return Bundle.open(path)
+
+
+def _export_into(
+    folder: Path, source: Source, names: Sequence[str], options: ExportOptions, progress: Progress
+) -> None:
+    """Check, then export these components of a source into an empty folder, and write its manifest."""
+    source.check(names)
+    room = check_export_room(source, names, options, folder.parent)
+    progress(f"{room}" if room.memory > LARGE else "loading the model", 0.0)
+    source.write_rest(folder)
+    if "unet" in names:
+        _carry_calibration(source, folder, progress)
+    records = export_components(source, names, options, versions(), folder, progress)
+    hashes = {name: record.source_sha256 for name, record in records.items()}
+    about = {**source.about, **entry(source.generation), "sha256": hashes}
+    Bundle(folder, Manifest(about, versions(), records)).with_rest().save()
+    progress("exported", 1.0)
 
 
 def _carry_calibration(source: Source, folder: Path, progress: Progress) -> None:

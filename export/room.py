@@ -52,14 +52,13 @@ def _parameters(source: Source, name: str) -> int:
     return 0 if outline is None else sum(tensor.numel() for tensor in component_state(name, outline).values())
 
 
-def check_export_room(source: Source, names: Sequence[str], options: ExportOptions, path: Path) -> Room:
-    """What an export takes; ExportError, with the numbers and what to do, when that is more than there is."""
+def check_export_room(source: Source, names: Sequence[str], options: ExportOptions, place: Path) -> Room:
+    """What an export into a folder takes; ExportError, with the numbers and what to do, when there is not so much."""
     room = estimate(source, names, options)
     advice = "close other programs, or export with " + (
         "--precision fp16" if options.precision == "fp32" else "--no-verify" if options.verify else "fewer components"
     )
     check_room(f"the export, {room.largest} most of all,", "memory", room.memory, free_memory(), advice, ExportError)
-    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    check_room(f"graphs in {str(path)!r}", "disk space", room.disk, free, "free some, or choose another", ExportError)
+    free = shutil.disk_usage(place).free
+    check_room(f"graphs in {str(place)!r}", "disk space", room.disk, free, "free some, or choose another", ExportError)
     return room

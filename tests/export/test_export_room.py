@@ -38,5 +38,5 @@ def test_too_little_memory_is_one_message(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_too_little_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(ExportError, match=r"graphs in .*bundle' need about 1.6 GB of disk space, and 0.0 MB are free"):
+    with pytest.raises(ExportError, match=r"graphs in '.*' need about 1.6 GB of disk space, and 0.0 MB are free"):
         export_pipeline("random:vega", tmp_path / "bundle", precision="fp16", components=("unet", "vae_decoder"))

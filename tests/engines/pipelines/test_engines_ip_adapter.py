@@ -131,6 +131,7 @@ def test_what_does_not_fit(bundle: Path, engine_bundle: Path) -> None:
         loaded.unet(*call, added_cond_kwargs={"image_embeds": [torch.zeros(2, 1, WIDTH)]})
 
 
+@pytest.mark.slow
 def test_two_adapters_from_files_beside_sdxl(tmp_path: Path) -> None:
     pipe = sdxl_pipeline()
     states = [ip_adapter(pipe.unet, kind, seed) for seed, kind in enumerate(("plain", "plus"))]
