@@ -81,7 +81,8 @@ def export(
         return
     show(table(f"{bundle} ({precision})", COLUMNS, [_row(part) for part in summary(done)["components"]]))
     show(*notes(done))
-    lacking = [name for name in ("text_encoder", "unet", "vae_decoder") if name not in done.manifest.components]
+    needed = [name for name in done.family.components if name != "vae_encoder"]
+    lacking = [name for name in needed if name not in done.manifest.components]
     build = f"Build engines with: {done.build_command('onnxruntime')}"
     show(f"Engines need {', '.join(lacking)}, too: export the model again with them." if lacking else build)
 

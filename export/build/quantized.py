@@ -17,6 +17,7 @@ from export.build.gate import Floats, image_psnr, prediction_rows, speed
 from export.build.job import Built, Job
 from export.build.parity import check_engine, shape_words, verdict
 from sdkd.bundle.manifest import Bundle
+from sdkd.core.components import TEXT_ENCODERS
 from sdkd.core.console import Progress, within
 from sdkd.errors import ValuesError
 from sdkd.quantization.again import QUANTIZATION, layer_weights
@@ -142,9 +143,11 @@ SCHEMES: dict[tuple[str, str], Scheme] = {
 }
 LIGHT = Scheme("none")
 # Components whose weights alone are rounded, by target; the others stay float, and why.
-ROUNDED_WEIGHTS = {"openvino": ("text_encoder",)}
+ROUNDED_WEIGHTS = {"openvino": TEXT_ENCODERS}
 STAYS_FLOAT = {
-    "text_encoder": "once an image; only OpenVINO multiplies int8 weights without making them float first",
+    **dict.fromkeys(
+        TEXT_ENCODERS, "once an image; only OpenVINO multiplies int8 weights without making them float first"
+    ),
     "vae_decoder": "its convolutions gain nothing from int8 weights, and what they are given is the image itself",
     "vae_encoder": "its convolutions gain nothing from int8 weights, and what they are given is the image itself",
     "unet_cached": "a single layer, which carries the details between whole steps",

@@ -19,7 +19,7 @@ from typing import Any, cast
 from export.build.job import Built, Job, Run, check_io
 from export.build.options import CURRENT, GIB, HARDWARE, RTX, BuildOptions
 from export.build.tensorrt_progress import progress_monitor
-from sdkd.core.components import UNETS
+from sdkd.core.components import TEXT_ENCODERS, UNETS
 from sdkd.core.console import Progress
 from sdkd.errors import BuildError
 from sdkd.targets.fast_precisions import FP8_CAPABILITY
@@ -269,7 +269,7 @@ def _plan_facts(plan: memoryview) -> dict[str, Any]:
 # CLIP's layers. Norms, biases, time and token embeddings stay.
 TOUCHED = {
     **dict.fromkeys(UNETS, r"(^|\.)((attentions|resnets|downsamplers|upsamplers)\.\d+\..*|conv_in\.|conv_out\.)"),
-    "text_encoder": r"\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.",
+    **dict.fromkeys(TEXT_ENCODERS, r"\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\."),
 }
 
 

@@ -14,10 +14,10 @@ from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.quantized import Quantized
 from sdkd.compare.measure.calls import as_drawn
-from sdkd.core.components import CACHED_UNET, COMPONENTS
+from sdkd.core.components import CACHED_UNET, COMPONENTS, TEXT_ENCODERS
 from sdkd.core.contract import QUANTIZED, Precision, check_engine_precision, check_precision, torch_dtype
 from sdkd.errors import BundleError, EngineError, InputError, one_line
-from sdkd.families import family_of_pipeline, family_of_unet
+from sdkd.models.conditioning import family_of
 from sdkd.models.fused import Lora, with_loras
 from sdkd.models.generation import Generation
 from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
@@ -35,7 +35,7 @@ IN_TORCH = (EAGER, COMPILE)  # targets that need no bundle
 COMPILER: dict[str, Any] = {"dynamic": False}
 MOST_COMPILED = 64  # versions of one function; beyond, PyTorch would run it eagerly without a word
 TEACHER, STUDENT = "teacher", "student"
-WEIGHT_FOLDERS = ("unet", "vae", "text_encoder")
+WEIGHT_FOLDERS = ("unet", "vae", *TEXT_ENCODERS)
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,7 @@ def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dty
         if hasattr(pipe, part):
             setattr(pipe, part, module)
         else:
-            family = family_of_pipeline(type(pipe).__name__) or family_of_unet(pipe.unet.config)
-            pipe = as_pipeline(pipe, family.controlnet, {part: module})
+            pipe = as_pipeline(pipe, family_of(pipe).controlnet, {part: module})
     return pipe
 
 
@@ -271,17 +270,18 @@ def compiling(subject: Subject) -> Iterator[None]:
 def close_subject(subject: Subject, pipe: Any) -> None:
     """Release the engines behind a pipeline; one in PyTorch goes with its last reference."""
     if subject.has_engines:
-        for part in WEIGHT_FOLDERS:
+        for part in family_of(pipe).parts:
             getattr(pipe, part).close()
 
 
 def count_parameters(subject: Subject, pipe: Any) -> tuple[int, int]:
-    """Parameters of the UNet and of the whole pipeline (text encoder, UNet, VAE)."""
+    """Parameters of the UNet and of the whole pipeline (text encoders, UNet, VAE)."""
     if subject.bundle is not None:
         records = Bundle.open(subject.bundle).manifest.components
         every = (record.parameters for name, record in records.items() if name != CACHED_UNET)  # once, as in PyTorch
         return records["unet"].parameters, sum(every)
-    counts = {name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters()) for name in WEIGHT_FOLDERS}
+    parts = family_of(pipe).parts
+    counts = {name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters()) for name in parts}
     return counts["unet"], sum(counts.values())
 
 
