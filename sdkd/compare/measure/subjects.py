@@ -217,14 +217,16 @@ def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dty
 def _optimum_pipeline(subject: Subject, device: str) -> Any:
     """Optimum's pipeline of the bundle's ONNX files, as Optimum's documentation opens it."""
     assert subject.bundle is not None
-    check_optimum(Bundle.open(subject.bundle))
-    from optimum.onnxruntime import ORTStableDiffusionPipeline
+    bundle = Bundle.open(subject.bundle)
+    check_optimum(bundle)
+    import optimum.onnxruntime
 
     from sdkd.models.diffusers_folder import quiet_libraries
 
     provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
     with quiet_libraries():
-        return ORTStableDiffusionPipeline.from_pretrained(str(subject.bundle), provider=provider)
+        kind = getattr(optimum.onnxruntime, f"ORT{bundle.family.by_channels[4]}")
+        return kind.from_pretrained(str(subject.bundle), provider=provider)
 
 
 def check_optimum(bundle: Bundle) -> None:
