@@ -76,6 +76,7 @@ class Family:
 
     name: str
     title: str  # as people call it
+    tag: str  # of its models' cards on the hub
     text_encoders: tuple[TextEncoder, ...]
     pipelines: Mapping[str, str]
     by_channels: Mapping[int, str]

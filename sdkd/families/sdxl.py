@@ -49,6 +49,7 @@ _DOWN, _UP = (0, 1), (0, 1, 2)  # all layers
 SDXL = Family(
     name="sdxl",
     title="SDXL",
+    tag="stable-diffusion-xl",
     text_encoders=(
         TextEncoder("text_encoder", "tokenizer", (CLIP,), ("conditioner.embedders.0.transformer.",), "lora_te1_"),
         TextEncoder("text_encoder_2", "tokenizer_2", (PROJECTED,), ("conditioner.embedders.1.model.",), "lora_te2_"),

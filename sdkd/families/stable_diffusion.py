@@ -28,6 +28,7 @@ _SEGMIND, _BK = LossWeights(1.0, 0.5, 0.5), LossWeights(1.0, 1.0, 1.0)
 STABLE_DIFFUSION = Family(
     name="sd",
     title="Stable Diffusion 1.x, 2.x",
+    tag="stable-diffusion",
     text_encoders=(
         TextEncoder(
             "text_encoder",

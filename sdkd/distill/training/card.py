@@ -8,13 +8,14 @@ from typing import Any
 
 from sdkd.distill.training.config import TrainConfig
 from sdkd.distill.training.pairs import feature_pairs
+from sdkd.families import Family
 from sdkd.models.generation import GENERATION, Generation, entry
 
 _CARD = """\
 ---
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [stable-diffusion, {tag}]
+tags: [{family}, {tag}]
 ---
 
 # {title}
@@ -51,7 +52,7 @@ _TAGS = {
     "consistency-lora": "lora, lcm-lora",
 }
 _PIPELINE = """\
-Use it like any Stable Diffusion pipeline:
+Use it like any pipeline of its family:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -81,7 +82,7 @@ class Origin:
 
 
 def model_card(
-    config: TrainConfig, facts: Mapping[str, Any], *, size: int, counts: Mapping[str, int], command: str
+    config: TrainConfig, facts: Mapping[str, Any], family: Family, *, size: int, counts: Mapping[str, int], command: str
 ) -> str:
     """The text of README.md; `facts` are those of `about`, `size` is in pixels, `counts` are UNet parameters."""
     model, last = facts["teacher"] if "student" in facts else facts["model"], facts["last"]
@@ -95,6 +96,7 @@ def model_card(
     titles = {"distill": f"{config.student_name} of {model}", "finetune": f"{model}, fine-tuned"}
     titles |= {"consistency": f"{config.student_name} of {model}, for few steps", "lora": f"LoRA for {model}"}
     return _CARD.format(
+        family=family.tag,
         tag=_TAGS[config.objective] + (f", {config.student_name}" if taught else ""),
         title=titles.get(config.objective, f"LoRA for {model} in few steps"),
         lead=_LEADS[config.objective].format(**counts),

@@ -96,7 +96,7 @@ def run(job: Job, report: Progress = quiet) -> dict[str, Any]:
                 data=job.data, images=done.images, random_weights=source.random_weights,
             )  # fmt: skip
             size = int(getattr(data, "size", 0)) or training_size(pipe, job.config.resolution)
-            card = model_card(job.config, facts, size=size, counts=counts, command=job.command)
+            card = model_card(job.config, facts, source.family, size=size, counts=counts, command=job.command)
             _write(job, folder, pipe, done, facts, card, Start(pipe, unet, data, job.config, origin, folder, report))
     return summary
 

@@ -139,12 +139,12 @@ def check_configs(
                 f"two UNets of one run take other {why} ({key} {asked[0][key]} and {other[key]}): give models of one "
                 "family, both SD 1.x, both 2.x or both SDXL"
             )
-    check_halves(config.precision, model, vae)
+    _check_halves(config.precision, model, vae)
     if config.kind.student:
         _check_student(config, model, unet, what)
 
 
-def check_halves(precision: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+def _check_halves(precision: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """ModelError for a VAE in fp16 that overflows there, as SDXL's own: its pipelines compute it in float32."""
     if precision == "fp16" and takes_sizes(unet) and vae.get("force_upcast", True):
         raise ModelError(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _CARD = """\
 ---
 library_name: diffusers
-tags: [stable-diffusion, vae, taesd, knowledge-distillation]
+tags: [{family}, vae, taesd, knowledge-distillation]
 ---
 
 # Small VAE of {model}
@@ -81,14 +81,12 @@ def run(job: VaeJob, report: Progress = quiet) -> dict[str, Any]:
     """
     from diffusers.configuration_utils import FrozenDict
 
-    from sdkd.distill.training.setup import check_halves
     from sdkd.distill.vae.loop import train_vae
     from sdkd.models.resolve import load_component, resolve
 
     checkpoint = find_checkpoint(job.output, job.resume)
     check_output(job.output, job.resume, job.overwrite, (job.model, job.data), goes_on=checkpoint is not None)
     source, data = resolve(job.model), open_images_or_cache(job.data, job.image_column, job.caption_columns)
-    check_halves(job.config.run.precision, source.unet_config, source.config("vae"))
     with run_folder(job.output, checkpoint, job.resume, job.overwrite, job.config) as folder:
         report("loading the VAE", 0.0)
         teacher = load_component(source, "vae")
@@ -102,7 +100,7 @@ def run(job: VaeJob, report: Progress = quiet) -> dict[str, Any]:
             with quiet_libraries():
                 done.vae.cpu().save_pretrained(partial)
             write_json(partial / PROVENANCE, summary)
-            write_bytes(partial / "README.md", _card(job, summary).encode())
+            write_bytes(partial / "README.md", _card(job, source, summary).encode())
             carry_over(folder, partial)
     return summary | {"unreadable": list(done.unreadable.values()), "first": done.history[0]}
 
@@ -136,10 +134,11 @@ def _summary(job: VaeJob, source: ModelSource, teacher: Any, done: VaeResult) ->
     }
 
 
-def _card(job: VaeJob, facts: Mapping[str, Any]) -> str:
+def _card(job: VaeJob, source: ModelSource, facts: Mapping[str, Any]) -> str:
     from sdkd.distill.vae.loop import SHOWN
 
     shown = {
+        "family": source.family.tag,
         "model": facts["vae_of"],
         "random": " Its weights were random: for measuring only." if facts["random_weights"] else "",
         "losses": " + ".join(f"{weight:g} x {name}" for name, weight in job.config.losses.items()),

@@ -135,7 +135,8 @@ def test_teacher_and_student_are_told_what_pipelines_tell(prediction: str) -> No
 @pytest.mark.parametrize("name", [spec.name for spec in SDXL.students])
 def test_a_student_trains_on_its_pairs_and_from_a_cache_as_from_images(name: str, cache: Path) -> None:
     settings: dict[str, Any] = {"student": name, "flip": True, "crop": "center", "caption_dropout": 0.4}
-    rows, stored = (trained(data, pipeline(), **settings) for data in (images(), DiskCache(cache)))
+    rows = trained(images(), pipeline(), **settings)
+    stored = trained(DiskCache(cache), pipeline(), checkpointing=True, **settings)  # of the features, too
     assert same(weights(rows.unet), weights(stored.unet))
     assert rows.history[0]["loss/total"] == stored.history[0]["loss/total"]
     assert not same(weights(rows.unet), weights(build_student(pipeline().unet, name)))
@@ -200,6 +201,7 @@ def test_a_run_goes_on_and_is_a_pipeline_that_draws_and_is_tuned(tmp_path: Path)
     sdkd("finetune", *words, "--prompts", "number 1", "--sample-steps", 1)
     assert not same(weights(tmp_path / "tuned"), weights(whole))
     assert weights(tmp_path / "tuned").keys() == weights(whole).keys()
+    assert "tags: [stable-diffusion-xl, fine-tuned]" in (tmp_path / "tuned" / "README.md").read_text()
 
 
 def test_going_on_gives_the_weights_of_an_uninterrupted_run(cache: Path, tmp_path: Path) -> None:
@@ -306,6 +308,7 @@ def test_a_small_vae_of_sdxl(tmp_path: Path) -> None:
     words = ["--width", 4, "--blocks", 1, *(word for word in SMALL if "log" not in word)]
     sdkd("vae-distill", "--vae-of", teacher(), "--data", pictures(), "--output", out, *words)
     assert (out / "diffusion_pytorch_model.safetensors").is_file()
+    assert "tags: [stable-diffusion-xl, vae, taesd" in (out / "README.md").read_text()
 
 
 def test_what_is_not_trained_is_refused_by_name(tmp_path: Path) -> None:
