@@ -1,4 +1,4 @@
-"""Make Stable Diffusion 1.x/2.x small and fast: students, distillation, comparison and the `sdkd` command."""
+"""Make Stable Diffusion 1.x, 2.x and SDXL small and fast: students, distillation, comparison and the `sdkd` command."""
 
 import os
 import sys

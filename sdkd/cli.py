@@ -34,7 +34,7 @@ SUMMARIES = {
     "finetune": "Train a model on captioned images, without a teacher.",
     "lora": "Train a LoRA of a teacher or a student.",
     "vae-distill": "Train a small VAE from a model's own.",
-    "remap-lora": "Make a LoRA of SD 1.x/2.x fit a student.",
+    "remap-lora": "Make a LoRA of SD 1.x, 2.x or SDXL fit a student.",
     "plot": "Draw a run's losses and validation images as one page.",
     "evaluate": "Quality, and agreement with the teacher.",
     "convert": "Write a model as one file that other programs open.",
@@ -165,7 +165,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    """Make Stable Diffusion 1.x/2.x small and fast: students, ONNX, engines, comparison."""
+    """Make Stable Diffusion 1.x, 2.x and SDXL small and fast: students, ONNX, engines, comparison."""
     global _debug
     _debug = debug
 
