@@ -1,9 +1,10 @@
 """Measure on this machine and keep the results: benchmarks/<machine>/<piece>.json and .md.
 
-    python tools/bench.py                       # all pieces; more than an hour on two CPU cores
+    python tools/bench.py                       # all of SD 1.5 and the demo; more than an hour on two CPU cores
     python tools/bench.py --pieces demo         # the embedded models: teacher and students, eager and engines
     python tools/bench.py --pieces sd15-tiny    # full-size SD 1.5 shapes with random weights: builds and latency
     python tools/bench.py --pieces sd15-small,sd15    # the same of the small student, and of the teacher
+    python tools/bench.py --pieces vega-512,vega-1024   # SDXL's student Vega; with 1024 px more than an hour by itself
 
 Raw samples stay in the JSON. Run it on a quiet machine; `make benchmarks-page` puts it into docs and README.
 """
@@ -22,7 +23,9 @@ from bench_kit.record import Record
 from bench_kit.results import ROOT, check_known, commit, keep, machine, parse, today
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
 
-PIECES = ("demo", "sd15-tiny", "sd15-small", "sd15")  # all but the demo: full size, random weights
+USUAL = ("demo", "sd15-tiny", "sd15-small", "sd15")  # all but the demo: full size, random weights
+SIZES = {"vega-512": ("vega", 512), "vega-1024": ("vega", 1024)}  # of SDXL's smaller student, by the side in pixels
+PIECES = (*USUAL, *SIZES)
 
 
 def measure(record: Record, name: str, work: str) -> None:
@@ -41,25 +44,28 @@ def demo(folder: Path) -> Any:
 
 
 def full_size(name: str, folder: Path) -> Any:
-    """A model of SD 1.5's shapes with random weights: build times and UNet step of every target that runs here."""
+    """A full-size model with random weights: build times and UNet step of every target that runs here."""
     from sdkd.compare import Subject, compare
     from sdkd.compare.measure.environment import load_average
     from sdkd.core.console import progress
+    from sdkd.core.profiles import Range, ShapeRanges
     from sdkd.demo.run import wanted_engines
     from sdkd.targets.registry import availability
     from sdkd.workflow import prepare
 
-    load, model, skipped = load_average(), f"random:{name}", dict[str, str]()
+    shapes, size = SIZES.get(name, (name, None))
+    load, model, skipped = load_average(), f"random:{shapes}", dict[str, str]()
+    ranges = None if size is None else ShapeRanges(*(Range.fixed(number) for number in (1, size, size, 77)))
     subjects = [Subject("eager fp32", model), *half_and_compiled(model, skipped)]
     with progress(name) as shown:
         for engines in wanted_engines(skipped):
             if availability(engines.target.name).can_run:  # tools/bench_build.py builds the others
-                made = prepare(model, engines, folder, progress=shown)
+                made = prepare(model, engines, folder, ranges=ranges, progress=shown)
                 label = f"{engines.target.name} {engines.precision}"
                 subjects.append(Subject(label, model, made.slot, engines.precision, made.bundle))
         return compare(
-            subjects, prompts=["a lighthouse in a storm"], steps=2, runs=6, image_runs=1, min_seconds=1, isolate=True,
-            load_before=load, notes=[f"{left_out}: {why}" for left_out, why in skipped.items()], progress=shown,
+            subjects, prompts=["a lighthouse in a storm"], size=size, steps=2, runs=6, image_runs=1,
+            min_seconds=1, isolate=True, load_before=load, notes=[f"{left_out}: {why}" for left_out, why in skipped.items()], progress=shown,
         )  # fmt: skip
 
 
@@ -83,7 +89,7 @@ def half_and_compiled(model: str, skipped: dict[str, str]) -> Iterator[Any]:
 
 def main() -> int:
     """Command line."""
-    asked = parse(__doc__, pieces=",".join(PIECES), work=Path("artifacts/bench"))
+    asked = parse(__doc__, pieces=",".join(USUAL), work=Path("artifacts/bench"))
     os.chdir(ROOT)  # paths in the results are relative to it
     names = asked.pieces.split(",")
     check_known("piece", names, PIECES)
