@@ -64,8 +64,9 @@ def full_size(name: str, folder: Path) -> Any:
                 label = f"{engines.target.name} {engines.precision}"
                 subjects.append(Subject(label, model, made.slot, engines.precision, made.bundle))
         return compare(
-            subjects, prompts=["a lighthouse in a storm"], size=size, steps=2, runs=6, image_runs=1,
-            min_seconds=1, isolate=True, load_before=load, notes=[f"{left_out}: {why}" for left_out, why in skipped.items()], progress=shown,
+            subjects, prompts=["a lighthouse in a storm"], size=size, steps=2, runs=6, image_runs=1, min_seconds=1,
+            isolate=True, load_before=load, progress=shown,
+            notes=[f"{left_out}: {why}" for left_out, why in skipped.items()],
         )  # fmt: skip
 
 
