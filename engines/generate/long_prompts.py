@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdkd.models.clip_tokenizer import token_limit
-from sdkd.models.conditioning import family_of
+from sdkd.models.conditioning import family_of, joined
 
 if TYPE_CHECKING:
     import torch
@@ -87,16 +87,14 @@ def encode(pipe: Any, texts: Sequence[str], parts: int) -> tuple[torch.Tensor, t
     """
     import torch
 
-    family, states, pooled = family_of(pipe), [], None
+    family, outputs = family_of(pipe), []
     for encoder in family.text_encoders:
         module = getattr(pipe, encoder.part)
         rows = torch.tensor(_rows(pipe, getattr(pipe, encoder.tokenizer), texts, parts), device=module.device)
         with torch.no_grad():
-            output = module(rows, output_hidden_states=True) if family.hidden_states else module(rows)
-        found = output.hidden_states[-2] if family.hidden_states else output[0]  # [texts * parts, limit, width]
-        states.append(found.reshape(len(texts), -1, found.shape[-1]))
-        pooled = output[0][::parts] if output[0].dim() == 2 else pooled
-    return torch.cat(states, dim=-1), pooled
+            outputs.append(module(rows, output_hidden_states=True) if family.hidden_states else module(rows))
+    states, pooled = joined(family, outputs)  # [texts * parts, limit, width], [texts * parts, width]
+    return states.reshape(len(texts), -1, states.shape[-1]), None if pooled is None else pooled[::parts]
 
 
 def _rows(pipe: Any, tokenizer: Any, texts: Sequence[str], parts: int) -> list[list[int]]:

@@ -48,7 +48,7 @@ class ComponentGraph(nn.Module):
 
     def __init__(self, module: nn.Module, contract: Contract) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.contract = module, contract
         self.outputs = len(contract.outputs)
 
 
@@ -78,7 +78,6 @@ class UNetGraph(ComponentGraph):
 
     def __init__(self, module: nn.Module, contract: Contract) -> None:
         super().__init__(module, contract)
-        self.contract = contract
         self.cached = any(spec.name == DEEP_FEATURE for spec in contract.outputs)
 
     def forward(
@@ -139,10 +138,6 @@ class ControlNetGraph(ComponentGraph):
     """ControlNetModel: a UNet's inputs, an image and the conditioning scale -> residuals, the middle's last."""
 
     plain = 5
-
-    def __init__(self, module: nn.Module, contract: Contract) -> None:
-        super().__init__(module, contract)
-        self.contract = contract
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdkd.core.conditions import ADDED, TEXT_EMBEDS, TIME_IDS, takes_sizes
@@ -37,6 +38,19 @@ def encode(pipe: Any, prompts: str | list[str], count: int, guided: bool) -> Enc
     kind = getattr(diffusers, family_of(pipe).by_channels[4])
     given = {"device": pipe.device, "num_images_per_prompt": count, "do_classifier_free_guidance": guided}
     return Encoded(*kind.encode_prompt(pipe, prompts, **given))
+
+
+def joined(family: Family, outputs: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings `[n, tokens, width]` of the outputs of a family's text encoders, and the pooled text `[n, width]`.
+
+    Where hidden states are read: those before the last, of all encoders side by side, and what the last one projects,
+    as diffusers' StableDiffusionXLPipeline.encode_prompt; else the first encoder's last state, and no pooled text.
+    """
+    import torch
+
+    if not family.hidden_states:
+        return outputs[0][0], None
+    return torch.cat([one.hidden_states[-2] for one in outputs], dim=-1), outputs[-1].text_embeds
 
 
 def unet_arguments(pipe: Any, encoded: Encoded, copies: int, size: tuple[int, int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sdkd.core.conditions import TEXT_EMBEDS
 from sdkd.core.contract import torch_dtype
 from sdkd.families import Family
 from sdkd.models.clip_tokenizer import token_limit
-from sdkd.models.conditioning import family_of
+from sdkd.models.conditioning import family_of, joined
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -109,17 +109,16 @@ def encode_captions(
 
 
 def _encoded(parts: TextParts, captions: list[str]) -> Given:
-    """Where hidden states are read: those before the last of all encoders side by side, and the text that the last one
-    pools, as diffusers' StableDiffusionXLPipeline.encode_prompt.
-    """
+    """As diffusers' pipelines of the family: see `joined`."""
     inner = parts.family.hidden_states
-    found: list[Any] = [
-        encoder(tokens(tokenizer, captions, parts.limit).to(encoder.device), output_hidden_states=inner)
-        for tokenizer, encoder in zip(parts.tokenizers, parts.encoders, strict=True)
-    ]
-    if not inner:
-        return {STATES: found[0][0]}
-    return {STATES: torch.cat([one.hidden_states[-2] for one in found], -1), TEXT_EMBEDS: found[-1].text_embeds}
+    states, pooled = joined(
+        parts.family,
+        [
+            encoder(tokens(tokenizer, captions, parts.limit).to(encoder.device), output_hidden_states=inner)
+            for tokenizer, encoder in zip(parts.tokenizers, parts.encoders, strict=True)
+        ],
+    )
+    return {STATES: states} if pooled is None else {STATES: states, TEXT_EMBEDS: pooled}
 
 
 def together(join: Callable[[list[torch.Tensor]], torch.Tensor], rows: Sequence[Given]) -> Given:
