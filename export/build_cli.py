@@ -192,7 +192,7 @@ def _bundle(
         return path
     from export.pipeline import export_pipeline
 
-    wanted: dict[str, Any] = {"precision": plan.onnx, "target": plan.target.name, "generation": generation}
+    wanted: dict[str, Any] = {"precision": plan.onnx, "engines": plan, "generation": generation}
     wanted["step_caching"] = step_caching
     export_pipeline(source, path, **wanted, overwrite=overwrite, progress=step)
     return path

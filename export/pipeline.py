@@ -45,6 +45,7 @@ def export_pipeline(
     components: Sequence[str] | None = None,
     opset: int | None = None,
     target: str | None = None,
+    engines: EnginePlan | None = None,
     vae: str | Path | None = None,
     controlnet: str | Path | None = None,
     loras: Loras = (),
@@ -66,7 +67,8 @@ def export_pipeline(
     `model` is a name that `sdkd.models.resolve` understands, a model that was opened by it, or an eager pipeline, which
     stays as it is. `precision` is that of weights, activations and tensors (the timestep stays float32). `components`:
     all that there are when None.
-    `opset` overrides the measured choice of each component, and of `target`, for which the graphs are meant.
+    `opset` overrides the measured choice of each component, and of `target`, for which the graphs are meant. `engines`
+    says so, too, for whoever builds them here next: an export whose engines cannot fit this machine is refused.
     `vae` and `controlnet` are names as `sdkd.models.replacements` has them: of an AutoencoderKL or AutoencoderTiny in
     place of the model's own, and of a ControlNetModel, for which the UNet gets inputs. `loras` (`FILE[:SCALE]`, or
     `sdkd.models.fused.Lora`) are added to the weights of UNet and text encoder. `hidden_states` gives the text
@@ -87,6 +89,7 @@ def export_pipeline(
     interrupt, no file is left.
     """
     path = Path(output)
+    target = target if engines is None else engines.target.name
     options = ExportOptions(
         check_precision(precision), opset, target, hidden_states, tuple(keep_float), static, verify, tuple(reuse),
         step_caching, t2i_adapter, timesteps, tuple(map(IpAdapter.of, ip_adapters)),
@@ -108,16 +111,21 @@ def export_pipeline(
         progress("loading the model", 0.0)
         source = source_for(model, replaced, options, loras=loras)
         source.generation = generation or source.generation
-        _export_into(folder, source, _chosen(source.components, components), options, progress)
+        _export_into(folder, source, _chosen(source.components, components), options, engines, progress)
     return Bundle.open(path)
 
 
 def _export_into(
-    folder: Path, source: Source, names: Sequence[str], options: ExportOptions, progress: Progress
+    folder: Path,
+    source: Source,
+    names: Sequence[str],
+    options: ExportOptions,
+    engines: EnginePlan | None,
+    progress: Progress,
 ) -> None:
     """Check, then export these components of a source into an empty folder, and write its manifest."""
     source.check(names)
-    room = check_export_room(source, names, options, folder.parent)
+    room = check_export_room(source, names, options, folder.parent, engines)
     progress(f"{room}" if room.memory > LARGE else "loading the model", 0.0)
     source.write_rest(folder)
     if "unet" in names:

@@ -3,23 +3,26 @@
     memory = 0.5 GB + the largest module in float32; without the comparison with PyTorch in the graph's precision
     disk   = the weights of every component in the graph's precision
 
-From the configs alone, so that nothing is loaded for it. The estimate stays below what was measured: it refuses only
-what cannot go well.
+With the engines that are built of it next, what those take at any image size, too (`export.build.estimate`). From the
+configs alone, so that nothing is loaded for it. The estimate stays below what was measured: it refuses only what cannot
+go well.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from export.build.estimate import host_memory
 from export.component import ExportOptions
 from export.graph.components import component_state
 from export.source import Source
 from sdkd.bundle.memory import BYTES, check_room, free_memory, size
 from sdkd.core.components import CACHED_UNET, CONFIG_FOLDERS
 from sdkd.errors import ExportError
+from sdkd.targets.plan import EnginePlan
 
 BASE_BYTES = 500_000_000
 LARGE = 4_000_000_000  # bytes of memory from which a user is told before it starts
@@ -32,18 +35,23 @@ class Room:
     memory: int
     disk: int
     largest: str
+    building: bool = False  # whether its engine takes that memory, and not the export
 
     def __str__(self) -> str:
         return f"needs about {size(self.memory)} of memory ({self.largest} most of all) and {size(self.disk)} of disk"
 
 
-def estimate(source: Source, names: Sequence[str], options: ExportOptions) -> Room:
-    """What exporting these components takes; see the formula above."""
+def estimate(source: Source, names: Sequence[str], options: ExportOptions, engines: EnginePlan | None = None) -> Room:
+    """What exporting these components, and building their engines, takes; see the formula above."""
     counts = {name: _parameters(source, name) for name in names}
+    largest, total = max(counts, key=counts.__getitem__), sum(counts.values())
     each = BYTES[options.precision]
     held = BYTES["fp32"] if options.verify else each
-    largest = max(counts, key=counts.__getitem__)
-    return Room(BASE_BYTES + held * counts[largest], each * sum(counts.values()), largest)
+    export = Room(BASE_BYTES + held * counts[largest], each * total, largest)
+    if engines is None:
+        return export
+    disk, build = export.disk + BYTES[engines.precision] * total, host_memory(each * counts[largest])
+    return Room(build, disk, largest, True) if build > export.memory else replace(export, disk=disk)
 
 
 def _parameters(source: Source, name: str) -> int:
@@ -52,13 +60,29 @@ def _parameters(source: Source, name: str) -> int:
     return 0 if outline is None else sum(tensor.numel() for tensor in component_state(name, outline).values())
 
 
-def check_export_room(source: Source, names: Sequence[str], options: ExportOptions, place: Path) -> Room:
-    """What an export into a folder takes; ExportError, with the numbers and what to do, when there is not so much."""
-    room = estimate(source, names, options)
-    advice = "close other programs, or export with " + (
-        "--precision fp16" if options.precision == "fp32" else "--no-verify" if options.verify else "fewer components"
-    )
-    check_room(f"the export, {room.largest} most of all,", "memory", room.memory, free_memory(), advice, ExportError)
+def check_export_room(
+    source: Source, names: Sequence[str], options: ExportOptions, place: Path, engines: EnginePlan | None = None
+) -> Room:
+    """What an export into a folder takes; ExportError, with the numbers and what to do, when there is not so much.
+
+    `engines`: those that are built of it next, here.
+    """
+    room = estimate(source, names, options, engines)
+    what = f"{'the build' if room.building else 'the export'}, {room.largest} most of all,"
+    advice = f"close other programs, or {_less(room, options, engines)}"
+    check_room(what, "memory", room.memory, free_memory(), advice, ExportError)
+    what = f"graphs in {str(place)!r}" if engines is None else f"graphs and engines in {str(place)!r}"
     free = shutil.disk_usage(place).free
-    check_room(f"graphs in {str(place)!r}", "disk space", room.disk, free, "free some, or choose another", ExportError)
+    check_room(what, "disk space", room.disk, free, "free some, or choose another", ExportError)
     return room
+
+
+def _less(room: Room, options: ExportOptions, engines: EnginePlan | None) -> str:
+    """What takes less memory."""
+    if room.building and engines is not None:
+        elsewhere = "export it with `sdkd export`, and build on a machine with more memory"
+        half = engines.precision == "fp32" and engines.target.exported_in is None
+        return f"build with --precision fp16, or {elsewhere}" if half else elsewhere
+    if options.precision == "fp32":
+        return "export with --precision fp16"
+    return "export with --no-verify" if options.verify else "export with fewer components"

@@ -70,7 +70,7 @@ def prepare(
             precision=plan.onnx,
             components=components,
             step_caching=cached,
-            target=target,
+            engines=plan,
             overwrite=(path / MANIFEST).exists(),
             reuse=() if reuse is None else (Path(reuse) / plan.onnx,),
             progress=step,

@@ -75,10 +75,15 @@ def estimate(bundle: Bundle, request: Request) -> Estimate:
     shapes = () if target.runs_on_gpu else check_shapes(record.contract, request.profiles, Geometry.of(bundle))
     compared = max((largest_of(bundle, record, sizes, fused=False).elements for sizes in shapes), default=0)
     return Estimate(
-        host=BASE_BYTES + 3 * weights + 2 * compared * BYTES[record.precision],
+        host=host_memory(weights) + 2 * compared * BYTES[record.precision],
         gpu=2 * engine + 2 * largest * TENSOR_BYTES[request.precision] if target.builds_on_gpu else 0,
         disk=engine,
     )
+
+
+def host_memory(weights: int) -> int:
+    """Bytes of memory that a build takes for a graph's bytes of weights alone."""
+    return BASE_BYTES + 3 * weights
 
 
 def _largest_tensor(bundle: Bundle, request: Request, profile: ShapeRanges) -> Largest:
