@@ -97,8 +97,13 @@ def build_file() -> dict[str, Any]:
     """A result of tools/bench_build.py."""
     unet = {"export_seconds": 20.0, "build_seconds": 7.25, "engine_bytes": 9_000_000}
     written = {"engine_bytes": 9_000_000, "components": {"unet": unet}}
-    rows = bench_build.rows({"openvino": Measured([ran(33.5)], written)})
+    nothing = {"engine_bytes": 0, "components": {}}
+    rows = bench_build.rows({
+        "openvino": Measured([ran(33.5)], written),
+        "onnxruntime": Measured([ran(4.0) | {"refused": "the build needs 9 GB"}], nothing),
+    })  # fmt: skip
     words: dict[str, Any] = {"rounds": 1, "command": "python tools/bench_build.py --rounds 1", "optimum": None}
+    words |= {"size": "512", "batch": "1..4"}
     return {**HEAD, **words, "models": [{"model": "random:sd15-tiny", "rows": rows}]}
 
 
@@ -196,6 +201,8 @@ def test_every_result_has_its_figures_device_date_commit_command_and_file(tmp_pa
     assert "| caching | demo eager | 1 | 0.5 s | – | – | 98.0% |" in section
     assert "| caching | demo eager | 3 | 0.25 s | 2.00× (1.90–2.10) | 33.2 dB | 97.5% |" in section
     assert "| build | random:sd15-tiny | openvino | 33.5 | 4.00 | 9 |" in section
+    assert "| build | random:sd15-tiny | onnxruntime | refused | – | – |" in section
+    assert "- `onnxruntime` refused: the build needs 9 GB" in bench_build.page({**HEAD, **build_file()})
     assert "| demo | tiny onnxruntime | 13.4 ms | 8.37 ms | 1.60× (1.59–1.63) | 55.3 dB |" in section
     assert "| export | random:sd15-tiny | sdkd fp32 | 45.0 | 4.00 | 28 |" in section
     assert "| runtime | student, eager fp32 | student, onnxruntime | 3.1 s | 1.6 s | 2.00× (2.00–2.00) |" in section

@@ -4,7 +4,7 @@
     python tools/bench.py --pieces demo         # the embedded models: teacher and students, eager and engines
     python tools/bench.py --pieces sd15-tiny    # full-size SD 1.5 shapes with random weights: builds and latency
     python tools/bench.py --pieces sd15-small,sd15    # the same of the small student, and of the teacher
-    python tools/bench.py --pieces vega-512,vega-1024   # SDXL's student Vega; with 1024 px more than an hour by itself
+    python tools/bench.py --pieces vega-512,vega-1024   # SDXL's student Vega; an hour
 
 Raw samples stay in the JSON. Run it on a quiet machine; `make benchmarks-page` puts it into docs and README.
 """
@@ -24,7 +24,8 @@ from bench_kit.results import ROOT, check_known, commit, keep, machine, parse, t
 from bench_kit.runner import Piece, Place, python_path, run_or_exit
 
 USUAL = ("demo", "sd15-tiny", "sd15-small", "sd15")  # all but the demo: full size, random weights
-SIZES = {"vega-512": ("vega", 512), "vega-1024": ("vega", 1024)}  # of SDXL's smaller student, by the side in pixels
+LARGE = 1024  # pixels from which a step takes a minute on two cores: fewer of them, and torch.compile is left out
+SIZES = {"vega-512": ("vega", 512), "vega-1024": ("vega", LARGE)}  # of SDXL's smaller student, by the side in pixels
 PIECES = (*USUAL, *SIZES)
 
 
@@ -56,7 +57,8 @@ def full_size(name: str, folder: Path) -> Any:
     shapes, size = SIZES.get(name, (name, None))
     load, model, skipped = load_average(), f"random:{shapes}", dict[str, str]()
     ranges = None if size is None else ShapeRanges(*(Range.fixed(number) for number in (1, size, size, 77)))
-    subjects = [Subject("eager fp32", model), *half_and_compiled(model, skipped)]
+    large = size == LARGE
+    subjects = [Subject("eager fp32", model), *half_and_compiled(model, skipped, compiled=not large)]
     with progress(name) as shown:
         for engines in wanted_engines(skipped):
             if availability(engines.target.name).can_run:  # tools/bench_build.py builds the others
@@ -64,13 +66,13 @@ def full_size(name: str, folder: Path) -> Any:
                 label = f"{engines.target.name} {engines.precision}"
                 subjects.append(Subject(label, model, made.slot, engines.precision, made.bundle))
         return compare(
-            subjects, prompts=["a lighthouse in a storm"], size=size, steps=2, runs=6, image_runs=1, min_seconds=1,
-            isolate=True, load_before=load, progress=shown,
+            subjects, prompts=["a lighthouse in a storm"], size=size, steps=2, runs=3 if large else 6, image_runs=1,
+            min_seconds=1, isolate=True, load_before=load, progress=shown,
             notes=[f"{left_out}: {why}" for left_out, why in skipped.items()],
         )  # fmt: skip
 
 
-def half_and_compiled(model: str, skipped: dict[str, str]) -> Iterator[Any]:
+def half_and_compiled(model: str, skipped: dict[str, str], *, compiled: bool) -> Iterator[Any]:
     """Eager in bf16 where the CPU has units for it (minutes a step elsewhere), and torch.compile where it can work."""
     import torch
 
@@ -82,7 +84,9 @@ def half_and_compiled(model: str, skipped: dict[str, str]) -> Iterator[Any]:
         yield Subject("eager bf16", model, precision="bf16")
     else:
         skipped["eager bf16"] = "this CPU has no bf16 units"
-    if shutil.which("g++"):
+    if not compiled:
+        skipped["compile"] = f"left out at {LARGE} px, where it takes too long"
+    elif shutil.which("g++"):
         yield Subject("compile fp32", model, COMPILE)
     else:
         skipped["compile"] = "no C++ compiler here"

@@ -94,7 +94,12 @@ def costs(found: Json, name: str, size: str) -> Rows:
     """tools/bench_export.py and tools/bench_build.py."""
     rows = [(part["model"], row) for part in found["models"] for row in part["rows"]]
     scales = (("seconds", 1, ".1f"), ("peak_rss_bytes", 1e9, ".2f"), (size, 1e6, ",.0f"))
-    return [[model, row[name], *(f"{row[key] / unit:{form}}" for key, unit, form in scales)] for model, row in rows]
+    return [
+        [model, row[name], "refused", NONE, NONE]
+        if row.get("refused")
+        else [model, row[name], *(f"{row[key] / unit:{form}}" for key, unit, form in scales)]
+        for model, row in rows
+    ]
 
 
 def gpu_report(found: Json) -> Rows:
@@ -244,7 +249,7 @@ KINDS = (
     *(Kind(f"*/{piece}.json", comparison, COMPARED) for piece in PIECES),
     Kind("*/train-*.json", training, ("student", "reference's step", "`Trainer.step`", "faster (95 %)")),
     Kind("*/export.json", partial(costs, name="way", size="bytes"), ("model", "way", *COST), left=3),
-    Kind("*/build.json", partial(costs, name="target", size="engine_bytes"), ("model", "target", *COST), left=3),
+    Kind("*/build*.json", partial(costs, name="target", size="engine_bytes"), ("model", "target", *COST), left=3),
     Kind("*/runtime.json", runtime, ("from", "to", "an image", "then", "faster (95 %)"), left=3),
     Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*.json", gpu_report, ("goal", "wanted", "measured")),
     Kind("ablation-demo/ablation.json", ablation, ABLATED, 3, "`python tools/ablate_distillation.py`; commits: runs/"),

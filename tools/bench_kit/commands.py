@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from bench_kit.results import ROOT, check_known, command_of, head, in_turn, keep
 INTERVAL_S = 0.05  # between two looks at memory
 INTEROP = ROOT / "tests" / "interop" / "interop_environment.py"
 FAILED_CHECK = "the model was saved nonetheless"  # what Optimum says then, and exits with status 1
+REFUSED = re.compile(r"^sdkd: (.+)\Z", re.M | re.S)  # what a command of ours ends with when it refuses or fails
 FIGURES = ("seconds", "peak_rss_bytes", "peak_anonymous_bytes")
 # In a child, so that this process stays small.
 _SAVE = """
@@ -33,15 +35,22 @@ from sdkd.models.resolve import load_eager
 write_pipeline(load_eager(sys.argv[1]), Path(sys.argv[2]))
 """
 Variants = Mapping[str, tuple[str, ...]]
-"""Words of commands by name; FOLDER stands for the model, OUT for the output."""
+"""Words of commands by name; FOLDER stands for the model, OUT for the output, other capitals for options' values."""
 
 
 @dataclass
 class Measured:
-    """All runs of one command (FIGURES, and whether its check `passed`), and what its last run wrote."""
+    """All runs of one command (FIGURES, whether its check `passed`, or what it was `refused` with), and what its last
+    run wrote.
+    """
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     written: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> str:
+        """What the command said where it refused or failed; empty where it did its work."""
+        return str(self.runs[-1].get("refused", ""))
 
     def figures(self) -> dict[str, Any]:
         """Medians, and the samples behind them."""
@@ -76,7 +85,9 @@ def _status(pid: int) -> dict[str, int]:
 
 
 def run(command: list[str], log: Path) -> dict[str, Any]:
-    """One command in a fresh process: what it took; SystemExit with its last words when it fails."""
+    """One command in a fresh process: what it took, or what it was refused with; SystemExit with the last words of one
+    that fails otherwise.
+    """
     os.sync()  # what an earlier run wrote must not be paid for by this one
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     peaks = dict.fromkeys(FIGURES[1:], 0)
@@ -94,6 +105,8 @@ def run(command: list[str], log: Path) -> dict[str, Any]:
             raise
         seconds = time.perf_counter() - start
     status, said = process.returncode, log.read_text(errors="replace")
+    if status == 1 and (refusal := REFUSED.search(said)):
+        return {"seconds": seconds, **peaks, "passed": False, "refused": refusal[1].strip()}
     if (status and FAILED_CHECK not in said) or "newly initialized" in said:  # the latter: other weights than ours
         raise SystemExit(f"{said[-3000:]}\n{' '.join(command[:3])} ... failed with status {status}")
     return {"seconds": seconds, **peaks, "passed": status == 0}
@@ -126,16 +139,21 @@ def measure(
                         pass
             last = run(words_of(variants[variant], folder, output, interop), work / "log.txt")
             found[variant].runs.append(last)
-            found[variant].written = describe(output)
-            shutil.rmtree(output)
             said = f"{last['seconds']:.1f} s, {last['peak_rss_bytes'] / 1e9:.2f} GB"
+            said += f", refused: {refused}" if (refused := found[variant].refused) else ""
             print(f"round {turn + 1} of {rounds}, {variant}: {said}", flush=True)
+            found[variant].written = describe(output)
+            shutil.rmtree(output, ignore_errors=True)  # a command that refuses writes nothing
     return found
 
 
 @dataclass(frozen=True)
 class Costs:
-    """A benchmark of commands: its option that chooses among `known`, defaults, and what makes rows and page."""
+    """A benchmark of commands: its option that chooses among `known`, defaults, and what makes rows and page.
+
+    `words`: more options, whose values stand in the commands for their names in capitals. The result has one more,
+    `result`, which names its files.
+    """
 
     name: str  # of the result's files
     option: str
@@ -145,23 +163,27 @@ class Costs:
     describe: Callable[[Path], dict[str, Any]]
     rows: Callable[[Mapping[str, Measured]], list[dict[str, Any]]]
     page: Callable[[Mapping[str, Any]], list[str]]
+    words: Mapping[str, str] = field(default_factory=dict)
 
-    def main(self, words: str | None) -> None:
-        """Parse, measure, write."""
+    def main(self, about: str | None) -> None:
+        """Parse, measure, write: after every model, so that what is done is kept."""
         every = ",".join(f'"{name}"' if "," in name else name for name in self.known)
-        asked = parse(words, models=self.models, rounds=self.rounds, **{self.option: every})
+        own = {self.option: every, **self.words, "result": self.name}
+        asked = parse(about, models=self.models, rounds=self.rounds, **own)
         names = next(csv.reader([getattr(asked, self.option)]))
         check_known(self.option, names, self.known)
-        variants = {name: self.known[name] for name in names}
+        values = {name: getattr(asked, name) for name in self.words}
+        capitals = {name.upper(): value for name, value in values.items()}
+        variants = {name: tuple(capitals.get(word, word) for word in self.known[name]) for name in names}
         interop = interop_python() if any(one[0] != "sdkd" for one in variants.values()) else None
-        models = [
-            {"model": model, "rows": self.rows(measure(model, variants, asked.rounds, interop, self.describe))}
-            for model in asked.models.split(",")
-        ]
-        command = command_of(f"bench_{self.name}.py", asked, "models", "rounds", self.option)
-        optimum = optimum_versions(interop) if interop else None
-        found = head(command, rounds=asked.rounds, optimum=optimum, models=models)
-        keep(asked.output / machine() / f"{self.name}.json", found, self.page(found))
+        command = command_of(f"bench_{self.name}.py", asked, "models", "rounds", *own)
+        models: list[dict[str, Any]] = []
+        for model in asked.models.split(","):
+            found = measure(model, variants, asked.rounds, interop, self.describe)
+            models.append({"model": model, "rows": self.rows(found)})
+            optimum = optimum_versions(interop) if interop else None
+            result = head(command, rounds=asked.rounds, optimum=optimum, **values, models=models)
+            keep(asked.output / machine() / f"{asked.result}.json", result, self.page(result))
 
 
 def memory_cells(row: Mapping[str, Any]) -> list[str]:
