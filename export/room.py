@@ -68,7 +68,7 @@ def check_export_room(
     `engines`: those that are built of it next, here.
     """
     room = estimate(source, names, options, engines)
-    what = f"{'the build' if room.building else 'the export'}, {room.largest} most of all,"
+    what = f"the {'builds' if room.building else 'exports'}, {room.largest} most of all,"
     advice = f"close other programs, or {_less(room, options, engines)}"
     check_room(what, "memory", room.memory, free_memory(), advice, ExportError)
     what = f"graphs in {str(place)!r}" if engines is None else f"graphs and engines in {str(place)!r}"

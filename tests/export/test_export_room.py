@@ -33,7 +33,7 @@ def test_the_estimate_follows_from_the_configs(precision: str, verify: bool, byt
 def test_too_little_memory_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "free_memory", lambda: 2_000_000_000)
     with pytest.raises(
-        ExportError, match=r"the export, unet most of all, need about 3.5 GB of memory, and 2.0 GB are free: "
+        ExportError, match=r"the exports, unet most of all, need about 3.5 GB of memory, and 2.0 GB are free: "
     ):
         export_pipeline("random:vega", tmp_path / "bundle")
     assert not any(path.is_dir() for path in tmp_path.iterdir())
@@ -50,7 +50,7 @@ def test_an_export_whose_engines_cannot_fit_is_refused_before_it(
     target: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "free_memory", lambda: 9_000_000_000)  # the export alone takes 3.5 GB
-    words = "the build, unet most of all, need about 9.2 GB of memory, and 9.0 GB are free: close other programs, "
+    words = "the builds, unet most of all, need about 9.2 GB of memory, and 9.0 GB are free: close other programs, "
     with pytest.raises(ExportError, match=re.escape(words + advice)):
         prepare("random:vega", plan_for_model(target), tmp_path / "made")
     assert not list(tmp_path.rglob("*.onnx*"))
