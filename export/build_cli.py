@@ -108,7 +108,7 @@ def build_engine(
     generation = None if run_with is None else parse_generation(run_with)
     with progress(f"build-engine {target}") as step:
         start = 0.0 if isinstance(source, BundleSource) else 0.5
-        path = _bundle(source, output, plan, generation, step_caching, overwrite, within(step, 0.0, 0.5))
+        path = _bundle(source, output, plan, parts, generation, step_caching, overwrite, within(step, 0.0, 0.5))
         before = Bundle.open(path)
         ranges = parse_profiles(profile or (), typed, before)
         wanted: dict[str, Any] = {"precision": precision, "ranges": ranges, "components": parts, "force": force}
@@ -166,6 +166,7 @@ def _bundle(
     source: ModelSource,
     output: Path | None,
     plan: EnginePlan,
+    parts: list[str] | None,
     generation: Generation | None,
     step_caching: bool,
     overwrite: bool,
@@ -191,8 +192,9 @@ def _bundle(
         step("ONNX is fresh, reused", 1.0)
         return path
     from export.pipeline import export_pipeline
+    from export.room import Engines
 
-    wanted: dict[str, Any] = {"precision": plan.onnx, "engines": plan, "generation": generation}
+    wanted: dict[str, Any] = {"precision": plan.onnx, "engines": Engines(plan, parts), "generation": generation}
     wanted["step_caching"] = step_caching
     export_pipeline(source, path, **wanted, overwrite=overwrite, progress=step)
     return path

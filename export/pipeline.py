@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from export.component import ExportOptions
 from export.graph.to_onnx import choose_opset
-from export.room import LARGE, check_export_room
+from export.room import LARGE, Engines, check_export_room
 from export.side_by_side import export_components, source_for
 from sdkd import __version__
 from sdkd.bundle.manifest import Bundle, Manifest
@@ -45,7 +45,7 @@ def export_pipeline(
     components: Sequence[str] | None = None,
     opset: int | None = None,
     target: str | None = None,
-    engines: EnginePlan | None = None,
+    engines: Engines | None = None,
     vae: str | Path | None = None,
     controlnet: str | Path | None = None,
     loras: Loras = (),
@@ -89,7 +89,7 @@ def export_pipeline(
     interrupt, no file is left.
     """
     path = Path(output)
-    target = target if engines is None else engines.target.name
+    target = target if engines is None else engines.plan.target.name
     options = ExportOptions(
         check_precision(precision), opset, target, hidden_states, tuple(keep_float), static, verify, tuple(reuse),
         step_caching, t2i_adapter, timesteps, tuple(map(IpAdapter.of, ip_adapters)),
@@ -120,7 +120,7 @@ def _export_into(
     source: Source,
     names: Sequence[str],
     options: ExportOptions,
-    engines: EnginePlan | None,
+    engines: Engines | None,
     progress: Progress,
 ) -> None:
     """Check, then export these components of a source into an empty folder, and write its manifest."""

@@ -29,6 +29,18 @@ LARGE = 4_000_000_000  # bytes of memory from which a user is told before it sta
 
 
 @dataclass(frozen=True)
+class Engines:
+    """What is built of an export next, on the same machine: engines as planned, of some components or of all."""
+
+    plan: EnginePlan
+    components: Sequence[str] | None = None
+
+    def of(self, name: str) -> bool:
+        """Whether a component's engine is built."""
+        return self.components is None or name in self.components
+
+
+@dataclass(frozen=True)
 class Room:
     """What an export takes, in bytes, and which component takes the most memory."""
 
@@ -41,17 +53,20 @@ class Room:
         return f"needs about {size(self.memory)} of memory ({self.largest} most of all) and {size(self.disk)} of disk"
 
 
-def estimate(source: Source, names: Sequence[str], options: ExportOptions, engines: EnginePlan | None = None) -> Room:
-    """What exporting these components, and building their engines, takes; see the formula above."""
+def estimate(source: Source, names: Sequence[str], options: ExportOptions, engines: Engines | None = None) -> Room:
+    """What exporting these components, and building engines of them, takes; see the formula above."""
     counts = {name: _parameters(source, name) for name in names}
-    largest, total = max(counts, key=counts.__getitem__), sum(counts.values())
+    largest = max(counts, key=counts.__getitem__)
     each = BYTES[options.precision]
     held = BYTES["fp32"] if options.verify else each
-    export = Room(BASE_BYTES + held * counts[largest], each * total, largest)
-    if engines is None:
+    export = Room(BASE_BYTES + held * counts[largest], each * sum(counts.values()), largest)
+    built = {name: count for name, count in counts.items() if engines is not None and engines.of(name)}
+    if engines is None or not built:
         return export
-    disk, build = export.disk + BYTES[engines.precision] * total, host_memory(each * counts[largest])
-    return Room(build, disk, largest, True) if build > export.memory else replace(export, disk=disk)
+    disk = export.disk + BYTES[engines.plan.precision] * sum(built.values())
+    heaviest = max(built, key=built.__getitem__)
+    memory = host_memory(each * built[heaviest])
+    return Room(memory, disk, heaviest, True) if memory > export.memory else replace(export, disk=disk)
 
 
 def _parameters(source: Source, name: str) -> int:
@@ -61,11 +76,11 @@ def _parameters(source: Source, name: str) -> int:
 
 
 def check_export_room(
-    source: Source, names: Sequence[str], options: ExportOptions, place: Path, engines: EnginePlan | None = None
+    source: Source, names: Sequence[str], options: ExportOptions, place: Path, engines: Engines | None = None
 ) -> Room:
     """What an export into a folder takes; ExportError, with the numbers and what to do, when there is not so much.
 
-    `engines`: those that are built of it next, here.
+    `engines`: what is built of it next.
     """
     room = estimate(source, names, options, engines)
     what = f"the {'builds' if room.building else 'exports'}, {room.largest} most of all,"
@@ -77,11 +92,11 @@ def check_export_room(
     return room
 
 
-def _less(room: Room, options: ExportOptions, engines: EnginePlan | None) -> str:
+def _less(room: Room, options: ExportOptions, engines: Engines | None) -> str:
     """What takes less memory."""
     if room.building and engines is not None:
         elsewhere = "export it with `sdkd export`, and build on a machine with more memory"
-        half = engines.precision == "fp32" and engines.target.exported_in is None
+        half = engines.plan.precision == "fp32" and engines.plan.target.exported_in is None
         return f"build with --precision fp16, or {elsewhere}" if half else elsewhere
     if options.precision == "fp32":
         return "export with --precision fp16"

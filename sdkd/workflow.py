@@ -58,6 +58,7 @@ def prepare(
     """
     from export.build.engines import build_engine
     from export.pipeline import export_pipeline
+    from export.room import Engines
 
     source, path, target = with_loras(resolve(model), loras), Path(folder) / plan.onnx, plan.target.name
     components = (*(components or source.family.components), *([CACHED_UNET] if cached else []))
@@ -70,7 +71,7 @@ def prepare(
             precision=plan.onnx,
             components=components,
             step_caching=cached,
-            engines=plan,
+            engines=Engines(plan),
             overwrite=(path / MANIFEST).exists(),
             reuse=() if reuse is None else (Path(reuse) / plan.onnx,),
             progress=step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,13 +60,22 @@ def test_an_export_whose_engines_cannot_fit_is_refused_before_it(
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_disk_holds_graphs_and_engines(precision: str) -> None:
     options, plan = ExportOptions("fp32"), plan_for_model("onnxruntime", precision)
-    found = room.estimate(source_for("random:vega", {}, options), ("unet", "vae_decoder"), options, plan)
+    found = room.estimate(source_for("random:vega", {}, options), ("unet", "vae_decoder"), options, room.Engines(plan))
     assert found == room.Room(
         memory=300_000_000 + 3 * 4 * UNET,
         disk=(4 + (4 if precision == "fp32" else 1)) * (UNET + 49_490_199),
         largest="unet",
         building=True,
     )
+
+
+def test_only_engines_that_are_built_count() -> None:
+    options, plan, names = ExportOptions("fp32"), plan_for_model("onnxruntime"), ("unet", "vae_decoder")
+    source = source_for("random:vega", {}, options)
+    export = room.estimate(source, names, options)
+    one = room.estimate(source, names, options, room.Engines(plan, ["vae_decoder"]))
+    assert one == replace(export, disk=export.disk + 4 * 49_490_199)
+    assert room.estimate(source, names, options, room.Engines(plan, ["controlnet"])) == export
 
 
 def test_too_little_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
