@@ -95,7 +95,8 @@ def _cells(each: Mapping[str, Any]) -> list[str]:
 
 
 MODELS = "random:sd15,random:sd15-small,random:sd15-tiny"
-COSTS = Costs("build", "targets", TARGETS, MODELS, 1, describe, rows, page, {"size": "512", "batch": "1..4"})
+SHAPES = {"size": "512", "batch": "1..4"}
+COSTS = Costs("build", "targets", TARGETS, MODELS, 1, describe, rows, page, SHAPES, refusals=True)
 
 if __name__ == "__main__":
     COSTS.main(__doc__)

@@ -49,8 +49,8 @@ class Measured:
 
     @property
     def refused(self) -> str:
-        """What the command said where it refused or failed; empty where it did its work."""
-        return str(self.runs[-1].get("refused", ""))
+        """What the command said where it refused or failed in any run; empty where it did its work."""
+        return next((str(run["refused"]) for run in self.runs if "refused" in run), "")
 
     def figures(self) -> dict[str, Any]:
         """Medians, and the samples behind them."""
@@ -122,9 +122,17 @@ def words_of(words: Sequence[str], folder: Path, output: Path, interop: Path | N
 
 
 def measure(
-    model: str, variants: Variants, rounds: int, interop: Path | None, describe: Callable[[Path], dict[str, Any]]
+    model: str,
+    variants: Variants,
+    rounds: int,
+    interop: Path | None,
+    describe: Callable[[Path], dict[str, Any]],
+    refusals: bool,
 ) -> dict[str, Measured]:
-    """Each variant once a round on the model's files; `describe` says what one wrote, which goes then."""
+    """Each variant once a round on the model's files; `describe` says what one wrote, which goes then.
+
+    SystemExit for a command of ours that refuses or fails, unless `refusals` are results.
+    """
     found = {name: Measured() for name in variants}
     place = ROOT / "artifacts"
     place.mkdir(exist_ok=True)
@@ -140,8 +148,10 @@ def measure(
             last = run(words_of(variants[variant], folder, output, interop), work / "log.txt")
             found[variant].runs.append(last)
             said = f"{last['seconds']:.1f} s, {last['peak_rss_bytes'] / 1e9:.2f} GB"
-            said += f", refused: {refused}" if (refused := found[variant].refused) else ""
+            said += f", refused: {last['refused']}" if "refused" in last else ""
             print(f"round {turn + 1} of {rounds}, {variant}: {said}", flush=True)
+            if found[variant].refused and not refusals:
+                raise SystemExit(f"{variant} failed: {found[variant].refused}")
             found[variant].written = describe(output)
             shutil.rmtree(output, ignore_errors=True)  # a command that refuses writes nothing
     return found
@@ -164,6 +174,7 @@ class Costs:
     rows: Callable[[Mapping[str, Measured]], list[dict[str, Any]]]
     page: Callable[[Mapping[str, Any]], list[str]]
     words: Mapping[str, str] = field(default_factory=dict)
+    refusals: bool = False  # whether a refusal is a result; else it ends the benchmark
 
     def main(self, about: str | None) -> None:
         """Parse, measure, write: after every model, so that what is done is kept."""
@@ -179,7 +190,7 @@ class Costs:
         command = command_of(f"bench_{self.name}.py", asked, "models", "rounds", *own)
         models: list[dict[str, Any]] = []
         for model in asked.models.split(","):
-            found = measure(model, variants, asked.rounds, interop, self.describe)
+            found = measure(model, variants, asked.rounds, interop, self.describe, self.refusals)
             models.append({"model": model, "rows": self.rows(found)})
             optimum = optimum_versions(interop) if interop else None
             result = head(command, rounds=asked.rounds, optimum=optimum, **values, models=models)
