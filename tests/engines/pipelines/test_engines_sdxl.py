@@ -57,8 +57,11 @@ def draw(pipe: Any, **options: Any) -> np.ndarray:
 
 
 def as_kind(pipe: Any, kind: str) -> Any:
-    parts = {name: part for name, part in pipe.components.items() if part is not None}
-    return getattr(diffusers, kind)(**parts, add_watermarker=False)
+    return getattr(diffusers, kind)(**parts_of(pipe), add_watermarker=False)
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    return {name: part for name, part in pipe.components.items() if part is not None}
 
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -194,13 +197,11 @@ def test_low_memory_has_one_stage_open(bundle: Path) -> None:
 
 
 def test_a_t2i_adapter_beside_sdxl(tmp_path: Path) -> None:
-    net = diffusers.T2IAdapter(channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=4,
-                               adapter_type="full_adapter_xl")  # fmt: skip
+    shape = {"channels": [16, 32, 32, 32], "num_res_blocks": 1, "downscale_factor": 4}
+    adapter = fixed_weights(diffusers.T2IAdapter(**shape, adapter_type="full_adapter_xl"), 6)
 
     def adapted() -> Any:
-        parts = {name: part for name, part in sdxl_pipeline().components.items() if part is not None}
-        adapter = fixed_weights(net, 6)
-        return diffusers.StableDiffusionXLAdapterPipeline(**parts, adapter=adapter)
+        return diffusers.StableDiffusionXLAdapterPipeline(**parts_of(sdxl_pipeline()), adapter=adapter)
 
     made = export_pipeline(adapted(), tmp_path / "bundle", reuse=[sdxl_bundle().path])
     build_engine(made.path, "onnxruntime", ranges=RANGES)
@@ -214,9 +215,8 @@ def test_a_t2i_adapter_beside_sdxl(tmp_path: Path) -> None:
 def test_a_controlnet_beside_sdxl(tmp_path: Path) -> None:
     net = diffusers.ControlNetModel.from_unet(sdxl_unet(5), conditioning_channels=3)
     net = diffusers.ControlNetModel.from_config(dict(net.config) | {"conditioning_embedding_out_channels": (8, 8)})
-    parts = {name: part for name, part in sdxl_pipeline().components.items() if part is not None}
     pipe = diffusers.StableDiffusionXLControlNetPipeline(
-        **parts, controlnet=fixed_weights(net, 6), add_watermarker=False
+        **parts_of(sdxl_pipeline()), controlnet=fixed_weights(net, 6), add_watermarker=False
     )
     made = export_pipeline(pipe, tmp_path / "bundle", reuse=[sdxl_bundle().path])
     build_engine(made.path, "onnxruntime", ranges=RANGES)
