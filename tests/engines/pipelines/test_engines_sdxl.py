@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from export import build_engine, export_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import EngineError, ModelError
-from sdkd.models.families import remade
 
 PROMPT = "a red star"
 RANGES = ShapeRanges(Range(1, 1, 2), Range(16, 32, 48), Range(16, 32, 48), Range.fixed(77))
@@ -196,36 +194,49 @@ def test_low_memory_has_one_stage_open(bundle: Path) -> None:
     np.testing.assert_allclose(draw(pipe), draw(sdxl_pipeline()), atol=2e-4)
 
 
-def test_a_t2i_adapter_beside_sdxl(tmp_path: Path) -> None:
+def controlled() -> Any:
+    """The pipeline with a ControlNet."""
+    net = diffusers.ControlNetModel.from_unet(sdxl_unet(5), conditioning_channels=3)
+    net = diffusers.ControlNetModel.from_config(dict(net.config) | {"conditioning_embedding_out_channels": (8, 8)})
+    parts = parts_of(sdxl_pipeline()) | {"controlnet": fixed_weights(net, 6)}
+    return diffusers.StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+
+
+def adapted() -> Any:
+    """The pipeline with a T2I-Adapter."""
     shape = {"channels": [16, 32, 32, 32], "num_res_blocks": 1, "downscale_factor": 4}
     adapter = fixed_weights(diffusers.T2IAdapter(**shape, adapter_type="full_adapter_xl"), 6)
+    return diffusers.StableDiffusionXLAdapterPipeline(**parts_of(sdxl_pipeline()), adapter=adapter)
 
-    def adapted() -> Any:
-        return diffusers.StableDiffusionXLAdapterPipeline(**parts_of(sdxl_pipeline()), adapter=adapter)
 
-    made = export_pipeline(adapted(), tmp_path / "bundle", reuse=[sdxl_bundle().path])
-    build_engine(made.path, "onnxruntime", ranges=RANGES)
-    plugged, options = plug(adapted(), made.path, "onnxruntime"), {"image": picture(), "height": 32, "width": 32}
+@pytest.fixture(scope="module")
+def conditioned() -> Path:
+    """Engines that take the residuals of a ControlNet, of a T2I-Adapter, or of none; read it, do not change it."""
+
+    def make(path: Path) -> None:
+        export_pipeline(controlled(), path, t2i_adapter=True, reuse=[sdxl_bundle().path])
+        build_engine(path, "onnxruntime", ranges=RANGES)
+
+    return made_once("engines-sdxl-conditioned", make)
+
+
+def test_a_t2i_adapter_beside_sdxl(conditioned: Path) -> None:
+    options = {"image": picture(), "height": 32, "width": 32}
     expected = draw(adapted(), **options)
-    np.testing.assert_allclose(draw(plugged, **options), expected, atol=2e-4)
+    np.testing.assert_allclose(draw(plug(adapted(), conditioned, "onnxruntime"), **options), expected, atol=2e-4)
     without = draw(adapted(), **options | {"adapter_conditioning_scale": 0.0})
     assert not np.allclose(expected, without, atol=1e-3)
 
 
-def test_a_controlnet_beside_sdxl(tmp_path: Path) -> None:
-    net = diffusers.ControlNetModel.from_unet(sdxl_unet(5), conditioning_channels=3)
-    net = diffusers.ControlNetModel.from_config(dict(net.config) | {"conditioning_embedding_out_channels": (8, 8)})
-    pipe = diffusers.StableDiffusionXLControlNetPipeline(
-        **parts_of(sdxl_pipeline()), controlnet=fixed_weights(net, 6), add_watermarker=False
-    )
-    made = export_pipeline(pipe, tmp_path / "bundle", reuse=[sdxl_bundle().path])
-    build_engine(made.path, "onnxruntime", ranges=RANGES)
-    inputs = [spec.name for spec in Bundle.open(made.path).component("controlnet").contract.inputs]
+def test_a_controlnet_beside_sdxl(conditioned: Path) -> None:
+    inputs = [spec.name for spec in Bundle.open(conditioned).component("controlnet").contract.inputs]
     assert inputs[3:] == ["controlnet_cond", "conditioning_scale", "text_embeds", "time_ids"]
-    loaded = load_pipeline(made.path, "onnxruntime")
-    options = {"image": picture(side=32), "height": 32, "width": 32, "controlnet_conditioning_scale": 0.5}
-    expected = draw(remade(pipe), **options)
-    np.testing.assert_allclose(draw(loaded, **options), expected, atol=2e-4)
-    assert not np.allclose(
-        expected, draw(copy.copy(pipe), **options | {"controlnet_conditioning_scale": 0.0}), atol=1e-3
-    )
+    pipe, options = controlled(), {"image": picture(), "height": 32, "width": 32, "controlnet_conditioning_scale": 0.5}
+    expected = draw(pipe, **options)
+    np.testing.assert_allclose(draw(load_pipeline(conditioned, "onnxruntime"), **options), expected, atol=2e-4)
+    assert not np.allclose(expected, draw(pipe, **options | {"controlnet_conditioning_scale": 0.0}), atol=1e-3)
+
+
+def test_without_either_the_unet_is_the_plain_one(conditioned: Path) -> None:
+    pipe = plug(sdxl_pipeline(), conditioned, "onnxruntime")
+    np.testing.assert_allclose(draw(pipe), draw(sdxl_pipeline()), atol=2e-4)
