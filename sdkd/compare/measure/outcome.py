@@ -118,7 +118,7 @@ def unlike_calls(cases: Mapping[str, Case], baselines: Mapping[str, Mapping[str,
         return []
     label, over = unlike[0]
     return [
-        f"steps with and without guidance are different calls ({latents[over]} of {over}, {latents[label]} of {label}, "
+        f"Steps with and without guidance are different calls ({latents[over]} of {over}, {latents[label]} of {label}, "
         "in latents): their ratio is of one call each, that of images tells what an image gains"
     ]
 

@@ -174,7 +174,7 @@ def test_subjects_of_their_own_steps_and_guidance_are_held_against_eager_of_the_
     assert teacher.work.flops == pytest.approx(2 * eager.work.flops, rel=0.01)
     notes = [note for note in report.notes if "different calls" in note]
     assert notes == [
-        "steps with and without guidance are different calls (2 of teacher eager, 1 of few eager, in latents): their "
+        "Steps with and without guidance are different calls (2 of teacher eager, 1 of few eager, in latents): their "
         "ratio is of one call each, that of images tells what an image gains"
     ]
     assert report.mixed
