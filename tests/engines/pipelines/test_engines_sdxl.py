@@ -20,6 +20,7 @@ from export import build_engine, export_pipeline
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import EngineError, ModelError
+from sdkd.models.families import new_pipeline
 
 PROMPT = "a red star"
 RANGES = ShapeRanges(Range(1, 1, 2), Range(16, 32, 48), Range(16, 32, 48), Range.fixed(77))
@@ -55,12 +56,9 @@ def draw(pipe: Any, **options: Any) -> np.ndarray:
     return images
 
 
-def as_kind(pipe: Any, kind: str) -> Any:
-    return getattr(diffusers, kind)(**parts_of(pipe), add_watermarker=False)
-
-
-def parts_of(pipe: Any) -> dict[str, Any]:
-    return {name: part for name, part in pipe.components.items() if part is not None}
+def as_kind(pipe: Any, kind: str, **more: Any) -> Any:
+    """A pipeline's parts, and more, in one of another class."""
+    return new_pipeline(getattr(diffusers, kind), pipe.components | more, {"add_watermarker": False})
 
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -199,15 +197,14 @@ def controlled() -> Any:
     """The pipeline with a ControlNet."""
     net = diffusers.ControlNetModel.from_unet(sdxl_unet(5), conditioning_channels=3)
     net = diffusers.ControlNetModel.from_config(dict(net.config) | {"conditioning_embedding_out_channels": (8, 8)})
-    parts = parts_of(sdxl_pipeline()) | {"controlnet": fixed_weights(net, 6)}
-    return diffusers.StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    return as_kind(sdxl_pipeline(), "StableDiffusionXLControlNetPipeline", controlnet=fixed_weights(net, 6))
 
 
 def adapted() -> Any:
     """The pipeline with a T2I-Adapter."""
     shape = {"channels": [16, 32, 32, 32], "num_res_blocks": 1, "downscale_factor": 4}
     adapter = fixed_weights(diffusers.T2IAdapter(**shape, adapter_type="full_adapter_xl"), 6)
-    return diffusers.StableDiffusionXLAdapterPipeline(**parts_of(sdxl_pipeline()), adapter=adapter)
+    return as_kind(sdxl_pipeline(), "StableDiffusionXLAdapterPipeline", adapter=adapter)
 
 
 @pytest.fixture(scope="module")
