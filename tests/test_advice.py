@@ -17,7 +17,7 @@ from graph_bundles import graph_bundle
 from small_bundles import small_pipeline
 from typer.testing import CliRunner
 
-from engines.generate.cli import choose_target
+from engines.generate.loading import choose_target
 from engines.sessions.opening import open_session
 from export.build.ranges import Typed, parse_profile
 from sdkd.bundle.manifest import Bundle

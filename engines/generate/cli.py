@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,25 +23,25 @@ from engines.generate.image_inputs import (
     resized,
     with_defaults,
 )
+from engines.generate.loading import Asked, choose_target, drawn_with, image_size, load
 from engines.generate.long_prompts import reading
 from engines.generate.processes import check_gpus, ended_like_ctrl_c, join, main_progress
 from engines.generate.prompts import check_images, image_files, missing, write_metadata
 from sdkd.core.conditions import guidance_width
 from sdkd.core.console import show
-from sdkd.core.contract import check_size, native_size, size_multiple
+from sdkd.core.contract import check_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_number, check_numbers
-from sdkd.core.profiles import ShapeRanges, parse_size
+from sdkd.core.profiles import parse_size
 from sdkd.core.text_files import prompt_lines, typed_text
 from sdkd.errors import InputError
 from sdkd.models.conditioning import family_of
-from sdkd.models.generation import USUAL, Generation, said, warnings
+from sdkd.models.generation import Generation, said, warnings
 from sdkd.models.kinds import BundleSource
 from sdkd.models.replacements import with_vae
-from sdkd.models.resolve import Model, load_eager, resolve
+from sdkd.models.resolve import resolve
 from sdkd.models.schedulers import SCHEDULERS, check_steps, scheduler_class, use_scheduler
 from sdkd.models.source import ModelSource
-from sdkd.models.step_caching import cache_steps, check_cachable, check_cached, check_interval, few_steps_note
-from sdkd.targets.registry import check_target
+from sdkd.models.step_caching import check_cachable, check_cached, check_interval, few_steps_note
 
 
 def generate(
@@ -132,7 +131,7 @@ def generate(
     run = drawn_with(source, asked)
     use_scheduler(pipe, run.scheduler)
     check_steps(pipe.scheduler, run.steps)
-    height, width = wanted or default_size(pipe)
+    height, width = wanted or image_size(pipe)
     check_size(height, width, size_multiple(pipe.unet.config, pipe.vae.config))
     kind = find_kind(model, pipe.unet.config, inputs, negative_prompt)
     inputs, lines = resized(with_defaults(inputs, kind, run.steps), height, width)
@@ -143,7 +142,7 @@ def generate(
     for line in (*how_it_runs(source, run, unwanted, cache_interval), *lines, *long) if state.is_main_process else ():
         show(line)
     start = time.perf_counter()
-    size_of_batch = batch or (engine_batch(pipe, request).max if prompts is not None else 1)
+    size_of_batch = batch or (engine_batch(pipe, request.settings).max if prompts is not None else 1)
     drawn = carry_out(
         as_pipeline(pipe, kind.of(family_of(pipe))), request, files, (named(model, vae), used), state, size_of_batch,
         overwrite=overwrite or prompt is not None, folder=prompts is not None,
@@ -190,7 +189,7 @@ def carry_out(
     indices = list(range(len(files))) if overwrite else missing(files, settings)
     state.wait_for_everyone()  # all have looked before the first one writes: they must agree on what is missing
     batches = in_batches(indices, batch)[state.process_index :: state.num_processes]
-    at_least = min(batch, engine_batch(pipe, request).min)
+    at_least = min(batch, engine_batch(pipe, request.settings).min)
     try:
         with ended_like_ctrl_c(state), main_progress("generate", state) as report:
             draw_all(pipe, request, files, settings, batches, report, at_least=at_least)
@@ -214,15 +213,6 @@ def start_processes(
         relaunch(processes)
     finally:  # processes that were ended could not do this
         write_metadata(files, [texts[index % len(texts)] for index in range(len(files))])
-
-
-Asked = tuple[int | None, float | None, str | None]
-"""Steps, guidance scale and scheduler as options give them; None: what the model was made for."""
-
-
-def drawn_with(source: ModelSource, asked: Asked) -> Generation:
-    """The steps, guidance scale and scheduler of a request: as asked, else the model's, else the usual ones."""
-    return (source.generation or USUAL).with_asked(*asked)
 
 
 def how_it_runs(source: ModelSource, run: Generation, unwanted: str | None, cache_interval: int = 1) -> list[str]:
@@ -288,61 +278,3 @@ def check_bundle_size(source: ModelSource, size: tuple[int, int] | None) -> None
     """InputError, before anything is loaded, when a bundle's UNet cannot have that size."""
     if size is not None and isinstance(source, BundleSource):
         check_size(*size, size_multiple(source.unet_config, source.config("vae")))
-
-
-def choose_target(model: Model, target: str | None, *, control: bool = False, cache_interval: int = 1) -> str:
-    """The target to draw on, `eager` without a bundle; InputError when a target is asked for without a bundle."""
-    if target not in (None, "eager"):
-        check_target(target)
-    source = resolve(model)
-    if target == "eager":
-        return target
-    if not isinstance(source, BundleSource):
-        if target is not None:
-            raise InputError(
-                f"model {source.name!r} is not a bundle, so it has no {target} engine: build one with: "
-                f"sdkd build-engine {shlex.quote(source.name)} --target {target} --output artifacts/bundle"
-            )
-        return "eager"
-    if target is not None:
-        return target
-    from engines.pipelines.parts import best_slot
-
-    parts = (*source.family.parts, *(["controlnet"] if control else []))
-    return best_slot(source.bundle, parts, cached=cache_interval > 1)
-
-
-def load(
-    model: Model, target: str | None, *, control: bool = False, cache_interval: int = 1, low_memory: bool = False
-) -> tuple[Any, str]:
-    """The pipeline and the target that it runs on, with the bundle's ControlNet for `control`.
-
-    `cache_interval` as in `engines.plug`, on a model that runs eagerly, too. `low_memory`: one stage of a bundle's
-    engines is open at a time.
-
-    Raises InputError when a target is asked for without a bundle, BundleError when the ControlNet has no engine.
-    """
-    source = resolve(model)
-    slot = choose_target(source, target, control=control, cache_interval=cache_interval)
-    if not isinstance(source, BundleSource) or slot == "eager":
-        pipe = load_eager(source)
-        cache_steps(pipe.unet, cache_interval)
-        return pipe, slot
-    from engines.pipelines.pipeline import load_pipeline
-
-    bundle = source.bundle
-    if control:
-        bundle.engine(slot, "controlnet")
-    return load_pipeline(bundle, slot, controlnet=control, low_memory=low_memory, cache_interval=cache_interval), slot
-
-
-def default_size(pipe: Any) -> tuple[int, int]:
-    """The model's native height and width, or the engine's best where it was not built for those; pixels."""
-    height, width = native_size(pipe.unet.config, pipe.vae.config) or (0, 0)
-    session = getattr(pipe.unet, "session", None)
-    if session is None:
-        return height, width
-    ranges: ShapeRanges = session.ranges
-    return (
-        (height, width) if height in ranges.height and width in ranges.width else (ranges.height.opt, ranges.width.opt)
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from engines.generate.long_prompts import arguments, limit_of
 from sdkd.core.components import guidance_copies
 from sdkd.core.conditions import guidance_width
 from sdkd.core.console import Progress, within
+from sdkd.core.contract import Contract
 from sdkd.core.files import write_bytes
 from sdkd.core.images import check_finite
 from sdkd.core.numbers import DRAWING, SEED, check_number, check_numbers
@@ -22,6 +23,43 @@ from sdkd.models.schedulers import seed_scheduler
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+
+OnStep = Callable[[int, Any], None]
+"""Called after a step with the number of steps done and the latents."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the images of one pipeline call have in common; sizes in pixels."""
+
+    height: int
+    width: int
+    steps: int
+    guidance_scale: float
+    kind: PipelineKind = TEXT
+    scales: Mapping[str, float] = field(default_factory=dict)
+    parts: int = 1  # in which prompts are read: see engines.generate.long_prompts
+
+    @property
+    def guided(self) -> bool:
+        """Whether the UNet sees every image more than once a step."""
+        return self.guidance_scale > 1 and self.scales.get("image_guidance_scale", 1.0) >= 1
+
+    @property
+    def done_steps(self) -> int:
+        """How many of the steps are done: a strength leaves the first ones out."""
+        return done_steps(self.scales, self.steps)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image to draw, and what it starts from by input (`image`, `mask`, `control`), in the size to draw."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    images: Mapping[str, Image] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,7 +76,7 @@ class Request:
     count: int
     kind: PipelineKind = TEXT
     inputs: Inputs = field(default_factory=Inputs)
-    parts: int = 1  # in which prompts are read: see engines.generate.long_prompts
+    parts: int = 1
     cache_interval: int = 1  # of the UNet: see sdkd.models.step_caching
 
     def __post_init__(self) -> None:
@@ -50,30 +88,39 @@ class Request:
         return self.prompts[index % len(self.prompts)]
 
     @property
-    def guided(self) -> bool:
-        """Whether the UNet sees every image more than once a step."""
-        return self.guidance_scale > 1 and self.inputs.scales.get("image_guidance_scale", 1.0) >= 1
+    def settings(self) -> Settings:
+        """What all of its images have in common."""
+        size = self.height, self.width
+        return Settings(*size, self.steps, self.guidance_scale, self.kind, self.inputs.scales, self.parts)
+
+    def picture(self, index: int) -> Picture:
+        """One of its images."""
+        return Picture(self.prompt(index), self.negative_prompt, self.seed + index, self.inputs.images)
 
 
-def engine_batch(pipe: Any, request: Request) -> Range:
-    """Images per call that the UNet's engine was built for, at the size of the request; 1 without engine or profile.
-
-    An engine's batch holds all copies that guidance stacks; without guidance they are room for more images.
-    """
+def engine_batch(pipe: Any, settings: Settings) -> Range:
+    """Images per call that the UNet's engine was built for, at the size of a request; 1 without engine or profile."""
     session = getattr(pipe.unet, "session", None)
     if session is None:
         return Range.fixed(1)
-    copies = guidance_copies(session.contract)
-    used = copies if request.guided else 1
-    fixed = session.contract.inputs[0].axes[0]
+    return batch_range(session.contract, session.checked.record.profiles, settings, limit_of(pipe))
+
+
+def batch_range(contract: Contract, profiles: Sequence[ShapeRanges], settings: Settings, limit: int) -> Range:
+    """As `engine_batch`, for a UNet's contract and profiles; `limit`: tokens that the text encoder takes at once.
+
+    An engine's batch holds all copies that guidance stacks; without guidance they are room for more images.
+    """
+    copies = guidance_copies(contract)
+    used = copies if settings.guided else 1
+    fixed = contract.inputs[0].axes[0]
     if isinstance(fixed, int):
         return Range.fixed(max(1, fixed // used))
-    profiles: Sequence[ShapeRanges] = session.checked.record.profiles
-    tokens = request.parts * limit_of(pipe)
+    tokens = settings.parts * limit
     fitting = [
         profile.batch
         for profile in profiles
-        if request.height in profile.height and request.width in profile.width and tokens in profile.sequence
+        if settings.height in profile.height and settings.width in profile.width and tokens in profile.sequence
     ]
     if not fitting:
         return Range.fixed(1)
@@ -87,37 +134,54 @@ def in_batches(indices: Sequence[int], size: int) -> list[list[int]]:
 
 
 def draw(pipe: Any, request: Request, indices: Sequence[int], report: Progress, at_least: int = 1) -> list[Image]:
-    """Some images of a request in one call, each of its own seed.
-
-    `at_least`: the smallest batch that the engines take; the last image fills it up and is dropped again.
-    """
-    import torch
-
-    steps = done_steps(request.inputs.scales, request.steps)
+    """Some images of a request in one call, each of its own seed; `at_least` as in `draw_pictures`."""
+    settings = request.settings
     first, last = indices[0] + 1, indices[-1] + 1
     which = f"image {first}" if first == last else f"images {first} to {last}"
 
-    def on_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        report(f"{which} of {request.count}", min(1.0, (step + 1) / steps))
+    def on_step(done: int, _: Any) -> None:
+        report(f"{which} of {request.count}", min(1.0, done / settings.done_steps))
+
+    return draw_pictures(pipe, settings, [request.picture(index) for index in indices], on_step, which, at_least)
+
+
+def draw_pictures(
+    pipe: Any,
+    settings: Settings,
+    pictures: Sequence[Picture],
+    on_step: OnStep,
+    which: str = "an image",
+    at_least: int = 1,
+) -> list[Image]:
+    """Pictures drawn in one call, each by its own seed, prompts and images: either all have a negative prompt, or none.
+
+    `at_least`: the smallest batch that the engines take; the last picture fills it up and is dropped again. `which`:
+    what an EngineError calls them. What `on_step` raises ends the call.
+    """
+    import torch
+
+    def after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, tensors["latents"])
         return tensors
 
-    guided = request.guidance_scale > 1 and guidance_width(pipe.unet.config) is None
-    full = [*indices, *[indices[-1]] * (at_least - len(indices))]
-    size = {"height": request.height, "width": request.width} if request.kind.sized else {}
+    full = [*pictures, *[pictures[-1]] * (at_least - len(pictures))]
+    guided = settings.guidance_scale > 1 and guidance_width(pipe.unet.config) is None
+    size = {"height": settings.height, "width": settings.width} if settings.kind.sized else {}
+    negatives = [one.negative_prompt for one in full if one.negative_prompt is not None]
     pipe.set_progress_bar_config(disable=True)
-    seed_scheduler(pipe.scheduler, [request.seed + index for index in full])
+    seed_scheduler(pipe.scheduler, [one.seed for one in full])
     images: np.ndarray = pipe(
-        **arguments(pipe, [request.prompt(index) for index in full], request.negative_prompt, request.parts, guided),
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        generator=[torch.Generator().manual_seed(request.seed + index) for index in full],
-        callback_on_step_end=on_step,
+        **arguments(pipe, [one.prompt for one in full], negatives or None, settings.parts, guided),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator().manual_seed(one.seed) for one in full],
+        callback_on_step_end=after_step,
         output_type="np",
         **size,
-        **request.inputs.arguments(request.kind, len(full)),
+        **settings.kind.arguments([one.images for one in full], settings.scales),
     ).images
     check_finite(images, which)
-    return pipe.image_processor.numpy_to_pil(images[: len(indices)])
+    return pipe.image_processor.numpy_to_pil(images[: len(pictures)])
 
 
 def draw_all(

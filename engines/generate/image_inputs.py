@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,11 @@ class PipelineKind:
     def changes_image(self) -> bool:
         """Whether noise is added to an image, and only the steps from there on are done."""
         return "strength" in self.scales
+
+    def arguments(self, images: Sequence[Mapping[str, Image]], scales: Mapping[str, float]) -> dict[str, Any]:
+        """What a call gets: of every image to draw, what it starts from, since each is encoded with its own seed."""
+        given = {argument: [one[name] for one in images] for argument, name in self.images.items()}
+        return given | {CALLED.get(name, name): scales[name] for name in self.scales}
 
 
 TEXT = PipelineKind("")
@@ -97,9 +102,8 @@ class Inputs:
         return {**self.files, **self.scales}
 
     def arguments(self, kind: PipelineKind, count: int) -> dict[str, Any]:
-        """What a call for `count` images gets: every picture its own copy, since each is encoded with its own seed."""
-        images = {argument: [self.images[name]] * count for argument, name in kind.images.items()}
-        return images | {CALLED.get(name, name): self.scales[name] for name in kind.scales}
+        """What a call for `count` images that all start from these gets."""
+        return kind.arguments([self.images] * count, self.scales)
 
 
 def read_inputs(files: Mapping[str, Path | None], scales: Mapping[str, float | None]) -> Inputs:

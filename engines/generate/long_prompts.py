@@ -107,15 +107,17 @@ def _rows(pipe: Any, tokenizer: Any, texts: Sequence[str], parts: int) -> list[l
     return rows
 
 
-def arguments(pipe: Any, prompts: list[str], negative: str | None, parts: int, guided: bool) -> dict[str, Any]:
-    """What a pipeline call gets for its prompts: the texts, or their embeddings where they are read in parts."""
+def arguments(pipe: Any, prompts: list[str], negatives: list[str] | None, parts: int, guided: bool) -> dict[str, Any]:
+    """What a pipeline call gets for its prompts, `negatives` one for each or none: the texts, or their embeddings where
+    they are read in parts.
+    """
     if parts == 1:
-        return {"prompt": prompts, "negative_prompt": None if negative is None else [negative] * len(prompts)}
+        return {"prompt": prompts, "negative_prompt": negatives}
     found = _embeddings(pipe, prompts, parts)
-    if guided and negative is None and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+    if guided and negatives is None and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
         found |= {f"negative_{name}": tensor.new_zeros(tensor.shape) for name, tensor in found.items()}
     elif guided:
-        without = _embeddings(pipe, [negative or ""] * len(prompts), parts)
+        without = _embeddings(pipe, negatives or [""] * len(prompts), parts)
         found |= {f"negative_{name}": tensor for name, tensor in without.items()}
     return found
 

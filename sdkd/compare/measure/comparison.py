@@ -23,10 +23,11 @@ from sdkd.compare.measure.limits import Ceilings, Work, element_bytes, fraction,
 from sdkd.compare.measure.outcome import Judge, all_baselines, climb, result_of, unlike_calls
 from sdkd.compare.measure.refusals import check_asked, check_models
 from sdkd.compare.measure.results import Report, Result, Setup
-from sdkd.compare.measure.runner import RunConfig, prepare_children
+from sdkd.compare.measure.runner import PRELOAD, RunConfig
 from sdkd.compare.measure.stats import CONFIDENCE
 from sdkd.compare.measure.subjects import Failed, Subject, check_subjects, has_random_weights
 from sdkd.compare.measure.timing import Timer
+from sdkd.core import processes
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import QUANTIZED
 from sdkd.errors import InputError, SdkdError
@@ -91,7 +92,7 @@ def compare(
     where, cases, known = device or _default_device(), [Case(subject) for subject in subjects], random_notes(subjects)
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
-        prepare_children()
+        processes.prepare(PRELOAD)
     loaded = LoadedSubjects(RunConfig(where, fit_together(subjects, where, isolate), isolate, pixels, texts))
     try:
         first = first_opened(cases, loaded, failed)

@@ -1,9 +1,4 @@
-"""One subject where it is measured: opened, its images made, its parts timed, here or in a process of its own.
-
-On Linux children are forked from a server that has imported what every subject needs (`LIBRARIES`), so that a fresh
-process costs milliseconds; where torch sees a GPU, and elsewhere, each is spawned, because a GPU that any library
-looked at before a fork cannot be used after it.
-"""
+"""One subject where it is measured: opened, its images made, its parts timed, here or in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,9 +7,6 @@ import functools
 import importlib
 import math
 import multiprocessing
-import signal
-import sys
-import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,32 +25,20 @@ from sdkd.compare.measure.calls import (
 from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used, peak_rss, rss, torch_peak
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Bench, Sample, Timer
-from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, inherited, live_as_child
+from sdkd.core import processes
+from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, live_as_child
 from sdkd.core.components import unet_copies
 from sdkd.core.conditions import guidance_width
 from sdkd.core.contract import torch_dtype
-from sdkd.core.interrupts import handling
+from sdkd.core.processes import LIBRARIES
 from sdkd.errors import EngineError
 from sdkd.targets.registry import require
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
-    from multiprocessing.context import ForkServerContext, SpawnContext
 
     from PIL.Image import Image
 
-# What every subject needs before it is timed. The server that their processes are forked from imports these, too, so
-# nothing in them may start a thread that computes or touch a GPU: neither survives a fork.
-LIBRARIES = (
-    "accelerate",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.schedulers",
-    "safetensors.torch",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.clip.tokenization_clip",
-    "engines.pipelines.pipeline",
-    "sdkd.models.resolve",
-)
 PRELOAD = [*LIBRARIES, "sdkd.compare.measure.runner"]
 DOING = {
     "open": "it was loaded",
@@ -212,12 +192,12 @@ class IsolatedRunner:
     def __init__(self, subject: Subject, config: RunConfig) -> None:
         self.subject = subject
         self._busy = False
-        context = _context()
+        context = processes.context(PRELOAD)
         self._connection, theirs = context.Pipe()
         try:
             name = f"sdkd compare: {subject.label}"
             self._process = context.Process(target=serve, args=(theirs, subject, config), name=name)
-            _start(self._process)
+            processes.start(self._process, PRELOAD)
         except BaseException:
             self._connection.close()
             raise
@@ -281,45 +261,12 @@ def _how_it_ended(status: int | None, doing: str) -> str:
     return f"by {cause} while {doing}: a library of its target crashed; build its engines again, or try another version"
 
 
-def _context() -> ForkServerContext | SpawnContext:
-    """How children are started here."""
-    import torch
-
-    if sys.platform != "linux" or torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
-
-
-def prepare_children() -> None:
-    """Start the server that children are forked from, in the background; does nothing where there is none."""
-    if _context().get_start_method() == "forkserver":
-        from multiprocessing.forkserver import ensure_running
-
-        with _no_interrupts(), inherited():
-            ensure_running()
-
-
-def _start(process: Any) -> None:
-    """Start a child that never hears Ctrl-C, which ends this process, and so the child."""
-    prepare_children()
-    forked = _context().get_start_method() == "forkserver"  # from a server that may still import: must hear Ctrl-C
-    with contextlib.nullcontext() if forked else _no_interrupts(), inherited():
-        process.start()
-
-
-def _no_interrupts() -> contextlib.AbstractContextManager[None]:
-    """Processes that are started within ignore SIGINT; only the main thread can arrange for that."""
-    return handling(signal.SIG_IGN, signal.SIGINT)
-
-
 def serve(connection: Connection, subject: Subject, config: RunConfig) -> None:
     """The child: answer calls of a LocalRunner's methods until the parent sends None or is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     live_as_child(parent.join)
-    _use_no_semaphores()
+    processes.use_no_semaphores()
     runner = LocalRunner(subject, config)
     with contextlib.suppress(EOFError):
         while (asked := connection.recv()) is not None:
@@ -330,10 +277,3 @@ def serve(connection: Connection, subject: Subject, config: RunConfig) -> None:
                 answer = Failure.of(error)
             connection.send(answer)
     runner.close()
-
-
-def _use_no_semaphores() -> None:
-    """Have tqdm lock among threads only: a killed child would leave its lock among processes behind."""
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())

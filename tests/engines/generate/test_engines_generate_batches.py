@@ -93,13 +93,13 @@ def test_the_batch_of_a_size(engine_bundle: Path) -> None:
 
     def asked(size: int, guidance: float, **scales: float) -> Range:
         request = Request(TEXTS, None, size, size, 2, guidance, 0, 5, inputs=Inputs(scales=scales))
-        return engine_batch(pipe, request)
+        return engine_batch(pipe, request.settings)
 
     assert asked(64, 7.5) == Range(1, 1, 2)
     assert asked(64, 1.0) == Range(1, 1, 4)
     assert asked(64, 7.5, image_guidance_scale=0.5) == Range(1, 1, 4)
     assert asked(128, 7.5) == Range.fixed(1)
-    assert engine_batch(small_pipeline(), Request(TEXTS, None, 32, 32, 2, 7.5, 0, 5)) == Range.fixed(1)
+    assert engine_batch(small_pipeline(), Request(TEXTS, None, 32, 32, 2, 7.5, 0, 5).settings) == Range.fixed(1)
     assert in_batches([0, 2, 3, 7, 9], 2) == [[0, 2], [3, 7], [9]]
 
 

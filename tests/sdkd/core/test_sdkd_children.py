@@ -177,7 +177,7 @@ def test_a_background_job_ends_with_its_block() -> None:
 HOSTED = """
 import sys
 from sdkd.core.child import run_in_child
-from sdkd.compare.measure import runner
+from sdkd.core import processes
 
 def where(progress=None):
     import signal
@@ -185,9 +185,8 @@ def where(progress=None):
 
 if __name__ == "__main__":
     assert run_in_child("jobs:where", {}) == where()
-    runner.PRELOAD.clear()
-    process = runner._context().Process(target=where)
-    runner._start(process)
+    process = processes.context([]).Process(target=where)
+    processes.start(process, [])
     process.join()
     sys.exit(process.exitcode)
 """

@@ -1,0 +1,76 @@
+"""Processes that draw, one for each subject or engine set.
+
+On Linux they are forked from a server that has imported what all of them need (`LIBRARIES`), so that a fresh process
+costs milliseconds; where torch sees a GPU, and elsewhere, each is spawned, because a GPU that any library looked at
+before a fork cannot be used after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sdkd.core.child import inherited
+from sdkd.core.interrupts import handling
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
+# What is needed before anything is drawn. The server that processes are forked from imports these, too, so nothing in
+# them may start a thread that computes or touch a GPU: neither survives a fork.
+LIBRARIES = (
+    "accelerate",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.schedulers",
+    "safetensors.torch",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "engines.pipelines.pipeline",
+    "sdkd.models.resolve",
+)
+
+
+def context(preload: Sequence[str]) -> ForkServerContext | SpawnContext:
+    """How processes are started here; `preload`: the modules that their server imports."""
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(list(preload))
+    return found
+
+
+def prepare(preload: Sequence[str]) -> None:
+    """Start the server that processes are forked from, in the background; does nothing where there is none."""
+    if context(preload).get_start_method() == "forkserver":
+        from multiprocessing.forkserver import ensure_running
+
+        with _no_interrupts(), inherited():
+            ensure_running()
+
+
+def start(process: Any, preload: Sequence[str]) -> None:
+    """Start a process of `context` that never hears Ctrl-C, which ends this process, and so that one."""
+    prepare(preload)
+    # From a server that may still import: must hear Ctrl-C.
+    forked = context(preload).get_start_method() == "forkserver"
+    with contextlib.nullcontext() if forked else _no_interrupts(), inherited():
+        process.start()
+
+
+def _no_interrupts() -> contextlib.AbstractContextManager[None]:
+    """Processes that are started within ignore SIGINT; only the main thread can arrange for that."""
+    return handling(signal.SIG_IGN, signal.SIGINT)
+
+
+def use_no_semaphores() -> None:
+    """Have tqdm lock among threads only: a killed process would leave its lock among processes behind."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
