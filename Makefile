@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # What this machine can use: the TensorRT-RTX builder on Linux x86-64, the rest of TensorRT beside an NVIDIA driver.
-EXTRAS := dev,train,openvino
+EXTRAS := dev,train,openvino,serve
 ifeq ($(shell uname -sm),Linux x86_64)
 EXTRAS := $(EXTRAS),tensorrt-rtx
 endif

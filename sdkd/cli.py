@@ -43,6 +43,7 @@ SUMMARIES = {
     "inspect": "Say what is in a bundle, what is stale and why.",
     "generate": "Make images from a prompt, with any target.",
     "compare": "Compare models and targets: speed, size and likeness.",
+    "serve": "Images over HTTP: a page, OpenAI's and A1111's APIs.",
     "doctor": "Say what this machine can build and run, and what to install.",
 }
 # Libraries that talk over our own progress and tables; a user's own setting wins.

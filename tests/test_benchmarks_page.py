@@ -69,6 +69,18 @@ def staircase_file() -> dict[str, Any]:
     return comparison_file() | {"comparison": comparison_file()["comparison"] | {"staircase": steps}}
 
 
+def serve_file() -> dict[str, Any]:
+    """A result of tools/bench_serve.py."""
+    load = {
+        "clients": 20, "images_per_second": {"alone": 3.5, "together": 7.25}, "faster": [2.07, 1.9, 2.2],
+        "latency_s": {"p50": 2.5, "p95": 4.0, "p99": 4.25},
+        "alone_to_generate": {"images": 400, "identical": 400, "largest_difference": 0},
+        "together_to_generate": {"images": 400, "identical": 399, "largest_difference": 1},
+    }  # fmt: skip
+    command = "python tools/bench_serve.py"
+    return {**HEAD, "command": command, "about": "the demo's teacher on `openvino`", "pieces": {"load": load}}
+
+
 def caching_file() -> dict[str, Any]:
     """A result of tools/bench_caching.py."""
     whole = {"subject": "demo eager", "interval": 1, "image_s": 0.5, "faster": None, "identical": None, "right": 0.98}
@@ -190,15 +202,17 @@ def test_the_committed_pages_show_every_machine_and_link_files_that_are_there() 
 
 def test_every_result_has_its_figures_device_date_commit_command_and_file(tmp_path: Path) -> None:
     put(tmp_path, demo=comparison_file(), train_256_tiny=train_file(), export=export_file(), build=build_file())
-    put(tmp_path, staircase_sd15=staircase_file(), caching=caching_file())
+    put(tmp_path, staircase_sd15=staircase_file(), caching=caching_file(), serve=serve_file())
     text = benchmarks_page.whole_page(put(tmp_path, runtime=runtime_file()))
     section = text.split("\n## example-2-cores\n")[1].split("\n## Not measured on a GPU yet\n")[0]
     assert "Measured on: Example CPU @ 2.10GHz, 2 cores.\n" in section
     sources = [line for line in section.splitlines() if line.startswith("- [")]
     rule = r"- \[(.*)\]\(\.\./benchmarks/example-2-cores/\1\): 2026-01-02, commit abc1234, `python tools/bench.*`"
     assert [line for line in sources if not re.fullmatch(rule, line)] == []
-    assert len(tables(section)) == len(sources) == 7
+    assert len(tables(section)) == len(sources) == 8
     assert "| caching | demo eager | 1 | 0.5 s | – | – | 98.0% |" in section
+    served = "| serve | the demo's teacher on `openvino` | 20 clients | 7.25 | 2.07× (1.90–2.20) | 2.50, 4.00, 4.25 |"
+    assert f"{served} 399 of 400, within 1 of 255 |" in section
     assert "| caching | demo eager | 3 | 0.25 s | 2.00× (1.90–2.10) | 33.2 dB | 97.5% |" in section
     assert "| build | random:sd15-tiny | openvino | 33.5 | 4.00 | 9 |" in section
     assert "| build | random:sd15-tiny | onnxruntime | refused | – | – |" in section

@@ -217,6 +217,25 @@ def caching(found: Json) -> Rows:
     ]
 
 
+def serving(found: Json) -> Rows:
+    """tools/bench_serve.py: requests one at a time and by many clients; other pieces are in the file's own page."""
+    load = found["pieces"].get("load")
+    if load is None:
+        return []
+    late, rate = load["latency_s"], load["images_per_second"]
+
+    def like(name: str) -> str:
+        compared = load[f"{name}_to_generate"]
+        return f"{compared['identical']} of {compared['images']}, within {compared['largest_difference']} of 255"
+
+    seconds = ", ".join(f"{late[part]:.2f}" for part in ("p50", "p95", "p99"))
+    return [
+        [found["about"], "one at a time", f"{rate['alone']:.2f}", NONE, NONE, like("alone")],
+        [found["about"], f"{load['clients']} clients", f"{rate['together']:.2f}", faster(*load["faster"]), seconds,
+         like("together")],
+    ]  # fmt: skip
+
+
 def demo_decoder(found: Json) -> Rows:
     """tools/train_demo_decoder.py: the demo's small VAE beside its full one."""
     full, small = (found[name]["decoder_macs"] / 1e6 for name in ("full", "small"))
@@ -238,6 +257,7 @@ class Kind:
 COMPARED = ("subject", "own eager", "UNet step", "faster (95 %)", "images to own eager")
 CLIMBED = ("change", "an image", "over the row above", "over the first", "VAE", "peak MB", "M params", "to the first")
 CACHED = ("step caching of", "cache interval", "an image", "faster (95 %)", "to every step", "captions right")
+SERVED = ("served", "asked", "images/s", "faster (95 %)", "latency p50, p95, p99, s", "identical to `sdkd generate`")
 COST = ("s", "peak memory, GB", "files, MB")
 ABLATED = ("student", "losses", "noise MSE", "captions right", "shapes right")
 FEWER = ("captions right", *(f"{count} step{'' if count == '1' else 's'}" for count in FEW), "25 steps, guided")
@@ -268,6 +288,7 @@ KINDS = (
     Kind("demo-teacher/accuracy.json", accuracy, ("captions", *ATTRIBUTES)),
     Kind("*/staircase-*.json", staircase, CLIMBED),
     Kind("*/caching.json", caching, CACHED),
+    Kind("*/serve*.json", serving, SERVED),
     Kind("*/decoder.json", decoder, ("decoded on", "full VAE", "small VAE", "faster (95 %)")),
     Kind("*/int8.json", eight_bits, ("UNet of", "engine", "a call", "faster than its target's first (95 %)")),
     Kind("*/int8-quality.json", eight_bit_images, ROUNDED_IMAGES, 1),

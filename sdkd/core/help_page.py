@@ -26,6 +26,8 @@ PARTS = "Parts"
 SHAPES = "Shapes"
 ENGINES = "Engines"
 TENSORRT = "TensorRT"
+TRUST = "Who may ask"
+LIMITS = "Limits of a request"
 MEASURING = "Measuring"
 EARLIER = "Against an earlier report"
 STATES = "Checkpoints and log"
@@ -33,7 +35,7 @@ SPEED = "Speed and memory"
 OUTPUT = "Output and help"
 PANELS = (
     *(ARGUMENTS, USUAL, LOSSES, CONSISTENCY, ROUNDING, OPTIMIZER, LORA, DATA, IMAGES, SAMPLES, METRICS, PARTS, SHAPES),
-    *(ENGINES, TENSORRT, MEASURING, EARLIER, STATES, SPEED, OUTPUT),
+    *(ENGINES, TENSORRT, TRUST, LIMITS, MEASURING, EARLIER, STATES, SPEED, OUTPUT),
 )
 """Titles in the order of a page; each command has some of them."""
 
@@ -65,6 +67,11 @@ _OWN: dict[str, dict[str, str]] = {
         ENGINES: "precision bundles",
         MEASURING: "batch seed runs baseline in_process",
         EARLIER: "against threshold report",
+    },
+    "serve": {
+        TRUST: "api_key no_auth allow_host allow_origin",
+        LIMITS: "max_steps max_images max_pixels max_queue max_body_mb",
+        SPEED: "memory_gb drain_seconds",
     },
 }
 _LEAST = 36  # characters that a help text gets, however narrow the terminal says it is

@@ -1,0 +1,1 @@
+"""The HTTP APIs of `sdkd serve`: its own, OpenAI's and A1111's."""

@@ -1,0 +1,320 @@
+"""What a server does: takes requests, merges what can be drawn in one call, and keeps the processes that draw.
+
+Each engine set has a lane (sdkd.serve.fleet). One call runs at a time in each place (the CPU, the GPU), in turn among
+lanes that have something to draw. Images of several requests share a call when all but their prompts, seeds and
+pictures is the same; the oldest request goes first and is joined by those that fit it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engines.generate.drawing import Picture
+from sdkd.core.files import write_bytes
+from sdkd.errors import SdkdError
+from sdkd.serve.catalog import Catalog
+from sdkd.serve.encoding import encode
+from sdkd.serve.errors import QueueFullError, StoppingError, UnknownNameError, status_of
+from sdkd.serve.fleet import Fleet, Lane
+from sdkd.serve.jobs import Drawn, Item, Job, Timing
+from sdkd.serve.metrics import Metrics
+from sdkd.serve.orders import make_order
+from sdkd.serve.painter import Batch, Painted
+from sdkd.serve.wanted import Limits, Wanted
+from sdkd.serve.workers import DiedError, Worker
+
+log = logging.getLogger(__name__)
+KEPT = 256  # jobs that are over and can still be asked about
+
+
+class Service:
+    """The requests and processes of one server; lives on one event loop.
+
+    `memory_bytes`: what loaded processes may take together, by place. `loras`: files by name. `output`: a folder that
+    every image is written to, or None.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        limits: Limits,
+        memory_bytes: Mapping[str, int],
+        lora_dir: Path | None = None,
+        output: Path | None = None,
+        *,
+        has_key: bool = False,
+    ) -> None:
+        self.catalog, self.limits, self.output, self.has_key = catalog, limits, output, has_key
+        self.metrics = Metrics()
+        self.stopping = False
+        self._lora_dir = lora_dir
+        self._fleet = Fleet(catalog, memory_bytes, self.metrics)
+        self._lanes = self._fleet.lanes
+        self._places = {place: asyncio.Lock() for place in {served.place for served in catalog.all}}
+        self._jobs: dict[str, Job] = {}
+
+    # What others ask
+
+    @property
+    def loras(self) -> Mapping[str, Path]:
+        """The LoRAs there are now: files by name."""
+        files = sorted(self._lora_dir.glob("*.safetensors")) if self._lora_dir is not None else []
+        return {file.stem: file for file in files}
+
+    async def submit(self, wanted: Wanted, api: str) -> Job:
+        """Take a request; raises what `make_order` raises, QueueFullError, StoppingError."""
+        try:
+            job = await self._taken(wanted, api)
+        except Exception as error:
+            self.metrics.refused.labels(str(status_of(error))).inc()
+            raise
+        self._keep(job)
+        lane = self._lanes[job.order.served.id]
+        lane.waiting.extend(job.items)
+        self._count_waiting()
+        if lane.task is None or lane.task.done():
+            lane.task = asyncio.create_task(self._run(lane))
+        return job
+
+    async def _taken(self, wanted: Wanted, api: str) -> Job:
+        self._check_open(wanted.n)
+        order = await asyncio.to_thread(make_order, wanted, self.catalog, self.limits, self.loras)
+        self._check_open(order.n)
+        return Job(order, api)
+
+    def _check_open(self, more: int) -> None:
+        if self.stopping:
+            raise StoppingError("the server is about to end: ask again later, or another one")
+        waiting = sum(len(lane.waiting) for lane in self._lanes.values())
+        if waiting + more > self.limits.queue and waiting:
+            raise QueueFullError(f"{waiting} images wait, and {self.limits.queue} may: ask again later")
+
+    def job(self, job_id: str) -> Job | None:
+        """A request that waits, runs, or was over not long ago."""
+        return self._jobs.get(job_id)
+
+    def find(self, job_id: str) -> Job:
+        """As `job`; UnknownNameError where there is none."""
+        job = self.job(job_id)
+        if job is None:
+            raise UnknownNameError(f"request {job_id!r} is not known here")
+        return job
+
+    def current(self, api: str | None = None) -> list[Job]:
+        """Requests that are not over, those being drawn first."""
+        open_jobs = [job for job in self._jobs.values() if not job.over and api in (None, job.api)]
+        return sorted(open_jobs, key=lambda job: (job.state != "running", job.asked))
+
+    def cancel(self, job_id: str) -> bool:
+        """Take a request back: what waits is dropped, what runs ends at its next step. False where it is over."""
+        job = self.job(job_id)
+        if job is None or job.over:
+            return False
+        self._end(job, "cancelled")
+        lane = self._lanes[job.order.served.id]
+        lane.waiting = deque(item for item in lane.waiting if item.job is not job)
+        self._count_waiting()
+        if lane.worker is not None and lane.drawing and all(item.job.over for item in lane.drawing):
+            lane.worker.stop_batch()
+        return True
+
+    def watch(self, job: Job) -> None:
+        """Have previews made of a request that is being drawn, from its next step on."""
+        lane = self._lanes[job.order.served.id]
+        if lane.worker is not None and any(item.job is job for item in lane.drawing):
+            lane.worker.watch()
+
+    async def load(self, name: str | None = None) -> None:
+        """Have an engine set ready before it is asked for, the first by default; raises what opening it raises."""
+        await self._fleet.load(self._lanes[self.catalog.find(name).id])
+
+    def loaded(self) -> list[str]:
+        """Ids of the engine sets that are loaded."""
+        return [lane.served.id for lane in self._lanes.values() if lane.ready()]
+
+    def process_of(self, name: str) -> int | None:
+        """The number of the process that draws with an engine set; None where it is not loaded."""
+        worker = self._lanes[self.catalog.find(name).id].worker
+        return None if worker is None else worker.pid
+
+    async def image_bytes(self, drawn: Drawn, kind: str = "png", quality: int = 90) -> bytes:
+        """An image file (png, jpeg, webp) of what was drawn, with its settings inside."""
+        return await asyncio.to_thread(encode, drawn, kind, quality)
+
+    # Drawing
+
+    def _keep(self, job: Job) -> None:
+        self._jobs[job.id] = job
+        over = [one.id for one in self._jobs.values() if one.over]
+        for old in over[: max(0, len(over) - KEPT)]:
+            del self._jobs[old]
+
+    def _end(self, job: Job, outcome: Any, error: BaseException | None = None) -> None:
+        if not job.over:
+            self.metrics.requests.labels(job.api, job.order.served.id, outcome).inc()
+            job.end(outcome, error)
+
+    def _count_waiting(self) -> None:
+        """Say how many wait, and tell each request its place."""
+        self.metrics.waiting.set(sum(len(lane.waiting) for lane in self._lanes.values()))
+        for lane in self._lanes.values():
+            seen: set[Job] = set()
+            for place, item in enumerate(lane.waiting):
+                if item.job not in seen:
+                    seen.add(item.job)
+                    if item.job.state == "waiting" and item.job.position != place + len(lane.drawing):
+                        item.job.position = place + len(lane.drawing)
+                        item.job.changed()
+
+    async def _run(self, lane: Lane) -> None:
+        """Draw what waits in a lane, batch by batch."""
+        while lane.waiting:
+            try:
+                await self._fleet.load(lane)
+            except Exception as error:  # noqa: BLE001 - whatever it was, those who wait must hear of it
+                self._fail([*lane.waiting], error)
+                self._count_waiting()
+                continue  # some may have come meanwhile
+            async with self._places[lane.served.place]:
+                if lane.worker is not None and lane.worker.alive and (batch := self._take(lane)):
+                    await self._draw(lane, lane.worker, batch)
+            await self._fleet.give_way(lane)
+
+    def _take(self, lane: Lane) -> list[Item]:
+        """The next images: that which waited longest, and those that can be drawn with it."""
+        lane.waiting = deque(item for item in lane.waiting if not item.job.over)
+        if not lane.waiting:
+            return []
+        order = lane.waiting[0].job.order
+        room = 1 if lane.waiting[0].alone else max(1, lane.served.batch(order.settings).max)
+        fitting = (item for item in lane.waiting if item.job.order.key == order.key and not item.alone)
+        taken = [lane.waiting[0]] if room == 1 else [item for item, _ in zip(fitting, range(room), strict=False)]
+        lane.waiting = deque(item for item in lane.waiting if item not in taken)
+        return taken
+
+    async def _draw(self, lane: Lane, worker: Worker, items: list[Item]) -> None:
+        """Draw a batch, and hand out its images; where the process dies, each of several is tried by itself."""
+        lane.drawing, lane.used = items, time.monotonic()
+        for job in _jobs_of(items):
+            job.state = "running"
+            job.started = job.started or time.monotonic()
+            job.changed()
+        self._count_waiting()
+        try:
+            worker.draw(self._batch(items))
+            while (said := await worker.news())[0] == "step":
+                self._progress(items, *said[2:])
+            if said[0] == "drawn":
+                await self._hand_out(lane, items, said[2])
+        except DiedError as error:
+            self._died(lane, items, error)
+        except Exception as error:  # noqa: BLE001 - of this batch alone
+            self._fail(items, error)
+        finally:
+            lane.drawing, lane.used = [], time.monotonic()
+            self.metrics.bytes.labels(lane.served.id).set(worker.bytes)
+            self._fleet.changed()
+
+    def _batch(self, items: Sequence[Item]) -> Batch:
+        order, files = items[0].job.order, self.loras
+        if gone := [lora.name for lora in order.loras if lora.name not in files]:
+            raise UnknownNameError(f"LoRA {gone[0]!r} was taken from the server's folder meanwhile")
+        pictures = tuple(
+            Picture(item.job.order.prompt, item.job.order.negative_prompt, item.seed, item.job.order.images)
+            for item in items
+        )
+        loras = tuple((str(files[lora.name]), lora.strength) for lora in order.loras)
+        return Batch(order.settings, pictures, order.scheduler, loras)
+
+    def _progress(self, items: Sequence[Item], places: Sequence[int], done: int, preview: bytes | None) -> None:
+        for place in places:
+            items[place].step = done
+        if preview is not None and places:
+            items[places[0]].job.preview = preview
+        for job in _jobs_of([items[place] for place in places]):
+            job.changed()
+
+    async def _hand_out(self, lane: Lane, items: Sequence[Item], images: Sequence[Painted]) -> None:
+        served = lane.served.id
+        self.metrics.images.labels(served).inc(len(images))
+        self.metrics.calls.labels(served).inc(sum(1 / one.together for one in images))
+        for one in images:
+            item = items[one.place]
+            drawn = _drawn(item, one)
+            if not item.job.over:
+                await self._write(item.job, drawn)
+                item.job.drawn.append(drawn)
+                item.job.changed()
+        for job in _jobs_of(items):
+            if len(job.drawn) == len(job.items):
+                self.metrics.seconds.labels(served).observe(time.monotonic() - job.asked)
+                self._end(job, "done")
+
+    async def _write(self, job: Job, drawn: Drawn) -> None:
+        if self.output is not None:
+            file = self.output / f"{job.id}-{drawn.index}.png"
+            await asyncio.to_thread(write_bytes, file, await self.image_bytes(drawn))
+
+    def _died(self, lane: Lane, items: list[Item], error: DiedError) -> None:
+        self._fleet.lost(lane)
+        alive = [item for item in items if not item.job.over]
+        if len(items) == 1:
+            self._fail(alive, error)
+            return
+        log.warning("%s; its %d images are drawn again, each by itself", error, len(alive))
+        for item in reversed(alive):
+            item.alone, item.step = True, 0
+            lane.waiting.appendleft(item)
+
+    def _fail(self, items: Sequence[Item], error: BaseException) -> None:
+        for job in _jobs_of(items):
+            lane = self._lanes[job.order.served.id]
+            lane.waiting = deque(item for item in lane.waiting if item.job is not job)
+            self._end(job, "failed", error)
+        if items and status_of(error) >= 500:
+            log.warning("request %s failed: %s", items[0].job.id, error, exc_info=_unexpected(error))
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more, answer what waits with StoppingError; what runs then has some seconds to finish."""
+        self.stopping = True
+        for lane in self._lanes.values():
+            running = {item.job for item in lane.drawing}
+            self._fail(
+                [item for item in lane.waiting if item.job not in running],
+                StoppingError("the server is about to end, before this was drawn: ask again later"),
+            )
+        end = time.monotonic() + seconds
+        while self.current() and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        for job in self.current():
+            self._fail(job.items, StoppingError(f"the server ended, and this was not drawn within {seconds:g} s"))
+
+    async def close(self) -> None:
+        """End all processes."""
+        await self.drain(0)
+        for lane in self._lanes.values():
+            if lane.task is not None:
+                lane.task.cancel()
+        await self._fleet.close()
+
+
+def _jobs_of(items: Sequence[Item]) -> list[Job]:
+    return list(dict.fromkeys(item.job for item in items))
+
+
+def _unexpected(error: BaseException) -> BaseException | None:
+    return None if isinstance(error, SdkdError) else error
+
+
+def _drawn(item: Item, one: Painted) -> Drawn:
+    job, now = item.job, time.monotonic()
+    queued = (job.started or now) - job.asked
+    timing = Timing(queued, one.text_s, one.steps_s, one.decode_s, now - job.asked, one.together)
+    about = {**job.order.about, "seed": str(item.seed)}
+    return Drawn(item.index, item.seed, one.width, one.height, one.pixels, about, timing, one.notes)

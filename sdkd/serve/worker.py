@@ -1,0 +1,85 @@
+"""The process of one engine set: it opens the model, draws one batch after the other, and says how far it is.
+
+It is asked by tuples over a pipe, and answers so: `("draw", number, Batch)`, and while it draws `("stop", number)` and
+`("watch", number)`, for previews; answers are `("opened", bytes)`, `("step", number, places, done, preview)`,
+`("drawn", number, images, bytes)`, `("stopped", number)` and `("failed", number, Failure)`, with the memory in bytes
+that no other process shares. Number 0 is the opening.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from sdkd.core import processes
+from sdkd.core.child import Failure, live_as_child
+from sdkd.models.source import ModelSource
+from sdkd.serve.painter import Batch, Painter
+
+
+class StoppedError(Exception):
+    """Nobody wants the batch any more."""
+
+
+def work(connection: Connection, source: ModelSource, target: str) -> None:
+    """The process: open the model, and draw until the server says None or is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    live_as_child(parent.join)
+    processes.use_no_semaphores()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            painter = Painter(source, target)
+        except Exception as error:  # noqa: BLE001 - whatever a library raises, the server must hear of it
+            connection.send(("failed", 0, Failure.of(error)))
+            return
+        connection.send(("opened", private_bytes()))
+        while (asked := connection.recv()) is not None:
+            if asked[0] == "draw":  # the others are late: their batch is over
+                Work(connection, painter, *asked[1:]).carry_out()
+
+
+def private_bytes() -> int:
+    """Memory of this process that it does not share, in bytes."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
+class Work:
+    """One batch that is being drawn."""
+
+    def __init__(self, connection: Connection, painter: Painter, number: int, batch: Batch) -> None:
+        self.connection, self.painter, self.number, self.batch = connection, painter, number, batch
+        self.watched = False
+
+    def carry_out(self) -> None:
+        """Draw it and send the images, or what went wrong."""
+        try:
+            images = self.painter.paint(self.batch, self._on_step)
+            self.connection.send(("drawn", self.number, images, private_bytes()))
+        except EOFError:  # the server wants no more of it
+            raise
+        except StoppedError:
+            self.connection.send(("stopped", self.number))
+        except Exception as error:  # noqa: BLE001 - as above
+            self.connection.send(("failed", self.number, Failure.of(error)))
+
+    def _on_step(self, places: Sequence[int], done: int, latents: Any) -> None:
+        while self.connection.poll():
+            asked = self.connection.recv()
+            if asked is None:
+                raise EOFError
+            if asked[1] == self.number:
+                self._told(asked[0])
+        preview = self.painter.preview(latents, self.batch.settings) if self.watched else None
+        self.connection.send(("step", self.number, tuple(places), done, preview))
+
+    def _told(self, what: str) -> None:
+        if what == "stop":
+            raise StoppedError
+        self.watched = True
