@@ -121,14 +121,17 @@ def overhead(server: Server, reference: Reference, asked: Any) -> dict[str, Any]
     wanted = {"prompt": "a red circle", "seed": 1, "width": 64, "height": 64, "steps": 25}
     samples: dict[str, list[float]] = {"pipeline_call": [], "request": [], "beside_drawing": []}
     for turn in range(WARM_UP + asked.pairs):
-        start = time.perf_counter()
-        reference.draw(wanted)
-        call = time.perf_counter() - start
-        answer = server.ask(wanted)
-        timing = answer.body["images"][0]["timing"]
-        beside = answer.seconds - timing["text_s"] - timing["steps_s"] - timing["decode_s"]
+        found: dict[str, float] = {}
+        for name in ("pipeline_call", "request")[:: 1 if turn % 2 else -1]:
+            start = time.perf_counter()
+            answer = reference.draw(wanted) if name == "pipeline_call" else server.ask(wanted)
+            found[name] = time.perf_counter() - start
+            if isinstance(answer, Answer):
+                timing = answer.body["images"][0]["timing"]
+                drawing = timing["text_s"] + timing["steps_s"] + timing["decode_s"]
+                found["beside_drawing"] = found[name] - drawing
         if turn >= WARM_UP:
-            for name, value in zip(samples, (call, answer.seconds, beside), strict=True):
+            for name, value in found.items():
                 samples[name].append(value)
     medians = {name: statistics.median(values) for name, values in samples.items()}
     more = [request - call for call, request in zip(samples["pipeline_call"], samples["request"], strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
@@ -21,6 +22,7 @@ from sdkd.bundle.memory import GB, free_gpu_memory, free_memory
 from sdkd.core import processes
 from sdkd.core.numbers import Bounds, check_numbers
 from sdkd.errors import InputError, SdkdError
+from sdkd.models.schedulers import scheduler_class
 from sdkd.serve.api import native, openai, webui
 from sdkd.serve.catalog import Catalog, make_catalog
 from sdkd.serve.errors import UnknownNameError, answer, status_of
@@ -70,6 +72,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         processes.prepare(PRELOAD)
         loading = asyncio.create_task(_load_first(service)) if preload else None
+        await asyncio.to_thread(scheduler_class, "ddim")  # the libraries that requests are checked with
+        gc.freeze()  # they stay: nothing for the collector
         try:
             yield
         finally:

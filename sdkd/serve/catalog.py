@@ -106,8 +106,14 @@ class Served:
         """Images per call that its engine takes, for prompts of one part; 1 where it runs eagerly."""
         if not self.ranges or not isinstance(self.source, BundleSource):
             return Range.fixed(1)
-        bundle = self.source.bundle
-        return batch_range(bundle.component("unet").contract, self.ranges, settings, bundle.positions() or CLIP_TOKENS)
+        contract = self.source.bundle.component("unet").contract
+        return batch_range(contract, self.ranges, settings, self._tokens)
+
+    @cached_property
+    def _tokens(self) -> int:
+        """Tokens that its text encoder takes at once."""
+        found = self.source.bundle.positions() if isinstance(self.source, BundleSource) else None
+        return found or CLIP_TOKENS
 
     @cached_property
     def memory_bytes(self) -> int:

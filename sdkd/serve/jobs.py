@@ -94,6 +94,7 @@ class Job:
     items: list[Item] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.items = [Item(self, index) for index in range(self.order.n)]
@@ -134,6 +135,7 @@ class Job:
         """The last change of a job."""
         if not self.over:
             self.state, self.error = state, error
+            self._over.set()
             self.changed()
 
     def raise_error(self) -> None:
@@ -154,8 +156,7 @@ class Job:
 
     async def result(self) -> Result:
         """Its images, once all are drawn; raises what it failed with, CancelledJobError when it was taken back."""
-        while not self.over:
-            await self._changed.wait()
+        await self._over.wait()
         self.raise_error()
         return Result(tuple(sorted(self.drawn, key=lambda one: one.index)), self.timing)
 

@@ -76,6 +76,7 @@ class Painter:
         self.pipe, self.target = load(source, target)
         self.own_scheduler = self.pipe.scheduler
         self._pipelines: dict[str, Any] = {}
+        self._steps: set[tuple[type, int]] = set()
         self._loras: tuple[tuple[str, float], ...] = ()
         self._preview: Preview | None = None
 
@@ -109,7 +110,7 @@ class Painter:
         on_step: Callable[[Sequence[int], int, Any], None],
     ) -> list[Painted]:
         pipe = self._pipeline(settings, batch.scheduler)
-        check_steps(pipe.scheduler, settings.steps)
+        self._check_steps(pipe.scheduler, settings.steps)
         clock = Clock(pipe)
 
         def after(done: int, latents: Any) -> None:
@@ -137,6 +138,12 @@ class Painter:
             self.own_scheduler if type(self.own_scheduler) is kind else scheduler_like(self.own_scheduler, kind)
         )
         return pipe
+
+    def _check_steps(self, scheduler: Any, steps: int) -> None:
+        """As `check_steps`, once for each class and number: it sets a copy of the scheduler up."""
+        if (known := (type(scheduler), steps)) not in self._steps:
+            check_steps(scheduler, steps)
+            self._steps.add(known)
 
     def _use_loras(self, loras: tuple[tuple[str, float], ...]) -> None:
         """Have the model run with these LoRAs alone; without any where one does not load."""

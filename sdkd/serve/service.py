@@ -11,9 +11,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engines.generate.drawing import Picture
 from sdkd.core.files import write_bytes
@@ -30,6 +30,8 @@ from sdkd.serve.wanted import Limits, Wanted
 from sdkd.serve.workers import DiedError, Worker
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+SMALL_BYTES = 3 * 128 * 128  # of pixels: encoded in about a millisecond
 KEPT = 256  # jobs that are over and can still be asked about
 
 
@@ -84,7 +86,7 @@ class Service:
 
     async def _taken(self, wanted: Wanted, api: str) -> Job:
         self._check_open(wanted.n)
-        order = await asyncio.to_thread(make_order, wanted, self.catalog, self.limits, self.loras)
+        order = await self._apart(wanted.image is not None, make_order, wanted, self.catalog, self.limits, self.loras)
         self._check_open(order.n)
         return Job(order, api)
 
@@ -145,7 +147,11 @@ class Service:
 
     async def image_bytes(self, drawn: Drawn, kind: str = "png", quality: int = 90) -> bytes:
         """An image file (png, jpeg, webp) of what was drawn, with its settings inside."""
-        return await asyncio.to_thread(encode, drawn, kind, quality)
+        return await self._apart(len(drawn.pixels) > SMALL_BYTES, encode, drawn, kind, quality)
+
+    async def _apart(self, long: bool, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do it in a thread where it takes long: a change of threads alone takes a millisecond."""
+        return await asyncio.to_thread(work, *arguments) if long else work(*arguments)
 
     # Drawing
 

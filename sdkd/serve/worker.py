@@ -9,7 +9,10 @@ that no other process shares. Number 0 is the opening.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
+import select
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,6 +23,8 @@ from sdkd.core import processes
 from sdkd.core.child import Failure, live_as_child
 from sdkd.models.source import ModelSource
 from sdkd.serve.painter import Batch, Painter
+
+EVERY_S = 0.05  # between two words about a batch
 
 
 class StoppedError(Exception):
@@ -38,6 +43,7 @@ def work(connection: Connection, source: ModelSource, target: str) -> None:
         except Exception as error:  # noqa: BLE001 - whatever a library raises, the server must hear of it
             connection.send(("failed", 0, Failure.of(error)))
             return
+        gc.freeze()  # else the collector walks over all libraries again and again, in the middle of an image
         connection.send(("opened", private_bytes()))
         while (asked := connection.recv()) is not None:
             if asked[0] == "draw":  # the others are late: their batch is over
@@ -56,6 +62,7 @@ class Work:
     def __init__(self, connection: Connection, painter: Painter, number: int, batch: Batch) -> None:
         self.connection, self.painter, self.number, self.batch = connection, painter, number, batch
         self.watched = False
+        self._said = 0.0
 
     def carry_out(self) -> None:
         """Draw it and send the images, or what went wrong."""
@@ -70,12 +77,16 @@ class Work:
             self.connection.send(("failed", self.number, Failure.of(error)))
 
     def _on_step(self, places: Sequence[int], done: int, latents: Any) -> None:
-        while self.connection.poll():
+        while select.select([self.connection], (), (), 0)[0]:  # a tenth of what `poll` takes
             asked = self.connection.recv()
             if asked is None:
                 raise EOFError
             if asked[1] == self.number:
                 self._told(asked[0])
+        now = time.monotonic()
+        if now - self._said < EVERY_S and done < self.batch.settings.done_steps:
+            return  # steps of a few milliseconds: to tell of each would cost as much
+        self._said = now
         preview = self.painter.preview(latents, self.batch.settings) if self.watched else None
         self.connection.send(("step", self.number, tuple(places), done, preview))
 
