@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from sdkd import __version__
 from sdkd.bundle.memory import GB, free_gpu_memory, free_memory
@@ -90,6 +91,10 @@ def create_app(
     _add_errors(app)
     _describe_errors(app)
     app.add_middleware(Guard, trust=trust, limits=limits)
+    if trust.origins:  # outermost: browsers ask before they send, without a key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=sorted(trust.origins), allow_methods=["*"], allow_headers=["*"]
+        )
     return app
 
 

@@ -69,7 +69,7 @@ class Item:
     job: Job
     index: int
     step: int = 0
-    alone: bool = False  # the process that drew it among others died: by itself, it is known whose fault that was
+    alone: bool = False  # what drew it among others failed
 
     @property
     def seed(self) -> int:

@@ -32,7 +32,6 @@ from sdkd.serve.workers import DiedError, Worker
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 SMALL_BYTES = 3 * 128 * 128  # of pixels: encoded in about a millisecond
-KEPT = 256  # jobs that are over and can still be asked about
 
 
 class Service:
@@ -76,7 +75,7 @@ class Service:
         except Exception as error:
             self.metrics.refused.labels(str(status_of(error))).inc()
             raise
-        self._keep(job)
+        self._jobs[job.id] = job
         lane = self._lanes[job.order.served.id]
         lane.waiting.extend(job.items)
         self._count_waiting()
@@ -98,25 +97,18 @@ class Service:
             raise QueueFullError(f"{waiting} images wait, and {self.limits.queue} may: ask again later")
 
     def job(self, job_id: str) -> Job | None:
-        """A request that waits, runs, or was over not long ago."""
+        """A request that is not over."""
         return self._jobs.get(job_id)
-
-    def find(self, job_id: str) -> Job:
-        """As `job`; UnknownNameError where there is none."""
-        job = self.job(job_id)
-        if job is None:
-            raise UnknownNameError(f"request {job_id!r} is not known here")
-        return job
 
     def current(self, api: str | None = None) -> list[Job]:
         """Requests that are not over, those being drawn first."""
-        open_jobs = [job for job in self._jobs.values() if not job.over and api in (None, job.api)]
-        return sorted(open_jobs, key=lambda job: (job.state != "running", job.asked))
+        found = [job for job in self._jobs.values() if api in (None, job.api)]
+        return sorted(found, key=lambda job: (job.state != "running", job.asked))
 
     def cancel(self, job_id: str) -> bool:
         """Take a request back: what waits is dropped, what runs ends at its next step. False where it is over."""
         job = self.job(job_id)
-        if job is None or job.over:
+        if job is None:
             return False
         self._end(job, "cancelled")
         lane = self._lanes[job.order.served.id]
@@ -155,14 +147,8 @@ class Service:
 
     # Drawing
 
-    def _keep(self, job: Job) -> None:
-        self._jobs[job.id] = job
-        over = [one.id for one in self._jobs.values() if one.over]
-        for old in over[: max(0, len(over) - KEPT)]:
-            del self._jobs[old]
-
     def _end(self, job: Job, outcome: Any, error: BaseException | None = None) -> None:
-        if not job.over:
+        if self._jobs.pop(job.id, None) is not None:
             self.metrics.requests.labels(job.api, job.order.served.id, outcome).inc()
             job.end(outcome, error)
 
@@ -218,10 +204,10 @@ class Service:
                 self._progress(items, *said[2:])
             if said[0] == "drawn":
                 await self._hand_out(lane, items, said[2])
-        except DiedError as error:
-            self._died(lane, items, error)
         except Exception as error:  # noqa: BLE001 - of this batch alone
-            self._fail(items, error)
+            if isinstance(error, DiedError):
+                self._fleet.lost(lane)
+            self._failed(lane, items, error)
         finally:
             lane.drawing, lane.used = [], time.monotonic()
             self.metrics.bytes.labels(lane.served.id).set(worker.bytes)
@@ -252,29 +238,34 @@ class Service:
         self.metrics.calls.labels(served).inc(sum(1 / one.together for one in images))
         for one in images:
             item = items[one.place]
-            drawn = _drawn(item, one)
             if not item.job.over:
-                await self._write(item.job, drawn)
-                item.job.drawn.append(drawn)
-                item.job.changed()
+                await self._deliver(item, _drawn(item, one))
         for job in _jobs_of(items):
             if len(job.drawn) == len(job.items):
                 self.metrics.seconds.labels(served).observe(time.monotonic() - job.asked)
                 self._end(job, "done")
 
-    async def _write(self, job: Job, drawn: Drawn) -> None:
-        if self.output is not None:
-            file = self.output / f"{job.id}-{drawn.index}.png"
-            await asyncio.to_thread(write_bytes, file, await self.image_bytes(drawn))
-
-    def _died(self, lane: Lane, items: list[Item], error: DiedError) -> None:
-        self._fleet.lost(lane)
-        alive = [item for item in items if not item.job.over]
-        if len(items) == 1:
-            self._fail(alive, error)
+    async def _deliver(self, item: Item, drawn: Drawn) -> None:
+        """Keep an image where that was asked for, and give it to its request; that alone fails where it is not kept."""
+        job = item.job
+        try:
+            if self.output is not None:
+                file = self.output / f"{job.id}-{drawn.index}.png"
+                await asyncio.to_thread(write_bytes, file, await self.image_bytes(drawn))
+        except OSError as error:
+            self._fail([item], error)
             return
-        log.warning("%s; its %d images are drawn again, each by itself", error, len(alive))
-        for item in reversed(alive):
+        job.drawn.append(drawn)
+        job.changed()
+
+    def _failed(self, lane: Lane, items: list[Item], error: Exception) -> None:
+        """Fail the image of a call; of a call of several, draw each again by itself: it is known whose fault it was."""
+        if len(items) == 1:
+            self._fail(items, error)
+            return
+        wanted = [item for item in items if not item.job.over]
+        log.warning("%s; %d images of one call are drawn again, each by itself", error, len(wanted))
+        for item in reversed(wanted):
             item.alone, item.step = True, 0
             lane.waiting.appendleft(item)
 

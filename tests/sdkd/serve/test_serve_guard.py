@@ -100,6 +100,20 @@ def test_a_server_with_a_key(bundle: Path) -> None:
             assert client.get("/api/about").json()["auth"] is True
 
 
+def test_an_allowed_page_of_another_site(bundle: Path) -> None:
+    """A browser asks first whether it may; a page that is not allowed gets no permission."""
+    trust = Trust(origins=frozenset({"https://app.example"}))
+    asking = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    with running([f"small={bundle}"], target="openvino", trust=trust) as server, server.client() as client:
+        allowed = client.options("/api/images", headers={"origin": "https://app.example", **asking})
+        assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+        answer = client.get("/api/about", headers={"origin": "https://app.example"})
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        refused = client.options("/api/images", headers={"origin": "https://evil.example", **asking})
+        assert "access-control-allow-origin" not in refused.headers
+        assert client.get("/api/about", headers={"origin": "https://evil.example"}).status_code == 403
+
+
 @pytest.fixture(scope="module")
 def strict(bundle: Path) -> Any:
     """A server that takes little, and not for long."""

@@ -320,8 +320,13 @@ def test_an_engine_that_was_damaged_meanwhile(bundle: Path, tmp_path: Path) -> N
 def test_images_are_kept_where_asked(bundle: Path, tmp_path: Path) -> None:
     with running([f"small={bundle}"], target="openvino", output=tmp_path / "kept") as server:
         image = ask(server)["images"][0]
-    (file,) = (tmp_path / "kept").iterdir()
-    assert file.read_bytes() == base64.b64decode(image["png"])
+        (file,) = (tmp_path / "kept").iterdir()
+        assert file.read_bytes() == base64.b64decode(image["png"])
+        shutil.rmtree(tmp_path / "kept")
+        (tmp_path / "kept").write_text("a file where the folder was")
+        with server.client() as client:
+            answer = client.post("/api/images", json=ASKED)
+        assert (answer.status_code, "is there already" in answer.json()["detail"]) == (500, True), answer.text
 
 
 def test_metrics_and_about(server: Running) -> None:
