@@ -162,7 +162,7 @@ class Job:
 
     async def events(self) -> AsyncGenerator[Event]:
         """What happens until it is over; who reads slowly misses progress, but no image and not the end."""
-        seen, told, before = 0, -1, (0, False)
+        seen, told, before = 0, -1, (-1, False)
         while True:
             change = self._changed
             if self.state == "waiting" and told != self.position:

@@ -24,7 +24,7 @@ from sdkd.core.child import Failure, live_as_child
 from sdkd.models.source import ModelSource
 from sdkd.serve.painter import Batch, Painter
 
-EVERY_S = 0.05  # between two words about a batch
+EVERY_S = {False: 0.5, True: 0.05}  # between two words about a batch, by whether somebody watches it
 
 
 class StoppedError(Exception):
@@ -84,8 +84,8 @@ class Work:
             if asked[1] == self.number:
                 self._told(asked[0])
         now = time.monotonic()
-        if now - self._said < EVERY_S and done < self.batch.settings.done_steps:
-            return  # steps of a few milliseconds: to tell of each would cost as much
+        if now - self._said < EVERY_S[self.watched] and done < self.batch.settings.done_steps:
+            return  # steps take milliseconds with small models: to tell of each would slow them down
         self._said = now
         preview = self.painter.preview(latents, self.batch.settings) if self.watched else None
         self.connection.send(("step", self.number, tuple(places), done, preview))

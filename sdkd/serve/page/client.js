@@ -2,7 +2,7 @@
 
 import { $ } from "./dom.js";
 
-const KEY = "sdkd-api-key";
+export const KEY = "sdkd-api-key"; // in the session's storage
 const BROKEN = "The connection broke before the drawing was finished.";
 
 export class ServerError extends Error {

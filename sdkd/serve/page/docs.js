@@ -1,5 +1,6 @@
 // The page of the API: every operation of openapi.json, its fields, and an example for the command line.
 
+import { KEY } from "./client.js";
 import { $, make } from "./dom.js";
 
 const TYPES = { string: "text", integer: "whole number", number: "number", boolean: "true or false", object: "object" };
@@ -105,7 +106,7 @@ function curlOf(method, path, parameters, body) {
   const address = quoted(`${server}${filled}${asked.length ? "?" : ""}${asked.join("&")}`);
   const parts = [`curl ${method === "GET" || (method === "POST" && body) ? "" : `-X ${method} `}${address}`];
   // The page keeps a key of the server under this name, as long as the tab is open.
-  if (sessionStorage.getItem("sdkd-api-key") !== null) parts.push("-H 'Authorization: Bearer KEY'");
+  if (sessionStorage.getItem(KEY) !== null) parts.push("-H 'Authorization: Bearer KEY'");
   let before = "";
   const samples = (body?.fields ?? []).map((field) => [field.name, sampleOf(field)]).filter(([, value]) => value !== undefined);
   if (body?.kind === FORM) parts.push(...samples.map(([name, value]) => `-F ${quoted(`${name}=${value}`)}`));
