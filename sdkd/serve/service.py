@@ -84,7 +84,7 @@ class Service:
         return job
 
     async def _taken(self, wanted: Wanted, api: str) -> Job:
-        self._check_open(wanted.n)
+        self._check_open(1)
         order = await self._apart(wanted.image is not None, make_order, wanted, self.catalog, self.limits, self.loras)
         self._check_open(order.n)
         return Job(order, api)
