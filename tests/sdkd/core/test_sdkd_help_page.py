@@ -29,6 +29,7 @@ NEEDED = {
     "inspect": {"--details"},
     "generate": {"--prompts", "--output", "--target", "--steps", "--seed", "--size", "--count"},
     "compare": {"--targets", "--prompts", "--steps", "--size", "--output"},
+    "serve": {"--host", "--port", "--target", "--lora-dir", "--output"},
     "doctor": {"--try"},
 }
 TITLE = re.compile(r"^[╭+][─-] (.+?) [─-]+[╮+]$")
