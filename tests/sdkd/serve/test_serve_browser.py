@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import re
@@ -292,6 +293,7 @@ def test_errors_of_the_server_are_said(server: Running, visit: Watched) -> None:
     async def fill() -> None:
         while True:
             await server.service.submit(Wanted("a dog", steps=150), "native")
+            await asyncio.sleep(0.01)  # the first of them are being drawn, and do not wait
 
     with held(server):
         with pytest.raises(QueueFullError, match="64 may: ask again later"):
