@@ -41,8 +41,14 @@ def cut_lines(pipe: Any, texts: Sequence[str]) -> list[str]:
 
 def _long(pipe: Any, texts: Sequence[str]) -> dict[str, list[int]]:
     """The texts, each once, that the text encoder does not take at once, and their tokens."""
-    kept, limit = list(dict.fromkeys(texts)), limit_of(pipe)
+    limit = limit_of(pipe)
+    kept = [text for text in dict.fromkeys(texts) if not _surely_fits(text, limit)]
     return {text: ids for text, ids in zip(kept, token_ids(pipe, kept), strict=True) if len(ids) > limit - 2}
+
+
+def _surely_fits(text: str, limit: int) -> bool:
+    """Whether that is known without a tokenizer: a token is at least one character of plain ASCII."""
+    return text.isascii() and "<" not in text and len(text) <= limit - 2  # <...> may stand for several, if learnt
 
 
 def _takes(pipe: Any, limit: int, height: int, width: int) -> Iterator[int]:

@@ -80,23 +80,19 @@ def wanted_of(asked: ImageRequest, service: Service) -> Wanted:
 async def answered(service: Service, request: Request, wanted: Wanted, api: str) -> Result:
     """Draw what is wanted; raises what it fails with. When the client leaves, its work ends at the next step."""
     job = await service.submit(wanted, api)
-    leaving = asyncio.create_task(_gone(request))
-    waiting = asyncio.create_task(job.result())
+    leaving = asyncio.create_task(_cancel_when_gone(service, request, job.id))
     try:
-        await asyncio.wait((leaving, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            service.cancel(job.id)
-        return await waiting
+        return await job.result()
     finally:
         service.cancel(job.id)  # where this task was cancelled itself
         leaving.cancel()
-        waiting.cancel()
 
 
-async def _gone(request: Request) -> None:
-    """Wait until the client has left."""
+async def _cancel_when_gone(service: Service, request: Request, job_id: str) -> None:
+    """Wait until the client has left, and take its request back."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    service.cancel(job_id)
 
 
 def router(service: Service) -> APIRouter:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import string
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from small_bundles import small_pipeline
 
 from engines import load_pipeline
 from engines.generate.drawing import Request, draw
@@ -63,3 +66,12 @@ def test_what_is_cut_is_said(engine_bundle: Path) -> None:
     assert f"has {len(ids)} tokens, 75 can be read" in lines[0]
     assert "--tokens, such as 77..154" in lines[0]
     assert lines[0].endswith(f"Cut off: {lost!r}")
+
+
+def test_short_plain_texts_are_known_to_fit() -> None:
+    """So much is said without a tokenizer: none of them has more tokens than characters."""
+    pipe, chance = small_pipeline(), random.Random(0)
+    texts = ["".join(chance.choices(string.printable, k=75)) for _ in range(50)]
+    texts = [text.replace("<", "") for text in texts]
+    assert max(len(ids) for ids in token_ids(pipe, texts)) <= 75
+    assert reading(pipe, texts, 32, 32) == (1, [])
