@@ -30,7 +30,7 @@ def loras() -> Path:
     return made_once("serve-loras", make)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: other tests look whether processes were left behind
 def server(bundle: Path, loras: Path) -> Iterator[Running]:
     """A server of the bundle, called `small`, with ids `small` (OpenVINO) and `small:onnxruntime`, and the LoRA."""
     with running([f"small={bundle}"], lora_dir=loras) as found:
