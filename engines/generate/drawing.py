@@ -23,6 +23,7 @@ from sdkd.models.schedulers import seed_scheduler
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 
 OnStep = Callable[[int, Any], None]
@@ -223,11 +224,16 @@ def metadata(request: Request, index: int, model: str, target: str, pipe: Any) -
 
 def encode_png(image: Image, text: dict[str, str]) -> bytes:
     """PNG bytes with text fields (UTF-8)."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=png_text(text))
+    return buffer.getvalue()
+
+
+def png_text(text: Mapping[str, str]) -> PngInfo:
+    """Text fields of a PNG (UTF-8)."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in text.items():
         info.add_itxt(key, value)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
+    return info

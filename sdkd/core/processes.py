@@ -12,13 +12,14 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdkd.core.child import inherited
+from sdkd.core.child import inherited, live_as_child
 from sdkd.core.interrupts import handling
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 # What is needed before anything is drawn. The server that processes are forked from imports these, too, so nothing in
@@ -64,12 +65,43 @@ def start(process: Any, preload: Sequence[str]) -> None:
         process.start()
 
 
+def start_connected(
+    target: Callable[..., None], arguments: tuple[Any, ...], name: str, preload: Sequence[str], *, daemon: bool = False
+) -> tuple[Any, Connection]:
+    """Start `target(connection, *arguments)` in a process, as `start`; returns it and this end of the connection."""
+    made = context(preload)
+    ours, theirs = made.Pipe()
+    try:
+        process: Any = made.Process(target=target, args=(theirs, *arguments), name=name, daemon=daemon)
+        start(process, preload)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()  # else the end of the child would not be the end of the pipe
+    return process, ours
+
+
+def begin() -> None:
+    """What such a process does first: it ends with its parent, and leaves nothing behind when it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    live_as_child(parent.join)
+    _use_no_semaphores()
+
+
+def gone(process: Any, seconds: float) -> bool:
+    """Whether a process ends within so many seconds."""
+    process.join(seconds)
+    return not process.is_alive()
+
+
 def _no_interrupts() -> contextlib.AbstractContextManager[None]:
     """Processes that are started within ignore SIGINT; only the main thread can arrange for that."""
     return handling(signal.SIG_IGN, signal.SIGINT)
 
 
-def use_no_semaphores() -> None:
+def _use_no_semaphores() -> None:
     """Have tqdm lock among threads only: a killed process would leave its lock among processes behind."""
     from tqdm import tqdm
 

@@ -11,7 +11,7 @@ import typer
 
 from sdkd.core.console import show
 from sdkd.core.numbers import check_number
-from sdkd.errors import InputError, MissingExtraError, OutputExistsError
+from sdkd.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from sdkd.serve.catalog import Catalog
@@ -62,7 +62,6 @@ def serve(
 
     with listen(host, port) as listening:
         catalog = make_catalog(models, target)
-        check_output(output)
         limits = Limits(max_steps, max_images, max_pixels, max_body_mb << 20, max_queue)
         trust = Trust(api_key, known_hosts(host, allow_host or ()), frozenset(allow_origin or ()))
         app = create_app(catalog, lora_dir=lora_dir, output=output, memory_gb=memory_gb, limits=limits, trust=trust)
@@ -98,12 +97,6 @@ def require_serve() -> None:
     for package in ("fastapi", "uvicorn", "multipart", "prometheus_client"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "serve", "sdkd serve")
-
-
-def check_output(output: Path | None) -> None:
-    """OutputExistsError for a folder of images that is something else."""
-    if output is not None and output.exists() and not output.is_dir():
-        raise OutputExistsError(f"output {str(output)!r} is a file: give a folder")
 
 
 def tell(catalog: Catalog, listening: socket.socket, api_key: str | None) -> None:

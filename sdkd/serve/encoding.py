@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from engines.generate.drawing import png_text
 from sdkd.core.images import opened
 from sdkd.errors import InputError
 from sdkd.serve.jobs import Drawn
@@ -56,11 +57,7 @@ def text_in(data: bytes, what: str, limits: Limits) -> dict[str, str]:
 
 
 def _text_fields(settings: dict[str, str]) -> PngInfo:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in settings.items():
-        info.add_itxt(key, value)
+    info = png_text(settings)
     # As A1111 does it: in Latin-1 where that is enough, which is all that some programs look for.
     info.add_text(PARAMETERS, write(settings))
     return info

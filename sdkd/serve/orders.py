@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.generate.drawing import Settings
-from engines.generate.image_inputs import Inputs, PipelineKind, find_kind, with_defaults
+from engines.generate.image_inputs import Inputs, PipelineKind, find_kind, resized, with_defaults
 from sdkd.core.contract import check_size
 from sdkd.core.numbers import DRAWING, SEED, SHARE, check_number, check_numbers
 from sdkd.core.profiles import ShapeRanges
@@ -84,12 +84,13 @@ def make_order(wanted: Wanted, catalog: Catalog, limits: Limits, loras: Mapping[
     negative = wanted.negative_prompt or None
     height, width = _size(wanted, served, limits)
     _check_scheduler(run)
-    kind, scales = _kind(wanted, served, negative, run.steps)
-    images = _resized(read_images(wanted.image, wanted.mask, limits), height, width)
+    kind, inputs = _kind(wanted, served, negative, run.steps)
+    read = read_images(wanted.image, wanted.mask, limits)
+    inputs, _ = resized(replace(inputs, images=read), height, width)
     seed = random.SystemRandom().randrange(CHANCE) if wanted.seed is None else wanted.seed
     check_number("seed of the last image", seed + wanted.n - 1, SEED.low, SEED.high, whole=True)
-    settings = Settings(height, width, run.steps, run.guidance_scale, kind, scales)
-    return Order(served, settings, wanted.prompt, negative, run.scheduler, seed, wanted.n, wanted.loras, images)
+    settings = Settings(height, width, run.steps, run.guidance_scale, kind, inputs.scales)
+    return Order(served, settings, wanted.prompt, negative, run.scheduler, seed, wanted.n, wanted.loras, inputs.images)
 
 
 def _check_numbers(wanted: Wanted, limits: Limits) -> None:
@@ -152,8 +153,8 @@ def _check_scheduler(run: Generation) -> None:
         check_steps(scheduler_class(run.scheduler)(), run.steps)
 
 
-def _kind(wanted: Wanted, served: Served, negative: str | None, steps: int) -> tuple[PipelineKind, Mapping[str, float]]:
-    """The pipeline that draws it, and its scales."""
+def _kind(wanted: Wanted, served: Served, negative: str | None, steps: int) -> tuple[PipelineKind, Inputs]:
+    """The pipeline that draws it, and what is given, images not yet read, with all scales."""
     names = [name for name in ("image", "mask") if getattr(wanted, name) is not None]
     if names == ["mask"]:
         raise InputError("mask has no image to act on: send image, too")
@@ -167,14 +168,8 @@ def _kind(wanted: Wanted, served: Served, negative: str | None, steps: int) -> t
         )
     given = Inputs({name: Path(name) for name in names}, {}, _strength(wanted))
     kind = find_kind(served.id, served.source.unet_config, given, negative)
-    return kind, with_defaults(given, kind, steps).scales
+    return kind, with_defaults(given, kind, steps)
 
 
 def _strength(wanted: Wanted) -> dict[str, float]:
     return {} if wanted.strength is None else {"strength": wanted.strength}
-
-
-def _resized(images: Mapping[str, Image], height: int, width: int) -> dict[str, Image]:
-    from PIL.Image import Resampling
-
-    return {name: image.resize((width, height), Resampling.LANCZOS) for name, image in images.items()}

@@ -12,7 +12,7 @@ from engines.generate.image_inputs import as_pipeline
 from engines.generate.loading import load
 from engines.generate.long_prompts import reading
 from sdkd.models.conditioning import family_of
-from sdkd.models.schedulers import check_steps, scheduler_class, scheduler_like
+from sdkd.models.schedulers import check_steps, use_scheduler
 from sdkd.models.source import ModelSource
 from sdkd.serve.previews import Preview
 
@@ -133,10 +133,8 @@ class Painter:
         if name not in self._pipelines:
             self._pipelines[name] = as_pipeline(self.pipe, name)
         pipe = self._pipelines[name]
-        kind = type(self.own_scheduler) if scheduler is None else scheduler_class(scheduler)
-        pipe.scheduler = (
-            self.own_scheduler if type(self.own_scheduler) is kind else scheduler_like(self.own_scheduler, kind)
-        )
+        pipe.scheduler = self.own_scheduler
+        use_scheduler(pipe, scheduler)
         return pipe
 
     def _check_steps(self, scheduler: Any, steps: int) -> None:

@@ -85,7 +85,8 @@ class Service:
 
     async def _taken(self, wanted: Wanted, api: str) -> Job:
         self._check_open(1)
-        order = await self._apart(wanted.image is not None, make_order, wanted, self.catalog, self.limits, self.loras)
+        loras = self.loras if wanted.loras else {}
+        order = await self._apart(wanted.image is not None, make_order, wanted, self.catalog, self.limits, loras)
         self._check_open(order.n)
         return Job(order, api)
 
@@ -96,10 +97,6 @@ class Service:
         if waiting + more > self.limits.queue and waiting:
             raise QueueFullError(f"{waiting} images wait, and {self.limits.queue} may: ask again later")
 
-    def job(self, job_id: str) -> Job | None:
-        """A request that is not over."""
-        return self._jobs.get(job_id)
-
     def current(self, api: str | None = None) -> list[Job]:
         """Requests that are not over, those being drawn first."""
         found = [job for job in self._jobs.values() if api in (None, job.api)]
@@ -107,7 +104,7 @@ class Service:
 
     def cancel(self, job_id: str) -> bool:
         """Take a request back: what waits is dropped, what runs ends at its next step. False where it is over."""
-        job = self.job(job_id)
+        job = self._jobs.get(job_id)
         if job is None:
             return False
         self._end(job, "cancelled")
@@ -214,7 +211,8 @@ class Service:
             self._fleet.changed()
 
     def _batch(self, items: Sequence[Item]) -> Batch:
-        order, files = items[0].job.order, self.loras
+        order = items[0].job.order
+        files = self.loras if order.loras else {}
         if gone := [lora.name for lora in order.loras if lora.name not in files]:
             raise UnknownNameError(f"LoRA {gone[0]!r} was taken from the server's folder meanwhile")
         pictures = tuple(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import select
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import psutil
 
 from sdkd.core import processes
-from sdkd.core.child import Failure, live_as_child
+from sdkd.core.child import Failure
 from sdkd.models.source import ModelSource
 from sdkd.serve.painter import Batch, Painter
 
@@ -33,10 +32,7 @@ class StoppedError(Exception):
 
 def work(connection: Connection, source: ModelSource, target: str) -> None:
     """The process: open the model, and draw until the server says None or is gone."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    live_as_child(parent.join)
-    processes.use_no_semaphores()
+    processes.begin()
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
             painter = Painter(source, target)

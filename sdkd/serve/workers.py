@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from typing import Any
 
 from sdkd.core import processes
-from sdkd.core.child import GRACE_SECONDS, Failure, ended_by
+from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by
 from sdkd.core.processes import LIBRARIES
 from sdkd.serve.catalog import Served
 from sdkd.serve.errors import WorkerError
@@ -47,17 +48,8 @@ class Worker:
         self.bytes = said[1]
 
     def _start(self) -> None:
-        context = processes.context(PRELOAD)
-        self._connection, theirs = context.Pipe()
-        arguments = theirs, self.served.source, self.served.target
-        self._process = context.Process(target=work, args=arguments, name=self._name, daemon=True)
-        try:
-            processes.start(self._process, PRELOAD)
-        except BaseException:
-            self._connection.close()
-            raise
-        finally:
-            theirs.close()  # else the end of the child would not be the end of the pipe
+        arguments = self.served.source, self.served.target
+        self._process, self._connection = processes.start_connected(work, arguments, self._name, PRELOAD, daemon=True)
 
     @property
     def pid(self) -> int | None:
@@ -130,13 +122,8 @@ class Worker:
 
     async def close(self) -> None:
         """End the process: by asking, then by signals."""
-        self._send(None)
-        steps = (lambda: None, self._process.terminate, self._process.kill)
-        for step in steps:
-            step()
-            await asyncio.to_thread(self._process.join, GRACE_SECONDS)
-            if not self._process.is_alive():
-                break
+        gone, ask = functools.partial(processes.gone, self._process), functools.partial(self._send, None)
+        await asyncio.to_thread(end, gone, (ask, self._process.terminate, self._process.kill))
         await asyncio.to_thread(self._reader.join, GRACE_SECONDS)
         self._connection.close()
         self.alive = False

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import math
-import multiprocessing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used,
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Bench, Sample, Timer
 from sdkd.core import processes
-from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by, live_as_child
+from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by
 from sdkd.core.components import unet_copies
 from sdkd.core.conditions import guidance_width
 from sdkd.core.contract import torch_dtype
@@ -192,17 +191,8 @@ class IsolatedRunner:
     def __init__(self, subject: Subject, config: RunConfig) -> None:
         self.subject = subject
         self._busy = False
-        context = processes.context(PRELOAD)
-        self._connection, theirs = context.Pipe()
-        try:
-            name = f"sdkd compare: {subject.label}"
-            self._process = context.Process(target=serve, args=(theirs, subject, config), name=name)
-            processes.start(self._process, PRELOAD)
-        except BaseException:
-            self._connection.close()
-            raise
-        finally:
-            theirs.close()  # else the end of the child would not be the end of the pipe
+        name = f"sdkd compare: {subject.label}"
+        self._process, self._connection = processes.start_connected(serve, (subject, config), name, PRELOAD)
 
     def __getattr__(self, name: str) -> Any:
         """A method of a LocalRunner that is in DOING, called there."""
@@ -244,8 +234,7 @@ class IsolatedRunner:
             self._connection.send(None)
 
     def _gone(self, seconds: float) -> bool:
-        self._process.join(seconds)
-        return not self._process.is_alive()
+        return processes.gone(self._process, seconds)
 
 
 def _how_it_ended(status: int | None, doing: str) -> str:
@@ -263,10 +252,7 @@ def _how_it_ended(status: int | None, doing: str) -> str:
 
 def serve(connection: Connection, subject: Subject, config: RunConfig) -> None:
     """The child: answer calls of a LocalRunner's methods until the parent sends None or is gone."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    live_as_child(parent.join)
-    processes.use_no_semaphores()
+    processes.begin()
     runner = LocalRunner(subject, config)
     with contextlib.suppress(EOFError):
         while (asked := connection.recv()) is not None:

@@ -27,7 +27,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from sdkd.errors import InputError
 from sdkd.serve.api.fields import body_of, validated
-from sdkd.serve.api.native import answered
+from sdkd.serve.api.native import LoraField, answered
 from sdkd.serve.catalog import Catalog
 from sdkd.serve.encoding import MEDIA_TYPES
 from sdkd.serve.errors import UnknownNameError
@@ -42,15 +42,6 @@ _OWN = ("dall-e-", "gpt-image-", "chatgpt-image-")  # how the names of OpenAI's 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _FILES = ("image", "image[]", "mask")  # of a form; the client sends several images as image[]
 _LORA_NAMES, _LORA_STRENGTHS = "loras[][name]", "loras[][strength]"  # how the client sends a list in a form
-
-
-class Lora(BaseModel):
-    """A LoRA of the server's folder."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
-    strength: float = 1.0
 
 
 class Images(BaseModel):
@@ -72,7 +63,7 @@ class Images(BaseModel):
     guidance_scale: float | None = None
     scheduler: str | None = None
     strength: float | None = None
-    loras: list[Lora] | None = None
+    loras: list[LoraField] | None = None
     # what asks for nothing
     user: str | None = None
     safety_identifier: str | None = None

@@ -207,15 +207,22 @@ def test_the_client_that_leaves_ends_its_work(server: Running) -> None:
         assert job.step < 150
 
 
-def test_cancel_by_name(server: Running) -> None:
-    async def both() -> tuple[Any, Any]:
+def one_runs_one_waits(server: Running, waiting_steps: int) -> tuple[Any, Any]:
+    """A request of 150 steps that is being drawn, and another one behind it."""
+
+    async def begin() -> tuple[Any, Any]:
         first = await server.service.submit(Wanted("a cat", steps=150, width=32, height=32), "native")
-        second = await server.service.submit(Wanted("a dog", steps=149, width=32, height=32), "native")
+        second = await server.service.submit(Wanted("a dog", steps=waiting_steps, width=32, height=32), "native")
         while not first.step:
             await asyncio.sleep(0.01)
         return first, second
 
-    first, second = server.on_loop(both())
+    found: tuple[Any, Any] = server.on_loop(begin())
+    return found
+
+
+def test_cancel_by_name(server: Running) -> None:
+    first, second = one_runs_one_waits(server, 149)
     with server.client() as client:
         assert client.delete(f"/api/images/{second.id}").status_code == 204  # it waits
         assert client.delete(f"/api/images/{first.id}").status_code == 204  # it runs
@@ -228,16 +235,8 @@ def test_cancel_by_name(server: Running) -> None:
 
 def test_a_killed_process_is_replaced(server: Running) -> None:
     """One request of one image dies with its process; what waits is drawn by the next process."""
-
-    async def begin() -> tuple[Any, Any]:
-        first = await server.service.submit(Wanted("a cat", steps=150, width=32, height=32), "native")
-        second = await server.service.submit(Wanted("a dog", steps=2, width=32, height=32), "native")
-        while not first.step:
-            await asyncio.sleep(0.01)
-        return first, second
-
     ask(server)
-    first, second = server.on_loop(begin())
+    first, second = one_runs_one_waits(server, 2)
     os.kill(server.service.process_of("small"), signal.SIGKILL)
     with pytest.raises(Exception, match="'small' was ended by SIGKILL: most likely the memory ran out"):
         server.on_loop(first.result())
