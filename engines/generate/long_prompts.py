@@ -28,8 +28,11 @@ def limit_of(pipe: Any) -> int:
 
 def reading(pipe: Any, texts: Sequence[str], height: int, width: int) -> tuple[int, list[str]]:
     """In how many parts prompts are read for images of this size (pixels), and a line about each long one."""
-    limit, long = limit_of(pipe), _long(pipe, texts)
-    needed = max((-(-len(ids) // (limit - 2)) for ids in long.values()), default=1)
+    long = _long(pipe, texts)
+    if not long:
+        return 1, []
+    limit = limit_of(pipe)
+    needed = max(-(-len(ids) // (limit - 2)) for ids in long.values())
     parts = max((count for count in range(1, needed + 1) if count in _takes(pipe, limit, height, width)), default=1)
     return parts, [_said(pipe, text, ids, parts, limit) for text, ids in long.items()]
 

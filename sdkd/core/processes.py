@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import pickle
 import signal
 import sys
 import threading
@@ -80,6 +81,11 @@ def start_connected(
     finally:
         theirs.close()  # else the end of the child would not be the end of the pipe
     return process, ours
+
+
+def say(connection: Connection, what: object) -> None:
+    """As `connection.send`, which makes a table of how to pickle sockets and locks for each message first."""
+    connection.send_bytes(pickle.dumps(what))
 
 
 def begin() -> None:

@@ -25,6 +25,7 @@ from sdkd.core.numbers import Bounds, check_numbers
 from sdkd.errors import InputError, SdkdError
 from sdkd.models.schedulers import scheduler_class
 from sdkd.serve.api import native, openai, webui
+from sdkd.serve.api.fields import problems
 from sdkd.serve.catalog import Catalog, make_catalog
 from sdkd.serve.errors import UnknownNameError, answer, status_of
 from sdkd.serve.fleet import check_fits
@@ -150,7 +151,7 @@ def _add_errors(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return JSONResponse(answer(InputError("; ".join(_problems(error)))), 400)
+        return JSONResponse(answer(InputError(problems(error.errors()))), 400)
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -182,17 +183,3 @@ def _describe_errors(app: FastAPI) -> None:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _problems(error: RequestValidationError) -> list[str]:
-    """What is wrong with a request, by field: where, what, and the value."""
-    return [_problem(one) for one in error.errors()]
-
-
-def _problem(one: Any) -> str:
-    place = ".".join(str(part) for part in one["loc"] if part != "body") or "the body"
-    if one["type"] == "extra_forbidden":
-        return f"{place} is not a field of this request: leave it out (see /docs)"
-    given = repr(one.get("input"))
-    shown = "" if one["type"] == "missing" else f", not {given[:60]}{'...' if len(given) > 60 else ''}"
-    return f"{place}: {one['msg']}{shown}"

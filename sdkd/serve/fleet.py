@@ -39,6 +39,10 @@ class Lane:
         """Whether its process is there."""
         return self.worker is not None and self.worker.alive
 
+    def bytes(self) -> int:
+        """Memory of its process."""
+        return self.worker.bytes if self.worker is not None else 0
+
 
 def check_fits(catalog: Catalog, memory_bytes: Mapping[str, int]) -> None:
     """InputError for an engine set that alone takes more than all may together."""
@@ -59,6 +63,9 @@ class Fleet:
         self._loading = asyncio.Lock()
         self._wanting: Lane | None = None  # what waits for room
         self._change = asyncio.Event()
+        for name, lane in self.lanes.items():
+            metrics.loaded.labels(name).set_function(lane.ready)
+            metrics.bytes.labels(name).set_function(lane.bytes)
 
     def changed(self) -> None:
         """Something was drawn or unloaded: who waits for room looks again."""
@@ -84,14 +91,12 @@ class Fleet:
             log.info("loading %s", lane.served.id)
             await worker.open()
             lane.worker, lane.used = worker, time.monotonic()
-            for gauge, value in ((self._metrics.loaded, 1), (self._metrics.bytes, worker.bytes)):
-                gauge.labels(lane.served.id).set(value)
             self._metrics.loads.labels(lane.served.id).inc()
 
     async def _make_room(self, lane: Lane, need: int) -> None:
         while True:
             others = [one for one in self.lanes.values() if one.served.place == lane.served.place and one.worker]
-            if sum(one.worker.bytes for one in others if one.worker) + need <= self._memory[lane.served.place]:
+            if sum(one.bytes() for one in others) + need <= self._memory[lane.served.place]:
                 return
             if not others:
                 return  # alone it must do: `check_fits` looked at the start
@@ -111,14 +116,12 @@ class Fleet:
     def lost(self, lane: Lane) -> None:
         """Its process died."""
         self._metrics.deaths.labels(lane.served.id).inc()
-        self._metrics.loaded.labels(lane.served.id).set(0)
         lane.worker = None
 
     async def _unload(self, lane: Lane) -> None:
         worker, lane.worker = lane.worker, None
         if worker is not None:
             log.info("unloading %s", lane.served.id)
-            self._metrics.loaded.labels(lane.served.id).set(0)
             await worker.close()
             self.changed()
 

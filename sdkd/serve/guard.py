@@ -149,7 +149,8 @@ class Body:
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self._limits.body_seconds)
+            async with asyncio.timeout(self._limits.body_seconds):
+                message = await self._receive()
         except TimeoutError:
             error = TooSlowError(f"{self._limits.body_seconds:g} s went by without more of the request: send it again")
             raise _while_reading(error) from None

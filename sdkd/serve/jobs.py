@@ -6,9 +6,11 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
+from sdkd.serve.caption import Caption
 from sdkd.serve.errors import CancelledJobError
 from sdkd.serve.orders import Order
 
@@ -31,6 +33,10 @@ class Timing:
     total_s: float
     batch: int
 
+    def to_json(self) -> dict[str, float]:
+        """It, as answers have it."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -41,7 +47,7 @@ class Drawn:
     width: int
     height: int
     pixels: bytes
-    settings: dict[str, str]
+    caption: Caption
     timing: Timing
     notes: tuple[str, ...] = ()  # what of its prompts was not read
 
@@ -75,6 +81,11 @@ class Item:
     def seed(self) -> int:
         """The seed of the image."""
         return self.job.order.seed + self.index
+
+    @cached_property
+    def caption(self) -> Caption:
+        """What its file will say about it."""
+        return Caption({**self.job.order.about, "seed": str(self.seed)})
 
 
 @dataclass(eq=False)
@@ -186,5 +197,5 @@ class Job:
 
     def _last(self) -> Event:
         if self.state == "done":
-            return Event("done", {"id": self.id, "timing": asdict(self.timing)})
+            return Event("done", {"id": self.id, "timing": self.timing.to_json()})
         return Event("cancelled", {"id": self.id}) if self.error is None else Event("error", self.error)

@@ -11,6 +11,7 @@ from engines.generate.drawing import Picture, Settings, draw_pictures, engine_ba
 from engines.generate.image_inputs import as_pipeline
 from engines.generate.loading import load
 from engines.generate.long_prompts import reading
+from sdkd.core.profiles import Range
 from sdkd.models.conditioning import family_of
 from sdkd.models.schedulers import check_steps, use_scheduler
 from sdkd.models.source import ModelSource
@@ -76,6 +77,7 @@ class Painter:
         self.pipe, self.target = load(source, target)
         self.own_scheduler = self.pipe.scheduler
         self._pipelines: dict[str, Any] = {}
+        self._rooms: dict[tuple[int, int, int, bool], Range] = {}
         self._steps: set[tuple[type, int]] = set()
         self._loras: tuple[tuple[str, float], ...] = ()
         self._preview: Preview | None = None
@@ -96,9 +98,10 @@ class Painter:
             notes[place] = tuple(lines)
         found: list[Painted] = []
         for parts, places in groups.items():
-            settings = replace(batch.settings, parts=parts)
-            for few in in_batches(places, engine_batch(self.pipe, settings).max):
-                found += self._call(batch, settings, few, notes, on_step)
+            settings = batch.settings if parts == batch.settings.parts else replace(batch.settings, parts=parts)
+            room = self._room(settings)
+            for few in in_batches(places, room.max):
+                found += self._call(batch, settings, few, room.min, notes, on_step)
         return found
 
     def _call(
@@ -106,6 +109,7 @@ class Painter:
         batch: Batch,
         settings: Settings,
         places: Sequence[int],
+        at_least: int,
         notes: dict[int, tuple[str, ...]],
         on_step: Callable[[Sequence[int], int, Any], None],
     ) -> list[Painted]:
@@ -119,7 +123,7 @@ class Painter:
 
         try:
             pictures = [batch.pictures[place] for place in places]
-            images = draw_pictures(pipe, settings, pictures, after, at_least=engine_batch(pipe, settings).min)
+            images = draw_pictures(pipe, settings, pictures, after, at_least=at_least)
         finally:
             clock.close()
         stages = clock.stages()
@@ -128,12 +132,20 @@ class Painter:
             for place, image in zip(places, images, strict=True)
         ]
 
+    def _room(self, settings: Settings) -> Range:
+        """As `engine_batch`, found out once."""
+        key = settings.height, settings.width, settings.parts, settings.guided
+        if key not in self._rooms:
+            self._rooms[key] = engine_batch(self.pipe, settings)
+        return self._rooms[key]
+
     def _pipeline(self, settings: Settings, scheduler: str | None) -> Any:
         name = settings.kind.of(family_of(self.pipe))
         if name not in self._pipelines:
             self._pipelines[name] = as_pipeline(self.pipe, name)
         pipe = self._pipelines[name]
-        pipe.scheduler = self.own_scheduler
+        if pipe.scheduler is not self.own_scheduler:  # diffusers writes a config whenever it is given one
+            pipe.scheduler = self.own_scheduler
         use_scheduler(pipe, scheduler)
         return pipe
 

@@ -178,8 +178,9 @@ class Service:
     def _take(self, lane: Lane) -> list[Item]:
         """The next images: that which waited longest, and those that can be drawn with it."""
         lane.waiting = deque(item for item in lane.waiting if not item.job.over)
-        if not lane.waiting:
-            return []
+        if len(lane.waiting) < 2:
+            taken, lane.waiting = list(lane.waiting), deque()
+            return taken
         order = lane.waiting[0].job.order
         room = 1 if lane.waiting[0].alone else max(1, lane.served.batch(order.settings).max)
         fitting = (item for item in lane.waiting if item.job.order.key == order.key and not item.alone)
@@ -207,7 +208,6 @@ class Service:
             self._failed(lane, items, error)
         finally:
             lane.drawing, lane.used = [], time.monotonic()
-            self.metrics.bytes.labels(lane.served.id).set(worker.bytes)
             self._fleet.changed()
 
     def _batch(self, items: Sequence[Item]) -> Batch:
@@ -223,8 +223,11 @@ class Service:
         return Batch(order.settings, pictures, order.scheduler, loras)
 
     def _progress(self, items: Sequence[Item], places: Sequence[int], done: int, preview: bytes | None) -> None:
+        decoding = done == items[0].job.order.settings.done_steps
         for place in places:
             items[place].step = done
+            if decoding:
+                items[place].caption.prepare()
         if preview is not None and places:
             items[places[0]].job.preview = preview
         for job in _jobs_of([items[place] for place in places]):
@@ -311,5 +314,4 @@ def _drawn(item: Item, one: Painted) -> Drawn:
     job, now = item.job, time.monotonic()
     queued = (job.started or now) - job.asked
     timing = Timing(queued, one.text_s, one.steps_s, one.decode_s, now - job.asked, one.together)
-    about = {**job.order.about, "seed": str(item.seed)}
-    return Drawn(item.index, item.seed, one.width, one.height, one.pixels, about, timing, one.notes)
+    return Drawn(item.index, item.seed, one.width, one.height, one.pixels, item.caption, timing, one.notes)

@@ -1,9 +1,8 @@
 """The process of one engine set: it opens the model, draws one batch after the other, and says how far it is.
 
 It is asked by tuples over a pipe, and answers so: `("draw", number, Batch)`, and while it draws `("stop", number)` and
-`("watch", number)`, for previews; answers are `("opened", bytes)`, `("step", number, places, done, preview)`,
-`("drawn", number, images, bytes)`, `("stopped", number)` and `("failed", number, Failure)`, with the memory in bytes
-that no other process shares. Number 0 is the opening.
+`("watch", number)`, for previews; answers are `("opened", 0)`, `("step", number, places, done, preview)`,
+`("drawn", number, images)`, `("stopped", number)` and `("failed", number, Failure)`. Number 0 is the opening.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
-
-import psutil
 
 from sdkd.core import processes
 from sdkd.core.child import Failure
@@ -37,19 +34,13 @@ def work(connection: Connection, source: ModelSource, target: str) -> None:
         try:
             painter = Painter(source, target)
         except Exception as error:  # noqa: BLE001 - whatever a library raises, the server must hear of it
-            connection.send(("failed", 0, Failure.of(error)))
+            processes.say(connection, ("failed", 0, Failure.of(error)))
             return
         gc.freeze()  # else the collector walks over all libraries again and again, in the middle of an image
-        connection.send(("opened", private_bytes()))
+        processes.say(connection, ("opened", 0))
         while (asked := connection.recv()) is not None:
             if asked[0] == "draw":  # the others are late: their batch is over
                 Work(connection, painter, *asked[1:]).carry_out()
-
-
-def private_bytes() -> int:
-    """Memory of this process that it does not share, in bytes."""
-    memory = psutil.Process().memory_info()
-    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 class Work:
@@ -64,13 +55,13 @@ class Work:
         """Draw it and send the images, or what went wrong."""
         try:
             images = self.painter.paint(self.batch, self._on_step)
-            self.connection.send(("drawn", self.number, images, private_bytes()))
+            processes.say(self.connection, ("drawn", self.number, images))
         except EOFError:  # the server wants no more of it
             raise
         except StoppedError:
-            self.connection.send(("stopped", self.number))
+            processes.say(self.connection, ("stopped", self.number))
         except Exception as error:  # noqa: BLE001 - as above
-            self.connection.send(("failed", self.number, Failure.of(error)))
+            processes.say(self.connection, ("failed", self.number, Failure.of(error)))
 
     def _on_step(self, places: Sequence[int], done: int, latents: Any) -> None:
         while select.select([self.connection], (), (), 0)[0]:  # a tenth of what `poll` takes
@@ -84,7 +75,7 @@ class Work:
             return  # steps take milliseconds with small models: to tell of each would slow them down
         self._said = now
         preview = self.painter.preview(latents, self.batch.settings) if self.watched else None
-        self.connection.send(("step", self.number, tuple(places), done, preview))
+        processes.say(self.connection, ("step", self.number, tuple(places), done, preview))
 
     def _told(self, what: str) -> None:
         if what == "stop":

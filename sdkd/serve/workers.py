@@ -8,6 +8,8 @@ import functools
 import threading
 from typing import Any
 
+import psutil
+
 from sdkd.core import processes
 from sdkd.core.child import GRACE_SECONDS, Failure, end, ended_by
 from sdkd.core.processes import LIBRARIES
@@ -28,7 +30,6 @@ class Worker:
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        self.bytes = served.memory_bytes  # expected, then as it says itself
         self.number = 0
         self.alive = False
         self._loop = asyncio.get_running_loop()
@@ -45,7 +46,6 @@ class Worker:
         if said[0] == "failed":
             await self.close()
             raise self._error(said[2])
-        self.bytes = said[1]
 
     def _start(self) -> None:
         arguments = self.served.source, self.served.target
@@ -55,6 +55,17 @@ class Worker:
     def pid(self) -> int | None:
         """The number of its process."""
         return self._process.pid
+
+    @property
+    def bytes(self) -> int:
+        """Memory in bytes that it does not share with other processes; before it is open, what it is expected to be."""
+        if not self.alive:
+            return self.served.memory_bytes
+        try:
+            memory = psutil.Process(self.pid).memory_info()
+        except psutil.NoSuchProcess:
+            return 0
+        return int(memory.rss - getattr(memory, "shared", 0))
 
     def _read(self) -> None:
         """In a thread: pass on what the process says, and at last that it ended."""
@@ -104,8 +115,6 @@ class Worker:
             pass
         if said[0] == "failed":
             raise self._error(said[2])
-        if said[0] == "drawn":
-            self.bytes = said[3]
         return said
 
     def stop_batch(self) -> None:
@@ -118,7 +127,7 @@ class Worker:
 
     def _send(self, asked: tuple[Any, ...] | None) -> None:
         with contextlib.suppress(OSError):  # it died: the reader says so
-            self._connection.send(asked)
+            processes.say(self._connection, asked)
 
     async def close(self) -> None:
         """End the process: by asking, then by signals."""

@@ -12,69 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from sdkd import __version__
 from sdkd.core.profiles import ShapeRanges
 from sdkd.models.schedulers import SCHEDULERS
+from sdkd.serve.api.fields import Direct, body_of, validated, values_of
+from sdkd.serve.api.native_fields import ImageRequest, PngRequest, wanted_of
+from sdkd.serve.caption import PARAMETERS
 from sdkd.serve.catalog import Served
-from sdkd.serve.encoding import PARAMETERS, text_in
+from sdkd.serve.encoding import text_in
 from sdkd.serve.errors import UnknownNameError, answer
 from sdkd.serve.jobs import Drawn, Event, Job, Result
 from sdkd.serve.parameters import read
 from sdkd.serve.uploads import from_base64
-from sdkd.serve.wanted import LoraWish, Wanted
+from sdkd.serve.wanted import Wanted
 
 if TYPE_CHECKING:
     from sdkd.serve.service import Service
-
-
-class LoraField(BaseModel):
-    """A LoRA by its name in the server's folder, and its strength."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: str = Field(description="Its file's name in the server's folder, without the ending.")
-    strength: float = Field(1.0, description="How strongly it is added.")
-
-
-class ImageRequest(BaseModel):
-    """Images to draw; all but the prompt is the model's own where it is left out."""
-
-    model_config = ConfigDict(extra="forbid")
-    prompt: str = Field(description="What to draw.")
-    model: str | None = Field(None, description="An id of /api/about; the server's first model by default.")
-    negative_prompt: str | None = Field(None, description="What to keep out of the image.")
-    width: int | None = Field(None, description="Pixels.")
-    height: int | None = Field(None, description="Pixels.")
-    steps: int | None = Field(None, description="Denoising steps.")
-    guidance_scale: float | None = Field(None, description="1 or less: no guidance.")
-    scheduler: str | None = Field(None, description="A name of /api/about, or a diffusers class.")
-    seed: int | None = Field(None, description="Of the first image, the next ones count up; by chance by default.")
-    n: int = Field(1, description="Number of images.")
-    loras: list[LoraField] = Field(default_factory=list, description="LoRAs to add.")
-    image: str | None = Field(None, description="An image file to start from, in base64 or as a data URI.")
-    mask: str | None = Field(None, description="Its mask, white is drawn again: an image file, as above.")
-    strength: float | None = Field(None, description="How much of the image to change, 0 to 1.")
-    stream: bool = Field(False, description="Answer with server-sent events: progress, previews, images.")
-
-
-class PngRequest(BaseModel):
-    """A PNG to read the settings of."""
-
-    model_config = ConfigDict(extra="forbid")
-    png: str = Field(description="The file in base64 or as a data URI.")
-
-
-def wanted_of(asked: ImageRequest, service: Service) -> Wanted:
-    """A request as data; InputError for base64 that is none."""
-
-    def file(name: str) -> bytes | None:
-        text = getattr(asked, name)
-        return None if text is None else from_base64(text, name, service.limits)
-
-    plain = asked.model_dump(exclude={"stream", "loras", "image", "mask"})
-    loras = tuple(LoraWish(one.name, one.strength) for one in asked.loras)
-    return Wanted(**plain, loras=loras, image=file("image"), mask=file("mask"))
 
 
 async def answered(service: Service, request: Request, wanted: Wanted, api: str) -> Result:
@@ -104,10 +59,10 @@ def router(service: Service) -> APIRouter:
         """Models with their targets, ranges and defaults, schedulers, LoRAs, limits."""
         return _about(service)
 
-    @routes.post("/api/images", response_model=None)
-    async def images(asked: ImageRequest, request: Request) -> Response:
+    async def images(request: Request) -> Response:
         """Draw images: an answer with all of them, or with `stream` server-sent events."""
-        wanted = wanted_of(asked, service)
+        asked = validated(ImageRequest, await values_of(request))
+        wanted = wanted_of(asked, service.limits)
         if asked.stream:
             job = await service.submit(wanted, "native")
             return StreamingResponse(
@@ -115,7 +70,13 @@ def router(service: Service) -> APIRouter:
             )
         result = await answered(service, request, wanted, "native")
         made = [await _image(service, drawn) for drawn in result.images]
-        return JSONResponse({"images": made, "timing": asdict(result.timing)})
+        # of megabytes of base64: json would look at each letter
+        found = to_json({"images": made, "timing": result.timing.to_json()})
+        return Response(found, media_type="application/json")
+
+    routes.add_api_route(
+        "/api/images", images, methods=["POST"], openapi_extra=body_of(ImageRequest), route_class_override=Direct
+    )
 
     @routes.delete("/api/images/{request_id}", status_code=204)
     async def cancel(request_id: str) -> None:
@@ -123,9 +84,10 @@ def router(service: Service) -> APIRouter:
         if not service.cancel(request_id):
             raise UnknownNameError(f"request {request_id!r} is over, or not known here")
 
-    @routes.post("/api/png-info")
-    async def png_info(asked: PngRequest) -> dict[str, Any]:
+    @routes.post("/api/png-info", openapi_extra=body_of(PngRequest))
+    async def png_info(request: Request) -> dict[str, Any]:
         """The settings that a PNG carries, from its `parameters` where it was drawn elsewhere."""
+        asked = validated(PngRequest, await values_of(request))
         data = from_base64(asked.png, "png", service.limits)
         fields = await asyncio.to_thread(text_in, data, "png", service.limits)
         parameters = fields.pop(PARAMETERS, "")
@@ -185,8 +147,8 @@ def _ranges(ranges: ShapeRanges) -> dict[str, Any]:
 
 async def _image(service: Service, drawn: Drawn) -> dict[str, Any]:
     data = base64.b64encode(await service.image_bytes(drawn)).decode()
-    known = {name: getattr(drawn, name) for name in ("index", "seed", "width", "height", "settings", "notes")}
-    return {**known, "png": data, "timing": asdict(drawn.timing)}
+    known = {name: getattr(drawn, name) for name in ("index", "seed", "width", "height", "notes")}
+    return {**known, "settings": drawn.caption.settings, "png": data, "timing": drawn.timing.to_json()}
 
 
 async def _stream(service: Service, job: Job) -> AsyncGenerator[bytes]:

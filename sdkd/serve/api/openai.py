@@ -20,14 +20,15 @@ import time
 from collections import OrderedDict
 from typing import Any, Literal
 
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 
 from sdkd.errors import InputError
-from sdkd.serve.api.fields import body_of, validated
-from sdkd.serve.api.native import LoraField, answered
+from sdkd.serve.api.fields import body_of, validated, values_of
+from sdkd.serve.api.native import answered
+from sdkd.serve.api.native_fields import LoraField
 from sdkd.serve.catalog import Catalog
 from sdkd.serve.encoding import MEDIA_TYPES
 from sdkd.serve.errors import UnknownNameError
@@ -162,9 +163,9 @@ class _Api:
         self.service, self.kept = service, Kept()
         self.started = int(time.time())
 
-    async def generate(self, request: Request, values: dict[str, Any] = Body()) -> dict[str, Any]:
+    async def generate(self, request: Request) -> dict[str, Any]:
         """Draw images from a prompt."""
-        fields = validated(Images, values)
+        fields = validated(Images, await values_of(request))
         return await self._answer(request, fields, fields.wanted(self.service.catalog))
 
     async def edit(self, request: Request) -> dict[str, Any]:

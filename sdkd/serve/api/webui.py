@@ -20,18 +20,19 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
 from sdkd import __version__
 from sdkd.core.numbers import DRAWING, check_numbers
 from sdkd.errors import InputError, MissingExtraError
 from sdkd.models.schedulers import SCHEDULERS, scheduler_class
-from sdkd.serve.api.fields import body_of, validated
+from sdkd.serve.api.fields import body_of, validated, values_of
 from sdkd.serve.api.native import answered
 from sdkd.serve.api.webui_fields import ImageFields, TextFields, read_fields
 from sdkd.serve.api.webui_inpainting import Inpainting, inpainting
-from sdkd.serve.encoding import PARAMETERS, text_in
+from sdkd.serve.caption import PARAMETERS
+from sdkd.serve.encoding import text_in
 from sdkd.serve.jobs import Drawn, Job
 from sdkd.serve.parameters import SAMPLERS, parse, sampler_name, write
 from sdkd.serve.uploads import from_base64
@@ -96,13 +97,15 @@ class _Api:
         self.service = service
         self.model = service.catalog.default.id
 
-    async def txt2img(self, request: Request, values: dict[str, Any] = Body()) -> dict[str, Any]:
+    async def txt2img(self, request: Request) -> dict[str, Any]:
         """Draw images from a prompt."""
+        values = await values_of(request)
         fields = read_fields(TextFields, values)
         return await self._answer(request, fields, fields.wanted(self._model(fields)), None, values)
 
-    async def img2img(self, request: Request, values: dict[str, Any] = Body()) -> dict[str, Any]:
+    async def img2img(self, request: Request) -> dict[str, Any]:
         """Draw an image, or the white areas of its mask, again."""
+        values = await values_of(request)
         fields = read_fields(ImageFields, values)
         model, limits = self._model(fields), self.service.limits
         wanted = replace(fields.wanted(model), strength=fields.denoising_strength)
@@ -158,9 +161,9 @@ class _Api:
             "enable_pnginfo": True,
         }
 
-    def set_options(self, values: dict[str, Any] = Body()) -> None:
+    async def set_options(self, request: Request) -> None:
         """Change the model of this API; other options may be sent as they are."""
-        self.model = self._model_of(values, "option")
+        self.model = self._model_of(await values_of(request), "option")
 
     def _model(self, fields: TextFields) -> str:
         return self._model_of(fields.override_settings or {}, "override_settings")
@@ -231,10 +234,10 @@ class _Api:
                 self.service.cancel(job.id)
         return {}
 
-    def png_info(self, values: dict[str, Any] = Body()) -> dict[str, Any]:
+    async def png_info(self, request: Request) -> dict[str, Any]:
         """The settings in an image: A1111's text, its fields, and the image's other text fields."""
-        data = from_base64(validated(PngInfoRequest, values).image, "image", self.service.limits)
-        items = text_in(data, "image", self.service.limits)
+        data = from_base64(validated(PngInfoRequest, await values_of(request)).image, "image", self.service.limits)
+        items = await asyncio.to_thread(text_in, data, "image", self.service.limits)
         text = items.pop(PARAMETERS, "") or (write(items) if items.keys() >= _OURS else "")
         return {"info": text, "items": items, "parameters": parse(text) if text else {}}
 
@@ -272,7 +275,7 @@ def _state(job: Job | None, waiting: int) -> dict[str, Any]:
 
 def _info(images: list[Drawn], fields: TextFields) -> dict[str, Any]:
     """What A1111 says about the images that it drew."""
-    first, settings = images[0], images[0].settings
+    first, settings = images[0], images[0].caption.settings
     count, negative = len(images), settings.get("negative_prompt", "")
     strength = settings.get("strength")
     return {
@@ -302,7 +305,7 @@ def _info(images: list[Drawn], fields: TextFields) -> dict[str, Any]:
         "denoising_strength": None if strength is None else float(strength),
         "extra_generation_params": {},
         "index_of_first_image": 0,
-        "infotexts": [write(one.settings) for one in images],
+        "infotexts": [one.caption.parameters for one in images],
         "styles": [],
         "job_timestamp": datetime.now().strftime("%Y%m%d%H%M%S"),
         "clip_skip": 1,

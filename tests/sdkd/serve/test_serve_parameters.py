@@ -9,6 +9,7 @@ from PIL import Image
 
 import sdkd
 from sdkd.errors import InputError
+from sdkd.serve.caption import Caption
 from sdkd.serve.encoding import encode, text_in
 from sdkd.serve.jobs import Drawn, Timing
 from sdkd.serve.parameters import parse, read, sampler_name, write
@@ -37,7 +38,7 @@ TEXT = (
 
 def drawn(settings: dict[str, str] = SETTINGS) -> Drawn:
     pixels = bytes(value % 256 for value in range(64 * 48 * 3))
-    return Drawn(0, 7, 64, 48, pixels, settings, Timing(0, 0, 0, 0, 0, 1))
+    return Drawn(0, 7, 64, 48, pixels, Caption(settings), Timing(0, 0, 0, 0, 0, 1))
 
 
 def test_settings_are_written_as_a1111_does_and_read_back():

@@ -136,8 +136,8 @@ def test_a_seed_by_chance_is_told(server: Running, alone: Callable[..., np.ndarr
         ({"width": 0}, 400, "width 0 is too small"),
         ({"n": 9}, 400, "n 9 is too large: give a whole number from 1 to 8"),
         ({"steps": 151}, 400, "steps 151 is too large: give a whole number from 1 to 150"),
-        ({"steps": 1.5}, 400, "steps: Input should be a valid integer"),
-        ({"guidance_scale": "much"}, 400, "guidance_scale: Input should be a valid number"),
+        ({"steps": 1.5}, 400, "steps 1.5 is not usable: input should be a valid integer"),
+        ({"guidance_scale": "much"}, 400, "guidance_scale 'much' is not usable: input should be a valid number"),
         ({"seed": -1}, 400, "seed -1 is too small"),
         ({"seed": 2**64 - 1, "n": 2}, 400, "seed of the last image"),
         ({"prompt": "x" * 10_001}, 400, "prompt has 10001 characters"),
@@ -146,7 +146,7 @@ def test_a_seed_by_chance_is_told(server: Running, alone: Callable[..., np.ndarr
         ({"mask": png(Image.new("L", (8, 8)))}, 400, "mask has no image to act on"),
         ({"strength": 0.5}, 400, "--strength 0.5 has nothing to act on here"),
         ({"strength": 2.0}, 400, "strength 2.0 is too large"),
-        ({"path": "/etc/passwd"}, 400, "path is not a field of this request"),
+        ({"path": "/etc/passwd"}, 400, "'path' is not a field that this server knows"),
     ],
 )
 def test_refusals(server: Running, fields: dict[str, Any], status: int, words: str) -> None:
@@ -159,7 +159,13 @@ def test_refusals(server: Running, fields: dict[str, Any], status: int, words: s
 def test_broken_json_and_unknown_places(server: Running) -> None:
     with server.client() as client:
         broken = client.post("/api/images", content=b"{", headers={"content-type": "application/json"})
-        assert (broken.status_code, "JSON decode error" in broken.json()["detail"]) == (400, True)
+        assert (broken.status_code, "the request is not JSON (Expecting" in broken.json()["detail"]) == (400, True)
+        deep = client.post("/api/images", content=b"[" * 100_000, headers={"content-type": "application/json"})
+        assert (deep.status_code, "the request is not JSON (maximum recursion" in deep.json()["detail"]) == (400, True)
+        listed = client.post("/api/images", json=[])
+        assert (listed.status_code, "the request holds a list, not an object" in listed.json()["detail"]) == (400, True)
+        typed = client.post("/api/images", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"})
+        assert (typed.status_code, "type 'text/plain' is not read" in typed.json()["detail"]) == (400, True)
         lost = client.get("/nowhere")
         assert (lost.status_code, "GET /nowhere is not known here" in lost.json()["detail"]) == (404, True)
         assert client.get("/page/../app.py").status_code == 404
@@ -347,4 +353,4 @@ def test_a_wish_as_data(server: Running) -> None:
     job = server.on_loop(
         server.service.submit(Wanted("a cat", steps=2, width=32, height=32, loras=(LoraWish("style", 0.5),)), "native")
     )
-    assert server.on_loop(job.result()).images[0].settings["loras"] == "style:0.5"
+    assert server.on_loop(job.result()).images[0].caption.settings["loras"] == "style:0.5"

@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 
 from sdkd.errors import InputError
 from sdkd.serve.api.webui_inpainting import inpainting
+from sdkd.serve.caption import Caption
 from sdkd.serve.errors import TooLargeError, status_of
 from sdkd.serve.jobs import Drawn, Timing
 from sdkd.serve.uploads import from_base64, from_upload, mask_of_transparency, read_images
@@ -112,7 +113,7 @@ def test_what_openais_mask_has_transparent_is_white():
 
 def drawn(size: tuple[int, int]) -> Drawn:
     pixels = Image.new("RGB", size, "lime").tobytes()
-    return Drawn(0, 1, *size, pixels, {}, Timing(0, 0, 0, 0, 0, 1))
+    return Drawn(0, 1, *size, pixels, Caption({}), Timing(0, 0, 0, 0, 0, 1))
 
 
 def test_a_masked_area_is_drawn_alone_and_put_back():
