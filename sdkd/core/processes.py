@@ -7,10 +7,14 @@ before a fork cannot be used after it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
+import socket
+import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -35,6 +39,10 @@ LIBRARIES = (
     "engines.pipelines.pipeline",
     "sdkd.models.resolve",
 )
+
+# How `multiprocessing.connection.Connection` sends a message: its length, of more than 2 GB after a sign for that.
+_LENGTH, _LONG, _LONG_LENGTH = struct.Struct("!i"), -1, struct.Struct("!Q")
+_BUFFER = 2**20  # bytes of a message that are taken before somebody asks for it
 
 
 def context(preload: Sequence[str]) -> ForkServerContext | SpawnContext:
@@ -86,6 +94,39 @@ def start_connected(
 def say(connection: Connection, what: object) -> None:
     """As `connection.send`, which makes a table of how to pickle sockets and locks for each message first."""
     connection.send_bytes(pickle.dumps(what))
+
+
+class Line:
+    """A connection to a process, on an event loop: nothing else waits while a message is on its way."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def of(cls, connection: Connection) -> Line:
+        """The line in the place of the connection, which is closed."""
+        with connection:
+            made = socket.socket(fileno=os.dup(connection.fileno()))
+        return cls(*await asyncio.open_unix_connection(sock=made, limit=_BUFFER))
+
+    def say(self, what: object) -> None:
+        """Send something; nobody hears it where the process has ended."""
+        data = pickle.dumps(what)
+        self._writer.write(_LENGTH.pack(len(data)) + data)
+
+    async def hear(self) -> Any:
+        """What the process sends next; EOFError where it has ended."""
+        try:
+            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            if length == _LONG:
+                (length,) = _LONG_LENGTH.unpack(await self._reader.readexactly(_LONG_LENGTH.size))
+            return pickle.loads(await self._reader.readexactly(length))  # noqa: S301 - of our own process
+        except ConnectionError as error:
+            raise EOFError from error
+
+    def close(self) -> None:
+        """Hang up."""
+        self._writer.close()
 
 
 def begin() -> None:

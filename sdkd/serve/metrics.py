@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -27,6 +29,13 @@ class Metrics:
         self.bytes = Gauge("sdkd_worker_bytes", "Memory of the process of a model", model, registry=registry)
         self.loads = Counter("sdkd_loads", "Times that a model was loaded", model, registry=registry)
         self.deaths = Counter("sdkd_worker_deaths", "Processes that died", model, registry=registry)
+
+    def drawn(self, model: str, images: int, calls: float, seconds: Sequence[float]) -> None:
+        """Images that were drawn in some calls, and how long each of the requests took that are done by them."""
+        self.images.labels(model).inc(images)
+        self.calls.labels(model).inc(calls)
+        for value in seconds:
+            self.seconds.labels(model).observe(value)
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""

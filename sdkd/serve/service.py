@@ -146,8 +146,13 @@ class Service:
 
     def _end(self, job: Job, outcome: Any, error: BaseException | None = None) -> None:
         if self._jobs.pop(job.id, None) is not None:
-            self.metrics.requests.labels(job.api, job.order.served.id, outcome).inc()
             job.end(outcome, error)
+            self._count(lambda: self.metrics.requests.labels(job.api, job.order.served.id, outcome).inc())
+
+    @staticmethod
+    def _count(counting: Callable[[], object]) -> None:
+        """Count something once those were answered who wait for it."""
+        asyncio.get_running_loop().call_soon(counting)
 
     def _count_waiting(self) -> None:
         """Say how many wait, and tell each request its place."""
@@ -191,13 +196,9 @@ class Service:
     async def _draw(self, lane: Lane, worker: Worker, items: list[Item]) -> None:
         """Draw a batch, and hand out its images; where the process dies, each of several is tried by itself."""
         lane.drawing, lane.used = items, time.monotonic()
-        for job in _jobs_of(items):
-            job.state = "running"
-            job.started = job.started or time.monotonic()
-            job.changed()
-        self._count_waiting()
         try:
             worker.draw(self._batch(items))
+            self._begun(items)
             while (said := await worker.news())[0] == "step":
                 self._progress(items, *said[2:])
             if said[0] == "drawn":
@@ -209,6 +210,13 @@ class Service:
         finally:
             lane.drawing, lane.used = [], time.monotonic()
             self._fleet.changed()
+
+    def _begun(self, items: Sequence[Item]) -> None:
+        for job in _jobs_of(items):
+            job.state = "running"
+            job.started = job.started or time.monotonic()
+            job.changed()
+        self._count_waiting()
 
     def _batch(self, items: Sequence[Item]) -> Batch:
         order = items[0].job.order
@@ -234,17 +242,16 @@ class Service:
             job.changed()
 
     async def _hand_out(self, lane: Lane, items: Sequence[Item], images: Sequence[Painted]) -> None:
-        served = lane.served.id
-        self.metrics.images.labels(served).inc(len(images))
-        self.metrics.calls.labels(served).inc(sum(1 / one.together for one in images))
         for one in images:
             item = items[one.place]
             if not item.job.over:
                 await self._deliver(item, _drawn(item, one))
-        for job in _jobs_of(items):
-            if len(job.drawn) == len(job.items):
-                self.metrics.seconds.labels(served).observe(time.monotonic() - job.asked)
-                self._end(job, "done")
+        done = [job for job in _jobs_of(items) if len(job.drawn) == len(job.items)]
+        for job in done:
+            self._end(job, "done")
+        calls = sum(1 / one.together for one in images)
+        seconds = [time.monotonic() - job.asked for job in done]
+        self._count(lambda: self.metrics.drawn(lane.served.id, len(images), calls, seconds))
 
     async def _deliver(self, item: Item, drawn: Drawn) -> None:
         """Keep an image where that was asked for, and give it to its request; that alone fails where it is not kept."""

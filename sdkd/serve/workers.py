@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import threading
 from typing import Any
 
 import psutil
@@ -32,24 +31,21 @@ class Worker:
         self.served = served
         self.number = 0
         self.alive = False
-        self._loop = asyncio.get_running_loop()
         self._said: asyncio.Queue[tuple[Any, ...] | None] = asyncio.Queue()
-        self._name = f"sdkd serve: {served.id}"
 
     async def open(self) -> None:
         """Start the process and wait until it has opened its model; raises what that failed with, or DiedError."""
-        await asyncio.to_thread(self._start)
+        arguments = self.served.source, self.served.target
+        self._process, connection = await asyncio.to_thread(
+            processes.start_connected, work, arguments, f"sdkd serve: {self.served.id}", PRELOAD, daemon=True
+        )
+        self._line = await processes.Line.of(connection)
         self.alive = True
-        self._reader = threading.Thread(target=self._read, daemon=True, name=self._name)
-        self._reader.start()
+        self._reading = asyncio.create_task(self._read())
         said = await self._next()
         if said[0] == "failed":
             await self.close()
             raise self._error(said[2])
-
-    def _start(self) -> None:
-        arguments = self.served.source, self.served.target
-        self._process, self._connection = processes.start_connected(work, arguments, self._name, PRELOAD, daemon=True)
 
     @property
     def pid(self) -> int | None:
@@ -67,21 +63,13 @@ class Worker:
             return 0
         return int(memory.rss - getattr(memory, "shared", 0))
 
-    def _read(self) -> None:
-        """In a thread: pass on what the process says, and at last that it ended."""
-        said: tuple[Any, ...] | None = ()
-        while said is not None:
-            try:
-                said = self._connection.recv()
-            except (EOFError, OSError):
-                said = None
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                self._loop.call_soon_threadsafe(self._heard, said)
-
-    def _heard(self, said: tuple[Any, ...] | None) -> None:
-        if said is None:
-            self.alive = False
-        self._said.put_nowait(said)
+    async def _read(self) -> None:
+        """Pass on what the process says, and at last that it ended."""
+        with contextlib.suppress(EOFError):
+            while True:
+                self._said.put_nowait(await self._line.hear())
+        self.alive = False
+        self._said.put_nowait(None)
 
     async def _next(self) -> tuple[Any, ...]:
         said = await self._said.get()
@@ -104,7 +92,7 @@ class Worker:
     def draw(self, batch: Batch) -> None:
         """Begin a batch; `news` tells of it."""
         self.number += 1
-        self._send(("draw", self.number, batch))
+        self._line.say(("draw", self.number, batch))
 
     async def news(self) -> tuple[Any, ...]:
         """What the process says next of the batch that it draws: `step`, `drawn` or `stopped` of sdkd.serve.worker.
@@ -119,20 +107,16 @@ class Worker:
 
     def stop_batch(self) -> None:
         """Have it leave its batch at the next step."""
-        self._send(("stop", self.number))
+        self._line.say(("stop", self.number))
 
     def watch(self) -> None:
         """Have it send previews of its batch from the next step on."""
-        self._send(("watch", self.number))
-
-    def _send(self, asked: tuple[Any, ...] | None) -> None:
-        with contextlib.suppress(OSError):  # it died: the reader says so
-            processes.say(self._connection, asked)
+        self._line.say(("watch", self.number))
 
     async def close(self) -> None:
         """End the process: by asking, then by signals."""
-        gone, ask = functools.partial(processes.gone, self._process), functools.partial(self._send, None)
-        await asyncio.to_thread(end, gone, (ask, self._process.terminate, self._process.kill))
-        await asyncio.to_thread(self._reader.join, GRACE_SECONDS)
-        self._connection.close()
-        self.alive = False
+        self._line.say(None)
+        gone = functools.partial(processes.gone, self._process)
+        await asyncio.to_thread(end, gone, (lambda: None, self._process.terminate, self._process.kill))
+        await self._reading
+        self._line.close()
