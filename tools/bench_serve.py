@@ -6,17 +6,19 @@
 A server as its command starts it, and clients in another process on the same machine, whose work counts against it.
 load: in rounds, the same requests of mixed prompts, sizes and seeds one after the other, and by --clients at once;
 every image is compared with what `sdkd generate` draws of the same seed. overhead: one client, in turn with the call of
-the pipeline in this process. memory: --images of few steps. faults: what goes wrong for one client while others ask.
-Writes benchmarks/<machine>/<result>.json and .md. Run it on a quiet machine.
+the pipeline in this process and in another one. memory: --images of few steps. faults: what goes wrong for one client
+while others ask. Writes benchmarks/<machine>/<result>.json and .md. Run it on a quiet machine.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from sdkd.core.console import markdown_table
 SIZES = ((64, 64), (128, 64), (64, 128))  # width, height
 WARM_UP = 5
 PAUSE_S = 0.2  # threads of engines go on looking for work for a while, and would take the other process's time
+OVERHEAD = ("pipeline_call", "process_alone", "request")
 FEW = 2  # steps where many images count, and not what they show
 
 
@@ -55,6 +58,7 @@ class Reference:
     def __init__(self, bundle: Path, target: str) -> None:
         from engines.generate.loading import load
 
+        self.bundle = bundle
         self.pipe, _ = load(str(bundle), target)
         self._drawn: dict[int, Any] = {}
 
@@ -117,30 +121,72 @@ def load(server: Server, reference: Reference, asked: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@contextlib.contextmanager
+def drawing_alone(bundle: Path, target: str) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """What draws with the server's own process of an engine set, asked without a server."""
+    from engines.generate.drawing import Picture, Settings
+    from sdkd.core import processes
+    from sdkd.models.generation import USUAL
+    from sdkd.models.resolve import resolve
+    from sdkd.serve.painter import Batch
+    from sdkd.serve.worker import work
+    from sdkd.serve.workers import PRELOAD
+
+    process, line = processes.start_connected(work, (resolve(str(bundle)), target), "alone", PRELOAD, daemon=True)
+
+    def draw(wanted: Mapping[str, Any]) -> object:
+        settings = Settings(wanted["height"], wanted["width"], wanted["steps"], USUAL.guidance_scale)
+        processes.say(line, ("draw", 1, Batch(settings, (Picture(wanted["prompt"], None, wanted["seed"]),), None, ())))
+        while (said := line.recv())[0] == "step":
+            pass
+        if said[0] != "drawn":
+            raise SystemExit(f"the process alone did not draw: {said}")
+        return said
+
+    if (said := line.recv())[0] != "opened":
+        raise SystemExit(f"the process alone did not begin: {said}")
+    try:
+        yield draw
+    finally:
+        processes.say(line, None)
+        process.join()
+
+
 def overhead(server: Server, reference: Reference, asked: Any) -> dict[str, Any]:
-    """One client against the call of the pipeline in this process, in turn, and what of a request is not drawing."""
+    """One client, in turn with the call of the pipeline in this process and in one like the server's without a server.
+
+    Two processes that draw the same differ in their times, by chance of where things lie in memory: that control says
+    how much of a difference is not the server's. What of a request is not drawing is told by its own stages.
+    """
     wanted = {"prompt": "a red circle", "seed": 1, "width": 64, "height": 64, "steps": 25}
-    samples: dict[str, list[float]] = {"pipeline_call": [], "request": [], "beside_drawing": []}
-    for turn in range(WARM_UP + asked.pairs):
-        found: dict[str, float] = {}
-        for name in ("pipeline_call", "request")[:: 1 if turn % 2 else -1]:
-            time.sleep(PAUSE_S)
-            start = time.perf_counter()
-            answer = reference.draw(wanted) if name == "pipeline_call" else server.ask(wanted)
-            found[name] = time.perf_counter() - start
-            if isinstance(answer, Answer):
-                timing = answer.body["images"][0]["timing"]
-                drawing = timing["text_s"] + timing["steps_s"] + timing["decode_s"]
-                found["beside_drawing"] = found[name] - drawing
-        if turn >= WARM_UP:
-            for name, value in found.items():
-                samples[name].append(value)
+    samples: dict[str, list[float]] = {name: [] for name in (*OVERHEAD, "beside_drawing")}
+    with drawing_alone(reference.bundle, asked.target) as alone:
+        orders = list(itertools.permutations(OVERHEAD))
+        ways = dict(zip(OVERHEAD, (reference.draw, alone, server.ask), strict=True))
+        for turn in range(WARM_UP + asked.pairs):
+            found: dict[str, float] = {}
+            for name in orders[turn % len(orders)]:
+                time.sleep(PAUSE_S)
+                start = time.perf_counter()
+                answer = ways[name](wanted)
+                found[name] = time.perf_counter() - start
+                if isinstance(answer, Answer):
+                    timing = answer.body["images"][0]["timing"]
+                    drawing = timing["text_s"] + timing["steps_s"] + timing["decode_s"]
+                    found["beside_drawing"] = found[name] - drawing
+            if turn >= WARM_UP:
+                for name, value in found.items():
+                    samples[name].append(value)
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    pairs = ([[one] for one in samples[name]] for name in ("request", "pipeline_call"))
+    call, process, request = ([[one] for one in samples[name]] for name in OVERHEAD)
     return {
-        "medians_s": medians, "longer": faster(*pairs),
-        "share": medians["beside_drawing"] / medians["request"], "samples_s": samples,
-    }  # fmt: skip
+        "medians_s": medians,
+        "request_to_call": faster(request, call),
+        "request_to_process": faster(request, process),
+        "process_to_call": faster(process, call),
+        "share": medians["beside_drawing"] / medians["request"],
+        "samples_s": samples,
+    }
 
 
 def memory(server: Server, reference: Reference, asked: Any) -> dict[str, Any]:
@@ -320,14 +366,19 @@ def _like(found: Mapping[str, Any]) -> tuple[str, str]:
 
 def overhead_lines(found: Mapping[str, Any]) -> list[str]:
     """Overhead in words."""
-    call, request, beside = (1000 * value for value in found["medians_s"].values())
-    pairs = len(found["samples_s"]["request"])
+    *medians, beside = (1000 * value for value in found["medians_s"].values())
+    ratios = ("–", "–"), (found["process_to_call"], "–"), (found["request_to_call"], found["request_to_process"])
+    cells = [[one if isinstance(one, str) else ratio_cell(one) for one in row] for row in ratios]
+    names = "the pipeline's call in the client's process", "a process like the server's, without a server", "a request"
+    rows = [[name, f"{ms:.1f}", *row] for name, ms, row in zip(names, medians, cells, strict=True)]
     return [
-        "## Overhead, one client", "",
-        f"The call of the pipeline: {call:.1f} ms; a request: {request:.1f} ms, {ratio_cell(found['longer'])} as long "
-        f"(medians of {pairs} pairs). Of a request, {beside:.1f} ms ({found['share']:.1%}) is not drawing: HTTP, "
-        "queue, the way to the process that draws, PNG.",
-    ]  # fmt: skip
+        "## Overhead, one client",
+        "",
+        f"Of a request, {beside:.1f} ms ({found['share']:.1%}) is not drawing: HTTP, queue, the way to the process, "
+        f"PNG. Medians of {len(found['samples_s']['request'])} in turn:",
+        "",
+        *markdown_table(("what", "ms", "as long as the call (95 %)", "as that process"), rows),
+    ]
 
 
 def memory_lines(found: Mapping[str, Any]) -> list[str]:
