@@ -194,7 +194,7 @@ class Service:
         return taken
 
     async def _draw(self, lane: Lane, worker: Worker, items: list[Item]) -> None:
-        """Draw a batch, and hand out its images; where the process dies, each of several is tried by itself."""
+        """Draw a batch, and hand out its images; where that fails, `_failed` says what becomes of each."""
         lane.drawing, lane.used = items, time.monotonic()
         try:
             worker.draw(self._batch(items))
@@ -267,12 +267,15 @@ class Service:
         job.changed()
 
     def _failed(self, lane: Lane, items: list[Item], error: Exception) -> None:
-        """Fail the image of a call; of a call of several, draw each again by itself: it is known whose fault it was."""
-        if len(items) == 1:
+        """Draw each image of a call again by itself; fail the one that failed alone, so whose fault it was is known.
+
+        A process may have been killed for no fault of the image, so that one which died of it alone is tried again.
+        """
+        if items[0].alone or (len(items) == 1 and not isinstance(error, DiedError)):
             self._fail(items, error)
             return
         wanted = [item for item in items if not item.job.over]
-        log.warning("%s; %d images of one call are drawn again, each by itself", error, len(wanted))
+        log.warning("%s; images of its call, drawn again, each by itself: %d", error, len(wanted))
         for item in reversed(wanted):
             item.alone, item.step = True, 0
             lane.waiting.appendleft(item)

@@ -240,14 +240,22 @@ def test_cancel_by_name(server: Running) -> None:
 
 
 def test_a_killed_process_is_replaced(server: Running) -> None:
-    """One request of one image dies with its process; what waits is drawn by the next process."""
+    """An image that was drawn alone is drawn again by the next process; that which dies of it twice has failed."""
     ask(server)
     first, second = one_runs_one_waits(server, 2)
+    killed = server.service.process_of("small")
+    os.kill(killed, signal.SIGKILL)
+
+    async def drawn_again() -> None:
+        while server.service.process_of("small") in (None, killed) or not first.step:
+            await asyncio.sleep(0.01)
+
+    server.on_loop(drawn_again())
     os.kill(server.service.process_of("small"), signal.SIGKILL)
     with pytest.raises(Exception, match="'small' was ended by SIGKILL: most likely the memory ran out"):
         server.on_loop(first.result())
     assert len(server.on_loop(second.result()).images) == 1
-    assert 'sdkd_worker_deaths_total{model="small"} 1.0' in server.service.metrics.text().decode()
+    assert 'sdkd_worker_deaths_total{model="small"} 2.0' in server.service.metrics.text().decode()
 
 
 def test_of_a_killed_call_of_two_both_are_drawn_again(server: Running) -> None:
