@@ -68,6 +68,7 @@ class Worker:
         with contextlib.suppress(EOFError):
             while True:
                 self._said.put_nowait(await self._line.hear())
+        self._line.close()
         self.alive = False
         self._said.put_nowait(None)
 
@@ -117,6 +118,6 @@ class Worker:
         """End the process: by asking, then by signals."""
         self._line.say(None)
         gone = functools.partial(processes.gone, self._process)
-        await asyncio.to_thread(end, gone, (lambda: None, self._process.terminate, self._process.kill))
+        signals = self._process.terminate, self._process.kill
+        await asyncio.to_thread(end, gone, (lambda: None, *signals))  # it was asked: wait for that first
         await self._reading
-        self._line.close()
