@@ -121,7 +121,7 @@ class Line:
             if length == _LONG:
                 (length,) = _LONG_LENGTH.unpack(await self._reader.readexactly(_LONG_LENGTH.size))
             return pickle.loads(await self._reader.readexactly(length))  # noqa: S301 - of our own process
-        except ConnectionError as error:
+        except OSError as error:
             raise EOFError from error
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ class Caption:
 
     def prepare(self) -> None:
         """Make what a PNG needs, so that it waits for pixels alone."""
-        assert self.png
+        _ = self.png
 
     @cached_property
     def parameters(self) -> str:
@@ -42,7 +42,7 @@ class Caption:
         info.add_text(PARAMETERS, self.parameters)
         return info
 
-    @property
+    @cached_property
     def exif(self) -> Exif:
         """A1111's text as a user comment; empty where prompts are so long that a JPEG has no room for them."""
         from PIL import Image
