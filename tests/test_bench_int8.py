@@ -31,6 +31,7 @@ def test_the_pages_show_calls_builds_profiles_and_what_failed() -> None:
         {"what": "call", "model": "demo", "way": "openvino", "seconds": 0.0629, "faster": None},
         {"what": "call", "model": "demo", "way": "openvino-int8", "seconds": 0.0406, "faster": [1.55, 1.5, 1.6]},
     ]
+    calls[1]["than_half"] = [1.4, 1.3, 1.5]
     operators = [{"operator": "QLinearConv", "seconds": 0.01434, "nodes": 82}]
     profile = {"what": "profile", "model": "demo", "way": "onnxruntime-int8", "operators": operators}
     found = {
@@ -41,8 +42,8 @@ def test_the_pages_show_calls_builds_profiles_and_what_failed() -> None:
         "errors": {"demo tensorrt-rtx-fp8": "BuildError: no"},
     }
     lines = bench_int8.page(found)
-    assert "| demo | openvino | 0.063 | – |" in lines
-    assert "| demo | openvino-int8 | 0.041 | 1.55x (1.50 to 1.60) |" in lines
+    assert "| demo | openvino | 0.063 | – | – |" in lines
+    assert "| demo | openvino-int8 | 0.041 | 1.55x (1.50 to 1.60) | 1.40x (1.30 to 1.50) |" in lines
     assert "| demo | openvino-int8 | 57.6 | 14 | 242 | 40 | 0.005 |" in lines
     assert "| QLinearConv | 82 | 0.0143 |" in lines
     assert "- demo tensorrt-rtx-fp8: BuildError: no" in lines

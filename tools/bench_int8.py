@@ -48,6 +48,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 BATCH, TOKENS, TIMESTEP = 2, 77, 500.0
 WARM_UP, PROFILED = 2, 3  # calls
 OPERATORS = 8  # shown of a profile
+FASTER = {"faster": "faster than its target's first", "than_half": "than its bf16"}
 
 
 def precisions(target: str) -> list[str]:
@@ -175,12 +176,13 @@ def measure(record: Record, model: str, target: str, rounds: int, images: int, s
             start = time.perf_counter()
             opened[name].run(feeds)
             samples[name].append([time.perf_counter() - start])
-    first = samples[next(iter(samples))]
+    first, half = samples[next(iter(samples))], samples.get("bf16")
     for name, found in samples.items():
         record.row(
             what="call", model=model, way=slots[name], precision=name, batch=BATCH,
             seconds=statistics.median(one for (one,) in found),
-            faster=None if found is first else faster(first, found), samples=found,
+            faster=None if found is first else faster(first, found),
+            than_half=faster(half, found) if half and name == "int8" else None, samples=found,
         )  # fmt: skip
     if target == "onnxruntime":
         for name, session in opened.items():
@@ -193,7 +195,10 @@ def page(found: Mapping[str, Any]) -> list[str]:
     kinds: dict[str, list[Any]] = defaultdict(list)
     for row in found["rows"]:
         kinds[row["what"]].append(row)
-    calls = [[row["model"], row["way"], f"{row['seconds']:.3f}", ratio_cell(row["faster"])] for row in kinds["call"]]
+    calls = [
+        [row["model"], row["way"], f"{row['seconds']:.3f}", *(ratio_cell(row.get(than)) for than in FASTER)]
+        for row in kinds["call"]
+    ]
     lines = [
         "# Engines of eight bits",
         "",
@@ -201,7 +206,7 @@ def page(found: Mapping[str, Any]) -> list[str]:
         "",
         f"One UNet call, batch {BATCH}, at the model's own size; random weights unless it is the demo.",
         "",
-        *markdown_table(("model", "on", "a call, s", "faster than its target's first"), calls, left=2),
+        *markdown_table(("model", "on", "a call, s", *FASTER.values()), calls, left=2),
         "",
         "Medians; ratios with a 95 % bootstrap interval over paired rounds.",
         "",
