@@ -25,6 +25,7 @@ from export.graph.to_onnx import OnnxGraph, choose_opset, forget_weights, save, 
 from export.source import Source
 from sdkd.bundle.manifest import Bundle, ComponentRecord, FileRecord
 from sdkd.bundle.onnx_weights import TRANSFORMS_FILE
+from sdkd.bundle.program import PROGRAM_FILE
 from sdkd.core.components import COMPONENTS, CONFIG_FOLDERS, TEXT_ENCODERS, UNETS
 from sdkd.core.conditions import Extras
 from sdkd.core.console import Progress
@@ -35,6 +36,7 @@ from sdkd.errors import BundleError, InputError
 from sdkd.models.exportable import module_config
 from sdkd.models.ip_adapter import prompt_details
 from sdkd.models.ip_adapter_file import IpAdapter
+from sdkd.targets import native_code
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,10 @@ def export_component(
     config, prompted = module_config(ready.module), prompt_details(ready.module)
     parameters = sum(tensor.numel() for tensor in component_state(name, ready.module).values())
     progress("exporting to ONNX", 0.3)
+    (folder / name).mkdir(exist_ok=True)
+    program = folder / name / PROGRAM_FILE
     with kept_float(ready.module, ready.islands, torch_dtype(options.precision)):
-        graph = to_onnx(ready.module, ready.contract, config, opset)
+        graph = to_onnx(ready.module, ready.contract, config, opset, program)
     contract, references, islands = ready.contract, ready.references, ready.islands
     if in_place:
         source.release(name)
@@ -159,6 +163,8 @@ def export_component(
     progress("comparing with PyTorch" if options.verify else "not compared with PyTorch", 0.8)
     parity = check_graph(files[0], contract, references, options.precision) if options.verify else None
     end = time.perf_counter()
+    kept = FileRecord.of(folder, program)
+    native_code.note([kept.sha256])
     details |= {"export_seconds": round(exported - start, 2), "parity_seconds": round(end - exported, 2)}
     return ComponentRecord(
         name=name,
@@ -171,6 +177,7 @@ def export_component(
         seconds=round(end - start, 2),
         parity=parity,
         details=details,
+        program=kept,
     )
 
 
@@ -188,7 +195,8 @@ def reusable(
             record = bundle.component(name)
             asked = (source.digest(name), options.precision, opset, dict(versions), _on(wanted))
             made = (record.source_sha256, record.precision, record.opset, dict(bundle.manifest.versions))
-            if asked == (*made, _on(record.details.get("options", {}))) and (record.parity or not options.verify):
+            checked = record.parity or not options.verify
+            if asked == (*made, _on(record.details.get("options", {}))) and checked and record.program:
                 bundle.verify_files(record)
                 return bundle, record
     return None

@@ -26,10 +26,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure() -> None:
-    """Make the folder for shared work before any process of the run starts."""
+    """Make the folder for shared work, and the user's caches in it, before any process of the run starts."""
     from made_once import shared_root
 
-    shared_root()
+    os.environ["XDG_CACHE_HOME"] = str(shared_root() / "caches")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at markers

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
-from sdkd.core.files import read_json
+from sdkd.bundle.onnx_weights import read_weights
+from sdkd.bundle.program import weight_names as graph_weights
 from sdkd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class EngineWeights:
 
 def weight_names(session: Session) -> set[str]:
     """The weights that a session's graph has, by state-dict name."""
-    return set(read_json(session.checked.graph.with_name(TRANSFORMS_FILE), dict[str, str]))
+    return graph_weights(session.checked.graph)
 
 
 def check_state(session: Session, state: Mapping[str, torch.Tensor]) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.onnx_weights import SAME, TRANSPOSE
+from sdkd.bundle.program import PREFIX
 
 if TYPE_CHECKING:
     import torch
 
-PREFIX = "module."  # of a component's parameters inside its graph module
 _STATE, _TRANSFORM = "sdkd.state", "sdkd.transform"  # notes on initializers while the graph is being made
 
 

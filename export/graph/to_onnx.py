@@ -21,6 +21,7 @@ from export.graph.initializers import fold_transposes, merge_constants, name_ini
 from export.graph.precision import float_nodes, float_softmax
 from export.graph.quick_program import QuickProgram, is_functional, without_repeats
 from export.graph.twins import trace
+from sdkd.bundle.program import save_program
 from sdkd.core.collection import paused_gc
 from sdkd.core.components import COMPONENTS
 from sdkd.core.contract import Contract
@@ -78,11 +79,18 @@ def _is_old(target: str) -> bool:
     return not hasattr(importlib.import_module(found.module), "IAttention")
 
 
-def to_onnx(module: nn.Module, contract: Contract, config: Mapping[str, Any], opset: int | None = None) -> OnnxGraph:
+def to_onnx(
+    module: nn.Module,
+    contract: Contract,
+    config: Mapping[str, Any],
+    opset: int | None = None,
+    program_file: Path | None = None,
+) -> OnnxGraph:
     """Export a component's module (already in the contract's precision) with dynamic axes.
 
-    Axes that the exporter made static are left so: the parity gate names them. Raises ExportError with the component's
-    name and the first line of the cause.
+    `program_file`: where the traced program is kept, too, without its weights (`sdkd.bundle.program`). Axes that the
+    exporter made static are left so: the parity gate names them. Raises ExportError with the component's name and the
+    first line of the cause.
     """
     component, version = contract.component, choose_opset(contract.component, opset)
     # A vocabulary smaller than the example's ids would fail inside torch with an index error.
@@ -92,6 +100,8 @@ def to_onnx(module: nn.Module, contract: Contract, config: Mapping[str, Any], op
         # The collector would look again and again at the millions of symbols that a trace makes, and find little.
         with silence(), paused_gc(), torch.no_grad():
             program = trace(graph_module(contract, module), inputs, dynamic_shapes(contract, config))
+            if program_file is not None:
+                save_program(program, program_file)  # as it was traced: its translation changes it
             model = _translate(program, contract, version)
     except Exception as error:
         raise ExportError(

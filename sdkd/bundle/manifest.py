@@ -80,6 +80,7 @@ class ComponentRecord:
     seconds: float
     parity: Mapping[str, Any] | None = None  # None: exported with --no-verify
     details: Mapping[str, Any] = field(default_factory=dict)
+    program: FileRecord | None = None  # what the graph was made of (`sdkd.bundle.program`); None in bundles of before
 
     @property
     def onnx_sha256(self) -> str:
@@ -203,7 +204,8 @@ class Bundle:
         """A fresh bundle with the hashes of all files that belong to no graph: configs, scheduler, tokenizer; without
         a calibration, which may be recorded again.
         """
-        known = {file.path for record in self.manifest.components.values() for file in record.files}
+        components = self.manifest.components.values()
+        known = {file.path for record in components for file in (*record.files, record.program) if file}
         known |= {MANIFEST, CALIBRATION_FILE}
         there = (FileRecord.of(self.path, file) for file in sorted(self.path.rglob("*")) if file.is_file())
         return replace(self, manifest=replace(self.manifest, files=tuple(f for f in there if f.path not in known)))

@@ -31,7 +31,8 @@ def check_places(root: Path, manifest: Mapping[str, Any]) -> None:
     names += [row.get(key, "") for row in engines.values() for key in ("component", "target", "slot")]
     strange = [name for name in names if not name or name in (".", "..") or set(name) & set("/\\\0:")]
     rows = [*components.values(), *engines.values(), {"files": manifest.get("files") or ()}]
-    outside = [file["path"] for row in rows for file in row["files"] if _leaves(root, file["path"])]
+    files = [file for row in rows for file in (*row["files"], row.get("program")) if file]
+    outside = [file["path"] for file in files if _leaves(root, file["path"])]
     if strange or outside:
         raise BundleError(
             f"bundle.json of {str(root)!r} names {(strange + outside)[0]!r}, which does not stay inside the "

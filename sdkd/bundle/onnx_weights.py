@@ -27,11 +27,12 @@ def read_weights(onnx_file: Path, names: Iterable[str]) -> dict[str, np.ndarray]
     Raises BundleError when the graph lacks one of the names.
     """
     wanted = list(names)
-    transforms, arrays = _transforms(onnx_file, wanted), exported_weights(onnx_file, wanted)
+    transforms, arrays = transforms_of(onnx_file, wanted), exported_weights(onnx_file, wanted)
     return {name: arrays[name].T if transforms[name] == TRANSPOSE else arrays[name] for name in wanted}
 
 
-def _transforms(onnx_file: Path, wanted: Iterable[str]) -> dict[str, str]:
+def transforms_of(onnx_file: Path, wanted: Iterable[str]) -> dict[str, str]:
+    """How a graph stores its weights, by state-dict name; BundleError when it lacks one of the wanted."""
     transforms: dict[str, str] = read_json(onnx_file.parent / TRANSFORMS_FILE, dict[str, str])
     names = list(wanted)
     if missing := [name for name in names if name not in transforms]:
@@ -51,7 +52,7 @@ def stored_weights(onnx_file: Path, weights: Mapping[str, np.ndarray]) -> dict[s
     import numpy as np
     import onnx
 
-    transforms = _transforms(onnx_file, weights)
+    transforms = transforms_of(onnx_file, weights)
     tensors = {tensor.name: tensor for tensor in onnx.load(onnx_file, load_external_data=False).graph.initializer}
     found = {}
     for name, value in weights.items():

@@ -47,11 +47,11 @@ def _within(folders: str, files: str) -> tuple[str, ...]:
 
 _SIDE = "scheduler tokenizer tokenizer_2 feature_extractor"
 _TEXT = _within(_SIDE, "*.json *.txt *.model")
-_ENGINES = "*.engine *.blob *.xml *.bin *.onnx *.onnx.data *.cache *.json"
+_ENGINES = "*.engine *.blob *.xml *.bin *.onnx *.onnx.data *.cache *.json *.pt2 *.constants.safetensors"
 _BUNDLE = (
     *("bundle.json", "model_index.json"),
     *_TEXT,
-    *_within(" ".join(COMPONENTS), "*.json *.onnx *.onnx.data *.onnx_data"),
+    *_within(" ".join(COMPONENTS), "*.json *.onnx *.onnx.data *.onnx_data *.pt2"),
     *_within("engines swapped", _ENGINES),
     *_within("calibration", "*.safetensors"),
     *_within("swapped/*", "*.txt *.model"),
