@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -110,15 +111,26 @@ class EngineSession(Session):
     ) -> dict[str, torch.Tensor]:
         origin = next(iter(feeds.values())).device
         ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
+        with self._lock:
+            self._check_open()  # another thread may have closed it meanwhile
+            outputs = self._outputs(ready, sizes, profile)
+        return {name: tensor.to(origin) for name, tensor in outputs.items()}
+
+    def _outputs(
+        self, feeds: dict[str, torch.Tensor], sizes: Mapping[str, int], profile: int
+    ) -> dict[str, torch.Tensor]:
+        """The engine's outputs, in fresh tensors that `_execute` fills; a library may have its own."""
+        outputs = self._empty_outputs(sizes)
+        self._execute(feeds, outputs, profile)
+        return outputs
+
+    def _empty_outputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Tensors of the outputs' shapes for these sizes of the inputs' axes."""
         every = output_sizes(self.contract, sizes, self.checked.scale)
-        outputs = {
+        return {
             spec.name: torch.empty(spec.shape(every), dtype=spec.torch_dtype, device=self.device)
             for spec in self.contract.outputs
         }
-        with self._lock:
-            self._check_open()  # another thread may have closed it meanwhile
-            self._execute(ready, outputs, profile)
-        return {name: tensor.to(origin) for name, tensor in outputs.items()}
 
     def _check_open(self) -> None:
         if not self._open:
@@ -155,16 +167,21 @@ class EngineSession(Session):
         cannot change its weights.
         """
         self._check_open()
-        file = self.checked.graph
-        stored = stored_weights(file, state_arrays(weights))
-        words = f"{self.checked.label}, given other weights,"
-        with self._lock, raises_out_of_memory(words, OOM_ON_LOAD_HINT, on_gpu=self.device.type == "cuda"):
-            self._check_open()
-            self._swap(file, stored)
+        with self._giving_weights():
+            file = self.checked.graph
+            stored = stored_weights(file, state_arrays(weights))
+            with self._lock:
+                self._check_open()
+                self._swap(file, stored)
 
-    @abstractmethod
+    def _giving_weights(self) -> AbstractContextManager[None]:
+        """OutOfMemoryError in the words of a change of weights."""
+        words = f"{self.checked.label}, given other weights,"
+        return raises_out_of_memory(words, OOM_ON_LOAD_HINT, on_gpu=self.device.type == "cuda")
+
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
         """Run with these weights, by their names in the graph, all others as exported; as before when that fails."""
+        raise EngineError(f"{self.checked.label} cannot change its weights")
 
     def rebuilt(self, stored: Mapping[str, np.ndarray]) -> Checked:
         """The engine built again from these weights, as the graph stores them, and checked; itself when none.

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
+from engines.sessions.cuda_graphs import Shapes
+from engines.sessions.graphed import Call
 from sdkd.errors import EngineError
 from sdkd.targets.tensorrt_api import IExecutionContext
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Smallest and largest shape of each input in one optimization profile."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One run of an engine: contiguous tensors on its device, and the optimization profile for their shapes."""
-
-    feeds: Mapping[str, torch.Tensor]
-    outputs: Mapping[str, torch.Tensor]
-    profile: int
-    shapes: Shapes
 
 
 class BoundContext:

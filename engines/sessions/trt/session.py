@@ -14,18 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engines.sessions.base import EngineSession
 from engines.sessions.checks import Checked, check_names
-from engines.sessions.trt.context import BoundContext, Call, failure
-from engines.sessions.trt.cuda_graphs import (
-    STREAMS,
-    Buffers,
-    GraphCache,
-    ShapeGraph,
-    graph_key,
-    own_stream,
-    synchronize,
-)
+from engines.sessions.cuda_graphs import Buffers, ShapeGraph, graph_key, synchronize
+from engines.sessions.graphed import Call, GraphedSession
+from engines.sessions.trt.context import BoundContext, failure
 from engines.sessions.trt.opening import (
     HalfRefitError,
     RuntimeCache,
@@ -46,7 +38,7 @@ DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64"
 ALIGNMENT = 256  # bytes, of every address given to TensorRT
 
 
-class TensorRTSession(EngineSession):
+class TensorRTSession(GraphedSession):
     """One engine and one execution context on torch's current CUDA device.
 
     Work is queued on torch's current stream, or on a side stream tied to it by events when that is the default
@@ -54,7 +46,7 @@ class TensorRTSession(EngineSession):
     one call, sized for the call's shapes, so that all engines of a process share it.
 
     `cuda_graphs`: False for none; by default, shapes that come again run through a CUDA graph
-    (`engines.sessions.trt.cuda_graphs`), and keep their buffers and activation memory. Where that fails, calls run as
+    (`engines.sessions.cuda_graphs`), and keep their buffers and activation memory. Where that fails, calls run as
     without, and the log says why.
     """
 
@@ -64,18 +56,11 @@ class TensorRTSession(EngineSession):
         self._log = recorder(checked.record.target)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._native = captures_by_itself(self._trt)
-        own = own_stream(self.device)
-        self._side = own or torch.cuda.Stream(self.device, priority=-1)
-        self._done = torch.cuda.Event()
         self._swapped: Mapping[str, np.ndarray] = {}  # by a refit
-        self._graphs: GraphCache[ShapeGraph] = GraphCache(ShapeGraph.close)
         self._workspace: torch.Tensor | None = None  # activation memory that the graphs share
         with torch.cuda.device(self.device):
             self._open_engine(checked)
-        if cuda_graphs is False:
-            self._graphs.off = "cuda_graphs=False"
-        elif own is None:
-            self._graphs.disable(self.checked.label, f"{STREAMS} other engines have the streams to capture on")
+            self._start_graphs(cuda_graphs)
 
     # Opening
 
@@ -187,45 +172,13 @@ class TensorRTSession(EngineSession):
         """Activation memory from torch's allocator."""
         return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
 
-    # Running through graphs: always on the session's own stream, so that nothing else is captured
-
-    def _run_graph(self, call: Call, current: torch.cuda.Stream) -> bool:
-        """Run through the shape's graph, which its second call makes; False where the call is to run plainly."""
-        key = graph_key(call.profile, call.shapes)
-        graph = self._graphs.find(key)
-        if graph is None and not self._graphs.due(key):
-            return False
-        self._side.wait_event(self._done)  # one run at a time: the graphs share activation memory
-        if graph is None:
-            return self._start_graph(call, current)
-        self._side.wait_stream(current)
-        try:
-            graph.run(call.feeds, call.outputs, self._side)
-        finally:
-            self._done.record(self._side)
-            current.wait_stream(self._side)
-        return True
+    # Running through graphs
 
     def _start_graph(self, call: Call, current: torch.cuda.Stream) -> bool:
-        """Run on static buffers, then capture: TensorRT wants one run of a shape first. False when it did not run."""
-        ran = False
         try:
-            graph = self._make_graph(call)
-            self._side.wait_stream(current)  # inputs and static buffers come from the current stream
-            graph.run(call.feeds, call.outputs, self._side)
-            ran = True
-            if not self._native:  # TensorRT-RTX captures by itself, once its kernels for the shape are compiled
-                graph.capture(self._side)
-            self._graphs.put(graph_key(call.profile, call.shapes), graph)
-        except (EngineError, RuntimeError) as error:  # no memory, an operation that cannot be captured
-            self._side.synchronize()  # what is freed now may be in use
-            self._graphs.disable(self.checked.label, (str(error).splitlines() or [repr(error)])[0])
-            self._workspace = None
+            return super()._start_graph(call, current)
         finally:
-            self._done.record(self._side)
-            current.wait_stream(self._side)
-        self._kernels.save()
-        return ran
+            self._kernels.save()
 
     def _make_graph(self, call: Call) -> ShapeGraph:
         """A context, buffers and activation memory for one shape, bound to one another once and for all."""
@@ -247,7 +200,7 @@ class TensorRTSession(EngineSession):
             raise EngineError(f"{needed >> 20} MiB of activation memory would be kept, and {free >> 20} MiB are free")
 
     def _drop_graphs(self) -> None:
-        self._graphs.clear()
+        super()._drop_graphs()
         self._workspace = None
 
     def _release(self) -> None:

@@ -15,8 +15,8 @@ import torch
 from engine_bundles import graph_unet, unet_feeds
 
 from engines.sessions.checks import Checked, Profiles, check_engine
+from engines.sessions.cuda_graphs import CAPACITY
 from engines.sessions.trt import session as session_tensorrt
-from engines.sessions.trt.cuda_graphs import CAPACITY
 from engines.sessions.trt.session import DATA_TYPES, TensorRTSession
 from sdkd.core.profiles import Range
 from sdkd.errors import OutOfMemoryError

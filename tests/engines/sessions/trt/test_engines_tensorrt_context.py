@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engines.sessions.out_of_memory import CAPTURING
-from engines.sessions.trt.context import BoundContext, Call, failure
-from engines.sessions.trt.cuda_graphs import (
+from engines.sessions.cuda_graphs import (
     CAPACITY,
     REMEMBERED,
     STREAMS,
@@ -23,6 +21,8 @@ from engines.sessions.trt.cuda_graphs import (
     graph_key,
     own_stream,
 )
+from engines.sessions.out_of_memory import CAPTURING
+from engines.sessions.trt.context import BoundContext, Call, failure
 from engines.sessions.trt.opening import HalfRefitError, RuntimeCache, captures_by_itself, configure_graphs, refit
 from sdkd.errors import EngineError
 from sdkd.targets.gpu_trial import reasons

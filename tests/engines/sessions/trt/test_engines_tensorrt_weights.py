@@ -50,7 +50,7 @@ def checked(engine_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(session_tensorrt, "captures_by_itself", lambda _: False)
     monkeypatch.setattr(session_tensorrt, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(session_tensorrt, "own_stream", lambda _: None)
+    monkeypatch.setattr("engines.sessions.graphed.own_stream", lambda _: None)
     for name, stand in (("current_device", lambda: 0), ("Stream", lambda *_, **__: None), ("Event", lambda: None)):
         monkeypatch.setattr(torch.cuda, name, stand)
     return check_engine(Bundle.open(shutil.copytree(engine_bundle, tmp_path / "bundle")), "onnxruntime", "unet")

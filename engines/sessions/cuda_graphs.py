@@ -19,7 +19,6 @@ from typing import Generic, TypeVar
 import torch
 
 from engines.sessions.out_of_memory import CAPTURING
-from engines.sessions.trt.context import Shapes
 from sdkd.core.collection import paused_gc
 
 log = logging.getLogger(__name__)
@@ -31,6 +30,8 @@ STREAMS = 32  # that torch has of each priority, and hands out round-robin
 _taken: set[tuple[torch.device, int]] = set()
 _taking = threading.Lock()
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shape of every input of a call."""
 Key = tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]
 Entry = TypeVar("Entry")
 
