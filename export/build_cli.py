@@ -34,7 +34,9 @@ COLUMNS = ("component", "precision", "MB", "seconds", "relative error", "state")
 
 def build_engine(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_BUNDLE", help="A bundle, or a model to export first.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="onnxruntime, openvino, tensorrt or tensorrt-rtx.")],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="onnxruntime, openvino, inductor, tensorrt or tensorrt-rtx.")
+    ],
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8; default: the bundle's.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="Pixels: 512, 512..768 or 512x768 (height x width).")] = None,
     size_opt: Annotated[str | None, typer.Option(help="The size of the range to be fastest at: 768.")] = None,

@@ -195,6 +195,8 @@ def export_reasons(
         reasons.append(f"a model to run with {run or 'any settings'}, not {wanted}")
     if step_caching and CACHED_UNET not in records:
         reasons.append("no graphs for step caching")
+    if plan.target.without_weights and any(record.program is None for record in records.values()):
+        reasons.append("no traced programs beside its graphs")
     for name, record in records.items():  # an older TensorRT does not parse the attention of newer opsets
         if record.opset > (latest := choose_opset(name, None, plan.target.name)):
             reasons.append(f"{name} in opset {record.opset}, later than {latest}")

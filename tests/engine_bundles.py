@@ -14,6 +14,7 @@ from graph_bundles import graph_bundle
 from made_once import made_once
 from onnx import TensorProto, helper
 from small_exports import bundle_copy, variant_bundle
+from traced_programs import with_program
 
 from export import build_engine
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord, FileRecord, Manifest
@@ -24,14 +25,15 @@ from sdkd.targets.registry import built_environment
 
 CONTEXT = 32
 TARGETS = ("onnxruntime", "openvino")
+EVERY = (*TARGETS, "inductor")  # every one that runs on a CPU; the last takes a minute for a whole pipeline
 RANGES = ShapeRanges(Range(1, 1, 2), Range(32, 32, 64), Range(32, 32, 64), Range.fixed(77))
 
 
 def graph_unet(
-    folder: Path, precision: Precision = "fp32", targets: Sequence[str] = TARGETS, ranges: ShapeRanges = RANGES
+    folder: Path, precision: Precision = "fp32", targets: Sequence[str] = EVERY, ranges: ShapeRanges = RANGES
 ) -> Bundle:
     """A hand-written UNet of two levels, 2 pixels per latent, and its engines; no other engine."""
-    bundle = graph_bundle(folder, precision, ("unet", "vae_decoder", "text_encoder"))
+    bundle = with_program(graph_bundle(folder, precision, ("unet", "vae_decoder", "text_encoder")))
     for target in targets:
         bundle = build_engine(bundle, target, precision=precision, ranges=ranges, components=("unet",))
     return bundle
@@ -87,12 +89,23 @@ def identity_unet(folder: Path, precision: Precision, target: str) -> Bundle:
     return result
 
 
-def pipeline_bundle(folder: Path, targets: Sequence[str] = TARGETS) -> Path:
+def pipeline_bundle(folder: Path, targets: Sequence[str] = EVERY) -> Path:
     """The small pipeline as the exporter writes it, with engines for every CPU target: 32 to 64 px, up to 2 images."""
     bundle = bundle_copy(folder)
     for target in targets:
         bundle = build_engine(bundle, target, ranges=RANGES)
     return bundle.path
+
+
+def without_slot(source: Path, folder: Path, slot: str) -> Bundle:
+    """A copy of a bundle without the engines of a slot."""
+    shutil.copytree(source, folder)
+    shutil.rmtree(folder / "engines" / slot)
+    bundle = Bundle.open(folder)
+    kept = {name: record for name, record in bundle.manifest.engines.items() if record.slot != slot}
+    changed = replace(bundle, manifest=replace(bundle.manifest, engines=kept))
+    changed.save()
+    return changed
 
 
 def variant_engines(name: str, targets: Sequence[str] = TARGETS) -> Path:

@@ -291,4 +291,4 @@ def test_what_a_gpu_has_measured_leaves_that_list(tmp_path: Path) -> None:
     assert "| 2026-01-02 | UNet step of tiny on its best target, over eager | at least 2.5x | 3.00x |" in text
     assert "Measured on: Example GPU, driver 580.10, CUDA 13.0, Example CPU @ 2.10GHz" in text
     listed = re.findall(r"^- `([\w-]+)`:", text.split("## Not measured on a GPU yet\n")[1], flags=re.MULTILINE)
-    assert listed == ["compile", "tensorrt-rtx", "teacher-to-student"]
+    assert listed == ["compile", "inductor", "tensorrt-rtx", "teacher-to-student"]

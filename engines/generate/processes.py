@@ -12,14 +12,14 @@ from typing import Any
 from sdkd.core.console import Progress, progress, quiet
 from sdkd.core.interrupts import ENDING, handling
 from sdkd.errors import InputError
-from sdkd.targets.registry import check_target
+from sdkd.targets.registry import check_target, runs_on_gpu
 
 _PATIENCE = timedelta(days=30)  # a process waits for the slowest, which may have hours to go; torchrun ends orphans
 
 
 def on_gpu(target: str) -> bool:
     """Whether a target, or `eager`, draws on a GPU."""
-    return target != "eager" and check_target(target).runs_on_gpu
+    return target != "eager" and runs_on_gpu(check_target(target))
 
 
 def check_gpus(target: str, processes: int) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 from engines.sessions.checks import Checked, check_engine
 from sdkd.bundle.manifest import Bundle
+from sdkd.targets.inductor import profile_name
 
 Layer = tuple[str, str]
 """Type and precision of one layer."""
@@ -23,6 +25,12 @@ FORMATS = (
     (r"\bint64\b", "int64"),
     (r"\bint32\b", "int32"),
     (r"\bbool\b", "bool"),
+)
+# Of Inductor's C++: what a line calls.
+CALLS = re.compile(
+    r"^\s*(?:AOTI_TORCH_ERROR_CODE_CHECK\()?"
+    r"(?:aoti_torch_(?:cpu|cuda)_(?P<operator>\w+)|(?:call_)?(?P<fused>cpp_fused|triton_[a-z]+)_\w+)\(",
+    re.MULTILINE,
 )
 PLUMBING = ("Input", "Output", "Const", "Parameter", "Result", "Constant")  # of OpenVINO's run-time graph
 
@@ -105,9 +113,21 @@ def _format_precision(text: str) -> str:
     return next((name for pattern, name in FORMATS if re.search(pattern, text, re.I)), "unknown")
 
 
+def _inductor(checked: Checked) -> Iterator[Layer]:
+    """Calls of the first profile's code, from the source beside it: library operators, and loops fused from several."""
+    with zipfile.ZipFile(checked.path) as package:
+        (source,) = (
+            name for name in package.namelist() if f"/{profile_name(0)}/" in name and name.endswith(".wrapper.cpp")
+        )
+        code = package.read(source).decode()
+    for call in CALLS.finditer(code):
+        yield call["fused"] or call["operator"].removesuffix("_out"), checked.record.precision
+
+
 _READERS: dict[str, Callable[[Checked], Iterator[Layer]]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
+    "inductor": _inductor,
 }

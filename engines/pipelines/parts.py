@@ -15,7 +15,7 @@ from sdkd.errors import BundleError, EngineError, InputError, MissingExtraError,
 from sdkd.models.exportable import check_config, check_controlnet, check_extra_parts, check_guidance, module_config
 from sdkd.models.ip_adapter import check_projections, image_prompts
 from sdkd.models.step_caching import check_cached, check_interval
-from sdkd.targets.registry import availability, check_target, environment
+from sdkd.targets.registry import availability, check_target, environment, runs_on_gpu
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ PARTS: dict[str, Part] = {
     "controlnet": Part("controlnet", ("cross_attention_dim", "conditioning_channels", *_BLOCKS)),
 }
 OTHER_PARTS = ("text_encoder_3", "transformer", "prior")  # of families that sdkd does not know
-ORDER = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime")  # of targets, the fastest first
+# Of targets, the fastest first, and before those of a CPU what runs on a GPU: `inductor` is one of either.
+ORDER = ("tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "inductor")
 
 
 def engine_names(bundle: Bundle, slot: str, parts: Sequence[str], *, cached: bool = False) -> list[str]:
@@ -196,9 +197,7 @@ def best_slot(bundle: Bundle, parts: Sequence[str] | None = None, *, cached: boo
     `parts`: of a pipeline; None for all of its family's. `cached`: the one for step caching, too.
     """
     parts = bundle.family.parts if parts is None else parts
-    slots = sorted(
-        bundle.slots(), key=lambda slot: (ORDER.index(check_target(slot).name), slot != check_target(slot).name)
-    )
+    slots = sorted(bundle.slots(), key=lambda slot: (_rank(slot), slot != check_target(slot).name))
     refused: dict[str, str] = {}
     for slot in slots:
         reason = why_not(bundle, slot, parts, cached=cached)
@@ -208,10 +207,17 @@ def best_slot(bundle: Bundle, parts: Sequence[str] | None = None, *, cached: boo
             return slot
         refused[slot] = reason
     found = "; ".join(f"{slot}: {reason}" for slot, reason in refused.items()) or "it has none"
-    runnable = next((name for name in ORDER if (here := availability(name)).can_run and here.can_build), "onnxruntime")
+    ranked = sorted(ORDER, key=_rank)
+    runnable = next((name for name in ranked if (here := availability(name)).can_run and here.can_build), "onnxruntime")
     raise EngineError(
         f"no engine of {str(bundle.path)!r} runs here ({found}). Build one with: {bundle.build_command(runnable)}"
     )
+
+
+def _rank(slot: str) -> tuple[bool, int]:
+    """Sorts slots and targets: the fastest here first."""
+    kind = check_target(slot)
+    return not runs_on_gpu(kind), ORDER.index(kind.name)
 
 
 def why_not(bundle: Bundle, slot: str, parts: Sequence[str], *, cached: bool = False) -> str | None:

@@ -17,7 +17,7 @@ from engines.sessions.base import EngineSession, Session
 from engines.sessions.checks import Checked, check_engine, of_newest
 from engines.sessions.opening import expected_device, on_gpu, open_session
 from sdkd.bundle.manifest import Bundle
-from sdkd.bundle.memory import check_room, free_gpu_memory, free_memory, size, workspace
+from sdkd.bundle.memory import check_room, free_gpu_memory, free_memory, resident_bytes, size, workspace
 from sdkd.core.components import TEXT_ENCODERS, UNETS
 from sdkd.errors import EngineError, SdkdError
 
@@ -106,7 +106,7 @@ class StagedSession(Session):
 def needed(bundle: Bundle, slot: str, components: Iterable[str], name: str) -> int:
     """Bytes that engines take together at their profiles' `min` or `max` sizes: all weights, the largest workspace."""
     records = [bundle.engine(slot, component) for component in components]
-    weights = sum(record.total_bytes for record in records)
+    weights = sum(resident_bytes(bundle, record) for record in records)
     return weights + max((workspace(bundle, record, name) for record in records), default=0)
 
 

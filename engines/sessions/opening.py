@@ -14,13 +14,14 @@ from engines.sessions.base import EngineSession
 from engines.sessions.checks import check_engine, of_newest
 from engines.sessions.out_of_memory import OOM_ON_LOAD_HINT, once_more, raises_out_of_memory
 from sdkd.bundle.manifest import Bundle
-from sdkd.targets.registry import check_target
+from sdkd.targets.registry import check_target, runs_on_gpu
 
 OPENERS = {
     "onnxruntime": ("engines.sessions.onnxruntime_session", "OnnxRuntimeSession"),
     "openvino": ("engines.sessions.openvino_session", "OpenVinoSession"),
     "tensorrt": ("engines.sessions.trt.session", "TensorRTSession"),
     "tensorrt-rtx": ("engines.sessions.trt.session", "TensorRTSession"),
+    "inductor": ("engines.sessions.inductor_session", "InductorSession"),
 }
 
 
@@ -32,7 +33,7 @@ def expected_device(target: str) -> torch.device:
 
         on_gpu = providers()[0] == CUDA
     else:
-        on_gpu = check_target(target).runs_on_gpu
+        on_gpu = runs_on_gpu(check_target(target))
     if on_gpu and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

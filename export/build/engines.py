@@ -18,7 +18,15 @@ from export.build.files import drop_replaced, drop_unnamed, moved, partial_folde
 from export.build.job import Job
 from export.build.options import BuildOptions
 from export.build.ranges import Geometry, check_shapes, input_shapes
-from export.build.request import Ranges, Request, check_buildable, plan_for, rebuild_reasons, requests_for
+from export.build.request import (
+    Ranges,
+    Request,
+    check_buildable,
+    check_sources,
+    plan_for,
+    rebuild_reasons,
+    requests_for,
+)
 from sdkd.bundle.manifest import Bundle, EngineRecord, FileRecord
 from sdkd.bundle.memory import size
 from sdkd.core.child import ChildError, run_in_child
@@ -80,6 +88,7 @@ def build_engine(
         if isinstance(ranges, Sequence) and len(ranges) > 1 and not kind.many_profiles:
             progress(f"{kind.name} has no profiles: one range covers all {len(ranges)}, {requests[0].ranges}", None)
         stale = _split(opened, requests, force, progress)
+        check_sources(opened, stale)
         check_resources(opened, stale, options)
         if not stale:
             return opened

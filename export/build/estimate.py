@@ -35,7 +35,7 @@ from sdkd.bundle.memory import (
 )
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import InputError
-from sdkd.targets.registry import check_target, gpu
+from sdkd.targets.registry import check_target, gpu, uses_gpu
 
 LARGEST_VOLUME = 2**31 - 1  # elements of one tensor in TensorRT
 BASE_BYTES = 300_000_000
@@ -76,8 +76,8 @@ def estimate(bundle: Bundle, request: Request) -> Estimate:
     compared = max((largest_of(bundle, record, sizes, fused=False).elements for sizes in shapes), default=0)
     return Estimate(
         host=host_memory(weights) + 2 * compared * BYTES[record.precision],
-        gpu=2 * engine + 2 * largest * TENSOR_BYTES[request.precision] if target.builds_on_gpu else 0,
-        disk=engine,
+        gpu=2 * engine + 2 * largest * TENSOR_BYTES[request.precision] if uses_gpu(target) else 0,
+        disk=0 if target.without_weights else engine,
     )
 
 
@@ -103,7 +103,7 @@ def check_resources(bundle: Bundle, requests: Sequence[Request], options: BuildO
     needs = {request.component.name: estimate(bundle, request) for request in requests}
     cap = int(options.memory_cap_gb * GIB) if options.memory_cap_gb else UNLIMITED
     rooms = [("memory", {name: need.host for name, need in needs.items()}, free_memory(cap))]
-    if requests[0].target == "tensorrt" and gpu():
+    if uses_gpu(check_target(requests[0].target)) and gpu():
         rooms.append(("GPU memory", {name: need.gpu for name, need in needs.items()}, free_gpu_memory(cap)))
     advice = "close other programs, narrow --size and --batch, or leave it out of --components"
     for kind, wanted, free in rooms:

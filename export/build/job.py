@@ -45,6 +45,19 @@ class Job:
         """Where the builder writes, e.g. `<folder>/unet.engine`."""
         return Path(self.folder) / f"{self.component}{suffix}"
 
+    def profile_for(self, feeds: Mapping[str, Any]) -> int:
+        """The first profile that holds the shapes of these arrays."""
+
+        def holds(profile: Mapping[str, Any]) -> bool:
+            shapes = ((array.shape, profile[name]) for name, array in feeds.items())
+            return all(
+                low <= size <= high
+                for shape, (least, _, most) in shapes
+                for low, size, high in zip(least, shape, most, strict=True)
+            )
+
+        return next(index for index, profile in enumerate(self.profiles) if holds(profile))
+
     def weight_bytes(self) -> int:
         """Size of the ONNX graph and its weights."""
         return sum(file.stat().st_size for file in Path(self.onnx).parent.glob("model.onnx*"))
@@ -58,6 +71,7 @@ class Built:
     flags: Mapping[str, Any] = field(default_factory=dict)
     built_for: tuple[str, ...] = ()
     run: Run | None = None  # None: cannot run where it was built
+    reference: Run | None = None  # what it is compared with; None: the graph
 
 
 def check_io(job: Job, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from sdkd.bundle.manifest_checks import BUILD_OPTIONS
 from sdkd.core.schema import problem
 from sdkd.errors import InputError
+from sdkd.targets.gpu_generations import generation, targets_for
 from sdkd.targets.gpu_trial import capabilities
 
 REFIT = ("none", "lora", "all")
@@ -90,12 +91,12 @@ def _sorted_capabilities(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 TARGETS_OF: dict[str, tuple[str, ...]] = {
-    "optimization_level": (TENSORRT, RTX),
+    "optimization_level": (TENSORRT, RTX, "inductor"),
     "workspace_gb": (TENSORRT, RTX),
     "refit": (TENSORRT, RTX),
     "hardware_compatible": (TENSORRT,),
     "compute_capabilities": (RTX,),
-    "memory_cap_gb": ("onnxruntime", "openvino", TENSORRT, RTX),
+    "memory_cap_gb": ("onnxruntime", "openvino", TENSORRT, RTX, "inductor"),
 }
 
 
@@ -123,11 +124,7 @@ def _problem(option: str, options: BuildOptions, target: str, library: ModuleTyp
             )
             return None if has_gpu else here
         unknown = [one for one in asked if one not in capabilities(library)]
-        return (
-            f"{name} does not know {', '.join(unknown)} (it knows {', '.join(capabilities(library))})"
-            if unknown
-            else None
-        )
+        return _unknown_capability(name, unknown, capabilities(library)) if unknown else None
     # Measured with tensorrt_rtx 1.7.1: without a GPU, "MyelinCheckException: graph_jit.cpp: CHECK(status ==
     # CUDA_SUCCESS) failed"; for several GPU generations, "kernel_gen.cpp: CHECK(sm_vers_.size() == 1) failed".
     if option == "refit" and target == RTX and not has_gpu:
@@ -135,6 +132,14 @@ def _problem(option: str, options: BuildOptions, target: str, library: ModuleTyp
     if option == "refit" and target == RTX and len(asked) != 1:
         return f"such a plan is for one GPU generation: name it with --compute-capability, or give {CURRENT} there"
     return None
+
+
+def _unknown_capability(library: str, unknown: Sequence[str], known: Sequence[str]) -> str:
+    others = ", ".join(one for one in targets_for(unknown[0]) if one != RTX)
+    return (
+        f"{library} does not know {', '.join(unknown)} (it knows {', '.join(known)}). "
+        f"For {generation(unknown[0])} there is {others or 'no other target'}"
+    )
 
 
 def difference(built: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

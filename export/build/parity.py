@@ -6,11 +6,11 @@ Not by Polygraphy's Comparator: ONNX Runtime and OpenVINO are installed without 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdkd.core.console import Progress
-from sdkd.core.contract import TensorSpec
+from sdkd.core.contract import Contract, TensorSpec
 from sdkd.errors import ValuesError
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ RELATIVE_LIMIT = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}
 RELATIVE_LIMIT |= {"int8": 5e-2}  # of rounded weights alone; a UNet's gate is `export.build.quantized`'s
 
 
-def check_engine(job: Job, run: Run, progress: Progress) -> dict[str, Any]:
-    """Compare a saved engine with its ONNX graph in onnxruntime (CPU, no graph optimisation).
+def check_engine(job: Job, run: Run, progress: Progress, reference: Run | None = None) -> dict[str, Any]:
+    """Compare a saved engine with its ONNX graph in onnxruntime (CPU, no graph optimisation), or another reference.
 
     Returns max_abs (absolute), relative (L2), cosine, finite and the shapes compared: the worst over outputs and
     shapes. Raises ValuesError when a value is not finite or the relative error is over the precision's limit.
@@ -36,7 +36,7 @@ def check_engine(job: Job, run: Run, progress: Progress) -> dict[str, Any]:
     from export.build.onnxruntime_graph import open_reference
 
     progress("opening the ONNX graph to compare with", 0.0)
-    reference = open_reference(job.onnx)
+    reference = reference or open_reference(job.onnx)
     rows: list[dict[str, Any]] = []
     shapes: list[str] = []
     for sizes in job.checks:
@@ -89,20 +89,26 @@ def compare(found: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
 
 
 def seeded_inputs(job: Job, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Inputs of a component, the same on every machine: normal values, token ids, timestep 981."""
+    """Inputs of a component at these axis sizes: see `seeded_tensors`."""
+    return seeded_tensors(job.contract, {spec.name: spec.shape(sizes) for spec in job.contract.inputs})
+
+
+def seeded_tensors(contract: Contract, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+    """Inputs of these shapes, the same on every machine: normal values, token ids, timestep 981."""
+    import ml_dtypes  # noqa: F401 - numpy has no bfloat16 of its own
     import numpy as np
 
     generator = np.random.default_rng(SEED)
 
     def values(spec: TensorSpec) -> np.ndarray:
-        shape = spec.shape(sizes)
+        shape = tuple(shapes[spec.name])
         if spec.dtype.startswith("int"):
             return generator.integers(0, TOKENS, shape).astype(spec.dtype)
         if not shape or spec.name == "timestep":
             return np.full(shape, TIMESTEP, dtype=spec.dtype)
         return generator.standard_normal(shape).astype(spec.dtype)
 
-    return {spec.name: values(spec) for spec in job.contract.inputs}
+    return {spec.name: values(spec) for spec in contract.inputs}
 
 
 def shape_words(job: Job, sizes: Mapping[str, int]) -> str:

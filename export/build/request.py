@@ -114,6 +114,14 @@ def check_quantized(plan: EnginePlan, options: BuildOptions = BuildOptions()) ->
             raise InputError(found)
 
 
+def check_sources(bundle: Bundle, requests: Sequence[Request]) -> None:
+    """What a target's builder asks of a component beside its graph: raises what the builder's own `check` raises."""
+    for request in requests:
+        check = getattr(importlib.import_module(BUILDERS[request.target]), "check", None)
+        if check is not None:
+            check(bundle, request.component)
+
+
 def check_buildable(target: Target, options: BuildOptions = BuildOptions()) -> None:
     """MissingExtraError without the target's packages, BuildError where it needs a GPU and there is none.
 

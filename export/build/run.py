@@ -20,15 +20,17 @@ from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import DTYPES
 from sdkd.errors import BuildError
 from sdkd.quantization.again import CALIBRATION, QUANTIZATION
-from sdkd.targets.registry import check_target
+from sdkd.targets.registry import check_target, uses_gpu
 
 # Each module has `flags(engine_precision, onnx_precision) -> dict` and `half_precision() -> str`, the fastest one of
-# float engines here (both cheap, for the parent), and `build(job, progress) -> Built` (for the child).
+# float engines here (both cheap, for the parent), and `build(job, progress) -> Built` (for the child). One that needs
+# more of a component than its graph has `check(bundle, component)`, too (for the parent).
 BUILDERS = {
     "onnxruntime": "export.build.onnxruntime_graph",
     "openvino": "export.build.openvino_blob",
     "tensorrt": "export.build.tensorrt_plan",
     "tensorrt-rtx": "export.build.tensorrt_plan",
+    "inductor": "export.build.inductor_package",
 }
 GRAPH_BYTES = 2e7  # a graph costs time even without weights
 
@@ -54,7 +56,7 @@ def cap_memory(job: Mapping[str, Any]) -> None:
     Not where the library itself uses the GPU: there the drivers' reservations count, and the library has its own limit.
     """
     cap = job["flags"].get("options", {}).get("memory_cap_gb")
-    if cap and not check_target(job["target"]).builds_on_gpu:
+    if cap and not uses_gpu(check_target(job["target"])):
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (int(cap * GIB), int(cap * GIB)))
@@ -63,7 +65,8 @@ def cap_memory(job: Mapping[str, Any]) -> None:
 def _build_one(job: Job, progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
     progress("starting", 0.0)
-    share = 0.97 if check_target(job.target).runs_on_gpu else 0.8  # the rest is the comparison with the graph
+    kind = check_target(job.target)
+    share = 0.97 if kind.runs_on_gpu or kind.either else 0.8  # the rest is the comparison with the graph
     with _scratch(Path(job.folder)):
         built, found = _built(job, within(progress, 0.0, share))
         missing = [name for name in built.files if not (Path(job.folder) / name).stat().st_size]
@@ -72,7 +75,7 @@ def _build_one(job: Job, progress: Progress) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         parity = found.pop("parity", None)
         if built.run and parity is None:
-            parity = check_engine(job, built.run, within(progress, share, 1.0))
+            parity = check_engine(job, built.run, within(progress, share, 1.0), built.reference)
     progress("done", 1.0)
     return {
         "files": list(built.files),

@@ -96,25 +96,11 @@ def _runner(job: Job, plan: memoryview) -> Run:
 
     def run(feeds: Mapping[str, Any]) -> list[Any]:
         # Activation memory of these shapes alone, as sessions take it.
-        with TrtRunner(engine, optimization_profile=_profile_of(job, feeds), allocation_strategy="runtime") as runner:
+        with TrtRunner(engine, optimization_profile=job.profile_for(feeds), allocation_strategy="runtime") as runner:
             found = runner.infer(dict(feeds))
         return [found[spec.name] for spec in job.contract.outputs]
 
     return run
-
-
-def _profile_of(job: Job, feeds: Mapping[str, Any]) -> int:
-    """The first profile that holds the inputs' shapes."""
-
-    def holds(profile: Mapping[str, Any]) -> bool:
-        shapes = ((array.shape, profile[name]) for name, array in feeds.items())
-        return all(
-            low <= size <= high
-            for shape, (least, _, most) in shapes
-            for low, size, high in zip(least, shape, most, strict=True)
-        )
-
-    return next(index for index, profile in enumerate(job.profiles) if holds(profile))
 
 
 def _library(target: str) -> TensorRT:

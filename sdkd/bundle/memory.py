@@ -112,7 +112,7 @@ def _inner(contract: Contract, sizes: Mapping[str, int]) -> dict[str, int]:
 
 def fuses(target: str, precision: str) -> bool:
     """Whether a target's attention of usual head widths never writes its scores."""
-    return precision != "fp32" and target.startswith("tensorrt")
+    return precision != "fp32" and (target.startswith("tensorrt") or target == "inductor")
 
 
 def corner(bundle: Bundle, record: ComponentRecord, profile: ShapeRanges, name: str) -> dict[str, int]:
@@ -134,7 +134,13 @@ def workspace(bundle: Bundle, record: EngineRecord, name: str = "max") -> int:
 
 def run_memory(bundle: Bundle, record: EngineRecord) -> int:
     """Bytes that an engine takes when it runs at its largest sizes."""
-    return record.total_bytes + workspace(bundle, record)
+    return resident_bytes(bundle, record) + workspace(bundle, record)
+
+
+def resident_bytes(bundle: Bundle, record: EngineRecord) -> int:
+    """Bytes of an opened engine: its files, or its code and the graph's weights where it has none of its own."""
+    own = record.flags.get("weights") == "graph"
+    return record.total_bytes + (bundle.component(record.component).total_bytes if own else 0)
 
 
 def check_room(what: str, kind: str, need: int, free: int, advice: str, error: type[SdkdError] = BuildError) -> None:

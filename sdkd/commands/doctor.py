@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -14,8 +13,9 @@ import typer
 
 from sdkd import __version__
 from sdkd.core.console import Progress, progress, quiet, show, show_json, styled, table, within
-from sdkd.errors import InputError, MissingExtraError
+from sdkd.errors import MissingExtraError
 from sdkd.targets.fast_precisions import TENSOR_CORES, Fast, cpu_precisions_fast, gpu_precisions_fast, weight_bits
+from sdkd.targets.gpu_generations import GPU_ROWS, generation, parse
 from sdkd.targets.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
 from sdkd.targets.registry import (
     TARGETS,
@@ -57,6 +57,7 @@ def examine() -> dict[str, Any]:
         "onnxruntime_providers": _providers(),
         "onnxruntime_cuda": _cuda_problem(),
         "targets": [asdict(availability(name)) for name in TARGETS],
+        "gpu_targets": gpu_rows(),
         "gpu_support": [asdict(one) for one in gpu_support()],
     }
 
@@ -87,6 +88,22 @@ def gpu_support(capability: str = "") -> list[Support]:
             trials = remembered(name) if (capability or here) == here else ()
             found.append(support(name, capability or here, trials))
     return found
+
+
+def gpu_rows(capability: str = "") -> list[dict[str, Any]]:
+    """Which targets are made for the GPU that is here, or for those of a compute capability, and who says so."""
+    device = gpu()
+    asked = capability or (device["compute_capability"] if device else "")
+    return [
+        {
+            "target": name,
+            "compute_capability": asked,
+            "runs": row.runs_on(asked),
+            "gpus": row.words,
+            "source": row.source,
+        }
+        for name, row in (GPU_ROWS.items() if asked else ())
+    ]
 
 
 def try_target(target: str, progress: Progress = quiet) -> list[Trial]:
@@ -184,11 +201,12 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what this machine can build and run, and what to install."""
-    if capability and not re.fullmatch(r"\d+\.\d", capability):
-        raise InputError(f"compute capability {capability!r} is not understood: give one such as 9.0")
+    if capability:
+        parse(capability)
     trials = _try_all() if try_gpu else []
     found = examine()
     if capability:
+        found["gpu_targets"] = gpu_rows(capability)
         found["gpu_support"] = [asdict(one) for one in gpu_support(capability)]
         found["precisions"] = precisions(capability)
     if try_gpu:
@@ -206,6 +224,7 @@ def doctor(
         for one in targets
     ]
     show(table("Targets", ["target", "version", "builds here", "runs here", "why"], rows))
+    _show_generation(found["gpu_targets"])
     _show_support([Support(**row) for row in found["gpu_support"]], trials)
     for one in targets:
         if one.fix:
@@ -222,6 +241,14 @@ def _try_all() -> list[Trial]:
         for index, name in enumerate(names):
             trials += try_target(name, within(report, index / len(names), (index + 1) / len(names)))
     return trials
+
+
+def _show_generation(rows: Sequence[dict[str, Any]]) -> None:
+    """Which targets a GPU has, one row each."""
+    if rows:
+        shown = [[row["target"], _yes(row["runs"]), row["gpus"], row["source"]] for row in rows]
+        title = f"Compute capability {generation(rows[0]['compute_capability'])}"
+        show(table(title, ["target", "made for it", "made for", "by"], shown))
 
 
 def _show_support(found: Sequence[Support], trials: Sequence[Trial]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdkd.core.contract import ENGINE_PRECISIONS, EnginePrecision
-from sdkd.errors import InputError
+from sdkd.targets.gpu_generations import parse
 
 FP8_CAPABILITY = (8, 9)
 TENSOR_CORES = "tensor cores"
@@ -76,7 +76,7 @@ def _on_cpu(precision: EnginePrecision, flags: Collection[str]) -> Fast:
 
 def gpu_precisions_fast(compute_capability: str) -> tuple[Fast, ...]:
     """One row for each precision, of an NVIDIA GPU of a compute capability such as 8.9; InputError for other text."""
-    here, found = _capability(compute_capability), list[Fast]()
+    here, found = parse(compute_capability), list[Fast]()
     first = {precision: (least, why) for precision, least, why in GPU_ROWS}
     for precision in ENGINE_PRECISIONS:
         if precision not in first:
@@ -96,7 +96,7 @@ def fp8_problem(compute_capability: str) -> str | None:
 
     InputError for other text.
     """
-    here = _capability(compute_capability)
+    here = parse(compute_capability)
     if here >= FP8_CAPABILITY:
         return None
     advice = "build with --precision int8" if here >= (7, 5) else "build with --precision fp16"
@@ -104,13 +104,6 @@ def fp8_problem(compute_capability: str) -> str | None:
         f"fp8 needs a GPU of compute capability {_text(FP8_CAPABILITY)} or later (Ada, Hopper), and this is "
         f"{_text(here)}: {advice}"
     )
-
-
-def _capability(text: str) -> tuple[int, int]:
-    major, _, minor = text.partition(".")
-    if not (major.isdecimal() and minor.isdecimal()):
-        raise InputError(f"compute capability {text!r} is not understood: give one such as 9.0")
-    return int(major), int(minor)
 
 
 def _text(capability: tuple[int, int]) -> str:

@@ -13,7 +13,7 @@ from sdkd.core.contract import (
     check_precision,
 )
 from sdkd.errors import InputError
-from sdkd.targets.registry import TARGETS, Target, check_target, slot_name, slot_precision
+from sdkd.targets.registry import TARGETS, Target, check_target, slot_name, slot_precision, usual_precision
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_for_model(target: str, precision: str | None = None) -> EnginePlan:
     InputError for an unknown target or precision, and for two precisions.
     """
     found, named = check_target(target), _named(target, precision)
-    wanted = check_engine_precision(named or found.precision)
+    wanted = check_engine_precision(named or usual_precision(found))
     graph = found.precision if wanted in QUANTIZED else found.exported_in or wanted
     return EnginePlan(found, wanted, check_precision(graph))
 
@@ -77,7 +77,7 @@ def plan_for_onnx(target: str, precision: str | None, onnx: str, where: str) -> 
     `precision`: None for the slot's, or the graphs' own. `where` names the bundle in messages.
     """
     found, named = check_target(target), _named(target, precision)
-    if found.runs_on_gpu and onnx == "fp32" and not named:
+    if usual_precision(found) == "fp16" and onnx == "fp32" and not named:
         raise InputError(
             f"{where} is fp32, which {found.name} would build as a slow fp32 engine: "
             f"export it with --precision fp16, or say --precision fp32 if you mean it"

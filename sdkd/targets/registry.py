@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import platform
 import re
 from collections.abc import Mapping
@@ -44,6 +46,9 @@ class Target:
     converts: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (a graph's precision, other precisions of its engines)
     quantizes: tuple[str, ...] = ()  # engines of eight bits, made from a graph of the default precision
     takes_bf16: bool = True  # onnxruntime has no bf16 kernels for a CPU (Conv, ...): nobody could check them
+    either: bool = False  # built for the GPU that torch sees, where there is one, else for the CPU
+    without_weights: bool = False  # its engines are code alone, and take their weights from the exported graph
+    missing: str = ""  # names a function that says what a build lacks here beside the module, and what to do
 
 
 _TENSORRT: dict[str, Any] = {"suffix": ".engine", "precision": "fp16", "runs_on_gpu": True, "many_profiles": True}
@@ -63,6 +68,13 @@ TARGETS: dict[str, Target] = {
         ),
         Target("tensorrt", "tensorrt", "tensorrt", "fastest on NVIDIA GPUs", builds_on_gpu=True, **_TENSORRT),
         Target("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx", "built anywhere, runs on RTX GPUs", **_TENSORRT),
+        Target(
+            *("inductor", "torch", "", "PyTorch's own compiler: any NVIDIA GPU, or a CPU", ".pt2", "fp32"),
+            many_profiles=True,
+            either=True,
+            without_weights=True,
+            missing="sdkd.targets.inductor:missing",
+        ),
     )
 }
 
@@ -199,6 +211,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdkd"
 
 
+def uses_gpu(target: Target) -> bool:
+    """Whether a target's engines are built for and on the GPU that is here."""
+    return target.builds_on_gpu or (target.either and gpu() is not None)
+
+
+def runs_on_gpu(target: Target) -> bool:
+    """Whether a target's engines run on a GPU: always, or here, where there is one."""
+    return target.runs_on_gpu or uses_gpu(target)
+
+
+def usual_precision(target: Target) -> str:
+    """The precision of a target's engines that people want here: half on a GPU."""
+    return "fp16" if target.either and gpu() is not None else target.precision
+
+
 def timing_cache(target: str) -> str:
     """Name of the file in `cache_folder` with what a library timed: one per GPU, driver and version of the library.
 
@@ -250,17 +277,22 @@ def environment(target: str) -> dict[str, str]:
     found = check_target(target)
     module = require(target)
     result = {found.module: str(module.__version__), "platform": f"{platform.system().lower()}-{platform.machine()}"}
-    if found.name == "openvino":
+    device = gpu() if found.runs_on_gpu or found.either else None
+    if found.either:
+        result["device"] = "cuda" if device else "cpu"
+    if found.name == "openvino" or (found.either and not device):
         result["cpu"] = cpu_name()
-    if found.runs_on_gpu and (device := gpu()):
-        result |= device if found.builds_on_gpu else {"compute_capability": device["compute_capability"]}
+    if found.either and not device:  # native code uses every unit of the CPU that it is made on
+        result["cpu_units"] = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:12]
+    if device:
+        result |= device if uses_gpu(found) else {"compute_capability": device["compute_capability"]}
     return result
 
 
 def built_environment(target: str) -> dict[str, str]:
     """The part of `environment` that an engine built now must record."""
     now = environment(target)
-    if not check_target(target).builds_on_gpu:
+    if not uses_gpu(check_target(target)):
         now.pop("compute_capability", None)  # built for a list of GPU generations instead
     return now
 
@@ -275,6 +307,8 @@ def availability(target: str) -> Availability:
     if found.runs_on_gpu and importlib.util.find_spec("polygraphy") is None:
         fix = f"pip install 'sdkd[{found.extra}]'"
         return Availability(found.name, version, False, gpu() is not None, "polygraphy is not installed", fix)
+    if found.missing and (lacks := pkgutil.resolve_name(found.missing)()):
+        return Availability(found.name, version, False, True, *lacks)
     if not found.runs_on_gpu or gpu():
         return Availability(found.name, version, True, True, "ready", "")
     import torch

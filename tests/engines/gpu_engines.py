@@ -1,4 +1,4 @@
-"""Engines of the TensorRT kinds for the GPU that is here, and why there may be none."""
+"""Engines of the TensorRT kinds, and of PyTorch's compiler, for the GPU that is here, and why there may be none."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sdkd.targets.gpu_trial import CURRENT, capabilities, remembered, runs_porta
 from sdkd.targets.registry import TARGETS, availability, environment, gpu, require
 
 KINDS = ("tensorrt", "tensorrt-rtx")
+WITH_GRAPHS = (*KINDS, "inductor")  # what runs through CUDA graphs
 SMALL = ShapeRanges(Range(1, 1, 2), Range.fixed(32), Range.fixed(32), Range.fixed(77))
 LARGE = ShapeRanges(Range.fixed(1), Range(32, 64, 64), Range(32, 64, 64), Range.fixed(77))
 
@@ -61,8 +62,8 @@ def on_gpu(feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def same(one: torch.Tensor, other: torch.Tensor, kind: str) -> bool:
-    """Bit for bit on TensorRT; TensorRT-RTX may change to faster kernels between two calls."""
-    return torch.equal(one, other) if kind == "tensorrt" else torch.allclose(one, other, atol=2e-2)
+    """Bit for bit, but on TensorRT-RTX, which may change to faster kernels between two calls."""
+    return torch.equal(one, other) if kind != "tensorrt-rtx" else torch.allclose(one, other, atol=2e-2)
 
 
 def real_unet(folder: Path, kind: str, **options: Any) -> Bundle:

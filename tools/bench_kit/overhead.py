@@ -15,10 +15,16 @@ from sdkd.errors import EngineError
 def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], object]:
     """What the target's library itself does for these tensors, everything bound now; they must outlive the call.
 
-    TensorRT's is the replay of the CUDA graph that the session captured for their shapes; EngineError without one.
+    On a GPU, TensorRT's and Inductor's is the replay of the CUDA graph that the session captured for their shapes;
+    EngineError without one.
     """
     if hasattr(session, "_graphs"):
         return _replay(session, feeds)
+    if hasattr(session, "_package"):
+        from engines.sessions.ranges import check_sizes
+
+        profile = check_sizes(session.checked, session._sizes(feeds))
+        return partial(session._package.run, profile, [feeds[spec.name] for spec in session.contract.inputs])
     if hasattr(session, "_request"):
         for name, tensor in {**feeds, **outputs}.items():
             session._request.set_tensor(name, session._shared(tensor))
@@ -36,8 +42,8 @@ def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]
 def _replay(session: Any, feeds: Mapping[str, Any]) -> Callable[[], object]:
     import torch
 
+    from engines.sessions.cuda_graphs import graph_key
     from engines.sessions.ranges import check_sizes
-    from engines.sessions.trt.cuda_graphs import graph_key
 
     profile = check_sizes(session.checked, session._sizes(feeds))
     graph = session._graphs.find(graph_key(profile, {name: tuple(tensor.shape) for name, tensor in feeds.items()}))

@@ -15,7 +15,7 @@ from bench_kit.comparison import keep_comparison
 from bench_kit.overhead import measure_overhead, overhead_row
 from bench_kit.record import Record
 
-from gpu_bench.settings import IN_TORCH, TEACHER, TENSORRT, Settings
+from gpu_bench.settings import IN_TORCH, INDUCTOR, TEACHER, TENSORRT, Settings
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError
@@ -97,6 +97,9 @@ def built(settings: Settings, label: str, target: str, *components: str, **optio
     for some in ([name for name in names if name == "unet"], [name for name in names if name != "unet"]):
         if some:
             ranges = profiles(settings, some[0])
+            if target == INDUCTOR:  # minutes for each profile, where kernels are timed: of the UNet at one size alone
+                ranges = ranges[:1]
+                how = how if some == ["unet"] else dataclasses.replace(how, optimization_level=0)
             bundle = build_engine(
                 bundle, target, precision=settings.precision, ranges=ranges, components=some, options=how
             )
@@ -224,7 +227,7 @@ def lora(record: Record, given: Mapping[str, Any], model: str) -> None:
 
     def measure(target: str) -> None:
         ways: dict[str, dict[str, str]] = {
-            "rebuild": {},
+            "in place" if target == INDUCTOR else "rebuild": {},
             **({"refit": {"refit": "lora"}} if target in TENSORRT else {}),
         }
         for way, options in ways.items():

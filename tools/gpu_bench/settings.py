@@ -15,12 +15,15 @@ from sdkd.errors import InputError
 FULL_SIZE = {"tiny": "random:sd15-tiny", "teacher": "random:sd15", "small": "random:sd15-small"}
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 IN_TORCH = ("eager", "compile")
-TARGETS = (*IN_TORCH, *TENSORRT, "onnxruntime")
+INDUCTOR = "inductor"
+TARGETS = (*IN_TORCH, INDUCTOR, *TENSORRT, "onnxruntime")  # what needs no package beside torch comes first
+SLOW_TO_OPEN = ("compile", INDUCTOR)  # both compile for each size, with every kernel timed
 TEACHER = "teacher"  # the label of the model that students are trained from
 # What is said of figures that no GPU has given yet: targets of comparisons, and kinds of pieces.
 FIGURES = {
     "eager": "teacher and students in eager PyTorch",
     "compile": "the same with torch.compile",
+    "inductor": "the same as packages of PyTorch's own compiler",
     "tensorrt": "the same as TensorRT engines",
     "tensorrt-rtx": "the same as TensorRT-RTX engines",
     "onnxruntime": "the same on ONNX Runtime's CUDA",
@@ -110,7 +113,7 @@ def all_pieces(settings: Settings) -> list[Piece]:
     size, batch = settings.sizes[0], settings.batches[0]
     trained = TEACHER in settings.models
     every = {first: settings.targets}
-    short = {first: tuple(target for target in settings.targets if target != "compile")}  # it takes longest to open
+    short = {first: tuple(target for target in settings.targets if target not in SLOW_TO_OPEN)}
 
     def compared(name: str, subjects: Mapping[str, Sequence[str]], size: int = size, batch: int = batch) -> Piece:
         return _piece(settings, name, "comparison", subjects=subjects, size=size, batch=batch)

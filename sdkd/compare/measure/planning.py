@@ -32,7 +32,7 @@ from sdkd.models.kinds import BundleSource
 from sdkd.models.replacements import WithVae, short_vae, with_vae
 from sdkd.models.resolve import Model, ModelSource, resolve
 from sdkd.targets.plan import plan_for_model
-from sdkd.targets.registry import TARGETS, availability, check_target, slot_precision
+from sdkd.targets.registry import TARGETS, availability, check_target, slot_precision, uses_gpu
 
 ONNX_ENGINE = "onnxruntime"  # whose bundle Optimum gets: the ONNX files that this engine was built from
 TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models
@@ -272,8 +272,9 @@ def _engine_to_build(entry: Entry, target: str, wish: Wish) -> tuple[Subject, Bu
 
 
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
-    if targets is None:
-        return [name for name in TARGETS if (here := availability(name)).can_run and here.can_build]
+    if targets is None:  # of one that is for both GPU and CPU, its engines for a GPU: on a CPU others are faster
+        worth = [name for name, kind in TARGETS.items() if not kind.either or uses_gpu(kind)]
+        return [name for name in worth if (here := availability(name)).can_run and here.can_build]
     return [target for target in targets if not in_torch(target)]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.memory import resident_bytes
 from sdkd.bundle.quantized import Quantized
 from sdkd.compare.measure.calls import as_drawn
 from sdkd.core.components import CACHED_UNET, COMPONENTS, TEXT_ENCODERS
@@ -293,10 +294,9 @@ def size_on_disk(subject: Subject) -> int | None:
         bundle = Bundle.open(subject.bundle)
         there = [name for name in COMPONENTS if name in bundle.manifest.components]
         names = [name for name in there if name != CACHED_UNET or subject.caches]
-        records = [
-            bundle.engine(subject.target, name) if subject.has_engines else bundle.component(name) for name in names
-        ]
-        return sum(record.total_bytes for record in records)
+        if subject.has_engines:
+            return sum(resident_bytes(bundle, bundle.engine(subject.target, name)) for name in names)
+        return sum(bundle.component(name).total_bytes for name in names)
     path = resolve(subject.model).path
     homes = {part: replacement_folder(part, name) for part, name in subject.replaced if name != RANDOM}
     return None if path is None else weight_bytes(Path(path), homes)

@@ -207,7 +207,7 @@ def test_plans_that_cannot_be_compared(
 def test_inputs_are_run_in_the_profile_that_holds_them() -> None:
     profiles = ({"a": [[1, 16], [1, 16], [4, 16]]}, {"a": [[1, 32], [1, 32], [2, 64]]})
     job = Job("unet", RTX, "fp16", "", "", Contract("unet", (), ()), profiles, ())
-    assert [build_tensorrt._profile_of(job, {"a": np.zeros(shape)}) for shape in ((4, 16), (2, 64))] == [0, 1]
+    assert [job.profile_for({"a": np.zeros(shape)}) for shape in ((4, 16), (2, 64))] == [0, 1]
 
 
 @pytest.fixture

@@ -125,6 +125,18 @@ def test_precisions_that_are_fast_here_and_on_another_gpu(monkeypatch: pytest.Mo
     assert "needs compute capability" not in _run().stdout
 
 
+def test_the_targets_of_another_gpu_are_said_with_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    found = json.loads(_run("--json", "--gpu", "9.0").stdout)["gpu_targets"]
+    assert {row["target"]: row["runs"] for row in found} == {
+        "tensorrt": True, "tensorrt-rtx": False, "inductor": True, "onnxruntime": True
+    }  # fmt: skip
+    assert all(row["source"] for row in found)
+    said = _run("--gpu", "9.0").stdout
+    assert "Compute capability 9.0 (Hopper: H100, H200, GH200)" in said
+    assert gpu() or examine()["gpu_targets"] == []
+
+
 def test_an_onnxruntime_that_does_not_reach_the_gpu_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 from drawn import save_lora
-from engine_bundles import pipeline_bundle
+from engine_bundles import pipeline_bundle, without_slot
 from made_once import made_once
 from serving import Running, running
 from small_bundles import small_pipeline
 
 
 @pytest.fixture(scope="session")
-def bundle() -> Path:
-    """A whole small pipeline on ONNX Runtime and OpenVINO: 32 to 64 px, up to 2 images."""
+def every_target() -> Path:
+    """A whole small pipeline on every target of a CPU: 32 to 64 px, up to 2 images."""
     return made_once("engines", pipeline_bundle)
+
+
+@pytest.fixture(scope="session")
+def bundle(every_target: Path) -> Path:
+    """The same on ONNX Runtime and OpenVINO alone."""
+    return made_once("engines-of-two", lambda folder: without_slot(every_target, folder, "inductor"))
 
 
 @pytest.fixture(scope="session")

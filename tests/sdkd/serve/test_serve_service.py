@@ -118,6 +118,16 @@ def test_another_target_and_scheduler(server: Running) -> None:
     assert image["settings"]["scheduler"] == "EulerAncestralDiscreteScheduler"
 
 
+def test_code_that_pytorch_compiled_draws_too_and_takes_loras(every_target: Path, loras: Path) -> None:
+    with running([f"small={every_target}"], target="inductor", lora_dir=loras) as server:
+        (image,) = ask(server)["images"]
+        plain = pixels(image["png"]).astype(int)
+        assert image["settings"]["target"] == "inductor"
+        other = pixels(ask(server, loras=[{"name": "style", "strength": 0.7}])["images"][0]["png"]).astype(int)
+        assert np.abs(other - plain).max() > 5
+        assert np.array_equal(pixels(ask(server)["images"][0]["png"]), plain)
+
+
 def test_a_seed_by_chance_is_told(server: Running, alone: Callable[..., np.ndarray]) -> None:
     (image,) = ask(server, seed=None)["images"]
     assert np.array_equal(pixels(image["png"]), alone("a cat", image["seed"]))

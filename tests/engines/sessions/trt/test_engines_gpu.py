@@ -1,4 +1,4 @@
-"""TensorRT sessions on a GPU: values, streams, CUDA graphs whose outputs are never stale, profiles, other weights."""
+"""Sessions on a GPU: values, streams, CUDA graphs whose outputs are never stale, profiles, other weights."""
 
 from __future__ import annotations
 
@@ -10,25 +10,38 @@ import onnx
 import pytest
 import torch
 from engine_bundles import reference, unet_feeds
-from gpu_engines import KINDS, LARGE, SMALL, graph_for_gpu, on_gpu, real_feeds, real_unet, same, skip_foreign, usable
+from gpu_engines import (
+    KINDS,
+    LARGE,
+    SMALL,
+    WITH_GRAPHS,
+    graph_for_gpu,
+    on_gpu,
+    real_feeds,
+    real_unet,
+    same,
+    skip_foreign,
+    usable,
+)  # fmt: skip
 from graph_bundles import graph_bundle
 from onnx import numpy_helper
 
 from engines.pipelines.layers import count_layers
 from engines.sessions.base import EngineSession
+from engines.sessions.cuda_graphs import CAPACITY
 from engines.sessions.opening import open_session
-from engines.sessions.trt.cuda_graphs import CAPACITY
 from engines.sessions.trt.session import ALIGNMENT, recorder
 from export.build.engines import build_engine
 from export.build.options import REFIT
 from sdkd.bundle.manifest import Bundle
+from sdkd.bundle.program import torch_weights
 from sdkd.commands.inspect import examine
 from sdkd.errors import EngineError, RangeError
 from sdkd.targets.registry import cache_folder, require
 from sdkd.workflow import rebuild
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=WITH_GRAPHS)
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A hand-written UNet in float16 for this GPU: 32 to 64 px, up to 2 images."""
     return graph_for_gpu(tmp_path_factory.mktemp("gpu") / "bundle", request.param)
@@ -51,7 +64,7 @@ def graphs(session: EngineSession) -> int:
     """How many graphs a session holds; TensorRT's own must have been captured."""
     cache = session._graphs  # type: ignore[attr-defined]
     assert cache.off == ""
-    if session.slot == "tensorrt":
+    if session.slot != "tensorrt-rtx":
         assert all(entry._graph is not None for entry in cache._entries.values())
     return len(cache)
 
@@ -152,7 +165,7 @@ def test_gpu_runs_wait_for_the_callers_stream(small: Bundle, kind: str, cuda_gra
 
 
 def test_gpu_a_failed_capture_costs_no_call(small: Bundle, kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    if kind != "tensorrt":
+    if kind == "tensorrt-rtx":
         pytest.skip("TensorRT-RTX captures by itself")
     with open_session(small, kind, "unet", cuda_graphs=False) as plain, open_session(small, kind, "unet") as session:
         feeds = [varied(unet_feeds("fp16"), seed) for seed in range(6)]
@@ -285,3 +298,18 @@ def test_gpu_a_replay_after_a_swap_has_the_new_weights(tmp_path: Path, target: s
             for _ in range(4):
                 assert torch.allclose(run(session, feeds).cpu(), wanted, atol=1e-3)
             assert graphs(session) == 1
+
+
+def test_gpu_weights_are_written_where_captured_graphs_read_them(tmp_path: Path) -> None:
+    bundle, feeds = graph_for_gpu(tmp_path / "bundle", "inductor"), unet_feeds("fp16")
+    weight = torch_weights(bundle.path / "unet" / "model.onnx", ["to_out"])["to_out"]
+    context = (feeds["encoder_hidden_states"].float().mean(1) @ weight.float())[:, :, None, None]
+    with open_session(bundle, "inductor", "unet") as session:
+        before = [run(session, feeds) for _ in range(3)][-1].clone()
+        session.swap({"conv": torch.zeros(4, 4, 3, 3)})
+        assert torch.allclose(run(session, feeds).float().cpu(), context.expand(before.shape), atol=2e-2)
+        assert graphs(session) == 1
+        with torch.cuda.stream(torch.cuda.Stream()):
+            session.swap({})
+        assert torch.equal(run(session, feeds), before)
+        assert graphs(session) == 1
