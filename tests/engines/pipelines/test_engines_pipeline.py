@@ -22,11 +22,12 @@ from small_bundles import small_pipeline
 
 from engines.modules.components import EngineTextEncoder, EngineUNet
 from engines.modules.vae import EngineVAE
-from engines.pipelines.parts import best_slot
+from engines.pipelines.parts import ORDER, _rank, best_slot
 from engines.pipelines.pipeline import _tokenizer, bundle_scheduler, load_pipeline, plug, unplug
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BundleError, EngineError, ModelError, StaleEngineError
 from sdkd.models.resolve import DEMO_WEIGHTS
+from sdkd.targets import registry
 from sdkd.targets.registry import built_environment
 
 TARGETS = ("onnxruntime", "openvino", "inductor")
@@ -192,6 +193,13 @@ def test_no_usable_slot_lists_why_and_what_to_run(bundle_copy: Path) -> None:
     Bundle(bundle_copy, replace(bundle.manifest, engines={})).save()
     with pytest.raises(EngineError, match=r"runs here \(it has none\). Build one with: sdkd build-engine"):
         load_pipeline(bundle_copy)
+
+
+def test_what_runs_on_the_gpu_comes_before_what_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "gpu", lambda: None)
+    assert sorted(ORDER, key=_rank) == ["tensorrt", "tensorrt-rtx", "openvino", "onnxruntime", "inductor"]
+    monkeypatch.setattr(registry, "gpu", lambda: {"gpu": "NVIDIA H200", "compute_capability": "9.0"})
+    assert sorted(ORDER, key=_rank) == ["tensorrt", "tensorrt-rtx", "inductor", "openvino", "onnxruntime"]
 
 
 def test_slots_that_are_not_there_or_incomplete(bundle_copy: Path) -> None:

@@ -122,6 +122,7 @@ def test_names_that_lead_out_of_the_bundle_are_refused(bundle: Bundle) -> None:
     places += [(*ENGINE, key) for key in ("component", "slot", "target")]
     cases = [((*place, "files", "0", "path"), path) for place in (COMPONENT, ENGINE) for path in OUTSIDE]
     cases += [(place, name) for place in places for name in ("../x", "..", "a/b", "a\\b", "C:x", "")]
+    cases += [((*COMPONENT, "program"), {"path": path, "bytes": 1, "sha256": "0" * 64}) for path in OUTSIDE]
     kept = file.read_text()
     for path, value in cases:
         data = row = json.loads(kept)

@@ -51,6 +51,7 @@ ODD: list[tuple[tuple[Any, ...], Any, str]] = [
     ((*UNET, "precision"), "int4", "components.unet.precision is 'int4', not one of fp32"),
     ((*UNET, "files"), [], "components.unet.files is empty"),
     ((*UNET, "extra"), 1, "components.unet.extra is unknown"),
+    ((*UNET, "program"), "x", "components.unet.program is 'x', not"),
     ((*UNET, "contract", "inputs", 0, "dtype"), "load", "dtype of sample is 'load', not one of float32"),
     ((*UNET, "contract", "inputs", 0, "axes"), ["batch", 0], "sample has the axis 0, which is neither"),
     ((*UNET, "contract", "inputs", 0, "axes"), ["batch", 1 << 40], "sample has the axis 1099511627776"),
