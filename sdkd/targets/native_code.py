@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sdkd.core.files import write_bytes
 from sdkd.errors import EngineError
 from sdkd.targets.registry import cache_folder
 
+_SHA256 = re.compile("[0-9a-f]{64}")  # a manifest could name a path
 VARIABLE = "SDKD_TRUSTED"  # SHA-256 of files that others made, with commas
 
 
@@ -32,7 +34,8 @@ def check(what: str, digest: str, remake: str) -> None:
     `what` names the file in the message, `remake` is how to make it again.
     """
     named = {one.strip() for one in os.environ.get(VARIABLE, "").split(",")}
-    if digest in named or (cache_folder() / "trusted" / digest).is_file():
+    noted = bool(_SHA256.fullmatch(digest)) and (cache_folder() / "trusted" / digest).is_file()
+    if noted or digest in named:
         return
     raise EngineError(
         f"{what} is code that would run with all your rights, and it was not made here by you: {remake}. "
