@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from export.graph.components import axis_sizes, dynamic_shapes, example_inputs
+from export.graph.components import dynamic_shapes, example_inputs, example_sizes
 from export.graph.twins import trace
 from sdkd.bundle.manifest import Bundle, FileRecord
-from sdkd.bundle.onnx_weights import SAME, TRANSFORMS_FILE
-from sdkd.bundle.program import PROGRAM_FILE, save_program, torch_weights
+from sdkd.bundle.onnx_weights import SAME, TRANSFORMS_FILE, torch_weights
+from sdkd.bundle.program import PROGRAM_FILE, save_program
 from sdkd.core.files import write_json
 from sdkd.targets import native_code
 
@@ -52,9 +52,7 @@ def with_program(bundle: Bundle, module: nn.Module | None = None) -> Bundle:
     write_json(file.with_name(TRANSFORMS_FILE), dict.fromkeys(WEIGHTS, SAME))
     weights = torch_weights(file, WEIGHTS)
     contract, config = record.contract, bundle.config("unet")
-    inputs = example_inputs(
-        contract, axis_sizes(contract, config, {"batch": 2, "sequence": 11, "height": 3, "width": 5})
-    )
+    inputs = example_inputs(contract, example_sizes(contract, config))
     program = trace(Graph(module or GraphUNet(weights)), inputs, (dynamic_shapes(contract, config),))
     save_program(program, program_file := root / "unet" / PROGRAM_FILE)
     kept = FileRecord.of(root, program_file)

@@ -12,8 +12,7 @@ import torch
 from engines.sessions.checks import Checked
 from engines.sessions.cuda_graphs import Buffers, ShapeGraph, synchronize
 from engines.sessions.graphed import Call, GraphedSession
-from sdkd.bundle.onnx_weights import transforms_of
-from sdkd.bundle.program import torch_weights
+from sdkd.bundle.onnx_weights import torch_weights, transforms_of
 from sdkd.errors import EngineError, ModelError
 from sdkd.targets import native_code
 from sdkd.targets.inductor import CONSTANTS, Package, laid_out

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdkd.bundle.onnx_weights import read_weights
-from sdkd.bundle.program import weight_names as graph_weights
+from sdkd.bundle.onnx_weights import torch_weights
+from sdkd.bundle.onnx_weights import weight_names as graph_weights
 from sdkd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ class EngineWeights:
         exported = [name for name in wanted.deltas if name not in wanted.checkpoint]
         base: dict[str, Any] = {name: wanted.checkpoint[name] for name in wanted.deltas if name in wanted.checkpoint}
         if exported:
-            found = read_weights(self.session.checked.graph, exported)
-            base |= {name: torch.tensor(array, dtype=torch.float32) for name, array in found.items()}
+            base |= torch_weights(self.session.checked.graph, exported)
         return dict(wanted.checkpoint) | {
             name: base[name].float() + wanted.scale * delta() for name, delta in wanted.deltas.items()
         }

@@ -18,7 +18,8 @@ from export.build.job import Built, Job, Run
 from export.build.options import BuildOptions
 from export.build.parity import seeded_tensors
 from sdkd.bundle.manifest import Bundle, ComponentRecord
-from sdkd.bundle.program import PROGRAM_FILE, read_program, torch_weights, weight_names
+from sdkd.bundle.onnx_weights import as_tensor, torch_weights, weight_names
+from sdkd.bundle.program import PROGRAM_FILE, read_program
 from sdkd.core.console import Progress, within
 from sdkd.core.files import sha256
 from sdkd.errors import BuildError, BundleError
@@ -59,11 +60,11 @@ def check(bundle: Bundle, component: ComponentRecord) -> None:
         )
     if wrong := component.program.problem(bundle.path):
         raise BundleError(f"bundle {str(bundle.path)!r}: {wrong}: {REMAKE}")
-    _check_own(bundle.path / component.program.path)
+    _check_own(bundle.path / component.program.path, component.program.sha256)
 
 
-def _check_own(file: Path) -> None:
-    native_code.check(f"the traced program {str(file)!r}", sha256(file), REMAKE)
+def _check_own(file: Path, digest: str) -> None:
+    native_code.check(f"the traced program {str(file)!r}", digest, REMAKE)
 
 
 def build(job: Job, progress: Progress) -> Built:
@@ -120,7 +121,8 @@ def _traced(job: Job) -> nn.Module:
     """The program that the graph was made of, with the graph's weights, on the job's device."""
     from torch.export.passes import move_to_device_pass
 
-    _check_own(file := Path(job.onnx).with_name(PROGRAM_FILE))
+    file = Path(job.onnx).with_name(PROGRAM_FILE)
+    _check_own(file, sha256(file))  # as it is now: a build may wait for others for long
     weights = {name: laid_out(weight) for name, weight in torch_weights(Path(job.onnx)).items()}
     return _Positional(move_to_device_pass(read_program(file, weights), job.flags["device"]).module())
 
@@ -129,7 +131,7 @@ def _compiled(module: nn.Module, job: Job, profile: Mapping[str, Any], progress:
     """What the compiler writes for one profile: axes of one size are fixed, kernels are chosen at the best sizes."""
     progress("tracing it at the profile's sizes", 0.0)
     best = seeded_tensors(job.contract, {name: _traced_at(*shapes) for name, shapes in profile.items()})
-    inputs = tuple(_tensor(best[spec.name]).to(job.flags["device"]) for spec in job.contract.inputs)
+    inputs = tuple(as_tensor(best[spec.name]).to(job.flags["device"]) for spec in job.contract.inputs)
     shapes = tuple(_dynamic(*profile[spec.name]) for spec in job.contract.inputs)
     with torch.no_grad():
         program = torch.export.export(
@@ -165,7 +167,7 @@ def _runner(package: Package, job: Job, device: torch.device) -> Run:
     """Runs a package on numpy's arrays; bfloat16, which numpy lacks, comes back as float32."""
 
     def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        inputs = [_tensor(feeds[spec.name]).to(device) for spec in job.contract.inputs]
+        inputs = [as_tensor(feeds[spec.name]).to(device) for spec in job.contract.inputs]
         return [_array(found) for found in package.run(job.profile_for(feeds), inputs)]
 
     return run
@@ -176,16 +178,10 @@ def _eager(module: nn.Module, job: Job, device: torch.device) -> Run:
 
     def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         with torch.no_grad():
-            found = module(*(_tensor(feeds[spec.name]).to(device) for spec in job.contract.inputs))
+            found = module(*(as_tensor(feeds[spec.name]).to(device) for spec in job.contract.inputs))
         return [_array(tensor) for tensor in found]
 
     return run
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

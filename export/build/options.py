@@ -15,7 +15,7 @@ from typing import Any
 from sdkd.bundle.manifest_checks import BUILD_OPTIONS
 from sdkd.core.schema import problem
 from sdkd.errors import InputError
-from sdkd.targets.gpu_generations import generation, targets_for
+from sdkd.targets.gpu_generations import generation, parse, targets_for
 from sdkd.targets.gpu_trial import capabilities
 
 REFIT = ("none", "lora", "all")
@@ -87,7 +87,7 @@ def _sorted_capabilities(names: tuple[str, ...]) -> tuple[str, ...]:
             raise InputError(
                 f"--compute-capability {name!r} is not understood: give numbers such as 8.6,8.9,12.0, or {CURRENT}"
             )
-    return tuple(sorted(set(names), key=lambda name: tuple(map(int, name.split(".")))))
+    return tuple(sorted(set(names), key=parse))
 
 
 TARGETS_OF: dict[str, tuple[str, ...]] = {

@@ -14,6 +14,7 @@ from sdkd.errors import BundleError, ModelError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from onnx import ModelProto, TensorProto
 
 TRANSFORMS_FILE = "initializers.json"
@@ -29,6 +30,28 @@ def read_weights(onnx_file: Path, names: Iterable[str]) -> dict[str, np.ndarray]
     wanted = list(names)
     transforms, arrays = transforms_of(onnx_file, wanted), exported_weights(onnx_file, wanted)
     return {name: arrays[name].T if transforms[name] == TRANSPOSE else arrays[name] for name in wanted}
+
+
+def torch_weights(onnx_file: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """What `read_weights` gives as torch tensors of their own memory, in the graph's dtypes; `names`: None for all."""
+    import numpy as np
+
+    wanted = weight_names(onnx_file) if names is None else names
+    return {name: as_tensor(np.array(array, order="C")) for name, array in read_weights(onnx_file, wanted).items()}
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """A numpy array's own memory as a torch tensor; in bfloat16, too, which torch does not take from numpy."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def weight_names(onnx_file: Path) -> set[str]:
+    """The weights that a graph keeps by their state-dict names."""
+    return set(read_json(onnx_file.with_name(TRANSFORMS_FILE), dict[str, str]))
 
 
 def transforms_of(onnx_file: Path, wanted: Iterable[str]) -> dict[str, str]:

@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
-from sdkd.core.files import read_json
 from sdkd.errors import BundleError
 
 if TYPE_CHECKING:
@@ -102,27 +100,3 @@ def _used(program: ExportedProgram) -> list[str]:
     nodes = {node.name: node for node in program.graph.nodes}
     specs = program.graph_signature.input_specs
     return [spec.target for spec in specs if spec.target in program.state_dict and nodes[spec.arg.name].users]
-
-
-def torch_weights(onnx_file: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """Weights of an exported graph as torch tensors of their own memory, by state-dict name, as the graph rounds them.
-
-    `names`: None for all. BundleError as `read_weights`.
-    """
-    names = weight_names(onnx_file) if names is None else names
-    return {name: _tensor(array) for name, array in read_weights(onnx_file, names).items()}
-
-
-def weight_names(onnx_file: Path) -> set[str]:
-    """The weights that an exported graph keeps, by state-dict name."""
-    return set(read_json(onnx_file.with_name(TRANSFORMS_FILE), dict[str, str]))
-
-
-def _tensor(array: Any) -> torch.Tensor:
-    import numpy as np
-    import torch
-
-    own = np.array(array, order="C")
-    if own.dtype.name == "bfloat16":
-        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(own)

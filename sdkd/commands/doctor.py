@@ -15,7 +15,7 @@ from sdkd import __version__
 from sdkd.core.console import Progress, progress, quiet, show, show_json, styled, table, within
 from sdkd.errors import MissingExtraError
 from sdkd.targets.fast_precisions import TENSOR_CORES, Fast, cpu_precisions_fast, gpu_precisions_fast, weight_bits
-from sdkd.targets.gpu_generations import GPU_ROWS, generation, parse
+from sdkd.targets.gpu_generations import MADE_FOR, generation, parse
 from sdkd.targets.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
 from sdkd.targets.registry import (
     TARGETS,
@@ -64,13 +64,18 @@ def examine() -> dict[str, Any]:
 
 def precisions(capability: str = "") -> dict[str, Any]:
     """Which precisions are fast on the CPU and on the GPU that is here, or on one of that capability; and why."""
-    device, flags = gpu(), cpu_flags()
-    capability = capability or (device["compute_capability"] if device else "")
+    flags, capability = cpu_flags(), capability or _capability_here()
     return {
         "cpu": [asdict(row) for row in cpu_precisions_fast(flags)],
         "gpu": [asdict(row) for row in gpu_precisions_fast(capability)] if capability else None,
         "int8_weight_bits": weight_bits(flags),
     }
+
+
+def _capability_here() -> str:
+    """The compute capability of the GPU that is here; empty without one."""
+    device = gpu()
+    return device["compute_capability"] if device else ""
 
 
 def gpu_targets() -> list[str]:
@@ -80,9 +85,7 @@ def gpu_targets() -> list[str]:
 
 def gpu_support(capability: str = "") -> list[Support]:
     """What is known and what was measured of each installed GPU target on this GPU, or on one of that capability."""
-    device = gpu()
-    here = device["compute_capability"] if device else ""
-    found = []
+    here, found = _capability_here(), list[Support]()
     for name in gpu_targets() if capability or here else ():
         with contextlib.suppress(MissingExtraError):
             trials = remembered(name) if (capability or here) == here else ()
@@ -92,8 +95,7 @@ def gpu_support(capability: str = "") -> list[Support]:
 
 def gpu_rows(capability: str = "") -> list[dict[str, Any]]:
     """Which targets are made for the GPU that is here, or for those of a compute capability, and who says so."""
-    device = gpu()
-    asked = capability or (device["compute_capability"] if device else "")
+    asked = capability or _capability_here()
     return [
         {
             "target": name,
@@ -102,7 +104,7 @@ def gpu_rows(capability: str = "") -> list[dict[str, Any]]:
             "gpus": row.words,
             "source": row.source,
         }
-        for name, row in (GPU_ROWS.items() if asked else ())
+        for name, row in (MADE_FOR.items() if asked else ())
     ]
 
 

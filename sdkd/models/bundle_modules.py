@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
+from sdkd.bundle.onnx_weights import torch_weights
 from sdkd.core.components import CACHED_UNET, CONFIG_FOLDERS
-from sdkd.core.files import read_json
 from sdkd.errors import BundleError
 from sdkd.families import PIPELINES, family_of_pipeline
 from sdkd.models.diffusers_folder import load_rest, quiet_libraries
@@ -25,13 +24,10 @@ def component_weights(bundle: Bundle, component: str) -> dict[str, torch.Tensor]
     """A component's weights by state-dict name, float32, LoRAs that were fused among them; rounded where the graph is
     in half precision. Raises BundleError for a graph without names.
     """
-    import torch
-
     record = bundle.component(component)
     bundle.verify_files(record)
     file = bundle.path / record.files[0].path
-    names = read_json(file.with_name(TRANSFORMS_FILE), dict[str, str])
-    return {name: torch.tensor(array, dtype=torch.float32) for name, array in read_weights(file, names).items()}
+    return {name: weight.float() for name, weight in torch_weights(file).items()}
 
 
 def module_of(bundle: Bundle, part: str) -> Any:

@@ -44,7 +44,7 @@ class GpuRow:
         return ", ".join(self.only) if self.only else f"{self.since} and later"
 
 
-GPU_ROWS: dict[str, GpuRow] = {
+MADE_FOR: dict[str, GpuRow] = {
     row.target: row
     for row in (
         GpuRow("tensorrt", "support matrices of TensorRT 10, and CUDA 13", since="7.5"),
@@ -67,7 +67,7 @@ def parse(capability: str) -> Capability:
 
 def targets_for(capability: str) -> tuple[str, ...]:
     """The targets that are made for GPUs of a compute capability; InputError for other text."""
-    return tuple(name for name, row in GPU_ROWS.items() if row.runs_on(capability))
+    return tuple(name for name, row in MADE_FOR.items() if row.runs_on(capability))
 
 
 def generation(capability: str) -> str:

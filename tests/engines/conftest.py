@@ -23,7 +23,7 @@ def eager() -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def engine_bundle() -> Path:
-    """A whole pipeline on ONNX Runtime and OpenVINO: 32 to 64 px, up to 2 images."""
+    """A whole pipeline on every target of a CPU: 32 to 64 px, up to 2 images."""
     return made_once("engines", pipeline_bundle)
 
 
@@ -47,7 +47,7 @@ def bundle_copy(engine_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def graph() -> Bundle:
-    """A hand-written UNet on both CPU targets: 32 to 64 px, up to 2 images."""
+    """A hand-written UNet on every target of a CPU: 32 to 64 px, up to 2 images."""
     return Bundle.open(made_once("graph-unet", graph_unet))
 
 

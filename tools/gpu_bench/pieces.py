@@ -207,14 +207,13 @@ def changed_weights(bundle: Bundle) -> dict[str, torch.Tensor]:
     """All attention weights of the UNet, changed a little, as a LoRA would."""
     import torch
 
-    from sdkd.bundle.onnx_weights import TRANSFORMS_FILE, read_weights
-    from sdkd.core.files import read_json
+    from sdkd.bundle.onnx_weights import torch_weights, weight_names
 
     file = bundle.path / bundle.component("unet").files[0].path
-    names = [name for name in read_json(file.parent / TRANSFORMS_FILE) if TOUCHED.search(name)]
+    names = sorted(name for name in weight_names(file) if TOUCHED.search(name))
     generator, found = torch.Generator().manual_seed(0), {}
-    for name, array in read_weights(file, names).items():
-        weight = torch.tensor(array, dtype=torch.float32)
+    for name, weight in torch_weights(file, names).items():
+        weight = weight.float()
         found[name] = weight + STRENGTH * weight.std() * torch.randn(weight.shape, generator=generator)
     return found
 

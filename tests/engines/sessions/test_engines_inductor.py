@@ -14,7 +14,7 @@ from engines.sessions.inductor_session import InductorSession
 from engines.sessions.opening import open_session
 from export import build_engine
 from sdkd.bundle.manifest import Bundle
-from sdkd.bundle.program import torch_weights
+from sdkd.bundle.onnx_weights import torch_weights
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError, ModelError, RangeError, StaleEngineError
 from sdkd.targets import native_code, registry

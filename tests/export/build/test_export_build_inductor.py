@@ -17,7 +17,8 @@ from export.build import inductor_package
 from export.build.job import Job
 from export.build.options import BuildOptions
 from sdkd.bundle.manifest import Bundle
-from sdkd.bundle.program import PROGRAM_FILE, torch_weights
+from sdkd.bundle.onnx_weights import torch_weights
+from sdkd.bundle.program import PROGRAM_FILE
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BuildError, BundleError, EngineError, InputError
 from sdkd.targets import inductor

@@ -8,7 +8,7 @@ import pytest
 
 from export.build.options import BuildOptions, check_options
 from sdkd.errors import InputError
-from sdkd.targets.gpu_generations import GENERATIONS, GPU_ROWS, generation, targets_for
+from sdkd.targets.gpu_generations import GENERATIONS, MADE_FOR, generation, targets_for
 from sdkd.targets.registry import TARGETS, require
 
 
@@ -29,9 +29,9 @@ def test_every_generation_has_its_targets(capability: str, targets: tuple[str, .
 
 
 def test_the_rows_are_targets_and_known_generations() -> None:
-    assert set(GPU_ROWS) <= set(TARGETS)
+    assert set(MADE_FOR) <= set(TARGETS)
     known = [number for number, _, _ in GENERATIONS]
-    assert {one for row in GPU_ROWS.values() for one in (*row.only, row.since) if one} <= set(known)
+    assert {one for row in MADE_FOR.values() for one in (*row.only, row.since) if one} <= set(known)
     assert generation("9.0") == "9.0 (Hopper: H100, H200, GH200)"
     assert generation("13.0") == "13.0"
 

@@ -34,7 +34,7 @@ from engines.sessions.trt.session import ALIGNMENT, recorder
 from export.build.engines import build_engine
 from export.build.options import REFIT
 from sdkd.bundle.manifest import Bundle
-from sdkd.bundle.program import torch_weights
+from sdkd.bundle.onnx_weights import torch_weights
 from sdkd.commands.inspect import examine
 from sdkd.errors import EngineError, RangeError
 from sdkd.targets.registry import cache_folder, require
