@@ -8,13 +8,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# What this machine can use: the TensorRT-RTX builder on Linux x86-64, the rest of TensorRT beside an NVIDIA driver.
+# What this machine can use: the TensorRT-RTX builder on Linux x86-64; beside an NVIDIA driver the rest of TensorRT and
+# ONNX Runtime's package for CUDA, else that for the CPU. The two write over one another's files: the other one goes first.
 EXTRAS := dev,train,openvino,serve
 ifeq ($(shell uname -sm),Linux x86_64)
 EXTRAS := $(EXTRAS),tensorrt-rtx
 endif
 ifneq ($(shell command -v nvidia-smi),)
 EXTRAS := $(EXTRAS),tensorrt,gpu
+OTHER_ONNXRUNTIME := onnxruntime
+else
+EXTRAS := $(EXTRAS),cpu
+OTHER_ONNXRUNTIME := onnxruntime-gpu
 endif
 
 .PHONY: help install demo test test-slow test-browser test-gpu gpu-report interop lint format bench benchmarks-page clean
@@ -28,6 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "sdkd needs Python 3.11 or newer, found: $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@! $(BIN)/python -m pip show --quiet $(OTHER_ONNXRUNTIME) 2>/dev/null || \
+		$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-gpu
 	@echo "Installing sdkd[$(EXTRAS)] into $(VENV) (about 2.5 GB with all it needs; once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.check.onnx_run import PURPOSE
 from export.component import ExportOptions
 from export.graph.to_onnx import choose_opset
 from export.room import LARGE, Engines, check_export_room
@@ -28,6 +29,7 @@ from sdkd.models.resolve import Model, resolve
 from sdkd.models.source import ModelSource
 from sdkd.quantization.calibration import BESIDE_UNET, Calibration
 from sdkd.targets.plan import EnginePlan
+from sdkd.targets.registry import require
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -85,9 +87,10 @@ def export_pipeline(
     names bundles whose components are copied where weights, options and library versions are the same: a student's text
     encoder and VAE are its teacher's.
 
-    Raises InputError, ModelError, OutputExistsError, BusyError, ExportError, or ParityError's leaves; then, as after an
-    interrupt, no file is left.
+    Raises MissingExtraError without onnxruntime, InputError, ModelError, OutputExistsError, BusyError, ExportError, or
+    ParityError's leaves; then, as after an interrupt, no file is left.
     """
+    require("onnxruntime", PURPOSE)  # before minutes are spent
     path = Path(output)
     target = target if engines is None else engines.plan.target.name
     options = ExportOptions(

@@ -28,12 +28,17 @@ class BusyError(SdkdError, RuntimeError):
 
 
 class MissingExtraError(SdkdError, ImportError):
-    """An optional dependency is not installed; the message names the pip command."""
+    """An optional dependency is not installed, or `found` to be damaged; the message names the pip command.
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    `first`: a command to run before it.
+    """
+
+    def __init__(
+        self, package: str, extra: str, purpose: str, found: str = "is not installed", first: str = ""
+    ) -> None:
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'sdkd[{extra}]'"
+            f"{purpose} needs the package {package!r}, which {found}. "
+            f"Install it with: {f'{first}, then ' if first else ''}pip install 'sdkd[{extra}]'"
         )
         self.package = package
         self.extra = extra

@@ -74,8 +74,8 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 WITHOUT_EXTRAS = """
 import importlib, pkgutil, sys
-for name in ("bitsandbytes", "datasets", "openvino", "peft", "polygraphy", "tensorboard", "tensorrt", "tensorrt_rtx",
-             "torchmetrics"):
+for name in ("bitsandbytes", "datasets", "onnxruntime", "openvino", "peft", "polygraphy", "tensorboard", "tensorrt",
+             "tensorrt_rtx", "torchmetrics"):
     sys.modules[name] = None
 import engines, export, sdkd
 for package in (sdkd, export, engines):
@@ -85,6 +85,29 @@ for package in (sdkd, export, engines):
         except ImportError:
             print(module.name)
 """
+
+
+WITHOUT_ONNXRUNTIME = """
+import sys
+sys.modules["onnxruntime"] = None
+from sdkd.targets import registry
+registry.packages_of = lambda target: []
+registry.driver_version = lambda: "580.65.06"
+from sdkd.cli import main
+sys.argv = ["sdkd", "build-engine", "demo", "--target", "onnxruntime", "--output", "out"]
+main()
+"""
+
+
+def test_plain_sdkd_says_at_once_which_onnxruntime_to_add(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_ONNXRUNTIME]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert " ".join(done.stderr.split()) == (
+        "sdkd: target 'onnxruntime' needs the package 'onnxruntime', which is not installed. Install it with: pip "
+        "install 'sdkd[gpu]'"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -38,7 +38,8 @@ from bench_kit.runner import Piece, Place, python_path, run_one
 
 from sdkd.core.console import markdown_table
 from sdkd.core.files import read_json
-from sdkd.targets.registry import check_target, cpu_precisions, gpu
+from sdkd.targets.nvidia import gpu
+from sdkd.targets.registry import check_target, cpu_precisions
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("fp32", "int8"),

@@ -17,7 +17,8 @@ from sdkd.core.components import UNETS
 from sdkd.core.contract import Contract, latent_multiple
 from sdkd.core.profiles import Range, axis_ranges
 from sdkd.errors import BundleError, EngineError
-from sdkd.targets.registry import check_target, environment, gpu, require
+from sdkd.targets.nvidia import gpu
+from sdkd.targets.registry import check_target, environment, require
 
 T = TypeVar("T")
 TEXT = "sequence"  # the work goes by images or latents, though text may have more elements

@@ -15,7 +15,17 @@ from sdkd.bundle.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole
 from sdkd.errors import EngineError
 from sdkd.quantization.again import round_again
 from sdkd.targets.ort_attention import FUSED, fuse_attention
-from sdkd.targets.ort_cuda import CPU, CUDA, cuda_problem, open_session, runs_on_cuda
+from sdkd.targets.ort_providers import (
+    CPU,
+    LIBRARY_NAMES,
+    RTX,
+    Profile,
+    check_provider,
+    open_session,
+    provider_problem,
+    usual_provider,
+)
+from sdkd.targets.registry import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,40 +37,41 @@ ELEMENT = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, 
 REST = "session.force_spinning_stop"
 
 
-def providers(preferred: str | None = None) -> list[str]:
-    """Execution providers to ask for, best first: CUDA where it really runs here, else the CPU.
+def chosen_provider(preferred: str | None = None) -> str:
+    """The execution provider of a session: the best that runs here (`usual_provider`), or the one that is asked for.
 
-    `preferred`: `cpu` or `cuda`; EngineError when CUDA is asked for and does not run. Without a preference, a package
-    and a GPU that do not come together are logged, and the CPU is what every session and `expected_device` say.
+    InputError for an unknown one, EngineError when it does not run here.
     """
-    if preferred == "cuda" and (problem := cuda_problem()):
-        raise EngineError(f"ONNX Runtime cannot run on CUDA here: {problem}; or open it with provider='cpu'")
-    return [CUDA, CPU] if preferred == "cuda" or (preferred != "cpu" and runs_on_cuda()) else [CPU]
+    if preferred is None:
+        return usual_provider()
+    if problem := provider_problem(check_provider(preferred)):
+        raise EngineError(
+            f"ONNX Runtime cannot run on {LIBRARY_NAMES[preferred]} here: {problem}; or open it with provider='cpu'"
+        )
+    return preferred
 
 
 class OnnxRuntimeSession(EngineSession):
     """One ONNX graph in ONNX Runtime.
 
-    `threads`: CPU threads of one operator (the library's default when None). `provider`: `cpu`, `cuda`, or None for the
-    best that is there. An engine was optimised for one of them; the other starts from the exported graph. EngineError
-    where CUDA was chosen and the session is not there.
+    `threads`: CPU threads of one operator (the library's default when None). `provider`: `cpu`, `cuda`,
+    `tensorrt-rtx` (a plugin), or None for the best that is there. An engine was made for one of them; the others start
+    from the exported graph. EngineError where one on a GPU was chosen and the session is not there.
     """
 
     def __init__(self, checked: Checked, *, threads: int | None = None, provider: str | None = None) -> None:
         super().__init__(checked)
-        self._providers, self._threads = providers(provider), threads
-        if self._providers[0] == CUDA:
+        self._provider, self._threads = chosen_provider(provider), threads
+        if self._provider != CPU:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self._session: Any = self._opened(str(_graph(checked, self._providers[0])))
+        self._session: Any = self._opened(str(_graph(checked, self._provider)))
         check_names(
             checked, (value.name for value in self._session.get_inputs()), (v.name for v in self._session.get_outputs())
         )
 
     def _opened(self, model: str | bytes, folder: Path | None = None) -> Any:
         """A session of a file, or of a graph in memory whose other weights lie in `folder`."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
+        options = require("onnxruntime").SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(REST, "1")
         if self._threads:
@@ -68,7 +79,8 @@ class OnnxRuntimeSession(EngineSession):
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            return open_session(model, options, cuda=self.device.type == "cuda", device=self.device.index or 0)
+            profile = _profile(self.checked) if self._provider == RTX else None
+            return open_session(model, options, self._provider, device=self.device.index or 0, profile=profile)
         except Exception as error:
             raise EngineError(f"{self.checked.label} could not be opened by ONNX Runtime: {error}") from error
 
@@ -77,13 +89,13 @@ class OnnxRuntimeSession(EngineSession):
 
         And without them, where engines were built again meanwhile and the file of this one is gone.
         """
-        own = _graph(self.checked, self._providers[0])
+        own = _graph(self.checked, self._provider)
         if not stored and own.is_file():
             self._session = self._opened(str(own))
             return
         model = replaced(onnx_file, stored)
         round_again(self.checked.bundle, self.checked.record, model, onnx_file.parent)
-        if self.checked.record.flags.get("attention") == FUSED and self._providers[0] == CPU:
+        if self.checked.record.flags.get("attention") == FUSED and self._provider == CPU:
             fuse_attention(model)  # as in the engine's file
         if model.ByteSize() < LARGEST_PROTOBUF:
             self._session = self._opened(model.SerializeToString(), onnx_file.parent)
@@ -113,6 +125,12 @@ class OnnxRuntimeSession(EngineSession):
 
 
 def _graph(checked: Checked, provider: str) -> Path:
-    """The engine's file where it was optimised for this provider, else the exported graph."""
-    built_for = CUDA if checked.record.flags.get("provider") == "cuda" else CPU
-    return checked.path if provider == built_for else checked.graph
+    """The engine's file where it was made for this provider, else the exported graph."""
+    return checked.path if provider == checked.record.flags.get("provider", CPU) else checked.graph
+
+
+def _profile(checked: Checked) -> Profile:
+    """Smallest, best and largest shape of every input."""
+    ranges = checked.profiles[0]
+    ends = [{axis: getattr(one, end) for axis, one in ranges.items()} for end in ("min", "opt", "max")]
+    return {spec.name: [spec.shape(sizes) for sizes in ends] for spec in checked.contract.inputs}

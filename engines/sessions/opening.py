@@ -28,10 +28,10 @@ OPENERS = {
 def expected_device(target: str) -> torch.device:
     """Where a target's sessions keep their tensors here; the CPU, too, where the GPU that they need is missing."""
     if target == "onnxruntime":
-        from engines.sessions.onnxruntime_session import providers
-        from sdkd.targets.ort_cuda import CUDA
+        from engines.sessions.onnxruntime_session import chosen_provider
+        from sdkd.targets.ort_providers import CPU
 
-        on_gpu = providers()[0] == CUDA
+        on_gpu = chosen_provider() != CPU
     else:
         on_gpu = runs_on_gpu(check_target(target))
     if on_gpu and torch.cuda.is_available():

@@ -35,7 +35,8 @@ from sdkd.bundle.memory import (
 )
 from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import InputError
-from sdkd.targets.registry import check_target, gpu, uses_gpu
+from sdkd.targets.nvidia import gpu
+from sdkd.targets.registry import check_target, uses_gpu
 
 LARGEST_VOLUME = 2**31 - 1  # elements of one tensor in TensorRT
 BASE_BYTES = 300_000_000

@@ -25,7 +25,8 @@ from sdkd.core.files import sha256
 from sdkd.errors import BuildError, BundleError
 from sdkd.targets import native_code
 from sdkd.targets.inductor import CONSTANTS, Package, compiler, compiler_version, laid_out, own_name, profile_name
-from sdkd.targets.registry import cache_folder, gpu
+from sdkd.targets.nvidia import gpu
+from sdkd.targets.registry import cache_folder
 
 if TYPE_CHECKING:
     import numpy as np

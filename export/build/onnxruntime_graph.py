@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.build.job import Built, Job, Run, check_io
+from sdkd.bundle.onnx_weights import save_whole
 from sdkd.core.console import Progress
 from sdkd.core.contract import QUANTIZED
 from sdkd.errors import BuildError, EngineError, InputError
 from sdkd.targets.ort_attention import FUSED, fuse_attention
-from sdkd.targets.ort_cuda import open_session, runs_on_cuda
+from sdkd.targets.ort_providers import CPU, CUDA, LIBRARY_NAMES, RTX, Profile, open_session, usual_provider
+from sdkd.targets.registry import require
 
 if TYPE_CHECKING:
     import numpy as np
     from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
+PURPOSE = "the comparison of an engine with its graph"
 SMALL_BYTES = "1024"  # weights below this stay in the graph
+LEVELS = {CPU: "extended", CUDA: "extended", RTX: "none"}
 COPIES = ("MemcpyFromHost", "MemcpyToHost")
 DTYPES = {
     "tensor(float)": "float32",
@@ -30,23 +34,24 @@ DTYPES = {
 
 def half_precision() -> str:
     """The fastest float precision of its engines: of a CPU fp32, since half is computed in float32 there."""
-    return "fp16" if runs_on_cuda() else "fp32"
+    return "fp32" if usual_provider() == CPU else "fp16"
 
 
 def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
     """Options of the build. Level `extended` leaves out layouts that only this machine's CPU knows.
 
     The saved graph belongs to its provider: for the CPU, half-precision nodes are wrapped in casts to float, and a
-    float32 graph's attention becomes the library's own. InputError for int8 where it runs on CUDA, which has no kernels
-    for it.
+    float32 graph's attention becomes the library's own; for the TensorRT-RTX plugin, which optimises by itself, it is
+    the exported one. InputError for int8 where it runs on a GPU, which has no kernels for it.
     """
-    if engine_precision in QUANTIZED and runs_on_cuda():
+    provider = usual_provider()
+    if engine_precision in QUANTIZED and provider != CPU:
         raise InputError(
-            f"ONNX Runtime runs on CUDA here, where it has no {engine_precision} kernels: build it for tensorrt"
+            f"ONNX Runtime runs on {LIBRARY_NAMES[provider]} here, which has no kernels for its {engine_precision} "
+            "graphs: build it for tensorrt"
         )
-    found = {"optimization": "extended", "provider": "cuda" if runs_on_cuda() else "cpu"}
-    own = found["provider"] == "cpu" and onnx_precision == "fp32"
-    return found | ({"attention": FUSED} if own else {})
+    own = provider == CPU and onnx_precision == "fp32"
+    return {"optimization": LEVELS[provider], "provider": provider} | ({"attention": FUSED} if own else {})
 
 
 def build(job: Job, progress: Progress) -> Built:
@@ -56,27 +61,36 @@ def build(job: Job, progress: Progress) -> Built:
     model.onnx.data and writes a path to it that does not hold, and a single file ends at 2 GB. BuildError where the
     flags say CUDA and the library does not run there: a graph made for the CPU must not pass for one.
     """
-    import onnxruntime as ort
-
-    levels, provider = ort.GraphOptimizationLevel, job.flags["provider"]
+    levels, provider = require("onnxruntime").GraphOptimizationLevel, job.flags["provider"]
     session = _session(job.onnx, levels.ORT_DISABLE_ALL)
     check_io(job, _tensors(session.get_inputs()), _tensors(session.get_outputs()))
     del session
     file = job.file(".onnx")
-    weights = file.with_suffix(".onnx.data")
+    progress("optimising the graph", 0.1)
+    weights = _save(job, file, provider)
+    progress("opening the saved graph", 0.8)
+    saved = _session(str(file), levels.ORT_ENABLE_ALL, provider, profile=job.profiles[0])
+    external = weights.is_file()  # not when every weight is small
+    names = (file.name, weights.name) if external else (file.name,)
+    return Built(names, {"external_data": external}, run=_runner(saved))
+
+
+def _save(job: Job, file: Path, provider: str) -> Path:
+    """Write the graph for a provider; where its weights then are."""
+    import onnx
+
+    weights, ort = file.with_suffix(".onnx.data"), require("onnxruntime")
+    if provider == RTX:
+        save_whole(onnx.load(job.onnx, load_external_data=False), Path(job.onnx).parent, file)
+        return weights
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(file)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights.name)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", SMALL_BYTES)
-    progress("optimising the graph", 0.1)
-    _session(_graph(job, options), levels.ORT_ENABLE_EXTENDED, provider, options)
-    if provider == "cuda":
+    _session(_graph(job, options), ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, provider, options)
+    if provider == CUDA:
         _without_copies(file)
-    progress("opening the saved graph", 0.8)
-    saved = _session(str(file), levels.ORT_ENABLE_ALL, provider)
-    external = weights.is_file()  # not when every weight is small
-    names = (file.name, weights.name) if external else (file.name,)
-    return Built(names, {"external_data": external}, run=_runner(saved))
+    return weights
 
 
 def _graph(job: Job, options: SessionOptions) -> str | bytes:
@@ -120,21 +134,21 @@ def _without_copies(file: Path) -> None:
 
 def open_reference(path: str) -> Run:
     """Run an ONNX graph as it is, without optimisation: what engines are compared with."""
-    import onnxruntime as ort
-
-    return _runner(_session(path, ort.GraphOptimizationLevel.ORT_DISABLE_ALL))
+    return _runner(_session(path, require("onnxruntime", PURPOSE).GraphOptimizationLevel.ORT_DISABLE_ALL))
 
 
 def _session(
-    path: str | bytes, level: GraphOptimizationLevel, provider: str = "cpu", options: SessionOptions | None = None
+    path: str | bytes,
+    level: GraphOptimizationLevel,
+    provider: str = CPU,
+    options: SessionOptions | None = None,
+    profile: Profile | None = None,
 ) -> InferenceSession:
-    import onnxruntime as ort
-
-    options = options or ort.SessionOptions()
+    options = options or require("onnxruntime").SessionOptions()
     options.graph_optimization_level = level
     options.log_severity_level = 3
     try:
-        return open_session(path, options, cuda=provider == "cuda")
+        return open_session(path, options, provider, profile=profile)
     except EngineError as error:
         raise BuildError(str(error)) from error
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from export.build.onnxruntime_graph import PURPOSE
 from export.build.options import CURRENT, BuildOptions, check_options, difference
 from export.build.quantized import LIGHT, ROUNDED_WEIGHTS, STAYS_FLOAT, scheme_for
 from export.build.ranges import check_ranges, cover, default_ranges
@@ -20,8 +21,9 @@ from sdkd.core.profiles import ShapeRanges
 from sdkd.errors import BuildError, BundleError, InputError, MissingExtraError
 from sdkd.quantization.again import QUANTIZATION
 from sdkd.targets.fast_precisions import fp8_problem
+from sdkd.targets.nvidia import gpu
 from sdkd.targets.plan import EnginePlan, plan_for_onnx
-from sdkd.targets.registry import Target, availability, gpu, require
+from sdkd.targets.registry import Target, availability, require
 
 Ranges = ShapeRanges | Sequence[ShapeRanges]
 
@@ -123,11 +125,12 @@ def check_sources(bundle: Bundle, requests: Sequence[Request]) -> None:
 
 
 def check_buildable(target: Target, options: BuildOptions = BuildOptions()) -> None:
-    """MissingExtraError without the target's packages, BuildError where it needs a GPU and there is none.
+    """MissingExtraError without the target's packages or onnxruntime, BuildError where it needs a GPU and has none.
 
     InputError for an option that the target, its library or this machine does not have.
     """
     library = require(target.name)
+    require("onnxruntime", PURPOSE)
     if target.name.startswith("tensorrt") and importlib.util.find_spec("polygraphy") is None:
         raise MissingExtraError("polygraphy", target.extra, f"target {target.name!r}")
     found = availability(target.name)

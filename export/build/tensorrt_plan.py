@@ -24,7 +24,7 @@ from sdkd.core.console import Progress
 from sdkd.errors import BuildError
 from sdkd.targets.fast_precisions import FP8_CAPABILITY
 from sdkd.targets.gpu_trial import capabilities, runs_portably
-from sdkd.targets.registry import gpu
+from sdkd.targets.nvidia import gpu
 from sdkd.targets.tensorrt_api import (
     Builder,
     IAttentionInputLayer,

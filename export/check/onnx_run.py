@@ -12,6 +12,9 @@ import torch
 
 from sdkd.core.contract import Contract, TensorSpec
 from sdkd.errors import ParityError
+from sdkd.targets.registry import require
+
+PURPOSE = "the comparison of an export with PyTorch"
 
 
 def read_signature(onnx_file: Path, component: str) -> Contract:
@@ -36,6 +39,7 @@ def _dtype_name(element: int) -> str:
 
 def runtime_errors() -> tuple[type[Exception], ...]:
     """Exceptions that onnxruntime raises for a graph or inputs it cannot run; they share no base of their own."""
+    require("onnxruntime", PURPOSE)
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
@@ -49,8 +53,7 @@ class GraphSession:
     """
 
     def __init__(self, onnx_file: Path) -> None:
-        import onnxruntime
-
+        onnxruntime = require("onnxruntime", PURPOSE)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Half-precision weights are cast to float32 just before their use and let go after it: in the usual order, and

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from export.check.half_products import has_units, quick_half
-from export.check.onnx_run import GraphSession, first_line, open_graph, read_signature, runtime_errors
+from export.check.onnx_run import PURPOSE, GraphSession, first_line, open_graph, read_signature, runtime_errors
 from export.graph.components import axis_sizes, example_inputs
 from sdkd.core.contract import Contract, Precision, TensorSpec, split_axis, torch_dtype
 from sdkd.errors import AxesError, NamesError, ParityError, ShapesError, ValuesError
+from sdkd.targets.registry import require
 
 # float32: onnxruntime and PyTorch add in another order; what is left is 1e-6 of the output's largest value on tiny
 # models and below 1e-4 on full-size ones, while a wrong weight, mask or approximation of GELU (1e-3) is above.
@@ -250,8 +251,6 @@ def _too_far(row: Mapping[str, Any], precision: Precision) -> str | None:
 def _summary(
     rows: Sequence[Mapping[str, Any]], references: Sequence[Reference], precision: Precision
 ) -> dict[str, Any]:
-    import onnxruntime
-
     def worst(key: str) -> float:
         return max(row[key] for row in rows)
 
@@ -262,7 +261,7 @@ def _summary(
         "cosine": min(row["cosine"] for row in rows),
         "finite": True,
         "cases": [{**reference.case.sizes, "timestep": reference.case.timestep} for reference in references],
-        "runtime": f"onnxruntime {onnxruntime.__version__} CPU, {COMPUTES[precision]}",
+        "runtime": f"onnxruntime {require('onnxruntime', PURPOSE).__version__} CPU, {COMPUTES[precision]}",
     }
     if precision != "fp32":
         figures |= {"eager_max_abs": worst("eager_max_abs"), "eager_rms": worst("eager_rms")}

@@ -15,24 +15,25 @@ from sdkd import __version__
 from sdkd.core.console import Progress, progress, quiet, show, show_json, styled, table, within
 from sdkd.errors import MissingExtraError
 from sdkd.targets.fast_precisions import TENSOR_CORES, Fast, cpu_precisions_fast, gpu_precisions_fast, weight_bits
-from sdkd.targets.gpu_generations import MADE_FOR, generation, parse
+from sdkd.targets.gpu_generations import ROWS, generation, parse
 from sdkd.targets.gpu_trial import Support, Trial, attempt, identity, plans, remember, remembered, support
+from sdkd.targets.nvidia import cuda_packages, driver_cuda, driver_version, gpu
 from sdkd.targets.registry import (
     TARGETS,
     Availability,
     availability,
     cpu_flags,
     cpu_name,
-    cuda_packages,
-    driver_cuda,
-    driver_version,
-    gpu,
+    extra_of,
     installed_version,
+    packages_of,
+    removal,
+    require,
 )
 
 LIBRARIES = (
     "torch", "diffusers", "transformers", "accelerate", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "nvidia-ml-py",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13", "openvino", "tensorrt", "tensorrt_rtx", "polygraphy", "nvidia-ml-py",
 )  # fmt: skip
 
 
@@ -55,7 +56,8 @@ def examine() -> dict[str, Any]:
         "precisions": precisions(),
         "libraries": {name: installed_version(name) for name in LIBRARIES},
         "onnxruntime_providers": _providers(),
-        "onnxruntime_cuda": _cuda_problem(),
+        "onnxruntime_on_gpu": providers_on_gpu(),
+        "packages": package_problems(),
         "targets": [asdict(availability(name)) for name in TARGETS],
         "gpu_targets": gpu_rows(),
         "gpu_support": [asdict(one) for one in gpu_support()],
@@ -98,13 +100,14 @@ def gpu_rows(capability: str = "") -> list[dict[str, Any]]:
     asked = capability or _capability_here()
     return [
         {
-            "target": name,
+            "target": row.target,
+            "way": row.way,
             "compute_capability": asked,
             "runs": row.runs_on(asked),
             "gpus": row.words,
             "source": row.source,
         }
-        for name, row in (MADE_FOR.items() if asked else ())
+        for row in (ROWS if asked else ())
     ]
 
 
@@ -147,17 +150,32 @@ def _gpu() -> dict[str, Any]:
 
 def _providers() -> list[str]:
     try:
-        import onnxruntime
-    except ImportError:
+        listed = require("onnxruntime").get_available_providers()
+    except MissingExtraError:
         return []
-    return [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    return [name.removesuffix("ExecutionProvider") for name in listed]
 
 
-def _cuda_problem() -> str | None:
-    """Why an onnxruntime for CUDA does not run on the GPU that is here; None where it does, or nobody expects it."""
-    from sdkd.targets.ort_cuda import CUDA, cuda_problem
+def providers_on_gpu() -> dict[str, str | None]:
+    """Of each provider of ONNX Runtime for a GPU why it does not run on the one that is here; None where it does.
 
-    return cuda_problem() if gpu() and CUDA.removesuffix("ExecutionProvider") in _providers() else None
+    Empty without a GPU, or without an onnxruntime to ask.
+    """
+    from sdkd.targets.ort_providers import ON_GPU, provider_problem
+
+    return {name: provider_problem(name) for name in ON_GPU} if gpu() and _providers() else {}
+
+
+def package_problems() -> list[dict[str, str]]:
+    """Targets whose module several installed packages have, which lie over one another, and how to mend it."""
+    found = []
+    for target in TARGETS.values():
+        if target.gpu_extra and len(packages := packages_of(target)) > 1:
+            fix = f"{removal(packages)}, then pip install 'sdkd[{extra_of(target)}]'"
+            found.append(
+                {"target": target.name, "reason": f"{' and '.join(packages)} lie over one another", "fix": fix}
+            )
+    return found
 
 
 def _yes(value: bool) -> Any:
@@ -231,8 +249,10 @@ def doctor(
     for one in targets:
         if one.fix:
             show(f"  {one.target}: {one.fix}")
-    if found["onnxruntime_cuda"]:
-        show(f"  onnxruntime runs on the CPU, although there is a GPU: {found['onnxruntime_cuda']}")
+    for row in found["packages"]:
+        show(f"  {row['target']}: {row['reason']}: {row['fix']}")
+    for name, problem in found["onnxruntime_on_gpu"].items():
+        show(f"  onnxruntime by {name}: {problem or 'runs on this GPU'}")
 
 
 def _try_all() -> list[Trial]:
@@ -248,9 +268,13 @@ def _try_all() -> list[Trial]:
 def _show_generation(rows: Sequence[dict[str, Any]]) -> None:
     """Which targets a GPU has, one row each."""
     if rows:
-        shown = [[row["target"], _yes(row["runs"]), row["gpus"], row["source"]] for row in rows]
+        shown = [[_way(row), _yes(row["runs"]), row["gpus"], row["source"]] for row in rows]
         title = f"Compute capability {generation(rows[0]['compute_capability'])}"
         show(table(title, ["target", "made for it", "made for", "by"], shown))
+
+
+def _way(row: dict[str, Any]) -> str:
+    return f"{row['target']}, {row['way']}" if row["way"] else str(row["target"])
 
 
 def _show_support(found: Sequence[Support], trials: Sequence[Trial]) -> None:

@@ -26,22 +26,23 @@ GENERATIONS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class GpuRow:
-    """The GPUs of one target: those from `since` on, or `only` the named ones; and who says so."""
+    """The GPUs of one target, or of one way to run it: the `named` ones and those from `since` on; and who says so."""
 
     target: str
     source: str
+    named: tuple[str, ...] = ()
     since: str = ""
-    only: tuple[str, ...] = ()
+    way: str = ""
 
     def runs_on(self, capability: str) -> bool:
         """Whether the target's library is made for GPUs of a compute capability; InputError for other text."""
         asked = parse(capability)
-        return asked in map(parse, self.only) if self.only else asked >= parse(self.since)
+        return asked in map(parse, self.named) or bool(self.since and asked >= parse(self.since))
 
     @property
     def words(self) -> str:
         """Its GPUs in words: `7.5 and later`, `8.6, 8.9`."""
-        return ", ".join(self.only) if self.only else f"{self.since} and later"
+        return ", ".join((*self.named, *([f"{self.since} and later"] if self.since else [])))
 
 
 MADE_FOR: dict[str, GpuRow] = {
@@ -49,12 +50,19 @@ MADE_FOR: dict[str, GpuRow] = {
     for row in (
         GpuRow("tensorrt", "support matrices of TensorRT 10, and CUDA 13", since="7.5"),
         GpuRow(
-            "tensorrt-rtx", "support matrices of TensorRT-RTX 1.0 to 1.5", only=("7.5", "8.6", "8.9", "12.0", "12.1")
+            "tensorrt-rtx", "support matrices of TensorRT-RTX 1.0 to 1.5", named=("7.5", "8.6", "8.9", "12.0", "12.1")
         ),
         GpuRow("inductor", "what PyTorch is built for with CUDA 13", since="7.5"),
-        GpuRow("onnxruntime", "what CUDA 13 compiles for", since="7.5"),
+        GpuRow("onnxruntime", "what CUDA 13 compiles for", since="7.5", way="CUDA"),
     )
 }
+
+PLUGIN = GpuRow(
+    *("onnxruntime", "the provider options of onnxruntime-ep-nv-tensorrt-rtx 0.5.0", ("8.6", "8.9")),
+    since="12.0",
+    way="TensorRT-RTX plugin",
+)
+ROWS: tuple[GpuRow, ...] = (*MADE_FOR.values(), PLUGIN)
 
 
 def parse(capability: str) -> Capability:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, SupportsInt, TypeVar
 from sdkd.core.console import Progress, quiet
 from sdkd.core.files import read_json, write_json
 from sdkd.errors import EngineError, InputError
-from sdkd.targets.registry import cache_folder, check_target, driver_version, gpu, installed_version, require
+from sdkd.targets.nvidia import driver_version, gpu
+from sdkd.targets.registry import cache_folder, check_target, installed_version, require
 from sdkd.targets.tensorrt_api import ICudaEngine, ILogger, TensorRT, recorder
 
 if TYPE_CHECKING:

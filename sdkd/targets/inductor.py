@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdkd.targets.registry import gpu
+from sdkd.targets.nvidia import gpu
 
 if TYPE_CHECKING:
     import torch

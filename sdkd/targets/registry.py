@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib
@@ -12,7 +11,7 @@ import os
 import pkgutil
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,11 +19,10 @@ from typing import Any
 
 from sdkd.core.contract import ENGINE_PRECISIONS
 from sdkd.errors import InputError, MissingExtraError
+from sdkd.targets.nvidia import cuda_packages, driver_cuda, driver_version, gpu, gpu_problem
 
 CPUINFO = Path("/proc/cpuinfo")
 CPU_UNITS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")  # in the kernel's words, the widest first
-DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # the oldest for Linux, by major version of CUDA
-DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Target:
     either: bool = False  # built for the GPU that torch sees, where there is one, else for the CPU
     without_weights: bool = False  # its engines are code alone, and take their weights from the exported graph
     missing: str = ""  # names a function that says what a build lacks here beside the module, and what to do
+    gpu_extra: str = ""  # the extra that installs it beside an NVIDIA driver, where that is another one
 
 
 _TENSORRT: dict[str, Any] = {"suffix": ".engine", "precision": "fp16", "runs_on_gpu": True, "many_profiles": True}
@@ -57,7 +56,10 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(
-            "onnxruntime", "onnxruntime", "", "runs anywhere", ".onnx", "fp32", takes_bf16=False, quantizes=("int8",)
+            *("onnxruntime", "onnxruntime", "cpu", "runs anywhere", ".onnx", "fp32"),
+            takes_bf16=False,
+            quantizes=("int8",),
+            gpu_extra="gpu",
         ),
         Target(
             *("openvino", "openvino", "openvino", "fastest on a CPU", ".blob", "fp32"),
@@ -110,13 +112,48 @@ def slot_name(target: str, engine_precision: str, onnx_precision: str) -> str:
     return target if engine_precision == onnx_precision else f"{target}-{engine_precision}"
 
 
-def require(target: str) -> ModuleType:
-    """Import a target's module; MissingExtraError names the pip command."""
+def extra_of(target: Target) -> str:
+    """The extra of sdkd that installs a target's module on this machine; empty where sdkd itself needs the module."""
+    return target.gpu_extra if target.gpu_extra and driver_version() else target.extra
+
+
+def require(target: str, purpose: str = "") -> ModuleType:
+    """Import a target's module; MissingExtraError names the pip command, and what to remove before.
+
+    `purpose`: what it is needed for, where that is not the target itself.
+    """
     found = check_target(target)
+    purpose, extra = purpose or f"target {found.name!r}", extra_of(found) or found.name
+    if problem := package_problem(found):
+        raise MissingExtraError(found.module, extra, purpose, *problem)
     try:
         return importlib.import_module(found.module)
     except ImportError as error:
-        raise MissingExtraError(found.module, found.extra or found.name, f"target {found.name!r}") from error
+        raise MissingExtraError(found.module, extra, purpose) from error
+
+
+def package_problem(target: Target) -> tuple[str, str] | None:
+    """Why a target's module is not whole, and the command that removes what is left of it; None where it is.
+
+    Several packages that have the same module write over one another's files; whichever is removed then takes the
+    others' files along, and what stays is a folder that imports as an empty module.
+    """
+    spec = importlib.util.find_spec(target.module)
+    if spec is not None and spec.origin is not None:
+        return None
+    if packages := packages_of(target):
+        return "has lost files, since another package of the same module was removed", removal(packages)
+    return "is not installed", ""
+
+
+def packages_of(target: Target) -> list[str]:
+    """The installed packages that a target's module belongs to; more than one lie over one another."""
+    return sorted(set(importlib.metadata.packages_distributions().get(target.module, ())))
+
+
+def removal(packages: Iterable[str]) -> str:
+    """The command that removes packages."""
+    return f"pip uninstall -y {' '.join(packages)}"
 
 
 def installed_version(distribution: str) -> str | None:
@@ -125,82 +162,6 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def gpu() -> dict[str, str] | None:
-    """Name and compute capability of the first CUDA device that torch sees, None without one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
-
-
-def driver_version() -> str | None:
-    """Version of the NVIDIA kernel driver, such as `580.65.06`; None where none is loaded."""
-    for path in map(Path, DRIVER_FILES):
-        try:
-            if found := re.search(r"\b\d+\.\d+(\.\d+)?\b", path.read_text(encoding="utf-8")):
-                return found[0]
-        except OSError:
-            continue
-    try:  # where the driver is the host's (WSL)
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # noqa: BLE001 - pynvml has an exception type of its own for every failure, and may be missing
-        return None
-
-
-def driver_cuda() -> tuple[int, int] | None:
-    """The version of CUDA that the NVIDIA driver runs, by the driver itself; None without one."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if library.cuDriverGetVersion(ctypes.byref(version)):
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
-def cuda_packages(distribution: str) -> dict[str, int]:
-    """Installed packages of a library that were made for one major version of CUDA: {"tensorrt_cu13": 13}."""
-    found = {}
-    for one in importlib.metadata.distributions():
-        name = (one.metadata["Name"] or "").lower().replace("-", "_")
-        if match := re.fullmatch(rf"{distribution}_cu(\d+)", name):
-            found[name] = int(match[1])
-    return found
-
-
-def gpu_problem(
-    driver: str | None, runs: tuple[int, int] | None, needs: Mapping[str, int], torch_cuda: str | None
-) -> tuple[str, str]:
-    """Why no GPU is seen, and what to do.
-
-    `driver`: its version; `runs`: the CUDA that it runs; `needs`: major version of CUDA by installed package;
-    `torch_cuda`: the CUDA that torch was built with.
-    """
-    wanted = max([*needs.values(), int((torch_cuda or "0").partition(".")[0])], default=0)
-    oldest = DRIVERS.get(wanted, DRIVERS[max(DRIVERS)])
-    if driver is None and runs is None:
-        return "no NVIDIA driver here", f"on a machine with an NVIDIA GPU, install its driver, {oldest} or later"
-    if runs is None:
-        return f"NVIDIA driver {driver} without libcuda.so.1", "install the driver's user part (libcuda.so.1), too"
-    version = f"NVIDIA driver {driver or 'of unknown version'} runs CUDA {runs[0]}.{runs[1]}"
-    for name, major in {**needs, **({f"torch for CUDA {torch_cuda}": wanted} if torch_cuda else {})}.items():
-        if major > runs[0]:
-            older = f", or: pip install {name.replace(f'cu{major}', f'cu{runs[0]}')}" if name in needs else ""
-            return f"{version}, and {name} needs CUDA {major}", f"update the driver to {DRIVERS[major]} or later{older}"
-    if torch_cuda is None:
-        return (
-            f"{version}, but this torch is built without CUDA",
-            "install torch with CUDA (pytorch.org has the command)",
-        )
-    return f"{version}, and torch sees no device", "see what nvidia-smi says, and CUDA_VISIBLE_DEVICES"
 
 
 def cache_folder() -> Path:
@@ -300,12 +261,14 @@ def built_environment(target: str) -> dict[str, str]:
 def availability(target: str) -> Availability:
     """Look whether a target builds and runs here; never raises for a known target."""
     found = check_target(target)
-    version = _version(found)
+    extra = extra_of(found)
+    fix = f"pip install 'sdkd[{extra}]'" if extra else "pip install sdkd"
+    problem, first = package_problem(found) or ("", "")
+    version = None if problem else _version(found)
     if version is None:
-        fix = f"pip install 'sdkd[{found.extra}]'" if found.extra else "pip install sdkd"
-        return Availability(found.name, None, False, False, f"{found.module} is not installed", fix)
+        reason = f"{found.module} {problem or 'is not installed'}"
+        return Availability(found.name, None, False, False, reason, f"{first}, then {fix}" if first else fix)
     if found.runs_on_gpu and importlib.util.find_spec("polygraphy") is None:
-        fix = f"pip install 'sdkd[{found.extra}]'"
         return Availability(found.name, version, False, gpu() is not None, "polygraphy is not installed", fix)
     if found.missing and (lacks := pkgutil.resolve_name(found.missing)()):
         return Availability(found.name, version, False, True, *lacks)
@@ -318,8 +281,6 @@ def availability(target: str) -> Availability:
 
 
 def _version(target: Target) -> str | None:
-    if importlib.util.find_spec(target.module) is None:
-        return None
     try:
         return str(getattr(importlib.import_module(target.module), "__version__", "unknown"))
     except ImportError:

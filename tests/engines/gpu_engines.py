@@ -15,7 +15,8 @@ from export.build.options import BuildOptions
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.targets.gpu_trial import CURRENT, capabilities, remembered, runs_portably
-from sdkd.targets.registry import TARGETS, availability, environment, gpu, require
+from sdkd.targets.nvidia import gpu
+from sdkd.targets.registry import TARGETS, availability, environment, require
 
 KINDS = ("tensorrt", "tensorrt-rtx")
 WITH_GRAPHS = (*KINDS, "inductor")  # what runs through CUDA graphs

@@ -50,7 +50,8 @@ def slug(name: str) -> str:
 
 def machine() -> str:
     """A folder name for this machine: its GPU, else its CPU and core count."""
-    from sdkd.targets.registry import cpu_name, gpu
+    from sdkd.targets.nvidia import gpu
+    from sdkd.targets.registry import cpu_name
 
     device = gpu()
     return slug(device["gpu"] if device else f"{cpu_name()} {os.cpu_count()} cores")

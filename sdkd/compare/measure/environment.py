@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sdkd.targets.registry import TARGETS, availability, cpu_flags, cpu_name, gpu, installed_version
+from sdkd.targets.nvidia import gpu
+from sdkd.targets.registry import TARGETS, availability, cpu_flags, cpu_name, installed_version
 
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "numpy")
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # packages with the same module: the last one installed is imported

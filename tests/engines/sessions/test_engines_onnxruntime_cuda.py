@@ -17,9 +17,14 @@ from engines.pipelines import pipeline
 from engines.sessions import onnxruntime_session as session_onnxruntime
 from engines.sessions.opening import expected_device, open_session
 from sdkd.bundle.manifest import Bundle
-from sdkd.errors import EngineError
-from sdkd.targets.ort_cuda import CPU, CUDA
+from sdkd.errors import EngineError, InputError
+from sdkd.targets.ort_providers import CUDA, LIBRARY_NAMES, RTX
 
+PROFILE = {
+    "sample": [(1, 4, 16, 16), (2, 4, 16, 16), (4, 4, 32, 32)],
+    "timestep": [(), (), ()],
+    "encoder_hidden_states": [(1, 77, 32), (2, 77, 32), (4, 77, 32)],
+}
 ENGINE, EXPORTED = "engines/onnxruntime/unet.onnx", "unet/model.onnx"
 
 
@@ -37,6 +42,10 @@ def built_for(bundle: Path, provider: str | None) -> Bundle:
         ("cpu", "cuda", EXPORTED),
         (None, "cuda", EXPORTED),
         ("cuda", "cuda", ENGINE),
+        ("cpu", RTX, EXPORTED),
+        ("cuda", RTX, EXPORTED),
+        (RTX, "cpu", EXPORTED),
+        (RTX, RTX, ENGINE),
     ],
 )
 def test_the_file_is_the_one_made_for_where_it_runs(
@@ -45,17 +54,21 @@ def test_the_file_is_the_one_made_for_where_it_runs(
     opened: list[tuple[str, dict[str, Any]]] = []
     original = session_onnxruntime.open_session
 
-    def open_on_the_cpu(model: str, options: Any, **where: Any) -> Any:
+    def open_on_the_cpu(model: str, options: Any, provider: str, **where: Any) -> Any:
+        assert provider == runs
         opened.append((model, where))
         return original(model, options)
 
     monkeypatch.setattr(session_onnxruntime, "open_session", open_on_the_cpu)
-    monkeypatch.setattr(session_onnxruntime, "runs_on_cuda", lambda: runs == "cuda")
+    monkeypatch.setattr(session_onnxruntime, "usual_provider", lambda: runs)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     with open_session(built_for(graph_copy, built), "onnxruntime", "unet") as session:
-        assert str(session.device) == ("cuda:1" if runs == "cuda" else "cpu")
+        assert str(session.device) == ("cpu" if runs == "cpu" else "cuda:1")
         session._swap(Path(), {})  # back to the weights as exported
-    wanted = (str(graph_copy / file), {"cuda": runs == "cuda", "device": 1 if runs == "cuda" else 0})
+    wanted = (
+        str(graph_copy / file),
+        {"device": 0 if runs == "cpu" else 1, "profile": PROFILE if runs == RTX else None},
+    )
     assert opened == [wanted, wanted]
 
 
@@ -74,8 +87,10 @@ def test_engines_are_opened_on_the_gpu_of_the_pipeline(engine_bundle: Path, monk
         raise EngineError("as far as it goes without a GPU")
 
     original = session_onnxruntime.open_session
-    monkeypatch.setattr(session_onnxruntime, "open_session", lambda model, options, **_: original(model, options))
-    monkeypatch.setattr(session_onnxruntime, "runs_on_cuda", lambda: True)
+    monkeypatch.setattr(
+        session_onnxruntime, "open_session", lambda model, options, *_, **more: original(model, options)
+    )
+    monkeypatch.setattr(session_onnxruntime, "usual_provider", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(pipeline, "build_module", build)
@@ -93,21 +108,23 @@ def test_an_engine_built_for_cuda_runs_on_a_cpu(graph_copy: Path) -> None:
 
 
 def test_what_was_asked_for_is_had_or_refused(graph_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_onnxruntime, "cuda_problem", lambda: "libraries did not load")
-    match = r"cannot run on CUDA here: libraries did not load; or open it with provider='cpu'"
+    monkeypatch.setattr(session_onnxruntime, "provider_problem", lambda _: "libraries did not load")
+    match = r"cannot run on CUDAExecutionProvider here: libraries did not load; or open it with provider='cpu'"
     with pytest.raises(EngineError, match=match):
         open_session(Bundle.open(graph_copy), "onnxruntime", "unet", provider="cuda")
-    monkeypatch.setattr(session_onnxruntime, "cuda_problem", lambda: None)
-    assert session_onnxruntime.providers("cuda") == [CUDA, CPU]
-    monkeypatch.setattr(session_onnxruntime, "runs_on_cuda", lambda: True)
-    assert session_onnxruntime.providers("cpu") == [CPU]
+    monkeypatch.setattr(session_onnxruntime, "provider_problem", lambda _: None)
+    assert session_onnxruntime.chosen_provider("cuda") == "cuda"
+    monkeypatch.setattr(session_onnxruntime, "usual_provider", lambda: "cuda")
+    assert session_onnxruntime.chosen_provider("cpu") == "cpu"
+    with pytest.raises(InputError, match="provider 'rocm' is unknown: choose one of cpu, cuda, tensorrt-rtx"):
+        session_onnxruntime.chosen_provider("rocm")
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available")
 def test_a_session_that_is_not_on_cuda_after_all_is_refused(graph_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_onnxruntime, "runs_on_cuda", lambda: True)
+    monkeypatch.setattr(session_onnxruntime, "usual_provider", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    match = r"the onnxruntime engine of unet .* was asked for CUDA and gave CPUExecutionProvider"
+    match = r"the onnxruntime engine of unet .* was asked for CUDAExecutionProvider and gave CPUExecutionProvider"
     with pytest.raises(EngineError, match=match):
         open_session(built_for(graph_copy, "cuda"), "onnxruntime", "unet")
 
@@ -115,13 +132,13 @@ def test_a_session_that_is_not_on_cuda_after_all_is_refused(graph_copy: Path, mo
 def test_the_expected_device_is_that_of_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for runs, device in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(session_onnxruntime, "runs_on_cuda", lambda runs=runs: runs)
+    for runs, device in (("cuda", "cuda"), ("tensorrt-rtx", "cuda"), ("cpu", "cpu")):
+        monkeypatch.setattr(session_onnxruntime, "usual_provider", lambda runs=runs: runs)
         assert expected_device("onnxruntime").type == device
 
 
 def test_gpu_engine_is_built_for_cuda_and_opened_as_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if CUDA not in onnxruntime.get_available_providers():
+    if LIBRARY_NAMES[CUDA] not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
     opened: list[str] = []
     original = session_onnxruntime.open_session

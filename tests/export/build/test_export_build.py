@@ -21,14 +21,16 @@ from graph_bundles import ending, graph_bundle, graph_model, replace_component, 
 from onnx import TensorProto, helper, numpy_helper
 from small_exports import bundle_copy
 
-from export import build_engine
+from export import build_engine, export_pipeline
 from export.build import onnxruntime_graph
+from export.build.job import Job
 from export.build.parity import compare
 from export.build.ranges import default_ranges
 from sdkd.bundle.manifest import Bundle, EngineRecord, FileRecord
 from sdkd.core.files import lock
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BuildError, BundleError, BusyError, InputError, MissingExtraError, ValuesError
+from sdkd.targets import registry
 from sdkd.targets.ort_attention import FUSED
 from sdkd.targets.registry import environment, openvino_core
 
@@ -440,6 +442,21 @@ def test_attention_of_a_float_graph_becomes_onnxruntime_s_own(tmp_path: Path) ->
     assert record.parity["relative"] < 1e-5  # type: ignore[index]
 
 
+def test_every_engine_needs_onnxruntime_and_is_refused_at_once_without(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(registry, "packages_of", lambda target: [])
+    monkeypatch.setattr(registry, "driver_version", lambda: None)
+    for target, purpose in (("onnxruntime", "target 'onnxruntime'"), ("openvino", "the comparison of an engine with")):
+        with pytest.raises(MissingExtraError, match=rf"{purpose}.* needs the package .* pip install 'sdkd\[cpu\]'"):
+            build_engine(bundle, target)
+    with pytest.raises(MissingExtraError, match=r"the comparison of an export with PyTorch needs .*'sdkd\[cpu\]'"):
+        export_pipeline("demo", bundle.path / "other")
+    assert Bundle.open(bundle.path).slots() == ()
+    assert not (bundle.path / "other").exists()
+
+
 # A machine with CUDA
 
 
@@ -448,17 +465,35 @@ def test_a_graph_made_for_the_cpu_does_not_pass_for_one_made_for_cuda(
 ) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this package has CUDA")
-    monkeypatch.setattr(onnxruntime_graph, "runs_on_cuda", lambda: True)  # here, and not in the child that builds
+    monkeypatch.setattr(onnxruntime_graph, "usual_provider", lambda: "cuda")  # here, and not in the child that builds
     assert onnxruntime_graph.flags("fp32", "fp32") == {"optimization": "extended", "provider": "cuda"}
-    with pytest.raises(BuildError, match=r"was asked for CUDA and gave CPUExecutionProvider: libraries of CUDA"):
+    with pytest.raises(BuildError, match=r"was asked for CUDAExecutionProvider and gave CPUExecutionProvider"):
         build_engine(bundle, "onnxruntime", components=["unet"])
     assert Bundle.open(bundle.path).slots() == ()
 
 
+def test_for_the_plugin_the_graph_stays_as_it_was_exported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_graph, "usual_provider", lambda: "tensorrt-rtx")
+    assert onnxruntime_graph.flags("fp16", "fp16") == {"optimization": "none", "provider": "tensorrt-rtx"}
+    assert onnxruntime_graph.half_precision() == "fp16"
+    with pytest.raises(InputError, match=r"on NvTensorRTRTXExecutionProvider here, which has no kernels for its int8"):
+        onnxruntime_graph.flags("int8", "fp32")
+    graph, contract = str(bundle.path / "unet/model.onnx"), bundle.component("unet").contract
+    job = Job("unet", "onnxruntime", "fp32", graph, str(bundle.path), contract, (), ())
+    weights = onnxruntime_graph._save(job, bundle.path / "unet.onnx", "tensorrt-rtx")
+    found, exported = (onnx.load(file) for file in (bundle.path / "unet.onnx", job.onnx))
+    assert [node.op_type for node in found.graph.node] == [node.op_type for node in exported.graph.node]
+    own, theirs = (
+        {one.name: numpy_helper.to_array(one) for one in each.graph.initializer} for each in (found, exported)
+    )
+    assert all(np.array_equal(own[name], array) for name, array in theirs.items())
+    assert weights.name == "unet.onnx.data"
+
+
 def test_an_engine_is_built_again_where_cuda_began_to_run(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime_graph, "runs_on_cuda", lambda: False)
+    monkeypatch.setattr(onnxruntime_graph, "usual_provider", lambda: "cpu")
     assert _said(built) == ["unet: onnxruntime engine is fresh, reused"]
-    monkeypatch.setattr(onnxruntime_graph, "runs_on_cuda", lambda: True)
+    monkeypatch.setattr(onnxruntime_graph, "usual_provider", lambda: "cuda")
     assert "built with provider cpu, asked for cuda" in _said(built)[0]
 
 

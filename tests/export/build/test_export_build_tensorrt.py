@@ -28,7 +28,7 @@ from sdkd.core.child import run_in_child
 from sdkd.core.contract import Contract, TensorSpec
 from sdkd.errors import BuildError, ValuesError
 from sdkd.families import STABLE_DIFFUSION
-from sdkd.targets.registry import gpu
+from sdkd.targets.nvidia import gpu
 
 RTX = "tensorrt-rtx"
 

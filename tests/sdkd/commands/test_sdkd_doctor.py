@@ -14,19 +14,10 @@ import typer
 from typer.testing import CliRunner
 
 import sdkd.commands.doctor as command
-import sdkd.targets.ort_cuda as onnxruntime_cuda
+import sdkd.targets.ort_providers as ort_providers
 from sdkd.commands.doctor import doctor, examine
-from sdkd.targets.registry import (
-    DRIVERS,
-    TARGETS,
-    availability,
-    cuda_packages,
-    driver_cuda,
-    driver_version,
-    gpu,
-    gpu_problem,
-    timing_cache,
-)
+from sdkd.targets.nvidia import DRIVERS, cuda_packages, driver_cuda, driver_version, gpu, gpu_problem
+from sdkd.targets.registry import TARGETS, availability, timing_cache
 
 app = typer.Typer()
 app.command()(doctor)
@@ -128,8 +119,9 @@ def test_precisions_that_are_fast_here_and_on_another_gpu(monkeypatch: pytest.Mo
 def test_the_targets_of_another_gpu_are_said_with_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     found = json.loads(_run("--json", "--gpu", "9.0").stdout)["gpu_targets"]
-    assert {row["target"]: row["runs"] for row in found} == {
-        "tensorrt": True, "tensorrt-rtx": False, "inductor": True, "onnxruntime": True
+    assert {(row["target"], row["way"]): row["runs"] for row in found} == {
+        ("tensorrt", ""): True, ("tensorrt-rtx", ""): False, ("inductor", ""): True, ("onnxruntime", "CUDA"): True,
+        ("onnxruntime", "TensorRT-RTX plugin"): False,
     }  # fmt: skip
     assert all(row["source"] for row in found)
     said = _run("--gpu", "9.0").stdout
@@ -137,19 +129,33 @@ def test_the_targets_of_another_gpu_are_said_with_their_sources(monkeypatch: pyt
     assert gpu() or examine()["gpu_targets"] == []
 
 
-def test_an_onnxruntime_that_does_not_reach_the_gpu_is_told(
+def test_how_onnxruntime_runs_on_the_gpu_is_told_for_each_of_its_ways(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert examine()["onnxruntime_cuda"] is None or gpu()
-    monkeypatch.setattr(onnxruntime_cuda, "cuda_problem", lambda: "libraries [of cuDNN] did not load")
-    monkeypatch.setattr(command, "gpu", lambda: {"gpu": "planted", "compute_capability": "9.0"})
+    assert gpu() or examine()["onnxruntime_on_gpu"] == {}
+    problems = {"tensorrt-rtx": "the plugin is not there", "cuda": None}
+    monkeypatch.setattr(ort_providers, "provider_problem", problems.__getitem__)
+    monkeypatch.setattr(command, "gpu", lambda: {"gpu": "planted", "compute_capability": "8.9"})
     monkeypatch.setattr(command, "_gpu", lambda: {"gpu": "planted"})
     monkeypatch.setattr(command, "gpu_support", list)
-    for listed, told in ((["CPU"], False), (["CUDA", "CPU"], True)):
-        monkeypatch.setattr(command, "_providers", lambda listed=listed: listed)
-        command.doctor()
-        said = " ".join(capsys.readouterr().out.split())
-        assert ("although there is a GPU: libraries [of cuDNN] did not load" in said) == told
+    assert command.providers_on_gpu() == problems
+    command.doctor()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "onnxruntime by tensorrt-rtx: the plugin is not there onnxruntime by cuda: runs on this GPU" in said
+
+
+def test_packages_that_lie_over_one_another_are_told_with_the_repair(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert examine()["packages"] == []
+    monkeypatch.setattr(command, "packages_of", lambda target: ["onnxruntime", "onnxruntime-gpu"])
+    monkeypatch.setattr(command, "extra_of", lambda target: "gpu")
+    command.doctor()
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "onnxruntime: onnxruntime and onnxruntime-gpu lie over one another: pip uninstall -y onnxruntime "
+        "onnxruntime-gpu, then pip install 'sdkd[gpu]'"
+    ) in said
 
 
 def test_for_people_in_80_columns() -> None:

@@ -15,7 +15,7 @@ CODE = """
 import time
 import sdkd
 import engines
-from sdkd.targets.ort_cuda import _smallest_graph
+from sdkd.targets.ort_providers import _smallest_graph
 import onnxruntime, openvino
 session = onnxruntime.InferenceSession(_smallest_graph(), providers=["CPUExecutionProvider"])
 session.run(None, {"x": __import__("numpy").zeros(1, "float32")})

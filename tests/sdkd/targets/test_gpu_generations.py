@@ -8,7 +8,7 @@ import pytest
 
 from export.build.options import BuildOptions, check_options
 from sdkd.errors import InputError
-from sdkd.targets.gpu_generations import GENERATIONS, MADE_FOR, generation, targets_for
+from sdkd.targets.gpu_generations import GENERATIONS, MADE_FOR, PLUGIN, ROWS, generation, targets_for
 from sdkd.targets.registry import TARGETS, require
 
 
@@ -31,9 +31,12 @@ def test_every_generation_has_its_targets(capability: str, targets: tuple[str, .
 def test_the_rows_are_targets_and_known_generations() -> None:
     assert set(MADE_FOR) <= set(TARGETS)
     known = [number for number, _, _ in GENERATIONS]
-    assert {one for row in MADE_FOR.values() for one in (*row.only, row.since) if one} <= set(known)
+    assert {one for row in ROWS for one in (*row.named, row.since) if one} <= set(known)
     assert generation("9.0") == "9.0 (Hopper: H100, H200, GH200)"
     assert generation("13.0") == "13.0"
+    runs = {number: PLUGIN.runs_on(number) for number in known}
+    assert [number for number, here in runs.items() if here] == ["8.6", "8.9", "12.0", "12.1"]
+    assert PLUGIN.words == "8.6, 8.9, 12.0 and later"
 
 
 @pytest.mark.parametrize("text", ["9", "sm_90", "", "9.0.1"])

@@ -4,12 +4,14 @@ import importlib
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdkd.errors import InputError, MissingExtraError
+from sdkd.targets import registry
 from sdkd.targets.registry import (
     TARGETS,
     availability,
@@ -18,7 +20,10 @@ from sdkd.targets.registry import (
     check_target,
     cpu_name,
     environment,
+    extra_of,
     openvino_core,
+    package_problem,
+    packages_of,
     require,
     slot_name,
     slot_precision,
@@ -49,7 +54,49 @@ def test_a_missing_module_names_the_pip_command(monkeypatch: pytest.MonkeyPatch)
             require(name)
         found = availability(name)
         assert not found.can_build
-        assert found.fix == (f"pip install 'sdkd[{target.extra}]'" if target.extra else "pip install sdkd")
+        assert found.fix == (f"pip install 'sdkd[{extra_of(target)}]'" if target.extra else "pip install sdkd")
+
+
+def _install(folder: Path, distribution: str, module: str) -> None:
+    """What pip leaves of an installed package, as far as it says which module it has."""
+    place = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    place.mkdir(parents=True)
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+    (place / "top_level.txt").write_text(module)
+
+
+def test_packages_that_lie_over_one_another_and_what_one_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = replace(TARGETS["onnxruntime"], module="planted_runtime")
+    monkeypatch.setitem(registry.TARGETS, "onnxruntime", target)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "driver_version", lambda: None)
+    assert package_problem(target) == ("is not installed", "")
+    _install(tmp_path, "planted-runtime", "planted_runtime")
+    _install(tmp_path, "planted-runtime-gpu", "planted_runtime")
+    (tmp_path / "planted_runtime").mkdir()
+    (tmp_path / "planted_runtime" / "__init__.py").write_text("__version__ = '1.0'")
+    importlib.invalidate_caches()
+    assert packages_of(target) == ["planted-runtime", "planted-runtime-gpu"]
+    assert package_problem(target) is None
+    assert require("onnxruntime").__version__ == "1.0"
+    monkeypatch.delitem(sys.modules, "planted_runtime")
+    (tmp_path / "planted_runtime" / "__init__.py").unlink()
+    importlib.invalidate_caches()
+    found = availability("onnxruntime")
+    assert (found.can_build, found.can_run, found.version) == (False, False, None)
+    assert found.fix == "pip uninstall -y planted-runtime planted-runtime-gpu, then pip install 'sdkd[cpu]'"
+    lost = r"the check of 1 needs the package 'planted_runtime', which has lost files, since .* was removed. Install it"
+    with pytest.raises(MissingExtraError, match=lost):
+        require("onnxruntime", "the check of 1")
+
+
+def test_the_extra_of_onnxruntime_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, extra in ((None, "cpu"), ("580.65.06", "gpu")):
+        monkeypatch.setattr(registry, "driver_version", lambda version=version: version)
+        assert extra_of(TARGETS["onnxruntime"]) == extra
+        assert extra_of(TARGETS["openvino"]) == "openvino"
 
 
 def test_the_environment_names_version_and_platform() -> None:
