@@ -83,4 +83,4 @@ bench: install ## Measure on this machine -> benchmarks/
 	@$(BIN)/python tools/bench.py $(ARGS)
 
 clean: ## Remove the virtual environments, caches and artifacts
-	@rm -rf $(VENV) .venv-interop .venv-interop.lock artifacts build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	@rm -rf $(VENV) .venv-interop .venv-interop.lock .venv-peers .venv-peers.lock artifacts build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

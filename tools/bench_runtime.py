@@ -7,10 +7,13 @@ overhead        denoising steps inside a pipeline; in each, the library's bare c
 onnxruntime     whole images of the student: eager fp32 and this engine; the same for openvino, openvino-bf16
 peer            whole images: our onnxruntime engines and Optimum's ORTStableDiffusionPipeline on the same ONNX files
 teacher         whole images: the eager teacher and the student's engines
+openvino-peers  whole images: OpenVINO GenAI, Optimum on OpenVINO and our engines of the same ONNX files, for a range of
+                shapes and for one (`sdkd export --static`); the same for openvino-bf16-peers
 
 Whole images are comparisons by `sdkd.compare`, every way in a process of its own; Optimum's in its own environment,
-.venv-interop. By default models have the shapes of Stable Diffusion 1.5 and random weights. Writes
-benchmarks/<machine>/runtime.json and .md. Run it on a quiet machine; with two cores and 24 GB one piece at a time fits.
+.venv-interop, OpenVINO's peers and ours beside them in .venv-peers. By default models have the shapes of Stable
+Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json and .md, or those of `--result`. Run it on a
+quiet machine; with two cores and 24 GB one piece at a time fits.
 """
 
 from __future__ import annotations
@@ -39,7 +42,11 @@ DEMO_IMAGES = 10
 SETTINGS = ("steps", "size", "teacher", "student")  # results of other settings are not mixed
 SLOTS = {"onnxruntime": "fp32", "openvino": "fp32", "openvino-bf16": "bf16"}
 TIMED = ("image_s", "unet_step_ms", "text_encoder_ms", "vae_decode_ms")
-PIECES = ("overhead", *SLOTS, "peer", "teacher", "attention")  # the last one is only read: of earlier results
+PEERS = {"openvino-peers": "openvino", "openvino-bf16-peers": "openvino-bf16"}  # pieces, and the slot of ours in them
+OTHERS = ("openvino-genai", "optimum-intel")
+PEER_PACKAGES = ("openvino-genai", "optimum-intel", "openvino", "optimum", "torch", "diffusers", "transformers")
+PEER_ENVIRONMENT = ROOT / ".venv-peers", ROOT / "tools" / "bench_kit" / "peers.txt"
+PIECES = ("overhead", *SLOTS, "peer", *PEERS, "teacher", "attention")  # the last one is only read: of earlier results
 
 
 def slots() -> list[str]:
@@ -71,6 +78,19 @@ def overhead(record: Record, rounds: int, work: str, steps: int, size: int, stud
             record.row(**overhead_row(model, slot, samples))
 
 
+def static_of(work: str, model: str, slot: str, size: int, made: bool = False) -> Path:
+    """The same for a guided image of exactly that size: its graphs have one shape."""
+    from export import build_engine, export_pipeline
+
+    folder = Path(work, f"{model.replace(':', '-').replace('/', '-')}-{size}-static")
+    if not made:
+        side = Range.fixed(size)
+        if not folder.is_dir():
+            export_pipeline(model, folder, static=ShapeRanges(Range.fixed(1), side, side, Range.fixed(77)))
+        build_engine(folder, "openvino", precision=SLOTS[slot])
+    return folder
+
+
 # Whole images
 
 
@@ -78,13 +98,15 @@ def slots_of(piece: str) -> list[str]:
     """The student's engines in a piece; for `teacher` the fastest of ONNX Runtime's and OpenVINO's."""
     if piece == "teacher":
         return ["onnxruntime", slots()[-1]]
-    return ["onnxruntime" if piece == "peer" else piece]
+    return ["onnxruntime" if piece == "peer" else PEERS.get(piece, piece)]
 
 
 def build(record: Record, piece: str, work: str, size: int, student: str, **_: Any) -> None:
     """Build what a piece compares, in this environment."""
     for slot in slots_of(piece):
         bundle_of(work, student, slot, size)
+        if piece in PEERS:
+            static_of(work, student, slot, size)
 
 
 def images(
@@ -92,25 +114,32 @@ def images(
 ) -> None:
     """Whole images side by side: medians, and speed over the first way, with the images' PSNR to the first way's.
 
-    `peer`: the same ONNX files by Optimum and by us, each with its own settings of ONNX Runtime. `teacher`: from the
-    eager teacher to the student's engines. A slot: the student on it.
+    `peer`: the same ONNX files by Optimum and by us, each with its own settings of ONNX Runtime. `openvino-peers`: by
+    OpenVINO GenAI, Optimum and us. `teacher`: from the eager teacher to the student's engines. A slot: the student.
     """
     from sdkd.compare import Subject, compare
     from sdkd.compare.measure.quality import image_likeness
 
+    made = piece == "peer" or piece in PEERS
     every = [
-        Subject(f"student, {slot}", student, slot, SLOTS[slot], bundle_of(work, student, slot, size, piece == "peer"))
+        Subject(f"student, {slot}", student, slot, SLOTS[slot], bundle_of(work, student, slot, size, made))
         for slot in slots_of(piece)
     ]
     base = Subject("student, eager fp32", student)
     if piece == "peer":
         every = [replace(every[0], label="onnxruntime")]
         base = replace(every[0], label="Optimum (same ONNX)", target="optimum")
+    elif piece in PEERS:
+        (ours,) = every
+        base, *more = (replace(ours, label=name, target=name) for name in OTHERS)
+        static = static_of(work, student, ours.target, size, made=True)
+        every = [*more, ours, replace(ours, label=f"{ours.label}, one shape", bundle=static)]
     elif piece == "teacher":
         base = Subject("teacher, eager fp32", teacher)
     report = compare(
         [base, *every], prompts=["a lighthouse in a storm"], steps=steps, size=size, runs=rounds * steps, seed=1,
         min_seconds=0.0, image_runs=rounds, baseline=base.label, isolate=True,
+        scheduler="ddim" if piece in PEERS else None,  # GenAI has few, and this one as diffusers has it
     )  # fmt: skip
     for row in report.to_json()["results"]:
         (own,), (first,) = (report.images[label] for label in (row["label"], base.label))
@@ -146,8 +175,8 @@ def merged(
     same = before.get("schema") == SCHEMA and before.get("settings") == new["settings"]
     kept = dict(before) if same else {}
     run = {name: new[name] for name in ("date", "commit", "command")}
-    optimum = new["optimum"] or kept.get("optimum")
-    return {**kept, **new, "optimum": optimum, "runs": {**kept.get("runs", {}), piece: run}, piece: rows}
+    theirs = {name: new.get(name) or kept.get(name) for name in ("optimum", "peers")}
+    return {**kept, **new, **theirs, "runs": {**kept.get("runs", {}), piece: run}, piece: rows}
 
 
 def page(found: Mapping[str, Any]) -> list[str]:
@@ -194,28 +223,30 @@ def attention_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Measure and write, piece by piece: what is done stays when the rest is interrupted."""
-    here = [piece for piece in PIECES if piece != "attention" and (piece not in SLOTS or piece in slots())]
+    here = [piece for piece in PIECES if piece != "attention" and PEERS.get(piece, piece) not in {*SLOTS} - {*slots()}]
     asked = parse(
         __doc__, pieces=",".join(here), rounds=3, steps=4, size=512, teacher="random:sd15", student="random:sd15-tiny",
-        work=ROOT / "artifacts" / "bench-runtime",
+        work=ROOT / "artifacts" / "bench-runtime", result="runtime",
     )  # fmt: skip
     check_known("piece", asked.pieces.split(","), here)
     settings = {name: getattr(asked, name) for name in SETTINGS}
-    command = command_of("bench_runtime.py", asked, "pieces", "rounds", *SETTINGS)
-    file, place = asked.output / machine() / "runtime.json", Place(asked.work, python_path(), logged=False)
+    command = command_of("bench_runtime.py", asked, "pieces", "rounds", "result", *SETTINGS)
+    file, place = asked.output / machine() / f"{asked.result}.json", Place(asked.work, python_path(), logged=False)
     for name in asked.pieces.split(","):
-        given, optimum = {"rounds": asked.rounds, "work": str(asked.work), **settings}, None
+        given = {"rounds": asked.rounds, "work": str(asked.work), **settings}
+        optimum = peers = None
         where = place
-        if name == "peer":
-            run_or_exit(Piece("peer-engines", "bench_runtime:build", {"piece": name, **given}), place)
-            python = interop_python()
+        if name == "peer" or name in PEERS:
+            run_or_exit(Piece(f"{name}-engines", "bench_runtime:build", {"piece": name, **given}), place)
+            python = interop_python(*(PEER_ENVIRONMENT if name in PEERS else ()))
             where = replace(place, program=(str(python), *CHILD))
-            optimum = optimum_versions(python)
+            optimum = optimum_versions(python) if name == "peer" else None
+            peers = optimum_versions(python, PEER_PACKAGES) if name in PEERS else None
         piece = Piece(name, "bench_runtime:images", {"piece": name, **given})
         if name == "overhead":
             piece = Piece(name, "bench_runtime:overhead", given)
         rows = run_or_exit(piece, where)["rows"]
-        new = {**head(command, settings=settings, optimum=optimum), "schema": SCHEMA}
+        new = {**head(command, settings=settings, optimum=optimum, peers=peers), "schema": SCHEMA}
         found = merged(read_json(file) if file.is_file() else {}, new, name, rows)
         keep(file, found, page(found))
 

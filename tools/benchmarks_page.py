@@ -270,7 +270,7 @@ KINDS = (
     Kind("*/train-*.json", training, ("student", "reference's step", "`Trainer.step`", "faster (95 %)")),
     Kind("*/export.json", partial(costs, name="way", size="bytes"), ("model", "way", *COST), left=3),
     Kind("*/build*.json", partial(costs, name="target", size="engine_bytes"), ("model", "target", *COST), left=3),
-    Kind("*/runtime.json", runtime, ("from", "to", "an image", "then", "faster (95 %)"), left=3),
+    Kind("*/runtime*.json", runtime, ("from", "to", "an image", "then", "faster (95 %)"), left=3),
     Kind("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*.json", gpu_report, ("goal", "wanted", "measured")),
     Kind("ablation-demo/ablation.json", ablation, ABLATED, 3, "`python tools/ablate_distillation.py`; commits: runs/"),
     Kind("ablation-demo/runs/*.json", None),

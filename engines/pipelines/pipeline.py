@@ -204,7 +204,8 @@ def load_pipeline(
     controlled = controlnet and f"{slot}/controlnet" in opened.manifest.engines
     kind = str(index.get("_class_name")) if index.get("_class_name") in family.pipelines else family.by_channels[4]
     pipeline_class = getattr(diffusers, family.controlnet if controlled else kind)
-    others = {name: _tokenizer(opened, name) for name in family.tokenizers} | {"scheduler": bundle_scheduler(opened)}
+    others: dict[str, Any] = {name: bundle_tokenizer(opened, name) for name in family.tokenizers}
+    others["scheduler"] = bundle_scheduler(opened)
     dtype, device = torch_dtype or torch.float32, torch.device("cpu")
     names = (*family.parts, "controlnet") if controlled else family.parts
     open_one = _opener(opened, slot, engine_names(opened, slot, names, cached=cached), low_memory)
@@ -262,9 +263,11 @@ def _eager(module: Any) -> Any:
     return getattr(original, "_orig_mod", original)  # of torch.compile
 
 
-def _tokenizer(bundle: Bundle, name: str) -> Any:
+def bundle_tokenizer(bundle: Bundle, name: str) -> CLIPTokenizer:
+    """A tokenizer that a bundle was exported with; BundleError when it is damaged."""
     with _as_bundle_error(bundle, name):
-        return CLIPTokenizer.from_pretrained(bundle.path / name, local_files_only=True)
+        found: CLIPTokenizer = CLIPTokenizer.from_pretrained(bundle.path / name, local_files_only=True)
+        return found
 
 
 def bundle_scheduler(bundle: Bundle) -> Any:

@@ -23,6 +23,7 @@ from bench_kit.results import ROOT, check_known, command_of, head, in_turn, keep
 
 INTERVAL_S = 0.05  # between two looks at memory
 INTEROP = ROOT / "tests" / "interop" / "interop_environment.py"
+OPTIMUM = ("optimum-onnx", "optimum", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
 FAILED_CHECK = "the model was saved nonetheless"  # what Optimum says then, and exits with status 1
 REFUSED = re.compile(r"^sdkd: (.+)\Z", re.M | re.S)  # what a command of ours ends with when it refuses or fails
 FIGURES = ("seconds", "peak_rss_bytes", "peak_anonymous_bytes")
@@ -202,15 +203,15 @@ def memory_cells(row: Mapping[str, Any]) -> list[str]:
     return [f"{row[name] / 1e9:.2f}" for name in FIGURES[1:]]
 
 
-def interop_python() -> Path:
-    """Python of Optimum's environment, made when it is missing."""
-    asked = subprocess.run([sys.executable, str(INTEROP)], stdout=subprocess.PIPE, text=True, check=True)
+def interop_python(*other: Path) -> Path:
+    """Python of Optimum's environment, made when it is missing; of another, by its folder and its requirements."""
+    command = [sys.executable, str(INTEROP), *map(str, other)]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return Path(asked.stdout.strip())
 
 
-def optimum_versions(interop: Path) -> dict[str, str]:
-    """Versions in Optimum's environment."""
-    names = ("optimum-onnx", "optimum", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
-    code = f"from importlib.metadata import version; print(*(version(name) for name in {names}))"
+def optimum_versions(interop: Path, names: Sequence[str] = OPTIMUM) -> dict[str, str]:
+    """Versions in Optimum's environment, or of other packages in another one."""
+    code = f"from importlib.metadata import version; print(*(version(name) for name in {tuple(names)}))"
     asked = subprocess.run([interop, "-c", code], capture_output=True, text=True, check=True)
     return dict(zip(names, asked.stdout.split(), strict=True))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sdkd.bundle.manifest import Bundle
-from sdkd.compare.measure.subjects import OPTIMUM, Subject
+from sdkd.compare.measure.subjects import Subject
 from sdkd.core.components import CACHED_UNET
 from sdkd.core.console import Progress
 from sdkd.errors import BundleError, InputError, ModelError
@@ -30,7 +30,7 @@ def with_caching(wanted: Sequence[Wanted], interval: int) -> tuple[list[Wanted],
     found, notes = list[Wanted](), list[str]()
     for subject, build in wanted:
         found.append((subject, build))
-        if subject.is_compiled or subject.target == OPTIMUM:
+        if subject.is_compiled or subject.peer is not None:
             continue
         if why := _why_subject_whole(subject, interval, built=build is None):
             notes.append(f"{subject.label}: no step caching ({why})")

@@ -122,7 +122,7 @@ def step_work(pipe: Any, request: Request) -> Work:
     with torch.no_grad():
         encoded = encode(pipe, request.prompts[0], request.batch, request.guided)
     given = unet_arguments(pipe, encoded, request.copies, request.size) | {"return_dict": False}
-    sample = _seeded(pipe, request, request.unet_batch, pipe.unet.config.in_channels)
+    sample = latents_of(pipe, request, request.unet_batch, pipe.unet.config.in_channels)
     sample = sample.to(pipe.device, encoded.prompt.dtype)
     timesteps = torch.arange(500, 500 - request.cache_interval, -1, device=pipe.device)
     if (width := guidance_width(pipe.unet.config)) is not None:
@@ -143,7 +143,7 @@ def vae_work(pipe: Any, request: Request) -> Work:
     """A call's latents to pixels."""
     import torch
 
-    sample = _seeded(pipe, request, request.batch, pipe.vae.config.latent_channels)
+    sample = latents_of(pipe, request, request.batch, pipe.vae.config.latent_channels)
     sample = sample.to(pipe.device, pipe.text_encoder.dtype)
     return torch.no_grad()(lambda: pipe.vae.decode(sample, return_dict=False)[0])
 
@@ -156,7 +156,7 @@ def _latent_sides(pipe: Any, request: Request) -> Size:
     return height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
 
 
-def _seeded(pipe: Any, request: Request, batch: int, channels: int) -> torch.Tensor:
+def latents_of(pipe: Any, request: Request, batch: int, channels: int) -> torch.Tensor:
     """Latents [batch, channels, height, width] of the request's size and seed, float32 on the CPU."""
     import torch
 

@@ -93,7 +93,7 @@ def compare(
     surroundings = environment(where, load_before)  # before the measurement loads the machine
     if isolate:
         processes.prepare(PRELOAD)
-    loaded = LoadedSubjects(RunConfig(where, fit_together(subjects, where, isolate), isolate, pixels, texts))
+    loaded = LoadedSubjects(RunConfig(where, fit_together(subjects, where, isolate), isolate, pixels, texts, batch))
     try:
         first = first_opened(cases, loaded, failed)
         height, width = first.size

@@ -11,17 +11,9 @@ from sdkd.bundle.manifest import REPLACEMENTS, Bundle
 from sdkd.compare.measure.caching import why_whole, with_caching
 from sdkd.compare.measure.calls import Size
 from sdkd.compare.measure.defaults import AS_MADE, RunsAsked, native_px, runs_of
-from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch, torch_precision
-from sdkd.compare.measure.subjects import (
-    EAGER,
-    OPTIMUM,
-    STUDENT,
-    TEACHER,
-    Failed,
-    Subject,
-    check_optimum,
-    check_subjects,
-)
+from sdkd.compare.measure.peers import Peer, check_graphs, peer_of
+from sdkd.compare.measure.refusals import check_engines, check_models, check_targets, in_torch
+from sdkd.compare.measure.subjects import EAGER, STUDENT, TEACHER, Failed, Subject, check_subjects
 from sdkd.core.console import Progress, quiet, within
 from sdkd.core.contract import check_engine_precision
 from sdkd.core.profiles import Range, ShapeRanges
@@ -34,7 +26,7 @@ from sdkd.models.resolve import Model, ModelSource, resolve
 from sdkd.targets.plan import plan_for_model
 from sdkd.targets.registry import TARGETS, availability, check_target, slot_precision, uses_gpu
 
-ONNX_ENGINE = "onnxruntime"  # whose bundle Optimum gets: the ONNX files that this engine was built from
+ONNX_ENGINE = "onnxruntime"  # whose bundle peers get: the ONNX files that this engine was built from
 TOKENS = 77  # CLIP's prompt length in all Stable Diffusion 1.x and 2.x models
 
 
@@ -228,10 +220,8 @@ def _subject(
 
 
 def _torch_subjects(entry: Entry, targets: tuple[str, ...] | None, **made_with: Any) -> list[Subject]:
-    wanted = [EAGER] if targets is None else [target for target in targets if in_torch(target)]
-    return [
-        _subject(entry, target, target.partition("-")[0], torch_precision(target), **made_with) for target in wanted
-    ]
+    wanted = {target: in_torch(target) for target in ((EAGER,) if targets is None else targets)}
+    return [_subject(entry, target, *found, **made_with) for target, found in wanted.items() if found]
 
 
 def _of_model(entry: Entry, wish: Wish, size: Size | None) -> list[tuple[Subject, Builder | None]]:
@@ -253,22 +243,25 @@ def _engine_to_build(entry: Entry, target: str, wish: Wish) -> tuple[Subject, Bu
     from export.build.request import check_buildable
     from sdkd.workflow import prepare
 
-    source, built, ranges = entry.source, ONNX_ENGINE if target == OPTIMUM else target, _ranges(wish)
+    peer = peer_of(target)
+    source, built, ranges = entry.source, target if peer is None else ONNX_ENGINE, _ranges(wish)
     folder, reuse = wish.bundles / entry.name, None
     if isinstance(source, WithVae):  # its text encoder and UNet are those of the model with its own VAE
         vae = short_vae(source.vae)
         reuse = wish.bundles / entry.name.removesuffix(f" with {vae}")
         folder = reuse.with_name(f"{reuse.name}-{vae}")
-    plan = plan_for_model(built, slot_precision(built) or wish.precision)
+    asked = "fp32" if peer is not None and peer[0].precisions else slot_precision(built) or wish.precision
+    plan = plan_for_model(built, asked)
     cached = wish.cache_interval > 1 and not why_whole(source, entry.run, wish.cache_interval)
     check_buildable(plan.target)
-    slot = OPTIMUM if target == OPTIMUM else plan.slot
+    slot = plan.slot if peer is None else target
 
     def build(progress: Progress) -> Subject:
         made = prepare(source, plan, folder, ranges=ranges, cached=cached, reuse=reuse, progress=progress)
         return _engine_subject(entry, source.name, made.bundle, slot)
 
-    return _subject(entry, slot, slot, plan.precision, bundle=folder / plan.onnx), build
+    named, precision = (slot, plan.precision) if peer is None else (peer[0].name, _precision(peer, plan.precision))
+    return _subject(entry, slot, named, precision, bundle=folder / plan.onnx), build
 
 
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
@@ -294,13 +287,18 @@ def _ranges(wish: Wish) -> ShapeRanges | None:
 
 
 def _engine_subject(entry: Entry, model: str, bundle: Path, slot: str) -> Subject:
-    opened = Bundle.open(bundle)
-    if slot == OPTIMUM:
-        check_optimum(opened)
-        precision = opened.component("unet").precision
+    opened, named = Bundle.open(bundle), slot
+    if (peer := peer_of(slot)) is not None:
+        check_graphs(peer[0], opened)
+        named, precision = peer[0].name, _precision(peer, opened.component("unet").precision)
     else:
         precision = opened.engine(slot, "unet").precision
-    return _subject(entry, slot, slot, precision, model=model, bundle=bundle, **_made_with(opened))
+    return _subject(entry, slot, named, precision, model=model, bundle=bundle, **_made_with(opened))
+
+
+def _precision(peer: tuple[Peer, str], graph: str) -> str:
+    """What a peer computes in: what it was asked for, or what the graph is in where it has no choice."""
+    return peer[1] if peer[0].precisions else graph
 
 
 def _made_with(bundle: Bundle) -> dict[str, Any]:
@@ -321,7 +319,7 @@ def _of_bundle(plan: Plan, entry: Entry, source: BundleSource, wish: Wish, size:
         found = []
     asked = None if wish.targets is None else _engine_targets(wish.targets)
     for slot in bundle.slots() if asked is None else asked:
-        here = None if slot == OPTIMUM else availability(check_target(slot).name)
+        here = None if peer_of(slot) else availability(check_target(slot).name)
         if here is not None and not here.can_run:
             plan.notes.append(f"{entry.name}: {slot} was left out ({here.reason}; {here.fix})")
             continue

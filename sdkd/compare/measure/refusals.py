@@ -9,7 +9,8 @@ from typing import Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import Size
-from sdkd.compare.measure.subjects import IN_TORCH, OPTIMUM, optimum_problem
+from sdkd.compare.measure.peers import peer_of, peer_problem
+from sdkd.compare.measure.subjects import IN_TORCH
 from sdkd.core.contract import check_precision, check_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_numbers
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
@@ -22,23 +23,25 @@ from sdkd.targets.registry import availability, check_target
 def check_targets(targets: tuple[str, ...] | None) -> None:
     """InputError for an unknown target, EngineError for one that cannot run here; knows `eager-bf16`, too."""
     for target in targets or ():
-        if in_torch(target):
-            torch_precision(target)
-        elif target == OPTIMUM:
-            if problem := optimum_problem():
-                raise EngineError(f"target 'optimum' does not run here: {problem}")
+        if (found := peer_of(target)) is not None:
+            if problem := peer_problem(found[0]):
+                raise EngineError(f"target {target!r} does not run here: {problem}")
+        elif in_torch(target):
+            continue
         elif not (here := availability(check_target(target).name)).can_run:
             raise EngineError(f"target {target!r} does not run here: {here.reason}. {here.fix}")
 
 
-def in_torch(target: str) -> bool:
-    """Whether a target is eager or compile, in any precision."""
-    return target.partition("-")[0] in IN_TORCH
+def in_torch(target: str) -> tuple[str, str] | None:
+    """What runs in PyTorch, without a bundle, and in which precision: `compile-bf16` -> compile, bf16; None for others.
 
-
-def torch_precision(target: str) -> str:
-    """`eager` -> fp32, `eager-bf16` and `compile-bf16` -> bf16."""
-    return check_precision(target.partition("-")[2] or "fp32")
+    InputError for an unknown precision.
+    """
+    name, _, precision = target.partition("-")
+    if name in IN_TORCH:
+        return name, check_precision(precision or "fp32")
+    found = peer_of(target)
+    return (found[0].name, found[1]) if found is not None and found[0].from_model else None
 
 
 def check_asked(prompts: Sequence[str], size: Size | None, **numbers: float | None) -> tuple[str, ...]:

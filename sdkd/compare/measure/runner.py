@@ -22,6 +22,7 @@ from sdkd.compare.measure.calls import (
     step_work,
 )
 from sdkd.compare.measure.environment import Memory, attention_kernel, gpu_used, peak_rss, rss, torch_peak
+from sdkd.compare.measure.peers import Shape
 from sdkd.compare.measure.subjects import Subject, close_subject, compiling, count_parameters, open_subject
 from sdkd.compare.measure.timing import Bench, Sample, Timer
 from sdkd.core import processes
@@ -63,6 +64,7 @@ class RunConfig:
     isolate: bool = False  # each in a process of its own, whose peak of memory is then the subject's
     size: Size | None = None  # None: the model's own
     prompts: tuple[str, ...] = ()
+    batch: int = 1  # images per call
     untimed: bool = False  # images alone count: half precision is computed in float32 where the CPU has no units for it
     threads: int = field(default_factory=_threads)  # PyTorch's, as in the process that asks
 
@@ -120,11 +122,17 @@ class LocalRunner:
         counts, config = count_parameters(subject, self._pipe), self._pipe.unet.config
         copies = unet_copies(config.in_channels, config.out_channels, guidance_width(config) is not None)
         given = inputs_note(subject.model_label, kind_of(self._pipe))
-        notes = (*([given] if given else []), *_caching(subject), *cut_lines(self._pipe, self.config.prompts))
+        own = subject.peer.notes if subject.peer else ()
+        notes = (*([given] if given else []), *own, *_caching(subject), *cut_lines(self._pipe, self.config.prompts))
         return Opened(load_s, device, size, scheduler, *counts, copies, notes)
 
     def _load(self) -> None:
-        self._pipe = open_subject(self.subject, self.config.device)
+        self._pipe = open_subject(self.subject, self.config.device, self._shape())
+
+    def _shape(self) -> Shape | None:
+        """What will be asked of it, as far as it is known: the first subject's own size is asked of the others."""
+        run, size = self.subject.run, self.config.size
+        return None if run is None or size is None else Shape(self.config.batch, *size, run.guidance_scale > 1)
 
     def images(self, request: Request, prompt: int) -> Drawn:
         """Make the images of one prompt in one call, timed end to end; EngineError for what torch.compile raises."""
@@ -153,7 +161,8 @@ class LocalRunner:
         if request != self._request:
             self._request, self._bench = request, Bench({}, self._bench.timer)
         if part not in self._bench.works:
-            self._bench.works[part] = WORKS[part](self._pipe, request)
+            own = getattr(self._pipe, "works", None)  # of a peer whose parts are not diffusers' modules
+            self._bench.works[part] = own[part](request) if own else WORKS[part](self._pipe, request)
         calls = self.subject.cache_interval if part == UNET else 1
         samples = self._bench.burst(part, math.ceil(count / calls), seconds)
         self._note_gpu_memory()

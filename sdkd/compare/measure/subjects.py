@@ -15,9 +15,10 @@ from sdkd.bundle.manifest import Bundle
 from sdkd.bundle.memory import resident_bytes
 from sdkd.bundle.quantized import Quantized
 from sdkd.compare.measure.calls import as_drawn
+from sdkd.compare.measure.peers import PEERS, Peer, Shape, open_peer
 from sdkd.core.components import CACHED_UNET, COMPONENTS, TEXT_ENCODERS
 from sdkd.core.contract import QUANTIZED, Precision, check_engine_precision, check_precision, torch_dtype
-from sdkd.errors import BundleError, EngineError, InputError, one_line
+from sdkd.errors import EngineError, InputError, one_line
 from sdkd.models.conditioning import family_of
 from sdkd.models.fused import Lora, with_loras
 from sdkd.models.generation import Generation
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
-EAGER, COMPILE, OPTIMUM = "eager", "compile", "optimum"
+EAGER, COMPILE = "eager", "compile"
 IN_TORCH = (EAGER, COMPILE)  # targets that need no bundle
 # `dynamic`: a subject is called with one shape, and must not be compiled otherwise because another model was before it.
 COMPILER: dict[str, Any] = {"dynamic": False}
@@ -41,9 +42,9 @@ WEIGHT_FOLDERS = ("unet", "vae", *TEXT_ENCODERS)
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of a comparison: a model (name or path) on `eager`, `compile`, `optimum` or an engine slot.
+    """One row of a comparison: a model (name or path) on `eager`, `compile`, a peer (`PEERS`) or an engine slot.
 
-    A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for `optimum` the ONNX files; `role` says
+    A slot is `openvino`, `openvino-bf16`, ... `bundle` holds the engines, for peers the ONNX files; `role` says
     what the model is to the others (`teacher`, `student`, `model`). `replaced`: parts of the model that others stand
     for, (`vae` or `controlnet`, folder or hub id), and `loras` those fused into it, as the bundle was exported. `run`:
     steps, guidance scale and scheduler of its images; None: those of the comparison. `cache_interval`: of so many UNet
@@ -66,7 +67,7 @@ class Subject:
         check_interval(self.cache_interval, None if self.run is None or not self.caches else self.run.steps)
         if self.caches and not (self.is_eager or self.has_engines):
             raise InputError(f"subject {self.label!r} runs on {self.target!r}, which caches no steps: leave that out")
-        if self.target not in IN_TORCH and self.bundle is None:
+        if not self.in_torch and self.bundle is None:
             raise InputError(f"subject {self.label!r} runs on {self.target!r}, which needs a bundle: give one")
 
     @property
@@ -81,13 +82,18 @@ class Subject:
 
     @property
     def in_torch(self) -> bool:
-        """Whether it runs in PyTorch, and needs no bundle."""
-        return self.target in IN_TORCH
+        """Whether it is opened from the model in PyTorch, and needs no bundle."""
+        return self.target in IN_TORCH or (self.peer is not None and self.peer.from_model)
+
+    @property
+    def peer(self) -> Peer | None:
+        """The other project's runtime that it runs on, None for ours and PyTorch's own."""
+        return PEERS.get(self.target)
 
     @property
     def has_engines(self) -> bool:
         """Whether it runs on engines of its bundle."""
-        return not self.in_torch and self.target != OPTIMUM
+        return self.target not in IN_TORCH and self.peer is None
 
     @property
     def is_reference(self) -> bool:
@@ -169,8 +175,10 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
             raise InputError(f"subject {what} {twice[0]!r} is used twice: give every subject its own")
 
 
-def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeline:
+def open_subject(subject: Subject, device: str = "cpu", shape: Shape | None = None) -> StableDiffusionPipeline:
     """A pipeline that makes the subject's images: in PyTorch in its precision on `device`, or from its bundle.
+
+    `shape`: what will be asked of it, for peers that compile for one shape.
 
     Scheduler and latents are in the precision that the subject is judged in, on engines as in PyTorch: an engine that
     is judged by eager half precision has no rounding fewer. The scheduler is that of the subject's `run`, the model's
@@ -188,8 +196,10 @@ def open_subject(subject: Subject, device: str = "cpu") -> StableDiffusionPipeli
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILED)
             pipe.unet.compile(**COMPILER)  # at its first call
-    elif subject.target == OPTIMUM:
-        pipe = _optimum_pipeline(subject, device)
+        if subject.peer is not None:
+            pipe = open_peer(subject.peer, pipe, subject.precision, device, shape)
+    elif subject.peer is not None:
+        pipe = open_peer(subject.peer, Path(str(subject.bundle)), subject.precision, device, shape)
     else:
         from engines.pipelines.pipeline import load_pipeline
 
@@ -215,43 +225,6 @@ def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dty
     return pipe
 
 
-def _optimum_pipeline(subject: Subject, device: str) -> Any:
-    """Optimum's pipeline of the bundle's ONNX files, as Optimum's documentation opens it."""
-    assert subject.bundle is not None
-    bundle = Bundle.open(subject.bundle)
-    check_optimum(bundle)
-    import optimum.onnxruntime
-
-    from sdkd.models.diffusers_folder import quiet_libraries
-
-    provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-    with quiet_libraries():
-        kind = getattr(optimum.onnxruntime, f"ORT{bundle.family.by_channels[4]}")
-        return kind.from_pretrained(str(subject.bundle), provider=provider)
-
-
-def check_optimum(bundle: Bundle) -> None:
-    """BundleError for a bundle of step caching, which Optimum cannot run."""
-    if CACHED_UNET in bundle.manifest.components:
-        raise BundleError(
-            f"Optimum does not run bundle {str(bundle.path)!r}, which was exported for step caching: it takes the "
-            "UNet's second output for the prediction; leave out target 'optimum', or export without --step-caching"
-        )
-
-
-def optimum_problem() -> str | None:
-    """Why Optimum's ONNX pipelines cannot be imported here, and what to do; None where they can."""
-    advice = (
-        "it needs transformers older than 4.58, so an environment of its own: pip install 'sdkd[optimum]' there, or "
-        "make interop in a checkout"
-    )
-    try:
-        from optimum.onnxruntime import ORTStableDiffusionPipeline  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # its lazy modules turn an ImportError within into the second
-        return f"optimum.onnxruntime cannot be imported ({str(error).splitlines()[0]}); {advice}"
-    return None
-
-
 @contextlib.contextmanager
 def compiling(subject: Subject) -> Iterator[None]:
     """EngineError in place of what torch.compile raises when it fails on a compiled subject."""
@@ -275,6 +248,8 @@ def close_subject(subject: Subject, pipe: Any) -> None:
     if subject.has_engines:
         for part in family_of(pipe).parts:
             getattr(pipe, part).close()
+    elif hasattr(pipe, "close"):  # of a peer that keeps files
+        pipe.close()
 
 
 def count_parameters(subject: Subject, pipe: Any) -> tuple[int, int]:
