@@ -155,6 +155,13 @@ def _built_again(bundle: Bundle, slot: str, component: str) -> Bundle | None:
     return None if same else replace(bundle, manifest=then.with_engine(record))
 
 
+def profile_of(checked: Checked) -> dict[str, list[tuple[int, ...]]]:
+    """Smallest, best and largest shape of every input, of a target with one profile."""
+    ranges = checked.profiles[0]
+    ends = [{axis: getattr(one, end) for axis, one in ranges.items()} for end in ("min", "opt", "max")]
+    return {spec.name: [spec.shape(sizes) for sizes in ends] for spec in checked.contract.inputs}
+
+
 def check_names(checked: Checked, inputs: Iterable[str], outputs: Iterable[str]) -> None:
     """EngineError unless an opened engine has exactly the contract's tensors."""
     for kind, specs, found in (

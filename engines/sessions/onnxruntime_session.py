@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engines.sessions.base import EngineSession
-from engines.sessions.checks import Checked, check_names
+from engines.sessions.checks import Checked, check_names, profile_of
 from sdkd.bundle.onnx_weights import LARGEST_PROTOBUF, replaced, save_whole
 from sdkd.errors import EngineError
 from sdkd.quantization.again import round_again
@@ -19,7 +19,6 @@ from sdkd.targets.ort_providers import (
     CPU,
     LIBRARY_NAMES,
     RTX,
-    Profile,
     check_provider,
     open_session,
     provider_problem,
@@ -79,7 +78,7 @@ class OnnxRuntimeSession(EngineSession):
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
-            profile = _profile(self.checked) if self._provider == RTX else None
+            profile = profile_of(self.checked) if self._provider == RTX else None
             return open_session(model, options, self._provider, device=self.device.index or 0, profile=profile)
         except Exception as error:
             raise EngineError(f"{self.checked.label} could not be opened by ONNX Runtime: {error}") from error
@@ -127,10 +126,3 @@ class OnnxRuntimeSession(EngineSession):
 def _graph(checked: Checked, provider: str) -> Path:
     """The engine's file where it was made for this provider, else the exported graph."""
     return checked.path if provider == checked.record.flags.get("provider", CPU) else checked.graph
-
-
-def _profile(checked: Checked) -> Profile:
-    """Smallest, best and largest shape of every input."""
-    ranges = checked.profiles[0]
-    ends = [{axis: getattr(one, end) for axis, one in ranges.items()} for end in ("min", "opt", "max")]
-    return {spec.name: [spec.shape(sizes) for sizes in ends] for spec in checked.contract.inputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engines.sessions.base import EngineSession
-from engines.sessions.checks import Checked, check_names
+from engines.sessions.checks import Checked, check_names, profile_of
 from sdkd.bundle.onnx_weights import replaced
 from sdkd.core.contract import TensorSpec
 from sdkd.errors import EngineError
 from sdkd.quantization.again import QUANTIZATION, round_again
+from sdkd.targets.openvino_shapes import ByShape, compiled_for, corners
 from sdkd.targets.openvino_timesteps import FLOAT32, HINTS, keep_timesteps
 from sdkd.targets.registry import openvino_core
 
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class OpenVinoSession(EngineSession):
-    """One compiled model and one infer request.
+    """Compiled models and an infer request of each.
 
-    `threads`: CPU threads (the library's default when None). The file is a blob, imported
-    as it was compiled, or an IR, compiled now; the record's flags hold the options.
+    `threads`: CPU threads (the library's default when None). The file is a blob, imported as it was compiled, or an IR,
+    compiled now: for the shapes of its calls where these are few. The record's flags hold the options.
     """
 
     def __init__(self, checked: Checked, *, threads: int | None = None) -> None:
@@ -36,11 +38,11 @@ class OpenVinoSession(EngineSession):
         self._openvino = openvino
         self._options = self._compile_options(threads)
         try:
-            self._model: Any = self._load(openvino_core())
-            self._request: Any = self._model.create_infer_request()
+            self._models: ByShape | None = self._load(openvino_core())
+            usual = self._models.usual()
         except RuntimeError as error:
             raise EngineError(f"{checked.label} could not be opened by OpenVINO: {error}") from error
-        check_names(checked, self._names(self._model.inputs), self._names(self._model.outputs))
+        check_names(checked, self._names(usual.inputs), self._names(usual.outputs))
 
     def _compile_options(self, threads: int | None) -> dict[str, Any]:
         """The options of its build: an imported blob forgets them, and f32 becomes bf16."""
@@ -48,19 +50,24 @@ class OpenVinoSession(EngineSession):
         config = record.flags.get("config") or {"INFERENCE_PRECISION_HINT": HINTS[record.precision]}
         return dict(config) | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
 
-    def _load(self, core: Any) -> Any:
+    def _load(self, core: Any) -> ByShape:
         path, record = self.checked.path, self.checked.record
         if path.suffix == ".blob":
-            model = core.import_model(path.read_bytes(), "CPU", self._options)
+            models = ByShape((), lambda _: core.import_model(path.read_bytes(), "CPU", self._options))
         else:
-            model = core.compile_model(core.read_model(path), "CPU", self._options)
-        found = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+            models = self._compiled(core, core.read_model(path))
+        found = models.usual().get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if found != self._options["INFERENCE_PRECISION_HINT"]:
             raise EngineError(
                 f"{self.checked.label} would run in {found} instead of {self._options['INFERENCE_PRECISION_HINT']} "
                 f"here. Rebuild it with: {self.checked.bundle.repair(record)} --force"
             )
-        return model
+        return models
+
+    def _compiled(self, core: Any, model: Any) -> ByShape:
+        """A model for the shapes that the engine was built for, compiled for the few of its calls or for all."""
+        few = corners(profile_of(self.checked))
+        return ByShape(few, functools.partial(compiled_for, core, model, self._options))
 
     def _swap(self, onnx_file: Path, stored: Mapping[str, np.ndarray]) -> None:
         """By compiling the exported graph with the new weights, for the shapes that the engine was built for.
@@ -74,10 +81,11 @@ class OpenVinoSession(EngineSession):
                 model.reshape({spec.name: self._partial(spec) for spec in self.contract.inputs})
                 if self.checked.record.flags.get("timesteps") == FLOAT32:
                     keep_timesteps(core, model)  # as in the engine's file
-                compiled = core.compile_model(model, "CPU", self._options)
+                models = self._compiled(core, model)
+                models.usual()  # where it fails, the session stays as it was
             else:
-                compiled = self._load(core)
-            self._model, self._request = compiled, compiled.create_infer_request()
+                models = self._load(core)
+            self._models = models
         except RuntimeError as error:
             raise EngineError(f"{self.checked.label} could not be compiled with other weights: {error}") from error
 
@@ -106,11 +114,13 @@ class OpenVinoSession(EngineSession):
         return self._openvino.PartialShape([dimension(axis) for axis in spec.axes])
 
     def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
+        assert self._models is not None
         try:
+            _, request = self._models.of({name: tensor.shape for name, tensor in feeds.items()})
             for tensors in (feeds, outputs):
                 for name, tensor in tensors.items():
-                    self._request.set_tensor(name, self._shared(tensor))
-            self._request.infer()
+                    request.set_tensor(name, self._shared(tensor))
+            request.infer()
         except RuntimeError as error:
             raise EngineError(f"{self.checked.label} failed in OpenVINO: {error}") from error
 
@@ -121,7 +131,7 @@ class OpenVinoSession(EngineSession):
         return self._openvino.Tensor(tensor.numpy(), shared_memory=True)
 
     def _release(self) -> None:
-        self._request = self._model = None
+        self._models = None
 
     def _names(self, ports: Any) -> list[str]:
         """One name of each port: the contract's where a tensor has several."""

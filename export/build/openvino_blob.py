@@ -1,14 +1,16 @@
-"""Target openvino: the graph compiled for this CPU and exported as a blob."""
+"""Target openvino: the graph compiled for this CPU as a blob, or an IR that is compiled where it is opened."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from export.build.job import Built, Job, Run, check_io
 from sdkd.core.console import Progress
 from sdkd.core.contract import QUANTIZED
 from sdkd.errors import BuildError, InputError
+from sdkd.targets.openvino_shapes import ByShape, Shapes, compiled_for, corners
 from sdkd.targets.openvino_timesteps import FLOAT32, HINTS, keep_timesteps
 from sdkd.targets.registry import cpu_precisions, openvino_core
 
@@ -47,7 +49,10 @@ def flags(engine_precision: str, onnx_precision: str) -> dict[str, Any]:
 
 
 def build(job: Job, progress: Progress) -> Built:
-    """Compile for the job's shapes and save <component>.blob, or the IR (.xml, .bin) where no blob can be opened."""
+    """Compile for the job's shapes and save <component>.blob; or the IR (.xml, .bin).
+
+    The IR where calls have few shapes, for which the session compiles it, and where no blob can be opened.
+    """
     core = openvino_core()
     progress("reading the graph", 0.0)
     model = core.read_model(job.onnx)
@@ -58,25 +63,27 @@ def build(job: Job, progress: Progress) -> Built:
     if job.flags.get("timesteps") == FLOAT32:
         keep_timesteps(core, model)
     progress("compiling", 0.1)
+    few = corners(profile)
+    if few or "EXPORT_IMPORT" not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        return _save_ir(job, model, config, few)
     compiled = core.compile_model(model, DEVICE, config)
-    if "EXPORT_IMPORT" not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
-        return _save_ir(job, model, compiled)
     file = job.file(".blob")
     with file.open("wb") as stream:
         stream.write(compiled.export_model().getvalue())
     del compiled
     progress("opening the saved blob", 0.8)
-    opened = core.import_model(file.read_bytes(), DEVICE, config)
-    return Built((file.name,), {"format": "blob", **_inference(opened, config)}, run=_runner(opened, job))
+    opened = ByShape((), lambda _: core.import_model(file.read_bytes(), DEVICE, config))
+    return Built((file.name,), {"format": "blob", **_inference(opened.usual(), config)}, run=_runner(opened, job))
 
 
-def _save_ir(job: Job, model: Any, compiled: Any) -> Built:
+def _save_ir(job: Job, model: Any, config: Mapping[str, str], few: Sequence[Shapes]) -> Built:
     import openvino
 
-    file = job.file(".xml")
+    core, file = openvino_core(), job.file(".xml")
     openvino.save_model(model, file, compress_to_fp16=False)
-    found = {"format": "ir", **_inference(compiled, dict(job.flags["config"]))}
-    return Built((file.name, file.with_suffix(".bin").name), found, run=_runner(compiled, job))
+    models = ByShape(few, partial(compiled_for, core, core.read_model(file), config))
+    found = {"format": "ir", **_inference(models.usual(), config)}
+    return Built((file.name, file.with_suffix(".bin").name), found, run=_runner(models, job))
 
 
 def _inference(compiled: Any, config: Mapping[str, str]) -> dict[str, str]:
@@ -98,10 +105,11 @@ def _tensors(ports: Sequence[Any]) -> dict[str, str]:
     return {port.get_any_name(): DTYPES.get(port.get_element_type().get_type_name(), "unknown") for port in ports}
 
 
-def _runner(compiled: Any, job: Job) -> Run:
+def _runner(models: ByShape, job: Job) -> Run:
     names = [spec.name for spec in job.contract.outputs]
 
     def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        compiled, _ = models.of({name: array.shape for name, array in feeds.items()})
         result = compiled(dict(feeds))
         return [result[name] for name in names]
 
