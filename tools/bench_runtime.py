@@ -7,8 +7,8 @@ overhead        denoising steps inside a pipeline; in each, the library's bare c
 onnxruntime     whole images of the student: eager fp32 and this engine; the same for openvino, openvino-bf16
 peer            whole images: our onnxruntime engines and Optimum's ORTStableDiffusionPipeline on the same ONNX files
 teacher         whole images: the eager teacher and the student's engines
-openvino-peers  whole images: OpenVINO GenAI, Optimum on OpenVINO and our engines of the same ONNX files, for a range of
-                shapes and for one (`sdkd export --static`); the same for openvino-bf16-peers
+openvino-peers  whole images: OpenVINO GenAI, Optimum on OpenVINO and our engines of the same ONNX files, all for one
+                size; the same for openvino-bf16-peers
 
 Whole images are comparisons by `sdkd.compare`, every way in a process of its own; Optimum's in its own environment,
 .venv-interop, OpenVINO's peers and ours beside them in .venv-peers. By default models have the shapes of Stable
@@ -78,19 +78,6 @@ def overhead(record: Record, rounds: int, work: str, steps: int, size: int, stud
             record.row(**overhead_row(model, slot, samples))
 
 
-def static_of(work: str, model: str, slot: str, size: int, made: bool = False) -> Path:
-    """The same for a guided image of exactly that size: its graphs have one shape."""
-    from export import build_engine, export_pipeline
-
-    folder = Path(work, f"{model.replace(':', '-').replace('/', '-')}-{size}-static")
-    if not made:
-        side = Range.fixed(size)
-        if not folder.is_dir():
-            export_pipeline(model, folder, static=ShapeRanges(Range.fixed(1), side, side, Range.fixed(77)))
-        build_engine(folder, "openvino", precision=SLOTS[slot])
-    return folder
-
-
 # Whole images
 
 
@@ -105,8 +92,6 @@ def build(record: Record, piece: str, work: str, size: int, student: str, **_: A
     """Build what a piece compares, in this environment."""
     for slot in slots_of(piece):
         bundle_of(work, student, slot, size)
-        if piece in PEERS:
-            static_of(work, student, slot, size)
 
 
 def images(
@@ -132,8 +117,7 @@ def images(
     elif piece in PEERS:
         (ours,) = every
         base, *more = (replace(ours, label=name, target=name) for name in OTHERS)
-        static = static_of(work, student, ours.target, size, made=True)
-        every = [*more, ours, replace(ours, label=f"{ours.label}, one shape", bundle=static)]
+        every = [*more, ours]
     elif piece == "teacher":
         base = Subject("teacher, eager fp32", teacher)
     report = compare(

@@ -21,6 +21,7 @@ from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request,
 from sdkd.compare.measure.peers import Shape, openvino_options
 from sdkd.compare.measure.timing import Work
 from sdkd.errors import BundleError, EngineError
+from sdkd.targets.registry import openvino_core
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
 INPUTS = {"sample", "timestep", "encoder_hidden_states"}
@@ -145,7 +146,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
 
     for part in PARTS:
         (folder / part).mkdir()
-        model = openvino.convert_model(bundle.path / bundle.component(part).files[0].path)
+        model = openvino_core().read_model(bundle.path / bundle.component(part).files[0].path)
         if part == "unet":
             model = with_whole_timestep(model)
         openvino.save_model(model, folder / part / "openvino_model.xml", compress_to_fp16=False)

@@ -5,7 +5,7 @@ Most are given the ONNX files of a bundle. What they do not take is refused; not
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.components import CACHED_UNET
 from sdkd.core.contract import check_precision
-from sdkd.errors import BundleError, EngineError
+from sdkd.errors import BundleError, EngineError, InputError
 
 HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # OpenVINO's names
 OWN_ENVIRONMENT = "so an environment of its own, with sdkd on PYTHONPATH"
@@ -39,7 +39,7 @@ class Peer:
     """
 
     name: str
-    module: str
+    imports: str
     opens: str
     advice: str
     precisions: tuple[str, ...] = ()
@@ -52,18 +52,18 @@ PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer(
-            "optimum", "optimum.onnxruntime", f"{_HERE}:open_optimum",
+            "optimum", "optimum.onnxruntime:ORTStableDiffusionPipeline", f"{_HERE}:open_optimum",
             "it needs transformers older than 4.58, so an environment of its own: pip install 'sdkd[optimum]' there, "
             "or make interop in a checkout",
         ),
         Peer(
-            "optimum-intel", "optimum.intel", f"{_HERE}:open_optimum_intel",
+            "optimum-intel", "optimum.intel:OVStableDiffusionPipeline", f"{_HERE}:open_optimum_intel",
             f"it needs transformers older than 5.6, {OWN_ENVIRONMENT}: pip install optimum-intel there, without "
             "torchvision where torch is a CPU's",
             ("fp32", "bf16"),
         ),
         Peer(
-            "openvino-genai", "openvino_genai", "sdkd.compare.measure.genai:open_genai",
+            "openvino-genai", "openvino_genai:Text2ImagePipeline", "sdkd.compare.measure.genai:open_genai",
             "pip install openvino-genai, of openvino's version",
             ("fp32", "bf16"),
             notes=(
@@ -72,7 +72,7 @@ PEERS: Mapping[str, Peer] = {
             ),
         ),
         Peer(
-            "torch-tensorrt", "torch_tensorrt", f"{_HERE}:open_torch_tensorrt",
+            "torch-tensorrt", "torch_tensorrt:MutableTorchTensorRTModule", f"{_HERE}:open_torch_tensorrt",
             "pip install torch-tensorrt, of torch's version, beside an NVIDIA GPU",
             ("fp32", "fp16", "bf16"),
             from_model=True,
@@ -90,19 +90,20 @@ def peer_of(target: str) -> tuple[Peer, str] | None:
         if target == name:
             return PEERS[name], "fp32"
         if target.startswith(f"{name}-"):
-            precision = check_precision(target.removeprefix(f"{name}-"))
-            if precision in PEERS[name].precisions:
-                return PEERS[name], precision
+            precision, known = check_precision(target.removeprefix(f"{name}-")), PEERS[name].precisions
+            if precision not in known:
+                raise InputError(f"{name} computes in {' or '.join(known) or 'what the graphs are in'}: give {name!r}")
+            return PEERS[name], precision
     return None
 
 
 def peer_problem(peer: Peer) -> str | None:
     """Why a peer cannot be imported here, and what to do; None where it can."""
     try:
-        importlib.import_module(peer.module)
-    except (ImportError, RuntimeError, OSError) as error:  # lazy modules turn an ImportError within into the second
+        pkgutil.resolve_name(peer.imports)
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:  # lazy modules turn an ImportError into any
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"{peer.module} cannot be imported ({said}); {peer.advice}"
+        return f"{peer.imports.partition(':')[0]} cannot be imported ({said}); {peer.advice}"
     return None
 
 
@@ -110,11 +111,10 @@ def open_peer(peer: Peer, source: Any, precision: str, device: str, shape: Shape
     """A peer's pipeline of a bundle, or of a pipeline in PyTorch. EngineError without the peer."""
     if problem := peer_problem(peer):
         raise EngineError(f"target {peer.name!r} does not run here: {problem}")
-    module, _, name = peer.opens.partition(":")
     if isinstance(source, Path):
         source = Bundle.open(source)
         check_graphs(peer, source)
-    return getattr(importlib.import_module(module), name)(source, precision, device, shape)
+    return pkgutil.resolve_name(peer.opens)(source, precision, device, shape)
 
 
 def check_graphs(peer: Peer, bundle: Bundle) -> None:

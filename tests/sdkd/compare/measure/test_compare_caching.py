@@ -17,8 +17,8 @@ import sdkd.workflow
 from export.build.engines import build_engine
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare import Subject, compare
+from sdkd.compare.measure.peers import PEERS, check_graphs
 from sdkd.compare.measure.planning import Wish, make_plan
-from sdkd.compare.measure.subjects import open_subject
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, InputError
 from sdkd.models.generation import Generation
@@ -85,9 +85,8 @@ def test_a_wrong_last_layer_is_found(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_optimum_is_given_no_bundle_for_step_caching(bundle: Path) -> None:
-    subject = Subject("optimum", engine_models() / "right", "optimum", bundle=bundle)
     with pytest.raises(BundleError, match=r"it takes the UNet's second output for the prediction; leave out target"):
-        open_subject(subject)
+        check_graphs(PEERS["optimum"], Bundle.open(bundle))
 
 
 def test_models_that_it_does_not_suit_are_left_out_with_a_note(

@@ -16,9 +16,10 @@ import sdkd.compare.measure.refusals as refusals
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.cli import DEMO
 from sdkd.compare.measure.defaults import PHOTOGRAPHS, SHAPES, RunsAsked, default_guidance, default_judge, parse_prompts
+from sdkd.compare.measure.peers import PEERS, peer_problem
 from sdkd.compare.measure.planning import Wish, _ranges, find_roles, make_plan, short_names
 from sdkd.compare.measure.refusals import check_targets
-from sdkd.compare.measure.subjects import open_subject, optimum_problem, size_on_disk
+from sdkd.compare.measure.subjects import open_subject, size_on_disk
 from sdkd.errors import BundleError, EngineError, InputError, ModelError
 from sdkd.models.generation import Generation
 from sdkd.targets.registry import availability
@@ -205,11 +206,11 @@ def test_a_target_that_was_asked_for_must_run_here() -> None:
 def test_optimum_is_refused_where_it_cannot_be_imported_and_takes_the_onnx_files_of_a_bundle(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if optimum_problem() is not None:
+    if peer_problem(PEERS["optimum"]) is not None:
         with pytest.raises(EngineError, match=r"target 'optimum' does not run here: optimum.onnxruntime cannot be "
                            r"imported \(.*pip install 'sdkd\[opt"):  # fmt: skip
             check_targets(("eager", "optimum"))
-    monkeypatch.setattr(refusals, "optimum_problem", lambda: None)
+    monkeypatch.setattr(refusals, "peer_problem", lambda peer: None)
     bundle = engine_models() / "bundle"
     row = make_plan([str(bundle)], wish(tmp_path, "eager", "optimum")).subjects[1]
     assert (row.label, row.target, row.precision, row.bundle) == ("bundle optimum", "optimum", "fp32", bundle)
