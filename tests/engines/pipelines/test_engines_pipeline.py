@@ -23,7 +23,7 @@ from small_bundles import small_pipeline
 from engines.modules.components import EngineTextEncoder, EngineUNet
 from engines.modules.vae import EngineVAE
 from engines.pipelines.parts import ORDER, _rank, best_slot
-from engines.pipelines.pipeline import _tokenizer, bundle_scheduler, load_pipeline, plug, unplug
+from engines.pipelines.pipeline import bundle_scheduler, bundle_tokenizer, load_pipeline, plug, unplug
 from sdkd.bundle.manifest import Bundle
 from sdkd.errors import BundleError, EngineError, ModelError, StaleEngineError
 from sdkd.models.resolve import DEMO_WEIGHTS
@@ -238,10 +238,10 @@ def test_damaged_files_are_one_error(tmp_path: Path) -> None:
         shutil.copytree(DEMO_WEIGHTS / part, tmp_path / part)
     (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", "DDIMScheduler"]}))
     assert type(bundle_scheduler(bundle)).__name__ == "DDIMScheduler"
-    assert _tokenizer(bundle, "tokenizer")("red").input_ids
+    assert bundle_tokenizer(bundle, "tokenizer")("red").input_ids
     for name, content, message in DAMAGED:
         whole = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
         with pytest.raises(BundleError, match=message):
-            _tokenizer(bundle, "tokenizer") if name.startswith("tokenizer") else bundle_scheduler(bundle)
+            bundle_tokenizer(bundle, "tokenizer") if name.startswith("tokenizer") else bundle_scheduler(bundle)
         (tmp_path / name).write_text(whole)
