@@ -15,7 +15,7 @@ from typing import TypeVar
 from sdkd.bundle.manifest import Bundle, ComponentRecord, EngineRecord
 from sdkd.core.components import UNETS
 from sdkd.core.contract import Contract, latent_multiple
-from sdkd.core.profiles import Range, axis_ranges
+from sdkd.core.profiles import Range, Shapes, axis_ranges, profile_shapes
 from sdkd.errors import BundleError, EngineError
 from sdkd.targets.nvidia import gpu
 from sdkd.targets.registry import check_target, environment, require
@@ -155,11 +155,9 @@ def _built_again(bundle: Bundle, slot: str, component: str) -> Bundle | None:
     return None if same else replace(bundle, manifest=then.with_engine(record))
 
 
-def profile_of(checked: Checked) -> dict[str, list[tuple[int, ...]]]:
+def profile_of(checked: Checked) -> dict[str, Shapes]:
     """Smallest, best and largest shape of every input, of a target with one profile."""
-    ranges = checked.profiles[0]
-    ends = [{axis: getattr(one, end) for axis, one in ranges.items()} for end in ("min", "opt", "max")]
-    return {spec.name: [spec.shape(sizes) for sizes in ends] for spec in checked.contract.inputs}
+    return profile_shapes(checked.contract, checked.profiles[0])
 
 
 def check_names(checked: Checked, inputs: Iterable[str], outputs: Iterable[str]) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.contract import Contract, check_size, native_size, size_multiple, split_axis
 from sdkd.core.files import read_json
-from sdkd.core.profiles import Range, ShapeRanges, axis_ranges
+from sdkd.core.profiles import Range, ShapeRanges, Shapes, axis_ranges, profile_shapes
 from sdkd.errors import BundleError, InputError
 
 BATCH = Range(1, 1, 4)
-Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""Smallest, best and largest shape of one input."""
 
 
 def bundle_multiple(bundle: Bundle) -> int:
@@ -208,13 +206,7 @@ class Geometry:
 
 def input_shapes(contract: Contract, ranges: ShapeRanges, geometry: Geometry) -> dict[str, Shapes]:
     """Smallest, best and largest shape of every input of a component, in the contract's order."""
-    axes = geometry.axes(contract, ranges)
-
-    def corner(name: str) -> dict[str, int]:
-        return {axis: getattr(r, name) for axis, r in axes.items()}
-
-    low, best, high = corner("min"), corner("opt"), corner("max")
-    return {spec.name: (spec.shape(low), spec.shape(best), spec.shape(high)) for spec in contract.inputs}
+    return profile_shapes(contract, geometry.axes(contract, ranges))
 
 
 def other_sizes(contract: Contract, ranges: ShapeRanges, geometry: Geometry) -> dict[str, int] | None:

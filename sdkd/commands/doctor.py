@@ -26,6 +26,7 @@ from sdkd.targets.registry import (
     cpu_name,
     extra_of,
     installed_version,
+    overlay,
     packages_of,
     removal,
     require,
@@ -169,12 +170,10 @@ def providers_on_gpu() -> dict[str, str | None]:
 def package_problems() -> list[dict[str, str]]:
     """Targets whose module several installed packages have, which lie over one another, and how to mend it."""
     found = []
-    for target in TARGETS.values():
-        if target.gpu_extra and len(packages := packages_of(target)) > 1:
+    for target in (one for one in TARGETS.values() if one.gpu_extra):
+        if reason := overlay(packages := packages_of(target)):
             fix = f"{removal(packages)}, then pip install 'sdkd[{extra_of(target)}]'"
-            found.append(
-                {"target": target.name, "reason": f"{' and '.join(packages)} lie over one another", "fix": fix}
-            )
+            found.append({"target": target.name, "reason": reason, "fix": fix})
     return found
 
 

@@ -12,6 +12,8 @@ from sdkd.core.contract import Contract, TensorSpec, split_axis
 from sdkd.core.numbers import check_number
 from sdkd.errors import InputError
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, best and largest shape of one input."""
 IMAGES = (1, 1, 8)  # of an IP-Adapter in one call: fewest, usual, most
 _LARGEST = 1 << 20  # pixels, tokens or images
 
@@ -115,6 +117,12 @@ def axis_ranges(contract: Contract, ranges: ShapeRanges, scale: int, positions: 
         "images": Range(*IMAGES),
     }
     return {axis: over(whole[root], by) for axis in contract.axis_names() for root, by in [split_axis(axis)]}
+
+
+def profile_shapes(contract: Contract, axes: Mapping[str, Range]) -> dict[str, Shapes]:
+    """Smallest, best and largest shape of every input, in the contract's order, from ranges of its axes."""
+    low, best, high = ({axis: getattr(r, end) for axis, r in axes.items()} for end in ("min", "opt", "max"))
+    return {spec.name: (spec.shape(low), spec.shape(best), spec.shape(high)) for spec in contract.inputs}
 
 
 def static_contract(contract: Contract, ranges: ShapeRanges, scale: int, positions: int | None = None) -> Contract:

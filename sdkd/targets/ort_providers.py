@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sdkd.errors import EngineError, InputError
 from sdkd.targets.gpu_generations import PLUGIN
 from sdkd.targets.nvidia import gpu
-from sdkd.targets.registry import TARGETS, cache_folder, packages_of, removal, require
+from sdkd.targets.registry import TARGETS, cache_folder, overlay, packages_of, removal, require
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -154,8 +154,9 @@ def provider_problem(provider: str) -> str | None:
     if (device := gpu()) is None:
         return "torch sees no NVIDIA GPU: run on a machine with one, its driver and a torch with CUDA (sdkd doctor)"
     if provider == RTX and not PLUGIN.runs_on(device["compute_capability"]):
-        return f"the TensorRT-RTX plugin is made for compute capability {PLUGIN.words}, and this GPU has " + (
-            f"{device['compute_capability']}: pip uninstall -y {PLUGIN_PACKAGE} onnxruntime, then {INSTALL[CUDA]}"
+        return (
+            f"the TensorRT-RTX plugin is made for compute capability {PLUGIN.words}, and this GPU has "
+            f"{device['compute_capability']}: {removal((PLUGIN_PACKAGE, 'onnxruntime'))}, then {INSTALL[CUDA]}"
         )
     import torch
 
@@ -176,15 +177,11 @@ def _not_installed(provider: str) -> str:
     if provider == RTX:
         return f"the TensorRT-RTX plugin of onnxruntime is not installed: {INSTALL[RTX]}"
     packages = packages_of(TARGETS["onnxruntime"])
+    why = f", since {both}" if (both := overlay(packages)) else ""
     return (
         f"the installed onnxruntime {require('onnxruntime').__version__} is built without CUDA"
-        f"{overlaid(packages)}: {removal(packages)}, then {INSTALL[CUDA]}"
+        f"{why}: {removal(packages)}, then {INSTALL[CUDA]}"
     )
-
-
-def overlaid(packages: Sequence[str]) -> str:
-    """What is said of several packages with the module onnxruntime, whose files lie over one another."""
-    return f", since {' and '.join(packages)} lie over one another" if len(packages) > 1 else ""
 
 
 def usual_provider() -> str:

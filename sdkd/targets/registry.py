@@ -11,7 +11,7 @@ import os
 import pkgutil
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -123,13 +123,18 @@ def require(target: str, purpose: str = "") -> ModuleType:
     `purpose`: what it is needed for, where that is not the target itself.
     """
     found = check_target(target)
-    purpose, extra = purpose or f"target {found.name!r}", extra_of(found) or found.name
-    if problem := package_problem(found):
-        raise MissingExtraError(found.module, extra, purpose, *problem)
+    problem = package_problem(found)
     try:
-        return importlib.import_module(found.module)
+        if problem is None:
+            return importlib.import_module(found.module)
     except ImportError as error:
-        raise MissingExtraError(found.module, extra, purpose) from error
+        raise _missing(found, purpose) from error
+    raise _missing(found, purpose, *problem)
+
+
+def _missing(target: Target, purpose: str, *problem: str) -> MissingExtraError:
+    extra = extra_of(target) or target.name
+    return MissingExtraError(target.module, extra, purpose or f"target {target.name!r}", *problem)
 
 
 def package_problem(target: Target) -> tuple[str, str] | None:
@@ -149,6 +154,11 @@ def package_problem(target: Target) -> tuple[str, str] | None:
 def packages_of(target: Target) -> list[str]:
     """The installed packages that a target's module belongs to; more than one lie over one another."""
     return sorted(set(importlib.metadata.packages_distributions().get(target.module, ())))
+
+
+def overlay(packages: Sequence[str]) -> str:
+    """What is said of several packages with one module; empty for one or none."""
+    return f"{' and '.join(packages)} lie over one another" if len(packages) > 1 else ""
 
 
 def removal(packages: Iterable[str]) -> str:

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.image_processor import VaeImageProcessor
 
+from engines.generate.long_prompts import limit_of
 from engines.pipelines.pipeline import bundle_scheduler, bundle_tokenizer
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request, latents_of
@@ -25,7 +28,6 @@ from sdkd.targets.registry import openvino_core
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
 INPUTS = {"sample", "timestep", "encoder_hidden_states"}
-TOKENS = 77
 SCHEDULERS = ("DDIM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "LCM")  # what it has of diffusers' ones
 
 
@@ -39,12 +41,13 @@ class GenAiPipeline:
 
     def __init__(self, bundle: Bundle, precision: str, shape: Shape | None) -> None:
         import openvino_genai
-        from diffusers.image_processor import VaeImageProcessor
 
         self.genai = openvino_genai
         self.folder = Path(tempfile.mkdtemp(prefix="sdkd-genai-"))
-        self.unet, self.vae = (SimpleNamespace(config=_config(bundle.config(name))) for name in ("unet", "vae_decoder"))
-        self.text_encoder = SimpleNamespace(config=_config(bundle.config("text_encoder")), dtype=torch.float32)
+        self.unet, self.vae = (
+            SimpleNamespace(config=FrozenDict(bundle.config(name))) for name in ("unet", "vae_decoder")
+        )
+        self.text_encoder = SimpleNamespace(config=FrozenDict(bundle.config("text_encoder")), dtype=torch.float32)
         self.tokenizer, self.scheduler = bundle_tokenizer(bundle, "tokenizer"), bundle_scheduler(bundle)
         self.vae_scale_factor, self.image_processor = bundle.scale(), VaeImageProcessor()
         self.works: Mapping[str, Callable[[Request], Work]] = {
@@ -65,7 +68,7 @@ class GenAiPipeline:
         if shape is not None:  # its fastest way: compiled for one shape
             latents, size = shape.images * (2 if shape.guided else 1), (shape.height, shape.width)
             self.clip.reshape(2 if shape.guided else 1)
-            self.denoiser.reshape(latents, *size, TOKENS)
+            self.denoiser.reshape(latents, *size, limit_of(self))
             self.decoder.reshape(shape.images, *size)
         for part in (self.clip, self.denoiser, self.decoder):
             part.compile("CPU", **openvino_options(precision))
@@ -185,12 +188,6 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     kept = {key: value for key, value in kept.items() if not isinstance(value, float) or math.isfinite(value)}
     return kept | {"_class_name": name, "trained_betas": scheduler.betas.tolist()}
-
-
-def _config(found: Mapping[str, Any]) -> Any:
-    from diffusers.configuration_utils import FrozenDict
-
-    return FrozenDict(found)
 
 
 def _tensor(values: torch.Tensor) -> Any:

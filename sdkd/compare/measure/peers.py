@@ -8,15 +8,14 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.components import CACHED_UNET
 from sdkd.core.contract import check_precision
 from sdkd.errors import BundleError, EngineError, InputError
+from sdkd.targets.openvino_timesteps import HINTS
 
-HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # OpenVINO's names
 OWN_ENVIRONMENT = "so an environment of its own, with sdkd on PYTHONPATH"
 
 
@@ -111,8 +110,7 @@ def open_peer(peer: Peer, source: Any, precision: str, device: str, shape: Shape
     """A peer's pipeline of a bundle, or of a pipeline in PyTorch. EngineError without the peer."""
     if problem := peer_problem(peer):
         raise EngineError(f"target {peer.name!r} does not run here: {problem}")
-    if isinstance(source, Path):
-        source = Bundle.open(source)
+    if not peer.from_model:
         check_graphs(peer, source)
     return pkgutil.resolve_name(peer.opens)(source, precision, device, shape)
 

@@ -260,8 +260,7 @@ def _engine_to_build(entry: Entry, target: str, wish: Wish) -> tuple[Subject, Bu
         made = prepare(source, plan, folder, ranges=ranges, cached=cached, reuse=reuse, progress=progress)
         return _engine_subject(entry, source.name, made.bundle, slot)
 
-    named, precision = (slot, plan.precision) if peer is None else (peer[0].name, _precision(peer, plan.precision))
-    return _subject(entry, slot, named, precision, bundle=folder / plan.onnx), build
+    return _subject(entry, slot, *_runs_on(slot, peer, plan.precision), bundle=folder / plan.onnx), build
 
 
 def _engine_targets(targets: tuple[str, ...] | None) -> list[str]:
@@ -287,18 +286,21 @@ def _ranges(wish: Wish) -> ShapeRanges | None:
 
 
 def _engine_subject(entry: Entry, model: str, bundle: Path, slot: str) -> Subject:
-    opened, named = Bundle.open(bundle), slot
-    if (peer := peer_of(slot)) is not None:
-        check_graphs(peer[0], opened)
-        named, precision = peer[0].name, _precision(peer, opened.component("unet").precision)
-    else:
+    opened, peer = Bundle.open(bundle), peer_of(slot)
+    if peer is None:
         precision = opened.engine(slot, "unet").precision
-    return _subject(entry, slot, named, precision, model=model, bundle=bundle, **_made_with(opened))
+    else:
+        check_graphs(peer[0], opened)
+        precision = opened.component("unet").precision
+    runs_on = _runs_on(slot, peer, precision)
+    return _subject(entry, slot, *runs_on, model=model, bundle=bundle, **_made_with(opened))
 
 
-def _precision(peer: tuple[Peer, str], graph: str) -> str:
-    """What a peer computes in: what it was asked for, or what the graph is in where it has no choice."""
-    return peer[1] if peer[0].precisions else graph
+def _runs_on(slot: str, peer: tuple[Peer, str] | None, precision: str) -> tuple[str, str]:
+    """Target and precision of a subject: a slot's; a peer's, in what it was asked for where it has a choice."""
+    if peer is None:
+        return slot, precision
+    return peer[0].name, peer[1] if peer[0].precisions else precision
 
 
 def _made_with(bundle: Bundle) -> dict[str, Any]:

@@ -199,7 +199,8 @@ def open_subject(subject: Subject, device: str = "cpu", shape: Shape | None = No
         if subject.peer is not None:
             pipe = open_peer(subject.peer, pipe, subject.precision, device, shape)
     elif subject.peer is not None:
-        pipe = open_peer(subject.peer, Path(str(subject.bundle)), subject.precision, device, shape)
+        assert subject.bundle is not None
+        pipe = open_peer(subject.peer, Bundle.open(subject.bundle), subject.precision, device, shape)
     else:
         from engines.pipelines.pipeline import load_pipeline
 

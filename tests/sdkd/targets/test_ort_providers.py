@@ -22,11 +22,10 @@ from sdkd.targets.ort_providers import (
     RTX,
     check_provider,
     open_session,
-    overlaid,
     provider_problem,
     usual_provider,
 )
-from sdkd.targets.registry import cache_folder
+from sdkd.targets.registry import cache_folder, overlay
 
 LISTED = ["TensorrtExecutionProvider", LIBRARY_NAMES[CUDA], LIBRARY_NAMES[CPU]]
 PROFILE = {"x": [[1, 4], [2, 4], [8, 4]], "y": [[1], [1], [1]], "timestep": [[], [], []]}
@@ -124,11 +123,14 @@ def test_without_a_package_for_it_or_a_gpu_there_is_nothing_to_say(
     assert caplog.records == []
 
 
-def test_two_packages_of_one_module_are_named_as_the_reason() -> None:
-    assert overlaid(["onnxruntime"]) == ""
-    assert (
-        overlaid(["onnxruntime", "onnxruntime-gpu"]) == ", since onnxruntime and onnxruntime-gpu lie over one another"
-    )
+def test_two_packages_of_one_module_are_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ["onnxruntime", "onnxruntime-gpu"]
+    assert overlay(["onnxruntime"]) == ""
+    assert overlay(both) == "onnxruntime and onnxruntime-gpu lie over one another"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [LIBRARY_NAMES[CPU]])
+    monkeypatch.setattr(ort_providers, "packages_of", lambda target: both)
+    said = "is built without CUDA, since onnxruntime and onnxruntime-gpu lie over one another: pip uninstall -y"
+    assert said in str(provider_problem(CUDA))
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available")

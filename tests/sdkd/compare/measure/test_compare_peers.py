@@ -53,7 +53,7 @@ def test_a_peer_that_is_not_there_is_refused_with_what_brings_it(name: str, monk
     with pytest.raises(EngineError, match=f"target '{name}' does not run here: {module} cannot be"):
         check_targets((name,))
     with pytest.raises(EngineError, match=f"target '{name}' does not run here"):
-        open_peer(PEERS[name], engine_models() / "bundle", "fp32", "cpu", None)
+        open_peer(PEERS[name], Bundle.open(engine_models() / "bundle"), "fp32", "cpu", None)
 
 
 def test_graphs_in_half_precision_are_not_for_peers_that_lower_them(monkeypatch: pytest.MonkeyPatch) -> None:
