@@ -91,7 +91,8 @@ def peer_of(target: str) -> tuple[Peer, str] | None:
         if target.startswith(f"{name}-"):
             precision, known = check_precision(target.removeprefix(f"{name}-")), PEERS[name].precisions
             if precision not in known:
-                raise InputError(f"{name} computes in {' or '.join(known) or 'what the graphs are in'}: give {name!r}")
+                words = " or ".join(known) or "what the graphs are in"
+                raise InputError(f"target {target!r} is unknown: {name} computes in {words}: give {name!r}")
             return PEERS[name], precision
     return None
 

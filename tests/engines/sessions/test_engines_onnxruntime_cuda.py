@@ -21,9 +21,9 @@ from sdkd.errors import EngineError, InputError
 from sdkd.targets.ort_providers import CUDA, LIBRARY_NAMES, RTX
 
 PROFILE = {
-    "sample": [(1, 4, 16, 16), (2, 4, 16, 16), (4, 4, 32, 32)],
-    "timestep": [(), (), ()],
-    "encoder_hidden_states": [(1, 77, 32), (2, 77, 32), (4, 77, 32)],
+    "sample": ((1, 4, 16, 16), (2, 4, 16, 16), (4, 4, 32, 32)),
+    "timestep": ((), (), ()),
+    "encoder_hidden_states": ((1, 77, 32), (2, 77, 32), (4, 77, 32)),
 }
 ENGINE, EXPORTED = "engines/onnxruntime/unet.onnx", "unet/model.onnx"
 
