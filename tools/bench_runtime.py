@@ -9,9 +9,10 @@ peer            whole images: our onnxruntime engines and Optimum's ORTStableDif
 teacher         whole images: the eager teacher and the student's engines
 openvino-peers  whole images: OpenVINO GenAI, Optimum on OpenVINO and our engines of the same ONNX files, all for one
                 size; the same for openvino-bf16-peers
+sdcpp-peer      whole images: stable-diffusion.cpp with weights in float32 and in float16, and our openvino engines
 
 Whole images are comparisons by `sdkd.compare`, every way in a process of its own; Optimum's in its own environment,
-.venv-interop, OpenVINO's peers and ours beside them in .venv-peers. By default models have the shapes of Stable
+.venv-interop, the other peers and ours beside them in .venv-peers. By default models have the shapes of Stable
 Diffusion 1.5 and random weights. Writes benchmarks/<machine>/runtime.json and .md, or those of `--result`. Run it on a
 quiet machine; with two cores and 24 GB one piece at a time fits.
 """
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench_kit.commands import interop_python, optimum_versions
 from bench_kit.overhead import measure_overhead, overhead_lines, overhead_row
@@ -36,15 +37,27 @@ from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.targets.plan import plan_for_model
 from sdkd.targets.registry import cpu_precisions
 
+if TYPE_CHECKING:
+    from sdkd.compare import Subject
+
 SCHEMA = 2
 DEMO = {"num_inference_steps": 30, "height": 64, "width": 64}
 DEMO_IMAGES = 10
 SETTINGS = ("steps", "size", "teacher", "student")  # results of other settings are not mixed
 SLOTS = {"onnxruntime": "fp32", "openvino": "fp32", "openvino-bf16": "bf16"}
 TIMED = ("image_s", "unet_step_ms", "text_encoder_ms", "vae_decode_ms")
-PEERS = {"openvino-peers": "openvino", "openvino-bf16-peers": "openvino-bf16"}  # pieces, and the slot of ours in them
-OTHERS = ("openvino-genai", "optimum-intel")
-PEER_PACKAGES = ("openvino-genai", "optimum-intel", "openvino", "optimum", "torch", "diffusers", "transformers")
+# Pieces, and the slot of ours in them; the others in each, with their precision where it is not that of ours.
+PEERS = {"openvino-peers": "openvino", "openvino-bf16-peers": "openvino-bf16", "sdcpp-peer": "openvino"}
+_OPENVINO = (("openvino-genai", None), ("optimum-intel", None))
+OTHERS: Mapping[str, Sequence[tuple[str, str | None]]] = {
+    "openvino-peers": _OPENVINO,
+    "openvino-bf16-peers": _OPENVINO,
+    "sdcpp-peer": (("stable-diffusion-cpp", "fp32"), ("stable-diffusion-cpp", "fp16")),
+}
+PEER_PACKAGES = (
+    "openvino-genai", "optimum-intel", "stable-diffusion-cpp-python", "openvino", "optimum", "torch", "diffusers",
+    "transformers",
+)  # fmt: skip
 PEER_ENVIRONMENT = ROOT / ".venv-peers", ROOT / "tools" / "bench_kit" / "peers.txt"
 PIECES = ("overhead", *SLOTS, "peer", *PEERS, "teacher", "attention")  # the last one is only read: of earlier results
 
@@ -99,8 +112,8 @@ def images(
 ) -> None:
     """Whole images side by side: medians, and speed over the first way, with the images' PSNR to the first way's.
 
-    `peer`: the same ONNX files by Optimum and by us, each with its own settings of ONNX Runtime. `openvino-peers`: by
-    OpenVINO GenAI, Optimum and us. `teacher`: from the eager teacher to the student's engines. A slot: the student.
+    `peer`: the same ONNX files by Optimum and by us, each with its own settings of ONNX Runtime. PEERS: by others and
+    us. `teacher`: from the eager teacher to the student's engines. A slot: the student.
     """
     from sdkd.compare import Subject, compare
     from sdkd.compare.measure.quality import image_likeness
@@ -116,7 +129,7 @@ def images(
         base = replace(every[0], label="Optimum (same ONNX)", target="optimum")
     elif piece in PEERS:
         (ours,) = every
-        base, *more = (replace(ours, label=name, target=name) for name in OTHERS)
+        base, *more = (other_way(ours, *one) for one in OTHERS[piece])
         every = [*more, ours]
     elif piece == "teacher":
         base = Subject("teacher, eager fp32", teacher)
@@ -128,6 +141,13 @@ def images(
     for row in report.to_json()["results"]:
         (own,), (first,) = (report.images[label] for label in (row["label"], base.label))
         record.row(**image_row(row, None if piece == "teacher" else image_likeness(own, first).psnr_db))
+
+
+def other_way(ours: Subject, name: str, precision: str | None) -> Subject:
+    """A peer on what our engines were built from."""
+    found = replace(ours, label="-", target=name, precision=precision or ours.precision)
+    bundle = None if found.in_torch else found.bundle
+    return replace(found, label=found.runs_as if precision else name, bundle=bundle)
 
 
 def image_row(row: Mapping[str, Any], psnr_db: float | None) -> dict[str, Any]:

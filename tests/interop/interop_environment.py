@@ -44,7 +44,7 @@ def interop_python(folder: Path = FOLDER, requirements: Path = REQUIREMENTS, who
 
 
 def _make(folder: Path, python: Path, requirements: Path, options: Sequence[str]) -> None:
-    print(f"Making {folder.name}: Optimum and what it needs, about 1.3 GB, once", file=sys.stderr)
+    print(f"Making {folder.name}: other projects and their needs, 1.3 GB, up to ten minutes, once", file=sys.stderr)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options, "-r", requirements]
     for command in ([sys.executable, "-m", "venv", "--clear", folder], pip):
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import optimum_compare
 import pytest
 import small_bundles
-from interop_environment import ROOT, EnvironmentFailedError, interop_python
+from interop_environment import ROOT
 
 from export import export_pipeline
 from sdkd.models.diffusers_folder import write_pipeline
@@ -18,13 +18,7 @@ from sdkd.models.diffusers_folder import write_pipeline
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]  # the first run installs Optimum
 
 
-def test_optimum_is_compared_with_eager(tmp_path: Path) -> None:
-    try:
-        python = interop_python()
-    except EnvironmentFailedError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"{error} (with CI set this is a failure)")
+def test_optimum_is_compared_with_eager(tmp_path: Path, python: Path) -> None:
     pipe = small_bundles.small_pipeline()
     write_pipeline(pipe, tmp_path / "model")
     bundle = export_pipeline(pipe, tmp_path / "bundle").path

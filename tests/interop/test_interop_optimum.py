@@ -14,7 +14,6 @@ import numpy as np
 import optimum_calls
 import pytest
 import small_bundles
-from interop_environment import EnvironmentFailedError, interop_python
 from small_sdxl import sdxl_pipeline
 from transformers import CLIPImageProcessor
 
@@ -28,17 +27,6 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(1800)]  # the first run i
 SMALL, DEMO = {"size": 32, "latents": 16}, {"size": 64, "latents": 8}
 # PSNR in dB that Optimum's images must reach against eager float32 ones; measured: at least 122.7, 62.3 and 111.5.
 NEAR = {"fp32": 110.0, "fp16": 55.0, "demo": 100.0}
-
-
-@pytest.fixture(scope="session")
-def python() -> Path:
-    """Optimum's Python. Without a network a person's run skips; continuous integration (CI is set) fails."""
-    try:
-        return interop_python()
-    except EnvironmentFailedError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"{error} (with CI set this is a failure)")
 
 
 @pytest.fixture(scope="module")

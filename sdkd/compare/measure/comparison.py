@@ -137,7 +137,11 @@ def _check(
     """The prompts, and the size of all where it is known; InputError for what cannot be asked of the subjects."""
     texts = check_asked(prompts, size, **numbers)
     known = [subject for subject in subjects if subject.bundle or not subject.replaced]
-    homes = {row.label: (row.bundle or row.model, row.run) for row in known if row.run is not None}
+    homes = {
+        row.label: (row.bundle or row.model, row.run, (row.peer,) if row.peer else ())
+        for row in known
+        if row.run is not None
+    }
     return texts, check_models(homes, size)
 
 

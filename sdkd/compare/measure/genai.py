@@ -6,51 +6,42 @@ import contextlib
 import json
 import math
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.image_processor import VaeImageProcessor
 
 from engines.generate.long_prompts import limit_of
 from engines.pipelines.pipeline import bundle_scheduler, bundle_tokenizer
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request, latents_of
-from sdkd.compare.measure.peers import Shape, openvino_options
+from sdkd.compare.measure.foreign import ForeignPipeline
+from sdkd.compare.measure.peers import PEERS, Shape, check_scheduler, openvino_options
 from sdkd.compare.measure.timing import Work
 from sdkd.errors import BundleError, EngineError
 from sdkd.targets.registry import openvino_core
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
 INPUTS = {"sample", "timestep", "encoder_hidden_states"}
-SCHEDULERS = ("DDIM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "LCM")  # what it has of diffusers' ones
 
 
-class GenAiPipeline:
-    """OpenVINO GenAI's text-to-image pipeline, with what a comparison asks of a pipeline of diffusers.
+class GenAiPipeline(ForeignPipeline):
+    """OpenVINO GenAI's text-to-image pipeline.
 
     Whole images are `Text2ImagePipeline.generate` with our noise; parts are its own classes, which the pipeline shares.
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, bundle: Bundle, precision: str, shape: Shape | None) -> None:
         import openvino_genai
 
+        configs = {part.removesuffix("_decoder"): bundle.config(part) for part in PARTS}
+        tokenizer, scheduler = bundle_tokenizer(bundle, "tokenizer"), bundle_scheduler(bundle)
+        super().__init__(configs, tokenizer, scheduler, bundle.scale(), "sdkd-genai-")
         self.genai = openvino_genai
-        self.folder = Path(tempfile.mkdtemp(prefix="sdkd-genai-"))
-        self.unet, self.vae = (
-            SimpleNamespace(config=FrozenDict(bundle.config(name))) for name in ("unet", "vae_decoder")
-        )
-        self.text_encoder = SimpleNamespace(config=FrozenDict(bundle.config("text_encoder")), dtype=torch.float32)
-        self.tokenizer, self.scheduler = bundle_tokenizer(bundle, "tokenizer"), bundle_scheduler(bundle)
-        self.vae_scale_factor, self.image_processor = bundle.scale(), VaeImageProcessor()
-        self.works: Mapping[str, Callable[[Request], Work]] = {
+        self.works = {
             UNET: self._unet_work, TEXT_ENCODER: self._text_work, VAE_DECODER: self._vae_work
         }  # fmt: skip
         try:
@@ -73,9 +64,6 @@ class GenAiPipeline:
         for part in (self.clip, self.denoiser, self.decoder):
             part.compile("CPU", **openvino_options(precision))
         self._drawing: tuple[str, Any] | None = None  # a scheduler's config, and the pipeline that draws with it
-
-    def set_progress_bar_config(self, **_: Any) -> None:
-        """It shows none."""
 
     def __call__(
         self, prompts: Sequence[str], *, num_inference_steps: int, guidance_scale: float, latents: torch.Tensor,
@@ -128,7 +116,7 @@ class GenAiPipeline:
         for name in ("clip", "denoiser", "decoder"):
             with contextlib.suppress(AttributeError):
                 delattr(self, name)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        super().close()
 
 
 def open_genai(bundle: Bundle, precision: str, device: str, shape: Shape | None) -> GenAiPipeline:
@@ -178,16 +166,12 @@ def with_whole_timestep(model: Any) -> Any:
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """A scheduler as GenAI reads it, with the very betas: its own differ from diffusers' in the third digit.
 
-    EngineError for one that it does not have.
+    InputError for one that it does not have.
     """
-    name = type(scheduler).__name__
-    if name.removesuffix("Scheduler") not in SCHEDULERS:
-        raise EngineError(
-            f"openvino-genai has no {name}: give --scheduler ddim, pndm, euler, euler-a or lcm, for all subjects"
-        )
+    check_scheduler(PEERS["openvino-genai"], scheduler)
     kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     kept = {key: value for key, value in kept.items() if not isinstance(value, float) or math.isfinite(value)}
-    return kept | {"_class_name": name, "trained_betas": scheduler.betas.tolist()}
+    return kept | {"_class_name": type(scheduler).__name__, "trained_betas": scheduler.betas.tolist()}
 
 
 def _tensor(values: torch.Tensor) -> Any:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.core.components import CACHED_UNET
 from sdkd.core.contract import check_precision
 from sdkd.errors import BundleError, EngineError, InputError
+from sdkd.models.schedulers import SCHEDULERS
 from sdkd.targets.openvino_timesteps import HINTS
 
 OWN_ENVIRONMENT = "so an environment of its own, with sdkd on PYTHONPATH"
@@ -32,9 +33,10 @@ class Shape(NamedTuple):
 class Peer:
     """Another project's runtime: what it imports, how it is opened, and what it is opened from.
 
-    `opens`: "module:function" of (source, precision, device, shape) to a pipeline. `from_model`: the source is a
-    pipeline in PyTorch; else a bundle. `precisions` that it computes in, from a bundle's graphs in float32; none: in
-    that of the graphs. `notes`: what a report says of it.
+    `opens`: "module:function" of (source, precision, device, shape) to a pipeline. `takes`: what the source is: a
+    bundle, for its `graphs`; a `pipeline` in PyTorch; a model, for its `weights`, which "module:function" `checks`.
+    `precisions` that it computes in, from a bundle's graphs in float32; none: in that of the graphs. `schedulers` that
+    it has, as `--scheduler` names them; none: diffusers' own. `notes`: what a report says of it.
     """
 
     name: str
@@ -42,8 +44,15 @@ class Peer:
     opens: str
     advice: str
     precisions: tuple[str, ...] = ()
-    from_model: bool = False
+    takes: Literal["graphs", "pipeline", "weights"] = "graphs"
+    checks: str | None = None
+    schedulers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def from_model(self) -> bool:
+        """Whether it needs no bundle."""
+        return self.takes != "graphs"
 
 
 _HERE = __name__
@@ -65,6 +74,7 @@ PEERS: Mapping[str, Peer] = {
             "openvino-genai", "openvino_genai:Text2ImagePipeline", "sdkd.compare.measure.genai:open_genai",
             "pip install openvino-genai, of openvino's version",
             ("fp32", "bf16"),
+            schedulers=("ddim", "pndm", "euler", "euler-a", "lcm"),
             notes=(
                 "openvino-genai: loading contains the conversion of the ONNX files, and it cuts colours to eight bits "
                 "where diffusers rounds: no image is nearer than about 53 dB",
@@ -74,7 +84,20 @@ PEERS: Mapping[str, Peer] = {
             "torch-tensorrt", "torch_tensorrt:MutableTorchTensorRTModule", f"{_HERE}:open_torch_tensorrt",
             "pip install torch-tensorrt, of torch's version, beside an NVIDIA GPU",
             ("fp32", "fp16", "bf16"),
-            from_model=True,
+            takes="pipeline",
+        ),
+        Peer(
+            "stable-diffusion-cpp", "stable_diffusion_cpp:StableDiffusion", "sdkd.compare.measure.sdcpp:open_sdcpp",
+            "pip install stable-diffusion-cpp-python, which is built there: it needs a C++ compiler, and minutes",
+            ("fp32", "fp16"),
+            takes="weights",
+            checks="sdkd.compare.measure.sdcpp:check_model",
+            schedulers=("ddim", "euler"),
+            notes=(
+                "stable-diffusion-cpp: loading contains the conversion of the weights; its parts are timed as they "
+                "pass by, the UNet step is one call for each half of the guidance; noise begins at sigma, not at "
+                "sqrt(sigma^2 + 1) as in diffusers, colours are cut to eight bits, brackets in prompts are weights",
+            ),
         ),
     )
 }  # fmt: skip
@@ -107,8 +130,19 @@ def peer_problem(peer: Peer) -> str | None:
     return None
 
 
+def check_scheduler(peer: Peer, scheduler: Any) -> None:
+    """InputError, which names those that it has, for a scheduler that a peer does not have."""
+    kind = type(scheduler).__name__
+    if peer.schedulers and kind not in {SCHEDULERS[name] for name in peer.schedulers}:
+        *most, last = peer.schedulers
+        raise InputError(
+            f"{peer.name} has no {kind}: give --scheduler {', '.join(most)} or {last}, for all subjects, or leave "
+            f"target {peer.name!r} out"
+        )
+
+
 def open_peer(peer: Peer, source: Any, precision: str, device: str, shape: Shape | None) -> Any:
-    """A peer's pipeline of a bundle, or of a pipeline in PyTorch. EngineError without the peer."""
+    """A peer's pipeline of what it takes. EngineError without the peer."""
     if problem := peer_problem(peer):
         raise EngineError(f"target {peer.name!r} does not run here: {problem}")
     if not peer.from_model:

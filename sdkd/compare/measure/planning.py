@@ -90,7 +90,8 @@ def make_plan(
         check_engine_precision(wish.precision)
     runs, notes = runs_of(sources, wish.runs)
     plan.notes += notes
-    homes = {name: (source, runs[source.name]) for name, source in zip(names, sources, strict=True)}
+    peers = tuple(found[0] for target in wish.targets or () if (found := peer_of(target)))
+    homes = {name: (source, runs[source.name], peers) for name, source in zip(names, sources, strict=True)}
     size = check_models(homes, wish.size)
     wanted: list[tuple[Subject, Builder | None]] = []
     if wish.staircase:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import Size
-from sdkd.compare.measure.peers import peer_of, peer_problem
+from sdkd.compare.measure.peers import Peer, check_scheduler, peer_of, peer_problem
 from sdkd.compare.measure.subjects import IN_TORCH
 from sdkd.core.contract import check_precision, check_size, size_multiple
 from sdkd.core.numbers import DRAWING, check_numbers
@@ -54,36 +55,41 @@ def check_asked(prompts: Sequence[str], size: Size | None, **numbers: float | No
     return kept
 
 
-def check_models(homes: Mapping[str, tuple[Model, Generation]], size: Size | None) -> Size | None:
-    """InputError, which names it, for a model that cannot have the size or do its steps; nothing is loaded.
+def check_models(homes: Mapping[str, tuple[Model, Generation, tuple[Peer, ...]]], size: Size | None) -> Size | None:
+    """InputError, which names it, for a model that cannot have the size or do its steps, on its peers among others;
+    nothing is loaded.
 
-    `homes`: by label, the model or bundle of each, and how it is to be run. Returns the size that all are asked for:
-    where none is given, the first's own, None where its config does not tell. A model that cannot be read is left for
-    when it is opened.
+    `homes`: by label, the model or bundle of each, how it is to be run, and the peers that run it. Returns the size
+    that all are asked for: where none is given, the first's own, None where its config does not tell. A model that
+    cannot be read is left for when it is opened. ModelError for one whose weights a peer cannot run.
     """
-    seen = set[tuple[str, Generation]]()
-    for label, (home, run) in homes.items():
+    seen = set[tuple[str, Generation, tuple[Peer, ...]]]()
+    for label, (home, run, peers) in homes.items():
         source = resolve(home)
-        if (source.name, run) in seen:
+        if (source.name, run, peers) in seen:
             continue
-        seen.add((source.name, run))
+        seen.add((source.name, run, peers))
         with contextlib.suppress(ModelError, BundleError):
             size = size or source.native_size
             try:
                 if size is not None:
                     check_size(*size, size_multiple(source.unet_config, source.config("vae")))
-                _check_steps(source, run)
+                _check_steps(source, run, peers)
             except InputError as error:
                 raise InputError(f"{label!r}: {error}") from error
+        for check in (pkgutil.resolve_name(peer.checks) for peer in peers if peer.checks):
+            check(source.origin if isinstance(source, BundleSource) else source)
     return size
 
 
-def _check_steps(source: ModelSource, run: Generation) -> None:
+def _check_steps(source: ModelSource, run: Generation, peers: Sequence[Peer]) -> None:
     from sdkd.models.schedulers import check_steps, use_scheduler
 
     pipe = SimpleNamespace(scheduler=_scheduler(source))
     use_scheduler(pipe, run.scheduler)
     check_steps(pipe.scheduler, run.steps)
+    for peer in peers:
+        check_scheduler(peer, pipe.scheduler)
 
 
 def _scheduler(source: ModelSource) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engines.generate.image_inputs import as_pipeline
 from sdkd.bundle.manifest import Bundle
@@ -22,8 +22,8 @@ from sdkd.errors import EngineError, InputError, one_line
 from sdkd.models.conditioning import family_of
 from sdkd.models.fused import Lora, with_loras
 from sdkd.models.generation import Generation
-from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder
-from sdkd.models.resolve import load_eager, resolve
+from sdkd.models.replacements import RANDOM, load_replacement, replacement_folder, with_vae
+from sdkd.models.resolve import ModelSource, load_eager, resolve
 from sdkd.models.step_caching import cache_steps, check_interval
 from sdkd.targets.registry import check_target
 
@@ -185,22 +185,11 @@ def open_subject(subject: Subject, device: str = "cpu", shape: Shape | None = No
     own where it has none; InputError when it is unknown.
     """
     dtype = torch_dtype(subject.judged_in)
-    if subject.in_torch:
-        model = with_loras(resolve(subject.model), subject.loras)
-        pipe = as_drawn(_with_parts(load_eager(model, torch_dtype=dtype), subject.replaced, dtype))
-        cache_steps(pipe.unet, subject.cache_interval)
-        pipe = pipe if device == "cpu" else pipe.to(device)
-        if subject.is_compiled:
-            import torch._dynamo
-
-            limit = torch._dynamo.config.recompile_limit
-            torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILED)
-            pipe.unet.compile(**COMPILER)  # at its first call
-        if subject.peer is not None:
-            pipe = open_peer(subject.peer, pipe, subject.precision, device, shape)
-    elif subject.peer is not None:
-        assert subject.bundle is not None
-        pipe = open_peer(subject.peer, Bundle.open(subject.bundle), subject.precision, device, shape)
+    if subject.peer is not None:
+        source = _SOURCES[subject.peer.takes](subject, dtype, device)
+        pipe = open_peer(subject.peer, source, subject.precision, device, shape)
+    elif subject.in_torch:
+        pipe = _in_torch(subject, dtype, device)
     else:
         from engines.pipelines.pipeline import load_pipeline
 
@@ -213,6 +202,41 @@ def open_subject(subject: Subject, device: str = "cpu", shape: Shape | None = No
         use_scheduler(pipe, subject.run.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _in_torch(subject: Subject, dtype: torch.dtype, device: str) -> Any:
+    """A subject's model as a pipeline in PyTorch."""
+    model = with_loras(resolve(subject.model), subject.loras)
+    pipe = as_drawn(_with_parts(load_eager(model, torch_dtype=dtype), subject.replaced, dtype))
+    cache_steps(pipe.unet, subject.cache_interval)
+    pipe = pipe if device == "cpu" else pipe.to(device)
+    if subject.is_compiled:
+        import torch._dynamo
+
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILED)
+        pipe.unet.compile(**COMPILER)  # at its first call
+    return pipe
+
+
+def _bundle_of(subject: Subject, *_: Any) -> Bundle:
+    assert subject.bundle is not None
+    return Bundle.open(subject.bundle)
+
+
+_SOURCES: Mapping[str, Callable[..., Any]] = {
+    "graphs": _bundle_of, "pipeline": _in_torch, "weights": lambda subject, *_: weights_of(subject)
+}  # fmt: skip
+
+
+def weights_of(subject: Subject) -> ModelSource:
+    """The model whose weights a subject draws with, LoRAs and another VAE in it; InputError for a ControlNet."""
+    source = with_loras(resolve(subject.model), subject.loras)
+    for part, name in subject.replaced:
+        if part != "vae":
+            raise InputError(f"{subject.target} takes no {part} ({name}): leave target {subject.target!r} out")
+        source = with_vae(source, name)
+    return source
 
 
 def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
@@ -259,6 +283,8 @@ def count_parameters(subject: Subject, pipe: Any) -> tuple[int, int]:
         records = Bundle.open(subject.bundle).manifest.components
         every = (record.parameters for name, record in records.items() if name != CACHED_UNET)  # once, as in PyTorch
         return records["unet"].parameters, sum(every)
+    if (known := getattr(pipe, "parameter_counts", None)) is not None:  # of a peer whose parts are no modules
+        return cast("tuple[int, int]", known)
     parts = family_of(pipe).parts
     counts = {name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters()) for name in parts}
     return counts["unet"], sum(counts.values())

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from compare_models import engine_models
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare import Subject, compare
+from sdkd.compare.measure import refusals, sdcpp
+from sdkd.compare.measure.defaults import RunsAsked
 from sdkd.compare.measure.peers import PEERS, Shape, check_graphs, open_peer, peer_of, peer_problem
 from sdkd.compare.measure.planning import Wish, make_plan
 from sdkd.compare.measure.refusals import check_targets, in_torch
-from sdkd.compare.measure.subjects import close_subject, open_subject
-from sdkd.errors import BundleError, EngineError, InputError
+from sdkd.compare.measure.sdcpp import check_model, parameters_of, sigmas_of, together
+from sdkd.compare.measure.subjects import close_subject, open_subject, weights_of
+from sdkd.compare.measure.timing import Sample
+from sdkd.errors import BundleError, EngineError, InputError, ModelError
+from sdkd.models.families import empty
 from sdkd.models.generation import Generation
+from sdkd.models.replacements import RANDOM, WithVae
+from sdkd.models.resolve import resolve
 
 DDIM = Generation(3, 5.0, "ddim")
 
@@ -125,7 +134,7 @@ def test_genai_gets_a_scheduler_that_it_has_with_diffusers_betas(tmp_path: Path)
     assert found["_class_name"] == "DDIMScheduler"
     assert found["trained_betas"] == scheduler.betas.tolist()
     assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
-    with pytest.raises(EngineError, match="openvino-genai has no DPMSolverMultistepScheduler: give --scheduler ddim"):
+    with pytest.raises(InputError, match="openvino-genai has no DPMSolverMultistepScheduler: give --scheduler ddim"):
         scheduler_config(DPMSolverMultistepScheduler())
 
 
@@ -141,9 +150,86 @@ def test_genai_is_planned_on_the_onnx_files_of_a_bundle(tmp_path: Path) -> None:
 
 
 @genai
+def test_a_scheduler_that_genai_lacks_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    bundle = engine_models() / "bundle"
+    wish = Wish(("openvino-genai",), None, None, tmp_path, runs=RunsAsked(scheduler="dpm++"))
+    said = r"'bundle': openvino-genai has no DPMSolverMultistepScheduler: give --scheduler ddim, .* or lcm, for all"
+    with pytest.raises(InputError, match=said):
+        make_plan([str(bundle)], wish)
+    subject = Subject("x", "right", "openvino-genai", bundle=bundle)
+    with pytest.raises(InputError, match="openvino-genai has no DPMSolverMultistepScheduler"):
+        compare([subject], prompts=["a red star"], scheduler="dpm++")
+
+
+@genai
 def test_genai_is_not_given_what_it_has_no_pipeline_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from sdkd.compare.measure import genai
 
     monkeypatch.setattr(genai, "INPUTS", {"sample"})
     with pytest.raises(BundleError, match=r"text to image of Stable Diffusion 1.x and 2.x alone, .* takes enc"):
         open_subject(Subject("x", "right", "openvino-genai", bundle=engine_models() / "bundle", run=DDIM))
+
+
+# stable-diffusion.cpp
+
+NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def test_stable_diffusion_cpp_gets_the_noise_levels_of_ddim_and_euler() -> None:
+    euler = EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing")
+    found = sigmas_of(euler, 4)
+    assert found == euler.sigmas.tolist()
+    assert (len(euler.timesteps), round(found[0], 3), found[4]) == (4, 14.615, 0.0)
+    assert sigmas_of(DDIMScheduler(**NOISE, timestep_spacing="trailing"), 4) == pytest.approx(found, rel=1e-4)
+    assert sigmas_of(DDIMScheduler(**NOISE, set_alpha_to_one=False), 4)[4] == pytest.approx(0.0292, abs=1e-4)
+
+
+def test_stable_diffusion_cpp_gets_what_it_draws_as_diffusers_does() -> None:
+    whole = resolve("random:sd15")
+    counts = parameters_of(check_model(whole))
+    assert counts[0] == 859_520_964
+    assert counts[1] == sum(
+        weight.numel() for part in whole.parts for weight in empty(part, whole.config(part)).state_dict().values()
+    )
+    for model, why in (
+        ("demo", r"does not run 'demo': the UNet of 'demo' .* is like that of no published model"),
+        ("random:ssd-1b", "text to image of Stable Diffusion 1.x and 2.x alone; leave target"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            check_model(resolve(model))
+
+
+def test_a_model_with_another_noise_is_not_for_stable_diffusion_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = SimpleNamespace(scheduler=DDIMScheduler(**NOISE | {"beta_end": 0.02}))
+    monkeypatch.setattr(sdcpp, "load_rest", lambda source: rest)
+    with pytest.raises(ModelError, match=r"was trained with beta_end 0\.02, not with Stable Diffusion's noise"):
+        check_model(resolve("random:sd15"))
+
+
+def test_stable_diffusion_cpp_is_planned_on_a_models_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "peer_problem", lambda peer: None)
+    wish = Wish(("stable-diffusion-cpp", "stable-diffusion-cpp-fp16"), None, (64, 64), tmp_path)
+    ddim = replace(wish, runs=RunsAsked(scheduler="ddim"))
+    rows = make_plan(["random:sd15-tiny"], ddim).subjects
+    assert [(row.label, row.precision, row.bundle) for row in rows] == [
+        ("random-sd15-tiny stable-diffusion-cpp", "fp32", None),
+        ("random-sd15-tiny stable-diffusion-cpp-fp16", "fp16", None),
+    ]
+    pndm = replace(wish, runs=RunsAsked(scheduler="pndm"))
+    with pytest.raises(InputError, match="stable-diffusion-cpp has no PNDMScheduler: give --scheduler ddim or euler"):
+        make_plan(["random:sd15-tiny"], pndm)
+    with pytest.raises(ModelError, match=r"stable-diffusion.cpp does not run 'demo'"):
+        make_plan(["demo"], ddim)
+
+
+def test_a_subject_of_weights_takes_a_vae_and_loras_and_no_controlnet() -> None:
+    subject = Subject("x", "random:sd15", "stable-diffusion-cpp", replaced=(("vae", RANDOM),))
+    found = weights_of(subject)
+    assert isinstance(found, WithVae)
+    assert weights_of(replace(subject, replaced=())) is not found
+    with pytest.raises(InputError, match="stable-diffusion-cpp takes no controlnet"):
+        weights_of(replace(subject, replaced=(("controlnet", RANDOM),)))
+
+
+def test_samples_of_images_drawn_in_a_row_are_one() -> None:
+    assert together([Sample(1.0, 2.0), Sample(0.5, 0.25)]) == Sample(1.5, 2.25)
