@@ -25,10 +25,11 @@ def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]
 
         profile = check_sizes(session.checked, session._sizes(feeds))
         return partial(session._package.run, profile, [feeds[spec.name] for spec in session.contract.inputs])
-    if hasattr(session, "_request"):
+    if hasattr(session, "_models"):
+        _, request = session._models.of({name: tensor.shape for name, tensor in feeds.items()})
         for name, tensor in {**feeds, **outputs}.items():
-            session._request.set_tensor(name, session._shared(tensor))
-        found: Callable[[], object] = session._request.infer
+            request.set_tensor(name, session._shared(tensor))
+        found: Callable[[], object] = request.infer
         return found
     from engines.sessions.onnxruntime_session import ELEMENT
 
