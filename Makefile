@@ -63,7 +63,7 @@ test-gpu: $(GPU_NEEDS) ## Tests that need a CUDA device
 gpu-report: $(GPU_NEEDS) ## Measure everything on a CUDA machine, in 9 minutes -> benchmarks/
 	@$(GPU_PYTHON) tools/gpu_report.py $(ARGS)
 
-interop: install ## Optimum runs our bundles, in .venv-interop (1.3 GB, made once)
+interop: install ## Optimum and stable-diffusion.cpp beside us, in .venv-interop (1.3 GB, made once)
 	@$(BIN)/python -m pytest -m interop $(ARGS)
 
 lint: install ## ruff, mypy --strict, import floors
