@@ -15,6 +15,8 @@ import sdkd.compare.measure.limits as limits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The code around inductor's kernels is compiled in half the time, and runs as it did: users keep PyTorch's level.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 sys.path.insert(0, str(Path(__file__).parent))
 gc.disable()  # until everything is imported: `pytest_collection_finish`
 os.fsync = lambda _: None  # nothing here outlives a power failure, and the disk takes a tenth of a training run
