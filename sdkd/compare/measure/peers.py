@@ -96,7 +96,7 @@ PEERS: Mapping[str, Peer] = {
             notes=(
                 "stable-diffusion-cpp: loading contains the conversion of the weights; its parts are timed as they "
                 "pass by, the UNet step is one call for each half of the guidance; noise begins at sigma, not at "
-                "sqrt(sigma^2 + 1) as in diffusers, colours are cut to eight bits, brackets in prompts are weights",
+                "sqrt(sigma^2 + 1) as in diffusers; brackets in prompts are weights",
             ),
         ),
     )

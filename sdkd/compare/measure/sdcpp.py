@@ -43,7 +43,6 @@ class SdCppPipeline(ForeignPipeline):
         configs = {part.name: source.config(part.name) for part in plan.parts}
         super().__init__(configs, rest.tokenizer, rest.scheduler, source.latent_scale, "sdkd-sdcpp-")
         self.parameter_counts = parameters_of(plan)
-        self.timed = self._timed
         self._left: dict[str, list[Sample]] = {}  # samples that passed through and were not asked for yet
         try:
             self._open(source, precision)
@@ -93,7 +92,7 @@ class SdCppPipeline(ForeignPipeline):
             self._library.sd_set_progress_callback(self._library.sd_progress_callback(0), None)
         return found[0].convert("RGB")
 
-    def _timed(self, request: Request, part: str, count: int, timer: Timer) -> list[Sample]:
+    def timed(self, request: Request, part: str, count: int, timer: Timer) -> list[Sample]:
         """Samples of a part: those left of an image that was drawn for another part, or of one drawn now.
 
         For steps an image of `count` steps; else of one step. An image after the other where a call has several.

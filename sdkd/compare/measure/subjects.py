@@ -224,12 +224,7 @@ def _bundle_of(subject: Subject, *_: Any) -> Bundle:
     return Bundle.open(subject.bundle)
 
 
-_SOURCES: Mapping[str, Callable[..., Any]] = {
-    "graphs": _bundle_of, "pipeline": _in_torch, "weights": lambda subject, *_: weights_of(subject)
-}  # fmt: skip
-
-
-def weights_of(subject: Subject) -> ModelSource:
+def weights_of(subject: Subject, *_: Any) -> ModelSource:
     """The model whose weights a subject draws with, LoRAs and another VAE in it; InputError for a ControlNet."""
     source = with_loras(resolve(subject.model), subject.loras)
     for part, name in subject.replaced:
@@ -237,6 +232,11 @@ def weights_of(subject: Subject) -> ModelSource:
             raise InputError(f"{subject.target} takes no {part} ({name}): leave target {subject.target!r} out")
         source = with_vae(source, name)
     return source
+
+
+_SOURCES: Mapping[str, Callable[..., Any]] = {
+    "graphs": _bundle_of, "pipeline": _in_torch, "weights": weights_of
+}  # fmt: skip
 
 
 def _with_parts(pipe: Any, replaced: Sequence[tuple[str, str]], dtype: torch.dtype) -> Any:
