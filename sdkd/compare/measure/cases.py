@@ -1,10 +1,10 @@
-"""The subjects while they are measured: which are loaded, the timed phases, and the reference images."""
+"""The subjects while they are measured: which are loaded, their first images, and the timed phases."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import random
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 from sdkd.bundle.memory import free_gpu_memory, free_memory
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Asked, Request
 from sdkd.compare.measure.environment import Memory
-from sdkd.compare.measure.quality import Likeness, likeness
 from sdkd.compare.measure.runner import Drawn, IsolatedRunner, LocalRunner, Opened, RunConfig
-from sdkd.compare.measure.scores import lpips_here
-from sdkd.compare.measure.subjects import EAGER, STUDENT, TEACHER, Failed, Subject, size_on_disk
+from sdkd.compare.measure.subjects import Failed, Subject, size_on_disk
 from sdkd.compare.measure.timing import Burst, Part, Sample, Timed, interleave
 from sdkd.core.console import Progress, within
 from sdkd.errors import EngineError
@@ -31,6 +29,16 @@ MEMORY_SHARE = 0.5  # of what is free: subjects are kept loaded together while t
 ROUNDS_ONE_AT_A_TIME = 3  # each round opens every model again
 COMPONENT_SECONDS, COMPONENT_ROUNDS = 0.3, 3  # of text encoder and VAE: once per image, not per step
 LONG_IMAGE_S = 20.0  # a first call this long is a timed one, too: what happens only once is small beside it
+IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How much is timed of each subject: whole images, UNet calls, and for how many seconds these at least."""
+
+    images: int
+    runs: int
+    min_seconds: float
 
 
 @dataclass
@@ -39,14 +47,13 @@ class Case:
 
     subject: Subject
     opened: Opened | None = None  # of the first time
-    first_call_s: float = 0.0
+    first: Sample | None = None  # its first call
     unet_calls: int = 0
     memory: Memory | None = None
     attention: str | None = None
     repeatable: bool | None = None  # None: no image was made again
     failed: Failed | None = None  # set where it could not be measured: it is left out from there on
     images: list[Image] = field(default_factory=list)
-    image_samples: list[list[Sample]] = field(default_factory=list)
     parts: Timed = field(default_factory=dict)
 
     @property
@@ -60,6 +67,16 @@ class Case:
         assert self.opened is not None
         interval = self.subject.cache_interval
         return Request(**vars(asked), run=self.run, copies=self.opened.copies, cache_interval=interval)
+
+    @property
+    def first_counts(self) -> bool:
+        """Whether a call right after it was opened is as good as a later one."""
+        return self.first is not None and self.first.wall_s >= LONG_IMAGE_S and not self.subject.is_compiled
+
+    @property
+    def image_samples(self) -> list[list[Sample]]:
+        """Samples of whole calls, by round."""
+        return self.parts[IMAGE]
 
     @property
     def step_samples(self) -> list[list[Sample]]:
@@ -86,6 +103,10 @@ class LoadedSubjects:
             case.opened = case.opened or opened
             self.config = replace(self.config, size=self.config.size or opened.size)
         return self._loaded[label][1]
+
+    def is_open(self, case: Case) -> bool:
+        """Whether `runner` would not load it."""
+        return case.subject.label in self._loaded
 
     def finish(self) -> None:
         """Note what memory the loaded subjects took, and unload them."""
@@ -176,10 +197,8 @@ def _first_images(case: Case, loaded: LoadedSubjects, asked: Asked, progress: Pr
     for prompt in range(len(request.prompts)):
         progress(f"image {prompt + 1} of {len(request.prompts)}", prompt / len(request.prompts))
         calls.append(runner.images(request, prompt))
-    case.first_call_s, case.unet_calls = calls[0].sample.wall_s, calls[0].unet_calls
+    case.first, case.unet_calls = calls[0].sample, calls[0].unet_calls
     case.images = in_order(calls)
-    if case.first_call_s >= LONG_IMAGE_S and not case.subject.is_compiled:
-        case.image_samples.append([calls[0].sample])
     if case.subject.is_eager:
         case.attention = runner.attention(request)
 
@@ -189,133 +208,71 @@ def in_order(calls: Sequence[Drawn]) -> list[Image]:
     return [image for turn in zip(*(call.images for call in calls), strict=True) for image in turn]
 
 
-def time_images(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, runs: int, progress: Progress) -> None:
-    """Time `runs` whole calls in rounds over the subjects, and see whether equal seeds give equal images again.
+def time_cases(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, calls: Calls, progress: Progress) -> None:
+    """Time whole images and UNet calls in rounds over all subjects, and in some rounds text encoder and VAE, too.
 
-    A case whose first call was timed takes no part in the first round.
+    Images first, in rounds of their own; where not all subjects fit into memory, in the same rounds, since each opens
+    every model again.
     """
-    order, shuffle = list(cases), random.Random(asked.seed)  # noqa: S311 (an order, not a secret)
-    for turn in range(runs):
-        prompt = turn % len(asked.prompts)
-        shuffle.shuffle(order)
-        for place, case in enumerate(order):
-            if case.failed or len(case.image_samples) > turn:
-                continue
-            progress("timing whole images", (turn + place / len(order)) / runs)
-            with loaded.trying(case):
-                runner, request = loaded.runner(case), case.request(asked)
-                drawn = runner.images(request, prompt)
-                case.image_samples.append([drawn.sample])
-                before = [case.images[number].tobytes() for number in request.numbers(prompt)]
-                same = [image.tobytes() for image in drawn.images] == before
-                case.repeatable = same and case.repeatable is not False
+    together, few = loaded.config.keep_loaded, min(COMPONENT_SECONDS, calls.min_seconds)
+    images = Part(IMAGE, calls.images, 0.0, calls.images)
+    count = COMPONENT_ROUNDS if together else 1  # a model that is loaded again is warmed up again
+    parts = [Part(UNET, calls.runs, calls.min_seconds)]
+    parts += [Part(name, count, few, count) for name in (TEXT_ENCODER, VAE_DECODER)]  # once a round, or for the time
+    if together:
+        _time(cases, loaded, asked, [images], calls.images, within(progress, 0.0, 0.5))
+        _time([case for case in cases if not case.failed], loaded, asked, parts, None, within(progress, 0.5, 1.0))
+    else:
+        _time(cases, loaded, asked, [images, *parts], max(ROUNDS_ONE_AT_A_TIME, calls.images), progress)
 
 
-def time_parts(
-    cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, runs: int, min_seconds: float, progress: Progress
+def _time(
+    cases: Sequence[Case],
+    loaded: LoadedSubjects,
+    asked: Asked,
+    parts: Sequence[Part],
+    rounds: int | None,
+    progress: Progress,
 ) -> None:
-    """Time UNet calls in rounds over all subjects, and in some of the rounds text encoder and VAE, too."""
-
-    def timed(case: Case) -> Burst:
-        return lambda part, count, seconds: loaded.runner(case).burst(case.request(asked), part, count, seconds)
-
     by_label = {case.subject.label: case for case in cases}
-    rounds = COMPONENT_ROUNDS if loaded.config.keep_loaded else 1  # a model that is loaded again is warmed up again
-    few = rounds, min(COMPONENT_SECONDS, min_seconds), rounds  # once a round, or for the time
-    samples = interleave(
-        {label: timed(case) for label, case in by_label.items()},
-        [Part(UNET, runs, min_seconds), *(Part(name, *few) for name in (TEXT_ENCODER, VAE_DECODER))],
-        rounds=None if loaded.config.keep_loaded else ROUNDS_ONE_AT_A_TIME,
+    timed = interleave(
+        {label: _burst(case, loaded, asked) for label, case in by_label.items()},
+        parts,
+        rounds=rounds,
         seed=asked.seed,
         lost=lambda label, error: loaded.fail(by_label[label], error),
         progress=progress,
     )
     for case in cases:
-        case.parts = samples[case.subject.label]
+        case.parts |= timed[case.subject.label]
 
 
-Key = tuple[str, str, Generation | None, int]
-"""What eager images depend on: model, precision, steps, guidance scale and scheduler, and the cache interval."""
+def _burst(case: Case, loaded: LoadedSubjects, asked: Asked) -> Burst:
+    turns = itertools.count()
+
+    def burst(part: str, count: int, seconds: float) -> list[Sample]:
+        if part == IMAGE:
+            return [_image(case, loaded, asked, next(turns))]
+        return loaded.runner(case).burst(case.request(asked), part, count, seconds)
+
+    return burst
 
 
-def _key(subject: Subject, precision: str | None = None, interval: int = 1) -> Key:
-    return subject.model_key, precision or subject.precision, subject.run, interval
+def _image(case: Case, loaded: LoadedSubjects, asked: Asked, turn: int) -> Sample:
+    """Time one whole call, and see whether equal seeds give equal images again.
 
-
-@dataclass
-class ReferenceImages:
-    """Eager images by what they depend on, with their label; `notes` say which could not be made and why."""
-
-    by_key: dict[Key, tuple[str, Sequence[Image]]] = field(default_factory=dict)
-    teacher: Subject | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def to_own(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
-        """How far images are from eager float32 of the subject's own model, every step computed; None for that subject
-        itself.
-        """
-        return None if subject.is_reference else self._distance(_key(subject, "fp32"), images)
-
-    def to_own_cached(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
-        """The same, of eager float32 that caches steps as the subject does: what its engines are judged by."""
-        return self._distance(_key(subject, "fp32", subject.cache_interval), images)
-
-    def half_to_own(self, subject: Subject) -> Likeness | None:
-        """How far eager images in the half precision of an engine, of eight bits in that which it is judged in, are
-        from eager float32, both cached as it is.
-        """
-        half = self.by_key.get(_key(subject, subject.judged_in, subject.cache_interval))
-        if half is None or subject.is_eager or subject.precision == "fp32":
-            return None
-        return self._distance(_key(subject, "fp32", subject.cache_interval), half[1])
-
-    def to_teacher(self, subject: Subject, images: Sequence[Image]) -> Likeness | None:
-        """How far a student's images are from the teacher's eager float32 ones, each drawn as it is run."""
-        if subject.role != STUDENT or self.teacher is None:
-            return None
-        return self._distance(_key(self.teacher, "fp32"), images)
-
-    def _distance(self, key: Key, images: Sequence[Image]) -> Likeness | None:
-        if (found := self.by_key.get(key)) is None:
-            return None
-        return likeness(images, found[1], found[0], lpips_here())
-
-
-def find_references(cases: Sequence[Case], asked: Asked, loaded: LoadedSubjects, progress: Progress) -> ReferenceImages:
-    """Take the references from the subjects, and make those that are missing (untimed, after all timing).
-
-    One that failed gives its images where it had made them all, and is not tried again.
+    Its first call stands for the first turn where that was a long one. A short one is preceded by another call when
+    the subject was just opened.
     """
-    teacher = next((case.subject for case in cases if case.subject.role == TEACHER), None)
-    found, tried = ReferenceImages(teacher=teacher), set[Key]()
-    for case in (case for case in cases if case.subject.is_eager):
-        key = _key(case.subject, None, case.subject.cache_interval)
-        tried.add(key)
-        if case.images:
-            found.by_key.setdefault(key, (case.subject.label, case.images))
-    missing = {key: subject for key, subject in _references(cases).items() if key not in tried}
-    loaded.config = replace(loaded.config, untimed=True)
-    for place, (key, subject) in enumerate(missing.items()):
-        progress(f"reference images of {subject.label}", place / len(missing))
-        case = Case(subject)
-        with loaded.trying(case):  # the measurement is done, and must not be lost for a reference
-            runner = loaded.runner(case)
-            calls = [runner.images(case.request(asked), prompt) for prompt in range(len(asked.prompts))]
-            loaded.unload(case)
-            found.by_key[key] = subject.label, in_order(calls)
-        if case.failed:
-            found.notes.append(f"no reference images of {subject.label}: {case.failed.reason}")
-    return found
-
-
-def _references(cases: Sequence[Case]) -> dict[Key, Subject]:
-    """The eager subjects that cases are held against, each run as they are: float32, and the half that an engine is
-    judged in; for one that caches steps every step computed, and cached as it is.
-    """
-    wanted = {}
-    for subject in (case.subject for case in cases if not case.failed):
-        own = subject.cache_interval
-        for precision, interval in dict.fromkeys((("fp32", 1), ("fp32", own), (subject.judged_in, own))):
-            made = replace(subject, label="-", target=EAGER, precision=precision, bundle=None, cache_interval=interval)
-            wanted[_key(made, None, interval)] = replace(made, label=f"{subject.model_label} {made.runs_as}")
-    return wanted
+    assert case.first is not None
+    if turn == 0 and case.first_counts:
+        return case.first
+    fresh, prompt = not loaded.is_open(case), turn % len(asked.prompts)
+    runner, request = loaded.runner(case), case.request(asked)
+    if fresh and not case.first_counts:
+        runner.images(request, prompt)
+    drawn = runner.images(request, prompt)
+    before = [case.images[number].tobytes() for number in request.numbers(prompt)]
+    same = [image.tobytes() for image in drawn.images] == before
+    case.repeatable = same and case.repeatable is not False
+    return drawn.sample

@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 
 from sdkd.compare.measure.calls import Asked, Size
 from sdkd.compare.measure.cases import (
+    Calls,
     Case,
     LoadedSubjects,
-    find_references,
     first_images,
     first_opened,
     fit_together,
     measured,
     nothing_left,
-    time_images,
-    time_parts,
+    time_cases,
 )
 from sdkd.compare.measure.environment import environment, state_after
 from sdkd.compare.measure.limits import Ceilings, Work, element_bytes, fraction, measure_ceilings, unet_work
 from sdkd.compare.measure.outcome import Judge, all_baselines, climb, result_of, unlike_calls
+from sdkd.compare.measure.references import find_references
 from sdkd.compare.measure.refusals import check_asked, check_models
 from sdkd.compare.measure.results import Report, Result, Setup
 from sdkd.compare.measure.runner import PRELOAD, RunConfig
@@ -37,7 +37,7 @@ from sdkd.models.resolve import resolve
 RUNS = 30
 MIN_SECONDS = 1.0
 IMAGE_RUNS = 3
-SHARES = {"images": (0.0, 0.6), "steps": (0.6, 0.9), "references": (0.9, 1.0)}  # of the time, about
+SHARES = {"images": (0.0, 0.4), "timing": (0.4, 0.9), "references": (0.9, 1.0)}  # of the time, about
 
 
 def compare(
@@ -95,11 +95,11 @@ def compare(
         processes.prepare(PRELOAD)
     loaded = LoadedSubjects(RunConfig(where, fit_together(subjects, where, isolate), isolate, pixels, texts, batch))
     try:
-        first = first_opened(cases, loaded, failed)
-        height, width = first.size
+        height, width = first_opened(cases, loaded, failed).size
         asked = Asked(texts, seed, height, batch, None if width == height else width)
-        _make_images(cases, loaded, asked, image_runs, within(progress, *SHARES["images"]))
-        time_parts(measured(cases, failed), loaded, asked, runs, min_seconds, within(progress, *SHARES["steps"]))
+        first_images(cases, loaded, asked, within(progress, *SHARES["images"]))
+        calls = Calls(image_runs, runs, min_seconds)
+        time_cases(measured(cases, failed), loaded, asked, calls, within(progress, *SHARES["timing"]))
         loaded.finish()
         surroundings |= state_after(where)
         kept = {case.subject.label: case for case in measured(cases, failed)}
@@ -143,15 +143,6 @@ def _check(
         if row.run is not None
     }
     return texts, check_models(homes, size)
-
-
-def _make_images(cases: Sequence[Case], loaded: LoadedSubjects, asked: Asked, runs: int, progress: Progress) -> None:
-    """All images of all subjects, then timed ones; one subject after the other where they do not fit together."""
-    groups = [cases] if loaded.config.keep_loaded else [[case] for case in cases]
-    for place, group in enumerate(groups):
-        part = within(progress, place / len(groups), (place + 1) / len(groups))
-        first_images(group, loaded, asked, within(part, 0.0, 0.65))
-        time_images([case for case in group if not case.failed], loaded, asked, runs, within(part, 0.65, 1.0))
 
 
 def random_notes(subjects: Sequence[Subject]) -> list[str]:

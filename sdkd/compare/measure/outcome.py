@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdkd.compare.measure.calls import TEXT_ENCODER, VAE_DECODER, Asked
-from sdkd.compare.measure.cases import Case, ReferenceImages
+from sdkd.compare.measure.cases import Case
 from sdkd.compare.measure.quality import judge_engine, likeness
+from sdkd.compare.measure.references import ReferenceImages
 from sdkd.compare.measure.results import Result, Stair
 from sdkd.compare.measure.scores import lpips_here
 from sdkd.compare.measure.stats import Ratio, Spread, gain, speedup
@@ -79,6 +80,7 @@ def result_of(
     rounding = rounding_of(subject)
     assert case.opened is not None
     assert case.memory is not None
+    assert case.first is not None
     return Result(
         subject=subject,
         run=dataclasses.replace(case.run, scheduler=case.opened.scheduler),
@@ -90,7 +92,7 @@ def result_of(
         text_encoder_ms=Spread.of(_seconds(case.parts[TEXT_ENCODER]), 1000),
         vae_decode_ms=Spread.of(_seconds(case.parts[VAE_DECODER]), 1000),
         load_s=case.opened.load_s,
-        first_call_s=case.first_call_s,
+        first_call_s=case.first.wall_s,
         unet_parameters=case.opened.unet_parameters,
         parameters=case.opened.parameters,
         bytes_on_disk=size_on_disk(subject),

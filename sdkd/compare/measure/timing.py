@@ -169,7 +169,7 @@ def interleave(
         shuffle.shuffle(order)
         due = [part for part in parts if part.is_due(number, rounds)]
         for place, name in enumerate(turn := tuple(order)):
-            progress("timing UNet steps", (number + place / len(turn)) / rounds)
+            progress(f"timing {', '.join(part.name for part in due)}", (number + place / len(turn)) / rounds)
             try:
                 for part in due:
                     own = part.rounds_of(rounds)

@@ -161,7 +161,9 @@ def _captions(report: Report) -> Finding | None:
 def method(report: Report) -> list[str]:
     """How the figures came about, for the page."""
     setup = report.setup
-    memory = "all pipelines open at once" if setup.open_together else "one pipeline in memory at a time"
+    memory = "all pipelines open at once"
+    if not setup.open_together:
+        memory = "one pipeline in memory at a time, opened again in every round"
     place = "every subject in a fresh one of its own" if setup.isolated else "all subjects in one"
     batches = sorted({row.unet_batch for row in report.results})
     words = {True: "guidance: both halves in one call", False: "one latent per image"}

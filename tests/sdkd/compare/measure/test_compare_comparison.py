@@ -26,6 +26,7 @@ from sdkd.compare.measure.calls import Request, make_images, step_work
 from sdkd.compare.measure.comparison import random_notes
 from sdkd.compare.measure.outcome import find_baselines
 from sdkd.compare.measure.quality import likeness
+from sdkd.compare.measure.runner import Drawn, Opened
 from sdkd.errors import EngineError, InputError, ParityError
 from sdkd.models.generation import Generation
 from sdkd.models.resolve import load_eager
@@ -218,11 +219,31 @@ def test_one_scheduler_for_all_and_pipelines_that_do_not_fit_together_one_at_a_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cases, "MEMORY_SHARE", 0.0)
+    opened, drawn = list[str](), list[str]()
+
+    class Noted(cases.LocalRunner):
+        def open(self) -> Opened:
+            opened.append(self.subject.label)
+            return super().open()
+
+        def images(self, request: Request, prompt: int) -> Drawn:
+            drawn.append(self.subject.label)
+            return super().images(request, prompt)
+
+    monkeypatch.setattr(cases, "LocalRunner", Noted)
     report = compare(
         [onnxruntime("right"), Subject("wrong eager", engine_models() / "wrong")], scheduler="ddim", **QUICK
     )
     assert not report.setup.open_together
     assert [len(row.unet_step_ms.samples) for row in report.results] == [3, 3]
+    assert [[len(part) for part in row.image_s.samples] for row in report.results] == [[1, 1, 1]] * 2
+    alternating = [
+        "right onnxruntime",
+        "wrong eager",
+    ] * 3  # first images and three rounds: one may stay open for the next
+    assert opened == [*alternating, "right onnxruntime", "right eager"]  # the last one is the reference
+    # Two prompts, then an image each round, after one that does not count where the subject was just opened.
+    assert [drawn.count(label) for label in alternating[:2]] == [2 + 3 + 3, 2 + 3 + 2]
     assert {row.run.scheduler for row in report.results} == {"DDIMScheduler"}
     verdict = report.results[0].verdict
     assert verdict is not None
