@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-from engines.modules.base import EngineModule, adapter_scale, cast_feeds, refuse, run_split
+from engines.modules.base import EngineModule, adapter_scale, cast_feeds, in_dtype, refuse, run_split
 from engines.modules.conditions import condition_tensors, scalar, timesteps
 from engines.modules.image_prompts import ImagePrompts
 from engines.sessions.base import Rebuild, Session
@@ -149,7 +149,7 @@ class EngineUNet(EngineModule):
         self.weights.apply_pending()
         call = Call(sample, timestep, encoder_hidden_states, self.weights.version)
         try:
-            result = self._predict(tensors, call).to(sample.dtype)
+            result = in_dtype(self._predict(tensors, call), sample.dtype)
         except RangeError as error:
             self.cache.clear()
             return self.fall_back(error, given)

@@ -6,17 +6,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from engines.sessions.checks import Checked, check_engine
-from engines.sessions.out_of_memory import OOM_ON_LOAD_HINT, OOM_ON_RUN_HINT, raises_out_of_memory
-from engines.sessions.ranges import check_sizes, output_sizes, sizes_of
+from engines.sessions.out_of_memory import OOM_ON_LOAD_HINT, OOM_ON_RUN_HINT, raise_out_of_memory, raises_out_of_memory
+from engines.sessions.ranges import Fit, fit, parts, signature
 from sdkd.bundle.manifest import Bundle, EngineRecord
 from sdkd.bundle.onnx_weights import state_arrays, stored_weights
-from sdkd.core.contract import TensorSpec
 from sdkd.errors import EngineError
 from sdkd.quantization.again import QUANTIZATION
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Rebuild = Callable[[Bundle, EngineRecord, "Mapping[str, np.ndarray]"], Bundle]
 """Builds an engine again from other weights, as the graph stores them: a bundle that holds it in the same slot."""
+SHAPES = 64  # calls of so many shapes are known
 COPIES = "cannot be copied or pickled, since its engine is open in this process"
 
 
@@ -40,6 +41,7 @@ class Session(ABC):
         self.slot = checked.record.slot
         self.ranges = checked.record.ranges
         self.limits, self.profiles = checked.limits, checked.profiles
+        self.parts = lru_cache(SHAPES)(partial(parts, checked))
 
     @abstractmethod
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -74,6 +76,7 @@ class EngineSession(Session):
 
     def __init__(self, checked: Checked) -> None:
         super().__init__(checked)
+        self._fit = lru_cache(SHAPES)(partial(fit, checked))
         self._lock = threading.Lock()
         self._open = True
 
@@ -88,7 +91,6 @@ class EngineSession(Session):
     def _release(self) -> None:
         """Drop what the target's library holds."""
 
-    @torch.no_grad()
     def run(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the engine once.
 
@@ -98,66 +100,40 @@ class EngineSession(Session):
         OutOfMemoryError leaves the session as it was, for smaller calls.
         """
         self._check_open()
-        sizes = self._sizes(feeds)
-        profile = check_sizes(self.checked, sizes)
-        asked = ", ".join(f"{axis} {count}" for axis, count in sizes.items()) or "its fixed sizes"
-        with raises_out_of_memory(
-            f"{self.checked.label}, run at {asked},", OOM_ON_RUN_HINT, on_gpu=self.device.type == "cuda"
-        ):
-            return self._run(feeds, sizes, profile)
+        found = self._fit(signature(feeds))
+        try:
+            return self._run(feeds, found)
+        except Exception as error:
+            words = f"{self.checked.label}, run at {found.asked},"
+            raise_out_of_memory(error, words, OOM_ON_RUN_HINT, on_gpu=self.device.type == "cuda")
+            raise
 
-    def _run(
-        self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int
-    ) -> dict[str, torch.Tensor]:
+    def _run(self, feeds: Mapping[str, torch.Tensor], found: Fit) -> dict[str, torch.Tensor]:
         origin = next(iter(feeds.values())).device
-        ready = {spec.name: feeds[spec.name].detach().to(self.device).contiguous() for spec in self.contract.inputs}
+        ready = {spec.name: self._ready(feeds[spec.name]) for spec in self.contract.inputs}
         with self._lock:
             self._check_open()  # another thread may have closed it meanwhile
-            outputs = self._outputs(ready, sizes, profile)
-        return {name: tensor.to(origin) for name, tensor in outputs.items()}
+            outputs = self._outputs(ready, found)
+        return outputs if origin == self.device else {name: tensor.to(origin) for name, tensor in outputs.items()}
 
-    def _outputs(
-        self, feeds: dict[str, torch.Tensor], sizes: Mapping[str, int], profile: int
-    ) -> dict[str, torch.Tensor]:
+    def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as engines read it. Asked before each change: one that changes nothing takes its time, too."""
+        tensor = tensor.detach() if tensor.requires_grad else tensor
+        tensor = tensor if tensor.device == self.device else tensor.to(self.device)
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+    def _outputs(self, feeds: dict[str, torch.Tensor], found: Fit) -> dict[str, torch.Tensor]:
         """The engine's outputs, in fresh tensors that `_execute` fills; a library may have its own."""
-        outputs = self._empty_outputs(sizes)
-        self._execute(feeds, outputs, profile)
+        outputs = self._empty_outputs(found)
+        self._execute(feeds, outputs, found.profile)
         return outputs
 
-    def _empty_outputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Tensors of the outputs' shapes for these sizes of the inputs' axes."""
-        every = output_sizes(self.contract, sizes, self.checked.scale)
-        return {
-            spec.name: torch.empty(spec.shape(every), dtype=spec.torch_dtype, device=self.device)
-            for spec in self.contract.outputs
-        }
+    def _empty_outputs(self, found: Fit) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(shape, dtype=dtype, device=self.device) for name, shape, dtype in found.outputs}
 
     def _check_open(self) -> None:
         if not self._open:
             raise EngineError(f"{self.checked.label} is closed: open it again with engines.open_session")
-
-    def _sizes(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """`sizes_of`, after names, dtypes, ranks and fixed axes were found right."""
-        wanted = [spec.name for spec in self.contract.inputs]
-        if set(feeds) != set(wanted):
-            raise EngineError(f"{self.checked.label} takes {', '.join(wanted)}, not {', '.join(feeds) or 'nothing'}")
-        for spec in self.contract.inputs:
-            self._check_tensor(spec, feeds[spec.name])
-        return sizes_of(self.contract, feeds)
-
-    def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor) -> None:
-        if tensor.dtype != spec.torch_dtype:
-            raise EngineError(f"input {spec.name!r} is {tensor.dtype}, {self.checked.label} takes {spec.dtype}")
-        same_rank = len(tensor.shape) == len(spec.axes)
-        if not same_rank or any(
-            isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, tensor.shape, strict=True)
-        ):
-            wanted = ", ".join(str(axis) for axis in spec.axes)
-            fixed = ": its shapes were fixed by --static, export the model again without it"
-            raise EngineError(
-                f"input {spec.name!r} has shape {tuple(tensor.shape)}, {self.checked.label} takes ({wanted})"
-                f"{fixed if same_rank and not spec.dynamic_axes else ''}"
-            )
 
     def swap(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Run with these weights in the place of the bundle's, all others as they were exported; none: all of them.

@@ -12,6 +12,7 @@ import torch
 from engines.sessions.checks import Checked
 from engines.sessions.cuda_graphs import Buffers, ShapeGraph, synchronize
 from engines.sessions.graphed import Call, GraphedSession
+from engines.sessions.ranges import Fit
 from sdkd.bundle.onnx_weights import torch_weights, transforms_of
 from sdkd.errors import EngineError, ModelError
 from sdkd.targets import native_code
@@ -109,19 +110,17 @@ class InductorSession(GraphedSession):
 
     # Running
 
-    def _outputs(
-        self, feeds: dict[str, torch.Tensor], sizes: Mapping[str, int], profile: int
-    ) -> dict[str, torch.Tensor]:
+    def _outputs(self, feeds: dict[str, torch.Tensor], found: Fit) -> dict[str, torch.Tensor]:
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
-                if (found := self._through_graph(feeds, sizes, profile)) is not None:
-                    return found
+                if (given := self._through_graph(feeds, found)) is not None:
+                    return given
                 current = torch.cuda.current_stream(self.device)
                 current.wait_event(self._done)  # weights may just have been written on another stream
-                found = self._run_code(feeds, profile)
+                given = self._run_code(feeds, found.profile)
                 self._done.record(current)
-                return found
-        return self._run_code(feeds, profile)
+                return given
+        return self._run_code(feeds, found.profile)
 
     def _execute(self, feeds: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor], profile: int) -> None:
         for name, tensor in self._run_code(feeds, profile).items():
@@ -140,13 +139,12 @@ class InductorSession(GraphedSession):
             for spec, tensor in zip(self.contract.outputs, found, strict=True)
         }
 
-    def _through_graph(
-        self, feeds: dict[str, torch.Tensor], sizes: Mapping[str, int], profile: int
-    ) -> dict[str, torch.Tensor] | None:
+    def _through_graph(self, feeds: dict[str, torch.Tensor], found: Fit) -> dict[str, torch.Tensor] | None:
         """The outputs of the shape's CUDA graph; None where the call is to run plainly."""
         if self._graphs.off:
             return None
-        call = Call(feeds, self._empty_outputs(sizes), profile, {name: tuple(t.shape) for name, t in feeds.items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
+        call = Call(feeds, self._empty_outputs(found), found.profile, shapes)
         ran = self._run_graph(call, torch.cuda.current_stream(self.device))
         return dict(call.outputs) if ran else None
 

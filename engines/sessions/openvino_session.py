@@ -36,6 +36,7 @@ class OpenVinoSession(EngineSession):
         import openvino
 
         self._openvino = openvino
+        self._bound: tuple[Any, dict[str, tuple[torch.Tensor, int]]] = (None, {})  # a request, its inputs' addresses
         self._options = self._compile_options(threads)
         try:
             self._models: ByShape | None = self._load(openvino_core())
@@ -117,12 +118,22 @@ class OpenVinoSession(EngineSession):
         assert self._models is not None
         try:
             _, request = self._models.of({name: tensor.shape for name, tensor in feeds.items()})
-            for tensors in (feeds, outputs):
-                for name, tensor in tensors.items():
-                    request.set_tensor(name, self._shared(tensor))
+            self._bind(request, feeds)
+            for name, tensor in outputs.items():
+                request.set_tensor(name, self._shared(tensor))
             request.infer()
         except RuntimeError as error:
             raise EngineError(f"{self.checked.label} failed in OpenVINO: {error}") from error
+
+    def _bind(self, request: Any, feeds: Mapping[str, torch.Tensor]) -> None:
+        """Give a request its inputs, but for those that it has: an image's text is the same tensor in every step."""
+        last, bound = self._bound if self._bound[0] is request else (request, {})
+        for name, tensor in feeds.items():
+            given, address = bound.get(name, (None, 0))
+            if tensor is not given or tensor.data_ptr() != address:
+                request.set_tensor(name, self._shared(tensor))
+                bound[name] = tensor, tensor.data_ptr()
+        self._bound = last, bound
 
     def _shared(self, tensor: torch.Tensor) -> Any:
         """The same memory as an OpenVINO tensor; numpy has no bfloat16, so those travel as int16."""
@@ -131,7 +142,7 @@ class OpenVinoSession(EngineSession):
         return self._openvino.Tensor(tensor.numpy(), shared_memory=True)
 
     def _release(self) -> None:
-        self._models = None
+        self._models, self._bound = None, (None, {})
 
     def _names(self, ports: Any) -> list[str]:
         """One name of each port: the contract's where a tensor has several."""

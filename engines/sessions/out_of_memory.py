@@ -52,19 +52,25 @@ def give_back(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def raises_out_of_memory(what: str, advice: str, *, on_gpu: bool) -> Iterator[None]:
-    """OutOfMemoryError in place of any error that says so: what ran out, the library's words, what is free, the advice.
-
-    Other errors pass. Large tensors belong into calls made inside: those of the frame that holds this block stay.
-    """
+    """`raise_out_of_memory` for any error; others pass."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
-            raise
-        said = " ".join(str(error).split())[:SAID] or type(error).__name__
-        give_back(error)
-        kind, free = ("GPU memory", free_gpu_memory()) if on_gpu else ("memory", free_memory())
-        raise OutOfMemoryError(f"{what} ran out of {kind} ({said}): {size(free)} are free now. {advice}") from error
+        raise_out_of_memory(error, what, advice, on_gpu=on_gpu)
+        raise
+
+
+def raise_out_of_memory(error: Exception, what: str, advice: str, *, on_gpu: bool) -> None:
+    """OutOfMemoryError from an error that says so: what ran out, the library's words, what is free, the advice.
+
+    Large tensors belong into calls that are over: those of the frame that handles the error stay.
+    """
+    if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+        return
+    said = " ".join(str(error).split())[:SAID] or type(error).__name__
+    give_back(error)
+    kind, free = ("GPU memory", free_gpu_memory()) if on_gpu else ("memory", free_memory())
+    raise OutOfMemoryError(f"{what} ran out of {kind} ({said}): {size(free)} are free now. {advice}") from error
 
 
 def once_more(make: Callable[[], Made]) -> Made:

@@ -1,12 +1,13 @@
-"""Whether a request lies inside what an engine was built for, and the command that would cover it."""
+"""Whether a call fits an engine: its tensors the contract, its sizes what was built; else the command to cover it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sdkd.core.components import guidance_copies
-from sdkd.core.contract import Contract, size_multiple, split_axis
+from sdkd.core.contract import Contract, TensorSpec, size_multiple, split_axis
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import EngineError, RangeError
 
@@ -19,6 +20,62 @@ if TYPE_CHECKING:
 _HEIGHTS = ("height", "image_height")
 _WIDTHS = ("width", "image_width")
 _AXES = ("batch", "height", "width", "sequence")
+
+Signature = tuple[tuple[str, "torch.dtype", Sequence[int]], ...]
+"""Name, dtype and shape of every tensor of a call: all that tells whether it fits."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A call that an engine takes: its sizes in words, its optimization profile, and its outputs."""
+
+    asked: str
+    profile: int
+    outputs: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+def signature(feeds: Mapping[str, torch.Tensor]) -> Signature:
+    """What `fit` asks of a call's tensors."""
+    return tuple((name, tensor.dtype, tensor.shape) for name, tensor in feeds.items())
+
+
+def fit(checked: Checked, given: Signature) -> Fit:
+    """What a call is to an engine. EngineError names a tensor that does not fit the contract; RangeError as below."""
+    contract, shapes = checked.contract, {name: shape for name, _, shape in given}
+    wanted, dtypes = [spec.name for spec in contract.inputs], {name: dtype for name, dtype, _ in given}
+    if set(shapes) != set(wanted):
+        raise EngineError(f"{checked.label} takes {', '.join(wanted)}, not {', '.join(shapes) or 'nothing'}")
+    for spec in contract.inputs:
+        check_tensor(checked.label, spec, dtypes[spec.name], shapes[spec.name])
+    sizes = sizes_of(contract, shapes)
+    profile = check_sizes(checked, sizes)
+    every = output_sizes(contract, sizes, checked.scale)
+    outputs = tuple((spec.name, spec.shape(every), spec.torch_dtype) for spec in contract.outputs)
+    return Fit(", ".join(f"{axis} {count}" for axis, count in sizes.items()) or "its fixed sizes", profile, outputs)
+
+
+def parts(checked: Checked, given: Signature, limit: int | None = None) -> int:
+    """In how many calls a batch runs, of at most `limit` rows: as few as what was built for the other sizes allows."""
+    shapes = {name: shape for name, _, shape in given}
+    # Of all profiles when none holds the other sizes: `fit` says so.
+    built = checked.profiles.largest_batch(sizes_of(checked.contract, shapes)) or checked.limits["batch"].max
+    return -(-shapes[checked.contract.batched[0]][0] // min(built, limit or built))
+
+
+def check_tensor(label: str, spec: TensorSpec, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """EngineError unless dtype, rank and fixed axes are those of an input."""
+    if dtype != spec.torch_dtype:
+        raise EngineError(f"input {spec.name!r} is {dtype}, {label} takes {spec.dtype}")
+    same_rank = len(shape) == len(spec.axes)
+    if not same_rank or any(
+        isinstance(axis, int) and axis != size for axis, size in zip(spec.axes, shape, strict=True)
+    ):
+        wanted = ", ".join(str(axis) for axis in spec.axes)
+        fixed = ": its shapes were fixed by --static, export the model again without it"
+        raise EngineError(
+            f"input {spec.name!r} has shape {tuple(shape)}, {label} takes ({wanted})"
+            f"{fixed if same_rank and not spec.dynamic_axes else ''}"
+        )
 
 
 def check_sizes(checked: Checked, sizes: Mapping[str, int]) -> int:
@@ -83,12 +140,12 @@ def _check_image(checked: Checked, sizes: Mapping[str, int]) -> None:
         )
 
 
-def sizes_of(contract: Contract, feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Size of each dynamic axis of the inputs; EngineError when two inputs differ in one."""
+def sizes_of(contract: Contract, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Size of each dynamic axis of the inputs, from their shapes; EngineError when two inputs differ in one."""
     sizes: dict[str, int] = {}
     for spec in contract.inputs:
         for position, axis in spec.dynamic_axes.items():
-            size = feeds[spec.name].shape[position]
+            size = shapes[spec.name][position]
             if sizes.setdefault(axis, size) != size:
                 raise EngineError(f"input {spec.name!r} has {axis} {size}, another input has {sizes[axis]}")
     return sizes

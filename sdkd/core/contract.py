@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdkd.core.schema import construct
@@ -43,7 +44,7 @@ class TensorSpec:
     dtype: str
     axes: tuple[str | int, ...]
 
-    @property
+    @cached_property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch has it."""
         import torch
@@ -55,7 +56,7 @@ class TensorSpec:
         """Concrete shape for the given axis sizes; KeyError when a dynamic axis has no size."""
         return tuple(_size(axis, sizes) if isinstance(axis, str) else axis for axis in self.axes)
 
-    @property
+    @cached_property
     def dynamic_axes(self) -> dict[int, str]:
         """Position -> axis name of every dynamic axis."""
         return {position: axis for position, axis in enumerate(self.axes) if isinstance(axis, str)}
@@ -68,6 +69,11 @@ class Contract:
     component: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @cached_property
+    def batched(self) -> tuple[str, ...]:
+        """Names of the inputs whose first axis is a dynamic batch."""
+        return tuple(spec.name for spec in self.inputs if spec.axes[:1] == ("batch",))
 
     def axis_names(self) -> tuple[str, ...]:
         """Names of the dynamic axes of the inputs, each once, in order of appearance."""

@@ -21,10 +21,10 @@ def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]
     if hasattr(session, "_graphs"):
         return _replay(session, feeds)
     if hasattr(session, "_package"):
-        from engines.sessions.ranges import check_sizes
+        from engines.sessions.ranges import signature
 
-        profile = check_sizes(session.checked, session._sizes(feeds))
-        return partial(session._package.run, profile, [feeds[spec.name] for spec in session.contract.inputs])
+        inputs = [feeds[spec.name] for spec in session.contract.inputs]
+        return partial(session._package.run, session._fit(signature(feeds)).profile, inputs)
     if hasattr(session, "_models"):
         _, request = session._models.of({name: tensor.shape for name, tensor in feeds.items()})
         for name, tensor in {**feeds, **outputs}.items():
@@ -44,9 +44,9 @@ def _replay(session: Any, feeds: Mapping[str, Any]) -> Callable[[], object]:
     import torch
 
     from engines.sessions.cuda_graphs import graph_key
-    from engines.sessions.ranges import check_sizes
+    from engines.sessions.ranges import signature
 
-    profile = check_sizes(session.checked, session._sizes(feeds))
+    profile = session._fit(signature(feeds)).profile
     graph = session._graphs.find(graph_key(profile, {name: tuple(tensor.shape) for name, tensor in feeds.items()}))
     if graph is None:
         raise EngineError(f"{session.checked.label} has no CUDA graph for these shapes: {session._graphs.off}")

@@ -21,7 +21,7 @@ from engines.sessions.base import EngineSession
 from engines.sessions.checks import Profiles, check_engine
 from engines.sessions.inductor_session import InductorSession
 from engines.sessions.opening import open_session
-from engines.sessions.ranges import check_sizes
+from engines.sessions.ranges import check_sizes, check_tensor
 from export.build.ranges import Typed, parse_profiles, to_ranges
 from export.build_cli import build_engine
 from sdkd.bundle.manifest import Bundle, FileRecord
@@ -313,7 +313,7 @@ def test_feeds_that_do_not_fit_the_contract_are_named(graph: Bundle) -> None:
             session.run(feeds | {"sample": feeds["sample"][:, :3]})
         fixed = TensorSpec("sample", "float32", (2, 4, 16, 16))
         with pytest.raises(EngineError, match=r"takes \(2, 4, 16, 16\): its shapes were fixed by --static, export the"):
-            session._check_tensor(fixed, feeds["sample"][:1])
+            check_tensor("the engine", fixed, torch.float32, (1, 4, 16, 16))
         with pytest.raises(EngineError, match=r"'encoder_hidden_states' has batch 1, another input has 2"):
             session.run(feeds | {"encoder_hidden_states": feeds["encoder_hidden_states"][:1]})
 
@@ -344,8 +344,8 @@ def test_closing_under_another_thread_s_calls_is_said(graph: Bundle, target: str
 def test_a_session_that_is_closed_while_a_call_is_checked_does_not_run(
     graph: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session, sizes = open_session(graph, "openvino", "unet"), base.sizes_of
-    monkeypatch.setattr(base, "sizes_of", lambda *values: (session.close(), sizes(*values))[1])
+    session, signature = open_session(graph, "openvino", "unet"), base.signature
+    monkeypatch.setattr(base, "signature", lambda *values: (session.close(), signature(*values))[1])
     with pytest.raises(EngineError, match=r"is closed: open it again"):
         run(session, unet_feeds())
     session = open_session(graph, "openvino", "unet")
@@ -383,6 +383,24 @@ def test_inputs_and_outputs_are_torch_s_own_memory(graph: Bundle, target: str, m
             shared = {name: session._shared(tensor).data.ctypes.data for name, tensor in feeds.items()}  # type: ignore[attr-defined]
             assert shared == {name: tensor.data_ptr() for name, tensor in feeds.items()}
     assert seen == {name: tensor.data_ptr() for name, tensor in {**feeds, "out_sample": result}.items()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_tensor_that_is_given_again_is_read_again(graph: Bundle, target: str) -> None:
+    feeds = unet_feeds()
+    text = feeds["encoder_hidden_states"]
+    with open_session(graph, target, "unet") as session:
+        before = run(session, feeds)
+        text.mul_(2)  # in place: the same tensor, other values
+        changed = run(session, feeds)
+        assert torch.equal(changed, run(session, feeds | {"encoder_hidden_states": text.clone()}))
+        assert (changed - before).abs().max() > 1e-3
+        text.data = text / 2  # the same tensor, other memory
+        assert torch.equal(run(session, feeds), before)
+        grown = torch.cat([text, text])
+        twice = {name: torch.cat([tensor] * 2) if tensor.dim() else tensor for name, tensor in feeds.items()}
+        assert torch.allclose(run(session, twice | {"encoder_hidden_states": grown})[:2], before, atol=1e-5)
+        assert torch.equal(run(session, feeds), before)
 
 
 # Optimization profiles

@@ -18,6 +18,7 @@ from graph_bundles import graph_bundle
 from engines.modules.base import run_split
 from engines.sessions.checks import Profiles
 from engines.sessions.ranges import check_sizes
+from sdkd.core.contract import Contract, TensorSpec
 from sdkd.distill.data.encode import STATES, TextParts, encode_captions, too_long
 from sdkd.distill.data.latents import LatentCache
 from sdkd.distill.training.config import TrainConfig
@@ -157,7 +158,7 @@ def test_captions_that_are_cut_are_counted_and_said_once() -> None:
 class Fixed:
     """A session of fixed shapes, two rows at once."""
 
-    contract = SimpleNamespace(inputs=(SimpleNamespace(name="x", axes=(2, 3)), SimpleNamespace(name="t", axes=())))
+    contract = Contract("unet", (TensorSpec("x", "float32", (2, 3)), TensorSpec("t", "float32", ())), ())
 
     def run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         assert feeds["x"].shape == (2, 3)
