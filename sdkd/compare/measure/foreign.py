@@ -15,6 +15,18 @@ from diffusers.image_processor import VaeImageProcessor
 
 from sdkd.compare.measure.calls import Request
 from sdkd.compare.measure.timing import Work
+from sdkd.core.conditions import guidance_width
+from sdkd.errors import ModelError
+from sdkd.models.source import ModelSource
+
+PLAIN = "text to image of Stable Diffusion 1.x and 2.x"
+
+
+def check_plain(source: ModelSource) -> None:
+    """ModelError for a model that is not PLAIN, by its family and its UNet's config."""
+    config = source.unet_config
+    if len(source.family.text_encoders) > 1 or config.get("in_channels", 4) != 4 or guidance_width(config) is not None:
+        raise ModelError(f"it is compared on {PLAIN} alone")
 
 
 class ForeignPipeline:

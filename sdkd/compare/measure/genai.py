@@ -18,7 +18,7 @@ from engines.generate.long_prompts import limit_of
 from engines.pipelines.pipeline import bundle_scheduler, bundle_tokenizer
 from sdkd.bundle.manifest import Bundle
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request, latents_of
-from sdkd.compare.measure.foreign import ForeignPipeline
+from sdkd.compare.measure.foreign import PLAIN, ForeignPipeline
 from sdkd.compare.measure.peers import PEERS, Shape, check_scheduler, openvino_options
 from sdkd.compare.measure.timing import Work
 from sdkd.errors import BundleError, EngineError
@@ -124,7 +124,7 @@ def open_genai(bundle: Bundle, precision: str, device: str, shape: Shape | None)
     names = {spec.name for spec in bundle.component("unet").contract.inputs}
     if bundle.family.tokenizers != ("tokenizer",) or names != INPUTS:
         raise BundleError(
-            "openvino-genai is compared on text to image of Stable Diffusion 1.x and 2.x alone, and the UNet of bundle "
+            f"openvino-genai is compared on {PLAIN} alone, and the UNet of bundle "
             f"{str(bundle.path)!r} takes {', '.join(sorted(names))}: leave out target 'openvino-genai'"
         )
     return GenAiPipeline(bundle, precision, shape)

@@ -34,7 +34,7 @@ class Peer:
     """Another project's runtime: what it imports, how it is opened, and what it is opened from.
 
     `opens`: "module:function" of (source, precision, device, shape) to a pipeline. `takes`: what the source is: a
-    bundle, for its `graphs`; a `pipeline` in PyTorch; a model, for its `weights`, which "module:function" `checks`.
+    bundle, for its `graphs`; a `pipeline` in PyTorch; a model, for its `weights`. "module:function" `checks` a model.
     `precisions` that it computes in, from a bundle's graphs in float32; none: in that of the graphs. `schedulers` that
     it has, as `--scheduler` names them; none: diffusers' own. `notes`: what a report says of it.
     """
@@ -74,6 +74,7 @@ PEERS: Mapping[str, Peer] = {
             "openvino-genai", "openvino_genai:Text2ImagePipeline", "sdkd.compare.measure.genai:open_genai",
             "pip install openvino-genai, of openvino's version",
             ("fp32", "bf16"),
+            checks="sdkd.compare.measure.foreign:check_plain",
             schedulers=("ddim", "pndm", "euler", "euler-a", "lcm"),
             notes=(
                 "openvino-genai: loading contains the conversion of the ONNX files, and it cuts colours to eight bits "

@@ -61,7 +61,7 @@ def check_models(homes: Mapping[str, tuple[Model, Generation, tuple[Peer, ...]]]
 
     `homes`: by label, the model or bundle of each, how it is to be run, and the peers that run it. Returns the size
     that all are asked for: where none is given, the first's own, None where its config does not tell. A model that
-    cannot be read is left for when it is opened. ModelError for one whose weights a peer cannot run.
+    cannot be read is left for when it is opened. ModelError for one that a peer does not run.
     """
     seen = set[tuple[str, Generation, tuple[Peer, ...]]]()
     for label, (home, run, peers) in homes.items():
@@ -77,9 +77,20 @@ def check_models(homes: Mapping[str, tuple[Model, Generation, tuple[Peer, ...]]]
                 _check_steps(source, run, peers)
             except InputError as error:
                 raise InputError(f"{label!r}: {error}") from error
-        for check in (pkgutil.resolve_name(peer.checks) for peer in peers if peer.checks):
-            check(source.origin if isinstance(source, BundleSource) else source)
+        for peer in peers:
+            _check_for(peer, source)
     return size
+
+
+def _check_for(peer: Peer, source: ModelSource) -> None:
+    try:
+        read = source.origin if peer.from_model and isinstance(source, BundleSource) else source
+        if peer.checks and read.here:
+            pkgutil.resolve_name(peer.checks)(read)
+    except ModelError as error:
+        raise ModelError(
+            f"{peer.name} does not run {source.name!r}: {error}; leave target {peer.name!r} out"
+        ) from error
 
 
 def _check_steps(source: ModelSource, run: Generation, peers: Sequence[Peer]) -> None:

@@ -17,10 +17,9 @@ import torch
 from PIL.Image import Image
 
 from sdkd.compare.measure.calls import TEXT_ENCODER, UNET, VAE_DECODER, Request, Size
-from sdkd.compare.measure.foreign import ForeignPipeline
+from sdkd.compare.measure.foreign import ForeignPipeline, check_plain
 from sdkd.compare.measure.peers import Shape
 from sdkd.compare.measure.timing import Sample, Timer
-from sdkd.core.conditions import guidance_width
 from sdkd.errors import EngineError, ModelError
 from sdkd.models.resolve import load_rest
 from sdkd.models.schedulers import noise_schedule
@@ -139,18 +138,11 @@ def check_model(source: ModelSource) -> Plan:
 
     Only configs and scheduler are loaded.
     """
-    config = source.unet_config
-    try:
-        plan = plan_of(source, spaced=True)
-        if len(plan.parts) != 3 or config.get("in_channels", 4) != 4 or guidance_width(config) is not None:
-            raise ModelError("it is compared on text to image of Stable Diffusion 1.x and 2.x alone")
-        noise = noise_schedule(load_rest(source).scheduler)
-        if other := [f"{key} {noise[key]}" for key, value in NOISE.items() if noise[key] != value]:
-            raise ModelError(f"the model was trained with {', '.join(other)}, not with Stable Diffusion's noise")
-    except ModelError as error:
-        raise ModelError(
-            f"stable-diffusion.cpp does not run {source.name!r}: {error}; leave target 'stable-diffusion-cpp' out"
-        ) from error
+    check_plain(source)
+    plan = plan_of(source, spaced=True)
+    noise = noise_schedule(load_rest(source).scheduler)
+    if other := [f"{key} {noise[key]}" for key, value in NOISE.items() if noise[key] != value]:
+        raise ModelError(f"it was trained with {', '.join(other)}, not with Stable Diffusion's noise")
     return plan
 
 

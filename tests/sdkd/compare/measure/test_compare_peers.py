@@ -19,6 +19,7 @@ from sdkd.bundle.manifest import Bundle
 from sdkd.compare import Subject, compare
 from sdkd.compare.measure import refusals, sdcpp
 from sdkd.compare.measure.defaults import RunsAsked
+from sdkd.compare.measure.foreign import check_plain
 from sdkd.compare.measure.peers import PEERS, Shape, check_graphs, open_peer, peer_of, peer_problem
 from sdkd.compare.measure.planning import Wish, make_plan
 from sdkd.compare.measure.refusals import check_targets, in_torch
@@ -192,8 +193,8 @@ def test_stable_diffusion_cpp_gets_what_it_draws_as_diffusers_does() -> None:
         weight.numel() for part in whole.parts for weight in empty(part, whole.config(part)).state_dict().values()
     )
     for model, why in (
-        ("demo", r"does not run 'demo': the UNet of 'demo' .* is like that of no published model"),
-        ("random:ssd-1b", "text to image of Stable Diffusion 1.x and 2.x alone; leave target"),
+        ("demo", r"the UNet of 'demo' .* is like that of no published model"),
+        ("random:ssd-1b", "text to image of Stable Diffusion 1.x and 2.x alone"),
     ):
         with pytest.raises(ModelError, match=why):
             check_model(resolve(model))
@@ -218,8 +219,26 @@ def test_stable_diffusion_cpp_is_planned_on_a_models_weights(tmp_path: Path, mon
     pndm = replace(wish, runs=RunsAsked(scheduler="pndm"))
     with pytest.raises(InputError, match="stable-diffusion-cpp has no PNDMScheduler: give --scheduler ddim or euler"):
         make_plan(["random:sd15-tiny"], pndm)
-    with pytest.raises(ModelError, match=r"stable-diffusion.cpp does not run 'demo'"):
+    with pytest.raises(
+        ModelError, match=r"stable-diffusion-cpp does not run 'demo': the .*; leave target 'stable-diff"
+    ):
         make_plan(["demo"], ddim)
+
+
+def test_what_genai_has_no_pipeline_for_is_refused_before_engines_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "peer_problem", lambda peer: None)
+    wish = Wish(("openvino-genai",), None, None, tmp_path, runs=RunsAsked(scheduler="ddim"))
+    with pytest.raises(ModelError, match=r"openvino-genai does not run 'random:sdxl': it is compared on text to image"):
+        make_plan(["random:sdxl"], wish)
+    assert list(tmp_path.iterdir()) == []
+    plain = resolve("random:sd15")
+    check_plain(plain)
+    for other in ({"in_channels": 9}, {"time_cond_proj_dim": 256}):
+        source: Any = SimpleNamespace(family=plain.family, unet_config=plain.unet_config | other)
+        with pytest.raises(ModelError, match=r"text to image of Stable Diffusion 1\.x and 2\.x alone"):
+            check_plain(source)
 
 
 def test_a_subject_of_weights_takes_a_vae_and_loras_and_no_controlnet() -> None:
