@@ -59,6 +59,10 @@ PEER_PACKAGES = (
     "transformers",
 )  # fmt: skip
 PEER_ENVIRONMENT = ROOT / ".venv-peers", ROOT / "tools" / "bench_kit" / "peers.txt"
+WITHDRAWN = (
+    "Ratios of images have no interval: the ways did not fit into memory together, and their images were timed one way",
+    "after the other, not in rounds (intervals withdrawn on 2026-12-01).",
+)
 PIECES = ("overhead", *SLOTS, "peer", *PEERS, "teacher", "attention")  # the last one is only read: of earlier results
 
 
@@ -213,6 +217,7 @@ def image_lines(piece: str, settings: Mapping[str, Any], rows: Sequence[Mapping[
         "",
         f"Times faster than {rows[0]['way']}: ratios of medians with a 95 % bootstrap interval over paired rounds.",
         "PSNR: of the image, to the first way's. Outside: what is neither UNet, VAE nor text encoder.",
+        *(WITHDRAWN if any(len(row["image_faster"] or ()) == 1 for row in rows) else ()),
     ]
 
 

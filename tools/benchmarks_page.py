@@ -38,8 +38,10 @@ Json = Mapping[str, Any]
 Rows = list[list[str]]
 
 
-def faster(value: float, low: float, high: float, tie: bool = False) -> str:
-    """A ratio of medians with its 95 % interval; a tie where the interval holds 1."""
+def faster(value: float, low: float | None = None, high: float | None = None, tie: bool = False) -> str:
+    """A ratio of medians with its 95 % interval, if there is one; a tie where the interval holds 1."""
+    if low is None or high is None:
+        return f"{value:.2f}×"
     return f"{'tie' if tie else f'{value:.2f}×'} ({low:.2f}–{high:.2f})"
 
 
@@ -192,10 +194,7 @@ def _stair(stair: Json) -> list[str]:
 
 def _gain(gain: Json | None) -> str:
     """A factor, with its interval where rounds were enough for one."""
-    if gain is None:
-        return NONE
-    value, low, high, tie = (gain[name] for name in ("value", "low", "high", "tie"))
-    return f"{value:.2f}×" if low is None else faster(value, low, high, tie)
+    return NONE if gain is None else faster(*(gain[name] for name in ("value", "low", "high", "tie")))
 
 
 def caching(found: Json) -> Rows:
@@ -447,7 +446,9 @@ def whole_page(root: Path) -> str:
         "The rows that matter of every result under [benchmarks/](../benchmarks), medians. The JSON files hold the raw "
         "samples and the versions of libraries. `sd15`, `sd15-small` and `sd15-tiny` are full-size models with random "
         "weights. Withdrawn are images of half-precision engines that had latents in float32 while eager ones were in "
-        "half precision: both are in half precision now, and were not measured again. `make test` fails when "
+        "half precision: both are in half precision now, and were not measured again. Withdrawn, too, are intervals of "
+        "whole images' ratios where subjects did not fit into memory together: until 2026-12-01 their images were "
+        "timed one subject after the other, not in rounds. `make test` fails when "
         f"`{COMMAND}` would write another page. What others published: "
         "[peers.md](peers.md).",
         *(machine_section(name, list(group)) for name, group in groupby(results, lambda result: result[0].parent.name)),

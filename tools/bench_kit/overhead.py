@@ -27,7 +27,8 @@ def bare_call(session: Any, feeds: Mapping[str, Any], outputs: Mapping[str, Any]
         return partial(session._package.run, session._fit(signature(feeds)).profile, inputs)
     if hasattr(session, "_models"):
         _, request = session._models.of({name: tensor.shape for name, tensor in feeds.items()})
-        for name, tensor in {**feeds, **outputs}.items():
+        session._bind(request, feeds)  # which knows what it gave
+        for name, tensor in outputs.items():
             request.set_tensor(name, session._shared(tensor))
         found: Callable[[], object] = request.infer
         return found

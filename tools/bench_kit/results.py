@@ -110,5 +110,7 @@ def faster(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) ->
 
 
 def ratio_cell(ratio: Sequence[float | None] | None) -> str:
-    """A ratio and its interval, for a table."""
-    return NONE if not ratio or ratio[0] is None else "{:.2f}x ({:.2f} to {:.2f})".format(*ratio)
+    """A ratio and its interval, if there is one, for a table."""
+    if not ratio or ratio[0] is None:
+        return NONE
+    return "{:.2f}x ({:.2f} to {:.2f})".format(*ratio) if len(ratio) > 1 else f"{ratio[0]:.2f}x"
