@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -36,7 +37,8 @@ class OpenVinoSession(EngineSession):
         import openvino
 
         self._openvino = openvino
-        self._bound: tuple[Any, dict[str, tuple[torch.Tensor, int]]] = (None, {})  # a request, its inputs' addresses
+        # The inputs that each request has, with their addresses; requests go with their compiled model.
+        self._bound: WeakKeyDictionary[Any, dict[str, tuple[torch.Tensor, int]]] = WeakKeyDictionary()
         self._options = self._compile_options(threads)
         try:
             self._models: ByShape | None = self._load(openvino_core())
@@ -127,13 +129,12 @@ class OpenVinoSession(EngineSession):
 
     def _bind(self, request: Any, feeds: Mapping[str, torch.Tensor]) -> None:
         """Give a request its inputs, but for those that it has: an image's text is the same tensor in every step."""
-        last, bound = self._bound if self._bound[0] is request else (request, {})
+        bound = self._bound.setdefault(request, {})
         for name, tensor in feeds.items():
             given, address = bound.get(name, (None, 0))
             if tensor is not given or tensor.data_ptr() != address:
                 request.set_tensor(name, self._shared(tensor))
                 bound[name] = tensor, tensor.data_ptr()
-        self._bound = last, bound
 
     def _shared(self, tensor: torch.Tensor) -> Any:
         """The same memory as an OpenVINO tensor; numpy has no bfloat16, so those travel as int16."""
@@ -142,7 +143,7 @@ class OpenVinoSession(EngineSession):
         return self._openvino.Tensor(tensor.numpy(), shared_memory=True)
 
     def _release(self) -> None:
-        self._models, self._bound = None, (None, {})
+        self._models = None
 
     def _names(self, ports: Any) -> list[str]:
         """One name of each port: the contract's where a tensor has several."""

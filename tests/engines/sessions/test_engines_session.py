@@ -7,9 +7,11 @@ import inspect
 import os
 import re
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -21,10 +23,12 @@ from engines.sessions.base import EngineSession
 from engines.sessions.checks import Profiles, check_engine
 from engines.sessions.inductor_session import InductorSession
 from engines.sessions.opening import open_session
+from engines.sessions.openvino_session import OpenVinoSession
 from engines.sessions.ranges import check_sizes, check_tensor
 from export.build.ranges import Typed, parse_profiles, to_ranges
 from export.build_cli import build_engine
 from sdkd.bundle.manifest import Bundle, FileRecord
+from sdkd.bundle.onnx_weights import torch_weights
 from sdkd.core.contract import Precision, TensorSpec
 from sdkd.core.profiles import Range, ShapeRanges
 from sdkd.errors import BundleError, EngineError, MissingExtraError, RangeError, StaleEngineError
@@ -401,6 +405,26 @@ def test_a_tensor_that_is_given_again_is_read_again(graph: Bundle, target: str) 
         twice = {name: torch.cat([tensor] * 2) if tensor.dim() else tensor for name, tensor in feeds.items()}
         assert torch.allclose(run(session, twice | {"encoder_hidden_states": grown})[:2], before, atol=1e-5)
         assert torch.equal(run(session, feeds), before)
+
+
+def test_a_model_in_openvino_is_let_go_of_when_weights_change(graph: Bundle) -> None:
+    session = open_session(graph, "openvino", "unet")
+    assert isinstance(session, OpenVinoSession)
+    feeds = unet_feeds()
+
+    def ran() -> weakref.ref[Any]:
+        run(session, feeds)
+        assert session._models is not None
+        return weakref.ref(session._models.of({name: tensor.shape for name, tensor in feeds.items()})[1])
+
+    first = ran()
+    assert first() is not None
+    name, weight = next(iter(torch_weights(session.checked.graph).items()))
+    session.swap({name: weight})
+    assert first() is None  # before the next run
+    second = ran()
+    session.close()
+    assert second() is None
 
 
 # Optimization profiles
