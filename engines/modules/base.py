@@ -124,7 +124,7 @@ def cast_feeds(session: Session, tensors: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`, which takes 10 us where nothing is to do, as in most calls."""
+    """`tensor.to(dtype)`, not asked for where there is nothing to do, as in most calls: it takes its time."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

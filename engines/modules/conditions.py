@@ -83,10 +83,10 @@ def timesteps(module: EngineModule, timestep: torch.Tensor | float | int, sample
     spec = next(spec for spec in module.session.contract.inputs if spec.name == TIMESTEP)
     if not isinstance(timestep, torch.Tensor):
         timestep = scalar(timestep, sample)
-    if not spec.axes and not timestep.dim() and timestep.device == sample.device:
-        return timestep  # as pipelines give it
     if spec.axes:
         return timestep.flatten().to(sample.device).expand(sample.shape[0])
+    if not timestep.dim() and timestep.device == sample.device:
+        return timestep  # as pipelines give it
     if timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):
         raise EngineError(
             f"{type(module).__name__} takes one timestep for the whole batch, not {timestep.tolist()}: call it once "

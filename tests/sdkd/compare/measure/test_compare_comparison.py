@@ -237,10 +237,8 @@ def test_one_scheduler_for_all_and_pipelines_that_do_not_fit_together_one_at_a_t
     assert not report.setup.open_together
     assert [len(row.unet_step_ms.samples) for row in report.results] == [3, 3]
     assert [[len(part) for part in row.image_s.samples] for row in report.results] == [[1, 1, 1]] * 2
-    alternating = [
-        "right onnxruntime",
-        "wrong eager",
-    ] * 3  # first images and three rounds: one may stay open for the next
+    # First images and three rounds; one stays open for the next.
+    alternating = ["right onnxruntime", "wrong eager"] * 3
     assert opened == [*alternating, "right onnxruntime", "right eager"]  # the last one is the reference
     # Two prompts, then an image each round, after one that does not count where the subject was just opened.
     assert [drawn.count(label) for label in alternating[:2]] == [2 + 3 + 3, 2 + 3 + 2]
